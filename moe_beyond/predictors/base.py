@@ -1,0 +1,120 @@
+"""What every predictor is: a torch module from a batch to scores, and a stepper for decoding."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.information import Information
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What a predictor may know of the training split's text before it is fitted.
+
+    Attributes:
+        token_counts: ``(V,)`` int64, how often each token id occurs in the training split.
+        token_strings: The string of every token id, or None where the trace set carries no tokenizer.
+    """
+
+    token_counts: npt.NDArray[np.int64]
+    token_strings: Sequence[str] | None
+
+
+class Stepper(ABC):
+    """Scores one sequence as it is decoded, with state that does not grow with the sequence.
+
+    Call order for a token: `observe_token`, then `observe_layer` for l = 0 .. L-1; `scores` at any time between.
+    """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the sequence."""
+
+    @abstractmethod
+    def observe_token(self, token_id: int) -> None:
+        """Start a token: its id is known, none of its layers is routed."""
+
+    @abstractmethod
+    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+        """Learn the ``(K,)`` experts that ``layer`` of the current token was routed to.
+
+        Args:
+            layer: MoE layer, counted from 0.
+            experts: The K expert ids.
+            state: ``(hidden,)`` hidden state, for predictors whose information set has it.
+        """
+
+    @abstractmethod
+    def scores(self) -> npt.NDArray[np.float32]:
+        """Return ``(L, E)`` float32 probabilities of what is known now: NaN for layers that are routed or out of reach.
+
+        Where several lookaheads reach a layer, the score is that of the smallest.
+        """
+
+    def observe_tokens(self, token_ids: npt.ArrayLike, experts: npt.ArrayLike) -> None:
+        """Take in a prefix at once: ``(T,)`` token ids and ``(T, L, K)`` experts."""
+        for token_id, layers in zip(np.asarray(token_ids), np.asarray(experts), strict=True):
+            self.observe_token(int(token_id))
+            for layer, chosen in enumerate(layers):
+                self.observe_layer(layer, chosen)
+
+
+class Predictor(nn.Module, ABC):
+    """Base of all predictors.
+
+    A subclass takes ``geometry`` and ``vocab_size`` first, then typed, JSON-able arguments with defaults, and keeps
+    each under its own name as an attribute; that is how a predictor folder rebuilds it.
+
+    Attributes:
+        architecture: Its name in the registry.
+        link: How logits become probabilities: ``"sigmoid"``, each expert by itself; or ``"softmax"``, K times the
+            softmax over a layer's experts, at most 1 (at the optimum of the K-positive cross-entropy the softmax is
+            1/K of each expert's probability to be chosen).
+    """
+
+    architecture: ClassVar[str]
+    link: ClassVar[Literal["sigmoid", "softmax"]]
+
+    def __init__(self, geometry: Geometry, vocab_size: int) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.vocab_size = vocab_size
+
+    @property
+    @abstractmethod
+    def information(self) -> Information:
+        """What this instance knows, and when."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits ``(B, T, H, L, E)``, a slice a lookahead of `information`; arbitrary where padded."""
+
+    @abstractmethod
+    def stepper(self) -> Stepper:
+        """Return a stepper in its initial state.
+
+        Raises:
+            UserError: The instance sees later tokens, so no decoding loop could feed it.
+        """
+
+    def prepare(self, text: TrainingText) -> None:
+        """Take in the training split's vocabulary before a fit; nothing by default."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Turn logits into probabilities of being chosen, by the class's link."""
+        if self.link == "sigmoid":
+            return logits.sigmoid()
+        return (logits.softmax(-1) * self.geometry.top_k).clamp(max=1.0)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments besides geometry and vocabulary size, as plain JSON-able values."""
+        names = list(inspect.signature(type(self).__init__).parameters)[3:]
+        return {name: getattr(self, name) for name in names}

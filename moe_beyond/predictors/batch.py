@@ -1,0 +1,71 @@
+"""The batch that predictors read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_beyond.traces.trace import Trace
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences (or pieces of long ones), padded on the right.
+
+    Attributes:
+        token_ids: ``(B, T)`` int64, 0 where padded.
+        experts: ``(B, T, L, K)`` uint8 or int16, 0 where padded; cast to int64 to index with it.
+        lengths: ``(B,)`` int64, tokens of each row.
+        sequence_ids: One a row.
+        starts: Position in its sequence at which each row starts; not 0 only for later pieces of a long sequence.
+    """
+
+    token_ids: Tensor
+    experts: Tensor
+    lengths: Tensor
+    sequence_ids: tuple[str, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def mask(self) -> Tensor:
+        """``(B, T)`` bool, true where there is a token."""
+        positions = torch.arange(self.token_ids.shape[1], device=self.lengths.device)
+        return positions < self.lengths[:, None]
+
+    def targets(self, num_experts: int) -> Tensor:
+        """``(B, T, L, E)`` bool, true where the expert was chosen; false where padded."""
+        shape = (*self.experts.shape[:-1], num_experts)
+        chosen = torch.zeros(shape, dtype=torch.bool, device=self.experts.device)
+        chosen.scatter_(-1, self.experts.long(), True)
+        return chosen & self.mask[:, :, None, None]
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
+        """Move the tensors to a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, **kwargs) for name, tensor in tensors.items()})
+
+
+def collate(traces: Sequence[Trace], starts: Sequence[int] | None = None) -> Batch:
+    """Pad traces (or pieces of them) into a batch.
+
+    Args:
+        traces: At least one, all of one geometry.
+        starts: Position at which each starts in its sequence; all 0 by default.
+    """
+    lengths = [len(trace) for trace in traces]
+    longest, first = max(lengths), traces[0].experts
+    token_ids = np.zeros((len(traces), longest), np.int64)
+    experts = np.zeros((len(traces), longest, *first.shape[1:]), first.dtype)
+    for row, (trace, length) in enumerate(zip(traces, lengths, strict=True)):
+        token_ids[row, :length] = trace.token_ids
+        experts[row, :length] = trace.experts
+    return Batch(
+        token_ids=torch.from_numpy(token_ids),
+        experts=torch.from_numpy(experts),
+        lengths=torch.tensor(lengths),
+        sequence_ids=tuple(trace.sequence_id for trace in traces),
+        starts=tuple(starts) if starts is not None else (0,) * len(traces),
+    )

@@ -1,0 +1,40 @@
+"""What a predictor knows, and when."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Lookahead = int | Literal["token"]
+"""When a score is known: before the token's first layer (``"token"``), or h layers ahead (``h >= 1``).
+
+``h`` means: after layer l-h of the same token was routed. Where l < h there is no such layer, and the score uses the
+token's id and everything before the token, and exists when the token starts. ``0`` reads the router's own input; no
+predictor of this package has it, but imported scores may.
+"""
+
+
+@dataclass(frozen=True)
+class Information:
+    """The information set of one predictor instance; derived from its arguments, checked by tests.
+
+    Attributes:
+        lookaheads: What its H outputs are, in order.
+        available: Whether a score exists once a layer is *routed*, or only once it is *computed* (predictors that
+            read hidden states).
+        causal: Whether every score ignores later tokens.
+        hidden_states: Whether it reads hidden states.
+        gate_weights: Whether it reads router weights.
+    """
+
+    lookaheads: tuple[Lookahead, ...]
+    available: Literal["routed", "computed"] = "routed"
+    causal: bool = True
+    hidden_states: bool = False
+    gate_weights: bool = False
+
+    def describe(self) -> str:
+        """Say it in a line, for tables and cards."""
+        words = ["lookahead " + ", ".join(map(str, self.lookaheads)), f"known when {self.available}"]
+        words += [] if self.causal else ["sees later tokens"]
+        words += ["reads hidden states"] if self.hidden_states else []
+        words += ["reads gate weights"] if self.gate_weights else []
+        return "; ".join(words)

@@ -1,0 +1,1 @@
+"""Recorded routing on disk: the trace set."""

@@ -1,0 +1,187 @@
+"""Reading a trace set, from a folder or any storage that fsspec knows."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_beyond.errors import UserError, unknown
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
+from moe_beyond.traces.schema import arrow_schema
+from moe_beyond.traces.trace import Trace
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A decoded shard: flat columns and where each row starts.
+
+    Attributes:
+        geometry: The model's shape.
+        sequence_ids: One a row.
+        sources: One a row.
+        offsets: ``(rows + 1,)`` int64, token offsets of the rows.
+        token_ids: ``(tokens,)`` int32.
+        experts: ``(tokens, L, K)`` uint8 or int16.
+        decode_starts: ``(rows,)`` int32.
+        gate_weights: ``(tokens, L, K)`` float16, or None.
+    """
+
+    geometry: Geometry
+    sequence_ids: list[str]
+    sources: list[str]
+    offsets: npt.NDArray[np.int64]
+    token_ids: npt.NDArray[np.int32]
+    experts: npt.NDArray[Any]
+    decode_starts: npt.NDArray[np.int32]
+    gate_weights: npt.NDArray[np.float16] | None
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.sequence_ids)
+
+    def trace(self, row: int) -> Trace:
+        """Return one row, as views into the shard's arrays."""
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        return Trace(
+            sequence_id=self.sequence_ids[row],
+            source=self.sources[row],
+            token_ids=self.token_ids[part],
+            experts=self.experts[part],
+            decode_start=int(self.decode_starts[row]),
+            gate_weights=None if self.gate_weights is None else self.gate_weights[part],
+        )
+
+
+class TraceSet:
+    """A trace set opened for reading.
+
+    Args:
+        folder: A path, or a URL that fsspec understands (``hf://datasets/...``).
+
+    Raises:
+        UserError: There is no readable manifest.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = str(folder)
+        self._files, self._root = fsspec.core.url_to_fs(self.folder)
+        path = f"{self.folder}/{MANIFEST_FILE}"
+        try:
+            content = json.loads(self._read(MANIFEST_FILE))
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: not found; is {self.folder} a trace set?") from error
+        except ValueError as error:
+            raise UserError(f"{path}: is not JSON ({error})") from error
+        self.manifest = Manifest.from_json(content, source=path)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The model's shape."""
+        return self.manifest.geometry
+
+    def shards(self, split: str | None = None) -> tuple[ShardInfo, ...]:
+        """List the shards of a split, or of all splits.
+
+        Raises:
+            UserError: There is no such split.
+        """
+        if split is None:
+            return self.manifest.shards
+        if split not in self.manifest.splits:
+            raise unknown(f"split of {self.folder}", split, self.manifest.splits)
+        return tuple(shard for shard in self.manifest.shards if shard.split == split)
+
+    def read(self, info: ShardInfo) -> Shard:
+        """Read and verify one shard.
+
+        Raises:
+            UserError: The file is missing, damaged, or does not have the columns of a trace set.
+        """
+        path = f"{self.folder}/{info.file}"
+        try:
+            content = self._read(info.file)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: shard named in {MANIFEST_FILE} is missing") from error
+        if hashlib.sha256(content).hexdigest() != info.sha256:
+            raise UserError(f"{path}: shard is damaged (its sha256 is not the one in {MANIFEST_FILE})")
+        return decode(pq.read_table(io.BytesIO(content)), self.geometry, path)
+
+    def traces(self, split: str | None = None) -> Iterator[Trace]:
+        """Iterate over the traces of a split, or of all splits, in stored order, one shard in memory at a time."""
+        for info in self.shards(split):
+            shard = self.read(info)
+            for row in range(len(shard)):
+                yield shard.trace(row)
+
+    @cached_property
+    def token_strings(self) -> list[str] | None:
+        """The string of every token id, ``vocab_size`` of them, or None where the set carries no tokenizer."""
+        from tokenizers import Tokenizer
+
+        try:
+            content = self._read(VOCABULARY_FILE)
+        except FileNotFoundError:
+            return None
+        tokenizer = Tokenizer.from_str(content.decode())
+        strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
+        return [string or "" for string in strings]
+
+    def _read(self, name: str) -> bytes:
+        content: bytes = self._files.cat_file(f"{self._root}/{name}")
+        return content
+
+
+def decode(table: pa.Table, geometry: Geometry, source: str) -> Shard:
+    """Turn a table of rows into flat arrays.
+
+    Args:
+        table: Columns of `moe_beyond.traces.schema.arrow_schema`.
+        geometry: The model's shape.
+        source: Where it came from, for error messages.
+
+    Raises:
+        UserError: A column is missing or of another type, or a row's lists do not fit the geometry.
+    """
+    for field in arrow_schema(geometry):
+        if field.name not in table.schema.names:
+            raise UserError(f"{source}: column {field.name!r} is missing")
+        if table.schema.field(field.name).type != field.type:
+            raise UserError(
+                f"{source}: column {field.name!r} is {table.schema.field(field.name).type}, not {field.type}"
+            )
+    layers, experts, top_k = geometry.shape()
+    tokens = _list_column(table, "token_ids")
+    routed = _list_column(table, "experts")
+    wrong = np.flatnonzero(np.diff(routed[0]) != np.diff(tokens[0]) * layers * top_k)
+    if len(wrong):
+        raise UserError(f"{source}: row {wrong[0]}: experts do not hold {layers} x {top_k} ids a token")
+    if len(routed[1]) and not 0 <= int(routed[1].min()) <= int(routed[1].max()) < experts:
+        raise UserError(f"{source}: an expert id is out of range 0..{experts - 1}")
+    gates = _list_column(table, "gate_weights")[1] if "gate_weights" in table.schema.names else None
+    return Shard(
+        geometry=geometry,
+        sequence_ids=table["sequence_id"].to_pylist(),
+        sources=table["source"].to_pylist(),
+        offsets=tokens[0],
+        token_ids=tokens[1],
+        experts=routed[1].reshape(-1, layers, top_k),
+        decode_starts=table["decode_start"].to_numpy(),
+        gate_weights=None if gates is None else gates.reshape(-1, layers, top_k),
+    )
+
+
+def _list_column(table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    column = table[name].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # an empty table
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    return column.offsets.to_numpy().astype(np.int64), column.values.to_numpy(zero_copy_only=False)
