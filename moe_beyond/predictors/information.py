@@ -3,13 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Lookahead = int | Literal["token"]
-"""When a score is known: before the token's first layer (``"token"``), or h layers ahead (``h >= 1``).
-
-``h`` means: after layer l-h of the same token was routed. Where l < h there is no such layer, and the score uses the
-token's id and everything before the token, and exists when the token starts. ``0`` reads the router's own input; no
-predictor of this package has it, but imported scores may.
-"""
+from moe_beyond.lookahead import Lookahead
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Manifest:
         """
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{source}: format version {content.get('format_version')!r}, not {FORMAT_VERSION}; is this a trace set?"
+                f"{source}: format version {content.get('format_version')!r}, not {FORMAT_VERSION}; not a trace set?"
             )
         fields = {k: v for k, v in content.items() if k not in ("format_version", "splits", "fingerprint")}
         try:

@@ -155,10 +155,8 @@ def decode(table: pa.Table, geometry: Geometry, source: str) -> Shard:
     for field in arrow_schema(geometry):
         if field.name not in table.schema.names:
             raise UserError(f"{source}: column {field.name!r} is missing")
-        if table.schema.field(field.name).type != field.type:
-            raise UserError(
-                f"{source}: column {field.name!r} is {table.schema.field(field.name).type}, not {field.type}"
-            )
+        if (found := table.schema.field(field.name).type) != field.type:
+            raise UserError(f"{source}: column {field.name!r} is {found}, not {field.type}")
     layers, experts, top_k = geometry.shape()
     tokens = _list_column(table, "token_ids")
     routed = _list_column(table, "experts")

@@ -1,0 +1,44 @@
+"""Small trace sets for tests."""
+
+from pathlib import Path
+
+import numpy as np
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.manifest import Manifest, Tokenizer
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.trace import Trace
+from moe_beyond.traces.writer import writing
+
+TINY = Geometry("tiny", (1, 2, 3, 4), num_experts=8, top_k=2, params_per_expert=1000, other_params_per_layer=5000)
+VOCAB = 32
+
+
+def tiny_trace(
+    name: str, length: int, rng: np.random.Generator, geometry: Geometry = TINY, vocab: int = VOCAB
+) -> Trace:
+    """A random trace whose experts lean on the token's id, so that there is something to learn."""
+    token_ids = rng.integers(0, vocab, length)
+    layers, experts, top_k = geometry.shape()
+    lean = np.random.default_rng(7).gumbel(size=(vocab, layers, experts)) * 2
+    gates = lean[token_ids] + rng.gumbel(size=(length, layers, experts))
+    return Trace(name, "tests", token_ids.astype(np.int32), np.argsort(-gates)[..., :top_k].astype(np.uint8), length)
+
+
+def tiny_traces(
+    folder: Path,
+    *,
+    sequences: int = 12,
+    longest: int = 20,
+    geometry: Geometry = TINY,
+    vocab: int = VOCAB,
+    seed: int = 0,
+) -> TraceSet:
+    """Write a trace set with a train and a validation split (every fourth sequence) and open it."""
+    rng = np.random.default_rng(seed)
+    manifest = Manifest(geometry, Tokenizer("tests", vocab), "tiny", 16.0, "dataset", "tests", "0")
+    with writing(folder, manifest, shard_tokens=64) as writer:
+        for i in range(sequences):
+            trace = tiny_trace(f"s{i}", int(rng.integers(1, longest + 1)), rng, geometry, vocab)
+            writer.write(trace, "validation" if i % 4 == 3 else "train")
+    return TraceSet(str(folder))
