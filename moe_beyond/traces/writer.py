@@ -32,6 +32,12 @@ class TraceWriter:
         self._pending: dict[str, list[Trace]] = {}
         self._shards: dict[str, list[ShardInfo]] = {}
 
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        finished = sum(shard.tokens for shards in self._shards.values() for shard in shards)
+        return finished + sum(len(trace) for traces in self._pending.values() for trace in traces)
+
     def write(self, trace: Trace, split: str = "train") -> None:
         """Add a trace to a split.
 
@@ -65,13 +71,16 @@ class TraceWriter:
             return
         done = self._shards.setdefault(split, [])
         path = self._folder / f"{split}-{len(done):05d}.parquet"
+        table = to_table(traces, self._manifest.geometry)
         pq.write_table(
-            to_table(traces, self._manifest.geometry),
+            table,
             path,
             compression="zstd",
             compression_level=COMPRESSION_LEVEL,
             row_group_size=ROWS_PER_GROUP,
         )
+        if not pq.read_table(path).equals(table):  # entries in = entries out
+            raise OSError(f"{path}: what was read back is not what was written")
         content = path.read_bytes()
         done.append(
             ShardInfo(

@@ -1,0 +1,1 @@
+"""Trace sets out of other tools' recordings, one file a format."""

@@ -1,0 +1,182 @@
+"""The CSV files of the MoE-Beyond release (arXiv 2508.17137): one file a prompt, one row a (layer, token) pair."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+import moe_beyond
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry, Preset
+from moe_beyond.traces.blocks import parse_blocks, validation_numbers
+from moe_beyond.traces.manifest import Manifest
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import experts_dtype
+from moe_beyond.traces.trace import Trace
+from moe_beyond.traces.vocabulary import Vocabulary, load_vocabulary
+from moe_beyond.traces.writer import writing
+
+COLUMNS = {"Layer ID": pa.int32(), "Token": pa.string(), "Activated Expert IDs": pa.string()}
+# The release's traces were recorded with 8-bit weights (its collection script loads the model so).
+RECORDED_BITS = 8.0
+
+
+def import_moe_beyond_csv(
+    source: str | Path,
+    out: str | Path,
+    preset: Preset,
+    *,
+    tokenizer: str | None = None,
+    val_blocks: str | None = None,
+) -> TraceSet:
+    """Turn a folder of ``prompt_N_*.csv`` files into a trace set.
+
+    The prompts were read by the model in one teacher-forced forward each, so ``decode_start`` is T and the author of
+    the text is the data set. Without ``val_blocks`` there is one split, ``train``.
+
+    Args:
+        source: The folder.
+        out: The trace set to make.
+        preset: The model that routed; its geometry says which layers and experts a file must have.
+        tokenizer: Tokenizer of the token strings; the preset's by default.
+        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive prompt numbers to a ``validation`` split.
+
+    Returns:
+        The finished trace set.
+
+    Raises:
+        UserError: A file, row or token does not fit; nothing is left behind.
+    """
+    source = Path(source)
+    files = _prompt_files(source)
+    if (name := tokenizer or preset.tokenizer) is None:
+        raise UserError(f"{preset.geometry.model} names no tokenizer; give one with --tokenizer")
+    blocks = None if val_blocks is None else parse_blocks(val_blocks)
+    vocabulary = load_vocabulary(name)
+    manifest = Manifest(
+        geometry=preset.geometry,
+        tokenizer=vocabulary.describe(),
+        model_id=preset.geometry.model,
+        quantization_bits=RECORDED_BITS,
+        author="dataset",
+        source=f"MoE-Beyond release, {source.name}",
+        tool_version=moe_beyond.__version__,
+    )
+    with writing(out, manifest, vocabulary=vocabulary.path) as writer:
+        traces = {number: _read_prompt(path, number, preset.geometry, vocabulary) for number, path in files.items()}
+        tokens = {number: len(trace) for number, trace in traces.items()}
+        held_out = set() if blocks is None else validation_numbers(tokens, *blocks)
+        for number, trace in traces.items():
+            writer.write(trace, "validation" if number in held_out else "train")
+        if (written := writer.tokens) != sum(tokens.values()):
+            raise UserError(f"{source}: {sum(tokens.values())} tokens were read but {written} written")
+    return TraceSet(str(out))
+
+
+def _prompt_files(source: Path) -> dict[int, Path]:
+    """Find the prompt files, by number."""
+    if not source.is_dir():
+        raise UserError(f"{source}: is not a folder of prompt_N_*.csv files")
+    files: dict[int, Path] = {}
+    for path in source.glob("*.csv"):
+        if (match := re.match(r"prompt_(\d+)\D", path.name, re.ASCII)) is None:
+            raise UserError(f"{path}: file name does not start with prompt_<number>_")
+        if (number := int(match[1])) in files:
+            raise UserError(f"{path}: prompt {number} is in {files[number].name} already")
+        files[number] = path
+    if not files:
+        raise UserError(f"{source}: holds no prompt_N_*.csv file")
+    return dict(sorted(files.items()))
+
+
+def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabulary) -> Trace:
+    table = _read_csv(path)
+    layers = table["Layer ID"].to_numpy()
+    order = np.argsort(layers, kind="stable")
+    found, counts = np.unique(layers, return_counts=True)
+    if tuple(found) != geometry.moe_layers:
+        raise UserError(
+            f"{path}: has layers {_span(found)}, but {geometry.model}'s MoE layers are {_span(geometry.moe_layers)}"
+        )
+    if len(ragged := np.flatnonzero(counts != counts[0])):
+        layer = found[ragged[0]]
+        raise UserError(
+            f"{path}: layer {layer} has {counts[ragged[0]]} tokens, layer {found[0]} has {counts[0]}; a layer is ragged"
+        )
+    length = int(counts[0])
+    token_ids = _token_ids(path, table["Token"], vocabulary)[order].reshape(-1, length)
+    if len(differ := np.argwhere(token_ids != token_ids[0])):
+        layer, position = differ[0]
+        raise UserError(f"{path}: token {position} of layer {found[layer]} is not that of layer {found[0]}")
+    experts = _expert_ids(path, table["Activated Expert IDs"], geometry)[order]
+    return Trace(
+        sequence_id=f"{path.parent.name}-{number}",
+        source=f"{path.parent.name}/{path.name}",
+        token_ids=token_ids[0].copy(),
+        experts=experts.reshape(geometry.num_layers, length, geometry.top_k).transpose(1, 0, 2),
+        decode_start=length,
+    )
+
+
+def _read_csv(path: Path) -> pa.Table:
+    try:
+        table = pa.csv.read_csv(
+            path,
+            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pa.csv.ConvertOptions(column_types=COLUMNS, strings_can_be_null=False),
+        )
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: cannot be read as CSV ({str(error).splitlines()[0]})") from error
+    for name in COLUMNS:
+        if name not in table.schema.names:
+            raise UserError(f"{path}: column {name!r} is missing; found {', '.join(table.schema.names)}")
+        if table[name].null_count:
+            raise UserError(f"{path}: row {pc.index(pc.is_null(table[name]), True).as_py() + 2}: {name} is empty")
+    if table.num_rows == 0:
+        raise UserError(f"{path}: has no rows")
+    return table
+
+
+def _token_ids(path: Path, column: pa.ChunkedArray, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
+    words = column.combine_chunks().dictionary_encode()
+    if isinstance(words, pa.ChunkedArray):
+        words = words.combine_chunks()
+    ids = []
+    for index, word in enumerate(words.dictionary.to_pylist()):
+        if word not in vocabulary.ids:
+            row = int(np.flatnonzero(words.indices.to_numpy() == index)[0]) + 2
+            raise UserError(f"{path}: row {row}: token {word!r} is unknown to the tokenizer {vocabulary.name!r}")
+        ids.append(vocabulary.ids[word])
+    column_ids: npt.NDArray[np.int32] = np.array(ids, np.int32)[words.indices.to_numpy()]
+    return column_ids
+
+
+def _expert_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.NDArray[Any]:
+    """Parse ``"[8, 26, 56]"`` strings into ``(rows, K)`` ids."""
+    listed = pc.split_pattern(pc.utf8_trim(column, "[] "), ",").combine_chunks()
+    lengths = pc.list_value_length(listed).to_numpy(zero_copy_only=False)
+    if len(ragged := np.flatnonzero(lengths != geometry.top_k)):
+        row, top_k = ragged[0], geometry.top_k
+        raise UserError(f"{path}: row {row + 2}: {lengths[row]} expert ids, but {geometry.model} routes to {top_k}")
+    try:
+        ids = pc.cast(pc.utf8_trim_whitespace(listed.flatten()), pa.int32()).to_numpy().reshape(-1, geometry.top_k)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: an expert id is not a whole number ({str(error).splitlines()[0]})") from error
+    if len(outside := np.argwhere((ids < 0) | (ids >= geometry.num_experts))):
+        row, place = outside[0]
+        raise UserError(
+            f"{path}: row {row + 2}: expert id {ids[row, place]} is out of range 0..{geometry.num_experts - 1}"
+        )
+    if len(twice := np.flatnonzero((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1))):
+        raise UserError(f"{path}: row {twice[0] + 2}: an expert is listed twice")
+    narrow: npt.NDArray[Any] = ids.astype(experts_dtype(geometry))
+    return narrow
+
+
+def _span(layers: Any) -> str:
+    return f"{layers[0]}..{layers[-1]} ({len(layers)})"
