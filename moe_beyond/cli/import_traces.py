@@ -1,0 +1,37 @@
+"""``moe-beyond import``."""
+
+from moe_beyond.cli.options import parser
+from moe_beyond.errors import unknown
+from moe_beyond.geometry import load_preset
+from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
+
+FORMATS = {"moe-beyond-csv": import_moe_beyond_csv}
+
+
+def run(words: list[str]) -> None:
+    """Parse the options and import."""
+    options = parser(
+        "import",
+        "Turn another tool's recording into a trace set.",
+        "moe-beyond import moe-beyond-csv puffin --out traces/puffin --model deepseek-v2-lite --val-blocks 20:10",
+    )
+    options.add_argument("format", help=f"one of: {', '.join(FORMATS)}")
+    options.add_argument("source", metavar="SRC", help="the recording: a folder of files")
+    options.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
+    options.add_argument("--model", metavar="MODEL", required=True, help="a model preset, or a geometry or config.json")
+    options.add_argument("--tokenizer", metavar="FILE_OR_NAME", help="the model's tokenizer; the preset's by default")
+    options.add_argument(
+        "--val-blocks", metavar="SIZE:EVERY", help="blocks of SIZE consecutive prompts, one in EVERY for validation"
+    )
+    args = options.parse_args(words[1:])
+    if args.format not in FORMATS:
+        raise unknown("format", args.format, FORMATS)
+    traces = FORMATS[args.format](
+        args.source, args.out, load_preset(args.model), tokenizer=args.tokenizer, val_blocks=args.val_blocks
+    )
+    manifest = traces.manifest
+    entries = manifest.tokens * manifest.geometry.num_layers
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(f"{args.out}: {entries:,} entries in = {entries:,} entries out, {size / entries:.2f} bytes an entry")
+    for split, counts in manifest.to_json()["splits"].items():
+        print(f"  {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")

@@ -1,0 +1,80 @@
+"""The command ``moe-beyond``: finds the verb, runs it, and turns a user's mistake into one line and exit code 2."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import moe_beyond
+from moe_beyond.errors import UserError, unknown
+
+# Group -> verb -> (module of this folder, what it does). A module is imported only when its verb is asked for, so that
+# help is instant.
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "Traces": {
+        "import": ("import_traces", "turn another tool's recording into a trace set"),
+        "inspect": ("inspect_traces", "describe a trace set: popularity, skew, reuse"),
+    },
+    "Predictors": {
+        "fit": ("lightning", "fit a predictor, from a config"),
+        "validate": ("lightning", "validate a checkpoint"),
+        "test": ("lightning", "test a checkpoint"),
+        "predict": ("lightning", "write a checkpoint's scores, sequence by sequence"),
+        "package": ("package", "make a predictor folder out of a checkpoint"),
+    },
+    "Answers": {
+        "evaluate": ("evaluate", "recall of a predictor and what it is worth under a budget"),
+        "replay": ("replay", "replay traces through a cache under a budget"),
+        "quickstart": ("quickstart", "the whole path on a small bundled model, in under three minutes"),
+    },
+}
+VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+
+
+def usage() -> str:
+    """Return the text of ``moe-beyond --help``."""
+    lines = [
+        "usage: moe-beyond VERB [OPTIONS]",
+        "",
+        "Predict, replay and run mixture-of-experts routing under a budget.",
+    ]
+    for group, verbs in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {verb:<11} {summary}" for verb, (_, summary) in verbs.items())]
+    return "\n".join(
+        [*lines, "", "moe-beyond VERB --help tells a verb's options. moe-beyond --version tells the version."]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: The words after the program's name; those of this process by default.
+
+    Returns:
+        The exit code: 0, or 2 where the user gave something wrong.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"moe-beyond {moe_beyond.__version__}")
+        return 0
+    try:
+        if words[0] not in VERBS:
+            raise unknown("verb", words[0], VERBS)
+        module = importlib.import_module(f"moe_beyond.cli.{VERBS[words[0]][0]}")
+        module.run(words)
+    except UserError as error:
+        print(f"moe-beyond: error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as end:  # argument parsers end so, after their own message
+        return end.code if isinstance(end.code, int) else 1
+    except BrokenPipeError:  # the reader of a pipe has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("moe-beyond: interrupted", file=sys.stderr)
+        return 130
+    return 0
