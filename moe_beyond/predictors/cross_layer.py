@@ -1,0 +1,222 @@
+"""cross_layer: a causal transformer over tokens and a recurrent network over layers.
+
+It knows token ids and expert ids only: of earlier tokens everything, of the present token its id and the layers routed
+so far. One pass gives lookaheads 1 .. H.
+"""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.attention import WindowBlock
+from moe_beyond.predictors.base import Predictor, Stepper, TrainingText
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.loss import k_positive_cross_entropy
+from moe_beyond.predictors.tokens import TokenEmbedding
+
+# How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
+DECAYS = (0.7, 0.97)
+
+
+class CrossLayer(Predictor):
+    """Predicts lookaheads 1 .. H from ids.
+
+    Logits of layer l are the sum of four maps: of the recurrent state over the layers routed so far, of the token's
+    state, of every single expert routed so far, and of running averages of the sequence's own experts.
+
+    Args:
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        lookaheads: H.
+        width: Features of a token's state.
+        depth: Transformer blocks over tokens.
+        heads: Attention heads.
+        window: Tokens a block sees back; with it the stepper's state is bounded.
+        layer_width: Features of the recurrent state over layers.
+        known_tokens: Tokens with an own vector.
+        min_count: Training occurrences that an own vector needs.
+        ngram_buckets: Vectors shared by all character n-grams.
+        dropout: Probability of dropping a feature in training.
+        token_dropout: Probability of treating a token as unknown in training.
+    """
+
+    architecture: ClassVar[str] = "cross_layer"
+    link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        vocab_size: int,
+        lookaheads: int = 3,
+        width: int = 256,
+        depth: int = 3,
+        heads: int = 8,
+        window: int = 128,
+        layer_width: int = 256,
+        known_tokens: int = 16384,
+        min_count: int = 2,
+        ngram_buckets: int = 8192,
+        dropout: float = 0.15,
+        token_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(geometry, vocab_size)
+        self.lookaheads, self.width, self.depth, self.heads = lookaheads, width, depth, heads
+        self.window, self.layer_width, self.known_tokens = window, layer_width, known_tokens
+        self.min_count, self.ngram_buckets = min_count, ngram_buckets
+        self.dropout, self.token_dropout = dropout, token_dropout
+        layers, experts, _ = geometry.shape()
+        total = layers * experts
+        self.tokens = TokenEmbedding(vocab_size, width, known_tokens, min_count, ngram_buckets)
+        self.previous = nn.Linear(total, width, bias=False)
+        self.blocks = nn.ModuleList(WindowBlock(width, heads, window, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.start = nn.Linear(width, layer_width)
+        self.routed = nn.Parameter(torch.randn(layers, experts, layer_width) * 0.1)
+        self.recurrent = nn.GRU(layer_width, layer_width)
+        self.drop = nn.Dropout(dropout)
+        self.from_token = nn.Linear(width, total)
+        self.from_state = nn.Parameter(torch.randn(lookaheads, layers, layer_width, experts) * layer_width**-0.5)
+        self.from_expert = nn.Parameter(torch.zeros(layers, experts, layers, experts))
+        self.from_history = nn.Parameter(torch.zeros(len(DECAYS), total))
+        nn.init.normal_(self.previous.weight, std=0.02)
+        # Source layers that a target layer may read at the largest lookahead: l' <= l - H.
+        reach = torch.arange(layers)[:, None] <= torch.arange(layers) - lookaheads
+        self.register_buffer("reach", reach[:, None, :, None].float(), persistent=False)
+
+    reach: Tensor
+
+    @property
+    def information(self) -> Information:
+        """Lookaheads 1 .. H, known when the layer is routed, causal."""
+        return Information(tuple(range(1, self.lookaheads + 1)))
+
+    def prepare(self, text: TrainingText) -> None:
+        """Take in the training split's vocabulary."""
+        self.tokens.prepare(text)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy spread over the K chosen experts."""
+        return k_positive_cross_entropy(logits, batch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits ``(B, T, H, L, E)``; zero where padded."""
+        real = batch.mask
+        used = batch.targets(self.geometry.num_experts).flatten(2).float()  # (B, T, L*E)
+        hidden = torch.rand(real.shape, device=real.device) < self.token_dropout if self.training else None
+        before = functional.pad(used[:, :-1], (0, 0, 1, 0))
+        x = self.drop(self.tokens(batch.token_ids, hidden) + self.previous(before))
+        for block in self.blocks:
+            x = block(x)
+        logits = self._layers(self.norm(x)[real], self._history(before, real), used[real])
+        out = logits.new_zeros(*real.shape, *logits.shape[1:])
+        out[real] = logits
+        return out
+
+    def _history(self, before: Tensor, real: Tensor) -> Tensor:
+        """Return the part of the logits that comes from running averages of earlier experts.
+
+        Args:
+            before: ``(B, T, L*E)``, the experts of the token before each.
+            real: ``(B, T)`` bool.
+
+        Returns:
+            ``(N, L*E)`` for the N real tokens.
+        """
+        position = torch.arange(real.shape[1], device=real.device)
+        age = position[:, None] - position
+        total = before.new_zeros(int(real.sum()), before.shape[2])
+        for decay, weights in zip(DECAYS, self.from_history, strict=True):
+            share = torch.where(age >= 0, (1 - decay) * decay ** age.clamp(min=0), 0.0)
+            total = total + (share @ before)[real] * weights
+        return total
+
+    def _layers(self, token: Tensor, history: Tensor, used: Tensor) -> Tensor:
+        """Return logits ``(N, H, L, E)`` of N tokens.
+
+        Args:
+            token: ``(N, width)`` states.
+            history: ``(N, L*E)``, what `_history` returned.
+            used: ``(N, L*E)``, 1 where the token is routed to the expert.
+        """
+        layers, experts, _ = self.geometry.shape()
+        start = torch.tanh(self.start(token))[None]
+        by_layer = used.view(-1, layers, experts).transpose(0, 1)
+        after, _ = self.recurrent(torch.bmm(by_layer, self.routed)[:-1], start)
+        states = self.drop(torch.cat([start, after]))  # states[l] knows layers 0 .. l-1
+        common = self.from_token(token) + history
+        common = common + used @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
+        logits = common.unflatten(1, (layers, experts))
+        nearer = []
+        for ahead in range(self.lookaheads, 0, -1):
+            if ahead < min(self.lookaheads, layers):  # one source layer more than the lookahead before
+                logits = logits + functional.pad(self._from_layer(by_layer, ahead), (0, 0, ahead, 0))
+            waiting = min(ahead - 1, layers)  # layers so early that nothing of this token is routed yet
+            known = torch.cat([states[:1].expand(waiting, -1, -1), states[: layers - waiting]])
+            nearer.append(logits + torch.bmm(known, self.from_state[ahead - 1]).transpose(0, 1))
+        return torch.stack(nearer[::-1], 1)
+
+    def _from_layer(self, by_layer: Tensor, ahead: int) -> Tensor:
+        """What the experts of each layer say of the layer ``ahead`` later: ``(N, L - ahead, E)``."""
+        source = torch.arange(self.geometry.num_layers - ahead, device=by_layer.device)
+        return torch.bmm(by_layer[: len(source)], self.from_expert[source, :, source + ahead]).transpose(0, 1)
+
+    def stepper(self) -> Stepper:
+        """Return a stepper; its state is ``window`` tokens of keys and values a block, and a few vectors."""
+        return _CrossLayerStepper(self)
+
+
+class _CrossLayerStepper(Stepper):
+    def __init__(self, predictor: CrossLayer) -> None:
+        self._predictor = predictor
+        self.reset()
+
+    def reset(self) -> None:
+        layers, experts, _ = self._predictor.geometry.shape()
+        self._caches: list[tuple[Tensor, Tensor] | None] = [None] * self._predictor.depth
+        self._used = torch.zeros(layers, experts)
+        self._averages = torch.zeros(len(DECAYS), layers * experts)
+        self._scores = np.full((layers, experts), np.nan, np.float32)
+
+    @torch.inference_mode()
+    def observe_token(self, token_id: int) -> None:
+        model = self._predictor
+        decays = torch.tensor(DECAYS)[:, None]
+        before = self._used.flatten()
+        self._averages = decays * self._averages + (1 - decays) * before
+        x = model.tokens(torch.tensor([[token_id]])) + model.previous(before)
+        for index, block in enumerate(model.blocks):
+            assert isinstance(block, WindowBlock)
+            x, self._caches[index] = block.step(x, self._caches[index])
+        token = model.norm(x)[0]
+        history = (self._averages * model.from_history).sum(0)
+        self._logits = (model.from_token(token)[0] + history).view_as(self._used)
+        self._state = torch.tanh(model.start(token))
+        self._used = torch.zeros_like(self._used)
+        self._score(-1)
+
+    @torch.inference_mode()
+    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+        model, chosen = self._predictor, torch.from_numpy(np.asarray(experts, np.int64))
+        self._used[layer, chosen] = 1.0
+        self._logits = self._logits + model.from_expert[layer, chosen].sum(0)
+        _, self._state = model.recurrent(model.routed[layer, chosen].sum(0, keepdim=True), self._state)
+        self._score(layer)
+
+    def scores(self) -> npt.NDArray[np.float32]:
+        return self._scores
+
+    def _score(self, routed: int) -> None:
+        """Score the layers within reach once layers up to ``routed`` are known."""
+        model, layers = self._predictor, self._predictor.geometry.num_layers
+        targets = torch.arange(routed + 1, min(routed + 1 + model.lookaheads, layers))
+        self._scores = np.full_like(self._scores, np.nan)
+        if len(targets):
+            weights = model.from_state[targets - routed - 1, targets]
+            logits = self._logits[targets] + (self._state @ weights)[:, 0]
+            self._scores[targets.numpy()] = model.probabilities(logits).numpy()

@@ -1,0 +1,78 @@
+"""A token's representation that still means something for tokens that training never saw."""
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_beyond.predictors.base import TrainingText
+
+NGRAM_SIZES = (1, 2, 3, 4)
+NGRAMS_PER_TOKEN = 16
+
+
+class TokenEmbedding(nn.Module):
+    """An own vector for each token known from training, plus the mean vector of the token's character n-grams.
+
+    Until `prepare` has run every token is unknown, and without token strings none has n-grams.
+
+    Args:
+        vocab_size: Ids of the tokenizer, V.
+        width: Features.
+        known_tokens: Tokens that get an own vector: the most frequent ones of the training split.
+        min_count: Occurrences in the training split that a token needs for an own vector.
+        ngram_buckets: Vectors that all n-grams share by hashing.
+    """
+
+    rows: Tensor
+    ngrams: Tensor
+
+    def __init__(self, vocab_size: int, width: int, known_tokens: int, min_count: int, ngram_buckets: int) -> None:
+        super().__init__()
+        self.known_tokens, self.min_count = min(known_tokens, vocab_size), min_count
+        self.ngram_buckets = ngram_buckets
+        self.known = nn.Embedding(self.known_tokens + 1, width)  # row 0: unknown
+        self.pieces = nn.EmbeddingBag(ngram_buckets + 1, width, mode="mean", padding_idx=0)
+        nn.init.normal_(self.known.weight, std=0.02)
+        nn.init.normal_(self.pieces.weight, std=0.02)
+        self.register_buffer("rows", torch.zeros(vocab_size, dtype=torch.int32))
+        self.register_buffer("ngrams", torch.zeros(vocab_size, NGRAMS_PER_TOKEN, dtype=torch.int16))
+
+    def prepare(self, text: TrainingText) -> None:
+        """Give the most frequent training tokens their rows, and every token its n-grams."""
+        frequent = np.argsort(-text.token_counts, kind="stable")[: self.known_tokens]
+        frequent = frequent[text.token_counts[frequent] >= self.min_count]
+        self.rows.zero_()
+        self.rows[torch.from_numpy(frequent)] = torch.arange(1, len(frequent) + 1, dtype=torch.int32)
+        self.ngrams.zero_()
+        for token, string in enumerate(text.token_strings or ()):
+            buckets = list(_ngram_buckets(string, self.ngram_buckets))[:NGRAMS_PER_TOKEN]
+            self.ngrams[token, : len(buckets)] = torch.tensor(buckets, dtype=torch.int16)
+
+    def forward(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Represent tokens.
+
+        Args:
+            token_ids: ``(B, T)`` int64.
+            hidden: ``(B, T)`` bool, tokens to treat as unknown (so that training meets unknown tokens).
+
+        Returns:
+            ``(B, T, width)``.
+        """
+        rows = self.rows[token_ids].long()
+        if hidden is not None:
+            rows = rows.masked_fill(hidden, 0)
+        pieces = self.pieces(self.ngrams[token_ids].long().flatten(0, 1)).unflatten(0, token_ids.shape)
+        represented: Tensor = functional.embedding(rows, self.known.weight) + pieces
+        return represented
+
+
+def _ngram_buckets(string: str, buckets: int) -> Iterator[int]:
+    """Hash a token string, and its n-grams longest first, into ``1 .. buckets`` (stable over processes)."""
+    marked = f"<{string}>"
+    for size in reversed(NGRAM_SIZES):
+        for start in range(len(marked) - size + 1):
+            yield 1 + zlib.crc32(marked[start : start + size].encode()) % buckets
