@@ -118,3 +118,28 @@ class Predictor(nn.Module, ABC):
         """Return the constructor's arguments besides geometry and vocabulary size, as plain JSON-able values."""
         names = list(inspect.signature(type(self).__init__).parameters)[3:]
         return {name: getattr(self, name) for name in names}
+
+
+class GradientPredictor(Predictor):
+    """A predictor that is fitted by gradient descent."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the training objective, a scalar: a mean over real tokens, layers and lookaheads.
+
+        Args:
+            logits: ``(B, T, H, L, E)``, what `forward` returned.
+            batch: What it was given.
+        """
+
+
+class CountingPredictor(Predictor):
+    """A predictor that is fitted by counting, in one pass over the data."""
+
+    @abstractmethod
+    def observe(self, batch: Batch) -> None:
+        """Count a batch."""
+
+    @abstractmethod
+    def counts(self) -> list[Tensor]:
+        """Return the live tensors that hold the counts; processes that counted different parts add theirs up."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.attention import WindowBlock
-from moe_beyond.predictors.base import Predictor, Stepper, TrainingText
+from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.loss import k_positive_cross_entropy
@@ -24,7 +24,7 @@ from moe_beyond.predictors.tokens import TokenEmbedding
 DECAYS = (0.7, 0.97)
 
 
-class CrossLayer(Predictor):
+class CrossLayer(GradientPredictor):
     """Predicts lookaheads 1 .. H from ids.
 
     Logits of layer l are the sum of four maps: of the recurrent state over the layers routed so far, of the token's

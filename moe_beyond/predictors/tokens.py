@@ -47,10 +47,11 @@ class TokenEmbedding(nn.Module):
         frequent = frequent[text.token_counts[frequent] >= self.min_count]
         self.rows.zero_()
         self.rows[torch.from_numpy(frequent)] = torch.arange(1, len(frequent) + 1, dtype=torch.int32)
-        self.ngrams.zero_()
+        ngrams = np.zeros(self.ngrams.shape, np.int16)
         for token, string in enumerate(text.token_strings or ()):
             buckets = list(_ngram_buckets(string, self.ngram_buckets))[:NGRAMS_PER_TOKEN]
-            self.ngrams[token, : len(buckets)] = torch.tensor(buckets, dtype=torch.int16)
+            ngrams[token, : len(buckets)] = buckets
+        self.ngrams.copy_(torch.from_numpy(ngrams))
 
     def forward(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Represent tokens.

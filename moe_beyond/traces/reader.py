@@ -107,6 +107,9 @@ class TraceSet:
         Raises:
             UserError: The file is missing, damaged, or does not have the columns of a trace set.
         """
+        return decode(pq.read_table(io.BytesIO(self._verified(info))), self.geometry, f"{self.folder}/{info.file}")
+
+    def _verified(self, info: ShardInfo) -> bytes:
         path = f"{self.folder}/{info.file}"
         try:
             content = self._read(info.file)
@@ -114,7 +117,19 @@ class TraceSet:
             raise UserError(f"{path}: shard named in {MANIFEST_FILE} is missing") from error
         if hashlib.sha256(content).hexdigest() != info.sha256:
             raise UserError(f"{path}: shard is damaged (its sha256 is not the one in {MANIFEST_FILE})")
-        return decode(pq.read_table(io.BytesIO(content)), self.geometry, path)
+        return content
+
+    def lengths(self, split: str | None = None) -> list[npt.NDArray[np.int64]]:
+        """Return the tokens of every row, shard by shard, without decoding the experts.
+
+        Raises:
+            UserError: A shard is missing or damaged.
+        """
+        found = []
+        for info in self.shards(split):
+            table = pq.read_table(io.BytesIO(self._verified(info)), columns=["token_ids"])
+            found.append(np.diff(_list_column(table, "token_ids")[0]))
+        return found
 
     def traces(self, split: str | None = None) -> Iterator[Trace]:
         """Iterate over the traces of a split, or of all splits, in stored order, one shard in memory at a time."""

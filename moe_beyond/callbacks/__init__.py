@@ -1,0 +1,6 @@
+"""Lightning callbacks, one a file."""
+
+from moe_beyond.callbacks.export import ExportBest
+from moe_beyond.callbacks.scores import WriteScores
+
+__all__ = ["ExportBest", "WriteScores"]

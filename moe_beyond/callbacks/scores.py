@@ -1,0 +1,66 @@
+"""What `predict` writes."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.scores import ScoresWriter, writing_scores
+from moe_beyond.tasks.base import PredictorTask
+
+
+class WriteScores(BasePredictionWriter):
+    """Writes the scores of `predict`, sequence by sequence, as a folder that `replay --scores` reads.
+
+    Args:
+        out: The folder; ``scores/`` in the run's folder by default.
+    """
+
+    def __init__(self, out: str | None = None) -> None:
+        super().__init__("batch")
+        self.out = out
+        self._open = ExitStack()
+        self._writer: ScoresWriter | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the folder."""
+        assert isinstance(pl_module, PredictorTask)
+        folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "scores")
+        data, predictor = pl_module.data, pl_module.predictor
+        self._writer = self._open.enter_context(
+            writing_scores(
+                folder,
+                geometry=predictor.geometry,
+                lookaheads=predictor.information.lookaheads,
+                predictor=predictor.architecture,
+                traces=(data.test_traces or data.val_traces).manifest.fingerprint,
+            )
+        )
+        print(f"scores go to {folder}")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write a batch's sequences."""
+        assert self._writer is not None
+        for row, sequence_id in enumerate(batch.sequence_ids):
+            self._writer.write(sequence_id, prediction[row, : batch.lengths[row]].float().cpu().numpy())
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finish the folder."""
+        self._open.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no folder behind."""
+        self._open.__exit__(type(exception), exception, exception.__traceback__)

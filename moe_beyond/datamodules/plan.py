@@ -1,0 +1,93 @@
+"""Which pieces of which sequences make up each batch of an epoch: a pure function of lengths, seed and epoch.
+
+Because the plan is made before any worker starts, the batches are the same with any number of workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Piece(NamedTuple):
+    """Tokens ``start .. stop`` of row ``row`` of shard ``shard``."""
+
+    shard: int
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """How sequences become batches.
+
+    Attributes:
+        token_budget: Padded tokens of a batch (rows times longest) at most; a longer single piece is a batch alone.
+        max_tokens: Longer sequences are cut into pieces of this many tokens; None keeps them whole.
+        window: Shards whose pieces are mixed; as many are in memory at once.
+        seed: Of the shuffling.
+        shuffle: Whether shards, pieces and batches are shuffled.
+    """
+
+    token_budget: int
+    max_tokens: int | None
+    window: int
+    seed: int
+    shuffle: bool
+
+
+def plan_batches(
+    lengths: Sequence[npt.NDArray[np.int64]], settings: PlanSettings, epoch: int
+) -> list[tuple[Piece, ...]]:
+    """Plan an epoch.
+
+    Shards are visited in (shuffled) windows. Within a window the pieces are sorted by length, ties in random order,
+    and cut into batches of the token budget, so that little is padding; then the batches are shuffled.
+
+    Args:
+        lengths: For each shard the tokens of its rows.
+        settings: How.
+        epoch: Changes the shuffling.
+    """
+    random = np.random.default_rng((settings.seed, epoch))
+    order = random.permutation(len(lengths)) if settings.shuffle else np.arange(len(lengths))
+    batches: list[tuple[Piece, ...]] = []
+    for first in range(0, len(order), settings.window):
+        pieces = _pieces(lengths, order[first : first + settings.window], settings.max_tokens)
+        sizes = pieces[:, 3] - pieces[:, 2]
+        ties = random.permutation(len(pieces)) if settings.shuffle else np.arange(len(pieces))
+        ranked = np.lexsort((ties, sizes))
+        cut = _cut(sizes[ranked], settings.token_budget)
+        in_window = [tuple(Piece(*map(int, row)) for row in pieces[part]) for part in np.split(ranked, cut)]
+        if settings.shuffle:
+            in_window = [in_window[i] for i in random.permutation(len(in_window))]
+        batches += in_window
+    return batches
+
+
+def _pieces(
+    lengths: Sequence[npt.NDArray[np.int64]], shards: npt.NDArray[np.int64], max_tokens: int | None
+) -> npt.NDArray[np.int64]:
+    """List the pieces of some shards as rows ``shard, row, start, stop``."""
+    found = []
+    for shard in shards:
+        rows = lengths[shard]
+        size = max_tokens or int(rows.max())
+        count = -(-rows // size)
+        row = np.repeat(np.arange(len(rows)), count)
+        start = (np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)) * size
+        found.append(np.stack([np.full(len(row), shard), row, start, np.minimum(start + size, rows[row])], 1))
+    return np.concatenate(found)
+
+
+def _cut(sizes: npt.NDArray[np.int64], token_budget: int) -> list[int]:
+    """Return where to cut ascending sizes so that each part times its longest stays within the budget."""
+    cuts, begin = [], 0
+    for index, size in enumerate(sizes):
+        if index > begin and (index - begin + 1) * size > token_budget:
+            cuts.append(index)
+            begin = index
+    return cuts

@@ -1,0 +1,83 @@
+"""Reading planned batches out of shards, a few shards in memory at a time."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset, DistributedSampler
+
+from moe_beyond.datamodules.plan import Piece, PlanSettings, plan_batches
+from moe_beyond.predictors.batch import Batch, collate
+from moe_beyond.traces.manifest import ShardInfo
+from moe_beyond.traces.reader import Shard, TraceSet
+from moe_beyond.traces.trace import Trace
+
+
+class PlannedBatches(DistributedSampler[Batch]):
+    """Yields an epoch's batches as lists of pieces; each rank takes every n-th, all ranks equally many.
+
+    It is a `DistributedSampler` so that Lightning tells it the epoch and does not put one of its own around it.
+    """
+
+    def __init__(
+        self, lengths: Sequence[npt.NDArray[np.int64]], settings: PlanSettings, *, ranks: int = 1, rank: int = 0
+    ) -> None:
+        """Plan nothing yet.
+
+        Args:
+            lengths: For each shard the tokens of its rows.
+            settings: How to plan.
+            ranks: Processes that train together.
+            rank: Which of them this is.
+        """
+        super().__init__(range(1), num_replicas=ranks, rank=rank, shuffle=settings.shuffle, seed=settings.seed)  # type: ignore[arg-type]
+        self._lengths, self._settings = lengths, settings
+        self._planned: tuple[int, list[tuple[Piece, ...]]] | None = None
+
+    def _plan(self) -> list[tuple[Piece, ...]]:
+        if self._planned is None or self._planned[0] != self.epoch:
+            self._planned = self.epoch, plan_batches(self._lengths, self._settings, self.epoch)
+        return self._planned[1]
+
+    def __iter__(self) -> Iterator[tuple[Piece, ...]]:  # type: ignore[override]
+        """Yield this rank's batches."""
+        plan = self._plan()
+        count = len(self)
+        return iter(plan[self.rank : count * self.num_replicas : self.num_replicas])
+
+    def __len__(self) -> int:
+        """Batches of this rank; a shuffled plan drops what the ranks cannot share evenly."""
+        return len(self._plan()) // self.num_replicas
+
+
+class ShardedTraces(Dataset[Batch]):
+    """Turns lists of pieces into batches.
+
+    Args:
+        traces: The trace set.
+        shards: Its shards, in the order that pieces number them.
+        window: Shards kept decoded.
+    """
+
+    def __init__(self, traces: TraceSet, shards: Sequence[ShardInfo], window: int) -> None:
+        self._traces, self._shards, self._window = traces, shards, window
+        self._decoded: OrderedDict[int, Shard] = OrderedDict()
+
+    def __getitem__(self, pieces: tuple[Piece, ...]) -> Batch:
+        """Read one batch."""
+        return collate([self._cut(piece) for piece in pieces], [piece.start for piece in pieces])
+
+    def _cut(self, piece: Piece) -> Trace:
+        trace = self._shard(piece.shard).trace(piece.row)
+        part = slice(piece.start, piece.stop)
+        return replace(trace, token_ids=trace.token_ids[part], experts=trace.experts[part], gate_weights=None)
+
+    def _shard(self, index: int) -> Shard:
+        if index not in self._decoded:
+            while len(self._decoded) >= self._window:
+                self._decoded.popitem(last=False)
+            self._decoded[index] = self._traces.read(self._shards[index])
+        self._decoded.move_to_end(index)
+        return self._decoded[index]

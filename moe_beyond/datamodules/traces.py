@@ -1,0 +1,170 @@
+"""The data module of trace sets."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import DataLoader
+
+from moe_beyond.datamodules.plan import PlanSettings, plan_batches
+from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import TrainingText
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.traces.manifest import Manifest
+from moe_beyond.traces.reader import TraceSet
+
+
+class TraceDataModule(L.LightningDataModule):
+    """Streams a trace set in length-bucketed batches, the same ones with any number of workers.
+
+    Training sequences are cut into pieces of ``max_tokens`` and shuffled by seed and epoch; validation, test and
+    prediction see whole sequences in a fixed order.
+
+    Args:
+        traces: Trace set to train on; a folder or a URL that fsspec knows.
+        train_split: Its split to train on.
+        val_split: Split to validate on; None trains without validation.
+        val_traces: Another trace set to take the validation split from.
+        test_traces: Trace set that `test` and `predict` read, all its splits; by default the validation split.
+        token_budget: Padded tokens of a batch at most.
+        max_tokens: Tokens of a training piece at most.
+        window: Shards whose sequences are mixed in training, and held in memory.
+        seed: Of the shuffling.
+        num_workers: Processes that read.
+    """
+
+    def __init__(
+        self,
+        traces: str,
+        train_split: str = "train",
+        val_split: str | None = "validation",
+        val_traces: str | None = None,
+        test_traces: str | None = None,
+        token_budget: int = 2048,
+        max_tokens: int = 256,
+        window: int = 8,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(token_budget, max_tokens, window) < 1:
+            raise UserError("token_budget, max_tokens and window must be at least 1")
+        self.train_split, self.val_split = train_split, val_split
+        self.token_budget, self.max_tokens, self.window = token_budget, max_tokens, window
+        self.seed, self.num_workers = seed, num_workers
+        self.traces = TraceSet(traces)
+        self.val_traces = self.traces if val_traces is None else self._agreeing(val_traces)
+        self.test_traces = None if test_traces is None else self._agreeing(test_traces)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The training set's manifest."""
+        return self.traces.manifest
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape that a predictor must have."""
+        return self.manifest.geometry
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that a predictor must know."""
+        return self.manifest.tokenizer.vocab_size
+
+    def training_text(self) -> TrainingText:
+        """Count the training split's tokens, and name them."""
+        counts = np.zeros(self.vocab_size, np.int64)
+        for info in self.traces.shards(self.train_split):
+            counts += np.bincount(self.traces.read(info).token_ids, minlength=self.vocab_size)
+        return TrainingText(counts, self.traces.token_strings)
+
+    def setup(self, stage: str) -> None:
+        """Check that the splits are there before anything runs."""
+        if stage == "fit":
+            self.traces.shards(self.train_split)
+        if stage in ("fit", "validate") and self.val_split is not None:
+            self._check_validation()
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled pieces of the training split."""
+        return self._loader(self.traces, self.train_split, shuffle=True, lengths=self._training_lengths)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """The validation split, whole sequences."""
+        return [] if self.val_split is None else self._loader(self.val_traces, self.val_split)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """All of ``test_traces``, or else the validation split, whole sequences."""
+        if self.test_traces is not None:
+            return self._loader(self.test_traces, None)
+        self._check_validation()
+        return self._loader(self.val_traces, self.val_split)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """What `test_dataloader` gives."""
+        return self.test_dataloader()
+
+    @cached_property
+    def _training_lengths(self) -> list[npt.NDArray[np.int64]]:
+        return self.traces.lengths(self.train_split)
+
+    def _check_validation(self) -> None:
+        if self.val_split is None or self.val_split not in self.val_traces.manifest.splits:
+            raise UserError(
+                f"{self.val_traces.folder}: has no split {self.val_split!r} to validate on; import with --val-blocks, "
+                "or name one with --data.val_traces, or train without by --data.val_split null"
+            )
+
+    def _agreeing(self, folder: str) -> TraceSet:
+        other = TraceSet(folder)
+        if other.geometry.shape() != self.geometry.shape():
+            raise UserError(
+                f"{folder}: has {other.geometry.describe_shape()}, "
+                f"but {self.traces.folder} has {self.geometry.describe_shape()}"
+            )
+        if other.manifest.tokenizer.sha256 != self.manifest.tokenizer.sha256:
+            raise UserError(f"{folder}: its tokenizer is not that of {self.traces.folder}")
+        return other
+
+    def _loader(
+        self,
+        traces: TraceSet,
+        split: str | None,
+        *,
+        shuffle: bool = False,
+        lengths: list[npt.NDArray[np.int64]] | None = None,
+    ) -> DataLoader[Batch]:
+        window = self.window if shuffle else 1
+        settings = PlanSettings(self.token_budget, self.max_tokens if shuffle else None, window, self.seed, shuffle)
+        trainer = self.trainer
+        sampler = PlannedBatches(
+            lengths if lengths is not None else traces.lengths(split),
+            settings,
+            ranks=trainer.world_size if trainer and shuffle else 1,
+            rank=trainer.global_rank if trainer and shuffle else 0,
+        )
+        return DataLoader(
+            ShardedTraces(traces, traces.shards(split), window),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            # Arrow's threads do not survive a fork.
+            multiprocessing_context="forkserver" if self.num_workers else None,
+        )
+
+
+def whole_sequences(traces: TraceSet, split: str | None = None, *, token_budget: int = 2048) -> Iterator[Batch]:
+    """Read a split, or all, as whole sequences, in the very batches that `test` reads.
+
+    Args:
+        traces: The trace set.
+        split: The split, or None for all.
+        token_budget: Padded tokens of a batch at most.
+    """
+    settings = PlanSettings(token_budget, None, window=1, seed=0, shuffle=False)
+    reader = ShardedTraces(traces, traces.shards(split), window=1)
+    return (reader[pieces] for pieces in plan_batches(traces.lengths(split), settings, epoch=0))

@@ -1,0 +1,130 @@
+"""How well scores name the experts that a router chose: by lookahead and by layer, in one pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from moe_beyond.lookahead import Lookahead
+
+THRESHOLD = 0.5
+# Average precision comes from a histogram of scores: with bins this narrow it is within 1e-3 of the exact one.
+BINS = 1000
+
+
+class RoutingMetrics(Metric):
+    """Counts, per (lookahead, layer), what all figures follow from.
+
+    Of the set of the k best-scored experts, as published predictions are sets: recall@k and F1, and MoE-Beyond's two
+    (arXiv 2508.17137): per-label accuracy, and the mean of the F1 of the chosen and of the not chosen class. Of the
+    scores cut at 0.5: micro F1, macro F1 (over a layer's experts), exact match. Of the scores as they are: average
+    precision over all of a layer's labels.
+
+    Args:
+        lookaheads: H.
+        num_layers: L.
+        num_experts: E.
+        top_k: Experts that the router chooses, K.
+        k: Experts that the prediction may name; K by default.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    def __init__(self, lookaheads: int, num_layers: int, num_experts: int, top_k: int, k: int | None = None) -> None:
+        super().__init__()
+        self.top_k, self.k = top_k, k or top_k
+        self.num_experts = num_experts
+        by_layer = (lookaheads, num_layers)
+        for name, shape in {
+            "tokens": (),
+            "found": by_layer,
+            "exact": by_layer,
+            "above": (*by_layer, num_experts),
+            "above_chosen": (*by_layer, num_experts),
+            "chosen": (*by_layer, num_experts),
+            "histogram": (*by_layer, 2, BINS),
+        }.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    tokens: Tensor
+    found: Tensor
+    exact: Tensor
+    above: Tensor
+    above_chosen: Tensor
+    chosen: Tensor
+    histogram: Tensor
+
+    def update(self, probabilities: Tensor, targets: Tensor, mask: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            probabilities: ``(B, T, H, L, E)`` float.
+            targets: ``(B, T, L, E)`` bool.
+            mask: ``(B, T)`` bool, true where there is a token.
+        """
+        scores = probabilities[mask].transpose(0, 1).transpose(1, 2).float()  # (H, L, N, E)
+        truth = targets[mask].transpose(0, 1)[None].expand_as(scores)
+        # A stable sort breaks ties by the lower expert id, the same on every machine.
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
+        self.tokens += mask.sum()
+        self.found += truth.gather(-1, best).sum((-2, -1))
+        above = scores > THRESHOLD
+        self.exact += (above == truth).all(-1).sum(-1)
+        self.above += above.sum(-2)
+        self.above_chosen += (above & truth).sum(-2)
+        self.chosen += truth.sum(-2)
+        bins = (scores * BINS).long().clamp(0, BINS - 1)
+        cell = torch.arange(self.found.numel(), device=bins.device).view(*self.found.shape, 1, 1)
+        flat = ((cell * 2 + truth) * BINS + bins).flatten()
+        self.histogram += torch.bincount(flat, minlength=self.histogram.numel()).view_as(self.histogram)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return each figure as a tensor ``(H, L)`` float64; NaN before any update."""
+        tokens, labels = self.tokens.double(), self.num_experts
+        true_positive = self.found.double()
+        missed, false_alarm = tokens * self.top_k - true_positive, tokens * self.k - true_positive
+        true_negative = tokens * labels - true_positive - missed - false_alarm
+        f1 = _f1(true_positive, missed + false_alarm)
+        above, hit, chosen = self.above.double(), self.above_chosen.double(), self.chosen.double()
+        return {
+            "recall_at_k": true_positive / (tokens * self.top_k),
+            "f1": f1,
+            "f1_two_class": (f1 + _f1(true_negative, missed + false_alarm)) / 2,
+            "accuracy": (true_positive + true_negative) / (tokens * labels),
+            "f1_micro": _f1(hit.sum(-1), (above + chosen - 2 * hit).sum(-1)),
+            "f1_macro": _f1(hit, above + chosen - 2 * hit).mean(-1),
+            "average_precision": _average_precision(self.histogram),
+            "exact_match": self.exact.double() / tokens,
+        }
+
+    def to_rows(self, lookaheads: Sequence[Lookahead | None]) -> list[dict[str, Any]]:
+        """Return one JSON-able object a lookahead: means over layers, and ``by_layer``."""
+        figures = {name: values.tolist() for name, values in self.compute().items()}
+        rows = []
+        for index, lookahead in enumerate(lookaheads):
+            by_layer = [
+                {"layer": layer, **{name: values[index][layer] for name, values in figures.items()}}
+                for layer in range(self.found.shape[1])
+            ]
+            means = {name: sum(values[index]) / len(values[index]) for name, values in figures.items()}
+            rows.append(
+                {"lookahead": lookahead, "k": self.k, **means, "tokens": int(self.tokens), "by_layer": by_layer}
+            )
+        return rows
+
+
+def _f1(hits: Tensor, errors: Tensor) -> Tensor:
+    """F1 from true positives and the sum of false positives and negatives; 0 where there is nothing to find."""
+    return torch.where(2 * hits + errors > 0, 2 * hits / (2 * hits + errors).clamp(min=1), 0.0)
+
+
+def _average_precision(histogram: Tensor) -> Tensor:
+    """Sum of precision times the gain in recall, over thresholds from high to low; ``(H, L, 2, bins) -> (H, L)``."""
+    negative, positive = histogram.double().flip(-1).unbind(-2)
+    found = positive.cumsum(-1)
+    precision = found / (found + negative.cumsum(-1)).clamp(min=1)
+    return (precision * positive).sum(-1) / found[..., -1].clamp(min=1)

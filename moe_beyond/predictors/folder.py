@@ -1,0 +1,159 @@
+"""A fitted predictor on disk: ``model.safetensors``, ``config.json`` and a card. Nothing else is ever loaded."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import moe_beyond
+from moe_beyond.errors import UserError
+from moe_beyond.files import read_json, replacing_folder, write_json
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.registry import create
+from moe_beyond.traces.manifest import Manifest
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+
+
+def save_predictor(
+    predictor: Predictor, folder: str | Path, training: dict[str, Any], *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a predictor folder, replacing one that is there.
+
+    Args:
+        predictor: The fitted predictor.
+        folder: Where to.
+        training: What it was fitted on: ``fingerprint``, ``split``, ``model_id``, ``tokenizer``, ... as plain values.
+        dtype: Floating-point weights are stored so; float16 halves the folder.
+
+    Raises:
+        UserError: The folder exists and is not a predictor's.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} exists and is not a predictor folder; choose another")
+    weights = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in predictor.state_dict().items()
+    }
+    information = predictor.information
+    config = {
+        "format_version": FORMAT_VERSION,
+        "architecture": predictor.architecture,
+        "arguments": predictor.arguments(),
+        "geometry": predictor.geometry.to_json(),
+        "vocab_size": predictor.vocab_size,
+        "lookaheads": list(information.lookaheads),
+        "available": information.available,
+        "causal": information.causal,
+        "link": predictor.link,
+        "training": training,
+        "tool_version": moe_beyond.__version__,
+    }
+    with replacing_folder(folder, overwrite=True) as temporary:
+        save_file(weights, temporary / WEIGHTS_FILE)
+        config["sha256"] = hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest()
+        write_json(temporary / CONFIG_FILE, config)
+        card = folder / CARD_FILE
+        text = card.read_text(encoding="utf-8") if card.exists() else _card(predictor, training)
+        (temporary / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read a predictor folder's configuration.
+
+    Raises:
+        UserError: It is not a predictor folder of this format.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"{folder}: is not a predictor folder (it has no {CONFIG_FILE})")
+    config = read_json(path)
+    if not isinstance(config, dict) or "architecture" not in config or "format_version" not in config:
+        raise UserError(f"{path}: is not a predictor's configuration")
+    if config["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {config['format_version']!r}; this package reads {FORMAT_VERSION}")
+    return config
+
+
+def load_predictor(folder: str | Path) -> Predictor:
+    """Load a predictor folder, ready to score.
+
+    Raises:
+        UserError: It is not a predictor folder, its architecture is not registered, or its weights are damaged or
+            not those of its configuration.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        geometry, vocab_size = Geometry.from_json(config["geometry"]), int(config["vocab_size"])
+        arguments, sha256 = dict(config["arguments"]), config["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_FILE}: a field is missing or wrong ({error})") from error
+    predictor = create(config["architecture"], geometry, vocab_size, **arguments)
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        raise UserError(f"{path}: not found")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{path}: is damaged (its sha256 is not the one in {CONFIG_FILE})")
+    try:
+        load_weights(predictor, load_file(path), str(path))
+    except SafetensorError as error:
+        raise UserError(f"{path}: is not a safetensors file ({error})") from error
+    return predictor.eval()
+
+
+def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Put weights into a predictor, each key and shape as it must be.
+
+    Raises:
+        UserError: A key is missing or unknown, or a shape differs.
+    """
+    try:
+        predictor.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: weights do not fit the {predictor.architecture} they claim ({reason})") from error
+
+
+def check_fits(predictor: Predictor, manifest: Manifest, traces: str) -> None:
+    """Refuse traces of another model shape or another vocabulary.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    if predictor.geometry.shape() != manifest.geometry.shape():
+        raise UserError(
+            f"{traces}: has {manifest.geometry.describe_shape()}, "
+            f"but the predictor was fitted for {predictor.geometry.describe_shape()}"
+        )
+    if predictor.vocab_size != manifest.tokenizer.vocab_size:
+        raise UserError(
+            f"{traces}: its tokenizer {manifest.tokenizer.name!r} has {manifest.tokenizer.vocab_size} ids, "
+            f"but the predictor knows {predictor.vocab_size}"
+        )
+
+
+def _card(predictor: Predictor, training: dict[str, Any]) -> str:
+    parameters = sum(p.numel() for p in predictor.parameters())
+    return f"""---
+library_name: moe-beyond
+tags: [moe, expert-prediction, {predictor.architecture}]
+---
+
+# {predictor.architecture} for {predictor.geometry.model}
+
+Predicts the experts of {predictor.geometry.model} ({predictor.geometry.describe_shape()}).
+
+- Knows: {predictor.information.describe()}.
+- Fitted on: {training.get("source", "unknown")}, split {training.get("split", "unknown")!r}, fingerprint
+  `{training.get("fingerprint", "unknown")}`.
+- Parameters: {parameters / 1e6:.1f} M.
+
+Expert ids hold for this checkpoint of the model alone.
+"""

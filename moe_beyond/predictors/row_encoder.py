@@ -1,0 +1,189 @@
+"""row_encoder: the architecture of MoE-Beyond (arXiv 2508.17137), fed with nothing but token ids.
+
+Its rows are (token, layer) pairs: token embedding and learned layer embedding side by side, projected to the encoder's
+width. The published one reads the router's own input instead of a token embedding, and later tokens besides; here the
+token's id stands in, and attention is causal by token unless asked otherwise.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.tokens import TokenEmbedding
+from moe_beyond.predictors.whole_token import WholeTokenStepper
+
+# Tokens whose rows attend at once: bounds the memory of long sequences.
+TOKENS_AT_ONCE = 16
+
+
+class RowEncoder(GradientPredictor):
+    """A transformer encoder over (token, layer) rows.
+
+    Args:
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        token_width: Features of a token's embedding (published: 2048, the model's hidden size).
+        layer_width: Features of a layer's embedding.
+        width: Features of a row in the encoder.
+        depth: Encoder layers.
+        heads: Attention heads.
+        feedforward: Features inside an encoder layer.
+        context_tokens: A row sees rows of this many tokens: its own and those before it.
+        bidirectional: Whether it also sees as many tokens after it, as the published one does.
+        known_tokens: Tokens with an own vector.
+        min_count: Training occurrences that an own vector needs.
+        ngram_buckets: Vectors shared by all character n-grams.
+        dropout: Probability of dropping a feature in training.
+    """
+
+    architecture: ClassVar[str] = "row_encoder"
+    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        vocab_size: int,
+        token_width: int = 512,
+        layer_width: int = 512,
+        width: int = 512,
+        depth: int = 4,
+        heads: int = 8,
+        feedforward: int = 2048,
+        context_tokens: int = 512,
+        bidirectional: bool = False,
+        known_tokens: int = 16384,
+        min_count: int = 2,
+        ngram_buckets: int = 8192,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(geometry, vocab_size)
+        self.token_width, self.layer_width, self.width, self.depth = token_width, layer_width, width, depth
+        self.heads, self.feedforward, self.context_tokens = heads, feedforward, context_tokens
+        self.bidirectional, self.known_tokens, self.min_count = bidirectional, known_tokens, min_count
+        self.ngram_buckets, self.dropout = ngram_buckets, dropout
+        self.tokens = TokenEmbedding(vocab_size, token_width, known_tokens, min_count, ngram_buckets)
+        self.layers = nn.Embedding(geometry.num_layers, layer_width)
+        self.project = nn.Linear(token_width + layer_width, width)
+        self.blocks = nn.ModuleList(_RowBlock(width, heads, feedforward, context_tokens, dropout) for _ in range(depth))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, geometry.num_experts))
+
+    @property
+    def information(self) -> Information:
+        """Token ids: the present one and those before it, and later ones if bidirectional."""
+        return Information(("token",), causal=not self.bidirectional)
+
+    def prepare(self, text: TrainingText) -> None:
+        """Take in the training split's vocabulary."""
+        self.tokens.prepare(text)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Binary cross-entropy over all labels, as published."""
+        targets = batch.targets(self.geometry.num_experts)[batch.mask].float()
+        return functional.binary_cross_entropy_with_logits(logits[batch.mask][:, 0], targets)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits ``(B, T, 1, L, E)``."""
+        x = self._rows(batch.token_ids)
+        for block in self.blocks:
+            x = block(x, batch.mask, self.bidirectional)
+        logits: Tensor = self.head(x)[:, :, None]
+        return logits
+
+    def _rows(self, token_ids: Tensor) -> Tensor:
+        """Embed ``(B, T)`` tokens as rows ``(B, T, L, width)``."""
+        tokens = self.tokens(token_ids)[:, :, None].expand(-1, -1, self.geometry.num_layers, -1)
+        layers = self.layers.weight.expand(*tokens.shape[:2], -1, -1)
+        rows: Tensor = self.project(torch.cat([tokens, layers], -1))
+        return rows
+
+    def stepper(self) -> Stepper:
+        """Return a stepper; its state is the keys and values of ``context_tokens`` tokens' rows.
+
+        Raises:
+            UserError: The predictor is bidirectional.
+        """
+        if self.bidirectional:
+            raise UserError("a bidirectional row_encoder sees later tokens; it cannot be stepped while decoding")
+        return _RowEncoderStepper(self)
+
+
+class _RowBlock(nn.Module):
+    """A post-norm encoder layer, as torch's default, whose rows attend by token index."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, context: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.context = heads, context
+        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.after_attention, self.after_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(feedforward, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, real: Tensor, bidirectional: bool) -> Tensor:
+        """Map rows ``(B, T, L, width)`` to the same shape; ``real`` is ``(B, T)`` bool."""
+        length, layers = x.shape[1:3]
+        queries, keys, values = self._project(x)
+        mixed = []
+        for start in range(0, length, TOKENS_AT_ONCE):
+            stop = min(start + TOKENS_AT_ONCE, length)
+            first = max(0, start - self.context + 1)
+            last = min(length, stop + self.context - 1) if bidirectional else stop
+            position = torch.arange(first, last, device=x.device)
+            distance = torch.arange(start, stop, device=x.device)[:, None] - position
+            seen = (distance.abs() < self.context) & (bidirectional | (distance >= 0))
+            # A padded token sees itself, so that no row of the softmax is empty.
+            mask = seen & (real[:, None, first:last] | (distance == 0))
+            mask = mask.repeat_interleave(layers, 1).repeat_interleave(layers, 2)[:, None]
+            part = functional.scaled_dot_product_attention(
+                queries[:, :, start * layers : stop * layers],
+                keys[:, :, first * layers : last * layers],
+                values[:, :, first * layers : last * layers],
+                attn_mask=mask,
+            )
+            mixed.append(part)
+        return self._finish(x, torch.cat(mixed, 2))
+
+    def step(self, x: Tensor, cache: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Take in one token's rows ``(1, 1, L, width)``; the cache holds keys and values of earlier rows."""
+        queries, keys, values = self._project(x)
+        if cache is not None:
+            keys, values = torch.cat([cache[0], keys], 2), torch.cat([cache[1], values], 2)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values)
+        start = max(0, keys.shape[2] - (self.context - 1) * x.shape[2])
+        return self._finish(x, mixed), (keys[:, :, start:], values[:, :, start:])
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.query_key_value(x.flatten(1, 2)).unflatten(-1, (3, self.heads, -1))
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)
+        return queries, keys, values
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        attended = self.out(mixed.transpose(1, 2).flatten(2)).view_as(x)
+        x = self.after_attention(x + self.dropout(attended))
+        out: Tensor = self.after_mlp(x + self.dropout(self.mlp(x)))
+        return out
+
+
+class _RowEncoderStepper(WholeTokenStepper):
+    def reset(self) -> None:
+        super().reset()
+        assert isinstance(self._predictor, RowEncoder)
+        self._caches: list[tuple[Tensor, Tensor] | None] = [None] * self._predictor.depth
+
+    def _logits(self, token_id: int) -> Tensor:
+        model = self._predictor
+        assert isinstance(model, RowEncoder)
+        x = model._rows(torch.tensor([[token_id]]))  # noqa: SLF001
+        for index, block in enumerate(model.blocks):
+            assert isinstance(block, _RowBlock)
+            x, self._caches[index] = block.step(x, self._caches[index])
+        logits: Tensor = model.head(x)[0, 0]
+        return logits

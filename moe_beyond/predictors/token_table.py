@@ -1,0 +1,104 @@
+"""token_table: how often each expert went with each token id, backed off to how often it was chosen at all."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.whole_token import WholeTokenStepper
+
+
+class TokenTable(CountingPredictor):
+    """Counts per token id and layer.
+
+    P(e | token, l) = (count of the token with e + backoff * popularity of e) / (count of the token + backoff), where
+    the popularity is the share of all tokens that chose e in layer l, with one imaginary token that chose evenly.
+    Only tokens of the training split have counts.
+
+    Args:
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        backoff: Occurrences that the popularity counts for.
+    """
+
+    architecture: ClassVar[str] = "token_table"
+    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+
+    token_ids: Tensor
+    occurrences: Tensor
+    table: Tensor
+
+    def __init__(self, geometry: Geometry, vocab_size: int, backoff: float = 2.0) -> None:
+        super().__init__(geometry, vocab_size)
+        self.backoff = backoff
+        self._resize(0)
+
+    def _resize(self, seen: int) -> None:
+        layers, experts, _ = self.geometry.shape()
+        self.register_buffer("token_ids", torch.zeros(seen, dtype=torch.int64))
+        self.register_buffer("occurrences", torch.zeros(seen, dtype=torch.int64))
+        self.register_buffer("table", torch.zeros(seen, layers, experts, dtype=torch.int32))
+
+    @property
+    def information(self) -> Information:
+        """The token's id alone."""
+        return Information(("token",))
+
+    def prepare(self, text: TrainingText) -> None:
+        """Make a row for every token id of the training split, ascending."""
+        seen = torch.from_numpy(text.token_counts).nonzero()[:, 0]
+        self._resize(len(seen))
+        self.token_ids.copy_(seen)
+
+    def observe(self, batch: Batch) -> None:
+        """Count a batch."""
+        real = batch.mask
+        rows, known = self._rows(batch.token_ids[real])
+        if not known.all():
+            raise ValueError("a token is not of the training split that `prepare` saw")
+        self.occurrences.index_add_(0, rows, torch.ones_like(rows))
+        chosen = batch.targets(self.geometry.num_experts)[real]
+        self.table.index_add_(0, rows, chosen.to(self.table.dtype))
+
+    def counts(self) -> list[Tensor]:
+        """Return occurrences ``(N,)`` and the table ``(N, L, E)``."""
+        return [self.occurrences, self.table]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits ``(B, T, 1, L, E)``."""
+        return self._logits(batch.token_ids)[:, :, None]
+
+    def _logits(self, token_ids: Tensor) -> Tensor:
+        _, experts, top_k = self.geometry.shape()
+        popularity = (self.table.sum(0) + top_k / experts) / (self.occurrences.sum() + 1)
+        if len(self.token_ids) == 0:
+            return torch.logit(popularity).expand(*token_ids.shape, -1, -1)
+        rows, known = self._rows(token_ids)
+        counted = self.table[rows] * known[..., None, None]
+        seen = (self.occurrences[rows] * known)[..., None, None]
+        return torch.logit((counted + self.backoff * popularity) / (seen + self.backoff), eps=1e-6)
+
+    def _rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each token's row, and whether it has one."""
+        rows = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
+        return rows, self.token_ids[rows] == token_ids
+
+    def stepper(self) -> Stepper:
+        """Return a stepper; it keeps nothing."""
+        return _TokenTableStepper(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The number of rows is that of the tokens seen, which only the weights know.
+        if (key := f"{prefix}token_ids") in state_dict:
+            self._resize(len(state_dict[key]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _TokenTableStepper(WholeTokenStepper):
+    def _logits(self, token_id: int) -> Tensor:
+        assert isinstance(self._predictor, TokenTable)
+        return self._predictor._logits(torch.tensor([token_id]))[0]  # noqa: SLF001

@@ -1,0 +1,43 @@
+"""Stepping predictors that know a token's scores, at all layers, when the token starts."""
+
+from abc import abstractmethod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe_beyond.predictors.base import Predictor, Stepper
+
+
+class WholeTokenStepper(Stepper):
+    """A stepper of lookahead ``"token"``.
+
+    Args:
+        predictor: Whose probabilities are wanted.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self.reset()
+
+    @abstractmethod
+    def _logits(self, token_id: int) -> Tensor:
+        """Return the next token's logits ``(L, E)``."""
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
+
+    @torch.inference_mode()
+    def observe_token(self, token_id: int) -> None:
+        """Score all layers."""
+        self._scores = self._predictor.probabilities(self._logits(token_id)).numpy()
+
+    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+        """Drop the layer's scores, which are history now."""
+        self._scores[layer] = np.nan
+
+    def scores(self) -> npt.NDArray[np.float32]:
+        """Return ``(L, E)`` probabilities of the layers still to be routed."""
+        return self._scores

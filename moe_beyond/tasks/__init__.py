@@ -1,0 +1,8 @@
+"""LightningModules: one base, one thin typed class per architecture; configs name these classes."""
+
+from moe_beyond.tasks.base import PredictorTask
+from moe_beyond.tasks.cross_layer import CrossLayer
+from moe_beyond.tasks.row_encoder import RowEncoder
+from moe_beyond.tasks.token_table import TokenTable
+
+__all__ = ["CrossLayer", "PredictorTask", "RowEncoder", "TokenTable"]

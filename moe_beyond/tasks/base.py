@@ -1,0 +1,106 @@
+"""What every task does: validate, test, predict, and say in its checkpoints what it fitted."""
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.metrics import RoutingMetrics
+from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.batch import Batch
+
+CHECKPOINT_KEY = "moe_beyond"
+
+
+class PredictorTask(L.LightningModule):
+    """Fits one predictor on what a `TraceDataModule` streams.
+
+    Validation, test and prediction steps return ``(B, T, H, L, E)`` probabilities, so that callbacks can replay them
+    without a second forward.
+
+    Args:
+        predictor: What is fitted.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+        lookaheads = len(predictor.information.lookaheads)
+        shape = predictor.geometry.shape()
+        self.val_metrics = RoutingMetrics(lookaheads, *shape)
+        self.test_metrics = RoutingMetrics(lookaheads, *shape)
+        self.training: bool
+        self.trained_on: dict[str, Any] = {}
+
+    @property
+    def data(self) -> TraceDataModule:
+        """The attached data module."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TraceDataModule):
+            raise TypeError(f"{type(self).__name__} reads a TraceDataModule, not {type(data).__name__}")
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Before a fit, take in the training split's vocabulary and note what the fit is on."""
+        if stage == "fit":
+            manifest = self.data.manifest
+            self.predictor.prepare(self.data.training_text())
+            self.trained_on = {
+                "fingerprint": manifest.fingerprint,
+                "split": self.data.train_split,
+                "model_id": manifest.model_id,
+                "quantization_bits": manifest.quantization_bits,
+                "source": manifest.source,
+                "tokenizer": asdict(manifest.tokenizer),
+            }
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Count a batch, and return its probabilities."""
+        return self._count(batch, self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Count a batch, and return its probabilities."""
+        return self._count(batch, self.test_metrics)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return a batch's probabilities."""
+        return self.predictor.probabilities(self.predictor(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of each lookahead."""
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of each lookahead."""
+        self._log_metrics("test", self.test_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the weights are, in plain values, so that `package` and `evaluate` need no config."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "architecture": self.predictor.architecture,
+            "arguments": self.predictor.arguments(),
+            "geometry": self.predictor.geometry.to_json(),
+            "vocab_size": self.predictor.vocab_size,
+            "training": self.trained_on,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what an earlier run noted."""
+        self.trained_on = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
+
+    def _count(self, batch: Batch, metrics: RoutingMetrics) -> Tensor:
+        probabilities = self.predictor.probabilities(self.predictor(batch))
+        metrics.update(probabilities, batch.targets(self.predictor.geometry.num_experts), batch.mask)
+        return probabilities
+
+    def _log_metrics(self, stage: str, metrics: RoutingMetrics) -> None:
+        rows = metrics.to_rows(self.predictor.information.lookaheads)
+        metrics.reset()
+        for row in rows:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.log(f"{stage}/{name}/lookahead_{row['lookahead']}", torch.tensor(value))
+        self.log(f"{stage}/recall_at_k", torch.tensor(rows[0]["recall_at_k"]), prog_bar=True)

@@ -1,0 +1,43 @@
+"""Predictors out of Lightning's checkpoints."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.folder import load_weights
+from moe_beyond.predictors.registry import create
+from moe_beyond.tasks.base import CHECKPOINT_KEY
+
+
+def load_checkpoint(path: str | Path) -> tuple[Predictor, dict[str, Any]]:
+    """Load the predictor of a checkpoint, whichever its architecture.
+
+    Args:
+        path: A ``.ckpt`` that a fit of this package wrote; read with ``weights_only=True``.
+
+    Returns:
+        The predictor, ready to score, and what it was fitted on.
+
+    Raises:
+        UserError: The file is missing, is no checkpoint, or is not of this package.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: checkpoint not found") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, IsADirectoryError) as error:
+        raise UserError(f"{path}: is not a checkpoint that can be read safely") from error
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise UserError(f"{path}: is not a checkpoint of this package")
+    told = checkpoint[CHECKPOINT_KEY]
+    geometry = Geometry.from_json(told["geometry"])
+    predictor = create(told["architecture"], geometry, told["vocab_size"], **told["arguments"])
+    prefix = "predictor."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    load_weights(predictor, weights, str(path))
+    return predictor.eval(), told["training"]
