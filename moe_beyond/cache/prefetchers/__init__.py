@@ -1,0 +1,1 @@
+"""Prefetchers: which experts of a layer to ask for, given its scores; one file each."""
