@@ -47,8 +47,13 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        for file in temporary.rglob("*"):  # libraries write some files for their owner alone
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         if path.is_dir():
-            shutil.rmtree(path)
+            if overwrite:
+                shutil.rmtree(path)
+            else:
+                path.rmdir()  # empty, or somebody filled it meanwhile, and it stays
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from moe_beyond.errors import UserError, unknown
@@ -67,16 +68,22 @@ class Geometry:
         return {**asdict(self), "moe_layers": list(self.moe_layers)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Geometry":
+    def from_json(cls, content: Mapping[str, Any], *, source: str = "geometry") -> "Geometry":
         """Build a geometry from what `to_json` returned.
 
+        Args:
+            content: The dictionary.
+            source: Where it came from, for error messages.
+
         Raises:
-            UserError: A field is missing or unknown.
+            UserError: A field is missing, unknown, or no geometry's.
         """
         try:
             return cls(**{**content, "moe_layers": tuple(content["moe_layers"])})
         except (KeyError, TypeError) as error:
-            raise UserError(f"geometry: fields are missing or unknown ({error})") from error
+            raise UserError(f"{source}: fields of the geometry are missing or unknown ({error})") from error
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,6 @@ def _preset(
     other: int,
     *,
     first: int = 0,
-    bias: int = 0,
     bits: float = 16.0,
     tokenizer: str | None = None,
 ) -> Preset:
@@ -114,7 +120,7 @@ def _preset(
         moe_layers=tuple(range(first, first + layers)),
         num_experts=experts,
         top_k=top_k,
-        params_per_expert=3 * width * expert_width + bias,
+        params_per_expert=3 * width * expert_width,
         other_params_per_layer=other + width * experts,
     )
     return Preset(geometry, bits, tokenizer)
@@ -148,10 +154,10 @@ PRESETS: dict[str, Preset] = {
     "mixtral-8x7b": _preset("Mixtral-8x7B", 32, 8, 2, 4096, 14336, _attention(4096, 32, 8, 128)),
     "olmoe-1b-7b": _preset("OLMoE-1B-7B", 16, 64, 8, 2048, 1024, _attention(2048, 16, 16, 128)),
     "gpt-oss-20b": _preset(
-        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64), bias=8640, bits=4.25
+        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64), bits=4.25
     ),
     "gpt-oss-120b": _preset(
-        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64), bias=8640, bits=4.25
+        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64), bits=4.25
     ),
     "phi-3.5-moe": _preset("Phi-3.5-MoE", 32, 16, 2, 4096, 6400, _attention(4096, 32, 8, 128)),
     "phi-mini-moe": _preset("Phi-mini-MoE", 32, 16, 2, 4096, 960, _attention(4096, 32, 8, 128)),
@@ -179,8 +185,10 @@ def load_preset(name: str) -> Preset:
     if not name.endswith(".json"):
         raise unknown("model preset", name, PRESETS)
     content = read_json(name)
-    if "moe_layers" in content:
-        return Preset(Geometry.from_json(content))
+    if not isinstance(content, Mapping):
+        raise UserError(f"{name}: is neither a geometry nor a model's config.json")
+    if "params_per_expert" in content:
+        return Preset(Geometry.from_json(content, source=name))
     return Preset(geometry_from_config(content, source=name))
 
 
@@ -224,9 +232,10 @@ def geometry_from_config(config: Mapping[str, Any], *, source: str = "config.jso
     depth = _first(config, "num_hidden_layers", "n_layers")
     if None in (width, expert_width, depth):
         raise UserError(f"{source}: hidden size, expert width or number of layers is missing")
-    heads = _first(config, "num_attention_heads", "n_heads") or 1
-    head = _first(config, "head_dim") or width // heads
-    kv_heads = _first(config, "num_key_value_heads") or heads
+    numbers = {"experts": experts, "top-k": top_k, "hidden size": width, "expert width": expert_width, "layers": depth}
+    for what, number in numbers.items():
+        if not isinstance(number, int):
+            raise UserError(f"{source}: the number for {what} is {number!r}, not a whole number")
     shared = _first(config, "shared_expert_intermediate_size", "shared_intermediate_size") or expert_width * (
         _first(config, "n_shared_experts", "moe_num_shared_experts", "num_shared_experts") or 0
     )
@@ -236,14 +245,33 @@ def geometry_from_config(config: Mapping[str, Any], *, source: str = "config.jso
         num_experts=experts,
         top_k=top_k,
         params_per_expert=3 * width * expert_width,
-        other_params_per_layer=_attention(width, heads, kv_heads, head) + 3 * width * shared + width * experts,
+        other_params_per_layer=_attention_of(config, width) + 3 * width * shared + width * experts,
     )
+
+
+def _attention_of(config: Mapping[str, Any], width: int) -> int:
+    """Parameters of a layer's attention: grouped-query, or with DeepSeek's low-rank maps (arXiv 2405.04434, 2.1)."""
+    heads = _first(config, "num_attention_heads", "n_heads") or 1
+    rank = _first(config, "kv_lora_rank")
+    if rank is None:
+        head = _first(config, "head_dim") or width // heads
+        return _attention(width, heads, _first(config, "num_key_value_heads") or heads, head)
+    plain, rotary, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    query_rank = _first(config, "q_lora_rank")
+    query = heads * (plain + rotary)
+    queries = width * query if query_rank is None else query_rank * (width + query)
+    keys_and_values = width * (rank + rotary) + rank * heads * (plain + value)
+    return int(queries + keys_and_values + heads * value * width)
 
 
 def _moe_layers(config: Mapping[str, Any], depth: int) -> tuple[int, ...]:
     """Tell which layers hold experts, from whichever of the known fields the configuration uses."""
     if (types := _first(config, "mlp_layer_types")) is not None:
         return tuple(i for i, kind in enumerate(types) if kind == "sparse")
+    if (layers := _first(config, "moe_layers")) is not None:
+        return tuple(layers)
+    if (every := _first(config, "interleave_moe_layer_step")) is not None:  # Llama 4 counts layers from one
+        return tuple(range(every - 1, depth, every))
     first = _first(config, "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") or 0
     step = _first(config, "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval", "expert_layer_period") or 1
     dense = set(_first(config, "mlp_only_layers") or ())
@@ -286,9 +314,9 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
             raise UserError(f"budget {budget!r}: a number of slots is whole; write {number}% for a share")
         slots = int(number)
     elif unit == "%":
-        slots = math.floor(float(number) * geometry.total_experts / 100 + 1e-9)
+        slots = math.floor(Fraction(number) * geometry.total_experts / 100)
     else:
-        slots = math.floor(float(number) * _BYTES[unit] / expert_bytes(geometry, bits))
+        slots = math.floor(Fraction(number) * _BYTES[unit] * 8 / (geometry.params_per_expert * Fraction(bits)))
     if slots < 1:
         raise UserError(f"budget {budget!r} holds no expert of {geometry.model}")
     if slots > geometry.total_experts:

@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
 from helpers import tiny_traces
 
 from moe_beyond.traces.reader import TraceSet
@@ -16,3 +17,23 @@ from moe_beyond.traces.reader import TraceSet
 def trace_set(tmp_path: Path) -> TraceSet:
     """A small trace set with a train and a validation split."""
     return tiny_traces(tmp_path / "traces")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tiny cross_layer, fitted for three epochs with a checkpoint each and one between validations."""
+    folder = tmp_path_factory.mktemp("run")
+    traces = folder / "traces"
+    tiny_traces(traces, sequences=24)
+    configs = ("-c", str(CONFIGS / "trainer/default.yaml"), "-c", str(CONFIGS / "model/cross_layer.yaml"))
+    more = folder / "every_step.yaml"
+    more.write_text(
+        "trainer:\n  callbacks:\n"
+        "    - class_path: CacheReplay\n      init_args: {budget: '50%'}\n"
+        "    - class_path: ModelCheckpoint\n      init_args: {monitor: val/hit_rate, mode: max, save_last: true}\n"
+        "    - class_path: ModelCheckpoint\n"
+        "      init_args: {every_n_train_steps: 2, save_top_k: -1, filename: 'between-{step}'}\n"
+        "    - class_path: ExportBest\n    - class_path: WriteScores\n"
+    )
+    words = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=3", *TINY_CROSS_LAYER)
+    return Run(fit(folder, traces, *configs, "-c", str(more), *words), traces)

@@ -1,9 +1,13 @@
 """Small trace sets for tests."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import tokenizers
+from tokenizers.models import WordLevel
 
+from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
@@ -42,3 +46,37 @@ def tiny_traces(
             trace = tiny_trace(f"s{i}", int(rng.integers(1, longest + 1)), rng, geometry, vocab)
             writer.write(trace, "validation" if i % 4 == 3 else "train")
     return TraceSet(str(folder))
+
+
+def word_tokenizer(path: Path, words: Sequence[str]) -> Path:
+    """Write a ``tokenizer.json`` whose token strings are ``words``, numbered from 0."""
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizers.Tokenizer(WordLevel(ids, unk_token=words[0])).save(str(path))
+    return path
+
+
+def prompt_csv(path: Path, rows: Iterable[Sequence[object]], header: Sequence[str] | None = None) -> Path:
+    """Write one prompt as the MoE-Beyond release does: (layer id, token, expert ids) rows under its header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [header or ["Layer ID", "Token", "Activated Expert IDs"], *rows]
+    text = "".join(",".join(map(_csv_cell, line)) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def _csv_cell(value: object) -> str:
+    """Quote only where needed; Python's csv module forgets a lone carriage return before 3.13."""
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
+
+
+def error_line(capsys, arguments: Sequence[object]) -> str:
+    """Run a command line that must fail as a user's mistake does, and return the one line it says."""
+    code = main([str(word) for word in arguments])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("moe-beyond: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    return err.removeprefix("moe-beyond: error: ").rstrip("\n")

@@ -6,9 +6,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.predictors.folder import save_predictor
 from moe_beyond.tasks.base import PredictorTask
-from moe_beyond.tasks.checkpoint import load_checkpoint
 
 
 class ExportBest(L.Callback):
@@ -50,5 +50,5 @@ def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -
     Raises:
         UserError: The checkpoint cannot be read, or the folder is something else.
     """
-    predictor, training = load_checkpoint(checkpoint)
-    save_predictor(predictor, folder, training, dtype=torch.float16 if half else torch.float32)
+    found = load_checkpoint(checkpoint)
+    save_predictor(found.predictor, folder, found.training, dtype=torch.float16 if half else torch.float32)

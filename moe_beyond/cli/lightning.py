@@ -1,5 +1,6 @@
 """``moe-beyond fit``, ``validate``, ``test`` and ``predict``: Lightning's own command line."""
 
+import logging
 import os
 import warnings
 
@@ -14,6 +15,7 @@ from moe_beyond.callbacks.config import KeepConfig
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
 
 # Harmless on the machines this runs on, and not for the user to act on.
@@ -21,7 +23,13 @@ QUIET = (
     ".*does not have many workers.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*args parameter is intended to run from within Python.*",
+    ".*Couldn't infer the batch indices.*",  # scores carry the names of their sequences
+    ".*returned `None`, this fit will run with no optimizer.*",  # counting
+    ".*Total length of `list` across ranks is zero.*",  # a fit without validation
+    ".*smaller than the logging interval.*",
 )
+SELF_PRAISE = "litlogger"
+ELSEWHERE = ("best", "last", "hpc", "registry")  # words that Lightning finds a checkpoint by
 
 
 class PredictorCLI(LightningCLI):
@@ -35,23 +43,46 @@ class PredictorCLI(LightningCLI):
         )
         parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
 
+    def _parse_ckpt_path(self) -> None:
+        """Keep to the configuration: Lightning would let a checkpoint's own arguments override it, unsaid."""
+
+    def before_fit(self) -> None:
+        """Look at the checkpoint to resume, if there is one."""
+        self._check_checkpoint(needed=False)
+
     def before_validate(self) -> None:
         """Refuse to score random weights."""
-        self._require_checkpoint()
+        self._check_checkpoint()
 
     def before_test(self) -> None:
         """Refuse to score random weights."""
-        self._require_checkpoint()
+        self._check_checkpoint()
 
     def before_predict(self) -> None:
         """Refuse to score random weights; scores are written, not returned."""
-        self._require_checkpoint()
+        self._check_checkpoint()
         self.config_init["predict"]["return_predictions"] = False
 
-    def _require_checkpoint(self) -> None:
+    def _check_checkpoint(self, *, needed: bool = True) -> None:
         verb = self.subcommand or ""
-        if self.config_init[verb].get("ckpt_path") is None:
-            raise UserError(f"{verb} needs trained weights; give --ckpt_path FILE")
+        path = self.config_init[verb].get("ckpt_path")
+        if path is None:
+            if needed:
+                raise UserError(f"{verb} needs trained weights; give --ckpt_path FILE")
+            return
+        if path in ELSEWHERE:
+            return
+        found, asked = load_checkpoint(path).predictor, self.model.predictor
+        if (found.architecture, found.arguments()) != (asked.architecture, asked.arguments()):
+            raise UserError(
+                f"{path}: holds a {found.architecture} with {found.arguments()}, but the configuration asks for "
+                f"a {asked.architecture} with {asked.arguments()}; give the config.yaml of its run"
+            )
+        if found.geometry.shape() != asked.geometry.shape() or found.vocab_size != asked.vocab_size:
+            raise UserError(
+                f"{path}: was fitted for {found.geometry.describe_shape()} and {found.vocab_size} token ids, but the "
+                f"traces have {asked.geometry.describe_shape()} and {asked.vocab_size}"
+            )
 
 
 def run(words: list[str]) -> None:
@@ -62,14 +93,24 @@ def run(words: list[str]) -> None:
     """
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
-    PredictorCLI(
-        PredictorTask,
-        TraceDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=KeepConfig,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        args=words,
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: SELF_PRAISE not in record.getMessage()
     )
+    try:
+        PredictorCLI(
+            PredictorTask,
+            TraceDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=KeepConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=words,
+        )
+    except ValueError as error:  # jsonargparse wraps what a constructor raises
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        raise (cause or error) from None

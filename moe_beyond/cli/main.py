@@ -74,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a path that cannot be read or written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"moe-beyond: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("moe-beyond: interrupted", file=sys.stderr)
         return 130

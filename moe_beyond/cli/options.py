@@ -9,6 +9,9 @@ from rich.console import Console
 
 from moe_beyond.files import write_json
 
+PIPE_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe; on a terminal it fits the terminal."""
+
 
 def parser(verb: str, description: str, example: str) -> ArgumentParser:
     """Start the parser of a verb.
@@ -36,7 +39,8 @@ def add_traces(options: ArgumentParser) -> None:
 
 def console_for(json_file: str | None) -> Console:
     """Return where tables and progress go: standard output, or standard error where JSON takes that."""
-    return Console(stderr=json_file == "-")
+    console = Console(stderr=json_file == "-")
+    return console if console.is_terminal else Console(stderr=json_file == "-", width=PIPE_WIDTH)
 
 
 def write_result(content: Any, json_file: str | None) -> None:

@@ -35,17 +35,26 @@ class PlannedBatches(DistributedSampler[Batch]):
         super().__init__(range(1), num_replicas=ranks, rank=rank, shuffle=settings.shuffle, seed=settings.seed)  # type: ignore[arg-type]
         self._lengths, self._settings = lengths, settings
         self._planned: tuple[int, list[tuple[Piece, ...]]] | None = None
+        self._done = 0
 
     def _plan(self) -> list[tuple[Piece, ...]]:
         if self._planned is None or self._planned[0] != self.epoch:
             self._planned = self.epoch, plan_batches(self._lengths, self._settings, self.epoch)
         return self._planned[1]
 
+    def resume(self, epoch: int, done: int) -> None:
+        """Let the next pass start after ``done`` batches of an epoch; after all of them, with the epoch after it."""
+        self.set_epoch(epoch)
+        if done >= len(self):
+            self.set_epoch(epoch + 1)
+            done = 0
+        self._done = done
+
     def __iter__(self) -> Iterator[tuple[Piece, ...]]:  # type: ignore[override]
         """Yield this rank's batches."""
-        plan = self._plan()
-        count = len(self)
-        return iter(plan[self.rank : count * self.num_replicas : self.num_replicas])
+        plan, done = self._plan(), self._done
+        self._done = 0
+        return iter(plan[self.rank : len(self) * self.num_replicas : self.num_replicas][done:])
 
     def __len__(self) -> int:
         """Batches of this rank; a shuffled plan drops what the ranks cannot share evenly."""

@@ -1,11 +1,9 @@
 """The data module of trace sets."""
 
 from collections.abc import Iterator
-from functools import cached_property
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import DataLoader
 
 from moe_beyond.datamodules.plan import PlanSettings, plan_batches
@@ -56,6 +54,7 @@ class TraceDataModule(L.LightningDataModule):
         self.train_split, self.val_split = train_split, val_split
         self.token_budget, self.max_tokens, self.window = token_budget, max_tokens, window
         self.seed, self.num_workers = seed, num_workers
+        self._resume_at: tuple[int, int] | None = None
         self.traces = TraceSet(traces)
         self.val_traces = self.traces if val_traces is None else self._agreeing(val_traces)
         self.test_traces = None if test_traces is None else self._agreeing(test_traces)
@@ -91,26 +90,28 @@ class TraceDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled pieces of the training split."""
-        return self._loader(self.traces, self.train_split, shuffle=True, lengths=self._training_lengths)
+        settings = PlanSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=True)
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = PlannedBatches(self.traces.lengths(self.train_split), settings, ranks=ranks, rank=rank)
+        if self._resume_at is not None:
+            sampler.resume(*self._resume_at)
+            self._resume_at = None
+        return self._loader(ShardedTraces(self.traces, self.traces.shards(self.train_split), self.window), sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation split, whole sequences."""
-        return [] if self.val_split is None else self._loader(self.val_traces, self.val_split)
+        return [] if self.val_split is None else self._evaluation_loader(self.val_traces, self.val_split)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """All of ``test_traces``, or else the validation split, whole sequences."""
         if self.test_traces is not None:
-            return self._loader(self.test_traces, None)
+            return self._evaluation_loader(self.test_traces, None)
         self._check_validation()
-        return self._loader(self.val_traces, self.val_split)
+        return self._evaluation_loader(self.val_traces, self.val_split)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """What `test_dataloader` gives."""
         return self.test_dataloader()
-
-    @cached_property
-    def _training_lengths(self) -> list[npt.NDArray[np.int64]]:
-        return self.traces.lengths(self.train_split)
 
     def _check_validation(self) -> None:
         if self.val_split is None or self.val_split not in self.val_traces.manifest.splits:
@@ -130,31 +131,31 @@ class TraceDataModule(L.LightningDataModule):
             raise UserError(f"{folder}: its tokenizer is not that of {self.traces.folder}")
         return other
 
-    def _loader(
-        self,
-        traces: TraceSet,
-        split: str | None,
-        *,
-        shuffle: bool = False,
-        lengths: list[npt.NDArray[np.int64]] | None = None,
-    ) -> DataLoader[Batch]:
-        window = self.window if shuffle else 1
-        settings = PlanSettings(self.token_budget, self.max_tokens if shuffle else None, window, self.seed, shuffle)
-        trainer = self.trainer
-        sampler = PlannedBatches(
-            lengths if lengths is not None else traces.lengths(split),
-            settings,
-            ranks=trainer.world_size if trainer and shuffle else 1,
-            rank=trainer.global_rank if trainer and shuffle else 0,
-        )
+    def _evaluation_loader(self, traces: TraceSet, split: str | None) -> DataLoader[Batch]:
+        """Load a split as whole sequences, in order; every rank all of them."""
+        settings = PlanSettings(self.token_budget, None, window=1, seed=0, shuffle=False)
+        sampler = PlannedBatches(traces.lengths(split), settings)
+        return self._loader(ShardedTraces(traces, traces.shards(split), settings.window), sampler)
+
+    def _loader(self, reader: ShardedTraces, sampler: PlannedBatches) -> DataLoader[Batch]:
         return DataLoader(
-            ShardedTraces(traces, traces.shards(split), window),
+            reader,
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
             # Arrow's threads do not survive a fork.
             multiprocessing_context="forkserver" if self.num_workers else None,
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """Say, for a checkpoint, how far training has read."""
+        assert self.trainer is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return {"epoch": self.trainer.current_epoch, "batches": done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let training go on reading from there; by itself Lightning would begin with an epoch's first batches."""
+        self._resume_at = state["epoch"], state["batches"]
 
 
 def whole_sequences(traces: TraceSet, split: str | None = None, *, token_budget: int = 2048) -> Iterator[Batch]:

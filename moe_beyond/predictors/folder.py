@@ -121,8 +121,14 @@ def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source:
         raise UserError(f"{source}: weights do not fit the {predictor.architecture} they claim ({reason})") from error
 
 
-def check_fits(predictor: Predictor, manifest: Manifest, traces: str) -> None:
-    """Refuse traces of another model shape or another vocabulary.
+def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_sha256: str | None = None) -> None:
+    """Refuse traces of another model shape or another tokenizer.
+
+    Args:
+        predictor: What is to score them.
+        manifest: Of the traces.
+        traces: Where they are, for error messages.
+        tokenizer_sha256: Hash of the tokenizer that the predictor was fitted with, if known.
 
     Raises:
         UserError: They do not fit.
@@ -136,6 +142,11 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str) -> None:
         raise UserError(
             f"{traces}: its tokenizer {manifest.tokenizer.name!r} has {manifest.tokenizer.vocab_size} ids, "
             f"but the predictor knows {predictor.vocab_size}"
+        )
+    found = manifest.tokenizer.sha256
+    if tokenizer_sha256 is not None and found is not None and found != tokenizer_sha256:
+        raise UserError(
+            f"{traces}: its tokenizer {manifest.tokenizer.name!r} is not the one the predictor was fitted with"
         )
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 MOST_POPULAR = 3
@@ -26,7 +27,7 @@ def inspection_tables(summary: dict[str, Any]) -> list[Table]:
         "fingerprint": summary["fingerprint"][:16],
     }
     for name, value in rows.items():
-        whole.add_row(name, value)
+        whole.add_row(name, escape(value))
     by_layer = Table(title="by layer")
     for name in ("layer", "most popular (share)", "busiest", "unused", "entropy", "reuse"):
         by_layer.add_column(name, justify="left" if name.startswith("most") else "right")

@@ -11,8 +11,7 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
-
-CHECKPOINT_KEY = "moe_beyond"
+from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
 
 
 class PredictorTask(L.LightningModule):

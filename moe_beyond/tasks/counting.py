@@ -17,8 +17,13 @@ class CountingTask(PredictorTask):
 
     def __init__(self, predictor: CountingPredictor) -> None:
         super().__init__(predictor)
-        self.counting = predictor
         self.automatic_optimization = False
+
+    @property
+    def counting(self) -> CountingPredictor:
+        """The predictor, by what it can do."""
+        assert isinstance(self.predictor, CountingPredictor)
+        return self.predictor
 
     def on_fit_start(self) -> None:
         """Refuse a second pass, which would count everything twice.
@@ -32,12 +37,15 @@ class CountingTask(PredictorTask):
             )
 
     def training_step(self, batch: Batch, _: int) -> None:
-        """Count a batch."""
-        self.counting.observe(batch)
+        """Count a batch; after the last one, add up the ranks' counts.
 
-    def on_train_epoch_end(self) -> None:
-        """Add up the ranks' counts."""
-        if self.trainer.world_size > 1:
+        A batch counts as a step: without any, Lightning would save no checkpoint.
+        """
+        self.counting.observe(batch)
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        steps.increment_ready()
+        steps.increment_completed()
+        if self.trainer.is_last_batch and self.trainer.world_size > 1:  # before validation, which needs all counts
             for counts in self.counting.counts():
                 gathered = self.all_gather(counts)
                 assert isinstance(gathered, Tensor)

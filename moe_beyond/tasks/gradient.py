@@ -24,8 +24,13 @@ class GradientTask(PredictorTask):
 
     def __init__(self, predictor: GradientPredictor, lr: float, weight_decay: float, warmup: float) -> None:
         super().__init__(predictor)
-        self.fitted = predictor
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+
+    @property
+    def fitted(self) -> GradientPredictor:
+        """The predictor, by what it can do."""
+        assert isinstance(self.predictor, GradientPredictor)
+        return self.predictor
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Return the predictor's loss.

@@ -116,16 +116,20 @@ class Manifest:
         Raises:
             UserError: It is not a manifest of this format version.
         """
+        if not isinstance(content, Mapping):
+            raise UserError(f"{source}: is not a manifest; not a trace set?")
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{source}: format version {content.get('format_version')!r}, not {FORMAT_VERSION}; not a trace set?"
             )
+        if not content.get("shards"):
+            raise UserError(f"{source}: names no shards; the trace set is empty")
         fields = {k: v for k, v in content.items() if k not in ("format_version", "splits", "fingerprint")}
         try:
             return cls(
                 **{
                     **fields,
-                    "geometry": Geometry.from_json(fields["geometry"]),
+                    "geometry": Geometry.from_json(fields["geometry"], source=source),
                     "tokenizer": Tokenizer(**fields["tokenizer"]),
                     "shards": tuple(ShardInfo(**shard) for shard in fields["shards"]),
                 }

@@ -74,11 +74,14 @@ class TraceSet:
 
     def __init__(self, folder: str) -> None:
         self.folder = str(folder)
-        self._files, self._root = fsspec.core.url_to_fs(self.folder)
         path = f"{self.folder}/{MANIFEST_FILE}"
         try:
+            self._files, self._root = fsspec.core.url_to_fs(self.folder)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{self.folder}: cannot be opened ({error})") from error
+        try:
             content = json.loads(self._read(MANIFEST_FILE))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"{path}: not found; is {self.folder} a trace set?") from error
         except ValueError as error:
             raise UserError(f"{path}: is not JSON ({error})") from error
@@ -147,6 +150,10 @@ class TraceSet:
             content = self._read(VOCABULARY_FILE)
         except FileNotFoundError:
             return None
+        if hashlib.sha256(content).hexdigest() != self.manifest.tokenizer.sha256:
+            raise UserError(
+                f"{self.folder}/{VOCABULARY_FILE}: is not the tokenizer that {MANIFEST_FILE} names (sha256)"
+            )
         tokenizer = Tokenizer.from_str(content.decode())
         strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
         return [string or "" for string in strings]
@@ -167,7 +174,7 @@ def decode(table: pa.Table, geometry: Geometry, source: str) -> Shard:
     Raises:
         UserError: A column is missing or of another type, or a row's lists do not fit the geometry.
     """
-    for field in arrow_schema(geometry):
+    for field in arrow_schema(geometry, gate_weights="gate_weights" in table.schema.names):
         if field.name not in table.schema.names:
             raise UserError(f"{source}: column {field.name!r} is missing")
         if (found := table.schema.field(field.name).type) != field.type:
@@ -180,7 +187,11 @@ def decode(table: pa.Table, geometry: Geometry, source: str) -> Shard:
         raise UserError(f"{source}: row {wrong[0]}: experts do not hold {layers} x {top_k} ids a token")
     if len(routed[1]) and not 0 <= int(routed[1].min()) <= int(routed[1].max()) < experts:
         raise UserError(f"{source}: an expert id is out of range 0..{experts - 1}")
-    gates = _list_column(table, "gate_weights")[1] if "gate_weights" in table.schema.names else None
+    gates = None
+    if "gate_weights" in table.schema.names:
+        offsets, gates = _list_column(table, "gate_weights")
+        if len(wrong := np.flatnonzero(np.diff(offsets) != np.diff(routed[0]))):
+            raise UserError(f"{source}: row {wrong[0]}: there are not as many gate weights as experts")
     return Shard(
         geometry=geometry,
         sequence_ids=table["sequence_id"].to_pylist(),

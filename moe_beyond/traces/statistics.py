@@ -54,8 +54,8 @@ def normalized_entropy(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]
     """
     shares = counts / counts.sum(1, keepdims=True)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
-    entropy: npt.NDArray[np.float64] = -(shares * logs).sum(1) / np.log(counts.shape[1])
-    return entropy
+    entropy: npt.NDArray[np.float64] = -(shares * logs).sum(1)
+    return entropy / np.log(counts.shape[1]) if counts.shape[1] > 1 else np.ones(len(counts))
 
 
 def summarize(traces: TraceSet) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def _find(name: str) -> Path:
         path /= VOCABULARY_FILE
     if path.exists():
         return path
-    if path.suffix == ".json" or name.count("/") != 1:
+    if path.suffix == ".json" or name.count("/") != 1 or not path.name or name.startswith((".", "/")):
         raise UserError(f"tokenizer {name!r}: no such file, folder or known name ({', '.join(PACKAGED)})")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, VOCABULARY_FILE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(f"tokenizer {name!r}: cannot be fetched from the Hub ({type(error).__name__})") from error

@@ -31,6 +31,8 @@ class TraceWriter:
         self._shard_tokens = shard_tokens
         self._pending: dict[str, list[Trace]] = {}
         self._shards: dict[str, list[ShardInfo]] = {}
+        self._sequences: set[str] = set()
+        self._gate_weights: bool | None = None  # whether the set has them; the first trace decides
 
     @property
     def tokens(self) -> int:
@@ -53,8 +55,17 @@ class TraceWriter:
                 f"sequence {trace.sequence_id!r}: experts have shape {trace.experts.shape}, "
                 f"expected {(length, layers, top_k)} for {geometry.describe_shape()}"
             )
-        if (worst := int(trace.experts.max())) >= experts or int(trace.experts.min()) < 0:
-            raise UserError(f"sequence {trace.sequence_id!r}: expert id {worst} is out of range 0..{experts - 1}")
+        if len(outside := trace.experts[(trace.experts < 0) | (trace.experts >= experts)]):
+            raise UserError(f"sequence {trace.sequence_id!r}: expert id {outside[0]} is out of range 0..{experts - 1}")
+        vocab = self._manifest.tokenizer.vocab_size
+        if len(outside := trace.token_ids[(trace.token_ids < 0) | (trace.token_ids >= vocab)]):
+            raise UserError(f"sequence {trace.sequence_id!r}: token id {outside[0]} is out of range 0..{vocab - 1}")
+        if not 0 <= trace.decode_start <= length:
+            raise UserError(f"sequence {trace.sequence_id!r}: decode_start {trace.decode_start} is not in 0..{length}")
+        if trace.sequence_id in self._sequences:
+            raise UserError(f"sequence {trace.sequence_id!r} was written already")
+        self._check_gate_weights(trace)
+        self._sequences.add(trace.sequence_id)
         trace = replace(
             trace,
             token_ids=np.ascontiguousarray(trace.token_ids, np.int32),
@@ -64,6 +75,19 @@ class TraceWriter:
         pending.append(trace)
         if sum(map(len, pending)) >= self._shard_tokens:
             self._flush(split)
+
+    def _check_gate_weights(self, trace: Trace) -> None:
+        given = trace.gate_weights is not None
+        if self._gate_weights is None:
+            self._gate_weights = given
+        if given != self._gate_weights:
+            with_or_without = "with" if self._gate_weights else "without"
+            raise UserError(f"sequence {trace.sequence_id!r}: the traces before it came {with_or_without} gate weights")
+        if trace.gate_weights is not None and trace.gate_weights.shape != trace.experts.shape:
+            raise UserError(
+                f"sequence {trace.sequence_id!r}: gate weights have shape {trace.gate_weights.shape}, "
+                f"the experts {trace.experts.shape}"
+            )
 
     def _flush(self, split: str) -> None:
         traces = self._pending.pop(split, [])
@@ -117,6 +141,9 @@ def writing(
     Raises:
         UserError: The folder is already there, a trace does not fit, or nothing was written.
     """
+    if vocabulary is not None:
+        sha256 = hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest()
+        manifest = replace(manifest, tokenizer=replace(manifest.tokenizer, sha256=sha256))
     with replacing_folder(folder) as temporary:
         writer = TraceWriter(temporary, manifest, shard_tokens)
         yield writer

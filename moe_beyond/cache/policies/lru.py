@@ -54,7 +54,7 @@ def hit(state: LruState, expert: int, pool: int, now: int) -> None:
 @jit
 def victim(state: LruState, pool: int, residents: Ints, shield: Ints, mark: int) -> int:
     """Return the least recent that is not shielded."""
-    expert = state.newer[len(state.newer) - 1 - pool]
+    expert: int = state.newer[len(state.newer) - 1 - pool]
     while shield[expert] >= mark:
         expert = state.newer[expert]
     return expert

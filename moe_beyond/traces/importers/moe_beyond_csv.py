@@ -64,7 +64,7 @@ def import_moe_beyond_csv(
         model_id=preset.geometry.model,
         quantization_bits=RECORDED_BITS,
         author="dataset",
-        source=f"MoE-Beyond release, {source.name}",
+        source=f"MoE-Beyond release, {source.resolve().name}",
         tool_version=moe_beyond.__version__,
     )
     with writing(out, manifest, vocabulary=vocabulary.path) as writer:
@@ -114,9 +114,10 @@ def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabu
         layer, position = differ[0]
         raise UserError(f"{path}: token {position} of layer {found[layer]} is not that of layer {found[0]}")
     experts = _expert_ids(path, table["Activated Expert IDs"], geometry)[order]
+    folder = path.parent.resolve().name  # "." has no name
     return Trace(
-        sequence_id=f"{path.parent.name}-{number}",
-        source=f"{path.parent.name}/{path.name}",
+        sequence_id=f"{folder}-{number}",
+        source=f"{folder}/{path.name}",
         token_ids=token_ids[0].copy(),
         experts=experts.reshape(geometry.num_layers, length, geometry.top_k).transpose(1, 0, 2),
         decode_start=length,
@@ -133,6 +134,8 @@ def _read_csv(path: Path) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: cannot be read as CSV ({str(error).splitlines()[0]})") from error
     for name in COLUMNS:
+        if table.schema.names.count(name) > 1:
+            raise UserError(f"{path}: column {name!r} is there twice")
         if name not in table.schema.names:
             raise UserError(f"{path}: column {name!r} is missing; found {', '.join(table.schema.names)}")
         if table[name].null_count:
@@ -158,15 +161,17 @@ def _token_ids(path: Path, column: pa.ChunkedArray, vocabulary: Vocabulary) -> n
 
 def _expert_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.NDArray[Any]:
     """Parse ``"[8, 26, 56]"`` strings into ``(rows, K)`` ids."""
-    listed = pc.split_pattern(pc.utf8_trim(column, "[] "), ",").combine_chunks()
-    lengths = pc.list_value_length(listed).to_numpy(zero_copy_only=False)
+    inside = pc.utf8_trim(column, "[] ")
+    listed = pc.split_pattern(inside, ",").combine_chunks()
+    lengths = np.where(pc.equal(inside, ""), 0, pc.list_value_length(listed).to_numpy(zero_copy_only=False))
     if len(ragged := np.flatnonzero(lengths != geometry.top_k)):
         row, top_k = ragged[0], geometry.top_k
         raise UserError(f"{path}: row {row + 2}: {lengths[row]} expert ids, but {geometry.model} routes to {top_k}")
-    try:
-        ids = pc.cast(pc.utf8_trim_whitespace(listed.flatten()), pa.int32()).to_numpy().reshape(-1, geometry.top_k)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: an expert id is not a whole number ({str(error).splitlines()[0]})") from error
+    words = pc.utf8_trim_whitespace(listed.flatten())
+    if len(wrong := np.flatnonzero(~pc.match_substring_regex(words, r"^-?[0-9]{1,9}$").to_numpy(zero_copy_only=False))):
+        row, word = wrong[0] // geometry.top_k, words[int(wrong[0])].as_py()
+        raise UserError(f"{path}: row {row + 2}: expert id {word!r} is not a whole number")
+    ids = pc.cast(words, pa.int32()).to_numpy().reshape(-1, geometry.top_k)
     if len(outside := np.argwhere((ids < 0) | (ids >= geometry.num_experts))):
         row, place = outside[0]
         raise UserError(

@@ -1,6 +1,7 @@
 """Predictors out of Lightning's checkpoints."""
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,33 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.folder import load_weights
 from moe_beyond.predictors.registry import create
-from moe_beyond.tasks.base import CHECKPOINT_KEY
+
+CHECKPOINT_KEY = "moe_beyond"
+"""Where a checkpoint says what its weights are, in plain values."""
 
 
-def load_checkpoint(path: str | Path) -> tuple[Predictor, dict[str, Any]]:
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a fit had at some moment.
+
+    Attributes:
+        predictor: Ready to score.
+        training: What it was fitted on, as `PredictorTask.trained_on`.
+        epoch: Finished or running epoch, from 0.
+        step: Optimiser steps done (batches, for counting predictors).
+    """
+
+    predictor: Predictor
+    training: dict[str, Any]
+    epoch: int
+    step: int
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Load the predictor of a checkpoint, whichever its architecture.
 
     Args:
         path: A ``.ckpt`` that a fit of this package wrote; read with ``weights_only=True``.
-
-    Returns:
-        The predictor, ready to score, and what it was fitted on.
 
     Raises:
         UserError: The file is missing, is no checkpoint, or is not of this package.
@@ -40,4 +57,4 @@ def load_checkpoint(path: str | Path) -> tuple[Predictor, dict[str, Any]]:
     prefix = "predictor."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_weights(predictor, weights, str(path))
-    return predictor.eval(), told["training"]
+    return Checkpoint(predictor.eval(), told["training"], checkpoint["epoch"], checkpoint["global_step"])

@@ -1,0 +1,137 @@
+"""What the predictor under training is worth under a memory budget, at every validation and test."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from moe_beyond.errors import UserError
+from moe_beyond.evaluation.strategies import REFERENCES
+from moe_beyond.geometry import budget_slots
+from moe_beyond.lookahead import Lookahead, parse_lookahead
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.replay import Replay, ReplaySettings
+from moe_beyond.tasks.base import PredictorTask
+
+
+class CacheReplay(L.Callback):
+    """Replays the sequences of each validation (or test) through the cache under a budget.
+
+    Logs ``val/hit_rate`` and ``val/bytes_ratio`` of the policy with prefetch, and beside them those of LRU and Belady
+    without: ``val/lru_hit_rate``, ``val/lru_bytes_ratio``, ``val/belady_hit_rate``, ``val/belady_bytes_ratio``. A
+    `ModelCheckpoint` can monitor any of them. The sanity check is skipped.
+
+    Args:
+        budget: Memory for experts: ``10%``, ``166`` (slots), ``2.9GB`` or ``2.7GiB``.
+        policy: Eviction policy.
+        prefetch: Prefetcher; ``top<K>`` by default, with the model's K.
+        lookahead: Which of the predictor's lookaheads to replay; its first by default.
+        scope: ``global`` or ``per-layer``.
+        warmup_tokens: Tokens at a sequence's start that do not count.
+        first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
+    """
+
+    def __init__(
+        self,
+        budget: str = "10%",
+        policy: str = "lru",
+        prefetch: str | None = None,
+        lookahead: str | int | None = None,
+        scope: str = "global",
+        warmup_tokens: int = 0,
+        first_layer_prefetch: bool = True,
+    ) -> None:
+        self.budget, self.policy, self.prefetch = budget, policy, prefetch
+        self.lookahead: Lookahead | None = None if lookahead is None else parse_lookahead(lookahead)
+        self.scope, self.warmup_tokens, self.first_layer_prefetch = scope, warmup_tokens, first_layer_prefetch
+        self._slice = 0
+        self._strategies: dict[str, ReplaySettings] = {}
+        self._replays: dict[str, Replay] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Settle what to replay, before anything runs.
+
+        Raises:
+            UserError: The predictor does not have the lookahead, or the budget or a name cannot be read.
+        """
+        assert isinstance(pl_module, PredictorTask)
+        predictor, manifest = pl_module.predictor, pl_module.data.manifest
+        lookaheads = predictor.information.lookaheads
+        lookahead = lookaheads[0] if self.lookahead is None else self.lookahead
+        if lookahead not in lookaheads:
+            known = ", ".join(map(str, lookaheads))
+            raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; it has {known}")
+        self._slice = lookaheads.index(lookahead)
+        common: dict[str, Any] = {
+            "slots": budget_slots(self.budget, predictor.geometry, manifest.quantization_bits),
+            "scope": self.scope,
+            "warmup_tokens": self.warmup_tokens,
+        }
+        replayed = ReplaySettings(
+            policy=self.policy,
+            prefetch=self.prefetch or f"top{predictor.geometry.top_k}",
+            lookahead=lookahead,
+            predictor=predictor.architecture,
+            first_layer_prefetch=self.first_layer_prefetch,
+            **common,
+        )
+        self._strategies = {"": replayed, **{f"{name}_": ReplaySettings(policy=name, **common) for name in REFERENCES}}
+        self._begin(pl_module)
+
+    def _begin(self, task: PredictorTask) -> None:
+        geometry = task.predictor.geometry
+        self._replays = {name: Replay(geometry, settings) for name, settings in self._strategies.items()}
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from nothing."""
+        assert isinstance(pl_module, PredictorTask)
+        self._begin(pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from nothing."""
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Replay a batch's sequences with the probabilities that the step returned."""
+        if trainer.sanity_checking:
+            return
+        scores = outputs[:, :, self._slice].float().cpu().numpy()
+        experts = batch.experts.cpu().numpy()
+        for row, length in enumerate(batch.lengths.tolist()):
+            for replaying in self._replays.values():
+                replaying.add(experts[row, :length], scores[row, :length])
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Replay a batch's sequences with the probabilities that the step returned."""
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log, before `ModelCheckpoint` looks."""
+        if not trainer.sanity_checking:
+            self._log(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log."""
+        self._log(pl_module, "test")
+
+    def _log(self, task: L.LightningModule, stage: str) -> None:
+        for name, replaying in self._replays.items():
+            result = replaying.result()
+            task.log(f"{stage}/{name}hit_rate", torch.tensor(result.hit_rate), prog_bar=not name)
+            task.log(f"{stage}/{name}bytes_ratio", torch.tensor(result.bytes_ratio), prog_bar=not name)

@@ -1,0 +1,76 @@
+"""``moe-beyond evaluate``."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from moe_beyond.cli.options import add_json, console_for, parser, write_result
+from moe_beyond.cli.replay_options import add_replay, asked_strategies, showing_progress
+from moe_beyond.errors import UserError
+from moe_beyond.evaluation.evaluate import Evaluation, evaluate
+from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_data
+from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
+from moe_beyond.published import find_predictor
+from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
+from moe_beyond.traces.reader import TraceSet
+
+
+def run(words: list[str]) -> None:
+    """Parse the options, evaluate a predictor or all checkpoints of a run."""
+    options = parser(
+        "evaluate",
+        "Measure a predictor on a trace set, by lookahead, and replay what it is worth under a budget; "
+        "or compare all checkpoints of a run (on the split it validated on, unless --traces says otherwise).",
+        "moe-beyond evaluate runs/predictor/version_0/predictor --traces traces/webglm --budget 10%",
+    )
+    options.add_argument(
+        "predictor", metavar="PREDICTOR", help="a predictor folder, a published name, or a run's folder"
+    )
+    options.add_argument("--traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
+    options.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
+    add_replay(options)
+    add_json(options)
+    args = options.parse_args(words[1:])
+    if (Path(args.predictor) / CONFIG_FILE).exists() or any(Path(args.predictor).glob("checkpoints/*.ckpt")):
+        _run_folder(args)
+    else:
+        _predictor(args)
+
+
+def _predictor(args: Namespace) -> None:
+    folder = find_predictor(args.predictor)
+    if args.traces is None:
+        raise UserError("evaluate needs a trace set; give --traces DIR")
+    traces = TraceSet(args.traces)
+    found = _evaluate(args, traces, args.split, from_predictor_folder(folder))
+    if args.json != "-":
+        console = console_for(args.json)
+        console.print(metrics_table(found.metrics))
+        console.print(results_table(found.results, traces.geometry))
+    write_result(found.to_json(), args.json)
+
+
+def _run_folder(args: Namespace) -> None:
+    folder, split = (args.traces, args.split) if args.traces else validation_data(args.predictor)
+    traces = TraceSet(folder)
+    found = list(evaluate_run(args.predictor, lambda source: _evaluate(args, traces, split, source)))
+    if args.json != "-":
+        console_for(args.json).print(checkpoints_table(found, traces.geometry))
+    rows = [
+        {"checkpoint": one.checkpoint, "epoch": one.epoch, "step": one.step, **one.evaluation.to_json()}
+        for one in found
+    ]
+    write_result({"checkpoints": rows}, args.json)
+
+
+def _evaluate(args: Namespace, traces: TraceSet, split: str | None, source: ScoreSource) -> Evaluation:
+    asked = asked_strategies(
+        args,
+        traces,
+        lookaheads=source.lookaheads,
+        predictor=source.name,
+        prefetches=(f"top{traces.geometry.top_k}",),
+        default_lookaheads=source.lookaheads,
+    )
+    with showing_progress(traces, split, f"evaluating {source.name}") as progress:
+        return evaluate(traces, asked, split, source, progress)

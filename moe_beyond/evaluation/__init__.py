@@ -1,0 +1,1 @@
+"""Traces and a predictor in, metrics and replay results out."""

@@ -1,0 +1,93 @@
+"""Tables of metrics and replay results."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from moe_beyond.evaluation.runs import CheckpointEvaluation
+from moe_beyond.geometry import Geometry
+from moe_beyond.lookahead import Lookahead
+from moe_beyond.replay import Result
+
+FIGURES = {
+    "recall_at_k": "recall@k",
+    "f1": "F1 (top k)",
+    "f1_micro": "micro F1",
+    "f1_macro": "macro F1",
+    "average_precision": "avg. precision",
+    "exact_match": "exact",
+    "f1_two_class": "two-class F1",
+    "accuracy": "accuracy",
+}
+
+
+def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Lay out what `RoutingMetrics.to_rows` returned, a line a lookahead."""
+    table = Table(title=f"prediction over {rows[0]['tokens']:,} tokens, k = {rows[0]['k']}")
+    table.add_column("lookahead")
+    for name in FIGURES.values():
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(lookahead_words(row["lookahead"]), *(f"{row[name]:.1%}" for name in FIGURES))
+    table.caption = (
+        "top-k figures rank the scores; micro, macro and exact cut them at 0.5; two-class F1 and accuracy (per label) "
+        "are MoE-Beyond's, and high by construction: predicting nothing is mostly right"
+    )
+    return table
+
+
+def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
+    """Lay out replay results, a line a strategy."""
+    table = Table(title=f"replay over {results[0].accesses:,} accesses ({geometry.describe_shape()})")
+    table.add_column("slots (share)", justify="right")
+    table.add_column("slots/demand", justify="right")
+    table.add_column("strategy")
+    table.add_column("lookahead")
+    for name in ("hits", "bytes", "prefetched", "wasted"):
+        table.add_column(name, justify="right")
+    before = results[0].budget_slots
+    for result in results:
+        if result.budget_slots != before:
+            table.add_section()
+            before = result.budget_slots
+        table.add_row(
+            f"{result.budget_slots:,} ({result.budget_share:.1%})",
+            f"{result.demand_ratio:.2f}",
+            result.strategy,
+            "-" if result.lookahead is None else lookahead_words(result.lookahead),
+            f"{result.hit_rate:.1%}",
+            f"{result.bytes_ratio:.2f}",
+            f"{result.prefetch_transfers:,}",
+            f"{result.wasted_prefetches:,}",
+        )
+    predictors = sorted({result.predictor for result in results if result.predictor})
+    table.caption = (
+        f"{results[0].scope} cache{', scores of ' + ', '.join(predictors) if predictors else ''}; bytes: all transfers "
+        "over accesses (1.00 moves one expert for every access); slots/demand: below 1 not even one token's experts fit"
+    )
+    return table
+
+
+def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
+    """Lay out a run's checkpoints, a line each: recall, then hits @ bytes of every strategy."""
+    first = rows[0].evaluation
+    table = Table(title=f"{len(rows)} checkpoints over {first.metrics[0]['tokens']:,} tokens")
+    table.add_column("checkpoint", no_wrap=True)
+    table.add_column("step", justify="right")
+    for row in first.metrics:
+        table.add_column(f"recall@{row['k']}\nlookahead {row['lookahead']}", justify="right")
+    for result in first.results:
+        ahead = "" if result.lookahead is None else f"\nlookahead {result.lookahead}"
+        table.add_column(f"{result.strategy}\n{result.budget_slots} slots{ahead}", justify="right")
+    for found in rows:
+        recalls = [f"{row['recall_at_k']:.1%}" for row in found.evaluation.metrics]
+        hits = [f"{result.hit_rate:.1%} @ {result.bytes_ratio:.2f}" for result in found.evaluation.results]
+        table.add_row(found.checkpoint, f"{found.step:,}", *recalls, *hits)
+    table.caption = f"cells: hit rate @ bytes over demanded bytes; {geometry.describe_shape()}"
+    return table
+
+
+def lookahead_words(lookahead: Lookahead | None) -> str:
+    """Name a lookahead, and mark the one that no runtime could use."""
+    return "0 (LEAK: reads the router's input)" if lookahead == 0 else str(lookahead)

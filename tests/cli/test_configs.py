@@ -1,0 +1,58 @@
+"""Every file under configs/ is parsed, and run in miniature."""
+
+from pathlib import Path
+
+import pytest
+from fitting import CONFIGS, TINY_CROSS_LAYER, fit
+from helpers import tiny_traces
+
+from moe_beyond.predictors.folder import load_predictor
+
+TINY_SIZES = {
+    "cross_layer": TINY_CROSS_LAYER,
+    "row_encoder": (
+        *("--model.width=16", "--model.token_width=16", "--model.layer_width=8", "--model.heads=2", "--model.depth=1"),
+        *("--model.feedforward=16", "--model.ngram_buckets=32"),
+    ),
+    "token_table": (),
+}
+
+
+def architecture_of(path: Path) -> str:
+    """The predictor that a config fits; the first of the zoo where it leaves that open."""
+    for architecture in TINY_SIZES:
+        if path.stem.endswith(architecture):
+            return architecture
+    return "token_table" if path.stem == "counting" else "cross_layer"
+
+
+def composed(path: Path) -> list[Path]:
+    """A config with what it needs beside it to be a whole one."""
+    if path.parent.name == "experiment":
+        return [path]
+    architecture = architecture_of(path)
+    trainer = "counting" if architecture == "token_table" else "default"
+    parts = {
+        "trainer": CONFIGS / f"trainer/{trainer}.yaml",
+        "model": CONFIGS / f"model/{architecture}.yaml",
+        "data": CONFIGS / "data/traces.yaml",
+        path.parent.name: path,
+    }
+    return list(parts.values())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_a_config_runs(path: Path, tmp_path: Path) -> None:
+    traces = tmp_path / "traces"
+    tiny_traces(traces)
+    architecture = architecture_of(path)
+    words = [word for part in composed(path) for word in ("-c", str(part))]
+    run = fit(tmp_path, traces, *words, *TINY_SIZES[architecture], "--trainer.max_epochs=1")
+    assert (run / "config.yaml").exists()
+    assert load_predictor(run / "predictor").architecture == architecture
+
+
+def test_every_architecture_has_a_config() -> None:
+    from moe_beyond.predictors.registry import ARCHITECTURES
+
+    assert {path.stem for path in (CONFIGS / "model").glob("*.yaml")} == set(ARCHITECTURES) == set(TINY_SIZES)

@@ -1,0 +1,145 @@
+"""From a config to a predictor folder and back to figures, all through the command line."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
+from safetensors.numpy import load_file
+
+from moe_beyond.cli.main import main
+from moe_beyond.predictors.folder import load_predictor, read_config
+from moe_beyond.predictors.scores import ScoresFolder
+from moe_beyond.traces.reader import TraceSet
+
+
+def columns(run: Path) -> dict[str, list[float]]:
+    """The figures that the CSV logger kept, name by name."""
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def test_a_fit_learns_and_replays_at_every_validation(run: Run) -> None:
+    figures = columns(run.folder)
+    assert len(figures["val/hit_rate"]) == 3
+    assert figures["val/recall_at_k"][-1] > 2 / 8  # chance
+    # What does not depend on the predictor stays the same from validation to validation.
+    for name in ("val/lru_hit_rate", "val/belady_hit_rate", "val/lru_bytes_ratio", "val/belady_bytes_ratio"):
+        assert len(set(figures[name])) == 1
+    assert figures["val/belady_hit_rate"][0] >= figures["val/lru_hit_rate"][0]
+    for stage in ("recall_at_k", "f1_micro", "average_precision"):
+        for lookahead in (1, 2, 3):
+            assert f"val/{stage}/lookahead_{lookahead}" in figures
+
+
+def test_the_best_checkpoint_is_exported(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_config(run.folder / "predictor")
+    assert config["architecture"] == "cross_layer"
+    assert config["lookaheads"] == [1, 2, 3]
+    assert config["arguments"]["width"] == 16
+    assert config["training"]["fingerprint"] == TraceSet(str(run.traces)).manifest.fingerprint
+    hits = columns(run.folder)["val/hit_rate"]
+    best = torch.load(next(run.folder.glob(f"checkpoints/epoch={hits.index(max(hits))}-*.ckpt")), weights_only=True)[
+        "state_dict"
+    ]
+    exported = load_predictor(run.folder / "predictor").state_dict()
+    assert all(torch.equal(exported[name], best[f"predictor.{name}"]) for name in exported)
+
+
+def test_package_makes_the_same_folder_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    best = next(run.folder.glob("checkpoints/epoch=*.ckpt"))
+    assert main(["package", str(best), "--out", str(tmp_path / "p"), "--half"]) == 0
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    halves = load_file(tmp_path / "p" / "model.safetensors")
+    assert {str(t.dtype) for t in halves.values() if t.dtype.kind == "f"} == {"float16"}
+    assert load_predictor(tmp_path / "p").geometry == TraceSet(str(run.traces)).geometry
+
+
+def words_for(run: Run, verb: str, checkpoint: str = "last.ckpt") -> list[str]:
+    """``validate``, ``test`` or ``predict`` of a checkpoint, from the run's own config."""
+    return [verb, "-c", str(run.folder / "config.yaml"), f"--ckpt_path={run.folder / 'checkpoints' / checkpoint}"]
+
+
+def test_test_agrees_with_evaluate(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words_for(run, "test")) == 0
+    tested = columns(next(tmp_path.glob("runs/*/version_0")))
+    assert main(["package", str(run.folder / "checkpoints/last.ckpt"), "--out", "p"]) == 0
+    capsys.readouterr()
+    words = ["--traces", str(run.traces), "--split", "validation", "--budget", "50%", "--json", "-"]
+    assert main(["evaluate", "p", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["lookahead"] for row in found["metrics"]] == [1, 2, 3]
+    for row in found["metrics"]:
+        for name in ("recall_at_k", "f1", "f1_micro", "f1_macro", "accuracy", "average_precision", "exact_match"):
+            assert math.isclose(tested[f"test/{name}/lookahead_{row['lookahead']}"][0], row[name], rel_tol=1e-6)
+    replayed = next(r for r in found["results"] if r["prefetch"] == "top2" and r["lookahead"] == 1)
+    assert math.isclose(tested["test/hit_rate"][0], replayed["hit_rate"], rel_tol=1e-6)
+    assert math.isclose(tested["test/bytes_ratio"][0], replayed["bytes_ratio"], rel_tol=1e-6)
+    assert {(r["policy"], r["prefetch"]) for r in found["results"]} == {
+        ("lru", "top2"), ("lru", "none"), ("belady", "none"),
+    }  # fmt: skip
+
+
+def test_predicted_scores_replay_like_the_predictor(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words_for(run, "predict")) == 0
+    scores = next(tmp_path.glob("runs/*/version_0/scores"))
+    assert ScoresFolder(scores).lookaheads == (1, 2, 3)
+    assert main(["package", str(run.folder / "checkpoints/last.ckpt"), "--out", "p"]) == 0
+    found = []
+    for source in (["--predictor", "p"], ["--scores", str(scores)]):
+        capsys.readouterr()
+        words = ["--traces", str(run.traces), "--split", "validation", "--budget", "12", "--lookahead", "2"]
+        assert main(["replay", *source, *words, "--prefetch", "top3", "--json", "-"]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    first = json.loads(found[0])["results"][0]
+    assert (first["lookahead"], first["prefetch"], first["predictor"]) == (2, "top3", "cross_layer")
+
+
+def test_evaluate_lists_all_checkpoints_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run.folder), "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checkpoints"]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(steps)
+    per_epoch = max(steps) // 3
+    assert any(step % per_epoch for step in steps)  # saved between validations
+    assert all(row["metrics"][0]["tokens"] == rows[0]["metrics"][0]["tokens"] for row in rows)
+    assert main(["evaluate", str(run.folder)]) == 0
+    assert "between-step=2.ckpt" in capsys.readouterr().out
+
+
+def test_a_resumed_fit_ends_where_one_that_never_stopped_does(run: Run, tmp_path: Path) -> None:
+    every_epoch = tmp_path / "every_epoch.yaml"
+    every_epoch.write_text(
+        "trainer:\n  callbacks:\n    - class_path: ModelCheckpoint\n"
+        "      init_args: {save_top_k: -1, save_last: true, filename: '{epoch}'}\n"
+        "    - class_path: ModelCheckpoint\n"
+        "      init_args: {save_top_k: -1, every_n_train_steps: 3, filename: '{step}'}\n"
+    )
+    words = (
+        *("-c", str(CONFIGS / "trainer/default.yaml"), "-c", str(every_epoch)),
+        *("-c", str(CONFIGS / "model/cross_layer.yaml"), *TINY_CROSS_LAYER),
+        *("--model.dropout=0", "--model.token_dropout=0", "--trainer.max_epochs=3"),
+        *("--data.token_budget=64", "--data.max_tokens=16"),
+    )
+
+    def last(folder: Path, *more: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        folder.mkdir()
+        done = fit(folder, run.traces, *words, *more)
+        return done, torch.load(done / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    straight, weights = last(tmp_path / "straight")
+    # After an epoch, and in the middle of the first and the second.
+    for name in ("epoch=0", "epoch=1", "step=3", "step=6"):
+        _, resumed = last(tmp_path / name, f"--ckpt_path={straight / 'checkpoints' / name}.ckpt")
+        for key, tensor in weights.items():
+            assert torch.equal(resumed[key], tensor), (name, key)

@@ -1,0 +1,232 @@
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, VOCAB, tiny_trace, tiny_traces
+
+from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.datamodules.plan import PlanSettings, plan_batches
+from moe_beyond.datamodules.stream import ShardedTraces
+from moe_beyond.datamodules.traces import whole_sequences
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.traces.manifest import Manifest, ShardInfo, Tokenizer
+from moe_beyond.traces.reader import Shard, TraceSet
+from moe_beyond.traces.writer import writing
+
+SMALL: dict[str, Any] = {"token_budget": 48, "max_tokens": 8, "window": 2}
+
+
+def module(trace_set: TraceSet, **arguments: Any) -> TraceDataModule:
+    return TraceDataModule(trace_set.folder, **{**SMALL, **arguments})
+
+
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.sequence_ids, one.starts) == (other.sequence_ids, other.starts)
+        assert torch.equal(one.lengths, other.lengths)
+        assert torch.equal(one.token_ids, other.token_ids)
+        assert torch.equal(one.experts, other.experts)
+
+
+def assert_holds_exactly(batches: list[Batch], trace_set: TraceSet, split: str) -> None:
+    """Every token of the split is in the batches once, with its own id and experts."""
+    traces = {trace.sequence_id: trace for trace in trace_set.traces(split)}
+    seen: Counter[tuple[str, int]] = Counter()
+    for batch in batches:
+        for row, (name, start, length) in enumerate(
+            zip(batch.sequence_ids, batch.starts, batch.lengths.tolist(), strict=True)
+        ):
+            part = slice(start, start + length)
+            assert np.array_equal(batch.token_ids[row, :length], traces[name].token_ids[part])
+            assert np.array_equal(batch.experts[row, :length], traces[name].experts[part])
+            seen.update((name, position) for position in range(start, start + length))
+    assert seen == Counter((name, i) for name, trace in traces.items() for i in range(len(trace)))
+
+
+def test_training_batches_hold_the_training_split_once(trace_set):
+    batches = list(module(trace_set).train_dataloader())
+    assert_holds_exactly(batches, trace_set, "train")
+    assert max(int(batch.lengths.max()) for batch in batches) == 8
+    assert all(batch.token_ids.numel() <= 48 for batch in batches)
+
+
+def test_epochs_and_seeds_order_training_differently(trace_set):
+    loader = module(trace_set).train_dataloader()
+    first = [batch.sequence_ids for batch in loader]
+    assert [batch.sequence_ids for batch in loader] == first
+    loader.sampler.set_epoch(1)
+    second = list(loader)
+    assert [batch.sequence_ids for batch in second] != first
+    assert_holds_exactly(second, trace_set, "train")
+    assert [batch.sequence_ids for batch in module(trace_set, seed=1).train_dataloader()] != first
+
+
+def test_evaluation_keeps_whole_sequences_in_one_order(trace_set):
+    data = module(trace_set)
+    batches = list(data.val_dataloader())
+    assert_holds_exactly(batches, trace_set, "validation")
+    names = [name for batch in batches for name in batch.sequence_ids]
+    assert sorted(names) == sorted({trace.sequence_id for trace in trace_set.traces("validation")})
+    assert all(set(batch.starts) == {0} for batch in batches)
+    assert_same(list(data.val_dataloader()), batches)
+    assert_same(list(module(trace_set, seed=5, window=1, max_tokens=1).val_dataloader()), batches)
+    assert_same(list(whole_sequences(trace_set, "validation", token_budget=48)), batches)
+    assert_same(list(data.test_dataloader()), batches)
+    assert_same(list(data.predict_dataloader()), batches)
+
+
+def test_testing_on_another_trace_set_reads_all_its_splits(trace_set, tmp_path):
+    other = tiny_traces(tmp_path / "other", seed=3)
+    data = module(trace_set, test_traces=other.folder)
+    batches = list(data.test_dataloader())
+    assert {name for batch in batches for name in batch.sequence_ids} == {t.sequence_id for t in other.traces()}
+    assert_same(list(data.predict_dataloader()), batches)
+    assert_same(list(whole_sequences(other, token_budget=48)), batches)
+
+
+def test_validation_may_come_from_another_trace_set(trace_set, tmp_path):
+    other = tiny_traces(tmp_path / "other", seed=3)
+    data = module(trace_set, val_traces=other.folder)
+    data.setup("fit")
+    assert_holds_exactly(list(data.val_dataloader()), other, "validation")
+    assert_holds_exactly(list(data.train_dataloader()), trace_set, "train")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches(trace_set, workers):
+    alone, helped = module(trace_set).train_dataloader(), module(trace_set, num_workers=workers).train_dataloader()
+    for loader in (alone, helped):
+        loader.sampler.set_epoch(3)
+    assert_same(list(helped), list(alone))
+
+
+def test_two_ranks_share_training_and_each_read_all_of_evaluation(trace_set):
+    whole = module(trace_set)
+    loaders, validation = [], []
+    for rank in range(2):
+        data = module(trace_set)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # what Lightning attaches
+        loaders.append(data.train_dataloader())
+        validation.append(list(data.val_dataloader()))
+    parts = [list(loader) for loader in loaders]
+    expected = list(whole.train_dataloader())
+    assert len(parts[0]) == len(parts[1]) == len(expected) // 2
+    assert_same([batch for pair in zip(*parts, strict=True) for batch in pair], expected[: 2 * len(parts[0])])
+    for batches in validation:
+        assert_same(batches, list(whole.val_dataloader()))
+
+
+class CountingTraces(TraceSet):
+    """Notes which shards are decoded."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.decoded: list[str] = []
+
+    def read(self, info: ShardInfo) -> Shard:
+        self.decoded.append(info.file)
+        return super().read(info)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_no_more_shards_than_the_window_are_in_memory_and_each_is_decoded_once(tmp_path, window):
+    folder = tiny_traces(tmp_path / "traces", sequences=80).folder
+    traces = CountingTraces(folder)
+    shards, lengths = traces.shards("train"), traces.lengths("train")
+    assert len(shards) > 2 * 3
+    reader = ShardedTraces(traces, shards, window)
+    for pieces in plan_batches(lengths, PlanSettings(48, 8, window, 0, True), epoch=0):
+        reader[pieces]
+        assert len(reader._decoded) <= window
+    assert sorted(traces.decoded) == [info.file for info in shards]
+
+
+def test_the_training_text_counts_the_training_split_alone(trace_set):
+    text = module(trace_set).training_text()
+    ids = np.concatenate([trace.token_ids for trace in trace_set.traces("train")])
+    assert text.token_counts.tolist() == np.bincount(ids, minlength=VOCAB).tolist()
+    assert text.token_strings is None  # this set carries no tokenizer
+
+
+def test_what_a_predictor_must_fit_is_that_of_the_training_set(trace_set):
+    data = module(trace_set)
+    assert data.geometry == TINY
+    assert data.vocab_size == VOCAB
+    assert data.manifest == trace_set.manifest
+
+
+def test_a_missing_training_split_is_named_before_anything_runs(trace_set):
+    data = module(trace_set, train_split="trian")
+    with pytest.raises(UserError, match=f"split of {re.escape(trace_set.folder)} 'trian'; did you mean 'train'"):
+        data.setup("fit")
+    data.setup("test")  # which reads no training split
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_missing_validation_split_is_named_before_anything_runs(trace_set, stage):
+    data = module(trace_set, val_split="dev")
+    with pytest.raises(UserError, match=f"^{re.escape(trace_set.folder)}: has no split 'dev'.*--data.val_split null"):
+        data.setup(stage)
+
+
+def test_training_without_validation(trace_set):
+    data = module(trace_set, val_split=None)
+    data.setup("fit")
+    assert data.val_dataloader() == []
+    with pytest.raises(UserError, match=re.escape(trace_set.folder)):
+        data.test_dataloader()
+
+
+def test_a_missing_trace_set_is_named(trace_set, tmp_path):
+    missing = str(tmp_path / "nowhere")
+    for arguments in ({"traces": missing}, {"val_traces": missing}, {"test_traces": missing}):
+        with pytest.raises(UserError, match=re.escape(f"{missing}/manifest.json: not found")):
+            TraceDataModule(**{"traces": trace_set.folder, **arguments})
+
+
+@pytest.mark.parametrize("role", ["val_traces", "test_traces"])
+def test_trace_sets_of_another_shape_are_refused(trace_set, tmp_path, role):
+    other = tiny_traces(tmp_path / "other", geometry=replace(TINY, top_k=3)).folder
+    with pytest.raises(UserError, match=f"^{re.escape(other)}: has .*top-3.*has 4 MoE layers x 8 experts, top-2"):
+        module(trace_set, **{role: other})
+
+
+def traces_of(folder: Path, tokenizer: Tokenizer) -> str:
+    with writing(folder, Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")) as writer:
+        for split in ("train", "validation"):
+            writer.write(tiny_trace(split, 3, np.random.default_rng(0)), split)
+    return str(folder)
+
+
+@pytest.mark.parametrize("role", ["val_traces", "test_traces"])
+@pytest.mark.parametrize(
+    "other", [Tokenizer("tests", VOCAB, "b" * 64), Tokenizer("larger", 10 * VOCAB)], ids=["hash", "size"]
+)
+def test_trace_sets_of_another_tokenizer_are_refused(tmp_path, role, other):
+    first = traces_of(tmp_path / "a", Tokenizer("tests", VOCAB, "a" * 64 if other.sha256 else None))
+    second = traces_of(tmp_path / "b", other)
+    with pytest.raises(UserError, match=f"^{re.escape(second)}: its tokenizer"):
+        TraceDataModule(first, **{role: second})
+
+
+@pytest.mark.parametrize("name", ["token_budget", "max_tokens", "window"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_below_one_are_refused(trace_set, name, value):
+    with pytest.raises(UserError, match=name):
+        module(trace_set, **{name: value})
+
+
+def test_a_damaged_shard_is_named_and_not_skipped(trace_set):
+    shard = trace_set.shards("train")[-1].file
+    path = Path(trace_set.folder) / shard
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match=f"{re.escape(shard)}: shard is damaged"):
+        list(module(trace_set).train_dataloader())

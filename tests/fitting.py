@@ -1,0 +1,32 @@
+"""Fitting through the command line, tiny, with the shipped configs."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_beyond.cli.main import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY_CROSS_LAYER = (
+    "--model.width=16", "--model.heads=2", "--model.depth=1", "--model.window=8", "--model.layer_width=16",
+    "--model.ngram_buckets=32",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished fit: where it is, and the trace set it read."""
+
+    folder: Path
+    traces: Path
+
+
+def fit(folder: Path, traces: Path, *words: str) -> Path:
+    """Fit in ``folder`` with the shipped configs and return the run's folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["fit", "-c", str(CONFIGS / "data/traces.yaml"), f"--data.traces={traces}", *words]) == 0
+    finally:
+        os.chdir(before)
+    return next(folder.glob("runs/*/version_0"))

@@ -1,0 +1,108 @@
+"""Tiny instances of every registered predictor, whose weights make everything they read matter."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from helpers import TINY, VOCAB
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import CountingPredictor, Predictor, TrainingText
+from moe_beyond.predictors.batch import Batch, collate
+from moe_beyond.predictors.registry import create
+from moe_beyond.traces.schema import experts_dtype
+from moe_beyond.traces.trace import Trace
+
+# Ids from here on never occur in the training text.
+SEEN = 2 * VOCAB // 3
+# Longer than any window below, and than the blocks in which long sequences are computed.
+LONG = 40
+
+# More experts than a byte counts, and another number of layers; K > 2.
+WIDE = Geometry("wide", (0, 3, 5), num_experts=300, top_k=3, params_per_expert=10, other_params_per_layer=10)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A predictor's constructor arguments, a name for test ids, and what it reads besides the token's own id.
+
+    ``reads`` holds some of "earlier ids", "earlier experts" (of earlier tokens), "earlier layers" (of this token) and
+    "later ids".
+    """
+
+    architecture: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+    reads: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.architecture}-{self.name}"
+
+
+def _row_encoder(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
+    small = {"token_width": 8, "layer_width": 4, "width": 8, "depth": 2, "heads": 2, "feedforward": 16}
+    vocabulary = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
+    return Variant("row_encoder", name, {**arguments, **small, **vocabulary}, frozenset(reads))
+
+
+def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
+    small = {"width": 8, "depth": 2, "heads": 2, "layer_width": 8}
+    vocabulary = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
+    return Variant("cross_layer", name, {**arguments, **small, **vocabulary}, frozenset(reads))
+
+
+ALL_EARLIER = ("earlier ids", "earlier experts", "earlier layers")
+VARIANTS = [
+    Variant("token_table", "default"),
+    Variant("token_table", "backoff", {"backoff": 0.5}),
+    _row_encoder("window", ["earlier ids"], context_tokens=3),
+    _row_encoder("all", ["earlier ids"], context_tokens=64),
+    _row_encoder("alone", [], context_tokens=1),
+    _row_encoder("bidirectional", ["earlier ids", "later ids"], context_tokens=3, bidirectional=True),
+    _cross_layer("one_ahead", ALL_EARLIER, lookaheads=1, window=3),
+    _cross_layer("three_ahead", ALL_EARLIER, lookaheads=3, window=3),
+    # More lookaheads than layers, and no token out of the window.
+    _cross_layer("six_ahead", ALL_EARLIER, lookaheads=6, window=64),
+    _cross_layer("alone", ["earlier experts", "earlier layers"], lookaheads=2, window=1),
+]
+
+
+def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, vocab: int = VOCAB) -> Trace:
+    """A trace of random ids and experts, for any number of experts."""
+    rng = np.random.default_rng(seed)
+    layers, experts, top_k = geometry.shape()
+    chosen = rng.random((length, layers, experts)).argsort(-1)[..., :top_k].astype(experts_dtype(geometry))
+    return Trace(name, "tests", rng.integers(0, vocab, length).astype(np.int32), chosen, length)
+
+
+def training_text(traces: Sequence[Trace]) -> TrainingText:
+    """Count the traces' ids; every id has a string of its own."""
+    counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB)
+    return TrainingText(counts, [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)])
+
+
+def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:
+    """Build a variant and give it weights that differ from zero, or counts."""
+    traces = [random_trace(f"train{i}", LONG, 100 + i, geometry, SEEN) for i in range(4)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        predictor = create(variant.architecture, geometry, VOCAB, **variant.arguments)
+        predictor.prepare(training_text(traces))
+        if isinstance(predictor, CountingPredictor):
+            predictor.observe(collate(traces))
+        with torch.no_grad():
+            for parameter in predictor.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return predictor.eval()
+
+
+fitted_once = cache(fitted)
+
+
+@torch.inference_mode()
+def probabilities(predictor: Predictor, batch: Batch) -> np.ndarray:
+    """``(B, T, H, L, E)`` probabilities of a batch."""
+    return predictor.probabilities(predictor(batch)).numpy()

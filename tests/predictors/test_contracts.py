@@ -1,0 +1,286 @@
+"""What holds for every registered predictor: stepping equals the batch, and no score knows more than it declares."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, VOCAB
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from predictor_variants import LONG, SEEN, VARIANTS, WIDE, Variant, fitted_once, probabilities, random_trace
+
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.base import GradientPredictor, Stepper
+from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.traces.trace import Trace
+
+LAYERS, EXPERTS, TOP_K = TINY.shape()
+CAUSAL = [variant for variant in VARIANTS if "later ids" not in variant.reads]
+BY_GRADIENT = [v for v in VARIANTS if issubclass(predictor_class(v.architecture), GradientPredictor)]
+TOLERANCE = 2e-5
+
+
+def every(variants: list[Variant]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("variant", variants, ids=str)
+
+
+def known_now(scores: np.ndarray, lookaheads: tuple[int | str, ...], routed: int) -> np.ndarray:
+    """What of a token's ``(H, L, E)`` batch scores is known once its layers up to ``routed`` are (-1: none)."""
+    known = np.full(scores.shape[1:], np.nan, np.float32)
+    for layer in range(routed + 1, len(known)):
+        # h reaches the layer once layer - h is routed; a layer before the first always is.
+        reaching = [h for h in lookaheads if isinstance(h, int) and layer - h <= routed]
+        if reaching:
+            known[layer] = scores[lookaheads.index(min(reaching)), layer]
+        elif "token" in lookaheads:
+            known[layer] = scores[lookaheads.index("token"), layer]
+    return known
+
+
+def assert_steps(
+    stepper: Stepper, trace: Trace, scores: np.ndarray, lookaheads: tuple[int | str, ...], first: int = 0
+) -> None:
+    """Step from token ``first`` on, and compare every moment with the batch's ``(T, H, L, E)`` scores."""
+    found, expected = [], []
+    for token in range(first, len(trace)):
+        stepper.observe_token(int(trace.token_ids[token]))
+        for routed in range(-1, scores.shape[2]):
+            if routed >= 0:
+                stepper.observe_layer(routed, trace.experts[token, routed])
+            now = stepper.scores()
+            assert isinstance(now, np.ndarray)
+            assert now.dtype == np.float32
+            found.append(now.copy())
+            expected.append(known_now(scores[token], lookaheads, routed))
+    np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=0, atol=TOLERANCE)
+
+
+def test_the_variants_cover_the_registry():
+    assert {variant.architecture for variant in VARIANTS} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("geometry", [TINY, WIDE], ids=lambda g: g.model)
+@every(VARIANTS)
+def test_logits_have_a_slice_a_lookahead(variant, geometry):
+    predictor = fitted_once(variant, geometry)
+    batch = collate([random_trace("a", 5, 0, geometry), random_trace("b", 3, 1, geometry)])
+    with torch.inference_mode():
+        logits = predictor(batch)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (2, 5, len(predictor.information.lookaheads), geometry.num_layers, geometry.num_experts)
+    scores = predictor.probabilities(logits)[batch.mask]
+    assert scores.min() >= 0
+    assert scores.max() <= 1
+    assert scores.std() > 1e-3  # the tests below would see nothing in constant scores
+
+
+@every(VARIANTS)
+def test_arguments_rebuild_the_predictor(variant):
+    predictor = fitted_once(variant)
+    arguments = json.loads(json.dumps(predictor.arguments()))
+    twin = create(variant.architecture, TINY, VOCAB, **arguments)
+    twin.load_state_dict(predictor.state_dict())
+    batch = collate([random_trace("a", 9, 0)])
+    assert arguments.items() >= variant.arguments.items()
+    assert twin.information == predictor.information
+    assert np.array_equal(probabilities(twin.eval(), batch), probabilities(predictor, batch))
+
+
+@pytest.mark.parametrize("geometry", [TINY, WIDE], ids=lambda g: g.model)
+@every(CAUSAL)
+def test_stepping_equals_the_batch(variant, geometry):
+    predictor = fitted_once(variant, geometry)
+    trace = random_trace("a", LONG if geometry == TINY else 8, 0, geometry)
+    scores = probabilities(predictor, collate([trace]))[0]
+    assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+
+
+@every(CAUSAL)
+def test_stepping_one_layer_models(variant):
+    geometry = replace(TINY, moe_layers=(3,))
+    predictor = fitted_once(variant, geometry)
+    trace = random_trace("a", 6, 0, geometry)
+    scores = probabilities(predictor, collate([trace]))[0]
+    assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+
+
+@every(CAUSAL)
+def test_reset_forgets_the_sequence(variant):
+    predictor = fitted_once(variant)
+    stepper = predictor.stepper()
+    earlier, trace = random_trace("a", 7, 1), random_trace("b", 9, 2)
+    stepper.observe_tokens(earlier.token_ids, earlier.experts)
+    stepper.observe_token(3)  # also in the middle of a token
+    stepper.observe_layer(0, trace.experts[0, 0])
+    stepper.reset()
+    assert np.isnan(stepper.scores()).all()
+    assert_steps(stepper, trace, probabilities(predictor, collate([trace]))[0], predictor.information.lookaheads)
+
+
+@every(CAUSAL)
+@settings(max_examples=10, deadline=None)
+@given(prefix=st.integers(0, LONG - 4), seed=st.integers(0, 5))
+def test_a_prefix_at_once_equals_its_tokens_one_by_one(variant, prefix, seed):
+    predictor = fitted_once(variant)
+    trace = random_trace("a", prefix + 2, seed)
+    stepper = predictor.stepper()
+    stepper.observe_tokens(trace.token_ids[:prefix], trace.experts[:prefix])
+    assert np.isnan(stepper.scores()).all()  # every layer of its last token is routed
+    scores = probabilities(predictor, collate([trace]))[0]
+    assert_steps(stepper, trace, scores, predictor.information.lookaheads, first=prefix)
+
+
+@every(CAUSAL)
+def test_steppers_of_one_predictor_do_not_disturb_each_other(variant):
+    predictor = fitted_once(variant)
+    trace, other = random_trace("a", 6, 1), random_trace("b", 6, 2)
+    stepper, second = predictor.stepper(), predictor.stepper()
+    scores = probabilities(predictor, collate([trace]))[0]
+    for token in range(len(trace)):
+        part = replace(trace, token_ids=trace.token_ids[: token + 1], experts=trace.experts[: token + 1])
+        assert_steps(stepper, part, scores[: token + 1], predictor.information.lookaheads, first=token)
+        second.observe_tokens(other.token_ids[token : token + 1], other.experts[token : token + 1])
+
+
+@every(CAUSAL)
+def test_scores_once_handed_out_stay_as_they_were(variant):
+    stepper = fitted_once(variant).stepper()
+    trace = random_trace("a", 2, 0)
+    handed_out = []
+    for token in range(2):
+        stepper.observe_token(int(trace.token_ids[token]))
+        handed_out.append((stepper.scores(), stepper.scores().copy()))
+        for layer in range(LAYERS):
+            stepper.observe_layer(layer, trace.experts[token, layer])
+            handed_out.append((stepper.scores(), stepper.scores().copy()))
+    for scores, copied in handed_out:
+        np.testing.assert_array_equal(scores, copied)
+
+
+@every([variant for variant in VARIANTS if variant not in CAUSAL])
+def test_what_sees_later_tokens_has_no_stepper(variant):
+    predictor = fitted_once(variant)
+    assert not predictor.information.causal
+    with pytest.raises(UserError, match="later tokens"):
+        predictor.stepper()
+
+
+def changed_ids(trace: Trace, tokens: slice, shift: int, vocab: int = VOCAB) -> Trace:
+    token_ids = trace.token_ids.copy()
+    token_ids[tokens] = (token_ids[tokens] + shift) % vocab
+    return replace(trace, token_ids=token_ids)
+
+
+def changed_experts(trace: Trace, tokens: slice, layers: slice, shift: int) -> Trace:
+    experts = trace.experts.copy()
+    experts[tokens, layers] = (experts[tokens, layers] + shift) % EXPERTS
+    return replace(trace, experts=experts)
+
+
+positions = st.integers(1, LONG - 2)
+# A shift of half the experts maps {0, 4} to itself.
+shifts = st.integers(1, EXPERTS // 2 - 1)
+
+
+@every(VARIANTS)
+@settings(max_examples=15, deadline=None)
+@given(at=positions, shift=shifts, seed=st.integers(0, 5))
+def test_nothing_outside_the_information_set_moves_a_score(variant, at, shift, seed):
+    predictor = fitted_once(variant)
+    trace = random_trace("a", LONG, seed)
+    later = slice(at + 1, None)
+    before = probabilities(predictor, collate([trace]))[0]
+    for routed in range(-1, LAYERS):
+        # Of token `at` the layers up to `routed` are known. All that comes after them changes, and so do the ids of
+        # later tokens, which a predictor that is not causal may see.
+        altered = changed_experts(trace, slice(at, at + 1), slice(routed + 1, None), shift)
+        altered = changed_experts(altered, later, slice(None), shift)
+        if predictor.information.causal:
+            altered = changed_ids(altered, later, shift)
+        after = probabilities(predictor, collate([altered]))[0]
+        np.testing.assert_allclose(after[:at], before[:at], rtol=0, atol=1e-6)
+        for index, lookahead in enumerate(predictor.information.lookaheads):
+            reach = LAYERS if lookahead == "token" else min(LAYERS, max(lookahead, routed + lookahead + 1))
+            np.testing.assert_allclose(after[at, index, :reach], before[at, index, :reach], rtol=0, atol=1e-6)
+
+
+@every(VARIANTS)
+@settings(max_examples=10, deadline=None)
+@given(at=positions, shift=shifts, seed=st.integers(0, 5))
+def test_what_is_read_inside_the_information_set_moves_scores(variant, at, shift, seed):
+    """The counterpart of the test above, which a predictor that reads nothing would pass."""
+    predictor = fitted_once(variant)
+    trace = random_trace("a", LONG, seed, vocab=SEEN)  # a predictor need not tell unseen ids apart
+    before = probabilities(predictor, collate([trace]))[0]
+
+    def moved(altered: Trace) -> np.ndarray:
+        """(H, L): how far the scores of token ``at`` move."""
+        return np.abs(probabilities(predictor, collate([altered]))[0] - before)[at].max(-1)
+
+    assert (moved(changed_ids(trace, slice(at, at + 1), shift, SEEN)) > 1e-5).all()
+    others = {
+        "earlier ids": changed_ids(trace, slice(at - 1, at), shift, SEEN),
+        "earlier experts": changed_experts(trace, slice(at - 1, at), slice(None), shift),
+        "later ids": changed_ids(trace, slice(at + 1, at + 2), shift, SEEN),
+    }
+    for name, altered in others.items():
+        if name in variant.reads:
+            assert (moved(altered) > 1e-5).all(), name
+        else:
+            assert moved(altered).max() <= 1e-6, name
+    for routed in range(LAYERS):
+        altered = changed_experts(trace, slice(at, at + 1), slice(routed, routed + 1), shift)
+        for index, lookahead in enumerate(predictor.information.lookaheads):
+            if lookahead != "token" and routed + lookahead < LAYERS and "earlier layers" in variant.reads:
+                assert moved(altered)[index, routed + lookahead] > 1e-5, (routed, lookahead)
+
+
+@every(VARIANTS)
+def test_padding_changes_nothing(variant):
+    predictor = fitted_once(variant)
+    traces = [random_trace(f"s{length}", length, length) for length in (1, LONG, 3, 17, 4, 35)]
+    together = probabilities(predictor, collate(traces))
+    for row, trace in enumerate(traces):
+        alone = probabilities(predictor, collate([trace]))[0]
+        np.testing.assert_allclose(together[row, : len(trace)], alone, rtol=0, atol=TOLERANCE)
+
+
+@every(VARIANTS)
+def test_the_order_of_a_batch_does_not_matter(variant):
+    predictor = fitted_once(variant)
+    traces = [random_trace(f"s{length}", length, length) for length in (5, LONG, 1, 18)]
+    forwards = probabilities(predictor, collate(traces))
+    backwards = probabilities(predictor, collate(traces[::-1]))[::-1]
+    for row, trace in enumerate(traces):
+        length = len(trace)
+        np.testing.assert_allclose(backwards[row, :length], forwards[row, :length], rtol=0, atol=TOLERANCE)
+
+
+# A window of one token leaves nothing to weigh, and so no gradient to some weights.
+@every([variant for variant in BY_GRADIENT if "earlier ids" in variant.reads])
+def test_the_loss_is_finite_and_reaches_every_weight(variant):
+    predictor = fitted_once(variant)
+    assert isinstance(predictor, GradientPredictor)
+    batch = collate([random_trace("a", 9, 0), random_trace("b", 4, 1)])
+    loss = predictor.loss(predictor(batch), batch)
+    gradients = torch.autograd.grad(loss, list(predictor.parameters()))
+    assert loss.shape == ()
+    for (name, _), gradient in zip(predictor.named_parameters(), gradients, strict=True):
+        assert gradient.isfinite().all(), name
+        assert gradient.abs().max() > 0, name
+
+
+@every(BY_GRADIENT)
+def test_the_loss_is_a_mean_over_real_tokens(variant):
+    predictor = fitted_once(variant)
+    assert isinstance(predictor, GradientPredictor)
+    traces = [random_trace("a", 4, 0), random_trace("b", 9, 1)]
+    with torch.inference_mode():
+        together, first, second = (
+            float(predictor.loss(predictor(batch), batch))
+            for batch in (collate(traces), collate(traces[:1]), collate(traces[1:]))
+        )
+    assert together == pytest.approx((4 * first + 9 * second) / 13, rel=1e-5)

@@ -1,0 +1,61 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, VOCAB
+
+from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.loss import k_positive_cross_entropy
+from moe_beyond.predictors.row_encoder import RowEncoder
+from moe_beyond.traces.trace import Trace
+
+
+def batch(*chosen: list[list[list[int]]]):
+    """Sequences of experts by token and layer."""
+    return collate(
+        [
+            Trace(f"s{i}", "tests", np.zeros(len(experts), np.int32), np.array(experts, np.uint8), len(experts))
+            for i, experts in enumerate(chosen)
+        ]
+    )
+
+
+def test_the_cross_entropy_of_one_token_by_hand():
+    # Softmax (1/2, 1/4, 1/8, 1/8); experts 0 and 2 were chosen: (ln 2 + ln 8) / 2.
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().view(1, 1, 1, 1, 4)
+    assert float(k_positive_cross_entropy(logits, batch([[[0, 2]]]))) == pytest.approx(2 * math.log(2))
+
+
+def test_the_cross_entropy_is_a_mean_over_real_tokens_layers_and_lookaheads():
+    shares = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    logits = torch.full((2, 2, 2, 2, 4), float("nan"))  # padding must not count, whatever it holds
+    logits[0, 0] = logits[1] = shares.log() + 3  # a constant does not matter
+    logits[0, 0, 1, 1] = shares.flip(0).log()
+    chosen = batch([[[3, 2], [1, 3]]], [[[0, 2], [0, 1]], [[2, 3], [1, 0]]])
+    # In units of ln 2 a chosen expert costs 1, 2, 3, 3. Both lookaheads see the second sequence alike:
+    # (1+3)/2, (1+2)/2, (3+3)/2, (2+1)/2; the first has (3+3)/2 twice, (2+3)/2 once, and flipped (3+1)/2 once.
+    expected = math.log(2) * (2 * (2 + 1.5 + 3 + 1.5) + 3 + 3 + 2.5 + 2) / 12
+    assert float(k_positive_cross_entropy(logits, chosen)) == pytest.approx(expected)
+
+
+def test_the_cross_entropy_is_least_where_the_softmax_is_a_kth_of_the_probability():
+    # Three of four tokens chose experts 0 and 1, one chose 0 and 2.
+    chosen = batch([[[0, 1]], [[1, 0]], [[0, 1]], [[0, 2]]])
+    best = torch.tensor([0.5, 0.375, 0.125, 1e-9]).log()
+    generator = torch.Generator().manual_seed(0)
+    least = float(k_positive_cross_entropy(best.expand(1, 4, 1, 1, 4), chosen))
+    for _ in range(20):
+        other = best + 0.3 * torch.randn(4, generator=generator)
+        assert float(k_positive_cross_entropy(other.expand(1, 4, 1, 1, 4), chosen)) > least
+
+
+def test_binary_cross_entropy_of_the_row_encoder_by_hand():
+    predictor = RowEncoder(TINY, VOCAB, token_width=4, layer_width=4, width=4, depth=1, heads=1, feedforward=4)
+    layers, experts, _ = TINY.shape()
+    chosen = batch([[[4, 5]] * layers], [[[0, 1]] * layers, [[2, 3]] * layers])
+    logits = torch.full((2, 2, 1, layers, experts), float("nan"))
+    # All at probability 1/4: a chosen expert costs ln 4, another ln 4/3; two of eight are chosen.
+    logits[chosen.mask] = torch.logit(torch.tensor(0.25)).expand(3, 1, layers, experts)
+    expected = (2 * math.log(4) + 6 * math.log(4 / 3)) / 8
+    assert float(predictor.loss(logits, chosen)) == pytest.approx(expected, rel=1e-6)

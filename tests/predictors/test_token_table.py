@@ -1,0 +1,135 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY
+from helpers import VOCAB as TINY_VOCAB
+from predictor_variants import LONG, random_trace, training_text
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import TrainingText
+from moe_beyond.predictors.batch import Batch, collate
+from moe_beyond.predictors.token_table import TokenTable
+from moe_beyond.traces.trace import Trace
+
+SMALL = Geometry("small", (0, 1), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)
+VOCAB = 10
+
+
+def batch_of(*sequences: list[tuple[int, list[list[int]]]]) -> Batch:
+    """Sequences of (token id, experts by layer)."""
+    traces = []
+    for number, sequence in enumerate(sequences):
+        ids, experts = zip(*sequence, strict=True)
+        trace = Trace(f"s{number}", "tests", np.array(ids, np.int32), np.array(experts, np.uint8), len(ids))
+        traces.append(trace)
+    return collate(traces)
+
+
+# Token 5 occurs three times, token 7 once, in sequences of different length.
+COUNTED = batch_of(
+    [(5, [[0, 1], [2, 3]]), (7, [[3, 1], [0, 1]]), (5, [[1, 0], [2, 1]])],
+    [(5, [[2, 0], [2, 0]])],
+)
+
+
+def table(batches: list[Batch], backoff: float = 2.0) -> TokenTable:
+    predictor = TokenTable(SMALL, VOCAB, backoff)
+    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None))
+    for batch in batches:
+        predictor.observe(batch)
+    return predictor.eval()
+
+
+def scores(predictor: TokenTable, token: int) -> list[list[float]]:
+    with torch.inference_mode():
+        logits = predictor(batch_of([(token, [[0, 1], [0, 1]])]))
+    return predictor.probabilities(logits)[0, 0, 0].tolist()
+
+
+def test_counts_are_exact_and_padding_is_not_counted():
+    predictor = table([COUNTED])
+    assert predictor.token_ids.tolist() == [5, 7]
+    assert predictor.occurrences.tolist() == [3, 1]
+    assert predictor.table.tolist() == [[[3, 2, 1, 0], [1, 1, 3, 1]], [[0, 1, 0, 1], [1, 1, 0, 0]]]
+
+
+@pytest.mark.parametrize("backoff", [2.0, 0.5])
+def test_probabilities_by_hand(backoff):
+    predictor, weight = table([COUNTED], backoff), Fraction(backoff)
+    # Four tokens and an imaginary one that chose each of 4 experts with probability K/E = 1/2.
+    chosen = [[3, 3, 1, 1], [2, 2, 3, 1]]
+    popularity = [[(count + Fraction(1, 2)) / 5 for count in layer] for layer in chosen]
+    counts = {5: ([[3, 2, 1, 0], [1, 1, 3, 1]], 3), 7: ([[0, 1, 0, 1], [1, 1, 0, 0]], 1)}
+    for token, (by_layer, seen) in counts.items():
+        expected = [
+            [float((count + weight * p) / (seen + weight)) for count, p in zip(layer, popular, strict=True)]
+            for layer, popular in zip(by_layer, popularity, strict=True)
+        ]
+        np.testing.assert_allclose(scores(predictor, token), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("token", [0, 6, 9])
+def test_an_unseen_token_gets_the_popularity(token):
+    expected = [[0.7, 0.7, 0.3, 0.3], [0.5, 0.5, 0.7, 0.3]]
+    np.testing.assert_allclose(scores(table([COUNTED]), token), expected, rtol=1e-5)
+
+
+def test_without_counts_every_expert_is_equally_likely():
+    unprepared = TokenTable(SMALL, VOCAB)
+    np.testing.assert_allclose(scores(unprepared, 3), np.full((2, 4), 0.5), rtol=1e-6)
+    np.testing.assert_allclose(scores(table([]), 5), np.full((2, 4), 0.5), rtol=1e-6)
+
+
+def test_an_expert_that_always_and_one_that_never_came_have_finite_logits():
+    always = batch_of([(5, [[0, 1], [0, 1]])] * 1000)
+    predictor = table([always], backoff=1e-9)
+    with torch.inference_mode():
+        assert predictor(always).isfinite().all()
+    np.testing.assert_allclose(scores(predictor, 5), [[1, 1, 0, 0]] * 2, atol=2e-6)
+
+
+def test_without_backoff_an_unseen_token_still_gets_the_popularity():
+    predictor = table([COUNTED], backoff=0.0)
+    np.testing.assert_allclose(scores(predictor, 7), [[0, 1, 0, 1], [1, 1, 0, 0]], atol=2e-6)
+    np.testing.assert_allclose(scores(predictor, 6), [[0.7, 0.7, 0.3, 0.3], [0.5, 0.5, 0.7, 0.3]], rtol=1e-5)
+
+
+def test_counting_twice_doubles_the_counts():
+    once, twice = table([COUNTED]), table([COUNTED, COUNTED])
+    for single, double in zip(once.counts(), twice.counts(), strict=True):
+        assert torch.equal(2 * single, double)
+
+
+def test_counts_of_two_halves_add_up_to_those_of_all():
+    traces = [random_trace(f"s{i}", LONG, i) for i in range(4)]
+    predictors = []
+    for part in (traces, traces[:1], traces[1:]):
+        predictor = TokenTable(TINY, TINY_VOCAB)
+        predictor.prepare(training_text(traces))
+        predictor.observe(collate(part))
+        predictors.append(predictor)
+    whole, first, second = predictors
+    for total, counts in zip(first.counts(), second.counts(), strict=True):
+        total.add_(counts)  # counts() hands out the live tensors
+    for expected, found in zip(whole.counts(), first.counts(), strict=True):
+        assert torch.equal(expected, found)
+    with torch.inference_mode():
+        assert torch.equal(whole(collate(traces)), first(collate(traces)))
+
+
+def test_counting_a_token_that_the_training_split_lacks_is_an_error():
+    predictor = table([])
+    with pytest.raises(ValueError, match="not of the training split"):
+        predictor.observe(batch_of([(5, [[0, 1], [0, 1]]), (6, [[0, 1], [0, 1]])]))
+    assert predictor.occurrences.sum() == 0
+
+
+def test_weights_bring_their_own_number_of_rows():
+    predictor, fresh = table([COUNTED]), TokenTable(SMALL, VOCAB)
+    fresh.load_state_dict(predictor.state_dict())
+    assert torch.equal(fresh(COUNTED), predictor(COUNTED))
+    shorter = {**predictor.state_dict(), "occurrences": predictor.occurrences[:1]}
+    with pytest.raises(RuntimeError, match="size mismatch for occurrences"):
+        TokenTable(SMALL, VOCAB).load_state_dict(shorter)

@@ -1,0 +1,107 @@
+"""The record of a replay."""
+
+import json
+
+import numpy as np
+import pytest
+from cache_cases import replay, scored, small_geometry
+from reference_cache import COUNTERS
+
+from moe_beyond.replay import Replay, ReplaySettings, Result
+
+KEYS = (
+    "strategy, policy, prefetch, predictor, lookahead, scope, budget_slots, budget_share, demand_ratio, accesses, "
+    "hits, late_hits, misses, hit_rate, bytes_ratio, demand_transfers, prefetch_transfers, useful_prefetches, "
+    "wasted_prefetches, per_layer"
+).split(", ")
+
+# Two layers a and b, K=1, three slots. Demanded: a0 b1 | a0 b2. Predicted: a0 b0 | a1 b2.
+# ask a0: comes. a0H. Ask b0: comes. b1M: a0 b0 b1. | ask a1: comes, drops a0 (oldest). a0M drops b0, wasted.
+# Ask b2: comes, drops b1 (a0 computes). b2H. a1 stays, wasted.
+GEOMETRY = small_geometry(2, 4, 1)
+SETTINGS = ReplaySettings(3, prefetch="top1", lookahead=1, predictor="guess")
+EXPERTS = [[[0], [1]], [[0], [2]]]
+SCORES = scored(GEOMETRY, [[[0], [0]], [[1], [2]]])
+
+
+@pytest.fixture
+def result() -> Result:
+    return replay(GEOMETRY, SETTINGS, EXPERTS, SCORES)
+
+
+def test_keys_and_values(result: Result):
+    written = result.to_json()
+    assert set(KEYS) <= set(written)
+    a = {"accesses": 2, "hits": 1, "misses": 1, "demand_transfers": 1, "prefetch_transfers": 2, "useful_prefetches": 1}
+    both = {"layer": 0, **a, "late_hits": 0, "wasted_prefetches": 1, "hit_rate": 0.5}
+    assert written["per_layer"] == [both, {**both, "layer": 1}]
+    del written["per_layer"]
+    assert written == {
+        "strategy": "lru + top1",
+        "policy": "lru",
+        "prefetch": "top1",
+        "predictor": "guess",
+        "lookahead": 1,
+        "scope": "global",
+        "budget_slots": 3,
+        "budget_share": 3 / 8,
+        "demand_ratio": 3 / 2,  # a token needs L*K = 2
+        "accesses": 4,
+        "hits": 2,
+        "late_hits": 0,
+        "misses": 2,
+        "hit_rate": 2 / 4,
+        "bytes_ratio": 6 / 4,  # 2 on demand, 4 prefetched
+        "demand_transfers": 2,
+        "prefetch_transfers": 4,
+        "useful_prefetches": 2,
+        "wasted_prefetches": 2,
+    }
+
+
+def test_json_keeps_everything(result: Result):
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False)) == result.to_json()
+
+
+def test_two_runs_write_the_same_bytes(result: Result):
+    again = replay(GEOMETRY, SETTINGS, EXPERTS, SCORES)
+    assert json.dumps(again.to_json()).encode() == json.dumps(result.to_json()).encode()
+
+
+def test_layers_add_up(result: Result):
+    written = result.to_json()
+    for name in COUNTERS:
+        assert sum(row[name] for row in written["per_layer"]) == written[name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "lookahead"),
+    [
+        (ReplaySettings(4, policy="belady"), "belady", None),
+        (ReplaySettings(4, policy="lfu", prefetch="top2@3", lookahead="token"), "lfu + top2@3", "token"),
+        (ReplaySettings(4, prefetch="top2", lookahead=0), "lru + top2", 0),
+    ],
+)
+def test_what_was_asked_for_is_on_record(settings: ReplaySettings, strategy: str, lookahead):
+    written = replay(GEOMETRY, settings, EXPERTS, SCORES).to_json()
+    assert written["strategy"] == strategy
+    assert written["lookahead"] == lookahead
+    assert written["predictor"] is None
+
+
+def test_rates_are_zero_where_nothing_was_counted():
+    replaying = Replay(GEOMETRY, ReplaySettings(3, warmup_tokens=2))
+    replaying.add(np.array(EXPERTS))
+    written = replaying.result().to_json()
+    assert written["accesses"] == written["hit_rate"] == written["bytes_ratio"] == 0
+    assert [row["hit_rate"] for row in written["per_layer"]] == [0, 0]
+
+
+def test_a_result_is_of_what_was_added_so_far(result: Result):
+    replaying = Replay(GEOMETRY, SETTINGS)
+    replaying.add(np.array(EXPERTS), SCORES)
+    first = replaying.result()
+    replaying.add(np.array(EXPERTS), SCORES)
+    assert first == result
+    assert replaying.result().accesses == 2 * first.accesses
+    assert replaying.result().hit_rate == first.hit_rate

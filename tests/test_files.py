@@ -1,0 +1,141 @@
+"""Nobody finds a half-written file or folder."""
+
+import os
+
+import pytest
+
+from moe_beyond.errors import UserError
+from moe_beyond.files import read_json, replacing, replacing_folder, write_json
+
+
+class Interrupted(Exception):
+    """What goes wrong in the middle of writing."""
+
+
+def interrupt(writing, name):
+    """Write a file into what ``writing`` opens (or that itself, without a name), and fail."""
+    with writing as temporary:
+        (temporary / name).parent.mkdir(exist_ok=True)
+        (temporary / name).write_text("new")
+        raise Interrupted
+
+
+def test_replacing_puts_the_whole_file_in_place_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "deep" / "file.bin"
+    with replacing(path) as temporary:
+        assert temporary.suffix == ".bin"  # some writers look at the suffix
+        temporary.write_bytes(b"half")
+        assert not path.exists()
+    assert path.read_bytes() == b"half"
+    assert os.listdir(path.parent) == ["file.bin"]
+
+
+def test_an_error_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(Interrupted):
+        interrupt(replacing(path), "")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_modes_follow_the_umask_and_not_the_temporary(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+        with replacing_folder(tmp_path / "folder"):
+            pass
+        assert os.umask(umask) == umask  # looking at the mask has not changed it
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_replacing_folder_appears_whole(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    with replacing_folder(path) as temporary:
+        (temporary / "a").write_text("1")
+        assert not path.exists()
+    assert os.listdir(path) == ["a"]
+    assert os.listdir(path.parent) == ["folder"]
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    with pytest.raises(Interrupted):
+        interrupt(replacing_folder(tmp_path / "folder"), "inner/new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_folder_is_refused_before_anything_is_done(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "precious").write_text("1")
+    entered = False
+    with pytest.raises(UserError, match="folder already exists"), replacing_folder(path):
+        entered = True
+    assert not entered
+    assert os.listdir(path) == ["precious"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_an_existing_file_is_refused_and_an_empty_folder_is_used(tmp_path):
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(UserError, match="file already exists"), replacing_folder(tmp_path / "file"):
+        pass
+    (tmp_path / "empty").mkdir()
+    with replacing_folder(tmp_path / "empty") as temporary:
+        (temporary / "a").write_text("1")
+    assert os.listdir(tmp_path / "empty") == ["a"]
+
+
+def test_overwriting_replaces_the_whole_folder_or_nothing(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("1")
+    with pytest.raises(Interrupted):
+        interrupt(replacing_folder(path, overwrite=True), "new")
+    assert os.listdir(path) == ["old"]
+    with replacing_folder(path, overwrite=True) as temporary:
+        (temporary / "new").write_text("1")
+    assert os.listdir(path) == ["new"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_somebody_else_finished_meanwhile_is_not_deleted(tmp_path):
+    path = tmp_path / "folder"
+    with pytest.raises((UserError, OSError)), replacing_folder(path):
+        (path / "theirs").mkdir(parents=True)
+    assert os.listdir(path) == ["theirs"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_json_is_the_same_bytes_every_time(tmp_path):
+    content = {"b": [1, 2.5, None], "a": "é"}
+    write_json(tmp_path / "one.json", content)
+    write_json(tmp_path / "one.json", content)
+    expected = '{\n  "b": [\n    1,\n    2.5,\n    null\n  ],\n  "a": "\\u00e9"\n}\n'
+    assert (tmp_path / "one.json").read_text() == expected
+    assert read_json(tmp_path / "one.json") == content
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
+def test_what_json_cannot_hold_writes_nothing(value, tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises((ValueError, TypeError)):
+        write_json(tmp_path / "a.json", {"x": value})
+    assert read_json(tmp_path / "a.json") == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_unreadable_json_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read \(No such file or directory\)"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(tmp_path)
+    for damaged in (b"{", b"", b"\xff\xfe\x00"):
+        (tmp_path / "bad.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"bad\.json: is not JSON"):
+            read_json(tmp_path / "bad.json")
