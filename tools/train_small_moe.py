@@ -40,7 +40,7 @@ def read_files(roots: list[Path]) -> dict[str, str]:
         for path in sorted(root.rglob("*")):
             if path.is_file() and path.suffix in SUFFIXES:
                 text = path.read_text(encoding="utf-8", errors="replace")
-                if len(text) > 500:  # noqa: PLR2004
+                if len(text) > 500:
                     files[f"{root.name}/{path.relative_to(root)}"] = text
     if not files:
         raise SystemExit(f"no {', '.join(SUFFIXES)} file of 500 characters under {', '.join(map(str, roots))}")

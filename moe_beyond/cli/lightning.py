@@ -27,6 +27,7 @@ QUIET = (
     ".*returned `None`, this fit will run with no optimizer.*",  # counting
     ".*Total length of `list` across ranks is zero.*",  # a fit without validation
     ".*smaller than the logging interval.*",
+    ".*your dataloader is not resumable.*",  # the data module is
 )
 SELF_PRAISE = "litlogger"
 ELSEWHERE = ("best", "last", "hpc", "registry")  # words that Lightning finds a checkpoint by

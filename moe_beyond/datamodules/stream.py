@@ -57,7 +57,7 @@ class PlannedBatches(DistributedSampler[Batch]):
         return iter(plan[self.rank : len(self) * self.num_replicas : self.num_replicas][done:])
 
     def __len__(self) -> int:
-        """Batches of this rank; a shuffled plan drops what the ranks cannot share evenly."""
+        """Batches of this rank; what the ranks cannot share evenly is dropped."""
         return len(self._plan()) // self.num_replicas
 
 

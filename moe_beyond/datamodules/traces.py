@@ -127,7 +127,8 @@ class TraceDataModule(L.LightningDataModule):
                 f"{folder}: has {other.geometry.describe_shape()}, "
                 f"but {self.traces.folder} has {self.geometry.describe_shape()}"
             )
-        if other.manifest.tokenizer.sha256 != self.manifest.tokenizer.sha256:
+        theirs, ours = other.manifest.tokenizer, self.manifest.tokenizer
+        if (theirs.sha256, theirs.vocab_size) != (ours.sha256, ours.vocab_size):
             raise UserError(f"{folder}: its tokenizer is not that of {self.traces.folder}")
         return other
 

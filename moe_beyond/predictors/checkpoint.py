@@ -53,7 +53,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: is not a checkpoint of this package")
     told = checkpoint[CHECKPOINT_KEY]
     geometry = Geometry.from_json(told["geometry"])
-    predictor = create(told["architecture"], geometry, told["vocab_size"], **told["arguments"])
+    predictor = create(told["architecture"], geometry, told["vocab_size"], source=str(path), **told["arguments"])
     prefix = "predictor."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_weights(predictor, weights, str(path))

@@ -147,8 +147,10 @@ class CrossLayer(GradientPredictor):
         layers, experts, _ = self.geometry.shape()
         start = torch.tanh(self.start(token))[None]
         by_layer = used.view(-1, layers, experts).transpose(0, 1)
-        after, _ = self.recurrent(torch.bmm(by_layer, self.routed)[:-1], start)
-        states = self.drop(torch.cat([start, after]))  # states[l] knows layers 0 .. l-1
+        states = start  # states[l] knows layers 0 .. l-1
+        if layers > 1:
+            states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed)[:-1], start)[0]])
+        states = self.drop(states)
         common = self.from_token(token) + history
         common = common + used @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
         logits = common.unflatten(1, (layers, experts))

@@ -35,7 +35,7 @@ def save_predictor(
         UserError: The folder exists and is not a predictor's.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_predictor(folder))):
         raise UserError(f"{folder} exists and is not a predictor folder; choose another")
     weights = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
@@ -81,6 +81,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def _is_predictor(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except UserError:
+        return False
+    return True
+
+
 def load_predictor(folder: str | Path) -> Predictor:
     """Load a predictor folder, ready to score.
 
@@ -90,12 +98,13 @@ def load_predictor(folder: str | Path) -> Predictor:
     """
     folder = Path(folder)
     config = read_config(folder)
+    source = f"{folder / CONFIG_FILE}"
     try:
-        geometry, vocab_size = Geometry.from_json(config["geometry"]), int(config["vocab_size"])
+        geometry, vocab_size = Geometry.from_json(config["geometry"], source=source), int(config["vocab_size"])
         arguments, sha256 = dict(config["arguments"]), config["sha256"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: a field is missing or wrong ({error})") from error
-    predictor = create(config["architecture"], geometry, vocab_size, **arguments)
+        raise UserError(f"{source}: a field is missing or wrong ({error})") from error
+    predictor = create(config["architecture"], geometry, vocab_size, source=source, **arguments)
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise UserError(f"{path}: not found")

@@ -28,13 +28,25 @@ def predictor_class(architecture: str) -> type[Predictor]:
     return found
 
 
-def create(architecture: str, geometry: Geometry, vocab_size: int, **arguments: Any) -> Predictor:
-    """Build an unfitted predictor.
+def create(
+    architecture: str, geometry: Geometry, vocab_size: int, *, source: str = "predictor", **arguments: Any
+) -> Predictor:
+    """Build an unfitted predictor out of what a file says.
+
+    Args:
+        architecture: Its name.
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        source: The file, for error messages.
+        **arguments: Of the constructor.
 
     Raises:
-        UserError: There is no such architecture, or it has no such argument.
+        UserError: There is no such architecture, or its arguments are not such.
     """
     try:
         return predictor_class(architecture)(geometry, vocab_size, **arguments)
-    except TypeError as error:
-        raise UserError(f"predictor {architecture!r}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # whatever torch makes of a wrong size
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: {architecture}: {reason}") from error

@@ -92,19 +92,20 @@ class ScoresFolder:
         self.folder = Path(folder)
         if not (self.folder / INDEX_FILE).exists():
             raise UserError(f"{folder}: is not a scores folder (it has no {INDEX_FILE})")
-        index = read_json(self.folder / INDEX_FILE)
+        path = self.folder / INDEX_FILE
+        index = read_json(path)
         try:
             if index["format_version"] != FORMAT_VERSION:
-                raise UserError(
-                    f"{folder}: scores format {index['format_version']!r}; this package reads {FORMAT_VERSION}"
-                )
+                raise UserError(f"scores format {index['format_version']!r}; this package reads {FORMAT_VERSION}")
             self.predictor = str(index["predictor"])
             self.lookaheads: tuple[Lookahead, ...] = tuple(parse_lookahead(h) for h in index["lookaheads"])
             self.geometry = Geometry.from_json(index["geometry"])
             self.traces = str(index["traces"])
             self._files: dict[str, str] = dict(index["files"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / INDEX_FILE}: a field is missing or wrong ({error})") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: a field is missing or wrong ({error})") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def scores(self, sequence_id: str, tokens: int) -> npt.NDArray[np.float32]:
         """Read one sequence's ``(T, H, L, E)`` float32 scores.

@@ -80,7 +80,9 @@ class TokenTable(CountingPredictor):
         rows, known = self._rows(token_ids)
         counted = self.table[rows] * known[..., None, None]
         seen = (self.occurrences[rows] * known)[..., None, None]
-        return torch.logit((counted + self.backoff * popularity) / (seen + self.backoff), eps=1e-6)
+        weight = seen + self.backoff
+        shares = torch.where(weight > 0, (counted + self.backoff * popularity) / weight, popularity)
+        return torch.logit(shares, eps=1e-6)
 
     def _rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's row, and whether it has one."""

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import TrainingText
 
 NGRAM_SIZES = (1, 2, 3, 4)
 NGRAMS_PER_TOKEN = 16
+MOST_BUCKETS = 2**15  # they are stored as int16
 
 
 class TokenEmbedding(nn.Module):
@@ -32,6 +34,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, known_tokens: int, min_count: int, ngram_buckets: int) -> None:
         super().__init__()
+        if not 1 <= ngram_buckets < MOST_BUCKETS:
+            raise UserError(f"ngram_buckets {ngram_buckets} is not within 1..{MOST_BUCKETS - 1}")
         self.known_tokens, self.min_count = min(known_tokens, vocab_size), min_count
         self.ngram_buckets = ngram_buckets
         self.known = nn.Embedding(self.known_tokens + 1, width)  # row 0: unknown
@@ -74,6 +78,8 @@ class TokenEmbedding(nn.Module):
 def _ngram_buckets(string: str, buckets: int) -> Iterator[int]:
     """Hash a token string, and its n-grams longest first, into ``1 .. buckets`` (stable over processes)."""
     marked = f"<{string}>"
+    if len(marked) > NGRAM_SIZES[-1]:
+        yield 1 + zlib.crc32(marked.encode()) % buckets
     for size in reversed(NGRAM_SIZES):
         for start in range(len(marked) - size + 1):
             yield 1 + zlib.crc32(marked[start : start + size].encode()) % buckets

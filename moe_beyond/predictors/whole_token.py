@@ -36,6 +36,7 @@ class WholeTokenStepper(Stepper):
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         """Drop the layer's scores, which are history now."""
+        self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan
 
     def scores(self) -> npt.NDArray[np.float32]:

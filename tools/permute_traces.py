@@ -1,0 +1,57 @@
+"""Make a large trace set out of a small one: repeat it, every repeat under expert ids permuted anew in each layer.
+
+    python tools/permute_traces.py TRACES OUT --entries 66e6
+
+The repeats have the lengths, tokens and popularity skew of the original but share no routing, so that what is measured
+on them is what a recording of that size would cost.
+"""
+
+import argparse
+import math
+from dataclasses import replace
+
+import numpy as np
+from rich.progress import track
+
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.writer import writing
+
+
+def permute(source: TraceSet, out: str, entries: float, seed: int) -> TraceSet:
+    """Write at least ``entries`` entries to ``out``.
+
+    Args:
+        source: What to repeat.
+        out: The trace set to make.
+        entries: How many (token, layer) entries it has at least.
+        seed: Of the permutations.
+    """
+    layers, experts, _ = source.geometry.shape()
+    repeats = math.ceil(entries / (source.manifest.tokens * layers))
+    random = np.random.default_rng(seed)
+    manifest = replace(source.manifest, source=f"{source.manifest.source}, {repeats} times under permuted expert ids")
+    with writing(out, manifest) as writer:
+        for number in track(range(repeats), description="repeating"):
+            permuted = np.stack([random.permutation(experts) for _ in range(layers)])
+            for split in source.manifest.splits:
+                for trace in source.traces(split):
+                    chosen = permuted[np.arange(layers)[:, None], trace.experts.astype(np.int64)]
+                    name = f"{trace.sequence_id}.{number}"
+                    writer.write(replace(trace, sequence_id=name, experts=chosen, gate_weights=None), split)
+    return TraceSet(out)
+
+
+def main() -> None:
+    """Parse the options, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("traces", help="trace set to repeat")
+    parser.add_argument("out", help="trace set to make")
+    parser.add_argument("--entries", type=float, default=66e6, help="entries it has at least (default: 66e6)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    made = permute(TraceSet(args.traces), args.out, args.entries, args.seed)
+    print(f"{args.out}: {made.manifest.tokens * made.geometry.num_layers:,} entries")
+
+
+if __name__ == "__main__":
+    main()
