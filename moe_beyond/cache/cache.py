@@ -77,9 +77,14 @@ class Cache:
 
         Returns:
             How many were resident.
+
+        Raises:
+            UserError: They are more than the slots they may have.
         """
-        self._now += 1
         ids = layer * self._experts + np.unique(np.asarray(experts, np.int64))
+        if len(ids) > (room := self.state.capacity[self.state.pool_of[layer * self._experts]]):
+            raise UserError(f"layer {layer} demands {len(ids)} experts at once, more than the {room} slots it may have")
+        self._now += 1
         return int(core.demand(self.state, self._policy, self._verbs, ids, self._now, counted))
 
     def prefetch(self, layer: int, experts: npt.ArrayLike, *, counted: bool = True) -> int:

@@ -96,7 +96,7 @@ def empty_cache(num_layers: int, num_experts: int, quotas: npt.ArrayLike) -> Cac
         place=np.full(total, -1, np.int64),
         origin=np.zeros(total, np.int64),
         shield=np.zeros(total, np.int64),
-        mark=np.zeros(1, np.int64),
+        mark=np.ones(1, np.int64),  # past every shield: nothing has been asked for yet
         layer_of=layer_of,
         counters=np.zeros((num_layers, len(COUNTERS)), np.int64),
     )

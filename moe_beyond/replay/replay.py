@@ -40,22 +40,29 @@ class Replay:
             scores: ``(T, L, E)`` float32 probabilities of the settings' lookahead; needed only to prefetch.
 
         Raises:
-            UserError: The scores do not fit the sequence, or are no probabilities.
+            UserError: The experts do not fit the model, or the scores the sequence, or are no probabilities.
         """
+        layers, num_experts, _ = self.geometry.shape()
+        if experts.ndim != 3 or experts.shape[1:] != (layers, self.geometry.top_k):
+            raise UserError(f"experts have shape {experts.shape}, expected (T, {layers}, {self.geometry.top_k})")
         if len(experts) <= self.settings.warmup_tokens:
             return
-        layers, num_experts, _ = self.geometry.shape()
+        if experts.min() < 0 or experts.max() >= num_experts:
+            raise UserError(f"an expert id is out of range 0..{num_experts - 1}")
         named = np.empty((len(experts), layers, 0), np.int64)
         if self.settings.names:
             named = candidates(_checked(scores, (len(experts), layers, num_experts)), self.settings.names)
             named = named + np.arange(layers)[:, None] * num_experts
         future = demands(experts, self.geometry)
+        demanded = np.sort(future[0].reshape(experts.shape), axis=-1)
+        if (np.diff(demanded, axis=-1) == 0).any():
+            raise UserError("an expert is named twice in one event")
         cache = core.empty_cache(layers, num_experts, self._quotas)
         core.step_sequence(
             cache,
             self._policy.state(self.geometry.total_experts, len(self._quotas), future),
             self._policy.VERBS,
-            np.sort(future[0].reshape(experts.shape), axis=-1),
+            demanded,
             named,
             self.settings.distance,
             self.settings.first_layer_prefetch,

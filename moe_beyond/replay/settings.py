@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from moe_beyond.errors import UserError
-from moe_beyond.lookahead import Lookahead
+from moe_beyond.lookahead import Lookahead, parse_lookahead
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class ReplaySettings:
         """
         if self.warmup_tokens < 0:
             raise UserError(f"--warmup-tokens {self.warmup_tokens} is negative")
+        if self.lookahead is not None:
+            parse_lookahead(self.lookahead)
         if self.names > 0 and self.lookahead is None:
             raise UserError(f"prefetch {self.prefetch!r} needs scores; give --predictor or --scores")
         if self._match["d"] is not None and self.lookahead != "token":

@@ -57,6 +57,8 @@ class TraceWriter:
             )
         if len(outside := trace.experts[(trace.experts < 0) | (trace.experts >= experts)]):
             raise UserError(f"sequence {trace.sequence_id!r}: expert id {outside[0]} is out of range 0..{experts - 1}")
+        if (np.diff(np.sort(trace.experts, axis=-1), axis=-1) == 0).any():
+            raise UserError(f"sequence {trace.sequence_id!r}: an expert is named twice by one token in one layer")
         vocab = self._manifest.tokenizer.vocab_size
         if len(outside := trace.token_ids[(trace.token_ids < 0) | (trace.token_ids >= vocab)]):
             raise UserError(f"sequence {trace.sequence_id!r}: token id {outside[0]} is out of range 0..{vocab - 1}")

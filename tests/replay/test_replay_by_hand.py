@@ -5,6 +5,7 @@ import pytest
 from cache_cases import replay, scored, small_geometry
 
 from moe_beyond.cache.policies import POLICIES
+from moe_beyond.errors import UserError
 from moe_beyond.replay import Replay, ReplaySettings
 
 COLUMNS = ("hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches", "wasted_prefetches")
@@ -211,11 +212,10 @@ def test_every_sequence_starts_cold():
     assert counts(replaying.result()) == (4, 8, 8, 0, 0, 0)
 
 
-def test_an_expert_named_twice_in_an_event_is_one_access():
-    # DESIGN: accesses are the distinct experts of an event.
-    result = replay(small_geometry(1, 4, 2), ReplaySettings(2), [[[1, 1]]])
-    assert result.accesses == 1
-    assert counts(result) == (0, 1, 1, 0, 0, 0)
+def test_an_expert_named_twice_in_an_event_is_refused():
+    # A router names K distinct experts: counting one twice would make a hit of nothing.
+    with pytest.raises(UserError, match="an expert is named twice in one event"):
+        replay(small_geometry(1, 4, 2), ReplaySettings(2), [[[1, 1]]])
 
 
 def test_scores_may_be_given_and_not_needed():

@@ -5,6 +5,7 @@ import pytest
 from cache_cases import small_geometry
 
 from moe_beyond.cache.cache import Cache
+from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.replay import Replay, ReplaySettings
 
@@ -20,10 +21,11 @@ def complaint(caught: pytest.ExceptionInfo[UserError]) -> str:
     return message
 
 
-@pytest.mark.parametrize(("policy", "near"), [("lur", "lru"), ("lfuu", "lfu"), ("belody", "belady"), ("LRU", "lru")])
+@pytest.mark.parametrize(
+    ("policy", "near"),
+    [("lur", "'lru'"), ("lfuu", "'lfu'"), ("belody", "'belady'"), ("xyz", ", ".join(sorted(POLICIES)))],
+)
 def test_unknown_policy(policy: str, near: str):
-    if policy == "LRU":  # no letter in common: all policies are listed
-        near = "belady, lfu, lru"
     with pytest.raises(UserError) as caught:
         Replay(GEOMETRY, ReplaySettings(8, policy=policy))
     assert repr(policy) in complaint(caught)

@@ -1,0 +1,81 @@
+"""What a newcomer runs first: in this clone, and from a wheel in an empty folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_beyond.cli.main import main
+from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.published import checkpoints_folder
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.statistics import activation_counts
+
+ROOT = Path(__file__).parents[1]
+
+
+def best_at(results: list[dict], slots: int, prefetch: bool) -> dict:
+    """The LRU line at a budget, with or without prefetch."""
+    lines = [r for r in results if r["budget_slots"] == slots and r["policy"] == "lru"]
+    return next(r for r in lines if (r["prefetch"] != "none") == prefetch)
+
+
+@pytest.mark.slow
+def test_the_quickstart_beats_lru(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    assert main(["quickstart", "--out", str(out), "--json", str(tmp_path / "q.json")]) == 0
+    said = capsys.readouterr().out
+    assert "1/3 record" in said
+    assert "lru + top3" in said
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert found == json.loads((out / "results.json").read_text())
+    for slots in (48, 96):
+        ours, lru = best_at(found["results"], slots, True), best_at(found["results"], slots, False)
+        assert ours["hits"] > lru["hits"]
+        assert ours["accesses"] == lru["accesses"]
+    assert (out / "hits.png").read_bytes().startswith(b"\x89PNG")
+    traces = TraceSet(str(out / "traces"))
+    assert traces.geometry.shape() == (8, 24, 3)
+    assert (activation_counts(traces) > 0).all()  # every expert is alive on text the model never saw
+    train, held_out = ({t.source for t in traces.traces(split)} for split in ("train", "validation"))
+    assert not train & held_out
+    assert load_predictor(out / "predictor").information.lookaheads == (1, 2, 3)
+    # Running it again replaces it; a folder of somebody else's stays.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert main(["quickstart", "--out", str(tmp_path / "mine")]) == 2
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_all_that_it_needs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    # Beside this environment's packages, but without the clone: an editable install would be found before the wheel.
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import moe_beyond; "
+        f"assert moe_beyond.__file__.startswith({str(site)!r}), moe_beyond.__file__; "
+        "from moe_beyond.cli.main import main; sys.exit(main(['quickstart']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=empty, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "lru + top3" in done.stdout
+    assert (empty / "demo" / "hits.png").exists()
+
+
+def test_the_small_model_is_small_and_whole() -> None:
+    folder = checkpoints_folder() / "small-moe"
+    assert (folder / "model.safetensors").stat().st_size <= 20e6
+    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == len({prompt["id"] for prompt in prompts}) > 50
+    card = (folder / "README.md").read_text()
+    assert "Python Software Foundation License" in card
+    assert "normalized" in card or "entropy" in card
