@@ -12,6 +12,7 @@ import moe_beyond.callbacks
 import moe_beyond.datamodules
 import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
 from moe_beyond.callbacks.config import KeepConfig
+from moe_beyond.cli.options import OneLineErrors
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -31,6 +32,10 @@ QUIET = (
 )
 SELF_PRAISE = "litlogger"
 ELSEWHERE = ("best", "last", "hpc", "registry")  # words that Lightning finds a checkpoint by
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, with our errors."""
 
 
 class PredictorCLI(LightningCLI):
@@ -108,6 +113,7 @@ def run(words: list[str]) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=Parser,
             args=words,
         )
     except ValueError as error:  # jsonargparse wraps what a constructor raises

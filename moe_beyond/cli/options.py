@@ -2,15 +2,33 @@
 
 import json
 import sys
-from typing import Any
+from argparse import Action
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 
+from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 
 PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe; on a terminal it fits the terminal."""
+
+
+class OneLineErrors(ArgumentParser):
+    """A parser whose complaints are one line, as all of the command's are."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a `UserError` instead of printing the usage."""
+        program = self.prog.replace(" [options]", "")
+        raise UserError(f"{' '.join(message.split())}; {program} --help tells the options") from ex
+
+
+class _Help(DefaultHelpFormatter):
+    """Help without types and defaults, which the options' own words tell."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return action.help or ""
 
 
 def parser(verb: str, description: str, example: str) -> ArgumentParser:
@@ -21,8 +39,11 @@ def parser(verb: str, description: str, example: str) -> ArgumentParser:
         description: What it does.
         example: A command line to show under ``--help``.
     """
-    return ArgumentParser(
-        prog=f"moe-beyond {verb}", description=f"{description} Example: {example}", allow_abbrev=False
+    return OneLineErrors(
+        prog=f"moe-beyond {verb}",
+        description=f"{description} Example: {example}",
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
 
 

@@ -23,17 +23,25 @@ def add_replay(options: ArgumentParser) -> None:
         "--budget",
         action="append",
         metavar="B",
-        help=f"10%%, 166 (slots), 2.9GB or 2.7GiB; repeat for more; {DEFAULT_BUDGET}% by default",
+        help=f"10%, 166 (slots), 2.9GB or 2.7GiB; repeat for more (default: {DEFAULT_BUDGET})",
     )
-    options.add_argument("--policy", action="append", metavar="P", help="eviction policy; repeat for more; lru")
+    options.add_argument("--policy", action="append", metavar="P", help="lru (default), lfu or belady; repeat for more")
     options.add_argument(
-        "--prefetch", action="append", metavar="F", help="none, top6, or top6@2 (two layers ahead); repeat for more"
+        "--prefetch",
+        action="append",
+        metavar="F",
+        help="none, top6, or top6@2 (whole-token scores, two layers ahead); repeat for more; with scores top<K>",
     )
     options.add_argument(
-        "--lookahead", action="append", metavar="H", help="which of the predictor's scores to replay: token, 1, 2, ..."
+        "--lookahead",
+        action="append",
+        metavar="H",
+        help="which of the scores: token, 1, 2, ...; repeat for more",
     )
     options.add_argument("--scope", default="global", help="global (default) or per-layer: an even share a layer")
-    options.add_argument("--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence not counted")
+    options.add_argument(
+        "--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence that do not count (default: 0)"
+    )
     options.add_argument(
         "--no-first-layer-prefetch",
         action="store_true",

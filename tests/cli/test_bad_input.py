@@ -139,8 +139,12 @@ def test_fits_that_cannot_be(run: Run, tmp_path: Path, refused, monkeypatch: pyt
     assert not list(tmp_path.glob("runs/*/*/predictor"))
 
 
-def test_unknown_verbs(refused) -> None:
+def test_words_that_cannot_be_parsed(run: Run, refused) -> None:
     assert "unknown verb 'replya'; did you mean 'replay'?" in refused("replya")
+    assert "--tracs" in refused("replay", "--tracs", "x")
+    assert "warmup_tokens" in refused("replay", "--traces", str(run.traces), "--warmup-tokens", "x")
+    assert "nothere.yaml" in refused("fit", "-c", "nothere.yaml")
+    assert "NoSuchTask" in refused("fit", "--model", "NoSuchTask")
 
 
 def test_a_callback_that_asks_for_what_is_not_there(run: Run, tmp_path: Path, refused) -> None:
