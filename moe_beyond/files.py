@@ -37,11 +37,13 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         overwrite: Replace a folder that is already there, instead of refusing.
 
     Raises:
-        UserError: ``path`` exists, is not an empty folder, and ``overwrite`` is off.
+        UserError: ``path`` exists, is not an empty folder, and ``overwrite`` is off; or this process works inside it.
     """
     path = Path(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another folder or remove it")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path}: the folder to make cannot be the present one or one above it; choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -49,12 +51,15 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):  # libraries write some files for their owner alone
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-        if path.is_dir():
-            if overwrite:
-                shutil.rmtree(path)
-            else:
+        if path.is_dir() and overwrite:
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            path.replace(aside)
+            temporary.replace(path)
+            shutil.rmtree(aside)
+        else:
+            if path.is_dir():
                 path.rmdir()  # empty, or somebody filled it meanwhile, and it stays
-        temporary.replace(path)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -39,6 +39,8 @@ class Geometry:
             raise UserError(f"geometry {self.model!r}: moe_layers must be ascending layer indices")
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(f"geometry {self.model!r}: top_k {self.top_k} is not within 1..{self.num_experts}")
+        if self.params_per_expert < 1 or self.other_params_per_layer < 0:
+            raise UserError(f"geometry {self.model!r}: an expert has parameters, and other parameters are not negative")
 
     @property
     def num_layers(self) -> int:
@@ -88,16 +90,14 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Preset:
-    """A known model: its geometry, how its weights are usually stored, and the tokenizer of its traces.
+    """A known model: its geometry, and the tokenizer of its traces.
 
     Attributes:
         geometry: The shape.
-        quantization_bits: Bits per parameter of the released weights.
         tokenizer: A name that `moe_beyond.traces.vocabulary` can load, or None.
     """
 
     geometry: Geometry
-    quantization_bits: float = 16.0
     tokenizer: str | None = None
 
 
@@ -111,7 +111,6 @@ def _preset(
     other: int,
     *,
     first: int = 0,
-    bits: float = 16.0,
     tokenizer: str | None = None,
 ) -> Preset:
     """Describe a model whose experts are three ``width x expert_width`` matrices and whose last ``layers`` are MoE."""
@@ -123,7 +122,7 @@ def _preset(
         params_per_expert=3 * width * expert_width,
         other_params_per_layer=other + width * experts,
     )
-    return Preset(geometry, bits, tokenizer)
+    return Preset(geometry, tokenizer)
 
 
 def _attention(width: int, heads: int, kv_heads: int, head: int) -> int:
@@ -154,10 +153,10 @@ PRESETS: dict[str, Preset] = {
     "mixtral-8x7b": _preset("Mixtral-8x7B", 32, 8, 2, 4096, 14336, _attention(4096, 32, 8, 128)),
     "olmoe-1b-7b": _preset("OLMoE-1B-7B", 16, 64, 8, 2048, 1024, _attention(2048, 16, 16, 128)),
     "gpt-oss-20b": _preset(
-        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64), bits=4.25
+        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64)
     ),
     "gpt-oss-120b": _preset(
-        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64), bits=4.25
+        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64)
     ),
     "phi-3.5-moe": _preset("Phi-3.5-MoE", 32, 16, 2, 4096, 6400, _attention(4096, 32, 8, 128)),
     "phi-mini-moe": _preset("Phi-mini-MoE", 32, 16, 2, 4096, 960, _attention(4096, 32, 8, 128)),
@@ -256,7 +255,9 @@ def _attention_of(config: Mapping[str, Any], width: int) -> int:
     if rank is None:
         head = _first(config, "head_dim") or width // heads
         return _attention(width, heads, _first(config, "num_key_value_heads") or heads, head)
-    plain, rotary, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    plain, rotary, value = (
+        _first(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
     query_rank = _first(config, "q_lora_rank")
     query = heads * (plain + rotary)
     queries = width * query if query_rank is None else query_rank * (width + query)
@@ -270,6 +271,8 @@ def _moe_layers(config: Mapping[str, Any], depth: int) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(types) if kind == "sparse")
     if (layers := _first(config, "moe_layers")) is not None:
         return tuple(layers)
+    if isinstance(mask := _first(config, "moe_layer_freq"), list):
+        return tuple(layer for layer, sparse in enumerate(mask) if sparse)
     if (every := _first(config, "interleave_moe_layer_step")) is not None:  # Llama 4 counts layers from one
         return tuple(range(every - 1, depth, every))
     first = _first(config, "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") or 0
@@ -322,8 +325,3 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
     if slots > geometry.total_experts:
         raise UserError(f"budget {budget!r} is {slots} slots, more than all {geometry.total_experts} experts")
     return slots
-
-
-def expert_bytes(geometry: Geometry, bits: float) -> float:
-    """Return the bytes of one expert at ``bits`` per parameter."""
-    return geometry.params_per_expert * bits / 8

@@ -31,7 +31,7 @@ from moe_beyond.published import checkpoints_folder
 from moe_beyond.report.plots import plot_budgets
 from moe_beyond.report.results import metrics_table, results_table
 from moe_beyond.tasks import CrossLayer
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
+from moe_beyond.traces.manifest import VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.vocabulary import load_vocabulary
@@ -42,6 +42,7 @@ HELD_OUT_ONE_IN = 4  # of the files that prompts come from
 BUDGETS = ("25%", "50%")  # in the table; the picture has all tenths
 EPOCHS = 12
 PICTURE = "hits.png"
+WRITTEN = {"traces", "predictor", "checkpoints", "metrics.csv", "hparams.yaml", "results.json", PICTURE}
 
 
 def quickstart(out: str | Path, console: Console) -> Evaluation:
@@ -55,7 +56,7 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
         The figures of the held-out prompts.
     """
     out = Path(out)
-    with replacing_folder(out, overwrite=(out / "traces" / MANIFEST_FILE).exists()) as folder:
+    with replacing_folder(out, overwrite=_is_ours(out)) as folder:
         with _step(console, "1/3 record: run small-moe over its bundled prompts"):
             traces = record(folder / "traces")
             splits = traces.manifest.to_json()["splits"]
@@ -74,6 +75,12 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
     console.print(results_table([r for r in found.results if r.budget_slots in shown], traces.geometry))
     console.print(f"picture: {out / PICTURE}   all budgets: {out / 'results.json'}   predictor: {out / 'predictor'}")
     return found
+
+
+def _is_ours(out: Path) -> bool:
+    """Tell whether a folder is an earlier quickstart's, with nothing else in it."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return "results.json" in names and names <= WRITTEN
 
 
 def _replay(traces: TraceSet, predictor: Path) -> Evaluation:

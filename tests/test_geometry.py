@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
-from moe_beyond.geometry import PRESETS, Geometry, budget_slots, expert_bytes, geometry_from_config, load_preset
+from moe_beyond.geometry import PRESETS, Geometry, budget_slots, geometry_from_config, load_preset
 
 # L, E, K, parameters of an expert, all experts, slots of a 10 % budget, experts one token demands: the published table.
 TABLE = {
@@ -268,7 +268,6 @@ def test_derived_counts():
     geometry = Geometry("g", (1, 3, 5), 8, 2, 1000, 0)
     assert (geometry.num_layers, geometry.total_experts, geometry.demand_per_token) == (3, 24, 6)
     assert geometry.describe_shape() == "3 MoE layers x 8 experts, top-2"
-    assert expert_bytes(geometry, 4.25) == 531.25
 
 
 @pytest.mark.parametrize(
@@ -375,7 +374,7 @@ def test_a_larger_budget_never_buys_fewer_slots(one, other, unit, geometry):
     st.sets(st.integers(0, 100), min_size=1),
     st.integers(1, 400),
     st.integers(1, 400),
-    st.integers(0, 10**9),
+    st.integers(1, 10**9),
     st.text(max_size=8),
 )
 def test_geometry_survives_json(layers, experts, top_k, params, name):

@@ -78,4 +78,5 @@ def test_the_small_model_is_small_and_whole() -> None:
     assert len(prompts) == len({prompt["id"] for prompt in prompts}) > 50
     card = (folder / "README.md").read_text()
     assert "Python Software Foundation License" in card
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (folder / "TEXT-LICENSE.txt").read_text()
     assert "normalized" in card or "entropy" in card

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ HELD_OUT_ONE_IN = 20
 SPECIAL = ("<s>", "</s>", "<pad>")
 CONTEXT = 128
 PROMPT_TOKENS = 200
+TEXT_LICENCE = "TEXT-LICENSE.txt"
 # A weak pull towards equal use: experts stay alive but keep their own taste (1e-2 is the usual strength).
 BALANCE = 3e-3
 
@@ -231,13 +233,13 @@ def choose_prompts(files: dict[str, str], tokenizer: Tokenizer, count: int) -> l
     held = [name for name in files if is_held_out(name)]
     prompts: list[dict[str, str]] = []
     for turn in range(count):
-        for name in held[turn % len(held) :: len(held)] if count <= len(held) else [held[turn % len(held)]]:
-            lines = files[name].splitlines(keepends=True)
-            start = (turn // len(held) + 1) * len(lines) // (2 + count // len(held))
-            text = "".join(lines[start : start + 60])
-            ids = tokenizer.encode(text).ids[1 : PROMPT_TOKENS + 1]
-            if len(ids) >= PROMPT_TOKENS // 2:
-                prompts.append({"id": f"{len(prompts):03d}", "source": name, "text": tokenizer.decode(ids)})
+        name = held[turn % len(held)]
+        lines = files[name].splitlines(keepends=True)
+        start = (turn // len(held) + 1) * len(lines) // (2 + count // len(held))
+        text = "".join(lines[start : start + 60])
+        ids = tokenizer.encode(text).ids[1 : PROMPT_TOKENS + 1]
+        if len(ids) >= PROMPT_TOKENS // 2:
+            prompts.append({"id": f"{len(prompts):03d}", "source": name, "text": tokenizer.decode(ids)})
     return prompts[:count]
 
 
@@ -265,13 +267,14 @@ DeepSeek-V2 architecture: one dense layer, then MoE layers with one shared exper
 ## Data
 
 {args.data_note}
-The text keeps its own licence. One file in {HELD_OUT_ONE_IN}, chosen by the hash of its name, was never trained on;
+The text keeps its own licence (`{TEXT_LICENCE}`), and so do the excerpts in `prompts.jsonl`. One file in {HELD_OUT_ONE_IN}, chosen by the hash of its name, was never trained on;
 `prompts.jsonl` (excerpts, each naming its file) comes from those files alone.
 
 ## Recipe
 
 ```
 python tools/train_small_moe.py --text DOCS --text SOURCE --work WORK --out checkpoints/small-moe \\
+    --data-note "..." --text-licence LICENSE.txt \\
     --steps {args.steps} --batch {args.batch} --lr {args.lr} --seed {args.seed} --vocab {args.vocab}
 ```
 
@@ -299,6 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, action="append", required=True, help="folder of text files (repeatable)")
     parser.add_argument("--data-note", default="", help="sentence of the card that names the text and its licence")
+    parser.add_argument("--text-licence", type=Path, help="licence of the text, shipped beside the prompts cut from it")
     parser.add_argument("--work", type=Path, required=True, help="folder for the training state")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--steps", type=int, default=1500)
@@ -337,6 +341,8 @@ def main() -> None:
         fast.save_pretrained(folder)
         lines = (json.dumps(prompt) for prompt in choose_prompts(files, tokenizer, args.prompts))
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        if args.text_licence:
+            shutil.copyfile(args.text_licence, folder / TEXT_LICENCE)
         (folder / "README.md").write_text(card(measured, args))
     print(json.dumps(measured, indent=2))
 

@@ -26,10 +26,10 @@ class ExportBest(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictor"  # asks all ranks
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictor"
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         monitored = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.monitor
         if best and monitored:

@@ -72,6 +72,7 @@ class CacheReplay(L.Callback):
             prefetch=self.prefetch or f"top{predictor.geometry.top_k}",
             lookahead=lookahead,
             predictor=predictor.architecture,
+            causal=predictor.information.causal,
             first_layer_prefetch=self.first_layer_prefetch,
             **common,
         )

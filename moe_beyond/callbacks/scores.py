@@ -30,12 +30,15 @@ class WriteScores(BasePredictionWriter):
         """Start the folder."""
         assert isinstance(pl_module, PredictorTask)
         folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "scores")
+        if not trainer.is_global_zero:  # every rank has all scores; one writes them
+            return
         data, predictor = pl_module.data, pl_module.predictor
         self._writer = self._open.enter_context(
             writing_scores(
                 folder,
                 geometry=predictor.geometry,
                 lookaheads=predictor.information.lookaheads,
+                causal=predictor.information.causal,
                 predictor=predictor.architecture,
                 traces=(data.test_traces or data.val_traces).manifest.fingerprint,
             )
@@ -53,7 +56,8 @@ class WriteScores(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write a batch's sequences."""
-        assert self._writer is not None
+        if self._writer is None:
+            return
         for row, sequence_id in enumerate(batch.sequence_ids):
             self._writer.write(sequence_id, prediction[row, : batch.lengths[row]].float().cpu().numpy())
 

@@ -52,6 +52,7 @@ def _predictor(args: Namespace) -> None:
 
 def _run_folder(args: Namespace) -> None:
     folder, split = (args.traces, args.split) if args.traces else validation_data(args.predictor)
+    split = args.split or split
     traces = TraceSet(folder)
     found = list(evaluate_run(args.predictor, lambda source: _evaluate(args, traces, split, source)))
     if args.json != "-":
@@ -69,6 +70,7 @@ def _evaluate(args: Namespace, traces: TraceSet, split: str | None, source: Scor
         traces,
         lookaheads=source.lookaheads,
         predictor=source.name,
+        causal=source.causal,
         prefetches=(f"top{traces.geometry.top_k}",),
         default_lookaheads=source.lookaheads,
     )

@@ -31,7 +31,6 @@ QUIET = (
     ".*your dataloader is not resumable.*",  # the data module is
 )
 SELF_PRAISE = "litlogger"
-ELSEWHERE = ("best", "last", "hpc", "registry")  # words that Lightning finds a checkpoint by
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -53,8 +52,9 @@ class PredictorCLI(LightningCLI):
         """Keep to the configuration: Lightning would let a checkpoint's own arguments override it, unsaid."""
 
     def before_fit(self) -> None:
-        """Look at the checkpoint to resume, if there is one."""
+        """Look at the checkpoint to resume, if there is one, and whether the model can be fitted so."""
         self._check_checkpoint(needed=False)
+        self.model.check_trainer(self.trainer)
 
     def before_validate(self) -> None:
         """Refuse to score random weights."""
@@ -76,9 +76,8 @@ class PredictorCLI(LightningCLI):
             if needed:
                 raise UserError(f"{verb} needs trained weights; give --ckpt_path FILE")
             return
-        if path in ELSEWHERE:
-            return
-        found, asked = load_checkpoint(path).predictor, self.model.predictor
+        checkpoint = load_checkpoint(path)
+        found, asked = checkpoint.predictor, self.model.predictor
         if (found.architecture, found.arguments()) != (asked.architecture, asked.arguments()):
             raise UserError(
                 f"{path}: holds a {found.architecture} with {found.arguments()}, but the configuration asks for "
@@ -89,6 +88,9 @@ class PredictorCLI(LightningCLI):
                 f"{path}: was fitted for {found.geometry.describe_shape()} and {found.vocab_size} token ids, but the "
                 f"traces have {asked.geometry.describe_shape()} and {asked.vocab_size}"
             )
+        theirs, ours = checkpoint.training.get("tokenizer", {}).get("sha256"), self.datamodule.manifest.tokenizer.sha256
+        if None not in (theirs, ours) and theirs != ours:
+            raise UserError(f"{path}: was fitted with another tokenizer than that of {self.datamodule.traces.folder}")
 
 
 def run(words: list[str]) -> None:

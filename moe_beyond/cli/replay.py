@@ -39,6 +39,7 @@ def run(words: list[str]) -> None:
         traces,
         lookaheads=lookaheads,
         predictor=source.name if source else None,
+        causal=source.causal if source else True,
         prefetches=(f"top{traces.geometry.top_k}",) if source else ("none",),
         default_lookaheads=lookaheads[:1],
     )

@@ -58,6 +58,7 @@ def asked_strategies(
     *,
     lookaheads: Sequence[Lookahead] = (),
     predictor: str | None = None,
+    causal: bool = True,
     prefetches: Sequence[str] = ("none",),
     default_lookaheads: Sequence[Lookahead] = (),
 ) -> list[ReplaySettings]:
@@ -68,6 +69,7 @@ def asked_strategies(
         traces: What will be replayed.
         lookaheads: That the scores have.
         predictor: What to call the scores.
+        causal: Whether they ignore later tokens.
         prefetches: Where no ``--prefetch`` is given.
         default_lookaheads: Where no ``--lookahead`` is given.
 
@@ -88,6 +90,7 @@ def asked_strategies(
         prefetches=args.prefetch or prefetches,
         lookaheads=wanted or default_lookaheads,
         predictor=predictor,
+        causal=causal,
         scope=args.scope,
         warmup_tokens=args.warmup_tokens,
         first_layer_prefetch=not args.no_first_layer_prefetch,

@@ -43,11 +43,8 @@ class PlannedBatches(DistributedSampler[Batch]):
         return self._planned[1]
 
     def resume(self, epoch: int, done: int) -> None:
-        """Let the next pass start after ``done`` batches of an epoch; after all of them, with the epoch after it."""
+        """Let the next pass start after ``done`` batches of an epoch."""
         self.set_epoch(epoch)
-        if done >= len(self):
-            self.set_epoch(epoch + 1)
-            done = 0
         self._done = done
 
     def __iter__(self) -> Iterator[tuple[Piece, ...]]:  # type: ignore[override]

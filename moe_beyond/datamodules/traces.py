@@ -151,8 +151,9 @@ class TraceDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Say, for a checkpoint, how far training has read."""
         assert self.trainer is not None
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"epoch": self.trainer.current_epoch, "batches": done}
+        epoch, done = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        over = done >= self.trainer.num_training_batches
+        return {"epoch": epoch + 1, "batches": 0} if over else {"epoch": epoch, "batches": done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let training go on reading from there; by itself Lightning would begin with an epoch's first batches."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.replay import Replay, ReplaySettings, Result
@@ -47,7 +48,8 @@ def evaluate(
         progress: Called after each sequence with its tokens.
 
     Raises:
-        UserError: The source does not fit the traces, or a strategy does not fit the model or lacks scores.
+        UserError: The source does not fit the traces, a strategy does not fit the model or lacks scores, or the warm-up
+            leaves nothing to count.
     """
     replays = [Replay(traces.geometry, settings) for settings in strategies]
     if source is None:
@@ -55,7 +57,7 @@ def evaluate(
             for replaying in replays:
                 replaying.add(trace.experts)
             progress(len(trace))
-        return Evaluation([], [replaying.result() for replaying in replays])
+        return Evaluation([], _results(replays))
     metrics = RoutingMetrics(len(source.lookaheads), *traces.geometry.shape())
     for experts, scores in source.sequences(traces, split):
         chosen = torch.from_numpy(experts.astype(np.int64))
@@ -66,4 +68,13 @@ def evaluate(
             lookahead = replaying.settings.lookahead
             replaying.add(experts, None if lookahead is None else scores[:, source.lookaheads.index(lookahead)])
         progress(len(experts))
-    return Evaluation(metrics.to_rows(source.lookaheads), [replaying.result() for replaying in replays])
+    rows = [{**row, "causal": source.causal} for row in metrics.to_rows(source.lookaheads)]
+    return Evaluation(rows, _results(replays))
+
+
+def _results(replays: Sequence[Replay]) -> list[Result]:
+    results = [replaying.result() for replaying in replays]
+    if empty := next((result for result in results if result.accesses == 0), None):
+        warmup = replays[results.index(empty)].settings.warmup_tokens
+        raise UserError(f"--warmup-tokens {warmup}: no sequence is longer, so there is nothing to count")
+    return results

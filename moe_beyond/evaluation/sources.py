@@ -28,11 +28,13 @@ class ScoreSource:
     Attributes:
         name: What tables call it.
         lookaheads: What the H slices of the scores are.
+        causal: Whether the scores ignore later tokens.
         sequences: Yields every sequence of a split (None: of all) with its scores.
     """
 
     name: str
     lookaheads: tuple[Lookahead, ...]
+    causal: bool
     sequences: Callable[[TraceSet, str | None], Iterator[Scored]]
 
 
@@ -53,7 +55,7 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
                 for row, length in enumerate(batch.lengths.tolist()):
                     yield batch.experts[row, :length].numpy(), probabilities[row, :length]
 
-    return ScoreSource(name, predictor.information.lookaheads, sequences)
+    return ScoreSource(name, predictor.information.lookaheads, predictor.information.causal, sequences)
 
 
 def from_predictor_folder(folder: str | Path) -> ScoreSource:
@@ -88,4 +90,4 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         for trace in traces.traces(split):
             yield trace.experts, stored.scores(trace.sequence_id, len(trace))
 
-    return ScoreSource(stored.predictor, stored.lookaheads, sequences)
+    return ScoreSource(stored.predictor, stored.lookaheads, stored.causal, sequences)

@@ -6,7 +6,7 @@ from moe_beyond.lookahead import Lookahead
 from moe_beyond.replay import ReplaySettings
 
 REFERENCES = ("lru", "belady")
-"""Policies that stand beside every result, without prefetch: what is easy, and what no policy can pass."""
+"""Policies that stand beside every result, without prefetch: what is easy, and the optimum over whole sequences."""
 
 
 def strategies(
@@ -16,6 +16,7 @@ def strategies(
     prefetches: Sequence[str] = ("none",),
     lookaheads: Sequence[Lookahead] = (),
     predictor: str | None = None,
+    causal: bool = True,
     scope: str = "global",
     warmup_tokens: int = 0,
     first_layer_prefetch: bool = True,
@@ -28,6 +29,7 @@ def strategies(
         prefetches: Prefetchers; each but ``none`` is replayed at every lookahead.
         lookaheads: Of the predictor's scores.
         predictor: What to call it.
+        causal: Whether its scores ignore later tokens.
         scope: ``"global"`` or ``"per-layer"``.
         warmup_tokens: Tokens at a sequence's start that do not count.
         first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
@@ -44,6 +46,7 @@ def strategies(
             prefetch=prefetch,
             lookahead=lookahead,
             predictor=None if lookahead is None else predictor,
+            causal=lookahead is None or causal,
             warmup_tokens=warmup_tokens,
             first_layer_prefetch=first_layer_prefetch,
         )

@@ -106,7 +106,7 @@ class RoutingMetrics(Metric):
         return {name: values if tokens > 0 else torch.full_like(values, torch.nan) for name, values in figures.items()}
 
     def to_rows(self, lookaheads: Sequence[Lookahead | None]) -> list[dict[str, Any]]:
-        """Return one JSON-able object a lookahead: means over layers, and ``by_layer``."""
+        """Return one JSON-able object a lookahead: means over layers (micro F1: over all labels), and ``by_layer``."""
         figures = {name: values.tolist() for name, values in self.compute().items()}
         rows = []
         for index, lookahead in enumerate(lookaheads):
@@ -115,6 +115,9 @@ class RoutingMetrics(Metric):
                 for layer in range(self.found.shape[1])
             ]
             means = {name: sum(values[index]) / len(values[index]) for name, values in figures.items()}
+            if self.tokens > 0:  # micro: over all labels alike, whichever their layer
+                hit, above, chosen = (x[index].sum().double() for x in (self.above_chosen, self.above, self.chosen))
+                means["f1_micro"] = float(_f1(hit, above + chosen - 2 * hit))
             rows.append(
                 {"lookahead": lookahead, "k": self.k, **means, "tokens": int(self.tokens), "by_layer": by_layer}
             )

@@ -139,7 +139,3 @@ class CountingPredictor(Predictor):
     @abstractmethod
     def observe(self, batch: Batch) -> None:
         """Count a batch."""
-
-    @abstractmethod
-    def counts(self) -> list[Tensor]:
-        """Return the live tensors that hold the counts; processes that counted different parts add theirs up."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.attention import WindowBlock
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
@@ -66,6 +67,8 @@ class CrossLayer(GradientPredictor):
         token_dropout: float = 0.1,
     ) -> None:
         super().__init__(geometry, vocab_size)
+        if min(lookaheads, window, depth) < 1 or width % heads:
+            raise UserError("cross_layer: lookaheads, window and depth are at least 1, and heads divides width")
         self.lookaheads, self.width, self.depth, self.heads = lookaheads, width, depth, heads
         self.window, self.layer_width, self.known_tokens = window, layer_width, known_tokens
         self.min_count, self.ngram_buckets = min_count, ngram_buckets

@@ -36,7 +36,7 @@ def save_predictor(
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_predictor(folder))):
-        raise UserError(f"{folder} exists and is not a predictor folder; choose another")
+        raise UserError(f"{folder} exists and is not a predictor folder, or holds other files too; choose another")
     weights = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in predictor.state_dict().items()
@@ -59,9 +59,7 @@ def save_predictor(
         save_file(weights, temporary / WEIGHTS_FILE)
         config["sha256"] = hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest()
         write_json(temporary / CONFIG_FILE, config)
-        card = folder / CARD_FILE
-        text = card.read_text(encoding="utf-8") if card.exists() else _card(predictor, training)
-        (temporary / CARD_FILE).write_text(text, encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_card(predictor, training), encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -86,7 +84,7 @@ def _is_predictor(folder: Path) -> bool:
         read_config(folder)
     except UserError:
         return False
-    return True
+    return {path.name for path in folder.iterdir()} <= {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
 
 
 def load_predictor(folder: str | Path) -> Predictor:

@@ -52,7 +52,13 @@ class ScoresWriter:
 
 @contextmanager
 def writing_scores(
-    folder: str | Path, *, geometry: Geometry, lookaheads: Sequence[Lookahead], predictor: str, traces: str
+    folder: str | Path,
+    *,
+    geometry: Geometry,
+    lookaheads: Sequence[Lookahead],
+    predictor: str,
+    traces: str,
+    causal: bool = True,
 ) -> Iterator[ScoresWriter]:
     """Write a scores folder, which appears, whole, when the block ends without an error.
 
@@ -62,6 +68,7 @@ def writing_scores(
         lookaheads: What the H slices are.
         predictor: What to call the predictor in tables.
         traces: Fingerprint of the trace set.
+        causal: Whether the scores ignore later tokens.
     """
     with replacing_folder(folder, overwrite=(Path(folder) / INDEX_FILE).exists()) as temporary:
         writer = ScoresWriter(temporary)
@@ -71,6 +78,7 @@ def writing_scores(
             "format_version": FORMAT_VERSION,
             "predictor": predictor,
             "lookaheads": list(lookaheads),
+            "causal": causal,
             "geometry": geometry.to_json(),
             "traces": traces,
             "files": writer.files,
@@ -99,6 +107,7 @@ class ScoresFolder:
                 raise UserError(f"scores format {index['format_version']!r}; this package reads {FORMAT_VERSION}")
             self.predictor = str(index["predictor"])
             self.lookaheads: tuple[Lookahead, ...] = tuple(parse_lookahead(h) for h in index["lookaheads"])
+            self.causal = bool(index["causal"])
             self.geometry = Geometry.from_json(index["geometry"])
             self.traces = str(index["traces"])
             self._files: dict[str, str] = dict(index["files"])

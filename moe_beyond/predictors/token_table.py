@@ -42,6 +42,7 @@ class TokenTable(CountingPredictor):
         self.register_buffer("token_ids", torch.zeros(seen, dtype=torch.int64))
         self.register_buffer("occurrences", torch.zeros(seen, dtype=torch.int64))
         self.register_buffer("table", torch.zeros(seen, layers, experts, dtype=torch.int32))
+        self._popularity: Tensor | None = None
 
     @property
     def information(self) -> Information:
@@ -60,13 +61,10 @@ class TokenTable(CountingPredictor):
         rows, known = self._rows(batch.token_ids[real])
         if not known.all():
             raise ValueError("a token is not of the training split that `prepare` saw")
+        self._popularity = None
         self.occurrences.index_add_(0, rows, torch.ones_like(rows))
         chosen = batch.targets(self.geometry.num_experts)[real]
         self.table.index_add_(0, rows, chosen.to(self.table.dtype))
-
-    def counts(self) -> list[Tensor]:
-        """Return occurrences ``(N,)`` and the table ``(N, L, E)``."""
-        return [self.occurrences, self.table]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""
@@ -74,7 +72,9 @@ class TokenTable(CountingPredictor):
 
     def _logits(self, token_ids: Tensor) -> Tensor:
         _, experts, top_k = self.geometry.shape()
-        popularity = (self.table.sum(0) + top_k / experts) / (self.occurrences.sum() + 1)
+        if self._popularity is None:  # of every token: too much to add up for each
+            self._popularity = (self.table.sum(0) + top_k / experts) / (self.occurrences.sum() + 1)
+        popularity = self._popularity
         if len(self.token_ids) == 0:
             return torch.logit(popularity).expand(*token_ids.shape, -1, -1)
         rows, known = self._rows(token_ids)

@@ -13,7 +13,6 @@ from moe_beyond.predictors.base import TrainingText
 
 NGRAM_SIZES = (1, 2, 3, 4)
 NGRAMS_PER_TOKEN = 16
-MOST_BUCKETS = 2**15  # they are stored as int16
 
 
 class TokenEmbedding(nn.Module):
@@ -34,8 +33,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, known_tokens: int, min_count: int, ngram_buckets: int) -> None:
         super().__init__()
-        if not 1 <= ngram_buckets < MOST_BUCKETS:
-            raise UserError(f"ngram_buckets {ngram_buckets} is not within 1..{MOST_BUCKETS - 1}")
+        if min(known_tokens, min_count, ngram_buckets) < 1:
+            raise UserError("known_tokens, min_count and ngram_buckets must be at least 1")
         self.known_tokens, self.min_count = min(known_tokens, vocab_size), min_count
         self.ngram_buckets = ngram_buckets
         self.known = nn.Embedding(self.known_tokens + 1, width)  # row 0: unknown
@@ -43,7 +42,7 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.known.weight, std=0.02)
         nn.init.normal_(self.pieces.weight, std=0.02)
         self.register_buffer("rows", torch.zeros(vocab_size, dtype=torch.int32))
-        self.register_buffer("ngrams", torch.zeros(vocab_size, NGRAMS_PER_TOKEN, dtype=torch.int16))
+        self.register_buffer("ngrams", torch.zeros(vocab_size, NGRAMS_PER_TOKEN, dtype=torch.int32))
 
     def prepare(self, text: TrainingText) -> None:
         """Give the most frequent training tokens their rows, and every token its n-grams."""
@@ -51,7 +50,7 @@ class TokenEmbedding(nn.Module):
         frequent = frequent[text.token_counts[frequent] >= self.min_count]
         self.rows.zero_()
         self.rows[torch.from_numpy(frequent)] = torch.arange(1, len(frequent) + 1, dtype=torch.int32)
-        ngrams = np.zeros(self.ngrams.shape, np.int16)
+        ngrams = np.zeros(self.ngrams.shape, np.int32)
         for token, string in enumerate(text.token_strings or ()):
             buckets = list(_ngram_buckets(string, self.ngram_buckets))[:NGRAMS_PER_TOKEN]
             ngrams[token, : len(buckets)] = buckets

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.core import COUNTERS
+from moe_beyond.cache.core import ACCESSES, COUNTERS, HITS
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.replay.settings import ReplaySettings
@@ -22,6 +22,7 @@ class Result:
         prefetch: Prefetcher.
         predictor: Where scores came from, or None.
         lookahead: When they were known, or None.
+        causal: Whether they ignored later tokens.
         scope: ``"global"`` or ``"per-layer"``.
         budget_slots: Experts that fit.
         budget_share: The same as a share of all experts.
@@ -44,6 +45,7 @@ class Result:
     prefetch: str
     predictor: str | None
     lookahead: Lookahead | None
+    causal: bool
     scope: str
     budget_slots: int
     budget_share: float
@@ -69,7 +71,7 @@ def make_result(geometry: Geometry, settings: ReplaySettings, counts: npt.NDArra
     """Turn counts ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS` into a record; rates are 0 where nothing counted."""
     total = dict(zip(COUNTERS, counts.sum(0).tolist(), strict=True))
     per_layer = [
-        {"layer": layer, **dict(zip(COUNTERS, row, strict=True)), "hit_rate": row[1] / max(row[0], 1)}
+        {"layer": layer, **dict(zip(COUNTERS, row, strict=True)), "hit_rate": row[HITS] / max(row[ACCESSES], 1)}
         for layer, row in enumerate(counts.tolist())
     ]
     accesses = max(total["accesses"], 1)
@@ -79,6 +81,7 @@ def make_result(geometry: Geometry, settings: ReplaySettings, counts: npt.NDArra
         prefetch=settings.prefetch,
         predictor=settings.predictor,
         lookahead=settings.lookahead,
+        causal=settings.causal,
         scope=settings.scope,
         budget_slots=settings.slots,
         budget_share=settings.slots / geometry.total_experts,

@@ -19,6 +19,7 @@ class ReplaySettings:
             known; or ``"top6@2"``, two layers ahead, for scores that are known for the whole token.
         lookahead: When the scores are known; None without a predictor.
         predictor: What to call it.
+        causal: Whether the scores ignore later tokens.
         warmup_tokens: Tokens at a sequence's start that do not count.
         first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
     """
@@ -29,6 +30,7 @@ class ReplaySettings:
     prefetch: str = "none"
     lookahead: Lookahead | None = None
     predictor: str | None = None
+    causal: bool = True
     warmup_tokens: int = 0
     first_layer_prefetch: bool = True
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from moe_beyond.files import replacing
 from moe_beyond.replay import Result
+from moe_beyond.report.results import lookahead_words
 
 BOUND = "belady"
 
@@ -21,7 +22,7 @@ def plot_budgets(results: Sequence[Result], path: str | Path, title: str) -> Non
     """
     lines: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result.budget_slots):
-        ahead = "" if result.lookahead is None else f", lookahead {result.lookahead}"
+        ahead = "" if result.lookahead is None else f", lookahead {lookahead_words(result.lookahead, result.causal)}"
         who = f" by {result.predictor}{ahead}" if result.prefetch != "none" else ""
         lines.setdefault(f"{result.strategy}{who}", []).append(result)
     figure = Figure(figsize=(10, 4.2), layout="constrained")

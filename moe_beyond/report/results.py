@@ -29,7 +29,7 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
     for name in FIGURES.values():
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(lookahead_words(row["lookahead"]), *(f"{row[name]:.1%}" for name in FIGURES))
+        table.add_row(lookahead_words(row["lookahead"], row["causal"]), *(f"{row[name]:.1%}" for name in FIGURES))
     table.caption = (
         "top-k figures rank the scores; micro, macro and exact cut them at 0.5; two-class F1 and accuracy (per label) "
         "are MoE-Beyond's, and high by construction: predicting nothing is mostly right"
@@ -55,7 +55,7 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
             f"{result.budget_slots:,} ({result.budget_share:.1%})",
             f"{result.demand_ratio:.2f}",
             result.strategy,
-            "-" if result.lookahead is None else lookahead_words(result.lookahead),
+            "-" if result.lookahead is None else lookahead_words(result.lookahead, result.causal),
             f"{result.hit_rate:.1%}",
             f"{result.bytes_ratio:.2f}",
             f"{result.prefetch_transfers:,}",
@@ -76,9 +76,11 @@ def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) 
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("step", justify="right")
     for row in first.metrics:
-        table.add_column(f"recall@{row['k']}\nlookahead {row['lookahead']}", justify="right")
+        table.add_column(
+            f"recall@{row['k']}\nlookahead {lookahead_words(row['lookahead'], row['causal'])}", justify="right"
+        )
     for result in first.results:
-        ahead = "" if result.lookahead is None else f"\nlookahead {result.lookahead}"
+        ahead = "" if result.lookahead is None else f"\nlookahead {lookahead_words(result.lookahead, result.causal)}"
         table.add_column(f"{result.strategy}\n{result.budget_slots} slots{ahead}", justify="right")
     for found in rows:
         recalls = [f"{row['recall_at_k']:.1%}" for row in found.evaluation.metrics]
@@ -88,6 +90,7 @@ def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) 
     return table
 
 
-def lookahead_words(lookahead: Lookahead | None) -> str:
-    """Name a lookahead, and mark the one that no runtime could use."""
-    return "0 (LEAK: reads the router's input)" if lookahead == 0 else str(lookahead)
+def lookahead_words(lookahead: Lookahead | None, causal: bool = True) -> str:
+    """Name a lookahead, and mark scores that no runtime could use."""
+    leaks = ["reads the router's input"] * (lookahead == 0) + ["sees later tokens"] * (not causal)
+    return f"{lookahead} (LEAK: {', '.join(leaks)})" if leaks else str(lookahead)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.errors import UserError
 from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
@@ -41,6 +42,13 @@ class PredictorTask(L.LightningModule):
         if not isinstance(data, TraceDataModule):
             raise TypeError(f"{type(self).__name__} reads a TraceDataModule, not {type(data).__name__}")
         return data
+
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse a trainer that the predictor cannot be fitted with; nothing by default."""
+
+    def on_fit_start(self) -> None:
+        """Check the trainer, also where no command line did."""
+        self.check_trainer(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Before a fit, take in the training split's vocabulary and note what the fit is on."""
@@ -87,8 +95,18 @@ class PredictorTask(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what an earlier run noted."""
-        self.trained_on = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
+        """Take over what an earlier run noted.
+
+        Raises:
+            UserError: A fit would go on with other traces than it began with.
+        """
+        noted = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
+        if self.trained_on and noted.get("fingerprint") != self.trained_on["fingerprint"]:
+            raise UserError(
+                f"the checkpoint was fitted on another trace set ({noted.get('source')}) than this fit reads "
+                f"({self.trained_on['source']}); resume with the same"
+            )
+        self.trained_on = noted
 
     def _count(self, batch: Batch, metrics: RoutingMetrics) -> Tensor:
         probabilities = self.predictor.probabilities(self.predictor(batch))

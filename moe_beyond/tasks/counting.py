@@ -1,6 +1,6 @@
 """Fitting by counting: one pass, no optimiser."""
 
-from torch import Tensor
+import lightning as L
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import CountingPredictor
@@ -9,7 +9,7 @@ from moe_beyond.tasks.base import PredictorTask
 
 
 class CountingTask(PredictorTask):
-    """Feeds every training batch to a counting predictor once, then adds up what all ranks counted.
+    """Feeds every training batch to a counting predictor once.
 
     Args:
         predictor: What is fitted.
@@ -25,31 +25,28 @@ class CountingTask(PredictorTask):
         assert isinstance(self.predictor, CountingPredictor)
         return self.predictor
 
-    def on_fit_start(self) -> None:
-        """Refuse a second pass, which would count everything twice.
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse a second pass, which would count everything twice, and several processes, which count apart.
 
         Raises:
-            UserError: The trainer is set to anything but one epoch.
+            UserError: The trainer is set to anything but one epoch, or to several processes.
         """
-        if self.trainer.max_epochs != 1:
+        if trainer.max_epochs != 1:
             raise UserError(
-                f"a counting predictor takes one pass; set trainer.max_epochs to 1, not {self.trainer.max_epochs}"
+                f"a counting predictor takes one pass; set trainer.max_epochs to 1, not {trainer.max_epochs}"
+            )
+        if trainer.world_size > 1:
+            raise UserError(
+                f"a counting predictor is fitted by one process, in seconds; set trainer.devices to 1, "
+                f"not {trainer.world_size} processes"
             )
 
     def training_step(self, batch: Batch, _: int) -> None:
-        """Count a batch; after the last one, add up the ranks' counts.
-
-        A batch counts as a step: without any, Lightning would save no checkpoint.
-        """
+        """Count a batch. It counts as a step: without any, Lightning would save no checkpoint."""
         self.counting.observe(batch)
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         steps.increment_ready()
         steps.increment_completed()
-        if self.trainer.is_last_batch and self.trainer.world_size > 1:  # before validation, which needs all counts
-            for counts in self.counting.counts():
-                gathered = self.all_gather(counts)
-                assert isinstance(gathered, Tensor)
-                counts.copy_(gathered.sum(0))
 
     def configure_optimizers(self) -> None:
         """There is none."""

@@ -150,9 +150,3 @@ def test_resuming_goes_on_in_the_epoch_once(done):
     resumed.resume(3, done)
     assert list(resumed) == whole[done:]
     assert list(resumed) == whole  # a second pass is a whole one
-
-
-def test_resuming_after_a_whole_epoch_begins_the_next():
-    sampler = PlannedBatches(LENGTHS, SHUFFLED)
-    sampler.resume(3, len(plan_batches(LENGTHS, SHUFFLED, 3)))
-    assert list(sampler) == plan_batches(LENGTHS, SHUFFLED, 4)

@@ -126,14 +126,21 @@ def test_saving_the_same_predictor_twice_writes_the_same_bytes(folder: Path, tmp
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_saving_over_a_predictor_replaces_it_but_keeps_its_card(folder: Path, tmp_path: Path):
-    (folder / "README.md").write_text("written by hand")
-    (folder / "stray.txt").write_text("not part of a predictor")
+def test_saving_over_a_predictor_replaces_all_of_it(folder: Path, tmp_path: Path):
+    (folder / "README.md").write_text("of the one before")
     save_predictor(fitted_once(ONE_EACH[0]), folder, TRAINING)
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert load_predictor(folder).architecture == ONE_EACH[0].architecture
-    assert (folder / "README.md").read_text() == "written by hand"
+    assert f"# {ONE_EACH[0].architecture}" in (folder / "README.md").read_text()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_saving_over_a_folder_that_holds_more_is_refused(folder: Path):
+    (folder / "thesis.txt").write_text("not part of a predictor")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="holds other files too"):
+        save_predictor(fitted_once(ONE_EACH[0]), folder, TRAINING)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path):

@@ -42,6 +42,7 @@ def test_keys_and_values(result: Result):
         "prefetch": "top1",
         "predictor": "guess",
         "lookahead": 1,
+        "causal": True,
         "scope": "global",
         "budget_slots": 3,
         "budget_share": 3 / 8,

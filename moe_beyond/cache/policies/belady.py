@@ -1,4 +1,8 @@
-"""belady: evict what is used again farthest in the future (Belady 1966); no policy without prefetch does better."""
+"""belady: evict what is used again farthest in the future (Belady 1966).
+
+No policy that must take in what is demanded, and does not prefetch, has more hits over a whole sequence from a cold
+cache. Where a warm-up is left out of the count, that holds for warm-up and count together.
+"""
 
 from typing import NamedTuple
 

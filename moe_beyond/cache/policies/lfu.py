@@ -1,4 +1,7 @@
-"""lfu: evict what was demanded least often in the sequence, counts kept across evictions; ties by recency."""
+"""lfu: evict what was demanded (or named by a prefetch) least often in the sequence, counts kept across evictions.
+
+Ties go by recency.
+"""
 
 from typing import NamedTuple
 

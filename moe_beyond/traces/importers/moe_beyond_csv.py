@@ -68,13 +68,15 @@ def import_moe_beyond_csv(
         tool_version=moe_beyond.__version__,
     )
     with writing(out, manifest, vocabulary=vocabulary.path) as writer:
-        traces = {number: _read_prompt(path, number, preset.geometry, vocabulary) for number, path in files.items()}
+        read = {number: _read_prompt(path, number, preset.geometry, vocabulary) for number, path in files.items()}
+        traces = {number: trace for number, (trace, _) in read.items()}
         tokens = {number: len(trace) for number, trace in traces.items()}
         held_out = set() if blocks is None else validation_numbers(tokens, *blocks)
         for number, trace in traces.items():
             writer.write(trace, "validation" if number in held_out else "train")
-        if (written := writer.tokens) != sum(tokens.values()):
-            raise UserError(f"{source}: {sum(tokens.values())} tokens were read but {written} written")
+        rows, entries = sum(rows for _, rows in read.values()), writer.tokens * preset.geometry.num_layers
+        if rows != entries:
+            raise UserError(f"{source}: {rows} entries were read but {entries} written")
     return TraceSet(str(out))
 
 
@@ -94,7 +96,8 @@ def _prompt_files(source: Path) -> dict[int, Path]:
     return dict(sorted(files.items()))
 
 
-def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabulary) -> Trace:
+def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabulary) -> tuple[Trace, int]:
+    """Return a prompt's trace, and how many rows its file has."""
     table = _read_csv(path)
     layers = table["Layer ID"].to_numpy()
     order = np.argsort(layers, kind="stable")
@@ -115,13 +118,14 @@ def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabu
         raise UserError(f"{path}: token {position} of layer {found[layer]} is not that of layer {found[0]}")
     experts = _expert_ids(path, table["Activated Expert IDs"], geometry)[order]
     folder = path.parent.resolve().name  # "." has no name
-    return Trace(
+    trace = Trace(
         sequence_id=f"{folder}-{number}",
         source=f"{folder}/{path.name}",
         token_ids=token_ids[0].copy(),
         experts=experts.reshape(geometry.num_layers, length, geometry.top_k).transpose(1, 0, 2),
         decode_start=length,
     )
+    return trace, table.num_rows
 
 
 def _read_csv(path: Path) -> pa.Table:

@@ -1,0 +1,93 @@
+"""The figures that a working path shows on the MoE-Beyond recordings, each beside what it should be.
+
+    python tools/check_figures.py --data DIR [--json FILE]
+
+DIR holds ``puffin/`` and ``webglm/``, folders of ``prompt_N_*.csv`` files. Imports both into a temporary folder,
+replays the WebGLM prompts through plain caches, fits token_table on the Puffin prompts, and evaluates it and the
+published cross_layer. About a minute; exit code 1 if a figure misses.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
+from moe_beyond.evaluation.strategies import strategies
+from moe_beyond.geometry import load_preset
+from moe_beyond.published import find_predictor
+from moe_beyond.tasks import TokenTable
+from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
+from moe_beyond.traces.reader import TraceSet
+
+PUBLISHED = "cross_layer.deepseek-v2-lite-puffin"
+# Hit rates in percent: two independent measurements agree within half a point.
+CACHES = {("lru", 166): 28.3, ("belady", 166): 49.1, ("lru", 332): 38.9, ("belady", 332): 67.1}
+WITHIN = 0.5
+LEAST_RECALL = 71.0
+TABLE_RECALL, TABLE_WITHIN = 54.0, 1.5
+MOST_BYTES_PER_ENTRY = 5.0
+
+
+def first_recall(traces: TraceSet, source: ScoreSource) -> float:
+    """Return recall@k in percent at the source's first lookahead, over all tokens."""
+    return 100 * float(evaluate(traces, [], source=source).metrics[0]["recall_at_k"])
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with puffin/ and webglm/")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args()
+    rows: list[tuple[str, float, str, bool]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        preset = load_preset("deepseek-v2-lite")
+        puffin = import_moe_beyond_csv(args.data / "puffin", f"{folder}/puffin", preset)
+        webglm = import_moe_beyond_csv(args.data / "webglm", f"{folder}/webglm", preset)
+        for traces in (puffin, webglm):
+            manifest = traces.manifest
+            size = sum(s.bytes for s in manifest.shards) / (manifest.tokens * preset.geometry.num_layers)
+            rows.append((f"{manifest.source}: bytes an entry", size, f"at most {MOST_BYTES_PER_ENTRY}", size <= 5))
+        asked = strategies([166, 332], policies=("lru", "belady"), warmup_tokens=10)
+        for result in evaluate(webglm, asked).results:
+            target, found = CACHES[result.policy, result.budget_slots], 100 * result.hit_rate
+            name = f"{result.policy}, {result.budget_slots} slots: hits % @ {result.bytes_ratio:.2f} bytes"
+            rows.append((name, found, f"{target} within {WITHIN}", abs(found - target) <= WITHIN))
+        recall = (
+            100
+            * evaluate(webglm, [], source=from_predictor_folder(find_predictor(PUBLISHED))).metrics[0]["recall_at_k"]
+        )
+        rows.append(
+            (f"{PUBLISHED}: recall@6 %, lookahead 1", recall, f"at least {LEAST_RECALL}", recall >= LEAST_RECALL)
+        )
+        data = TraceDataModule(puffin.folder, val_split=None)
+        task = TokenTable(data.geometry.to_json(), data.vocab_size)
+        L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(task, data)
+        recall = first_recall(webglm, from_predictor(task.predictor.eval(), "token_table"))
+        near = abs(recall - TABLE_RECALL) <= TABLE_WITHIN
+        rows.append(("token_table: recall@6 %, whole token", recall, f"about {TABLE_RECALL:.0f}", near))
+    table = Table(
+        title="figures on the MoE-Beyond recordings (WebGLM: first 10 tokens of a prompt not counted in hits)"
+    )
+    for name in ("figure", "found", "should be", ""):
+        table.add_column(name)
+    for name, found, target, holds in rows:
+        table.add_row(name, f"{found:.2f}", target, "ok" if holds else "MISSES")
+    Console(width=120).print(table)
+    if args.json:
+        args.json.write_text(
+            json.dumps([dict(zip(("figure", "found", "target", "holds"), r, strict=True)) for r in rows])
+        )
+    sys.exit(0 if all(holds for *_, holds in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
