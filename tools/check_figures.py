@@ -70,7 +70,10 @@ def main() -> None:
         )
         data = TraceDataModule(puffin.folder, val_split=None)
         task = TokenTable(data.geometry.to_json(), data.vocab_size)
-        L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(task, data)
+        L.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(task, data)  # fmt: skip
         recall = first_recall(webglm, from_predictor(task.predictor.eval(), "token_table"))
         near = abs(recall - TABLE_RECALL) <= TABLE_WITHIN
         rows.append(("token_table: recall@6 %, whole token", recall, f"about {TABLE_RECALL:.0f}", near))

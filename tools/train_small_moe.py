@@ -267,7 +267,8 @@ DeepSeek-V2 architecture: one dense layer, then MoE layers with one shared exper
 ## Data
 
 {args.data_note}
-The text keeps its own licence (`{TEXT_LICENCE}`), and so do the excerpts in `prompts.jsonl`. One file in {HELD_OUT_ONE_IN}, chosen by the hash of its name, was never trained on;
+The text keeps its own licence (`{TEXT_LICENCE}`), and so do the excerpts in `prompts.jsonl`.
+One file in {HELD_OUT_ONE_IN}, chosen by the hash of its name, was never trained on;
 `prompts.jsonl` (excerpts, each naming its file) comes from those files alone.
 
 ## Recipe
