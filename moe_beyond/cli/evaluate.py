@@ -1,5 +1,6 @@
 """``moe-beyond evaluate``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -10,6 +11,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_data
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
+from moe_beyond.lookahead import Lookahead
 from moe_beyond.published import find_predictor
 from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.traces.reader import TraceSet
@@ -42,7 +44,8 @@ def _predictor(args: Namespace) -> None:
     if args.traces is None:
         raise UserError("evaluate needs a trace set; give --traces DIR")
     traces = TraceSet(args.traces)
-    found = _evaluate(args, traces, args.split, from_predictor_folder(folder))
+    source = from_predictor_folder(folder)
+    found = _evaluate(args, traces, args.split, source, source.lookaheads)
     if args.json != "-":
         console = console_for(args.json)
         console.print(metrics_table(found.metrics))
@@ -54,7 +57,8 @@ def _run_folder(args: Namespace) -> None:
     folder, split = (args.traces, args.split) if args.traces else validation_data(args.predictor)
     split = args.split or split
     traces = TraceSet(folder)
-    found = list(evaluate_run(args.predictor, lambda source: _evaluate(args, traces, split, source)))
+    # One lookahead is enough to compare checkpoints by; --lookahead asks for others.
+    found = list(evaluate_run(args.predictor, lambda one: _evaluate(args, traces, split, one, one.lookaheads[:1])))
     if args.json != "-":
         console_for(args.json).print(checkpoints_table(found, traces.geometry))
     rows = [
@@ -64,7 +68,9 @@ def _run_folder(args: Namespace) -> None:
     write_result({"checkpoints": rows}, args.json)
 
 
-def _evaluate(args: Namespace, traces: TraceSet, split: str | None, source: ScoreSource) -> Evaluation:
+def _evaluate(
+    args: Namespace, traces: TraceSet, split: str | None, source: ScoreSource, lookaheads: Sequence[Lookahead]
+) -> Evaluation:
     asked = asked_strategies(
         args,
         traces,
@@ -72,7 +78,7 @@ def _evaluate(args: Namespace, traces: TraceSet, split: str | None, source: Scor
         predictor=source.name,
         causal=source.causal,
         prefetches=(f"top{traces.geometry.top_k}",),
-        default_lookaheads=source.lookaheads,
+        default_lookaheads=lookaheads,
     )
     with showing_progress(traces, split, f"evaluating {source.name}") as progress:
         return evaluate(traces, asked, split, source, progress)

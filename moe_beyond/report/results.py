@@ -70,23 +70,22 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
 
 
 def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
-    """Lay out a run's checkpoints, a line each: recall, then hits @ bytes of every strategy."""
+    """Lay out a run's checkpoints, a line each: recall by lookahead, then hits @ bytes of every strategy."""
     first = rows[0].evaluation
-    table = Table(title=f"{len(rows)} checkpoints over {first.metrics[0]['tokens']:,} tokens")
+    table = Table(title=f"checkpoints over {first.metrics[0]['tokens']:,} tokens")
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("step", justify="right")
     for row in first.metrics:
-        table.add_column(
-            f"recall@{row['k']}\nlookahead {lookahead_words(row['lookahead'], row['causal'])}", justify="right"
-        )
+        ahead = lookahead_words(row["lookahead"], row["causal"])
+        table.add_column(f"recall@{row['k']}\nahead: {ahead}", justify="right")
     for result in first.results:
-        ahead = "" if result.lookahead is None else f"\nlookahead {lookahead_words(result.lookahead, result.causal)}"
+        ahead = "" if result.lookahead is None else f"\nahead: {lookahead_words(result.lookahead, result.causal)}"
         table.add_column(f"{result.strategy}\n{result.budget_slots} slots{ahead}", justify="right")
     for found in rows:
         recalls = [f"{row['recall_at_k']:.1%}" for row in found.evaluation.metrics]
         hits = [f"{result.hit_rate:.1%} @ {result.bytes_ratio:.2f}" for result in found.evaluation.results]
         table.add_row(found.checkpoint, f"{found.step:,}", *recalls, *hits)
-    table.caption = f"cells: hit rate @ bytes over demanded bytes; {geometry.describe_shape()}"
+    table.caption = f"ahead: lookahead; cells: hit rate @ bytes over demanded bytes; {geometry.describe_shape()}"
     return table
 
 
