@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from helpers import tiny_traces
+import pytest
+from helpers import prompt_csv, tiny_traces
 
 from moe_beyond.traces.reader import TraceSet
 
@@ -54,3 +55,55 @@ def test_the_small_model_can_be_trained_and_resumed(tmp_path: Path) -> None:
     assert "resumed at step 2" in said
     files = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "prompts.jsonl", "README.md"} <= files
+
+
+def release(folder: Path, tokens: list[int], missed: int) -> Path:
+    """Write prompts in the layout of the MoE-Beyond release; each prediction misses ``missed`` of the 6 experts."""
+    rng = np.random.default_rng(0)
+    for number, length in enumerate(tokens, start=1):
+        true, predicted = [], []
+        for layer in range(1, 27):
+            for position in range(length):
+                experts = rng.permutation(64)[:12].tolist()
+                true.append((layer, f"t{position}", experts[:6]))
+                predicted.append((layer, position, experts[:6], experts[missed : missed + 6]))
+        columns = ("Layer ID", "Token", "Activated Expert IDs")
+        for name in ("puffin/prompt_{}_data.csv", "webglm/prompt_{}_data_formatted.csv"):
+            prompt_csv(folder / name.format(number), true, header=columns)
+        path = folder / f"webglm_moe_beyond_predictions/prompt_{number}_data_predicted.csv"
+        prompt_csv(path, predicted, header=(*columns, "Predicted Expert IDs"))
+    return folder
+
+
+def test_the_published_method_on_predictions_that_miss_one_in_six(tmp_path: Path) -> None:
+    release(tmp_path, [3, 12, 14], missed=1)
+    said = run(
+        "reproduce_moe_beyond.py", "--data", str(tmp_path), "--json", str(tmp_path / "f.json"), "--fillings", "2"
+    )
+    assert "What the method leaves out" in said
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert list(figures["moe_beyond"]) == "166 332 499 665 832 998 1164 1331 1497 1664".split()
+    # 5 of 6 were put in just before; the sixth may be there by luck, and in a cache of everything it is.
+    assert figures["moe_beyond"]["166"] >= 5 / 6 > figures["moe_infinity"]["166"]
+    assert figures["moe_beyond"]["1664"] == figures["moe_infinity"]["1664"] == 1
+    found = figures["classifier"]
+    assert found["recall_at_6"] == pytest.approx(5 / 6)
+    assert found["accuracy"] == pytest.approx(1 - 2 / 64)  # one missed and one named in vain, of 64 labels
+    assert found["f1_two_class"] == pytest.approx((5 / 6 + 57 / 58) / 2)
+    # Padded to the longest of the batch, 14 tokens: 2 of 64 labels are wrong on 29 of 42 tokens.
+    assert found["accuracy_with_padding_batch_8"] == pytest.approx(1 - 2 * 29 / (64 * 42))
+
+
+def test_predictions_of_other_prompts_are_refused(tmp_path: Path) -> None:
+    release(tmp_path, [11, 11], missed=0)
+    words = [sys.executable, str(TOOLS / "reproduce_moe_beyond.py"), "--data", str(tmp_path)]
+    folder = tmp_path / "webglm_moe_beyond_predictions"
+    one, two = (folder / f"prompt_{number}_data_predicted.csv" for number in (1, 2))
+    one.write_bytes(two.read_bytes())
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{one}: its activated experts are not those of" in done.stderr
+    one.unlink()
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "prompt_1_data_formatted.csv: has no predictions" in done.stderr

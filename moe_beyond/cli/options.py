@@ -21,7 +21,8 @@ class OneLineErrors(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` instead of printing the usage."""
         program = self.prog.replace(" [options]", "")
-        raise UserError(f"{' '.join(message.split())}; {program} --help tells the options") from ex
+        told = message.split("Given value type")[0]  # what follows is the whole configuration
+        raise UserError(f"{' '.join(told.split())}; {program} --help tells the options") from ex
 
 
 class _Help(DefaultHelpFormatter):
