@@ -1,9 +1,11 @@
 """Fixtures that several test folders share."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -11,6 +13,10 @@ from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
 from helpers import tiny_traces
 
 from moe_beyond.traces.reader import TraceSet
+
+# Machines that run this are slow at times; and CI tries the same examples each time, so that its verdict is the commit's.
+settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("here")
 
 
 @pytest.fixture

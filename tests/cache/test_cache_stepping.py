@@ -129,7 +129,9 @@ print(cache.prefetch(1, [3, 0, 1]), [cache.is_resident(1, expert) for expert in 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_prefetch_may_be_the_first_thing_that_happens(policy: str):
     # In a process of its own: a policy that finds nobody to evict may search for ever.
-    done = subprocess.run([sys.executable, "-c", FRESH, policy], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, policy], capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip() == "2 [True, False, False, True]"
 
 

@@ -63,6 +63,16 @@ def words_for(run: Run, verb: str, checkpoint: str = "last.ckpt") -> list[str]:
     return [verb, "-c", str(run.folder / "config.yaml"), f"--ckpt_path={run.folder / 'checkpoints' / checkpoint}"]
 
 
+def test_validating_a_checkpoint_repeats_what_the_fit_saw(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words_for(run, "validate")) == 0
+    again, seen = columns(next(tmp_path.glob("runs/*/version_0"))), columns(run.folder)
+    for name in ("val/recall_at_k", "val/hit_rate", "val/bytes_ratio", "val/belady_hit_rate"):
+        assert again[name] == pytest.approx([seen[name][-1]])
+
+
 def test_test_agrees_with_evaluate(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
