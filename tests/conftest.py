@@ -14,7 +14,7 @@ from helpers import tiny_traces
 
 from moe_beyond.traces.reader import TraceSet
 
-# Machines that run this are slow at times; and CI tries the same examples each time, so that its verdict is the commit's.
+# Machines that run this are slow at times; and CI tries the same examples each time: its verdict is the commit's.
 settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
 

@@ -41,7 +41,7 @@ def moments(
                 if layer < distance:
                     yield "prefetch", token, layer
         for layer in range(layers):
-            if prefetching and distance == 0:
+            if prefetching and distance == 0 and (first_layers or layer > 0):
                 yield "token", token, -1  # asked between two events: nothing computes
                 yield "prefetch", token, layer
             yield "event", token, layer

@@ -250,7 +250,8 @@ def step_sequence(
         experts: ``(T, L, K)`` int64, each event's demand, ascending.
         named: ``(T, L, m)`` int64, what the prefetcher asks for, best first; m is 0 without one.
         distance: Layers between asking and needing; 0 asks right before the event.
-        first_layers: Whether the first ``distance`` layers are asked for when the token starts.
+        first_layers: Whether the first ``distance`` layers are asked for when the token starts; at distance 0, whether
+            layer 0 is, right before its event.
         warmup: Tokens at the start that do not count.
     """
     length, layers, _ = experts.shape
@@ -263,7 +264,7 @@ def step_sequence(
             for layer in range(min(distance, layers)):
                 prefetch(cache, state, verbs, named[token, layer], now, counted)
         for layer in range(layers):
-            if prefetching and distance == 0:
+            if prefetching and distance == 0 and (first_layers or layer > 0):
                 start_token(cache)  # the event before is over
                 prefetch(cache, state, verbs, named[token, layer], now, counted)
             now += 1

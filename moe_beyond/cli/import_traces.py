@@ -1,7 +1,9 @@
 """``moe-beyond import``."""
 
+import shutil
+
 from moe_beyond.cli.options import parser
-from moe_beyond.errors import unknown
+from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import load_preset
 from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
 
@@ -23,15 +25,31 @@ def run(words: list[str]) -> None:
     options.add_argument(
         "--val-blocks", metavar="SIZE:EVERY", help="blocks of SIZE consecutive prompts, one in EVERY for validation"
     )
+    options.add_argument(
+        "--predictions", metavar="DIR", help="MoE-Beyond's released predictions for the same prompts (with --scores)"
+    )
+    options.add_argument("--scores", metavar="DIR", help="folder to write them to, for `moe-beyond replay --scores`")
     args = options.parse_args(words[1:])
     if args.format not in FORMATS:
         raise unknown("format", args.format, FORMATS)
+    if (args.predictions is None) != (args.scores is None):
+        raise UserError("--predictions and --scores belong together; give both or neither")
     traces = FORMATS[args.format](
         args.source, args.out, load_preset(args.model), tokenizer=args.tokenizer, val_blocks=args.val_blocks
     )
+    if args.scores is not None:
+        from moe_beyond.predictors.released import import_released_predictions
+
+        try:
+            import_released_predictions(args.predictions, args.scores, traces)
+        except UserError:
+            shutil.rmtree(args.out)  # one command makes both or neither
+            raise
     manifest = traces.manifest
     entries = manifest.tokens * manifest.geometry.num_layers
     size = sum(shard.bytes for shard in manifest.shards)
     print(f"{args.out}: {entries:,} entries in = {entries:,} entries out, {size / entries:.2f} bytes an entry")
     for split, counts in manifest.to_json()["splits"].items():
         print(f"  {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
+    if args.scores is not None:
+        print(f"{args.scores}: released predictions, lookahead 0")

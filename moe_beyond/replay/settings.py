@@ -21,7 +21,8 @@ class ReplaySettings:
         predictor: What to call it.
         causal: Whether the scores ignore later tokens.
         warmup_tokens: Tokens at a sequence's start that do not count.
-        first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
+        first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then (at lookahead
+            0: whether layer 0 is prefetched).
     """
 
     slots: int

@@ -8,6 +8,7 @@ from helpers import error_line, prompt_csv, word_tokenizer
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.scores import ScoresFolder
 from moe_beyond.traces.reader import TraceSet
 
 SMALL = Geometry("small", (1, 2), num_experts=4, top_k=2, params_per_expert=1000, other_params_per_layer=0)
@@ -224,3 +225,46 @@ def test_what_is_required_is_named(option, recording, capsys):
 
 def test_an_unknown_verb_is_one_line(capsys):
     assert error_line(capsys, ["imporr"]) == "unknown verb 'imporr'; did you mean 'import'?"
+
+
+PREDICTED = [
+    (1, 0, "[3, 0]", "[0, 1]"),
+    (1, 1, "[1, 2]", "[2, 1]"),
+    (2, 0, "[0, 1]", "[2, 3]"),
+    (2, 1, "[2, 3]", "[3, 2]"),
+]
+COLUMNS = ("Layer ID", "Token", "Activated Expert IDs", "Predicted Expert IDs")
+
+
+def predictions(folder, rows=PREDICTED):
+    for number in (1, 2):
+        prompt_csv(folder / "predicted" / f"prompt_{number}_data_predicted.csv", rows, header=COLUMNS)
+
+
+def test_released_predictions_become_scores_that_say_what_they_know(recording, capsys):
+    predictions(recording)
+    assert main(command("--predictions", "predicted", "--scores", "scores")) == 0
+    scores = ScoresFolder("scores")
+    assert (scores.lookaheads, scores.causal) == ((0,), False)
+    for number in (1, 2):
+        found = scores.scores(f"puffin-{number}", 2)
+        assert found[:, 0].tolist() == [[[1, 1, 0, 0], [0, 0, 1, 1]], [[0, 1, 1, 0], [0, 0, 1, 1]]]
+    capsys.readouterr()
+    words = ["replay", "--traces", "out", "--scores", "scores", "--budget", "8"]
+    assert main(words) == 0
+    assert "0 (LEAK: reads the router's input" in capsys.readouterr().out
+    assert main([*words, "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)["results"][0]
+    assert (told["lookahead"], told["causal"], told["predictor"]) == (0, False, "MoE-Beyond as released")
+    # Room for all: of each prompt's 8 accesses, those predicted then or seen before hit (worked out by hand: layer 1
+    # misses 3 of [3, 0] and neither of [1, 2]; layer 2 misses both of [0, 1] and neither of [2, 3]).
+    assert (told["accesses"], told["hits"], told["demand_transfers"]) == (16, 10, 6)
+
+
+def test_predictions_that_do_not_belong_are_refused(recording, capsys):
+    predictions(recording, [(1, 0, "[3, 1]", "[0, 1]"), *PREDICTED[1:]])
+    words = command("--predictions", "predicted", "--scores", "scores")
+    assert "its activated experts are not those of prompt 1" in failure(capsys, recording, words)
+    (recording / "predicted" / "prompt_1_data_predicted.csv").unlink()
+    assert "has no predictions for prompt 1" in failure(capsys, recording, words)
+    assert "belong together" in failure(capsys, recording, command("--scores", "scores"))

@@ -53,7 +53,7 @@ def import_moe_beyond_csv(
         UserError: A file, row or token does not fit; nothing is left behind.
     """
     source = Path(source)
-    files = _prompt_files(source)
+    files = prompt_files(source)
     if (name := tokenizer or preset.tokenizer) is None:
         raise UserError(f"{preset.geometry.model} names no tokenizer; give one with --tokenizer")
     blocks = None if val_blocks is None else parse_blocks(val_blocks)
@@ -80,8 +80,12 @@ def import_moe_beyond_csv(
     return TraceSet(str(out))
 
 
-def _prompt_files(source: Path) -> dict[int, Path]:
-    """Find the prompt files, by number."""
+def prompt_files(source: Path) -> dict[int, Path]:
+    """Find a folder's prompt files, by number.
+
+    Raises:
+        UserError: There are none, or one has no number or another's.
+    """
     if not source.is_dir():
         raise UserError(f"{source}: is not a folder of prompt_N_*.csv files")
     files: dict[int, Path] = {}
@@ -98,7 +102,30 @@ def _prompt_files(source: Path) -> dict[int, Path]:
 
 def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabulary) -> tuple[Trace, int]:
     """Return a prompt's trace, and how many rows its file has."""
-    table = _read_csv(path)
+    table = read_csv(path)
+    order, length, found = layer_order(path, table, geometry)
+    token_ids = _token_ids(path, table["Token"], vocabulary)[order].reshape(-1, length)
+    if len(differ := np.argwhere(token_ids != token_ids[0])):
+        layer, position = differ[0]
+        raise UserError(f"{path}: token {position} of layer {found[layer]} is not that of layer {found[0]}")
+    experts = expert_ids(path, table["Activated Expert IDs"], geometry)[order]
+    folder = path.parent.resolve().name  # "." has no name
+    trace = Trace(
+        sequence_id=f"{folder}-{number}",
+        source=f"{folder}/{path.name}",
+        token_ids=token_ids[0].copy(),
+        experts=experts.reshape(geometry.num_layers, length, geometry.top_k).transpose(1, 0, 2),
+        decode_start=length,
+    )
+    return trace, table.num_rows
+
+
+def layer_order(path: Path, table: pa.Table, geometry: Geometry) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[Any]]:
+    """Return the order that puts a file's rows layer by layer, its tokens, and its layers.
+
+    Raises:
+        UserError: Its layers are not the model's, or one has more tokens than another.
+    """
     layers = table["Layer ID"].to_numpy()
     order = np.argsort(layers, kind="stable")
     found, counts = np.unique(layers, return_counts=True)
@@ -111,33 +138,29 @@ def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabu
         raise UserError(
             f"{path}: layer {layer} has {counts[ragged[0]]} tokens, layer {found[0]} has {counts[0]}; a layer is ragged"
         )
-    length = int(counts[0])
-    token_ids = _token_ids(path, table["Token"], vocabulary)[order].reshape(-1, length)
-    if len(differ := np.argwhere(token_ids != token_ids[0])):
-        layer, position = differ[0]
-        raise UserError(f"{path}: token {position} of layer {found[layer]} is not that of layer {found[0]}")
-    experts = _expert_ids(path, table["Activated Expert IDs"], geometry)[order]
-    folder = path.parent.resolve().name  # "." has no name
-    trace = Trace(
-        sequence_id=f"{folder}-{number}",
-        source=f"{folder}/{path.name}",
-        token_ids=token_ids[0].copy(),
-        experts=experts.reshape(geometry.num_layers, length, geometry.top_k).transpose(1, 0, 2),
-        decode_start=length,
-    )
-    return trace, table.num_rows
+    return order, int(counts[0]), found
 
 
-def _read_csv(path: Path) -> pa.Table:
+def read_csv(path: Path, *more: str) -> pa.Table:
+    """Read a prompt's file.
+
+    Args:
+        path: The file.
+        *more: Columns that it must have besides `COLUMNS`, strings.
+
+    Raises:
+        UserError: It is no CSV file with these columns, or a cell is empty.
+    """
+    columns = {**COLUMNS, **dict.fromkeys(more, pa.string())}
     try:
         table = pa.csv.read_csv(
             path,
             parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(column_types=COLUMNS, strings_can_be_null=False),
+            convert_options=pa.csv.ConvertOptions(column_types=columns, strings_can_be_null=False),
         )
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: cannot be read as CSV ({str(error).splitlines()[0]})") from error
-    for name in COLUMNS:
+    for name in columns:
         if table.schema.names.count(name) > 1:
             raise UserError(f"{path}: column {name!r} is there twice")
         if name not in table.schema.names:
@@ -163,8 +186,12 @@ def _token_ids(path: Path, column: pa.ChunkedArray, vocabulary: Vocabulary) -> n
     return column_ids
 
 
-def _expert_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.NDArray[Any]:
-    """Parse ``"[8, 26, 56]"`` strings into ``(rows, K)`` ids."""
+def expert_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.NDArray[Any]:
+    """Parse ``"[8, 26, 56]"`` strings into ``(rows, K)`` ids.
+
+    Raises:
+        UserError: A row is not K distinct experts of the model.
+    """
     inside = pc.utf8_trim(column, "[] ")
     listed = pc.split_pattern(inside, ",").combine_chunks()
     lengths = np.where(pc.equal(inside, ""), 0, pc.list_value_length(listed).to_numpy(zero_copy_only=False))

@@ -1,0 +1,52 @@
+"""MoE-Beyond's released predictions (arXiv 2508.17137) as a scores folder, to replay them with their bytes counted."""
+
+from pathlib import Path
+
+import numpy as np
+
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.scores import writing_scores
+from moe_beyond.traces.importers.moe_beyond_csv import expert_ids, layer_order, prompt_files, read_csv
+from moe_beyond.traces.reader import TraceSet
+
+
+def import_released_predictions(source: str | Path, out: str | Path, traces: TraceSet) -> None:
+    """Turn ``prompt_N_data_predicted.csv`` files into scores: 1 for a predicted expert, 0 for others.
+
+    They come of the router's own input and of later tokens too: lookahead 0, not causal, and marked so wherever shown.
+
+    Args:
+        source: Folder of the files, numbered as those of the traces.
+        out: The scores folder to make.
+        traces: What was imported from the same prompts' recordings.
+
+    Raises:
+        UserError: A prompt has no predictions, or they are for other experts than it was routed to.
+    """
+    files = prompt_files(Path(source))
+    geometry = traces.geometry
+    layers, num_experts, top_k = geometry.shape()
+    with writing_scores(
+        out,
+        geometry=geometry,
+        lookaheads=(0,),
+        causal=False,
+        predictor="MoE-Beyond as released",
+        traces=traces.manifest.fingerprint,
+    ) as writer:
+        for trace in traces.traces():
+            number = int(trace.sequence_id.rsplit("-", 1)[1])
+            if number not in files:
+                raise UserError(f"{source}: has no predictions for prompt {number} of {traces.folder}")
+            path = files[number]
+            table = read_csv(path, "Predicted Expert IDs")
+            order, length, _ = layer_order(path, table, geometry)
+            true, predicted = (
+                expert_ids(path, table[name], geometry)[order].reshape(layers, length, top_k).transpose(1, 0, 2)
+                for name in ("Activated Expert IDs", "Predicted Expert IDs")
+            )
+            if not np.array_equal(np.sort(true), np.sort(trace.experts)):
+                raise UserError(f"{path}: its activated experts are not those of prompt {number} of {traces.folder}")
+            scores = np.zeros((length, 1, layers, num_experts), np.float32)
+            np.put_along_axis(scores[:, 0], predicted.astype(np.int64), 1.0, axis=-1)
+            writer.write(trace.sequence_id, scores)
