@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_earlier_result(folder: str | Path, marker: str, *names: str) -> bool:
+    """Tell whether a folder is one that this package made before, with nothing of the user's in it.
+
+    Args:
+        folder: The folder; it need not exist.
+        marker: The file by which such a folder is known.
+        *names: Patterns of whatever else may lie there.
+    """
+    found = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    return marker in found and all(any(fnmatchcase(name, known) for known in (marker, *names)) for name in found)
 
 
 def write_json(path: str | Path, content: Any) -> None:

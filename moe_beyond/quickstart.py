@@ -25,7 +25,7 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import strategies
-from moe_beyond.files import replacing_folder, write_json
+from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots, geometry_from_config
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.report.plots import plot_budgets
@@ -42,7 +42,8 @@ HELD_OUT_ONE_IN = 4  # of the files that prompts come from
 BUDGETS = ("25%", "50%")  # in the table; the picture has all tenths
 EPOCHS = 12
 PICTURE = "hits.png"
-WRITTEN = {"traces", "predictor", "checkpoints", "metrics.csv", "hparams.yaml", "results.json", PICTURE}
+RESULTS = "results.json"
+WRITTEN = ("traces", "predictor", "checkpoints", "metrics.csv", "hparams.yaml", PICTURE)
 
 
 def quickstart(out: str | Path, console: Console) -> Evaluation:
@@ -56,7 +57,7 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
         The figures of the held-out prompts.
     """
     out = Path(out)
-    with replacing_folder(out, overwrite=_is_ours(out)) as folder:
+    with replacing_folder(out, overwrite=is_earlier_result(out, RESULTS, *WRITTEN)) as folder:
         with _step(console, "1/3 record: run small-moe over its bundled prompts"):
             traces = record(folder / "traces")
             splits = traces.manifest.to_json()["splits"]
@@ -69,18 +70,12 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
         with _step(console, "3/3 replay: held-out prompts, every budget"):
             found = _replay(traces, predictor)
         plot_budgets(found.results, folder / PICTURE, f"{MODEL}, held-out prompts")
-        write_json(folder / "results.json", found.to_json())
+        write_json(folder / RESULTS, found.to_json())
     shown = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
     console.print(metrics_table(found.metrics))
     console.print(results_table([r for r in found.results if r.budget_slots in shown], traces.geometry))
-    console.print(f"picture: {out / PICTURE}   all budgets: {out / 'results.json'}   predictor: {out / 'predictor'}")
+    console.print(f"picture: {out / PICTURE}   all budgets: {out / RESULTS}   predictor: {out / 'predictor'}")
     return found
-
-
-def _is_ours(out: Path) -> bool:
-    """Tell whether a folder is an earlier quickstart's, with nothing else in it."""
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    return "results.json" in names and names <= WRITTEN
 
 
 def _replay(traces: TraceSet, predictor: Path) -> Evaluation:

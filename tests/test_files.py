@@ -5,7 +5,7 @@ import os
 import pytest
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing, replacing_folder, write_json
+from moe_beyond.files import is_earlier_result, read_json, replacing, replacing_folder, write_json
 
 
 class Interrupted(Exception):
@@ -139,3 +139,15 @@ def test_unreadable_json_is_named(tmp_path):
         (tmp_path / "bad.json").write_bytes(damaged)
         with pytest.raises(UserError, match=r"bad\.json: is not JSON"):
             read_json(tmp_path / "bad.json")
+
+
+def test_an_earlier_result_is_known_by_its_marker_and_by_holding_nothing_else(tmp_path):
+    folder = tmp_path / "made"
+    assert not is_earlier_result(folder, "index.json", "part-*.bin")
+    folder.mkdir()
+    (folder / "part-0.bin").touch()
+    assert not is_earlier_result(folder, "index.json", "part-*.bin")
+    (folder / "index.json").touch()
+    assert is_earlier_result(folder, "index.json", "part-*.bin")
+    (folder / "thesis.txt").touch()
+    assert not is_earlier_result(folder, "index.json", "part-*.bin")

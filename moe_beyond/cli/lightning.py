@@ -122,4 +122,6 @@ def run(words: list[str]) -> None:
         cause = error.__cause__
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
-        raise (cause or error) from None
+        if cause is None:
+            raise
+        raise cause from None

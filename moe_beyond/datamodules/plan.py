@@ -39,6 +39,11 @@ class PlanSettings:
     shuffle: bool
 
 
+def whole_in_order(token_budget: int) -> PlanSettings:
+    """Return the plan of everything that is scored rather than trained on: whole sequences, in a fixed order."""
+    return PlanSettings(token_budget, max_tokens=None, window=1, seed=0, shuffle=False)
+
+
 def plan_batches(
     lengths: Sequence[npt.NDArray[np.int64]], settings: PlanSettings, epoch: int
 ) -> list[tuple[Piece, ...]]:

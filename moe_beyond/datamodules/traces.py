@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
 
-from moe_beyond.datamodules.plan import PlanSettings, plan_batches
+from moe_beyond.datamodules.plan import PlanSettings, plan_batches, whole_in_order
 from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -134,9 +134,8 @@ class TraceDataModule(L.LightningDataModule):
 
     def _evaluation_loader(self, traces: TraceSet, split: str | None) -> DataLoader[Batch]:
         """Load a split as whole sequences, in order; every rank all of them."""
-        settings = PlanSettings(self.token_budget, None, window=1, seed=0, shuffle=False)
-        sampler = PlannedBatches(traces.lengths(split), settings)
-        return self._loader(ShardedTraces(traces, traces.shards(split), settings.window), sampler)
+        sampler = PlannedBatches(traces.lengths(split), whole_in_order(self.token_budget))
+        return self._loader(ShardedTraces(traces, traces.shards(split), window=1), sampler)
 
     def _loader(self, reader: ShardedTraces, sampler: PlannedBatches) -> DataLoader[Batch]:
         return DataLoader(
@@ -161,13 +160,12 @@ class TraceDataModule(L.LightningDataModule):
 
 
 def whole_sequences(traces: TraceSet, split: str | None = None, *, token_budget: int = 2048) -> Iterator[Batch]:
-    """Read a split, or all, as whole sequences, in the very batches that `test` reads.
+    """Read a split, or all, as whole sequences, in the very batches that `test` reads at the same token budget.
 
     Args:
         traces: The trace set.
         split: The split, or None for all.
         token_budget: Padded tokens of a batch at most.
     """
-    settings = PlanSettings(token_budget, None, window=1, seed=0, shuffle=False)
     reader = ShardedTraces(traces, traces.shards(split), window=1)
-    return (reader[pieces] for pieces in plan_batches(traces.lengths(split), settings, epoch=0))
+    return (reader[pieces] for pieces in plan_batches(traces.lengths(split), whole_in_order(token_budget), epoch=0))

@@ -52,7 +52,7 @@ def evaluate_run(run: str | Path, evaluating: Callable[[ScoreSource], Evaluation
     files = list(Path(run).rglob("*.ckpt"))
     if not files:
         raise UserError(f"{run}: holds no checkpoint (*.ckpt)")
-    steps = {path: load_checkpoint(path).step for path in files}
+    steps = {path: load_checkpoint(path).step for path in files}  # loaded twice, so that one at a time is in memory
     seen: set[int] = set()
     for path in sorted(files, key=lambda path: (steps[path], path.stem.startswith("last"), path.name)):
         if steps[path] in seen and path.stem.startswith("last"):  # Lightning's second copy of the newest one

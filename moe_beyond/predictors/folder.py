@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_beyond
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing_folder, write_json
+from moe_beyond.files import is_earlier_result, read_json, replacing_folder, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.registry import create
@@ -84,7 +84,7 @@ def _is_predictor(folder: Path) -> bool:
         read_config(folder)
     except UserError:
         return False
-    return {path.name for path in folder.iterdir()} <= {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
+    return is_earlier_result(folder, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
 def load_predictor(folder: str | Path) -> Predictor:

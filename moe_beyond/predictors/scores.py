@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing_folder, write_json
+from moe_beyond.files import is_earlier_result, read_json, replacing_folder, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 
@@ -70,7 +70,8 @@ def writing_scores(
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens.
     """
-    with replacing_folder(folder, overwrite=(Path(folder) / INDEX_FILE).exists()) as temporary:
+    ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
+    with replacing_folder(folder, overwrite=ours) as temporary:
         writer = ScoresWriter(temporary)
         yield writer
         writer.flush()

@@ -101,6 +101,10 @@ def test_scores_are_written_over_scores_and_over_nothing_else(tmp_path):
     with pytest.raises(UserError, match="notes already exists"):
         write(tmp_path / "notes", {"s": random_scores(1)})
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear diary"
+    (tmp_path / "scores" / "thesis.txt").write_text("not a score")
+    with pytest.raises(UserError, match="scores already exists"):
+        write(tmp_path / "scores", {"s": random_scores(1)})
+    assert (tmp_path / "scores" / "thesis.txt").read_text() == "not a score"
 
 
 def test_a_missing_sequence_is_named(tmp_path):
