@@ -27,16 +27,17 @@ WIDE = Geometry("wide", (0, 3, 5), num_experts=300, top_k=3, params_per_expert=1
 
 @dataclass(frozen=True)
 class Variant:
-    """A predictor's constructor arguments, a name for test ids, and what it reads besides the token's own id.
+    """A predictor's constructor arguments, a name for test ids, and what it reads.
 
-    ``reads`` holds some of "earlier ids", "earlier experts" (of earlier tokens), "earlier layers" (of this token) and
-    "later ids".
+    ``reads`` holds some of "own id", "earlier ids", "earlier experts" (of earlier tokens), "earlier layers" (of this
+    token) and "later ids". What ``jumps`` need not move with every change of what it reads.
     """
 
     architecture: str
     name: str
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     reads: frozenset[str] = frozenset()
+    jumps: bool = False
 
     def __str__(self) -> str:
         return f"{self.architecture}-{self.name}"
@@ -45,19 +46,30 @@ class Variant:
 def _row_encoder(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     small = {"token_width": 8, "layer_width": 4, "width": 8, "depth": 2, "heads": 2, "feedforward": 16}
     vocabulary = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
-    return Variant("row_encoder", name, {**arguments, **small, **vocabulary}, frozenset(reads))
+    return Variant("row_encoder", name, {**arguments, **small, **vocabulary}, frozenset({"own id", *reads}))
 
 
 def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     small = {"width": 8, "depth": 2, "heads": 2, "layer_width": 8}
     vocabulary = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
-    return Variant("cross_layer", name, {**arguments, **small, **vocabulary}, frozenset(reads))
+    return Variant("cross_layer", name, {**arguments, **small, **vocabulary}, frozenset({"own id", *reads}))
+
+
+def _eamc(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
+    return Variant("eamc", name, arguments, frozenset(reads), jumps=True)
 
 
 ALL_EARLIER = ("earlier ids", "earlier experts", "earlier layers")
 VARIANTS = [
-    Variant("token_table", "default"),
-    Variant("token_table", "backoff", {"backoff": 0.5}),
+    Variant("popularity", "default"),
+    Variant("token_table", "default", reads=frozenset({"own id"})),
+    Variant("token_table", "backoff", {"backoff": 0.5}, frozenset({"own id"})),
+    Variant("history", "default", reads=frozenset({"earlier experts"}), jumps=True),
+    _eamc("default", ["earlier experts", "earlier layers"]),
+    # Fewer places than sequences to fit on.
+    _eamc("overflowing", ["earlier experts", "earlier layers"], capacity=3, backoff=0.0, ahead=2),
+    _eamc("six_ahead", ["earlier experts", "earlier layers"], ahead=6),
+    _eamc("whole_token", ["earlier experts"], ahead=0),
     _row_encoder("window", ["earlier ids"], context_tokens=3),
     _row_encoder("all", ["earlier ids"], context_tokens=64),
     _row_encoder("alone", [], context_tokens=1),

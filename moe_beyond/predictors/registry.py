@@ -8,7 +8,10 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 
 ARCHITECTURES: dict[str, str] = {
+    "popularity": "Popularity",
     "token_table": "TokenTable",
+    "eamc": "Eamc",
+    "history": "History",
     "row_encoder": "RowEncoder",
     "cross_layer": "CrossLayer",
 }

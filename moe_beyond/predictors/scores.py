@@ -59,6 +59,7 @@ def writing_scores(
     predictor: str,
     traces: str,
     causal: bool = True,
+    available: str = "routed",
 ) -> Iterator[ScoresWriter]:
     """Write a scores folder, which appears, whole, when the block ends without an error.
 
@@ -69,6 +70,7 @@ def writing_scores(
         predictor: What to call the predictor in tables.
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens.
+        available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
     """
     ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
     with replacing_folder(folder, overwrite=ours) as temporary:
@@ -80,6 +82,7 @@ def writing_scores(
             "predictor": predictor,
             "lookaheads": list(lookaheads),
             "causal": causal,
+            "available": available,
             "geometry": geometry.to_json(),
             "traces": traces,
             "files": writer.files,
@@ -109,6 +112,9 @@ class ScoresFolder:
             self.predictor = str(index["predictor"])
             self.lookaheads: tuple[Lookahead, ...] = tuple(parse_lookahead(h) for h in index["lookaheads"])
             self.causal = bool(index["causal"])
+            self.available = str(index["available"])
+            if self.available not in ("routed", "computed"):
+                raise UserError(f"available is {self.available!r}, neither 'routed' nor 'computed'")
             self.geometry = Geometry.from_json(index["geometry"])
             self.traces = str(index["traces"])
             self._files: dict[str, str] = dict(index["files"])

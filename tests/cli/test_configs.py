@@ -6,7 +6,9 @@ import pytest
 from fitting import CONFIGS, TINY_CROSS_LAYER, fit
 from helpers import tiny_traces
 
+from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.registry import ARCHITECTURES, predictor_class
 
 TINY_SIZES = {
     "cross_layer": TINY_CROSS_LAYER,
@@ -14,7 +16,10 @@ TINY_SIZES = {
         *("--model.width=16", "--model.token_width=16", "--model.layer_width=8", "--model.heads=2", "--model.depth=1"),
         *("--model.feedforward=16", "--model.ngram_buckets=32"),
     ),
+    "popularity": (),
     "token_table": (),
+    "eamc": ("--model.capacity=4",),
+    "history": (),
 }
 
 
@@ -31,7 +36,7 @@ def composed(path: Path) -> list[Path]:
     if path.parent.name == "experiment":
         return [path]
     architecture = architecture_of(path)
-    trainer = "counting" if architecture == "token_table" else "default"
+    trainer = "counting" if issubclass(predictor_class(architecture), CountingPredictor) else "default"
     parts = {
         "trainer": CONFIGS / f"trainer/{trainer}.yaml",
         "model": CONFIGS / f"model/{architecture}.yaml",
@@ -53,6 +58,4 @@ def test_a_config_runs(path: Path, tmp_path: Path) -> None:
 
 
 def test_every_architecture_has_a_config() -> None:
-    from moe_beyond.predictors.registry import ARCHITECTURES
-
     assert {path.stem for path in (CONFIGS / "model").glob("*.yaml")} == set(ARCHITECTURES) == set(TINY_SIZES)

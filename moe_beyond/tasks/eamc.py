@@ -1,0 +1,24 @@
+"""The task of `moe_beyond.predictors.eamc`."""
+
+from typing import Any
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors import eamc
+from moe_beyond.tasks.counting import CountingTask
+
+
+class Eamc(CountingTask):
+    """Fits an eamc predictor.
+
+    Args:
+        geometry: The model's shape as `Geometry.to_json` gives it; linked from the data.
+        vocab_size: Ids of the tokenizer; linked from the data.
+        capacity: Expert-activation matrices at most.
+        backoff: Tokens that the collection's popularity counts for.
+        ahead: Lookaheads 1 .. this are scored, besides the whole token's.
+    """
+
+    def __init__(
+        self, geometry: dict[str, Any], vocab_size: int, capacity: int = 120, backoff: float = 1.0, ahead: int = 3
+    ) -> None:
+        super().__init__(eamc.Eamc(Geometry.from_json(geometry), vocab_size, capacity, backoff, ahead))

@@ -1,0 +1,19 @@
+"""The task of `moe_beyond.predictors.history`."""
+
+from typing import Any
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors import history
+from moe_beyond.tasks.counting import CountingTask
+
+
+class History(CountingTask):
+    """Fits a history predictor.
+
+    Args:
+        geometry: The model's shape as `Geometry.to_json` gives it; linked from the data.
+        vocab_size: Ids of the tokenizer; linked from the data.
+    """
+
+    def __init__(self, geometry: dict[str, Any], vocab_size: int) -> None:
+        super().__init__(history.History(Geometry.from_json(geometry), vocab_size))

@@ -1,0 +1,19 @@
+"""The task of `moe_beyond.predictors.popularity`."""
+
+from typing import Any
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors import popularity
+from moe_beyond.tasks.counting import CountingTask
+
+
+class Popularity(CountingTask):
+    """Fits a popularity predictor.
+
+    Args:
+        geometry: The model's shape as `Geometry.to_json` gives it; linked from the data.
+        vocab_size: Ids of the tokenizer; linked from the data.
+    """
+
+    def __init__(self, geometry: dict[str, Any], vocab_size: int) -> None:
+        super().__init__(popularity.Popularity(Geometry.from_json(geometry), vocab_size))
