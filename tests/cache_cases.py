@@ -1,132 +1,317 @@
-"""Random small replays, and their counts by the package and by the plain reference."""
+"""Random small replays, and what the package and the plain reference make of them."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from hypothesis import strategies as st
-from reference_cache import COUNTERS, ReferenceCache, best, moments, split_slots
+from reference_cache import COUNTERS, ReferenceCache, Rules, split_slots, union_steps
 
+from moe_beyond.cache.inputs import Stream
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.geometry import Geometry
+from moe_beyond.profile import AGE_EDGES, RATE_EDGES, Profile, default_hazard
 from moe_beyond.replay import Replay, ReplaySettings, Result
+from moe_beyond.replay.devices import Device
+from moe_beyond.replay.sequence import Group
+from moe_beyond.replay.sequence import Sequence as Routed
+
+TICK = 0.125
+"""Times are whole multiples of it, in seconds: their sums are exact, and can be compared for equality."""
+PREFETCHES = ("none", "scored", "adaptive", "moe_infinity", "oracle")
 
 
 def small_geometry(layers: int, experts: int, top_k: int) -> Geometry:
-    return Geometry("small", tuple(range(layers)), experts, top_k, params_per_expert=10, other_params_per_layer=10)
+    """A model whose experts are 1 GB at 8 bits."""
+    return Geometry("small", tuple(range(layers)), experts, top_k, params_per_expert=10**9, other_params_per_layer=10)
+
+
+def ticking(
+    transfer: int, other: int = 1, expert: int = 1, flash: int | None = None, host_memory_gb: float | None = None
+) -> Device:
+    """A device on which, of `small_geometry` at 8 bits, everything takes so many ticks."""
+    tick_us = TICK * 1e6
+    return Device(
+        "ticking",
+        link_gb_per_s=8,
+        link_latency_us=(transfer - 1) * tick_us,
+        memory_gb=1,
+        memory_gb_per_s=1,
+        host_memory_gb=host_memory_gb,
+        flash_gb_per_s=None if flash is None else 8,
+        flash_latency_us=0 if flash is None else (flash - 1) * tick_us,
+        other_ms=other * TICK * 1e3,
+        expert_ms=expert * TICK * 1e3,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a replay: counts by layer, seconds of stall and computing by counted step, and the link's."""
+
+    counts: list[list[int]]
+    spent: list[tuple[float, float]]
+    tokens: list[int]
+    busy: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """A replay: the sequences ``(T, L, K)``, their scores ``(T, L, E)``, and what to do with them."""
+    """A replay: the sequences ``(T, L, K)``, their scores ``(T, H, L, E)``, and what to do with them."""
 
     geometry: Geometry
     settings: ReplaySettings
-    distance: int
     sequences: list[np.ndarray]
     scores: list[np.ndarray]
+    decode_starts: list[int]
+    profile: Profile
+    ticks: tuple[int, int, int, int, int]  # of a transfer, other, an expert, and flash; experts that host memory holds
+
+    def changed(self, **settings) -> "Case":
+        return replace(self, settings=replace(self.settings, **settings))
+
+    def with_ticks(self, transfer: int, other: int, expert: int, flash: int = 0, host_slots: int = 0) -> "Case":
+        device = ticking(transfer, other, expert, flash or None, (host_slots or 0.5) if flash else None)
+        return replace(self.changed(device=device), ticks=(transfer, other, expert, flash, host_slots))
+
+    def on_no_device(self) -> "Case":
+        return replace(self.changed(device=None), ticks=(0, 0, 0, 0, 0))
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """Numbers of the sequences that go together; those no longer than the warm-up are skipped."""
+        long_enough = [i for i, experts in enumerate(self.sequences) if len(experts) > self.settings.warmup_tokens]
+        size = self.settings.batch_size
+        return [long_enough[i : i + size] for i in range(0, len(long_enough), size)]
+
+    def stream(self) -> Stream:
+        """All demands, as the package is told of them where the cache is carried over."""
+        ids, offsets = [], [0]
+        for batch in self.batches:
+            part = Group(
+                [Routed(self.geometry, self.sequences[i], None, self.decode_starts[i]) for i in batch], self.settings
+            )
+            ids.extend(part.stream.ids.tolist())
+            offsets.extend((part.stream.offsets[1:] + offsets[-1]).tolist())
+        return Stream(np.array(ids, np.int64), np.array(offsets, np.int64))
 
     def replayed(self) -> Replay:
-        replaying = Replay(self.geometry, self.settings)
-        for experts, scores in zip(self.sequences, self.scores, strict=True):
-            replaying.add(experts, scores if self.settings.names else None)
+        stream = self.stream() if self.settings.carry_over else None
+        replaying = Replay(self.geometry, self.settings, self.profile, stream)
+        for experts, scores, start in zip(self.sequences, self.scores, self.decode_starts, strict=True):
+            replaying.add(experts, scores if self.settings.lookaheads else None, start)
         return replaying
 
-    def moments(self, length: int) -> Iterator[tuple[str, int, int]]:
-        return moments(
-            length,
-            self.geometry.num_layers,
-            self.settings.names > 0,
-            self.distance,
-            self.settings.first_layer_prefetch,
+    def outcome(self) -> Outcome:
+        replaying = self.replayed()
+        counts = replaying.counts().tolist()
+        clock = replaying.clock
+        spent = [tuple(row) for part in clock.spent for row in part.tolist()]
+        return Outcome(counts, spent, [int(n) for part in clock.tokens for n in part], clock.busy)
+
+    def rules(self) -> Rules:
+        settings, (layers, experts, top_k) = self.settings, self.geometry.shape()
+        asked = settings.plan(self.geometry)
+        named = settings.prefetch.split("@")[0].split(",")
+        top = [int(part[3:]) for part in named if part.startswith("top")]
+        above = [float(part[2:]) for part in named if part.startswith("p>")]
+        transfer, other, expert, flash, host_slots = self.ticks
+        return Rules(
+            layers,
+            experts,
+            top_k,
+            list(settings.quotas or split_slots(settings.slots, layers, settings.scope)),
+            policy=settings.policy,
+            prefetch="scored" if top or named[0].startswith("p>") else named[0],
+            most=top[0] if top else None,
+            threshold=above[0] if above else None,
+            distance=asked.distance,
+            first_layers=settings.first_layer_prefetch,
+            lookaheads=list(settings.lookaheads),
+            computed=settings.available == "computed",
+            warmup=settings.warmup_tokens,
+            warm_start=settings.warm_start,
+            chunk=settings.prefill_chunk,
+            window=settings.window,
+            popularity=self.profile.popularity.tolist(),
+            hazard=self.profile.hazard.tolist(),
+            age_edges=list(AGE_EDGES),
+            rate_edges=list(RATE_EDGES),
+            transfer=transfer * TICK,
+            flash=flash * TICK,
+            host_slots=host_slots,
+            other=other * TICK,
+            expert=expert * TICK,
         )
 
-    def reference(self, experts: np.ndarray) -> ReferenceCache:
-        pools = split_slots(self.settings.slots, self.geometry.num_layers, self.settings.scope)
-        return ReferenceCache(pools, self.settings.policy, experts.tolist())
-
-    def reference_counts(self) -> list[list[int]]:
-        """Counts by layer, summed over the sequences."""
-        total = [[0] * len(COUNTERS) for _ in range(self.geometry.num_layers)]
-        for experts, scores in zip(self.sequences, self.scores, strict=True):
-            warmup = self.settings.warmup_tokens
-            if len(experts) <= warmup:
-                continue
-            cache = self.reference(experts)
-            for what, token, layer in self.moments(len(experts)):
-                if what == "token":
-                    cache.start_token()
-                elif what == "prefetch":
-                    cache.prefetch(layer, best(scores[token, layer].tolist(), self.settings.names), token >= warmup)
-                else:
-                    cache.demand(layer, experts[token, layer].tolist(), token >= warmup)
+    def reference(self) -> Outcome:
+        """The same by the plain reference."""
+        rules = self.rules()
+        parts = [
+            union_steps(
+                rules,
+                [(self.sequences[i].tolist(), self.scores[i].tolist(), self.decode_starts[i]) for i in batch],
+            )
+            for batch in self.batches
+        ]
+        if self.settings.carry_over:  # one cache, which finds the sequences one after another
+            parts = [[step for part in parts for step in part]]
+        counts = [[0] * len(COUNTERS) for _ in range(rules.layers)]
+        spent, tokens, busy = [], [], 0.0
+        for steps in parts:
+            future = [{(layer, e) for e in demand} for step in steps for layer, demand in enumerate(step.demands)]
+            cache = ReferenceCache(rules, future)
+            if rules.warm_start and steps:
+                cache.preload()
+            times = cache.run(steps)
             cache.finish()
-            for layer, row in enumerate(total):
+            busy += cache.busy
+            spent += [pair for pair, step in zip(times, steps, strict=True) if step.counted]
+            tokens += [step.tokens for step in steps if step.counted]
+            for row, found in zip(counts, cache.counts, strict=True):
                 for column, name in enumerate(COUNTERS):
-                    row[column] += cache.counts[layer][name]
-        return total
+                    row[column] += found[name]
+        return Outcome(counts, spent, tokens, busy)
 
 
 @st.composite
 def cases(
     draw: Callable,
     *,
-    policies: tuple[str, ...] = POLICIES,
-    prefetching: bool | None = None,
-    longest_warmup: int = 4,
-    scopes: tuple[str, ...] = ("global", "per-layer"),
+    policies: Sequence[str] = POLICIES,
+    prefetches: Sequence[str] = PREFETCHES,
+    scopes: Sequence[str] = ("global", "per-layer"),
+    plain: bool = False,
+    timed: bool | None = None,
 ) -> Case:
-    """Draw a case; ``prefetching`` fixes whether it prefetches."""
+    """Draw a case; ``plain`` is without warm-up, warm start, carry-over and unions, ``timed`` says if with a device."""
     layers, num_experts = draw(st.sampled_from([3, 2, 4, 1])), draw(st.sampled_from([4, 5, 6, 3, 2, 1]))
     top_k = draw(st.integers(1, min(3, num_experts)))
-    scope = draw(st.sampled_from(scopes))
-    fewest = top_k * (layers if scope == "per-layer" else 1)
-    slots = fewest + draw(st.sampled_from([0, 1, 2, 3, 4, *range(5, layers * num_experts)]))
-    slots = min(slots, layers * num_experts)
-    names = draw(st.integers(1, num_experts))
-    if prefetching is None:
-        prefetching = draw(st.sampled_from([True, True, True, False]))  # most of what can go wrong is there
-    prefetch, lookahead, distance = "none", None, 0
-    if prefetching:
-        lookahead = draw(st.sampled_from(["token", *range(layers + 2)]))
-        distance = 1 if lookahead == "token" else lookahead
-        prefetch = f"top{names}"
-        if lookahead == "token" and draw(st.booleans()):
-            distance = draw(st.integers(1, layers + 1))
-            prefetch += f"@{distance}"
-    settings = ReplaySettings(
-        slots,
-        policy=draw(st.sampled_from(policies)),
-        scope=scope,
-        prefetch=prefetch,
-        lookahead=lookahead,
-        warmup_tokens=draw(st.sampled_from([0, 0, 0, *range(longest_warmup + 1)])),
-        first_layer_prefetch=draw(st.booleans()),
-    )
+    geometry = small_geometry(layers, num_experts, top_k)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))  # hypothesis leans to monotonous lists
-    levels = draw(st.sampled_from([3, 2, 1000]))  # few: ties are common
-    sequences, scores = [], []
-    for length in draw(st.lists(st.sampled_from([3, 4, 5, 6, 8, 0, 1, 2]), min_size=1, max_size=3)):
-        gates = rng.random((length, layers, num_experts))
-        sequences.append(np.argsort(gates, axis=-1)[..., :top_k].astype(np.uint8))  # in any order, as a router's
-        scores.append((rng.integers(0, levels + 1, gates.shape) / levels).astype(np.float32))
-    return Case(small_geometry(layers, num_experts, top_k), settings, distance, sequences, scores)
+    policy, prefetch = draw(st.sampled_from(policies)), draw(st.sampled_from(prefetches))
+    choices = {} if plain else draw(_unusual(layers))
+    if timed is None:
+        timed = draw(st.booleans())
+    timed = timed or prefetch == "adaptive"
+    lookaheads, asked = (), {"prefetch": prefetch}
+    if prefetch in ("scored", "adaptive", "moe_infinity") or policy in ("moe_infinity", "belief"):
+        several = [(1,), (1, 2, 3), ("token",), (1, 2, 3, "token"), (2,)]
+        if prefetch in ("scored", "none"):
+            several += [(0,), (0, 1)]
+        lookaheads = draw(st.sampled_from(several))
+    if policy == "moe_spac" and prefetch != "none" and draw(st.booleans()):
+        lookaheads = ()  # its own levels are scores
+    if prefetch == "scored":
+        asked = draw(_scored(num_experts, layers, lookaheads))
+    elif prefetch == "adaptive":
+        asked["prefetch"] = draw(st.sampled_from(["adaptive", "adaptive,p>0.25"]))
+    settings = ReplaySettings(
+        geometry.total_experts,
+        policy=policy,
+        lookaheads=lookaheads,
+        available=draw(st.sampled_from(["routed", "computed"])),
+        first_layer_prefetch=draw(st.sampled_from([True, True, False])),
+        bits=8.0,
+        device=ticking(1),  # for now
+        **asked,
+        **choices,
+    )
+    levels = draw(st.sampled_from([2, 4, 1, 128]))  # few: ties are common; products of three are exact
+    lengths = draw(st.lists(st.sampled_from([3, 4, 5, 6, 8, 1, 2]), min_size=1, max_size=3))
+    bias = rng.gumbel(size=(layers, num_experts)) * draw(st.sampled_from([0, 1, 2]))
+    sequences = [
+        np.argsort(-(rng.gumbel(size=(length, layers, num_experts)) + bias), axis=-1)[..., :top_k].astype(np.uint8)
+        for length in lengths
+    ]  # in any order, as a router's
+    scores = [
+        (rng.integers(0, levels + 1, (length, len(lookaheads), layers, num_experts)) / levels).astype(np.float32)
+        for length in lengths
+    ]
+    popularity = rng.integers(1, 8, (layers, num_experts)) / 8
+    profile = Profile(popularity, default_hazard() if draw(st.booleans()) else rng.integers(1, 8, (8, 8)) / 8)
+    starts = [int(rng.integers(0, length + 1)) for length in lengths]
+    case = Case(geometry, settings, sequences, scores, starts, profile, (0, 0, 0, 0, 0))
+    case = case.changed(**draw(_slots(case, scopes)))
+    if not timed:
+        return case.on_no_device()
+    return case.with_ticks(
+        transfer=draw(st.sampled_from([3, 1, 2, 5, 8])),
+        other=draw(st.sampled_from([1, 2, 4])),
+        expert=draw(st.sampled_from([1, 2])),
+        flash=draw(st.sampled_from([0, 0, 2, 5])),
+        host_slots=draw(st.sampled_from([2, 0, 1, 4])),
+    )
+
+
+@st.composite
+def _unusual(draw: Callable, layers: int) -> dict:
+    """Settings that most replays do without."""
+    return {
+        "warmup_tokens": draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
+        "warm_start": draw(st.sampled_from([False, False, True])),
+        "carry_over": draw(st.sampled_from([False, False, True])),
+        "prefill_chunk": draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
+        "window": draw(st.sampled_from([1, 1, 1, 2, 6])),
+        "batch_size": draw(st.sampled_from([1, 1, 1, 2, 3])),
+    }
+
+
+@st.composite
+def _scored(draw: Callable, experts: int, layers: int, lookaheads: tuple) -> dict:
+    """A prefetcher that takes the best of a layer, and the lookahead it asks by."""
+    words = draw(st.sampled_from([["top"], ["p"], ["top", "p"]]))
+    written = {
+        "top": f"top{draw(st.integers(1, experts))}",
+        "p": f"p>{draw(st.sampled_from(['0.5', '0', '.25', '1']))}",
+    }
+    text = ",".join(written[word] for word in words)
+    lookahead = draw(st.sampled_from(lookaheads)) if lookaheads else None
+    if lookahead in ("token", None) and draw(st.booleans()):
+        text += f"@{draw(st.integers(1, layers + 1))}"
+    return {"prefetch": text, "lookahead": lookahead}
+
+
+@st.composite
+def _slots(draw: Callable, case: Case, scopes: Sequence[str]) -> dict:
+    """Slots that hold the largest event, and not always more."""
+    layers, experts, top_k = case.geometry.shape()
+    stream = case.stream()
+    demanded = np.diff(stream.offsets)
+    largest = [top_k] * layers
+    if case.settings.policy != "belady_bypass" and len(demanded):
+        largest = [max(top_k, int(demanded[layer::layers].max())) for layer in range(layers)]
+    scope = draw(st.sampled_from(scopes))
+    if scope == "global":
+        spare = draw(st.sampled_from([0, 1, 2, 3, 4, *range(5, layers * experts)]))
+        return {"slots": min(max(largest) + spare, layers * experts)}
+    if draw(st.booleans()):
+        quotas = tuple(draw(st.integers(least, experts)) for least in largest)
+        return {"scope": scope, "slots": sum(quotas), "quotas": quotas}
+    spare = draw(st.sampled_from([0, 1, 2, 3, 4, *range(5, layers * experts)]))
+    return {"scope": scope, "slots": min(layers * max(largest) + spare, layers * experts)}
 
 
 def replay(
-    geometry: Geometry, settings: ReplaySettings, experts: list[list[list[int]]], scores: np.ndarray | None = None
+    geometry: Geometry,
+    settings: ReplaySettings,
+    experts: list[list[list[int]]],
+    scores: np.ndarray | None = None,
+    decode_start: int = 0,
+    profile: Profile | None = None,
 ) -> Result:
     """Replay one sequence."""
-    replaying = Replay(geometry, settings)
-    replaying.add(np.array(experts, np.uint8), scores)
+    replaying = Replay(geometry, settings, profile)
+    replaying.add(np.array(experts, np.uint8), scores, decode_start)
     return replaying.result()
 
 
 def scored(geometry: Geometry, predicted: list[list[list[int]]]) -> np.ndarray:
-    """Scores that rank, at every (token, layer), the listed experts in their order and all others at 0."""
-    scores = np.zeros((len(predicted), geometry.num_layers, geometry.num_experts), np.float32)
+    """Scores of one lookahead that rank, at every (token, layer), the listed in their order and all others at 0."""
+    scores = np.zeros((len(predicted), 1, geometry.num_layers, geometry.num_experts), np.float32)
     for token, layers in enumerate(predicted):
         for layer, experts in enumerate(layers):
             for rank, expert in enumerate(experts):
-                scores[token, layer, expert] = 1 - rank / 16
+                scores[token, 0, layer, expert] = 1 - rank / 16
     return scores

@@ -1,10 +1,15 @@
 """The rules of the cache in plain Python, written from DESIGN.md and the docstrings, to check the package against.
 
-An expert is a pair (layer, expert). Nothing here is shared with the package, and nothing is fast.
+An expert is a pair (layer, expert). Nothing here is shared with the package, and nothing is fast: a policy ranks by
+looking through the whole history of an expert, and the future is searched from its beginning.
 """
 
+import bisect
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
 
 COUNTERS = (
     "accesses",
@@ -18,144 +23,517 @@ COUNTERS = (
 )
 
 Expert = tuple[int, int]
+Scores = list[list[float]]
+"""[layer][expert]"""
+
+
+@dataclass
+class Rules:
+    """What is replayed, and how; times are in seconds."""
+
+    layers: int
+    experts: int
+    top_k: int
+    pools: list[int]
+    policy: str = "lru"
+    prefetch: str = "none"  # none, scored, adaptive, moe_infinity, oracle
+    most: int | None = None
+    threshold: float | None = None
+    distance: int = 1
+    first_layers: bool = True
+    lookaheads: list = field(default_factory=list)
+    computed: bool = False
+    warmup: int = 0
+    warm_start: bool = False
+    chunk: int = 0
+    window: int = 1
+    popularity: list[list[float]] | None = None
+    hazard: list[list[float]] | None = None
+    age_edges: list[float] = field(default_factory=list)
+    rate_edges: list[float] = field(default_factory=list)
+    transfer: float = 0
+    flash: float = 0
+    host_slots: int = 0
+    other: float = 0
+    expert: float = 0
+
+    @property
+    def instant(self) -> bool:
+        return self.transfer == self.flash == 0
+
+
+@dataclass
+class Step:
+    """Tokens that are computed together: of every layer how many tokens demand each expert, and what is predicted."""
+
+    demands: list[dict[int, int]]
+    scores: dict  # lookahead -> Scores; empty where nothing is known
+    counted: bool
+    tokens: int
 
 
 def split_slots(slots: int, layers: int, scope: str) -> list[int]:
     """Slots of every pool: one pool, or one a layer with the remainder in the first layers."""
     if scope == "global":
         return [slots]
-    pools = [slots // layers] * layers
-    for layer in range(slots % layers):
-        pools[layer] += 1
-    return pools
+    return [slots // layers + (1 if layer < slots % layers else 0) for layer in range(layers)]
 
 
-def moments(
-    length: int, layers: int, prefetching: bool, distance: int, first_layers: bool
-) -> Iterator[tuple[str, int, int]]:
-    """List what happens in a sequence, in order: ("token" | "prefetch" | "event", token, layer)."""
-    for token in range(length):
-        yield "token", token, -1
-        if prefetching and first_layers:
-            for layer in range(layers):
-                if layer < distance:
-                    yield "prefetch", token, layer
-        for layer in range(layers):
-            if prefetching and distance == 0 and (first_layers or layer > 0):
-                yield "token", token, -1  # asked between two events: nothing computes
-                yield "prefetch", token, layer
-            yield "event", token, layer
-            if prefetching and distance > 0 and layer + distance < layers:
-                yield "prefetch", token, layer + distance
+def chunks(length: int, decode_start: int, chunk: int, window: int) -> list[list[int]]:
+    """The tokens of every step of a sequence: prompt chunks if asked for, then windows."""
+    steps, read = [], min(decode_start, length) if chunk else 0
+    for begin in range(0, read, chunk or 1):
+        steps.append(list(range(begin, min(begin + chunk, read))))
+    for begin in range(read, length, window):
+        steps.append(list(range(begin, min(begin + window, length))))
+    return steps
 
 
-def best(scores: list[float], m: int) -> list[int]:
-    """Name the m best-scored experts, best first, ties by the lower id."""
-    return sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[:m]
+def union_steps(rules: Rules, batch: list[tuple]) -> list[Step]:
+    """Put sequences together, step by step; of each: [token][layer] -> experts, [token][slice] -> Scores, start."""
+    split = [chunks(len(experts), start, rules.chunk, rules.window) for experts, _, start in batch]
+    longest = max(split, key=len)
+    steps = []
+    for i in range(len(longest)):
+        present = [
+            (experts, scores, parts[i])
+            for (experts, scores, _), parts in zip(batch, split, strict=True)
+            if i < len(parts)
+        ]
+        demands: list[dict[int, int]] = [defaultdict(int) for _ in range(rules.layers)]
+        for experts, _, tokens in present:
+            for token in tokens:
+                for layer in range(rules.layers):
+                    for expert in experts[token][layer]:
+                        demands[layer][expert] += 1
+        predicted = {}
+        if all(len(tokens) == 1 for _, _, tokens in present):
+            for place, lookahead in enumerate(rules.lookaheads):
+                predicted[lookahead] = [
+                    [
+                        1 - prod(1 - scores[tokens[0]][place][layer][expert] for _, scores, tokens in present)
+                        for expert in range(rules.experts)
+                    ]
+                    for layer in range(rules.layers)
+                ]
+        size = sum(len(tokens) for _, _, tokens in present)
+        steps.append(Step([dict(d) for d in demands], predicted, longest[i][0] >= rules.warmup, size))
+    return steps
+
+
+@dataclass
+class Use:
+    """An expert was demanded, named while it was resident, or came in."""
+
+    moment: int
+    event: int
+    step: int
+    entry: bool
 
 
 class ReferenceCache:
-    """A cold cache.
+    """A cold cache, and its clock.
 
     Args:
-        pools: Slots of every pool, from `split_slots`.
-        policy: "lru", "lfu" or "belady".
-        future: The sequence, [token][layer] -> experts, for Belady.
+        rules: See there.
+        future: The demands of every event to come, for those who know it.
     """
 
-    def __init__(self, pools: list[int], policy: str, future: list[list[list[int]]]) -> None:
-        self.pools, self.policy = pools, policy
-        self.resident: list[set[Expert]] = [set() for _ in pools]
+    def __init__(self, rules: Rules, future: list[set[Expert]]) -> None:
+        self.rules, self.future = rules, future
+        self.resident: set[Expert] = set()
         self.held: set[Expert] = set()  # no victims: computing now, or asked for since that began
         self.open: set[Expert] = set()  # counted prefetches not demanded yet
-        self.event = 0  # number of the last event
-        self.moment = 0  # number of the last event or prefetch
-        self.uses: dict[Expert, int] = defaultdict(int)
-        self.last_event: dict[Expert, int] = {}
-        self.last_moment: dict[Expert, int] = {}
-        self.counts = defaultdict(lambda: dict.fromkeys(COUNTERS, 0))
-        self.events_of: dict[Expert, list[int]] = defaultdict(list)
-        number = 0
-        for token in future:
-            for layer, experts in enumerate(token):
-                number += 1
-                for expert in experts:
-                    self.events_of[layer, expert].append(number)
+        self.event = self.moment = self.step = 0  # numbers of the last event; of the last event or question
+        self.layer = -1  # of the last event; -1 between steps
+        self.counted = True
+        self.uses: dict[Expert, list[Use]] = defaultdict(list)
+        self.runs: list[list[dict[int, int]]] = [[] for _ in range(rules.layers)]  # all demands of each layer
+        self.known: dict[Expert, float] = {}  # for the next time its layer runs
+        self.last_known: dict[Expert, float] = {}
+        self.told: dict[Expert, bool] = {}  # whether a score came after the layer's last run
+        self.level: dict[Expert, int] = defaultdict(int)
+        self.counts = [dict.fromkeys(COUNTERS, 0) for _ in range(rules.layers)]
+        # The link and what lies behind it.
+        self.now = self.free = self.busy = 0.0
+        self.arrives: dict[Expert, float] = {}
+        self.queue: list[Expert] = []
+        self.host: list[Expert] = []  # the most recently moved last
+        self.need: list[float] = []
 
-    def everyone(self) -> set[Expert]:
-        return set().union(*self.resident)
+    # Pools and the policy.
 
-    def start_token(self) -> None:
+    def pool_of(self, expert: Expert) -> int:
+        return 0 if len(self.rules.pools) == 1 else expert[0]
+
+    def members(self, pool: int) -> set[Expert]:
+        return {expert for expert in self.resident if self.pool_of(expert) == pool}
+
+    def is_full(self, pool: int) -> bool:
+        return len(self.members(pool)) >= self.rules.pools[pool]
+
+    def ahead(self, expert: Expert) -> int:
+        """In how many events its layer runs."""
+        gap = expert[0] - self.layer
+        return gap if gap > 0 else gap + self.rules.layers
+
+    def next_use(self, expert: Expert) -> float:
+        later = (number for number, demand in enumerate(self.future, 1) if number > self.event and expert in demand)
+        return next(later, math.inf)
+
+    def worth(self, expert: Expert) -> tuple:
+        """What leaves first sorts first."""
+        uses, rules = self.uses[expert], self.rules
+        last = uses[-1]
+        entry = max(place for place, use in enumerate(uses) if use.entry)
+        popularity = 0.0 if rules.popularity is None else rules.popularity[expert[0]][expert[1]]
+        match rules.policy:
+            case "lru":
+                worth, tie = 0, last.moment
+            case "lfu":
+                worth, tie = len(uses), last.moment
+            case "lfu_in_cache":
+                worth, tie = len(uses) - entry, last.moment
+            case "lfru":
+                worth, tie = Fraction(len(uses), self.event - last.event + 1), last.moment
+            case "class_lru":
+                frequency = sum(2.0 ** ((use.step - last.step) / 128) for use in uses)
+                worth, tie = -(self.event - last.event) / 2 ** min(math.floor(math.log2(frequency)), 7), last.moment
+            case "static":
+                worth, tie = popularity, last.moment
+            case "least_stale":
+                worth, tie = (last.step == self.step, -self.ahead(expert)), uses[entry].moment
+            case "moe_infinity":
+                score = self.last_known.get(expert, 0.0)
+                worth, tie = (score + 1e-8) * (1 - expert[0] / rules.layers), last.moment
+            case "moe_spac":
+                worth, tie = self.level[expert] if expert[0] > self.layer else 0, last.moment
+            case "hobbit":
+                used = (last.step + 2 * len(uses)) / self.step
+                worth, tie = used + 1 - (self.ahead(expert) - 1) / rules.layers, last.moment
+            case "belief":
+                worth, tie = -self.wait(expert), last.moment
+            case "belady" | "belady_bypass":
+                worth, tie = -self.next_use(expert), 0  # ties by the lowest expert alone
+            case _:
+                raise ValueError(f"the reference does not know the policy {rules.policy!r}")
+        return worth, tie, expert
+
+    def wait(self, expert: Expert) -> float:
+        """Belief's events until the next use."""
+        hazard = self.hazard(expert)
+        probability = self.last_known[expert] if self.told.get(expert) else hazard
+        beyond = self.rules.layers * (1 - probability) / max(probability, hazard)
+        return self.ahead(expert) + beyond
+
+    def hazard(self, expert: Expert) -> float:
+        layer, number = expert
+        runs, rules = self.runs[layer], self.rules
+        popularity = rules.top_k / rules.experts if rules.popularity is None else rules.popularity[layer][number]
+        uses = total = 0.0
+        age = 0
+        for demand in runs:
+            used = number in demand
+            uses, total = uses * 0.97 + used, total * 0.97 + 1
+            age = 1 if used else age + (age > 0)
+        rate = (24 * popularity + uses) / (24 + total)
+        row, column = bisect.bisect_right(rules.age_edges, age), bisect.bisect_right(rules.rate_edges, rate)
+        return rules.hazard[row][column]
+
+    def victim(self, pool: int) -> Expert:
+        return min(self.members(pool) - self.held, key=self.worth)
+
+    def admits(self, expert: Expert, victim: Expert) -> bool:
+        """Whether a prefetch is let in for a victim (for belady_bypass, what was demanded too)."""
+        match self.rules.policy:
+            case "belief":
+                return self.wait(expert) < self.wait(victim)
+            case "belady_bypass":
+                return self.next_use(expert) < self.next_use(victim)
+            case "moe_infinity":
+                value, other = (
+                    (self.last_known.get(e, 0.0) + 1e-8) * (1 - e[0] / self.rules.layers) for e in (expert, victim)
+                )
+                return value > other
+        return True
+
+    def use(self, expert: Expert, *, entry: bool = False) -> None:
+        self.uses[expert].append(Use(self.moment, self.event, self.step, entry))
+
+    def evict(self, expert: Expert) -> None:
+        self.resident.remove(expert)
+        if expert in self.open:
+            self.open.remove(expert)
+            self.counts[expert[0]]["wasted_prefetches"] += 1
+
+    def enter(self, expert: Expert) -> None:
+        assert not self.is_full(self.pool_of(expert))
+        self.resident.add(expert)
+        self.use(expert, entry=True)
+
+    # The link.
+
+    def duration(self, expert: Expert) -> float:
+        return self.rules.transfer + (0 if expert in self.host else self.rules.flash)
+
+    def send(self, expert: Expert, since: float) -> float:
+        begins = max(self.free, since)
+        self.busy += self.duration(expert)
+        self.free = self.arrives[expert] = begins + self.duration(expert)
+        if expert in self.host:
+            self.host.remove(expert)
+        self.host = [*self.host, expert][-self.rules.host_slots :] if self.rules.host_slots else []
+        return self.free
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass; what waits begins, in its order, while the link is free before the end, and finds room."""
+        since, self.now = self.now, self.now + seconds
+        for expert in list(self.queue):
+            pool = self.pool_of(expert)
+            if not self.rules.instant and max(self.free, since) >= self.now:
+                break
+            if self.is_full(pool) and self.members(pool) <= self.held:
+                continue
+            self.queue.remove(expert)
+            if self.is_full(pool):
+                victim = self.victim(pool)
+                if self.rules.prefetch != "oracle" and not self.admits(expert, victim):
+                    continue
+                self.evict(victim)
+            self.enter(expert)
+            self.held.add(expert)
+            self.send(expert, since)
+            if self.counted:
+                self.open.add(expert)
+                self.counts[expert[0]]["prefetch_transfers"] += 1
+
+    # What happens.
+
+    def start_step(self, counted: bool) -> None:
+        self.step += 1
+        self.layer = -1
         self.held = set()
+        self.counted = counted
 
-    def demand(self, layer: int, experts: list[int], counted: bool) -> int:
+    def preload(self) -> None:
+        """Move the most popular in, the best last."""
+        ranked = sorted(
+            ((layer, e) for layer in range(self.rules.layers) for e in range(self.rules.experts)),
+            key=lambda expert: (-self.rules.popularity[expert[0]][expert[1]], expert),
+        )
+        chosen: list[Expert] = []
+        for expert in ranked:
+            if (
+                sum(self.pool_of(other) == self.pool_of(expert) for other in chosen)
+                < self.rules.pools[self.pool_of(expert)]
+            ):
+                chosen.append(expert)
+        for expert in reversed(chosen):
+            self.moment += 1
+            self.enter(expert)
+            self.open.add(expert)
+            self.now = self.send(expert, self.now)
+            self.counts[expert[0]]["prefetch_transfers"] += 1
+
+    def learn(self, layer: int, scores: list[float]) -> None:
+        for expert, score in enumerate(scores):
+            self.known[layer, expert] = self.last_known[layer, expert] = score
+            self.told[layer, expert] = True
+
+    def ask(self, named: list[Expert]) -> None:
+        if not named:
+            return
         self.moment += 1
+        for expert in named:
+            if expert in self.resident:
+                self.held.add(expert)
+                self.use(expert)
+            elif expert not in self.queue:
+                self.queue.append(expert)
+        self.advance(0)
+
+    def demand(self, layer: int, tokens: dict[int, int]) -> float:
+        """Begin an event; return when all that it demands is there."""
         self.event += 1
-        asked = {(layer, expert) for expert in experts}
-        before = self.everyone()
-        self.held = set(asked)
-        self._bring(layer, asked - before)
-        for expert in asked:
-            self._use(expert)
-            if expert in self.open:
-                self.open.remove(expert)
-                self.counts[layer]["useful_prefetches"] += 1
-        if counted:
-            row = self.counts[layer]
-            row["accesses"] += len(asked)
-            row["hits"] += len(asked & before)
-            row["misses"] += len(asked - before)
-            row["demand_transfers"] += len(asked - before)
-        return len(asked & before)
-
-    def prefetch(self, layer: int, ranked: list[int], counted: bool) -> int:
         self.moment += 1
-        named = [(layer, expert) for expert in ranked]
-        pool = self._pool(layer)
-        here = self.resident[pool] & set(named)
-        self.held |= here
-        room = self.pools[pool] - len(self.resident[pool] & self.held)
-        coming = set([expert for expert in named if expert not in here][:room])
-        self.held |= coming
-        self._bring(layer, coming)
-        for expert in here | coming:
-            self._use(expert)
-        if counted:
-            self.open |= coming
-            self.counts[layer]["prefetch_transfers"] += len(coming)
-        return len(coming)
+        self.layer = layer
+        asked = {(layer, expert) for expert in tokens}
+        here = asked & self.resident
+        late = {expert for expert in here if self.arrives[expert] > self.now}
+        waiting = (asked - here) & set(self.queue)
+        missed = asked - here - waiting
+        row = self.counts[layer]
+        for name, number in (
+            ("accesses", len(asked)),
+            ("hits", len(here - late)),
+            ("late_hits", len(late | waiting)),
+            ("misses", len(missed)),
+            ("demand_transfers", len(missed)),
+            ("prefetch_transfers", len(waiting)),
+        ):
+            row[name] += number if self.counted else 0
+        row["useful_prefetches"] += len((here - late) & self.open)
+        self.open -= here
+        self.held = set(here)
+        for expert in here:
+            self.use(expert)
+        ready = max([self.now, *(self.arrives[expert] for expert in late)])
+        for expert in sorted(asked - here):
+            ready = self.send(expert, self.now)
+        if self.rules.policy == "belady_bypass" and asked - here:
+            self.held = set()
+        for expert in sorted(asked - here):
+            pool = self.pool_of(expert)
+            if self.is_full(pool):
+                victim = self.victim(pool)
+                if self.rules.policy == "belady_bypass" and not self.admits(expert, victim):
+                    continue
+                self.evict(victim)
+            self.enter(expert)
+            if self.rules.policy != "belady_bypass":
+                self.held.add(expert)
+        self.queue = [expert for expert in self.queue if expert[0] != layer]
+        self.runs[layer].append(tokens)
+        for expert in range(self.rules.experts):
+            self.known.pop((layer, expert), None)
+            self.told[layer, expert] = False
+            if self.rules.policy == "moe_spac":
+                count, level = tokens.get(expert, 0), self.level[layer, expert]
+                if count - level >= 5:
+                    self.level[layer, expert] = min(level + 1, 5)
+                elif level - count >= 1:
+                    self.level[layer, expert] = level - 1
+                self.known[layer, expert] = self.level[layer, expert] / 5
+        return ready
 
     def finish(self) -> None:
         for layer, _ in self.open:
             self.counts[layer]["wasted_prefetches"] += 1
+        self.open, self.queue = set(), []
 
-    def _pool(self, layer: int) -> int:
-        return 0 if len(self.pools) == 1 else layer
+    # Prefetchers.
 
-    def _bring(self, layer: int, coming: set[Expert]) -> None:
-        """Let experts in; for those that find no free slot, the residents that the policy values least leave."""
-        pool = self._pool(layer)
-        leaving = len(self.resident[pool]) + len(coming) - self.pools[pool]
-        for expert in sorted(self.resident[pool] - self.held, key=self._worth)[: max(leaving, 0)]:
-            self.resident[pool].remove(expert)
-            if expert in self.open:
-                self.open.remove(expert)
-                self.counts[expert[0]]["wasted_prefetches"] += 1
-        self.resident[pool] |= coming
-        assert len(self.resident[pool]) <= self.pools[pool]
+    def best(self, layer: int, most: int | None, threshold: float | None) -> list[Expert]:
+        """The best-scored of a layer, ties by the lower id."""
+        found = [(layer, e) for e in range(self.rules.experts) if (layer, e) in self.known]
+        found = [expert for expert in found if threshold is None or self.known[expert] > threshold]
+        return sorted(found, key=lambda expert: (-self.known[expert], expert))[:most]
 
-    def _use(self, expert: Expert) -> None:
-        self.uses[expert] += 1
-        self.last_event[expert] = self.event
-        self.last_moment[expert] = self.moment
+    def names(self, layer: int) -> list[Expert]:
+        """What the prefetcher wants after a layer, or at -1 when the step starts."""
+        rules = self.rules
+        if rules.prefetch == "oracle":
+            return self.oracle()
+        if rules.prefetch == "none" or (layer < 0 and not rules.first_layers):
+            return []
+        if rules.prefetch == "adaptive":
+            return self.adaptive(layer)
+        if rules.prefetch == "moe_infinity":
+            return self.moe_infinity(layer)
+        if layer < 0:
+            layers = range(min(rules.distance, rules.layers))
+        else:
+            layers = (
+                range(layer + rules.distance, min(layer + rules.distance + 1, rules.layers)) if rules.distance else ()
+            )
+        return [expert for later in layers for expert in self.best(later, rules.most, rules.threshold)]
 
-    def _worth(self, expert: Expert) -> tuple:
-        """What leaves first sorts first; ties leave by the lowest (layer, expert)."""
-        if self.policy == "lru":
-            return self.last_moment[expert], expert
-        if self.policy == "lfu":  # a prefetch has the recency of the last event before it, see lfu.LfuState.last
-            return self.uses[expert], self.last_event[expert], expert
-        if self.policy == "belady":
-            later = [event for event in self.events_of[expert] if event > self.event]
-            return -min(later, default=float("inf")), expert
-        raise ValueError(f"the reference does not know the policy {self.policy!r}")
+    def oracle(self) -> list[Expert]:
+        """The next demands, as many as a pool has slots, out of as many events as could fill the cache."""
+        named: list[Expert] = []
+        horizon = sum(self.rules.pools) // self.rules.top_k + 1
+        for demand in self.future[self.event : self.event + horizon]:
+            for expert in sorted(demand):
+                pool = self.pool_of(expert)
+                taken = sum(self.pool_of(other) == pool for other in named)
+                if expert not in named and taken < self.rules.pools[pool]:
+                    named.append(expert)
+        return named
+
+    def adaptive(self, layer: int) -> list[Expert]:
+        """The best-scored that still fit among what was taken, each job done by its layer's routing."""
+        candidates = []
+        for later in range(layer + 1, self.rules.layers):
+            for rank, expert in enumerate(self.best(later, 2 * self.rules.top_k, self.rules.threshold)):
+                if expert not in self.resident or rank < self.rules.top_k:
+                    candidates.append((later, rank, expert))
+        jobs: list[tuple[int, int, Expert]] = []
+        for job in sorted(candidates, key=lambda c: (-self.known[c[2]], c)):
+            if self.fits([*jobs, job]):
+                jobs.append(job)
+        return [expert for _, _, expert in sorted(jobs)]
+
+    def fits(self, jobs: list[tuple[int, int, Expert]]) -> bool:
+        """Whether all that have to cross the link can, each before its layer needs it, in the order of layers."""
+        time = max(self.free, self.now)
+        for layer, _, expert in sorted(jobs):
+            if expert not in self.resident:
+                time += self.duration(expert)
+                if time > self.need[layer]:
+                    return False
+        return True
+
+    def moe_infinity(self, layer: int) -> list[Expert]:
+        rules = self.rules
+        room = rules.top_k
+        if not rules.instant and layer + 1 < rules.layers:
+            gap = self.need[layer + 1] - max(self.free, self.now)
+            room = min(math.floor(max(gap, 0) / rules.transfer) + rules.top_k, 64)
+        found = [expert for expert in self.known if expert[0] > layer and expert not in self.resident]
+
+        def priority(expert: Expert) -> float:
+            return (self.known[expert] + 1e-8) * (1 - (expert[0] - layer) / rules.layers)
+
+        return sorted(found, key=lambda expert: (-priority(expert), expert))[:room]
+
+    # A sequence.
+
+    def look_ahead(self, step: Step, layer: int) -> None:
+        """Take in what is known after a layer, or at -1 when the step starts; then ask."""
+        rules = self.rules
+        for later in range(layer + 1, rules.layers):
+            # Whole-token scores come as if from L layers before. Of those that come now the shortest lookahead tells.
+            fresh = [
+                h
+                for h in rules.lookaheads
+                if h in step.scores and h != 0 and max(later - (rules.layers if h == "token" else h), -1) == layer
+            ]
+            if fresh:
+                chosen = min(fresh, key=lambda h: rules.layers if h == "token" else h)
+                self.learn(later, step.scores[chosen][later])
+        named = self.names(layer)
+        if rules.prefetch in ("adaptive", "moe_infinity", "oracle"):
+            self.queue = []
+        self.ask(named)
+
+    def run(self, steps: list[Step]) -> list[tuple[float, float]]:
+        """Step a sequence; return each step's seconds of stall and of computing."""
+        rules, spent = self.rules, []
+        for step in steps:
+            begins, stall = self.now, 0.0
+            self.start_step(step.counted)
+            self.need = [begins + (i + 1) * rules.other + i * rules.top_k * rules.expert for i in range(rules.layers)]
+            self.look_ahead(step, -1)
+            for layer, tokens in enumerate(step.demands):
+                self.advance(rules.other)
+                if 0 in step.scores:
+                    self.learn(layer, step.scores[0][layer])
+                    if rules.prefetch == "scored" and rules.distance == 0 and (layer > 0 or rules.first_layers):
+                        self.ask(self.best(layer, rules.most, rules.threshold))
+                routed = self.now
+                ready = self.demand(layer, tokens)
+                ends = ready + rules.expert * len(tokens)
+                stall += ready - routed
+                for later in range(layer + 1, rules.layers):
+                    gap = later - layer
+                    self.need[later] = ends + gap * rules.other + (gap - 1) * rules.top_k * rules.expert
+                if not rules.computed:
+                    self.look_ahead(step, layer)
+                self.advance(ends - self.now)
+                self.held -= {(layer, expert) for expert in tokens}
+                if rules.instant:
+                    self.advance(0)
+                if rules.computed:
+                    self.look_ahead(step, layer)
+            spent.append((stall, self.now - begins - stall))
+        return spent

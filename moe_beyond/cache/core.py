@@ -1,9 +1,11 @@
-"""Stepping a cache of experts: what happens at an event and at a prefetch.
+"""Stepping a cache of experts: what happens at an event, at a prefetch, and on the link between.
 
 An expert is one number, ``layer * E + expert``. An event demands a set of them: hits are judged against what was
 resident before it, and all of the set holds slots while it computes, so that no victim comes from it. Whom to evict is
-the policy's to say, through four compiled functions that are passed in (`Verbs`). Within an event experts are handled
-in ascending order, so that a policy which goes by order breaks ties by the lowest (layer, expert).
+the policy's to say, through compiled functions that are passed in (`Verbs`).
+
+Time passes in `advance`. Without a device every transfer takes none: what is asked for is there at once, as far as
+there is room.
 """
 
 from collections.abc import Callable
@@ -13,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache.jit import jit
+from moe_beyond.cache.link import FREE, NOW, ORDERED, QUEUED, WAITS, LinkState, is_instant, new_link, send
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 # Columns of the counters, one row a layer.
 ACCESSES, HITS, LATE_HITS, MISSES, DEMAND_TRANSFERS, PREFETCH_TRANSFERS, USEFUL, WASTED = range(8)
@@ -29,246 +33,374 @@ COUNTERS = (
     "wasted_prefetches",
 )
 
-# What `origin` says of a resident.
+# What `experts` tells of each, one row a fact: the pool whose slots it competes for; its layer; where in its pool's row
+# of `residents` it is, -1 if nowhere; its origin; its shield; the last moment that demanded or named it, 0 for never.
+POOL, IN_LAYER, PLACE, ORIGIN, SHIELD, LAST = range(6)
+
+# Where a resident came from: demanded, or prefetched and not demanded since.
 DEMANDED, PREFETCHED, PREFETCHED_UNCOUNTED = range(3)
 
+# What `pools` tells of each: its slots; those taken; of those, the ones that hold a shielded expert.
+CAPACITY, USED, HELD = range(3)
 
-class Verbs(NamedTuple):
-    """What a policy does; ``now`` counts events, from 1.
+# What `now` holds: the number of the last event; of the last event or question; of the present shield; of the step;
+# the layer of the last event (-1 between steps); whether the step counts; whether prefetches are never refused.
+EVENT, MOMENT, MARK, STEP, LAYER, COUNTED, INSIST = range(7)
 
-    Attributes:
-        hit: ``(state, expert, pool, now)``: a resident was demanded, or named by a prefetch.
-        insert: ``(state, expert, pool, now)``: it came in.
-        evict: ``(state, expert, pool)``: it left.
-        victim: ``(state, pool, residents, shield, mark)``: name one of ``residents`` with ``shield[expert] < mark``.
-    """
-
-    hit: Callable[[Any, int, int, int], None]
-    insert: Callable[[Any, int, int, int], None]
-    evict: Callable[[Any, int, int], None]
-    victim: Callable[[Any, int, Ints, Ints, int], int]
+# What `room` is for: what a prefetcher names; and its working.
+NAMED, ORDER, MARKED = range(3)
 
 
 class CacheState(NamedTuple):
-    """Who is resident, and why.
+    """Who is resident, and why. Few arrays, of many rows: numba passes each in seven words.
 
     Attributes:
-        pool_of: ``(L*E,)``, the pool whose slots an expert competes for.
-        capacity: ``(pools,)``, slots.
-        used: ``(pools,)``, slots taken.
-        residents: ``(pools, largest capacity)``, who takes them, in no order.
-        place: ``(L*E,)``, where in its pool's row an expert is; -1 if it is not resident.
-        origin: ``(L*E,)``, `DEMANDED`, or prefetched and not demanded since.
-        shield: ``(L*E,)``, the number of the last moment that demanded an expert or asked for it.
-        mark: ``(1,)``, the present moment: an event, or the start of a token.
-        layer_of: ``(L*E,)``.
+        experts: ``(6, L*E)`` int32, the facts above; a resident is no victim while its shield is ``now[MARK]``.
+        pools: ``(pools, 3)``.
+        residents: ``(pools, largest capacity)``, who takes a pool's slots, in no order; int32.
+        known: ``(L*E,)`` float64, the score of an expert for the next time its layer runs; NaN where none is known now.
+        now: ``(7,)``.
         counters: ``(L, 8)``, what is counted, by layer of the expert.
+        room: ``(3, L*E)``.
+        weights: ``(L*E,)`` float64, more room to work in.
+        link: What is on its way.
     """
 
-    pool_of: Ints
-    capacity: Ints
-    used: Ints
-    residents: Ints
-    place: Ints
-    origin: Ints
-    shield: Ints
-    mark: Ints
-    layer_of: Ints
+    experts: npt.NDArray[np.int32]
+    pools: Ints
+    residents: npt.NDArray[np.int32]
+    known: Floats
+    now: Ints
     counters: Ints
+    room: Ints
+    weights: Floats
+    link: LinkState
 
 
-def empty_cache(num_layers: int, num_experts: int, quotas: npt.ArrayLike) -> CacheState:
+@jit
+def ignore_expert(policy: Any, cache: CacheState, expert: int) -> None:
+    """Take no interest in what becomes of an expert."""
+
+
+@jit
+def ignore_event(policy: Any, cache: CacheState, experts: Ints, tokens: Ints) -> None:
+    """Take no interest in what an event demands."""
+
+
+@jit
+def ignore_scores(policy: Any, cache: CacheState, layer: int) -> None:
+    """Take no interest in scores."""
+
+
+@jit
+def admit(policy: Any, cache: CacheState, expert: int, victim: int) -> bool:
+    """Let in whatever is prefetched."""
+    return True
+
+
+class Verbs(NamedTuple):
+    """What a policy does. Its first argument is always its own state, the second the `CacheState`, which it reads.
+
+    Attributes:
+        hit: ``(policy, cache, expert)``: a resident was demanded, or named by a prefetch; its last moment is up to
+            date.
+        insert: ``(policy, cache, expert)``: it came in.
+        evict: ``(policy, cache, expert)``: it has left, and another will take its slot.
+        victim: ``(policy, cache, pool)``: name a resident of the pool that is not shielded; there is one.
+        routed: ``(policy, cache, experts, tokens)``: an event demanded these, each for so many tokens.
+        learned: ``(policy, cache, layer)``: scores of a layer have become known.
+        admits: ``(policy, cache, expert, victim)``: whether to let a prefetch in for this victim. Where ``stages``
+            is set, it is asked about demanded experts too.
+        stages: Whether demanded experts compute in slots of their own beside the pool, and are retained, or not,
+            when their event ends.
+    """
+
+    hit: Callable[[Any, CacheState, int], None]
+    insert: Callable[[Any, CacheState, int], None]
+    evict: Callable[[Any, CacheState, int], None]
+    victim: Callable[[Any, CacheState, int], int]
+    routed: Callable[[Any, CacheState, Ints, Ints], None] = ignore_event
+    learned: Callable[[Any, CacheState, int], None] = ignore_scores
+    admits: Callable[[Any, CacheState, int, int], bool] = admit
+    stages: bool = False
+
+
+def empty_cache(num_layers: int, num_experts: int, quotas: npt.ArrayLike, link: LinkState | None = None) -> CacheState:
     """Return an empty cache.
 
     Args:
         num_layers: L.
         num_experts: E.
         quotas: Slots of each layer's pool, ``(L,)``; or of one pool for all, ``(1,)``.
+        link: What experts cross; one that takes no time by default.
     """
     capacity = np.asarray(quotas, np.int64)
     total = num_layers * num_experts
-    layer_of = np.repeat(np.arange(num_layers), num_experts)
+    experts = np.zeros((6, total), np.int32)
+    experts[IN_LAYER] = np.repeat(np.arange(num_layers), num_experts)
+    experts[POOL] = experts[IN_LAYER] if len(capacity) > 1 else 0
+    experts[PLACE] = -1
+    now = np.zeros(7, np.int64)
+    now[MARK], now[LAYER], now[COUNTED] = 1, -1, 1  # past every shield: nothing has been asked for yet
     return CacheState(
-        pool_of=layer_of if len(capacity) > 1 else np.zeros(total, np.int64),
-        capacity=capacity,
-        used=np.zeros(len(capacity), np.int64),
-        residents=np.full((len(capacity), int(capacity.max())), -1, np.int64),
-        place=np.full(total, -1, np.int64),
-        origin=np.zeros(total, np.int64),
-        shield=np.zeros(total, np.int64),
-        mark=np.ones(1, np.int64),  # past every shield: nothing has been asked for yet
-        layer_of=layer_of,
+        experts=experts,
+        pools=np.stack([capacity, np.zeros_like(capacity), np.zeros_like(capacity)], axis=1),
+        residents=np.full((len(capacity), int(capacity.max())), -1, np.int32),
+        known=np.full(total, np.nan),
+        now=now,
         counters=np.zeros((num_layers, len(COUNTERS)), np.int64),
+        room=np.zeros((3, total), np.int64),
+        weights=np.zeros(total),
+        link=new_link(total) if link is None else link,
     )
 
 
 @jit
-def _leave(cache: CacheState, state: Any, verbs: Verbs, expert: int) -> None:
-    """Evict an expert."""
-    pool = cache.pool_of[expert]
-    last = cache.used[pool] - 1
-    moved = cache.residents[pool, last]
-    cache.residents[pool, cache.place[expert]] = moved
-    cache.place[moved] = cache.place[expert]
-    cache.place[expert] = -1
-    cache.used[pool] = last
-    if cache.origin[expert] == PREFETCHED:
-        cache.counters[cache.layer_of[expert], WASTED] += 1
-    verbs.evict(state, expert, pool)
+def is_held(cache: CacheState, expert: int) -> bool:
+    """Tell whether a resident is no victim now."""
+    return cache.experts[SHIELD, expert] == cache.now[MARK]
 
 
 @jit
-def _enter(cache: CacheState, state: Any, verbs: Verbs, expert: int, now: int, origin: int) -> None:
-    """Bring an expert in, evicting the policy's victim if its pool is full."""
-    pool = cache.pool_of[expert]
-    if cache.used[pool] == cache.capacity[pool]:
-        residents = cache.residents[pool, : cache.used[pool]]
-        _leave(cache, state, verbs, verbs.victim(state, pool, residents, cache.shield, cache.mark[0]))
-    cache.residents[pool, cache.used[pool]] = expert
-    cache.place[expert] = cache.used[pool]
-    cache.used[pool] += 1
-    cache.origin[expert] = origin
-    verbs.insert(state, expert, pool, now)
+def _hold(cache: CacheState, expert: int) -> None:
+    """Shield a resident until the next event, or until it is released."""
+    if cache.experts[SHIELD, expert] != cache.now[MARK]:
+        cache.experts[SHIELD, expert] = cache.now[MARK]
+        cache.pools[cache.experts[POOL, expert], HELD] += 1
 
 
 @jit
-def demand(cache: CacheState, state: Any, verbs: Verbs, experts: Ints, now: int, counted: bool) -> int:
-    """Step one event.
+def _unshield_all(cache: CacheState) -> None:
+    cache.now[MARK] += 1
+    cache.pools[:, HELD] = 0
+
+
+@jit
+def enter(cache: CacheState, policy: Any, verbs: Verbs, expert: int, origin: int) -> None:
+    """Give an expert a free slot of its pool."""
+    pool = cache.experts[POOL, expert]
+    _settle(cache, policy, verbs, expert, pool, cache.pools[pool, USED], origin)
+    cache.pools[pool, USED] += 1
+
+
+@jit
+def replace(cache: CacheState, policy: Any, verbs: Verbs, victim: int, expert: int, origin: int) -> None:
+    """Evict a resident, and give its slot to an expert of the same pool."""
+    place = cache.experts[PLACE, victim]
+    cache.experts[PLACE, victim] = -1
+    if cache.experts[ORIGIN, victim] == PREFETCHED:
+        cache.counters[cache.experts[IN_LAYER, victim], WASTED] += 1
+    verbs.evict(policy, cache, victim)
+    _settle(cache, policy, verbs, expert, cache.experts[POOL, expert], place, origin)
+
+
+@jit
+def _settle(cache: CacheState, policy: Any, verbs: Verbs, expert: int, pool: int, place: int, origin: int) -> None:
+    cache.residents[pool, place] = expert
+    cache.experts[PLACE, expert] = place
+    cache.experts[ORIGIN, expert] = origin
+    cache.experts[LAST, expert] = cache.now[MOMENT]
+    verbs.insert(policy, cache, expert)
+
+
+@jit
+def start_step(cache: CacheState, counted: bool) -> None:
+    """Begin a step (a token, or several at once): nothing computes, so nothing is shielded."""
+    cache.now[STEP] += 1
+    cache.now[LAYER] = -1
+    cache.now[COUNTED] = counted
+    _unshield_all(cache)
+
+
+@jit
+def demand(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints) -> float:
+    """Begin an event.
 
     Args:
         cache: A `CacheState`.
-        state: The policy's own arrays.
-        verbs: The policy's four functions.
-        experts: ``(n,)`` int64, the distinct experts demanded, ascending; no more than a pool's capacity.
-        now: The event's number, from 1.
-        counted: Whether it counts, or belongs to the warm-up.
+        policy: The policy's own arrays.
+        verbs: What it does.
+        experts: ``(n,)`` int64, the distinct experts of a layer that are demanded; no more than a pool's capacity.
 
     Returns:
-        Hits.
+        When all of them have arrived, on the link's clock.
     """
-    cache.mark[0] += 1
+    link, counted = cache.link, cache.now[COUNTED] == 1
+    cache.now[EVENT] += 1
+    cache.now[MOMENT] += 1
+    _unshield_all(cache)
+    layer = cache.experts[IN_LAYER, experts[0]]
+    cache.now[LAYER] = layer
+    row = cache.counters[layer]
+    ready = link.clock[NOW]
+    missing = 0
     for expert in experts:
-        cache.shield[expert] = cache.mark[0]
-    hits = 0
-    for expert in experts:
-        row = cache.counters[cache.layer_of[expert]]
-        if cache.place[expert] >= 0:
-            hits += 1
-            if cache.origin[expert] == PREFETCHED:
-                row[USEFUL] += 1
-            cache.origin[expert] = DEMANDED
-            verbs.hit(state, expert, cache.pool_of[expert], now)
-            if counted:
-                row[HITS] += 1
-        else:
-            _enter(cache, state, verbs, expert, now, DEMANDED)
-            if counted:
-                row[MISSES] += 1
-                row[DEMAND_TRANSFERS] += 1
+        if cache.experts[PLACE, expert] < 0:
+            missing += 1
+            continue
+        late = link.arrives[expert] > link.clock[NOW]
+        if late:
+            ready = max(ready, link.arrives[expert])
+        elif cache.experts[ORIGIN, expert] == PREFETCHED:
+            row[USEFUL] += 1
         if counted:
             row[ACCESSES] += 1
-    return hits
+            row[LATE_HITS if late else HITS] += 1
+        cache.experts[ORIGIN, expert] = DEMANDED
+        cache.experts[LAST, expert] = cache.now[MOMENT]
+        _hold(cache, expert)
+        verbs.hit(policy, cache, expert)
+    if missing:
+        coming = cache.room[ORDER, :missing]
+        missing = 0
+        for expert in experts:
+            if cache.experts[PLACE, expert] < 0:
+                coming[missing] = expert
+                missing += 1
+        for expert in coming:
+            asked = link.queue[WAITS, expert] == 1
+            if counted:
+                row[ACCESSES] += 1
+                row[LATE_HITS if asked else MISSES] += 1
+                row[PREFETCH_TRANSFERS if asked else DEMAND_TRANSFERS] += 1
+            ready = send(link, expert, link.clock[NOW], False)
+        if verbs.stages:
+            _unshield_all(cache)
+            for expert in coming:
+                _retain(cache, policy, verbs, expert)
+        else:
+            pool = cache.experts[POOL, experts[0]]
+            for expert in coming:
+                if cache.pools[pool, USED] == cache.pools[pool, CAPACITY]:
+                    replace(cache, policy, verbs, verbs.victim(policy, cache, pool), expert, DEMANDED)
+                else:
+                    enter(cache, policy, verbs, expert, DEMANDED)
+                _hold(cache, expert)
+    if link.tally[QUEUED] > 0:
+        _forget_questions(cache, layer)
+    return ready
 
 
 @jit
-def prefetch(cache: CacheState, state: Any, verbs: Verbs, candidates: Ints, now: int, counted: bool) -> int:
-    """Ask for experts ahead of their event; they arrive in time.
+def _retain(cache: CacheState, policy: Any, verbs: Verbs, expert: int) -> None:
+    """Keep a staged expert, if the policy would rather have it than its victim."""
+    pool = cache.experts[POOL, expert]
+    if cache.pools[pool, USED] < cache.pools[pool, CAPACITY]:
+        enter(cache, policy, verbs, expert, DEMANDED)
+        return
+    victim = verbs.victim(policy, cache, pool)
+    if verbs.admits(policy, cache, expert, victim):
+        replace(cache, policy, verbs, victim, expert, DEMANDED)
 
-    Neither the experts of the event that computes now nor what was asked for since it began are evicted. Where the
-    candidates do not all fit, the best come in. A candidate that is resident counts as used to the policy: it is
-    expected to be.
+
+@jit
+def _forget_questions(cache: CacheState, layer: int) -> None:
+    """Drop what was asked for of a layer and never went on the link: its event is here."""
+    link, kept = cache.link, 0
+    for i in range(link.tally[QUEUED]):
+        expert = link.queue[ORDERED, i]
+        if cache.experts[IN_LAYER, expert] == layer:
+            link.queue[WAITS, expert] = 0
+        else:
+            link.queue[ORDERED, kept] = expert
+            kept += 1
+    link.tally[QUEUED] = kept
+
+
+@jit
+def release(cache: CacheState, experts: Ints) -> None:
+    """End an event's computing: its experts may be evicted."""
+    for expert in experts:
+        if cache.experts[PLACE, expert] >= 0 and is_held(cache, expert):
+            cache.experts[SHIELD, expert] = 0
+            cache.pools[cache.experts[POOL, expert], HELD] -= 1
+
+
+@jit
+def forget_all_questions(cache: CacheState) -> None:
+    """Drop what was asked for and has not gone on the link, to ask anew."""
+    for i in range(cache.link.tally[QUEUED]):
+        cache.link.queue[WAITS, cache.link.queue[ORDERED, i]] = 0
+    cache.link.tally[QUEUED] = 0
+
+
+@jit
+def ask(cache: CacheState, policy: Any, verbs: Verbs, named: Ints) -> None:
+    """Ask for experts ahead of their event, behind what was asked for before.
+
+    Neither the experts that compute now nor what was asked for since their event began are evicted for it. An expert
+    that is resident counts as used to the policy: it is expected to be.
 
     Args:
         cache: A `CacheState`.
-        state: The policy's own arrays.
-        verbs: The policy's four functions.
-        candidates: ``(m,)`` int64, distinct experts of one layer, best first; -1 names none.
-        now: The number of the event that computes now.
-        counted: Whether its transfers count, or belong to the warm-up.
-
-    Returns:
-        Transfers.
+        policy: The policy's own arrays.
+        verbs: What it does.
+        named: ``(m,)`` int64, distinct experts, the most urgent first.
     """
-    named = candidates[candidates >= 0]
     if len(named) == 0:
-        return 0
-    mark, pool = cache.mark[0], cache.pool_of[named[0]]
+        return
+    link = cache.link
+    cache.now[MOMENT] += 1
     for expert in named:
-        if cache.place[expert] >= 0:
-            cache.shield[expert] = mark
-    free = cache.capacity[pool] - cache.used[pool]
-    for resident in cache.residents[pool, : cache.used[pool]]:
-        if cache.shield[resident] < mark:
-            free += 1
-    for expert in named:
-        if cache.place[expert] < 0 and free > 0:
-            cache.shield[expert] = mark
-            free -= 1
-    transfers = 0
-    for expert in np.sort(named):
-        if cache.place[expert] >= 0:
-            verbs.hit(state, expert, pool, now)
-        elif cache.shield[expert] == mark:
-            _enter(cache, state, verbs, expert, now, PREFETCHED if counted else PREFETCHED_UNCOUNTED)
-            transfers += 1
-            if counted:
-                cache.counters[cache.layer_of[expert], PREFETCH_TRANSFERS] += 1
-    return transfers
+        if cache.experts[PLACE, expert] >= 0:
+            _hold(cache, expert)
+            cache.experts[LAST, expert] = cache.now[MOMENT]
+            verbs.hit(policy, cache, expert)
+        elif link.queue[WAITS, expert] == 0:
+            link.queue[ORDERED, link.tally[QUEUED]] = expert
+            link.tally[QUEUED] += 1
+            link.queue[WAITS, expert] = 1
+    advance(cache, policy, verbs, link.clock[NOW])
 
 
 @jit
-def start_token(cache: CacheState) -> None:
-    """Begin a token: no event computes now, so nothing is shielded."""
-    cache.mark[0] += 1
+def advance(cache: CacheState, policy: Any, verbs: Verbs, until: float) -> None:
+    """Let time pass; what was asked for goes on the link one by one while it is free, as far as there is room."""
+    link = cache.link
+    since, kept = link.clock[NOW], 0
+    link.clock[NOW] = until
+    for i in range(link.tally[QUEUED]):
+        expert = link.queue[ORDERED, i]
+        pool = cache.experts[POOL, expert]
+        full = cache.pools[pool, USED] == cache.pools[pool, CAPACITY]
+        in_time = max(link.clock[FREE], since) < until or is_instant(link)
+        if not in_time or (full and cache.pools[pool, HELD] == cache.pools[pool, USED]):
+            link.queue[ORDERED, kept] = expert
+            kept += 1
+            continue
+        link.queue[WAITS, expert] = 0
+        counted = cache.now[COUNTED] == 1
+        origin = PREFETCHED if counted else PREFETCHED_UNCOUNTED
+        if full:
+            victim = verbs.victim(policy, cache, pool)
+            if cache.now[INSIST] == 0 and not verbs.admits(policy, cache, expert, victim):
+                continue
+            replace(cache, policy, verbs, victim, expert, origin)
+        else:
+            enter(cache, policy, verbs, expert, origin)
+        _hold(cache, expert)
+        send(link, expert, since, True)
+        if counted:
+            cache.counters[cache.experts[IN_LAYER, expert], PREFETCH_TRANSFERS] += 1
+    link.tally[QUEUED] = kept
+
+
+@jit
+def preload(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints) -> None:
+    """Fill a cold cache before the first step, the best last; counted as prefetched."""
+    for expert in experts:
+        if cache.pools[cache.experts[POOL, expert], USED] < cache.pools[cache.experts[POOL, expert], CAPACITY]:
+            cache.now[MOMENT] += 1
+            enter(cache, policy, verbs, expert, PREFETCHED)
+            cache.link.clock[NOW] = send(cache.link, expert, cache.link.clock[NOW], True)
+            cache.counters[cache.experts[IN_LAYER, expert], PREFETCH_TRANSFERS] += 1
 
 
 @jit
 def finish(cache: CacheState) -> None:
     """End a sequence: what was prefetched and never demanded is wasted."""
-    for expert in range(len(cache.origin)):
-        if cache.place[expert] >= 0 and cache.origin[expert] == PREFETCHED:
-            cache.counters[cache.layer_of[expert], WASTED] += 1
-
-
-@jit
-def step_sequence(
-    cache: CacheState,
-    state: Any,
-    verbs: Verbs,
-    experts: Ints,
-    named: Ints,
-    distance: int,
-    first_layers: bool,
-    warmup: int,
-) -> None:
-    """Step a whole sequence, every token a step.
-
-    Args:
-        cache: An empty `CacheState`.
-        state: The policy's own arrays.
-        verbs: The policy's four functions.
-        experts: ``(T, L, K)`` int64, each event's demand, ascending.
-        named: ``(T, L, m)`` int64, what the prefetcher asks for, best first; m is 0 without one.
-        distance: Layers between asking and needing; 0 asks right before the event.
-        first_layers: Whether the first ``distance`` layers are asked for when the token starts; at distance 0, whether
-            layer 0 is, right before its event.
-        warmup: Tokens at the start that do not count.
-    """
-    length, layers, _ = experts.shape
-    prefetching = named.shape[2] > 0
-    now = 0
-    for token in range(length):
-        counted = token >= warmup
-        start_token(cache)
-        if prefetching and first_layers:
-            for layer in range(min(distance, layers)):
-                prefetch(cache, state, verbs, named[token, layer], now, counted)
-        for layer in range(layers):
-            if prefetching and distance == 0 and (first_layers or layer > 0):
-                start_token(cache)  # the event before is over
-                prefetch(cache, state, verbs, named[token, layer], now, counted)
-            now += 1
-            demand(cache, state, verbs, experts[token, layer], now, counted)
-            if prefetching and distance > 0 and layer + distance < layers:
-                prefetch(cache, state, verbs, named[token, layer + distance], now, counted)
-    finish(cache)
+    for expert in range(cache.experts.shape[1]):
+        if cache.experts[PLACE, expert] >= 0 and cache.experts[ORIGIN, expert] == PREFETCHED:
+            cache.counters[cache.experts[IN_LAYER, expert], WASTED] += 1
+            cache.experts[ORIGIN, expert] = PREFETCHED_UNCOUNTED
+    forget_all_questions(cache)

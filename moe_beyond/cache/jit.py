@@ -1,5 +1,6 @@
-"""numba's compiler, typed, with a cache on disk that functions passed as arguments do not defeat."""
+"""numba's compiler, typed, with a cache on disk that holds across files and for functions passed as arguments."""
 
+import hashlib
 import uuid
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,19 +13,32 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def jit(function: Function) -> Function:
-    """Compile a module-level function without Python objects, and keep the result for later processes.
+    """Compile a module-level function without Python objects or allocation, and keep the result for later processes.
 
-    numba finds a stored result by the types of the arguments. For an argument that is itself compiled, that type is an
-    identity drawn at random in each process, so nothing would ever be found; here it is derived from the function's
-    name and its file's content. A stored result is dropped when the function's own file changes, not when another's
-    does: so a compiled function may call those of its own file, and gets all others as arguments.
+    Two things that numba leaves to chance are settled here. It finds a stored result by the types of the arguments, and
+    the type of an argument that is itself compiled is an identity drawn at random in each process; here it is derived
+    from the function's name and source. And it drops a stored result when the function's own file changes, but not
+    when the file of one that it calls does; here it is dropped when any file of this package's folder does.
     """
-    dispatcher = numba.njit(function, cache=True, nogil=True)
-    name = f"{function.__module__}.{function.__qualname__} {_source(function.__code__.co_filename)}"
+    # Without the runtime for allocation: its counting of references costs more than all that these functions do.
+    dispatcher = numba.njit(function, cache=True, nogil=True, _nrt=False)  # type: ignore[call-overload]
+    stamp = _stamp(function.__code__.co_filename)
+    name = f"{function.__module__}.{function.__qualname__} {stamp}"
     dispatcher._set_uuid(str(uuid.uuid5(uuid.NAMESPACE_OID, name)))  # noqa: SLF001
+    dispatcher._cache._cache_file._source_stamp = stamp  # noqa: SLF001
     return cast(Function, dispatcher)
 
 
 @lru_cache
-def _source(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8")
+def _stamp(path: str) -> str:
+    """Hash a file together with all that it may call."""
+    return hashlib.sha256(_folder_stamp().encode() + Path(path).read_bytes()).hexdigest()
+
+
+@lru_cache
+def _folder_stamp() -> str:
+    folder = Path(__file__).parent
+    content = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return content.hexdigest()

@@ -9,16 +9,16 @@ from pathlib import Path
 SCRIPT = """
 import json
 import numpy as np
-from moe_beyond.cache import core
+from moe_beyond.cache import steps
 from moe_beyond.geometry import Geometry
 from moe_beyond.replay import Replay, ReplaySettings
 
 geometry = Geometry("small", (0, 1), 4, 2, 1, 1)
 rng = np.random.default_rng(0)
 experts = np.argsort(rng.random((5, 2, 4)))[..., :2].astype(np.uint8)
-replay = Replay(geometry, ReplaySettings(4, policy="lfu", prefetch="top2", lookahead="token"))
-replay.add(experts, rng.random((5, 2, 4), np.float32))
-stats = core.step_sequence.stats
+replay = Replay(geometry, ReplaySettings(4, policy="lfu", prefetch="top2", lookahead="token", lookaheads=("token",)))
+replay.add(experts, rng.random((5, 1, 2, 4), np.float32))
+stats = steps.run.stats
 print(json.dumps([sum(stats.cache_hits.values()), sum(stats.cache_misses.values())]))
 print(json.dumps(replay.result().to_json()))
 """

@@ -1,15 +1,31 @@
-"""Eviction policies, one file each; a file makes its arrays in `state` and gives four compiled verbs."""
+"""Eviction policies, one file each: what it needs, its arrays (`state`), and its compiled verbs (`VERBS`)."""
 
 import importlib
 from types import ModuleType
 
 from moe_beyond.errors import unknown
 
-POLICIES = ("lru", "lfu", "belady")
+POLICIES = (
+    "lru",
+    "lfu",
+    "lfu_in_cache",
+    "lfru",
+    "class_lru",
+    "static",
+    "least_stale",
+    "moe_infinity",
+    "moe_spac",
+    "hobbit",
+    "belief",
+    "belady",
+    "belady_bypass",
+)
 
 
 def load_policy(name: str) -> ModuleType:
-    """Return a policy's module, with ``state(num_ids, pools, future)`` and ``VERBS``.
+    """Return a policy's module.
+
+    It has ``state(inputs)``, ``VERBS``, and ``NEEDS``, which holds some of "future", "profile" and "scores".
 
     Raises:
         UserError: There is no such policy.

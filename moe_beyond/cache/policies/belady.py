@@ -8,77 +8,149 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import Ints, Verbs
+from moe_beyond.cache.core import EVENT, MARK, PLACE, SHIELD, CacheState, Ints, Verbs
+from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 
-NEVER = np.iinfo(np.int64).max
+NEEDS: tuple[str, ...] = ("future",)
+NEVER = 2**40  # an event that no sequence reaches; times the experts of any model it is far below 2**63
 
 
 class BeladyState(NamedTuple):
-    """When every expert is demanded.
+    """When every expert is demanded, and who goes first.
 
     Attributes:
         events: All demands' event numbers, expert by expert, ascending.
         cursor: Per expert, its next demand in ``events``.
         end: Per expert, where its demands end.
+        tree: A tournament of eights: node n has the nodes 8n + 1 to 8n + 8 below it, and the largest of their keys. The
+            last ``size`` nodes are the experts, with their keys if they may go, else -1. A key is
+            ``next use * size + (size - 1 - e)``: the farthest wins, of those the lowest expert.
+        fresh: Experts whose keys are not in the tree yet, since nothing shielded may go.
+        is_fresh: Per expert, whether it is among those.
+        pending: ``(2,)``, how many those are, and the shield they came under.
     """
 
     events: Ints
     cursor: Ints
     end: Ints
+    tree: Ints
+    fresh: Ints
+    is_fresh: Ints
+    pending: Ints
 
 
-def state(num_ids: int, pools: int, future: tuple[Ints, Ints] | None) -> BeladyState:
-    """Index the future by expert.
-
-    Args:
-        num_ids: L * E.
-        pools: Pools; not used.
-        future: Every demand in order: the experts ``(n,)`` and the numbers of their events ``(n,)``.
-    """
-    if future is None:
+def state(inputs: PolicyInputs) -> BeladyState:
+    """Index the future by expert."""
+    if inputs.future is None:
         raise ValueError("belady needs to know the future")
-    experts, events = future
-    order = np.argsort(experts, kind="stable")
-    end = np.cumsum(np.bincount(experts, minlength=num_ids))
-    return BeladyState(events[order], np.concatenate([[0], end[:-1]]), end)
+    ids = inputs.future.ids
+    order = np.argsort(ids, kind="stable")
+    end = np.cumsum(np.bincount(ids, minlength=inputs.num_ids))
+    size = 8
+    while size < inputs.num_ids:
+        size *= 8
+    return BeladyState(
+        events=inputs.future.events()[order],
+        cursor=np.concatenate([[0], end[:-1]]),
+        end=end,
+        tree=np.full((8 * size - 1) // 7, -1, np.int64),
+        fresh=np.zeros(inputs.num_ids, np.int64),
+        is_fresh=np.zeros(inputs.num_ids, np.int64),
+        pending=np.zeros(2, np.int64),
+    )
 
 
 @jit
-def _next_use(state: BeladyState, expert: int) -> int:
-    place = state.cursor[expert]
-    return state.events[place] if place < state.end[expert] else NEVER
+def next_use(policy: BeladyState, cache: CacheState, expert: int) -> int:
+    """Return the event that demands an expert after the present one."""
+    place, end = policy.cursor[expert], policy.end[expert]
+    while place < end and policy.events[place] <= cache.now[EVENT]:
+        place += 1
+    policy.cursor[expert] = place
+    return policy.events[place] if place < end else NEVER
 
 
 @jit
-def hit(state: BeladyState, expert: int, pool: int, now: int) -> None:
-    """Look past the present event."""
-    while state.cursor[expert] < state.end[expert] and state.events[state.cursor[expert]] <= now:
-        state.cursor[expert] += 1
+def _size(policy: BeladyState) -> int:
+    """Return how many leaves the tree has: 7 of 8 nodes, but for the root's part."""
+    return (7 * len(policy.tree) + 1) // 8
 
 
 @jit
-def insert(state: BeladyState, expert: int, pool: int, now: int) -> None:
-    """Look past the present event."""
-    hit(state, expert, pool, now)
+def _enter_key(policy: BeladyState, expert: int, key: int) -> None:
+    """Put a key into the tree, or -1 to take it out."""
+    tree = policy.tree
+    node = len(tree) - _size(policy) + expert
+    before = tree[node]
+    tree[node] = key
+    while node > 0:
+        node = (node - 1) >> 3
+        if key >= tree[node]:
+            largest = key
+        elif before == tree[node]:  # it was the largest
+            largest = tree[8 * node + 1]
+            for child in range(8 * node + 2, 8 * node + 9):
+                largest = max(largest, tree[child])
+        else:
+            return
+        before, tree[node], key = tree[node], largest, largest
 
 
 @jit
-def evict(state: BeladyState, expert: int, pool: int) -> None:
-    """Nothing to forget."""
+def insert(policy: BeladyState, cache: CacheState, expert: int) -> None:
+    """It may go once its shield is gone."""
+    if policy.pending[1] != cache.now[MARK]:
+        _settle(policy, cache)
+    if policy.is_fresh[expert] == 0:
+        policy.is_fresh[expert] = 1
+        policy.fresh[policy.pending[0]] = expert
+        policy.pending[0] += 1
 
 
 @jit
-def victim(state: BeladyState, pool: int, residents: Ints, shield: Ints, mark: int) -> int:
-    """Return the one whose next use is farthest; of those the lowest."""
-    best, farthest = -1, -1
-    for expert in residents:
-        if shield[expert] >= mark:
+def _settle(policy: BeladyState, cache: CacheState) -> None:
+    """Put the keys of the unshielded into the tree."""
+    kept = 0
+    size = _size(policy)
+    for i in range(policy.pending[0]):
+        expert = policy.fresh[i]
+        if cache.experts[PLACE, expert] >= 0 and cache.experts[SHIELD, expert] == cache.now[MARK]:
+            policy.fresh[kept] = expert
+            kept += 1
             continue
-        use = _next_use(state, expert)
-        if use > farthest or (use == farthest and expert < best):
-            best, farthest = expert, use
-    return best
+        policy.is_fresh[expert] = 0
+        if cache.experts[PLACE, expert] >= 0:
+            _enter_key(policy, expert, next_use(policy, cache, expert) * size + size - 1 - expert)
+    policy.pending[0], policy.pending[1] = kept, cache.now[MARK]
+
+
+@jit
+def evict(policy: BeladyState, cache: CacheState, expert: int) -> None:
+    """Take it out of the tree."""
+    if policy.tree[len(policy.tree) - _size(policy) + expert] >= 0:
+        _enter_key(policy, expert, -1)
+
+
+@jit
+def hit(policy: BeladyState, cache: CacheState, expert: int) -> None:
+    """It is shielded for now, and used again later than before."""
+    evict(policy, cache, expert)
+    insert(policy, cache, expert)
+
+
+@jit
+def victim(policy: BeladyState, cache: CacheState, pool: int) -> int:
+    """Return the one whose next use is farthest; of those the lowest."""
+    _settle(policy, cache)
+    size = _size(policy)
+    key = policy.tree[0]
+    if len(cache.pools) > 1:  # a pool is a layer
+        experts = cache.experts.shape[1] // len(cache.counters)
+        first, key = len(policy.tree) - size + pool * experts, -1
+        for leaf in range(first, first + experts):
+            key = max(key, policy.tree[leaf])
+    return size - 1 - key % size
 
 
 VERBS = Verbs(hit, insert, evict, victim)

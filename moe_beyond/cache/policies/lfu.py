@@ -1,4 +1,4 @@
-"""lfu: evict what was demanded (or named by a prefetch) least often in the sequence, counts kept across evictions.
+"""lfu: evict what was demanded (or named by a prefetch) least often in the sequence; counts outlive evictions.
 
 Ties go by recency.
 """
@@ -7,55 +7,41 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import Ints, Verbs
+from moe_beyond.cache.core import LAST, CacheState, Ints, Verbs, ignore_expert
+from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
+from moe_beyond.cache.policies.scan import least
+
+NEEDS: tuple[str, ...] = ()
 
 
 class LfuState(NamedTuple):
-    """What decides, per expert.
-
-    Attributes:
-        uses: Times it was demanded or expected in this sequence.
-        last: The event that did so last.
-    """
+    """Uses of every expert, ``(L*E,)``."""
 
     uses: Ints
-    last: Ints
 
 
-def state(num_ids: int, pools: int, future: tuple[Ints, Ints] | None) -> LfuState:
+def state(inputs: PolicyInputs) -> LfuState:
     """Return zero counts."""
-    return LfuState(np.zeros(num_ids, np.int64), np.zeros(num_ids, np.int64))
+    return LfuState(np.zeros(inputs.num_ids, np.int64))
 
 
 @jit
-def hit(state: LfuState, expert: int, pool: int, now: int) -> None:
+def use(policy: LfuState, cache: CacheState, expert: int) -> None:
     """Count a use."""
-    state.uses[expert] += 1
-    state.last[expert] = now
+    policy.uses[expert] += 1
 
 
 @jit
-def insert(state: LfuState, expert: int, pool: int, now: int) -> None:
-    """Count a use."""
-    hit(state, expert, pool, now)
+def worth(policy: LfuState, cache: CacheState, expert: int) -> float:
+    """Return the uses."""
+    return float(policy.uses[expert])
 
 
 @jit
-def evict(state: LfuState, expert: int, pool: int) -> None:
-    """Keep the count."""
+def victim(policy: LfuState, cache: CacheState, pool: int) -> int:
+    """Return the least often used."""
+    return least(policy, cache, pool, worth, cache.experts[LAST])
 
 
-@jit
-def victim(state: LfuState, pool: int, residents: Ints, shield: Ints, mark: int) -> int:
-    """Return the least often used; of those the least recent; of those the lowest."""
-    best = -1
-    for expert in residents:
-        if shield[expert] >= mark:
-            continue
-        if best < 0 or (state.uses[expert], state.last[expert], expert) < (state.uses[best], state.last[best], best):
-            best = expert
-    return best
-
-
-VERBS = Verbs(hit, insert, evict, victim)
+VERBS = Verbs(use, use, ignore_expert, victim)

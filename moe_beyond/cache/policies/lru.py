@@ -1,62 +1,66 @@
-"""lru: evict what was used longest ago. A linked list by recency per pool, O(1) but for shielded experts."""
+"""lru: evict what was used longest ago. A ring by recency per pool: O(1) but for shielded experts and for ties."""
 
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from moe_beyond.cache.core import Ints, Verbs
+from moe_beyond.cache.core import LAST, MARK, POOL, SHIELD, CacheState, Verbs
+from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
+
+NEEDS: tuple[str, ...] = ()
+NEWER, OLDER = range(2)
 
 
 class LruState(NamedTuple):
-    """Links of a ring per pool; the ring's head of pool p is the number ``L*E + p``.
+    """A ring of residents per pool; the ring's head of pool p is the number ``L*E + p``.
 
     Attributes:
-        newer: The next more recently used.
-        older: The next less recently used.
+        links: ``(L*E + pools, 2)`` int32, the next more and the next less recently used.
     """
 
-    newer: Ints
-    older: Ints
+    links: npt.NDArray[np.int32]
 
 
-def state(num_ids: int, pools: int, future: tuple[Ints, Ints] | None) -> LruState:
+def state(inputs: PolicyInputs) -> LruState:
     """Return empty rings."""
-    return LruState(np.arange(num_ids + pools), np.arange(num_ids + pools))
+    numbers = np.arange(inputs.num_ids + len(inputs.capacity), dtype=np.int32)
+    return LruState(np.repeat(numbers[:, None], 2, axis=1))
 
 
 @jit
-def insert(state: LruState, expert: int, pool: int, now: int) -> None:
-    """Link in as the most recent: just older than the head."""
-    head = len(state.newer) - 1 - pool
-    newest = state.older[head]
-    state.newer[newest] = expert
-    state.older[expert] = newest
-    state.newer[expert] = head
-    state.older[head] = expert
+def insert(policy: LruState, cache: CacheState, expert: int) -> None:
+    """Link in as the most recent; of those used at the same moment the lowest is the oldest."""
+    heads, last = cache.experts.shape[1], cache.experts[LAST, expert]
+    newer = heads if len(cache.pools) == 1 else heads + cache.experts[POOL, expert]
+    older = policy.links[newer, OLDER]
+    while older < heads and cache.experts[LAST, older] == last and older > expert:
+        newer, older = older, policy.links[older, OLDER]
+    policy.links[older, NEWER], policy.links[expert, OLDER] = expert, older
+    policy.links[expert, NEWER], policy.links[newer, OLDER] = newer, expert
 
 
 @jit
-def evict(state: LruState, expert: int, pool: int) -> None:
+def evict(policy: LruState, cache: CacheState, expert: int) -> None:
     """Unlink."""
-    newer, older = state.newer[expert], state.older[expert]
-    state.older[newer] = older
-    state.newer[older] = newer
+    newer, older = policy.links[expert, NEWER], policy.links[expert, OLDER]
+    policy.links[newer, OLDER], policy.links[older, NEWER] = older, newer
 
 
 @jit
-def hit(state: LruState, expert: int, pool: int, now: int) -> None:
+def hit(policy: LruState, cache: CacheState, expert: int) -> None:
     """Move to the most recent end."""
-    evict(state, expert, pool)
-    insert(state, expert, pool, now)
+    evict(policy, cache, expert)
+    insert(policy, cache, expert)
 
 
 @jit
-def victim(state: LruState, pool: int, residents: Ints, shield: Ints, mark: int) -> int:
+def victim(policy: LruState, cache: CacheState, pool: int) -> int:
     """Return the least recent that is not shielded."""
-    expert: int = state.newer[len(state.newer) - 1 - pool]
-    while shield[expert] >= mark:
-        expert = state.newer[expert]
+    expert: int = policy.links[cache.experts.shape[1] + pool, NEWER]
+    while cache.experts[SHIELD, expert] == cache.now[MARK]:
+        expert = policy.links[expert, NEWER]
     return expert
 
 

@@ -1,1 +1,1 @@
-"""Prefetchers: which experts of a layer to ask for, given its scores; one file each."""
+"""Prefetchers: which experts to ask for, out of what is known now; one file each."""

@@ -1,0 +1,22 @@
+"""lfu_in_cache: evict what was used least often since it came in. Ties go by recency."""
+
+from moe_beyond.cache.core import CacheState, Verbs
+from moe_beyond.cache.inputs import PolicyInputs
+from moe_beyond.cache.jit import jit
+from moe_beyond.cache.policies import lfu
+
+NEEDS: tuple[str, ...] = ()
+
+
+def state(inputs: PolicyInputs) -> lfu.LfuState:
+    """Return zero counts."""
+    return lfu.state(inputs)
+
+
+@jit
+def evict(policy: lfu.LfuState, cache: CacheState, expert: int) -> None:
+    """Forget the count."""
+    policy.uses[expert] = 0
+
+
+VERBS = Verbs(lfu.use, lfu.use, evict, lfu.victim)
