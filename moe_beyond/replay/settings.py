@@ -1,10 +1,19 @@
 """What to replay."""
 
-import re
 from dataclasses import dataclass
 
-from moe_beyond.errors import UserError
+import numpy as np
+
+from moe_beyond.cache.core import ignore_scores
+from moe_beyond.cache.policies import POLICIES, load_policy
+from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, NONE, ORACLE, SCORED, Plan, parse_prefetch
+from moe_beyond.errors import UserError, unknown
+from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
+from moe_beyond.replay.devices import Device
+
+BOUNDS = ("static_hindsight", "all_resident", "od_moe")
+"""What stands in a table like a policy, and is computed without a cache: see `moe_beyond.replay.bounds`."""
 
 
 @dataclass(frozen=True)
@@ -13,64 +22,159 @@ class ReplaySettings:
 
     Attributes:
         slots: The budget.
-        policy: Eviction policy.
-        scope: ``"global"``, or ``"per-layer"``: an even share for each layer.
-        prefetch: ``"none"``; ``"top6"``, the 6 best-scored experts of a layer, asked for as soon as their scores are
-            known; or ``"top6@2"``, two layers ahead, for scores that are known for the whole token.
-        lookahead: When the scores are known; None without a predictor.
-        predictor: What to call it.
+        policy: Eviction policy, or one of `BOUNDS`.
+        scope: ``"global"``, or ``"per-layer"``.
+        quotas: Slots of each layer for ``"per-layer"``; an even split where None.
+        prefetch: As `parse_prefetch` reads it.
+        lookahead: Of the scores that top<m> and p><t> ask by; None where there is no such prefetch.
+        lookaheads: That the scores have; all of them serve a policy that reads scores, and the other prefetchers.
+        available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        predictor: What to call where the scores come from.
         causal: Whether the scores ignore later tokens.
+        warm_start: Whether the cache starts with the experts that were most popular in training, moved there first.
         warmup_tokens: Tokens at a sequence's start that do not count.
-        first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then (at lookahead
+        first_layer_prefetch: Whether layers whose scores exist when a token starts are prefetched then (at lookahead
             0: whether layer 0 is prefetched).
+        sequential: Access by access in the router's order, not event by event: to compare with other simulators.
+        prefill_chunk: Tokens before `decode_start` that make a step together; 0 makes every token a step.
+        batch_size: Sequences that are decoded together.
+        window: Drafted tokens that are verified together, all taken to be right.
+        carry_over: Whether a sequence finds the cache as the one before left it.
+        device: For the clock; None counts without time.
+        bits: Bits per parameter.
+        name: Of the strategy, where it has one.
+        groups: Worker groups, for ``od_moe``.
+        note: What stands in for what, for tables.
     """
 
     slots: int
     policy: str = "lru"
     scope: str = "global"
+    quotas: tuple[int, ...] | None = None
     prefetch: str = "none"
     lookahead: Lookahead | None = None
+    lookaheads: tuple[Lookahead, ...] = ()
+    available: str = "routed"
     predictor: str | None = None
     causal: bool = True
+    warm_start: bool = False
     warmup_tokens: int = 0
     first_layer_prefetch: bool = True
+    sequential: bool = False
+    prefill_chunk: int = 0
+    batch_size: int = 1
+    window: int = 1
+    carry_over: bool = False
+    device: Device | None = None
+    bits: float = 16.0
+    name: str | None = None
+    groups: int = 4
+    note: str | None = None
 
     def __post_init__(self) -> None:
         """Check what does not depend on the model.
 
         Raises:
-            UserError: The prefetcher cannot be read, or its scores are missing.
+            UserError: A setting cannot be read, or two do not go together.
         """
-        if self.warmup_tokens < 0:
-            raise UserError(f"--warmup-tokens {self.warmup_tokens} is negative")
-        if self.lookahead is not None:
-            parse_lookahead(self.lookahead)
-        if self.names > 0 and self.lookahead is None:
+        if self.policy not in (*POLICIES, *BOUNDS):
+            raise unknown("policy", self.policy, POLICIES)
+        kind = parse_prefetch(self.prefetch).kind
+        for what, number, least in (
+            ("--warmup-tokens", self.warmup_tokens, 0),
+            ("--prefill-chunk", self.prefill_chunk, 0),
+            ("--batch-size", self.batch_size, 1),
+            ("--window", self.window, 1),
+        ):
+            if number < least:
+                raise UserError(f"{what} {number} is less than {least}")
+        for lookahead in (self.lookahead, *self.lookaheads):
+            if lookahead is not None:
+                parse_lookahead(lookahead)
+        if self.quotas is not None and self.scope != "per-layer":
+            raise UserError("quotas are for --scope per-layer")
+        if kind in (SCORED, ADAPTIVE, MOE_INFINITY) and not self.lookaheads and self.policy != "moe_spac":
             raise UserError(f"prefetch {self.prefetch!r} needs scores; give --predictor or --scores")
-        if self._match["d"] is not None and self.lookahead != "token":
+        if kind in (ADAPTIVE, MOE_INFINITY) and self.lookaheads == (0,):
+            raise UserError(
+                f"prefetch {self.prefetch!r} asks layers ahead, but the scores have lookahead 0: they come when the "
+                "layer is routed"
+            )
+        if kind == ADAPTIVE and self.device is None:
+            raise UserError(f"prefetch {self.prefetch!r} asks for what the link can bring in; give --device")
+        if parse_prefetch(self.prefetch).distance is not None and self.lookahead not in ("token", None):
             raise UserError(
                 f"prefetch {self.prefetch!r}: a distance is for scores known for the whole token; "
                 f"these are known {self.lookahead} layers ahead, and asked for then"
             )
+        if kind == SCORED and self.policy != "moe_spac" and self.lookahead not in self.lookaheads:
+            known = ", ".join(map(str, self.lookaheads))
+            raise UserError(f"prefetch {self.prefetch!r} at lookahead {self.lookahead}: the scores have {known}")
+        if self.policy == "moe_infinity" and not self.lookaheads:
+            raise UserError("policy moe_infinity ranks by scores; give --predictor eamc... (or another), or --scores")
+        if self.sequential:
+            self._check_sequential(kind)
+
+    def _check_sequential(self, kind: int) -> None:
+        if kind != NONE or self.device is not None or self.warm_start:
+            raise UserError("--sequential counts accesses alone: without prefetch, device and warm start")
+        if self.prefill_chunk or self.batch_size > 1 or self.window > 1:
+            raise UserError("--sequential goes access by access: without --prefill-chunk, --batch-size and windows")
+        if self.policy in ("belief", "moe_spac", "moe_infinity"):
+            raise UserError(f"--sequential: policy {self.policy} learns from whole events")
 
     @property
-    def _match(self) -> re.Match[str]:
-        match = re.fullmatch(r"none|top(?P<m>[1-9]\d*)(@(?P<d>[1-9]\d*))?", self.prefetch, re.ASCII)
-        if match is None:
-            raise UserError(f"prefetch {self.prefetch!r} cannot be read; write none, top6 or top6@2")
-        return match
+    def needs(self) -> tuple[str, ...]:
+        """What the policy cannot do without: some of "future", "profile" and "scores"."""
+        needs: tuple[str, ...] = () if self.policy in BOUNDS else load_policy(self.policy).NEEDS
+        needs += ("future",) * (parse_prefetch(self.prefetch).kind == ORACLE)
+        return needs + ("profile",) * self.warm_start
+
+    def plan(self, geometry: Geometry) -> Plan:
+        """Return what the engine is told of the prefetcher.
+
+        Raises:
+            UserError: It names more experts than a layer has.
+        """
+        asked = parse_prefetch(self.prefetch)
+        top_k, experts = geometry.top_k, geometry.num_experts
+        if asked.most is not None and asked.most > experts:
+            raise UserError(f"prefetch {self.prefetch!r} names more than a layer's {experts} experts")
+        default = {ADAPTIVE: min(2 * top_k, experts), MOE_INFINITY: top_k}.get(asked.kind, experts)
+        return Plan(
+            kind=asked.kind,
+            most=default if asked.most is None else asked.most,
+            threshold=asked.threshold,
+            distance=self.distance,
+            first_layers=self.first_layer_prefetch,
+            top_k=top_k,
+        )
 
     @property
-    def names(self) -> int:
-        """Experts of a layer that the prefetcher names."""
-        return int(self._match["m"] or 0)
+    def reads_all_scores(self) -> bool:
+        """Whether it reads scores of every lookahead there is, not only those that a prefetcher asks by."""
+        reads = self.policy not in BOUNDS and load_policy(self.policy).VERBS.learned is not ignore_scores
+        return bool(self.lookaheads) and (reads or parse_prefetch(self.prefetch).kind in (ADAPTIVE, MOE_INFINITY))
+
+    def most_demanded(self, geometry: Geometry) -> int:
+        """Return how many experts of a layer an event may demand."""
+        together = max(self.window, self.prefill_chunk, 1) * self.batch_size
+        return min(geometry.top_k * together, geometry.num_experts)
 
     @property
     def distance(self) -> int:
         """Layers between asking and needing: the lookahead; for whole-token scores what the prefetcher says, or 1."""
-        return int(self._match["d"] or 1) if self.lookahead == "token" else int(self.lookahead or 0)
+        if self.lookahead in ("token", None):
+            return parse_prefetch(self.prefetch).distance or 1
+        return int(self.lookahead)
+
+    def slices(self, num_layers: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return the lookaheads ``(H,)`` as the engine counts them: whole-token scores have L."""
+        return np.array([num_layers if h == "token" else min(h, num_layers) for h in self.lookaheads], np.int64)
 
     @property
     def strategy(self) -> str:
         """A short name for tables."""
+        if self.name is not None:
+            return self.name
         return self.policy if self.prefetch == "none" else f"{self.policy} + {self.prefetch}"

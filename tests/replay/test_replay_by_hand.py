@@ -1,52 +1,95 @@
-"""Counts of traces small enough to work out by hand."""
+"""Counts and times of traces small enough to work out by hand."""
 
 import numpy as np
 import pytest
-from cache_cases import replay, scored, small_geometry
+from cache_cases import TICK, replay, scored, small_geometry, ticking
 
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
+from moe_beyond.profile import Profile
 from moe_beyond.replay import Replay, ReplaySettings
+from moe_beyond.replay.devices import Device
+from moe_beyond.replay.sequence import Sequence
 
 COLUMNS = ("hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches", "wasted_prefetches")
+ALWAYS_ADMITTING = tuple(p for p in POLICIES if p not in ("belief", "moe_infinity", "belady_bypass", "static"))
 
 
 def counts(result) -> tuple[int, ...]:
     return tuple(getattr(result, name) for name in COLUMNS)
 
 
-# One layer, K=1, two slots: 0 0 1 1 1 2 0 2 0.
+def profile(*popularity: list[float]) -> Profile:
+    """Popularity by layer; every history means 1/2."""
+    return Profile(np.array(popularity), np.full((8, 8), 0.5))
+
+
+def one_layer(trace: list[int], policy: str, popularity: list[float]) -> tuple[int, ...]:
+    """Two slots, K=1; for policies that read scores, they are the popularity, before every token."""
+    geometry = small_geometry(1, len(popularity), 1)
+    scores = np.broadcast_to(np.float32(popularity), (len(trace), 1, 1, len(popularity))).copy()
+    lookaheads = ("token",) if policy == "moe_infinity" else ()
+    settings = ReplaySettings(2, policy=policy, lookaheads=lookaheads)
+    return counts(replay(geometry, settings, [[[expert]] for expert in trace], scores, profile=profile(popularity)))
+
+
+# Two slots: 0 0 1 1 1 2 0 2 0. The first five are M H M H H.
 @pytest.mark.parametrize(
     ("policy", "hits"),
     [
-        # 0M 0H 1M 1H 1H | 2M drops 0 | 0M drops 1 | 2H 0H
+        # 2M drops 0 | 0M drops 1 | 2H 0H
         ("lru", 5),
         # uses: 0 twice, 1 three times | 2M drops 0 | 0M (its third use) drops 2 (one use) |
         # 2M: 0 and 1 have three uses, 1 longer ago, so 1 goes | 0H. Had 0 lost its count, it would have gone.
         ("lfu", 4),
+        # 2M drops 0 | 0M drops 2 (one use) | 2M drops 0, which has one use again | 0M
+        ("lfu_in_cache", 3),
+        # 2M at event 6: 0 is worth 2 / (6 - 2 + 1), 1 is worth 3 / 2: drops 0 | 0M: 1 is worth 3/3, 2 is 1/2: drops 2 |
+        # 2M: 1 is worth 3/4, 0 is 3/2: drops 1 | 0H
+        ("lfru", 4),
+        # classes: 0 has 0 (F < 2), 1 has 1 (F = 2.98). 2M: the ages are 4/1 and 1/2: drops 0 | 0M: 1 is 2/2 old and 2
+        # is 1/1: a tie, 1 was used longer ago and goes | 2H 0H
+        ("class_lru", 5),
+        # score * T, without the layers' part: last step + 2 uses. 2M: 0 has 2 + 4, 1 has 5 + 6: drops 0 |
+        # 0M: 1 has 11, 2 has 6 + 2: drops 2 | 2M: 0 has 7 + 6 = 13: drops 1 | 0H
+        ("hobbit", 4),
         # 2M: 0 is needed at once, 1 never, so 1 goes | 0H 2H 0H
         ("belady", 6),
     ],
 )
-def test_one_layer(policy: str, hits: int):
-    trace = [[[expert]] for expert in (0, 0, 1, 1, 1, 2, 0, 2, 0)]
-    result = replay(small_geometry(1, 4, 1), ReplaySettings(2, policy=policy), trace)
-    assert counts(result) == (hits, 9 - hits, 9 - hits, 0, 0, 0)
+def test_frequency_and_recency(policy: str, hits: int):
+    found = one_layer([0, 0, 1, 1, 1, 2, 0, 2, 0], policy, [0.5, 0.5, 0.5])
+    assert found == (hits, 9 - hits, 9 - hits, 0, 0, 0)
 
 
-# One layer, K=1, two slots: 0 1 0 2 1 0.
+# Two slots: 0 1 0 2 1 0, which all start 0M 1M 0H. In training 0 was used by 0.9 of the tokens, 1 by 0.1, 2 by 0.5.
 @pytest.mark.parametrize(
     ("policy", "hits"),
     [
-        ("lru", 1),  # 0M 1M 0H | 2M drops 1 | 1M drops 0 | 0M drops 2
-        ("lfu", 2),  # 0M 1M 0H | 2M drops 1 (one use) | 1M drops 2 | 0H
-        ("belady", 2),  # 0M 1M 0H | 2M drops 0 (event 6; 1 is due at 5) | 1H | 0M
+        ("lru", 1),  # 2M drops 1 | 1M drops 0 | 0M drops 2
+        ("lfu", 2),  # 2M drops 1 (one use) | 1M drops 2 | 0H
+        ("static", 2),  # 2M drops 1 | 1M drops 2 | 0H
+        ("moe_infinity", 2),  # the same, by score
+        ("least_stale", 2),  # 2M: both are stale and run at the same time; 0 came in first: drops 0 | 1H | 0M
+        ("belady", 2),  # 2M drops 0 (event 6; 1 is due at 5) | 1H | 0M
+        ("belady_bypass", 3),  # 2M is not retained: it is not used again | 1H 0H
     ],
 )
-def test_one_layer_again(policy: str, hits: int):
-    trace = [[[expert]] for expert in (0, 1, 0, 2, 1, 0)]
-    result = replay(small_geometry(1, 3, 1), ReplaySettings(2, policy=policy), trace)
-    assert counts(result) == (hits, 6 - hits, 6 - hits, 0, 0, 0)
+def test_who_goes_by_other_rules(policy: str, hits: int):
+    found = one_layer([0, 1, 0, 2, 1, 0], policy, [0.9, 0.1, 0.5])
+    assert found == (hits, 6 - hits, 6 - hits, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "hits"),
+    [
+        ("lru", 4),  # 2M drops 0, used before 1 | 0M
+        # 0 has F = 4.9 and class 2, 1 has class 0: 2/4 is younger than 1/1. 2M drops 1 | 0H
+        ("class_lru", 5),
+    ],
+)
+def test_class_lru_slows_the_age_of_what_is_used_often(policy: str, hits: int):
+    assert one_layer([0, 0, 0, 0, 0, 1, 2, 0], policy, [0.5, 0.5, 0.5])[0] == hits
 
 
 # One layer, K=2, three slots: {0,1} {1,2} {0,3} {2,3}. All start MM, then 1H 2M fills the third slot, then 0H 3M:
@@ -64,7 +107,85 @@ def test_two_experts_an_event(policy: str, hits: int):
     assert counts(result) == (hits, 8 - hits, 8 - hits, 0, 0, 0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# Two layers a and b, K=1, three slots: a0 b0 | a1 b1 | a0 b1. All start M M | M M, with a0 b0 a1 when b1 comes.
+@pytest.mark.parametrize(
+    ("policy", "hits"),
+    [
+        ("lru", 1),  # b1 drops a0. a0M drops b0, b1H
+        ("least_stale", 2),  # of the stale, a0 runs in the next event and b0 in the one after: b0 goes. a0H b1H
+        # Of steps 1, 1, 2 and one use each, 3/T, 3/T, 4/T with T = 2; less a/L: 0 for a0 and a1, 1/2 for b0: it goes
+        ("hobbit", 2),
+    ],
+)
+def test_layers_that_run_later_leave_first(policy: str, hits: int):
+    result = replay(small_geometry(2, 2, 1), ReplaySettings(3, policy=policy), [[[0], [0]], [[1], [1]], [[0], [1]]])
+    assert (result.hits, result.misses) == (hits, 6 - hits)
+
+
+def test_moe_infinity_favours_early_layers():
+    # Two slots: a0 b0 | a1 b1 | a0 b0. Scores: a0 .375, a1 .25, b0 .5 and b1 0; those of b count half.
+    # a1M: a0 is worth .375, b0 .25: drops b0 (LRU: a0). b1M drops a1 (.25) | a0H. b0M
+    scores = np.tile(np.array([[0.375, 0.25], [0.5, 0]], np.float32), (3, 1, 1, 1))
+    settings = ReplaySettings(2, policy="moe_infinity", lookaheads=("token",))
+    result = replay(small_geometry(2, 2, 1), settings, [[[0], [0]], [[1], [1]], [[0], [0]]], scores)
+    assert (result.hits, result.misses) == (1, 5)
+
+
+# Three slots, windows of six tokens that agree: a0 b0 | a0 b0 | a1 b1 | a2 b0.
+@pytest.mark.parametrize(
+    ("policy", "hits"),
+    [
+        # M M | H H | a1M is the third; b1M drops a0 | a2M drops b0, b0M
+        ("lru", 2),
+        # After the first two windows a0 and b0 are at level 2: 6 - 0 >= 5, 6 - 1 >= 5. In the third all count as 0 when
+        # b1 comes, for both layers have begun: as LRU. b0, idle, is at 1 then, b1 and a1 too. a2M: a1 is of the layer
+        # that runs and counts as 0: it goes. b0H
+        ("moe_spac", 3),
+    ],
+)
+def test_moe_spac_keeps_what_windows_route_many_tokens_to(policy: str, hits: int):
+    trace = [[[a], [b]] for a, b in ((0, 0), (0, 0), (1, 1), (2, 0)) for _ in range(6)]
+    result = replay(small_geometry(2, 3, 1), ReplaySettings(3, policy=policy, window=6), trace)
+    assert (result.accesses, result.hits) == (8, hits)
+
+
+# Three slots: a0 b0 | a1 b1 | a2 b0. b0 has score 1 for the second token and for the third, all others have 0.
+@pytest.mark.parametrize(
+    ("policy", "hits"),
+    [
+        ("lru", 0),  # M M | a1M is the third; b1M drops a0 | a2M drops b0; b0M
+        # The history means 1/2 always. b1M: a0 and a1, which have run since their scores, are due in 1 + 2 (1/2) /
+        # (1/2) = 3 events; b0 in 2 + 0 (the score was of this run, but a high one tells of more). The older, a0, goes.
+        # a2M: a1 is due in 2 + 2 (1 - 0) / (1/2) = 6, b0 in 1, b1 in 1 + 4: a1 goes. b0H
+        ("belief", 1),
+    ],
+)
+def test_belief_reads_scores(policy: str, hits: int):
+    geometry = small_geometry(2, 3, 1)
+    scores = scored(geometry, [[[], []], [[], [0]], [[], [0]]])
+    settings = ReplaySettings(3, policy=policy, lookaheads=("token",))
+    trace = [[[0], [0]], [[1], [1]], [[2], [0]]]
+    result = replay(geometry, settings, trace, scores, profile=profile([0.5] * 3, [0.5] * 3))
+    assert (result.hits, result.misses) == (hits, 6 - hits)
+
+
+# Two layers, two slots: a0 b0 | a0 b0. In the second token b0 has score 8/16, b1 9/16.
+@pytest.mark.parametrize(("used_before", "transfers"), [(0.5, 1), (0.75, 0)])
+def test_belief_does_not_fetch_what_would_be_the_worst(used_before: float, transfers: int):
+    # Ask b1 after a0H, which is held: b1 is due in 1 + 2 (7/16) / (9/16) = 2.56 events. Where what was used before is
+    # used by 1/2, b0 is due in 1 + 2 (1/2) / (1/2) = 3, and goes; where by 3/4, in 1 + 2 (1/2) / (3/4) = 2.33: b1 is
+    # refused, also when a0 is through.
+    scores = np.zeros((2, 1, 2, 2), np.float32)
+    scores[1, 0, 1] = 0.5, 0.5625
+    hazard = np.full((8, 8), used_before)
+    hazard[0] = 0.5
+    config = ReplaySettings(2, policy="belief", prefetch="p>0.5", lookahead=1, lookaheads=(1,))
+    known = Profile(np.full((2, 2), 0.5), hazard)
+    result = replay(small_geometry(2, 2, 1), config, [[[0], [0]]] * 2, scores, profile=known)
+    assert counts(result) == (2 - transfers, 2 + transfers, 2 + transfers, transfers, 0, transfers)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "hobbit", "belady", "belief"])
 def test_no_victim_comes_from_the_present_demand(policy: str):
     # Two slots hold {1,2}. {0,1}: 1 is resident and computes, so 0 takes the slot of 2. One access at a time, in the
     # order of the ids, 0 would take that of 1 (the lowest of a tie), and 1 would miss.
@@ -72,12 +193,15 @@ def test_no_victim_comes_from_the_present_demand(policy: str):
     assert counts(result) == (1, 3, 3, 0, 0, 0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_per_layer_pools(policy: str):
-    # Three slots: layer 0 gets two, layer 1 one. Layer 0: 0M 1M 0H 1H. Layer 1: 0M 1M 0M 0H.
+@pytest.mark.parametrize("quotas", [None, (2, 1), (1, 2)])
+def test_per_layer_pools(quotas):
+    # Three slots: two for layer 0 and one for layer 1, or the other way round.
+    # Layer 0: 0M 1M 0H 1H with two, all M with one. Layer 1: 0M 1M 0M 0H with one, 0M 1M 0H 0H with two.
     trace = [[[0], [0]], [[1], [1]], [[0], [0]], [[1], [0]]]
-    result = replay(small_geometry(2, 3, 1), ReplaySettings(3, policy=policy, scope="per-layer"), trace)
-    assert [(row["hits"], row["misses"]) for row in result.per_layer] == [(2, 2), (1, 3)]
+    settings = ReplaySettings(3, scope="per-layer", quotas=quotas)
+    result = replay(small_geometry(2, 3, 1), settings, trace)
+    found = [(row["hits"], row["misses"]) for row in result.per_layer]
+    assert found == ([(0, 4), (2, 2)] if quotas == (1, 2) else [(2, 2), (1, 3)])
 
 
 # Two layers a and b, K=1, two global slots. Demanded: a0 b1 | a2 b1 | a0 b3. Predicted: a0 b2 | a0 b1 | a0 b3.
@@ -86,9 +210,9 @@ PREDICTED = [[[0], [2]], [[0], [1]], [[0], [3]]]
 AB = small_geometry(2, 4, 1)
 
 
-def replayed(**settings) -> tuple[int, ...]:
-    config = ReplaySettings(**{"slots": 2, "prefetch": "top1", "lookahead": 1, **settings})
-    return counts(replay(AB, config, TRACE, scored(AB, PREDICTED)))
+def replayed(**settings):
+    config = {"slots": 2, "prefetch": "top1", "lookahead": 1, **settings}
+    return replay(AB, ReplaySettings(**config, lookaheads=(config["lookahead"],)), TRACE, scored(AB, PREDICTED))
 
 
 @pytest.mark.parametrize("lookahead", [1, "token"])
@@ -110,90 +234,114 @@ def replayed(**settings) -> tuple[int, ...]:
         # ask a0: comes, drops a2 (neither is used again, the lowest). a0H, useful 2. Ask b3: comes, drops b1.
         #   b3H, useful 3.
         ("belady", (4, 2, 2, 4, 3, 1)),
+        # ask a0: comes. a0H, useful 1. Ask b2: comes. b1M: b2 is used later (never): drops it, wasted 1: a0 b1.
+        # ask a0: is there. a2M: never again, not retained. Ask b1: is there. b1H.
+        # ask a0: is there. a0H. Ask b3: comes, drops b1. b3H, useful 2.
+        ("belady_bypass", (4, 2, 2, 3, 2, 1)),
     ],
 )
 def test_prefetch(policy: str, expected: tuple[int, ...], lookahead):
-    assert replayed(policy=policy, lookahead=lookahead) == expected
+    assert counts(replayed(policy=policy, lookahead=lookahead)) == expected
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"),
-    [
-        # a0M. Ask b2: comes. b1M drops a0: b2 b1.
-        # a2M drops b2, wasted 1: b1 a2. Ask b1: is there. b1H.
-        # a0M drops a2 (event 3, b1 is of event 4): b1 a0. Ask b3: comes, drops b1. b3H, useful 1.
-        ("lru", (2, 4, 4, 2, 1, 1)),
-        # a0M (1 use). Ask b2: comes (1). b1M: a tie, and both are of event 1, so the lowest, a0, goes: b2 b1.
-        # a2M: b2 (event 1) goes before b1 (event 2), wasted 1: b1 a2. Ask b1: is there. b1H.
-        # a0M (2) drops a2 (1 use): b1 a0. Ask b3: comes, drops b1. b3H, useful 1.
-        ("lfu", (2, 4, 4, 2, 1, 1)),
-        # a0M. Ask b2: comes. b1M drops b2, wasted 1: a0 b1.
-        # a2M drops a0 (event 5): b1 a2. Ask b1: is there. b1H.
-        # a0M drops a2 (never, the lowest). Ask b3: comes, drops b1. b3H, useful 1.
-        ("belady", (2, 4, 4, 2, 1, 1)),
-    ],
-)
-def test_prefetch_without_the_first_layer(policy: str, expected: tuple[int, ...]):
-    assert replayed(policy=policy, first_layer_prefetch=False) == expected
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
+def test_prefetch_without_the_first_layer(policy: str):
+    # LRU: a0M. Ask b2: comes. b1M drops a0: b2 b1.
+    #   a2M drops b2, wasted 1: b1 a2. Ask b1: is there. b1H.
+    #   a0M drops a2 (event 3, b1 is of event 4): b1 a0. Ask b3: comes, drops b1. b3H, useful 1.
+    # LFU: a0M (1 use). Ask b2: comes (1). b1M: a tie, a0 was used before b2 was asked for, and goes: b2 b1.
+    #   a2M: b2 goes before b1, wasted 1: b1 a2. Ask b1: is there. b1H.
+    #   a0M (2) drops a2 (1 use): b1 a0. Ask b3: comes, drops b1. b3H, useful 1.
+    # Belady: a0M. Ask b2: comes. b1M drops b2, wasted 1: a0 b1.
+    #   a2M drops a0 (event 5): b1 a2. Ask b1: is there. b1H.
+    #   a0M drops a2 (never, the lowest). Ask b3: comes, drops b1. b3H, useful 1.
+    assert counts(replayed(policy=policy, first_layer_prefetch=False)) == (2, 4, 4, 2, 1, 1)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_prefetch_with_a_single_slot(policy: str):
-    # Nothing can be asked for while the only slot computes, so only layer a's, before the token's first event:
-    # ask a0: comes. a0H, useful 1. b1M. | ask a0: comes. a2M, wasted 1. b1M. | ask a0: comes. a0H, useful 2. b3M.
-    assert replayed(policy=policy, slots=1) == (2, 4, 4, 3, 2, 1)
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "least_stale", "hobbit", "belady"])
+def test_what_finds_no_room_comes_in_when_the_experts_are_through(policy: str):
+    # One slot. ask a0: comes. a0H, useful 1. Ask b2: waits for a0 to be through, comes. b1M, wasted 1.
+    # ask a0: comes. a2M, wasted 2. Ask b1: comes once a2 is through. b1H, useful 2.
+    # ask a0: comes. a0H, useful 3. Ask b3: comes once a0 is through. b3H, useful 4.
+    assert counts(replayed(policy=policy, slots=1)) == (4, 2, 2, 6, 4, 2)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
 def test_lookahead_zero_asks_right_before_the_event(policy: str):
     # The event before is over, so the single slot is free for every question:
     # a0: H, useful 1. b2: b1M, wasted 1. | a0: a2M, wasted 2. b1: H, useful 2. | a0: H, useful 3. b3: H, useful 4.
-    assert replayed(policy=policy, slots=1, lookahead=0) == (4, 2, 2, 6, 4, 2)
+    assert counts(replayed(policy=policy, slots=1, lookahead=0)) == (4, 2, 2, 6, 4, 2)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
 def test_distance_past_the_last_layer_asks_when_the_token_starts(policy: str):
     # Everything fits; both layers are asked for before the token's first event, or not at all.
-    everything = replayed(policy=policy, slots=8, prefetch="top1@2", lookahead="token")
+    everything = counts(replayed(policy=policy, slots=8, prefetch="top1@2", lookahead="token"))
     # a0 b2 come | a0H, b1M | a0 is there, b1 is there | a2M, b1H | a0 is there, b3 comes | a0H, b3H. b2 is wasted.
     assert everything == (4, 2, 2, 3, 2, 1)
-    nothing = replayed(policy=policy, slots=8, prefetch="top1@2", lookahead="token", first_layer_prefetch=False)
+    asks_never = {"prefetch": "top1@2", "lookahead": "token", "first_layer_prefetch": False}
     # a0M b1M | a2M b1H | a0H b3M
-    assert nothing == (2, 4, 4, 0, 0, 0)
+    assert counts(replayed(policy=policy, slots=8, **asks_never)) == (2, 4, 4, 0, 0, 0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfu_in_cache", "belady"])
 def test_a_candidate_that_is_resident_counts_as_used(policy: str):
     # One layer, two slots. Ask 0: comes, 0H. Ask 1: comes, 1H. Ask 0: it is there, and so is used after 1 and more
     # often (Belady knows it is due). 2M drops 1. Ask 0: still there. 0H.
     geometry = small_geometry(1, 3, 1)
-    config = ReplaySettings(2, policy=policy, prefetch="top1", lookahead="token")
+    config = ReplaySettings(2, policy=policy, prefetch="top1", lookahead="token", lookaheads=("token",))
     result = replay(geometry, config, [[[0]], [[1]], [[2]], [[0]]], scored(geometry, [[[0]], [[1]], [[0]], [[0]]]))
     assert counts(result) == (3, 1, 1, 2, 2, 0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("demanded", "hits"), [(0, 1), (1, 0), (3, 1)])
-def test_where_not_all_fit_the_best_come_in(policy: str, demanded: int, hits: int):
-    # Three slots. a0M. Ask b3, b0, b1 (b1 scores as b0, and of equals the lower id is better): a0 computes, so there
-    # are two slots, for b3 and b0; b2 is not named. Then b0 or b3 hits and the other is wasted, or b1 misses, and both
-    # are.
-    geometry = small_geometry(2, 4, 1)
-    scores = np.array([[[1, 0, 0, 0], [0.5, 0.5, 0, 1]]], np.float32)
-    config = ReplaySettings(3, policy=policy, prefetch="top3", lookahead=1, first_layer_prefetch=False)
-    result = replay(geometry, config, [[[0], [demanded]]], scores)
-    assert counts(result) == (hits, 2 - hits, 2 - hits, 2, hits, 2 - hits)
+@pytest.mark.parametrize(("demanded", "kind"), [(0, "hits"), (1, "late_hits"), (2, "misses"), (3, "hits")])
+def test_where_not_all_fit_the_best_come_in(demanded: int, kind: str):
+    # Two slots. a0M. Ask b3, b0, b1 (b1 scores as b0, and of equals the lower id is better): b3 takes the free slot, b0
+    # comes when a0 is through, b1 finds no room at all. b0 or b3 hits, and the other is wasted. b1 was asked for, and
+    # waits still: it is late, and its transfer is a prefetch's. b2 misses.
+    scores = np.array([[[[1, 0, 0, 0], [0.5, 0.5, 0, 1]]]], np.float32)
+    config = ReplaySettings(2, prefetch="top3", lookahead=1, lookaheads=(1,), first_layer_prefetch=False)
+    row = replay(AB, config, [[[0], [demanded]]], scores).per_layer[1]
+    assert {name: row[name] for name in ("hits", "late_hits", "misses")} == {
+        "hits": 0,
+        "late_hits": 0,
+        "misses": 0,
+        kind: 1,
+    }
+    assert row["prefetch_transfers"] == 2 + (kind == "late_hits")
+    assert row["wasted_prefetches"] == 2 - (kind == "hits")
+
+
+def test_who_finds_no_room_in_its_pool_does_not_block_another():
+    # A slot a layer. Before the first event: a0 comes, a1 finds a0 asked for before, b0 and its slot are free.
+    # a1 is late (it waits still), b0 hits.
+    scores = np.array([[[[1, 0.5, 0], [1, 0, 0]]]], np.float32)
+    config = ReplaySettings(2, scope="per-layer", prefetch="p>0.25@2", lookahead="token", lookaheads=("token",))
+    result = replay(small_geometry(2, 3, 1), config, [[[1], [0]]], scores)
+    assert [(row["hits"], row["late_hits"]) for row in result.per_layer] == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "named"),
+    [("p>0.5", {0}), ("p>0.25", {0, 1, 2}), ("top2,p>0.25", {0, 1}), ("top3,p>0.5", {0}), ("p>1", set())],
+)
+def test_a_threshold_is_exceeded_not_reached(prefetch: str, named: set[int]):
+    geometry = small_geometry(1, 4, 1)
+    scores = np.tile(np.array([0.75, 0.5, 0.5, 0.25], np.float32), (1, 1, 1, 1))
+    config = ReplaySettings(4, prefetch=prefetch, lookahead="token", lookaheads=("token",))
+    hits = {demanded for demanded in range(4) if replay(geometry, config, [[[demanded]]], scores).hits}
+    assert hits == named
+    assert replay(geometry, config, [[[3]]], scores).prefetch_transfers == len(named)
 
 
 def test_warmup_leaves_out_the_first_tokens():
     # Of test_prefetch's LRU working, token 0 goes: a0H, b1M, two prefetches, and b2's waste, which was asked for then.
-    assert replayed(warmup_tokens=1) == (3, 1, 1, 4, 3, 1)
+    assert counts(replayed(warmup_tokens=1)) == (3, 1, 1, 4, 3, 1)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_what_the_warmup_fetched_is_a_hit_and_no_transfer(policy: str):
+def test_what_the_warmup_fetched_is_a_hit_and_no_transfer():
     # Everything fits. Token 0: ask a0, H; ask b2; b1M. Token 1: a0 is there, H; b2 is there, H.
-    config = ReplaySettings(8, policy=policy, prefetch="top1", lookahead=1, warmup_tokens=1)
+    config = ReplaySettings(8, prefetch="top1", lookahead=1, lookaheads=(1,), warmup_tokens=1)
     result = replay(AB, config, [[[0], [1]], [[0], [2]]], scored(AB, [[[0], [2]], [[0], [2]]]))
     assert result.accesses == 2
     assert counts(result) == (2, 0, 0, 0, 0, 0)
@@ -201,15 +349,69 @@ def test_what_the_warmup_fetched_is_a_hit_and_no_transfer(policy: str):
 
 @pytest.mark.parametrize("warmup", [3, 4])
 def test_sequences_no_longer_than_the_warmup_are_skipped(warmup: int):
-    assert replayed(warmup_tokens=warmup) == (0, 0, 0, 0, 0, 0)
+    assert counts(replayed(warmup_tokens=warmup)) == (0, 0, 0, 0, 0, 0)
 
 
-def test_every_sequence_starts_cold():
-    # Everything fits: a0M b1M | a2M b1H | a0H b3M, and the second time the same again.
-    replaying = Replay(AB, ReplaySettings(8))
+@pytest.mark.parametrize("carry_over", [False, True])
+def test_a_sequence_starts_cold_unless_the_cache_is_carried_over(carry_over: bool):
+    # Everything fits: a0M b1M | a2M b1H | a0H b3M. The second time the same again, or all hit.
+    replaying = Replay(AB, ReplaySettings(8, carry_over=carry_over))
     for _ in range(2):
         replaying.add(np.array(TRACE))
-    assert counts(replaying.result()) == (4, 8, 8, 0, 0, 0)
+    assert counts(replaying.result()) == ((8, 4, 4, 0, 0, 0) if carry_over else (4, 8, 8, 0, 0, 0))
+
+
+@pytest.mark.parametrize("demanded", [0, 1, 2])
+def test_a_warm_start_moves_the_most_popular_first_the_best_last(demanded: int):
+    # Two slots of three experts, the best 1, then 2. They are counted as prefetched, also in a warm-up. 0 drops 2,
+    # which came before 1.
+    config = ReplaySettings(2, warm_start=True)
+    trace = [[[demanded]], [[1]]]
+    result = replay(small_geometry(1, 3, 1), config, trace, profile=profile([0.1, 0.9, 0.5]))
+    assert counts(result) == {0: (1, 1, 1, 2, 1, 1), 1: (2, 0, 0, 2, 1, 1), 2: (2, 0, 0, 2, 2, 0)}[demanded]
+    warmed = replay(
+        small_geometry(1, 3, 1),
+        ReplaySettings(2, warm_start=True, warmup_tokens=1),
+        trace,
+        profile=profile([0.1, 0.9, 0.5]),
+    )
+    assert (warmed.accesses, warmed.hits, warmed.prefetch_transfers) == (1, 1, 2)
+
+
+def test_an_event_of_several_tokens_demands_distinct_experts():
+    # Prefill in chunks of two, then decode: {0,1} + {1,2} = 3 accesses, {0,3} is a chunk of its own (the prompt has
+    # three tokens), then {0,1} and {2,3}.
+    trace = [[[0, 1]], [[2, 1]], [[0, 3]], [[0, 1]], [[2, 3]]]
+    config = ReplaySettings(4, prefill_chunk=2)
+    # MMM | HM | HH | HH
+    result = replay(small_geometry(1, 4, 2), config, trace, decode_start=3)
+    assert (result.accesses, result.hits, result.misses) == (9, 5, 4)
+    # Without chunks {1,2} hits 1: two more accesses are not made, one hit less.
+    assert replay(small_geometry(1, 4, 2), ReplaySettings(4), trace, decode_start=3).accesses == 10
+    # In windows of three: {0,1,2,3}, {0,1,2,3}.
+    windows = replay(small_geometry(1, 4, 2), ReplaySettings(4, window=3), trace, decode_start=3)
+    assert (windows.accesses, windows.hits) == (8, 4)
+
+
+def test_a_batch_demands_what_any_of_its_sequences_does():
+    # {0} and {1} together, then {1} and {1}, then the longer one's {2} alone; a third sequence is a batch of its own.
+    replaying = Replay(small_geometry(1, 3, 1), ReplaySettings(3, batch_size=2))
+    for trace in ([0, 1], [1, 1, 2], [2]):
+        replaying.add(np.array(trace).reshape(-1, 1, 1))
+    result = replaying.result()
+    assert (result.accesses, result.hits, result.misses) == (5, 1, 4)
+
+
+def test_a_batch_is_predicted_to_use_what_any_of_its_sequences_may():
+    # Expert 0: 1 - (1 - .5) (1 - .5) = .75; 1: 1 - (1 - .625) (1 - 0) = .625. Both tokens use 0.
+    scores = np.zeros((2, 1, 1, 1, 3), np.float32)
+    scores[:, 0, 0, 0, 0] = 0.5
+    scores[0, 0, 0, 0, 1] = 0.625
+    config = ReplaySettings(2, batch_size=2, prefetch="p>.7", lookahead="token", lookaheads=("token",))
+    replaying = Replay(small_geometry(1, 3, 1), config)
+    for one in scores:
+        replaying.add(np.zeros((1, 1, 1), np.int64), one)
+    assert counts(replaying.result()) == (1, 0, 0, 1, 1, 0)
 
 
 def test_an_expert_named_twice_in_an_event_is_refused():
@@ -219,5 +421,162 @@ def test_an_expert_named_twice_in_an_event_is_refused():
 
 
 def test_scores_may_be_given_and_not_needed():
-    result = replay(AB, ReplaySettings(8), TRACE, np.full((3, 2, 4), 0.5, np.float32))
+    result = replay(AB, ReplaySettings(8), TRACE, np.full((3, 1, 2, 4), 0.5, np.float32))
     assert counts(result) == (2, 4, 4, 0, 0, 0)
+
+
+# The clock, in ticks. Unless said otherwise a layer takes 1 before it is routed, an expert 1, and a transfer 3.
+
+
+def clock(
+    layers: int,
+    trace: list[list[list[int]]],
+    predicted: list[list[list[int]]] | None = None,
+    slots: int = 8,
+    device: Device | None = None,
+    **settings,
+):
+    """Return the result, and the ticks at which every event was routed, had its experts, and was through."""
+    geometry = small_geometry(layers, 4, len(trace[0][0]))
+    config = ReplaySettings(min(slots, 4 * layers), device=device or ticking(3), bits=8.0, **settings)
+    scores = None if predicted is None else scored(geometry, predicted)
+    spans, log = Replay(geometry, config).watch(Sequence(geometry, np.array(trace), scores))
+    return (
+        replay(geometry, config, trace, scores),
+        [tuple(int(time / TICK) for time in span) for span in spans],
+        [(int(row[0]), int(row[1] / TICK), int(row[2] / TICK), bool(row[3])) for row in log],
+    )
+
+
+def test_a_miss_waits_for_its_transfer_and_a_hit_does_not():
+    # 0M: routed at 1, there at 4, through at 5. 0H: routed at 6, through at 7.
+    result, spans, log = clock(1, [[[0]], [[0]]])
+    assert spans == [(1, 4, 5), (6, 6, 7)]
+    assert log == [(0, 1, 4, False)]
+    assert result.stall_ms_per_token == 1.5 * TICK * 1e3
+    assert result.compute_ms_per_token == 2 * TICK * 1e3
+
+
+def test_misses_of_an_event_queue_for_the_link():
+    # {0, 1}: 0 crosses from 1 to 4, 1 from 4 to 7; they compute until 9.
+    _, spans, log = clock(1, [[[1, 0]]])
+    assert spans == [(1, 7, 9)]
+    assert log == [(0, 1, 4, False), (1, 4, 7, False)]
+
+
+ONE_AHEAD = {"prefetch": "top1", "lookahead": 1, "lookaheads": (1,), "first_layer_prefetch": False}
+
+
+@pytest.mark.parametrize(("available", "begins"), [("routed", 4), ("computed", 5)])
+def test_a_late_hit_waits_for_the_rest_of_its_transfer(available: str, begins: int):
+    # a0M: routed at 1, there at 4, through at 5. b0 is asked for at 1 and goes behind a0 at 4, or is asked for at 5.
+    # b is routed at 6: it waits for what is left.
+    result, spans, log = clock(2, [[[0], [0]]], [[[], [0]]], available=available, **ONE_AHEAD)
+    assert log == [(0, 1, 4, False), (4, begins, begins + 3, True)]
+    assert spans == [(1, 4, 5), (6, begins + 3, begins + 4)]
+    assert (result.hits, result.late_hits, result.misses) == (0, 1, 1)
+    assert counts(result) == (0, 1, 1, 1, 0, 0)
+
+
+def test_a_prefetch_that_arrives_in_time_is_a_hit():
+    # A transfer takes 2: b0 crosses from 3 to 5, and is routed at 5.
+    result, spans, _ = clock(2, [[[0], [0]]], [[[], [0]]], device=ticking(2), **ONE_AHEAD)
+    assert spans == [(1, 3, 4), (5, 5, 6)]
+    assert counts(result) == (1, 1, 1, 1, 1, 0)
+
+
+def test_what_waits_and_is_demanded_goes_at_once_as_a_late_hit():
+    # Asked for at 1: b1, then b0. b1 crosses from 4 to 7. b is routed at 6: b0 goes behind b1, from 7 to 10.
+    settings = {**ONE_AHEAD, "prefetch": "top2"}
+    result, spans, log = clock(2, [[[0], [0]]], [[[], [1, 0]]], **settings)
+    assert log == [(0, 1, 4, False), (5, 4, 7, True), (4, 7, 10, False)]
+    assert spans == [(1, 4, 5), (6, 10, 11)]
+    assert (result.late_hits, *counts(result)) == (1, 0, 1, 1, 2, 0, 1)
+
+
+def test_demand_goes_before_what_waits():
+    # Asked for at 0: a0 (crosses from 0 to 3) and b0; after a, routed at 1, also c0. a0 is late: there at 3, through
+    # at 4. b0 crosses from 3 to 6. b is routed at 5: b1 is missing, and goes from 6 to 9, before c0, which waits.
+    # b is through at 10; c0 crosses from 9 to 12; c is routed at 11, waits for 1, and is through at 13.
+    result, spans, log = clock(
+        3, [[[0], [1], [0]]], [[[0], [0], [0]]], prefetch="top1@2", lookahead="token", lookaheads=("token",)
+    )
+    assert log == [(0, 0, 3, True), (4, 3, 6, True), (5, 6, 9, False), (8, 9, 12, True)]
+    assert spans == [(1, 3, 4), (5, 9, 10), (11, 12, 13)]
+    assert (result.late_hits, *counts(result)) == (2, 0, 1, 1, 3, 0, 1)
+
+
+def test_what_was_asked_for_of_a_layer_is_dropped_at_its_event():
+    # Asked for at 1: b1 (crosses from 4 to 7) and b2, which waits. b0 is missing at 6: from 7 to 10. b2 never goes.
+    result, _, log = clock(2, [[[0], [0]]], [[[], [1, 2]]], **{**ONE_AHEAD, "prefetch": "top2"})
+    assert log == [(0, 1, 4, False), (5, 4, 7, True), (4, 7, 10, False)]
+    assert counts(result) == (0, 2, 2, 1, 0, 1)
+
+
+def test_adaptive_asks_for_what_arrives_before_it_is_needed():
+    # All of b is scored before the token, K=1: its best two are candidates. With a transfer of t, a0M is there at
+    # 1 + t, and b is expected 2 later: two transfers of 1 fit, or one of 2, or none of 3.
+    settings = {"prefetch": "adaptive", "lookaheads": ("token",), "first_layer_prefetch": False}
+    for transfer, transfers in ((1, 2), (2, 1), (3, 0)):
+        result, _, _ = clock(2, [[[0], [3]]], [[[], [1, 2, 0]]], device=ticking(transfer), **settings)
+        assert (transfer, result.prefetch_transfers) == (transfer, transfers)
+
+
+def test_adaptive_does_not_spoil_what_it_took_before():
+    # A transfer takes 3, a layer 2 and an expert 2. a0M: routed at 2, there at 5, through at 7; b is expected at 9, c
+    # at 13. Best-scored are c1 and c2: done at 8 and 11. b1 alone would be done at 8, but then c2 only at 14: b1 is not
+    # asked for, and misses: routed at 9, it crosses from 11 to 14.
+    scores = np.zeros((1, 1, 3, 4), np.float32)
+    scores[0, 0, 1, 1], scores[0, 0, 2, 1], scores[0, 0, 2, 2] = 0.25, 1, 0.75
+    config = ReplaySettings(
+        8,
+        prefetch="adaptive,p>0.1",
+        lookaheads=("token",),
+        first_layer_prefetch=False,
+        device=ticking(3, other=2, expert=2),
+        bits=8.0,
+    )
+    geometry = small_geometry(3, 4, 1)
+    _, log = Replay(geometry, config).watch(Sequence(geometry, np.array([[[0], [1], [2]]]), scores))
+    assert (log / [1, TICK, TICK, 1]).tolist() == [[0, 2, 5, 0], [9, 5, 8, 1], [10, 8, 11, 1], [5, 11, 14, 0]]
+
+
+def test_two_tiers():
+    # From host memory 1, from flash 2 more; host memory holds two, the most recently moved. One slot: 0 1 0 2 0 1.
+    # 0 and 1 come from flash, 0 from host memory, 2 from flash (1 leaves host memory), 0 from host memory, 1 from
+    # flash.
+    result, spans, log = clock(
+        1, [[[e]] for e in (0, 1, 0, 2, 0, 1)], slots=1, device=ticking(1, flash=2, host_memory_gb=2)
+    )
+    assert [ready - routed for routed, ready, _ in spans] == [3, 3, 1, 3, 1, 3]
+    assert [end - begin for _, begin, end, _ in log] == [3, 3, 1, 3, 1, 3]
+    assert result.link_ms_per_token == pytest.approx(14 / 6 * TICK * 1e3)
+
+
+def test_a_warm_start_takes_its_time_before_the_first_token():
+    # Two transfers of 3 on an idle link: the first token starts at 6, and its hit waits for nothing.
+    geometry = small_geometry(1, 3, 1)
+    config = ReplaySettings(2, warm_start=True, device=ticking(3), bits=8.0)
+    replaying = Replay(geometry, config, profile([0.1, 0.9, 0.5]))
+    spans, log = replaying.watch(Sequence(geometry, np.array([[[1]]])))
+    assert (spans / TICK).tolist() == [[7, 7, 8]]
+    assert (log[:, :3] / [1, TICK, TICK]).tolist() == [[2, 0, 3], [1, 3, 6]]
+    assert replaying.clock.busy == 6 * TICK
+    assert [part.tolist() for part in replaying.clock.spent] == [[[0, 2 * TICK]]]
+
+
+def test_only_decode_is_told_as_tokens_per_second():
+    # K=1, four slots, transfer 3. Prompt 0 1 in a chunk: 1 + 6 (two transfers) + 2 = 9 ticks. Decode 1 2 2: hit 2,
+    # miss 5, hit 2: 9 ticks for three tokens, 3 of them stall.
+    geometry = small_geometry(1, 4, 1)
+    config = ReplaySettings(4, device=ticking(3), bits=8.0, prefill_chunk=8)
+    result = replay(geometry, config, [[[e]] for e in (0, 1, 1, 2, 2)], decode_start=2)
+    assert result.prefill_ms == 9 * TICK * 1e3
+    assert result.tokens_per_second == pytest.approx(3 / (9 * TICK))
+    assert (result.stall_ms_per_token, result.compute_ms_per_token) == (1 * TICK * 1e3, 2 * TICK * 1e3)
+    assert result.token_ms_p50 == 2 * TICK * 1e3
+    assert result.bytes_per_token == 3 * 1e9 / 5
+    # Without chunks the prompt's tokens are treated as if decoded: 5 + 5 + 9 ticks.
+    whole = replay(geometry, ReplaySettings(4, device=ticking(3), bits=8.0), [[[e]] for e in (0, 1, 1, 2, 2)], None, 2)
+    assert whole.prefill_ms is None
+    assert whole.tokens_per_second == pytest.approx(5 / (19 * TICK))

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from cache_cases import small_geometry
+from cache_cases import small_geometry, ticking
 
 from moe_beyond.cache.cache import Cache
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
+from moe_beyond.profile import Profile, default_hazard
 from moe_beyond.replay import Replay, ReplaySettings
 
 GEOMETRY = small_geometry(3, 8, 2)
@@ -74,79 +75,255 @@ def test_more_slots_than_experts(scope: str):
 @pytest.mark.parametrize(
     "prefetch",
     ["", "top", "top0", "top06", "top-1", "Top6", "6", "top6@", "top6@0", "top6@-1", "top6@x", "top6@1@2", "top 6",
-     "none6", "none@1", "top6\n", "\ntop6", "top\u0666", "top1.5"],
+     "none6", "none@1", "top6\n", "\ntop6", "top\u0666", "top1.5", "p", "p>", "p>x", "p=0.5", "p>.", "top6p>0.5",
+     "p>0.5,top6", "top6,", ",top6", "top6,top7", "p>.1,p>.2", "oracle@1", "oracle,p>.1", "moe_infinity,p>.1",
+     "adaptive@2", "adaptive,top6", "adaptive,", "top6,p>0.5@"],
 )  # fmt: skip
 def test_unreadable_prefetch(prefetch: str):
     with pytest.raises(UserError) as caught:
-        ReplaySettings(8, prefetch=prefetch, lookahead="token")
+        ReplaySettings(8, prefetch=prefetch, lookahead="token", lookaheads=("token",))
     assert repr(prefetch) in complaint(caught)
-    assert "top6@2" in complaint(caught)  # says what can be written
+    assert "top6,p>0.1" in complaint(caught)  # says what can be written
 
 
-@pytest.mark.parametrize("prefetch", ["top6", "top6@2"])
+@pytest.mark.parametrize("prefetch", ["p>1.01", "p>-0.1", "top6,p>7", "adaptive,p>2"])
+def test_a_threshold_that_is_no_probability(prefetch: str):
+    with pytest.raises(UserError) as caught:
+        ReplaySettings(8, prefetch=prefetch, lookahead="token", lookaheads=("token",), device=ticking(1))
+    assert repr(prefetch) in complaint(caught)
+    assert "0 to 1" in complaint(caught)
+
+
+def test_what_the_prefetcher_says():
+    token = {"lookahead": "token", "lookaheads": ("token",)}
+    found = {
+        text: ReplaySettings(8, prefetch=text, device=ticking(1), **token).plan(GEOMETRY)
+        for text in ("top6", "top6@2", "p>0.5", "top6,p>.25@34", "adaptive", "adaptive,p>0", "moe_infinity", "oracle")
+    }
+    assert {text: (plan.most, plan.distance) for text, plan in found.items()} == {
+        "top6": (6, 1),
+        "top6@2": (6, 2),
+        "p>0.5": (8, 1),  # all of a layer
+        "top6,p>.25@34": (6, 34),
+        "adaptive": (4, 1),  # the best 2K of each layer
+        "adaptive,p>0": (4, 1),
+        "moe_infinity": (2, 1),  # K
+        "oracle": (8, 1),
+    }
+    assert [plan.threshold for plan in found.values() if plan.threshold >= 0] == [0.5, 0.25, 0]
+
+
+@pytest.mark.parametrize("prefetch", ["top6", "top6@2", "p>0.5", "adaptive", "moe_infinity"])
 def test_prefetch_without_a_predictor(prefetch: str):
     with pytest.raises(UserError) as caught:
-        ReplaySettings(8, prefetch=prefetch)
+        ReplaySettings(8, prefetch=prefetch, device=ticking(1))
     assert repr(prefetch) in complaint(caught)
+    assert "--predictor" in complaint(caught)
+
+
+def test_what_needs_no_scores():
+    ReplaySettings(8, prefetch="oracle")
+    ReplaySettings(8, prefetch="top2", policy="moe_spac")  # has its own
+
+
+def test_adaptive_without_a_device():
+    with pytest.raises(UserError) as caught:
+        ReplaySettings(8, prefetch="adaptive", lookaheads=("token",))
+    assert "--device" in complaint(caught)
+
+
+@pytest.mark.parametrize("prefetch", ["adaptive", "moe_infinity"])
+def test_what_asks_layers_ahead_and_knows_nothing_ahead(prefetch: str):
+    with pytest.raises(UserError) as caught:
+        ReplaySettings(8, prefetch=prefetch, lookaheads=(0,), device=ticking(1))
+    assert "lookahead 0" in complaint(caught)
+
+
+def test_moe_infinity_without_scores():
+    with pytest.raises(UserError) as caught:
+        ReplaySettings(8, policy="moe_infinity")
     assert "--predictor" in complaint(caught)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 def test_a_distance_is_for_whole_token_scores(lookahead: int):
     with pytest.raises(UserError) as caught:
-        ReplaySettings(8, prefetch="top6@2", lookahead=lookahead)
+        ReplaySettings(8, prefetch="top6@2", lookahead=lookahead, lookaheads=(lookahead,))
     assert "'top6@2'" in complaint(caught)
     assert f"{lookahead} layers ahead" in complaint(caught)
-    assert ReplaySettings(8, prefetch="top6", lookahead=lookahead).distance == lookahead
+    assert ReplaySettings(8, prefetch="top6", lookahead=lookahead, lookaheads=(lookahead,)).distance == lookahead
 
 
-def test_what_the_prefetcher_says_of_whole_token_scores():
-    settings = [ReplaySettings(8, prefetch=prefetch, lookahead="token") for prefetch in ("top6", "top6@2", "top12@34")]
-    assert [(one.names, one.distance) for one in settings] == [(6, 1), (6, 2), (12, 34)]
+@pytest.mark.parametrize("lookahead", [3, "token", None])
+def test_a_lookahead_that_the_scores_do_not_have(lookahead):
+    with pytest.raises(UserError) as caught:
+        ReplaySettings(8, prefetch="top6", lookahead=lookahead, lookaheads=(1, 2))
+    assert f"lookahead {lookahead}" in complaint(caught)
+    assert "1, 2" in complaint(caught)
+
+
+@pytest.mark.parametrize("lookahead", ["tokens", -1, "x"])
+def test_no_lookahead(lookahead):
+    with pytest.raises(UserError, match="lookahead"):
+        ReplaySettings(8, prefetch="top6", lookahead=lookahead, lookaheads=(lookahead,))
 
 
 def test_more_names_than_experts():
+    token = {"lookahead": 1, "lookaheads": (1,)}
     with pytest.raises(UserError) as caught:
-        Replay(GEOMETRY, ReplaySettings(8, prefetch="top9", lookahead=1))
+        Replay(GEOMETRY, ReplaySettings(8, prefetch="top9", **token))
     assert "'top9'" in complaint(caught)
     assert "8 experts" in complaint(caught)
-    Replay(GEOMETRY, ReplaySettings(8, prefetch="top8", lookahead=1))
+    Replay(GEOMETRY, ReplaySettings(8, prefetch="top8", **token))
 
 
-@pytest.mark.parametrize("warmup", [-1, -100])
-def test_negative_warmup(warmup: int):
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("warmup_tokens", -1, "--warmup-tokens -1 "),
+        ("prefill_chunk", -3, "--prefill-chunk -3 "),
+        ("batch_size", 0, "--batch-size 0 "),
+        ("window", 0, "--window 0 "),
+    ],
+)
+def test_numbers_below_the_least(setting: str, value: int, says: str):
     with pytest.raises(UserError) as caught:
-        ReplaySettings(8, warmup_tokens=warmup)
-    assert f"--warmup-tokens {warmup} " in complaint(caught)
+        ReplaySettings(8, **{setting: value})
+    assert says in complaint(caught)
+
+
+@pytest.mark.parametrize(
+    ("quotas", "says"),
+    [
+        ((3, 3, 3), "9"),  # sum to 9, not 8
+        ((4, 4), "2 numbers"),
+        ((9, 2, 2), "9 slots"),  # of a layer with 8 experts
+        ((1, 4, 3), "one event's demand of 2 experts"),
+        ((-1, 5, 4), "one event's demand of 2 experts"),
+    ],
+)
+def test_quotas_that_do_not_do(quotas: tuple[int, ...], says: str):
+    slots = 13 if quotas[0] == 9 else 8
+    with pytest.raises(UserError) as caught:
+        Replay(GEOMETRY, ReplaySettings(slots, scope="per-layer", quotas=quotas))
+    assert says in complaint(caught)
+
+
+def test_quotas_of_a_global_budget():
+    with pytest.raises(UserError, match="--scope per-layer"):
+        ReplaySettings(8, quotas=(3, 3, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prefetch": "top1", "lookahead": 1, "lookaheads": (1,)},
+        {"prefetch": "oracle"},
+        {"device": ticking(1)},
+        {"warm_start": True},
+        {"prefill_chunk": 4},
+        {"batch_size": 2},
+        {"window": 2},
+        {"policy": "belief"},
+        {"policy": "moe_spac"},
+        {"policy": "moe_infinity", "lookaheads": (1,)},
+    ],
+)
+def test_what_does_not_go_access_by_access(change: dict):
+    with pytest.raises(UserError) as caught:
+        ReplaySettings(8, sequential=True, **change)
+    assert "--sequential" in complaint(caught)
+
+
+@pytest.mark.parametrize("settings", [ReplaySettings(8, policy="static"), ReplaySettings(8, warm_start=True)])
+def test_what_needs_a_profile(settings: ReplaySettings):
+    with pytest.raises(UserError) as caught:
+        Replay(GEOMETRY, settings)
+    assert "--profile" in complaint(caught)
+    Replay(GEOMETRY, settings, Profile(np.full((3, 8), 0.25), default_hazard())).add(EXPERTS)
+
+
+def test_a_profile_of_another_model():
+    with pytest.raises(UserError) as caught:
+        Replay(GEOMETRY, ReplaySettings(8), Profile(np.full((3, 7), 0.25), default_hazard()))
+    assert "(3, 7)" in complaint(caught)
+
+
+ONE_AHEAD = ReplaySettings(8, prefetch="top1", lookahead=1, lookaheads=(1,))
 
 
 def test_a_sequence_without_scores():
     with pytest.raises(UserError) as caught:
-        Replay(GEOMETRY, ReplaySettings(8, prefetch="top1", lookahead=1)).add(EXPERTS)
-    assert "needs scores" in complaint(caught)
+        Replay(GEOMETRY, ONE_AHEAD).add(EXPERTS)
+    assert "scores" in complaint(caught)
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 7), (3, 3, 8), (5, 3, 8), (4, 8, 3), (4, 8), (1, 4, 3, 8)])
+def test_scores_of_other_lookaheads():
+    with pytest.raises(UserError) as caught:
+        Replay(GEOMETRY, ONE_AHEAD).add(EXPERTS, np.zeros((4, 2, 3, 8), np.float32))
+    assert "1 lookaheads" in complaint(caught)
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 1, 3, 7), (3, 1, 3, 8), (5, 1, 3, 8), (4, 1, 8, 3), (4, 3, 8), (4, 8), (1, 4, 1, 3, 8)]
+)
 def test_scores_of_another_shape(shape: tuple[int, ...]):
-    replay = Replay(GEOMETRY, ReplaySettings(8, prefetch="top1", lookahead=1))
+    replay = Replay(GEOMETRY, ONE_AHEAD)
     with pytest.raises(UserError) as caught:
         replay.add(EXPERTS, np.zeros(shape, np.float32))
     assert str(shape) in complaint(caught)
-    assert "(4, 3, 8)" in complaint(caught)
-    assert not replay.counts.any()  # nothing of it was counted
+    assert "(T, H, L, E)" in complaint(caught)
+    assert not replay.counts().any()  # nothing of it was counted
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.01, 1.01])
 def test_scores_that_are_no_probabilities(value: float):
-    scores = np.full((4, 3, 8), 0.5, np.float32)
-    scores[3, 2, 7] = value
-    replay = Replay(GEOMETRY, ReplaySettings(8, prefetch="top1", lookahead=1))
+    scores = np.full((4, 1, 3, 8), 0.5, np.float32)
+    scores[3, 0, 2, 7] = value
+    replay = Replay(GEOMETRY, ONE_AHEAD)
     with pytest.raises(UserError) as caught:
         replay.add(EXPERTS, scores)
     assert "0..1" in complaint(caught)
-    assert not replay.counts.any()
+    assert not replay.counts().any()
 
 
-def test_belady_must_be_told_the_future():
+@pytest.mark.parametrize("shape", [(4, 3, 3), (4, 2, 2), (4, 6), (4,)])
+def test_experts_of_another_shape(shape: tuple[int, ...]):
+    with pytest.raises(UserError) as caught:
+        Replay(GEOMETRY, ReplaySettings(8)).add(np.zeros(shape, np.uint8))
+    assert str(shape) in complaint(caught)
+
+
+@pytest.mark.parametrize("expert", [-1, 8, 255])
+def test_an_expert_that_the_model_does_not_have(expert: int):
+    experts = EXPERTS.astype(np.int64)
+    experts[2, 1, 0] = expert
+    with pytest.raises(UserError, match=r"0\.\.7"):
+        Replay(GEOMETRY, ReplaySettings(8)).add(experts)
+
+
+# Two tokens that share no expert demand four in a layer.
+APART = np.array([[[0, 1]] * 3, [[2, 3]] * 3, [[0, 1]] * 3, [[2, 3]] * 3], np.uint8)
+
+
+@pytest.mark.parametrize("change", [{"prefill_chunk": 2}, {"window": 2}, {"batch_size": 2}])
+@pytest.mark.parametrize(("scope", "slots"), [("global", 3), ("per-layer", 11)])
+def test_fewer_slots_than_a_step_of_several_tokens_demands(change: dict, scope: str, slots: int):
+    def replayed(slots: int) -> None:
+        replay = Replay(GEOMETRY, ReplaySettings(slots, policy="lfu", scope=scope, **change))
+        replay.add(APART, decode_start=4)
+        replay.add(APART[[1, 0, 1, 0]], decode_start=4)
+        replay.result()
+
+    with pytest.raises(UserError) as caught:
+        replayed(slots)
+    assert "4" in complaint(caught)
+    replayed(slots + 1)
+
+
+@pytest.mark.parametrize("policy", ["belady", "belady_bypass"])
+def test_belady_must_be_told_the_future(policy: str):
     with pytest.raises(ValueError, match="future"):
-        Cache(GEOMETRY, 8, "belady")
+        Cache(GEOMETRY, 8, policy)
+    with pytest.raises(ValueError, match="whole stream"):
+        Replay(GEOMETRY, ReplaySettings(8, policy=policy, carry_over=True))

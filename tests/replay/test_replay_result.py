@@ -1,10 +1,11 @@
 """The record of a replay."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from cache_cases import replay, scored, small_geometry
+from cache_cases import TICK, replay, scored, small_geometry, ticking
 from reference_cache import COUNTERS
 
 from moe_beyond.replay import Replay, ReplaySettings, Result
@@ -19,7 +20,7 @@ KEYS = (
 # ask a0: comes. a0H. Ask b0: comes. b1M: a0 b0 b1. | ask a1: comes, drops a0 (oldest). a0M drops b0, wasted.
 # Ask b2: comes, drops b1 (a0 computes). b2H. a1 stays, wasted.
 GEOMETRY = small_geometry(2, 4, 1)
-SETTINGS = ReplaySettings(3, prefetch="top1", lookahead=1, predictor="guess")
+SETTINGS = ReplaySettings(3, prefetch="top1", lookahead=1, lookaheads=(1,), predictor="guess")
 EXPERTS = [[[0], [1]], [[0], [2]]]
 SCORES = scored(GEOMETRY, [[[0], [0]], [[1], [2]]])
 
@@ -42,6 +43,7 @@ def test_keys_and_values(result: Result):
         "prefetch": "top1",
         "predictor": "guess",
         "lookahead": 1,
+        "leaks": False,
         "causal": True,
         "scope": "global",
         "budget_slots": 3,
@@ -79,8 +81,13 @@ def test_layers_add_up(result: Result):
     ("settings", "strategy", "lookahead"),
     [
         (ReplaySettings(4, policy="belady"), "belady", None),
-        (ReplaySettings(4, policy="lfu", prefetch="top2@3", lookahead="token"), "lfu + top2@3", "token"),
-        (ReplaySettings(4, prefetch="top2", lookahead=0), "lru + top2", 0),
+        (
+            ReplaySettings(4, policy="lfu", prefetch="top2@3", lookahead="token", lookaheads=("token",)),
+            "lfu + top2@3",
+            "token",
+        ),
+        (ReplaySettings(4, prefetch="top2", lookahead=0, lookaheads=(0,)), "lru + top2", 0),
+        (ReplaySettings(4, policy="belief", lookaheads=(1,), name="ours"), "ours", None),
     ],
 )
 def test_what_was_asked_for_is_on_record(settings: ReplaySettings, strategy: str, lookahead):
@@ -106,3 +113,43 @@ def test_a_result_is_of_what_was_added_so_far(result: Result):
     assert first == result
     assert replaying.result().accesses == 2 * first.accesses
     assert replaying.result().hit_rate == first.hit_rate
+
+
+TIMES = (
+    "device, bytes_per_token, stall_ms_per_token, compute_ms_per_token, tokens_per_second, token_ms_p50, token_ms_p95, "
+    "token_ms_p99, prefill_ms, link_ms_per_token"
+).split(", ")
+
+
+def test_without_a_device_there_are_no_times(result: Result):
+    assert not set(TIMES) & set(result.to_json())
+    assert result.device is None
+    assert result.tokens_per_second is None
+    assert "note" not in result.to_json()
+
+
+def test_times(result: Result):
+    # Ticks: a transfer 2, else 1 each. Slots 3. Token 1: ask a0 at 0: crosses from 0 to 2. a0 is late at 1, there at 2,
+    # through at 3. b0, asked for at 1, crosses from 2 to 4. b is routed at 4: b1 is missing, there at 6, through at 7.
+    # Token 2: at 7 ask a1: it drops a0 (oldest), crosses from 7 to 9. a0 is missing at 8: there at 11 and drops b0,
+    # through at 12. b2, asked for at 8, crosses from 11 to 13, drops b1. b is routed at 13: a hit. Through at 14.
+    # Token 1 takes 7, of those 3 stall (1 and 2); token 2 takes 7, of those 3 stall. Six transfers.
+    settings = replace(SETTINGS, device=ticking(2), bits=8.0, note="by hand")
+    written = replay(GEOMETRY, settings, EXPERTS, SCORES).to_json()
+    assert list(written)[: len(KEYS)] == list(result.to_json())[: len(KEYS)]
+    assert {name: written[name] for name in (*TIMES, "note")} == {
+        "device": "ticking",
+        "bytes_per_token": 6e9 / 2,
+        "stall_ms_per_token": 3 * TICK * 1e3,
+        "compute_ms_per_token": 4 * TICK * 1e3,
+        "tokens_per_second": 2 / (14 * TICK),
+        "token_ms_p50": 7 * TICK * 1e3,
+        "token_ms_p95": 7 * TICK * 1e3,
+        "token_ms_p99": 7 * TICK * 1e3,
+        "prefill_ms": None,
+        "link_ms_per_token": 6 * TICK * 1e3,
+        "note": "by hand",
+    }
+    counted = ("hits", "late_hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches")
+    assert [written[name] for name in counted] == [1, 1, 2, 2, 4, 1]
+    assert json.loads(json.dumps(written, allow_nan=False)) == written

@@ -1,0 +1,319 @@
+"""Devices as far as time depends on them: the link an expert crosses, the memory it is computed from."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from moe_beyond.errors import UserError, unknown
+from moe_beyond.files import read_json
+from moe_beyond.geometry import Geometry
+
+PINNED_US = 20.0
+"""What starting a copy out of pinned host memory takes: 10 to 30 us."""
+FLASH_US = 100.0
+"""What starting a read from flash takes: an assumption."""
+
+_TEXTS = ("name", "source")
+_FROM_ZERO = ("link_latency_us", "flash_latency_us")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine with too little memory for all experts; GB are 1e9 bytes.
+
+    Attributes:
+        name: What results call it.
+        link_gb_per_s: Bandwidth of the link that an expert crosses to be computed: PCIe from host memory to a discrete
+            GPU, or the flash of a device whose memory is unified.
+        link_latency_us: Time before the first byte of a transfer moves.
+        memory_gb: GPU or unified memory; for information.
+        memory_gb_per_s: Bandwidth at which computing reads weights.
+        host_memory_gb: Host memory for experts behind the link, the others being on flash; None: one tier, every
+            expert waits right behind the link.
+        flash_gb_per_s: Bandwidth from flash to host memory; None with one tier.
+        flash_latency_us: Time before the first byte of a flash read moves; 0 with one tier.
+        other_ms: Measured time of a layer besides its routed experts, instead of the estimate.
+        expert_ms: Measured time of one routed expert, instead of the estimate.
+        source: Where the numbers come from.
+    """
+
+    name: str
+    link_gb_per_s: float
+    link_latency_us: float
+    memory_gb: float
+    memory_gb_per_s: float
+    host_memory_gb: float | None = None
+    flash_gb_per_s: float | None = None
+    flash_latency_us: float = 0.0
+    other_ms: float | None = None
+    expert_ms: float | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            UserError: One is no number, not finite or not positive, or one of host memory and flash is missing.
+        """
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise UserError(f"device: {name} must be text, not {getattr(self, name)!r}")
+        if not self.name:
+            raise UserError("device: name is empty")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _TEXTS or (value is None and field.default is None):
+                continue
+            if not _is_number(value) or value < 0 or (value == 0 and field.name not in _FROM_ZERO):
+                least = "from 0" if field.name in _FROM_ZERO else "above 0"
+                raise UserError(f"device {self.name!r}: {field.name} must be a finite number {least}, not {value!r}")
+        if (self.host_memory_gb is None) != (self.flash_gb_per_s is None):
+            given = "host_memory_gb" if self.flash_gb_per_s is None else "flash_gb_per_s"
+            raise UserError(f"device {self.name!r}: {given} alone; host_memory_gb and flash_gb_per_s go together")
+        if self.flash_gb_per_s is None and self.flash_latency_us:
+            raise UserError(f"device {self.name!r}: flash_latency_us needs host_memory_gb and flash_gb_per_s")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dictionary that `load_device` reads from a file."""
+        return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    """Tell a finite number from everything else, ``True`` and integers past a float's range too."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _behind_pcie(name: str, link: float, memory: float, bandwidth: float, source: str) -> Device:
+    """Describe a discrete GPU with enough pinned host memory."""
+    return Device(name, link, PINNED_US, memory, bandwidth, source=f"{source}; latency: pinned copies, 10-30 us")
+
+
+def _on_flash(name: str, flash: float, memory: float, bandwidth: float, source: str) -> Device:
+    """Describe a device with unified memory, whose misses are flash reads."""
+    return Device(name, flash, FLASH_US, memory, bandwidth, source=f"{source}; latency: an assumption")
+
+
+_PCIE3 = "link: PCIe 3.0 x16, 15.75 raw, 12-13 pinned (hpc-notes.pages.dev/reference/pcie)"
+_PCIE4 = "link: PCIe 4.0 x16, 31.5 raw, 25.6-26 measured (tinygrad/open-gpu-kernel-modules#6), 20.9 (clpeak#106)"
+_PCIE4_X8 = "link: PCIe 4.0 x8 (general knowledge), 15.75 raw, 12-13 pinned"
+_PCIE5 = "link: PCIe 5.0 x16, 63 raw, about 50 measured (colibri#537)"
+_RTX4060_LAPTOP = f"{_PCIE4_X8}; memory: data-check.eu, alldbin"
+_RTX4090 = "memory: notebookcheck (general knowledge)"
+_NVIDIA = "memory: NVIDIA's brief (general knowledge)"
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        _behind_pcie("rtx3060", 25, 12, 360, f"{_PCIE4}; memory: rtechsl.com"),
+        _behind_pcie("rtx4060-laptop", 12, 8, 256, _RTX4060_LAPTOP),
+        replace(
+            _behind_pcie("rtx4060-laptop-16gb", 12, 8, 256, _RTX4060_LAPTOP),
+            host_memory_gb=12.0,
+            flash_gb_per_s=6.0,
+            flash_latency_us=FLASH_US,
+            source=f"{_RTX4060_LAPTOP}; host: 16 GB less 4 for the system, an assumption; flash: NVMe Gen4, 6-7 "
+            "nominal; latencies: pinned copies, 10-30 us, and for flash an assumption",
+        ),
+        _behind_pcie("rtx4060", 12, 8, 272, f"{_PCIE4_X8}; memory: general knowledge"),
+        _behind_pcie("rtx4090", 25, 24, 1008, f"{_PCIE4}; {_RTX4090}"),
+        _behind_pcie("rtx4090-laptop", 25, 16, 576, f"{_PCIE4}; {_RTX4090}"),
+        _behind_pcie("pcie3-desktop", 12, 24, 1008, f"{_PCIE3}; memory: that of rtx4090, whatever the card"),
+        _behind_pcie("pcie5-desktop", 50, 24, 1008, f"{_PCIE5}; memory: that of rtx4090, whatever the card"),
+        _on_flash(
+            "jetson-orin-nano",
+            2.5, 8, 68,
+            "flash: NVMe on PCIe 3.0 x4, about 2.5-3; memory: NVIDIA's Orin Nano datasheet",
+        ),
+        _on_flash(
+            "jetson-orin-nano-super",
+            2.5, 8, 102,
+            "flash: NVMe on PCIe 3.0 x4, about 2.5-3; memory: datasheet of December 2024 (brojogopalsapui.com)",
+        ),
+        _on_flash("jetson-orin-nx", 3, 16, 102.4, f"flash: NVMe, as jetson-agx-orin; {_NVIDIA}"),
+        _on_flash(
+            "jetson-agx-orin",
+            3, 32, 204.8,
+            f"flash: an SSD of 7 nominal, about 3 measured (HOBBIT, arXiv 2411.01433); {_NVIDIA}",
+        ),
+        _on_flash(
+            "raspberry-pi-5",
+            0.84, 8, 17,
+            "flash: NVMe on PCIe 3.0 x1, 0.837 measured (evezone.evetech.co.za); memory: general knowledge",
+        ),
+        _on_flash(
+            "raspberry-pi-5-microsd",
+            0.085, 8, 17,
+            "flash: microSD, 0.04-0.085 (iambillmeyer.com); memory: general knowledge",
+        ),
+        _on_flash(
+            "phone-ufs3",
+            2.1, 8, 51.2,
+            "flash: UFS 3.1, sequential, Samsung's specification; memory: 64 bits of LPDDR5-6400 (general knowledge)",
+        ),
+        _on_flash(
+            "phone-ufs4",
+            4, 16, 76.8,
+            "flash: UFS 4.0 of a Snapdragon 8 Gen 3, sequential, measured (PowerInfer-2; 3.5 at random in 512 KB); "
+            "memory: 64 bits of LPDDR5X-9600 (general knowledge)",
+        ),
+        _on_flash(
+            "macbook-air-m1",
+            2.7, 8, 68,
+            "flash: 2.7-3.0 (macrumors 2020-11-16, eggfreckles.net); memory: general knowledge",
+        ),
+        _on_flash(
+            "macbook-air-m3", 3, 16, 100, "flash: 2.9-3.0 (Ars Technica 2024-03-12); memory: general knowledge"
+        ),
+        _on_flash("m1-pro", 5.3, 16, 200, "flash: 5.3-5.8 (webinfobuzz.com); memory: general knowledge"),
+        _on_flash("m4-max", 7, 48, 546, "flash: about 7 (bytebuys.com, a weak source); memory: general knowledge"),
+        _on_flash(
+            "rk3588-emmc",
+            0.3, 16, 34,
+            "flash: eMMC, about 0.3 (arXiv 2609.04238); memory: 64 bits of LPDDR4X-4267 (forum.radxa.com/t/19293)",
+        ),
+    )
+}  # fmt: skip
+"""Presets by name."""
+
+_FIELDS = {field.name: field for field in fields(Device)}
+
+
+def load_device(text: str) -> Device:
+    """Find a device.
+
+    Args:
+        text: A key of `DEVICES`, or the path of a ``.json`` file with the fields of `Device` (and perhaps ``base``, a
+            key of `DEVICES` that has the others); either may be followed by ``,FIELD=VALUE`` any number of times.
+
+    Returns:
+        The device. Changed fields show in its name and source, unless they were given too.
+
+    Raises:
+        UserError: No device or field has that name, or a value is none.
+
+    Example:
+        >>> load_device("rtx3060").link_gb_per_s
+        25
+        >>> load_device("rtx3060,link_gb_per_s=12.5").name
+        'rtx3060,link_gb_per_s=12.5'
+    """
+    start, *changes = text.split(",")
+    device = _read(start) if start.endswith(".json") else _preset(start)
+    given: dict[str, str] = {}
+    for change in changes:
+        field, equals, value = (part.strip() for part in change.partition("="))
+        if not equals:
+            raise UserError(f"device {text!r}: {change!r} cannot be read; write FIELD=VALUE")
+        _known_field(field)
+        if field in given:
+            raise UserError(f"device {text!r}: {field} is given twice")
+        given[field] = value
+    words = ",".join(f"{field}={value}" for field, value in given.items() if field not in _TEXTS)
+    if words:
+        device = replace(device, name=f"{device.name},{words}", source=_changed(device.source, f"{words} by hand"))
+    values: dict[str, Any] = {
+        field: value if field in _TEXTS else _number(text, field, value) for field, value in given.items()
+    }
+    return replace(device, **values)
+
+
+def _preset(name: str) -> Device:
+    if name not in DEVICES:
+        raise unknown("device", name, DEVICES)
+    return DEVICES[name]
+
+
+def _known_field(name: str) -> None:
+    if name not in _FIELDS:
+        raise unknown("device field", name, _FIELDS)
+
+
+def _number(text: str, field: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"device {text!r}: {field} must be a number, not {value!r}") from error
+
+
+def _changed(source: str, what: str) -> str:
+    return f"{source}; {what}" if source else what
+
+
+def _read(path: str) -> Device:
+    """Read a device from a JSON file."""
+    content = read_json(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds no device (a JSON object of its fields)")
+    given = {**content}
+    base = given.pop("base", None)
+    try:
+        for field in given:
+            _known_field(field)
+        if base is not None and not isinstance(base, str):
+            raise UserError(f"base must be the name of a device, not {base!r}")
+        start = {} if base is None else _preset(base).to_json()
+        source = _changed(start.get("source", ""), f"from {Path(path).name}")
+        values = {**start, "name": Path(path).stem, "source": source, **given}
+        if missing := [name for name, field in _FIELDS.items() if field.default is MISSING and name not in values]:
+            raise UserError(f'{", ".join(missing)} missing; give them, or a device to start from as "base"')
+        return Device(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def transfer_seconds(device: Device, expert_bytes: float) -> float:
+    """Return the time that one expert takes across the link."""
+    return device.link_latency_us * 1e-6 + expert_bytes / (device.link_gb_per_s * 1e9)
+
+
+def flash_seconds(device: Device, expert_bytes: float) -> float:
+    """Return the time that one expert takes from flash to host memory; 0 with one tier."""
+    if device.flash_gb_per_s is None:
+        return 0.0
+    return device.flash_latency_us * 1e-6 + expert_bytes / (device.flash_gb_per_s * 1e9)
+
+
+def other_seconds(device: Device, geometry: Geometry, bits: float) -> float:
+    """Return the time of an MoE layer besides its routed experts, for one token.
+
+    Args:
+        device: Its `other_ms`, or else the layer's other weights read once at its memory bandwidth.
+        geometry: The model.
+        bits: Bits per parameter.
+    """
+    if device.other_ms is not None:
+        return device.other_ms * 1e-3
+    return geometry.other_params_per_layer * bits / 8 / (device.memory_gb_per_s * 1e9)
+
+
+def expert_seconds(device: Device, geometry: Geometry, bits: float) -> float:
+    """Return the time of one resident routed expert, for one token.
+
+    Args:
+        device: Its `expert_ms`, or else the expert's weights read once at its memory bandwidth.
+        geometry: The model.
+        bits: Bits per parameter.
+    """
+    if device.expert_ms is not None:
+        return device.expert_ms * 1e-3
+    return geometry.params_per_expert * bits / 8 / (device.memory_gb_per_s * 1e9)
+
+
+def resident_seconds(device: Device, geometry: Geometry, bits: float) -> float:
+    """Return the time of one token in all MoE layers, were every expert resident."""
+    experts = geometry.top_k * expert_seconds(device, geometry, bits)
+    return geometry.num_layers * (other_seconds(device, geometry, bits) + experts)
+
+
+def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
+    """Count the experts that host memory holds; all of them with one tier."""
+    if device.host_memory_gb is None:
+        return geometry.total_experts
+    room = Fraction(str(device.host_memory_gb)) * 10**9 * 8
+    return min(geometry.total_experts, math.floor(room / (geometry.params_per_expert * Fraction(bits))))

@@ -1,0 +1,163 @@
+"""A sequence, or several that go together, as steps and events."""
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_beyond.cache.inputs import Stream
+from moe_beyond.cache.steps import Steps
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.replay.settings import ReplaySettings
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What one sequence was routed to, and what was predicted of it.
+
+    Attributes:
+        geometry: The model.
+        experts: ``(T, L, K)`` expert ids.
+        scores: ``(T, H, L, E)`` float32 probabilities, or None.
+        decode_start: The first token that the model wrote itself.
+    """
+
+    geometry: Geometry
+    experts: npt.NDArray[np.integer]
+    scores: npt.NDArray[np.float32] | None = None
+    decode_start: int = 0
+    _made: dict[tuple[int, ...], "Group"] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check shapes and values.
+
+        Raises:
+            UserError: The experts do not fit the model, or the scores the sequence, or are no probabilities.
+        """
+        layers, experts, top_k = self.geometry.shape()
+        if self.experts.ndim != 3 or self.experts.shape[1:] != (layers, top_k):
+            raise UserError(f"experts have shape {self.experts.shape}, expected (T, {layers}, {top_k})")
+        if len(self.experts) and (self.experts.min() < 0 or self.experts.max() >= experts):
+            raise UserError(f"an expert id is out of range 0..{experts - 1}")
+        if not np.diff(np.sort(self.experts, axis=-1), axis=-1).all():
+            raise UserError("an expert is named twice in one event")
+        if self.scores is not None:
+            expected = (len(self.experts), self.scores.shape[1] if self.scores.ndim == 4 else -1, layers, experts)
+            if self.scores.shape != expected:
+                raise UserError(f"scores have shape {self.scores.shape}, expected (T, H, L, E) = {expected}")
+            if self.scores.size and not (
+                np.isfinite(self.scores).all() and self.scores.min() >= 0 and self.scores.max() <= 1
+            ):
+                raise UserError("scores are not all finite and within 0..1")
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.experts)
+
+    @cached_property
+    def ids(self) -> Ints:
+        """``(T, L, K)`` experts as ``layer * E + expert``, in the router's order."""
+        base = np.arange(self.geometry.num_layers)[:, None] * self.geometry.num_experts
+        return self.experts.astype(np.int64) + base
+
+    def steps_of_tokens(self, settings: ReplaySettings) -> Ints:
+        """Return the number of the step that each token belongs to: ``(T,)``, from 0."""
+        chunk = settings.prefill_chunk
+        read = min(self.decode_start, len(self)) if chunk else 0
+        chunked = np.arange(read) // max(chunk, 1)
+        steps = -(-read // max(chunk, 1))
+        return np.concatenate([chunked, steps + np.arange(len(self) - read) // settings.window])
+
+    def alone(self, settings: ReplaySettings) -> "Group":
+        """Return the sequence by itself; replays that step it alike share the work."""
+        key = (settings.prefill_chunk, settings.window, settings.sequential)
+        if key not in self._made:
+            self._made[key] = Group([self], settings)
+        return self._made[key]
+
+
+class Group:
+    """Sequences whose steps go together, one by one.
+
+    Args:
+        members: The sequences, each at least one token long.
+        settings: How they are stepped.
+
+    Attributes:
+        stream: Their demands.
+        tokens: ``(n,)`` int64, for how many tokens each expert is demanded.
+        first: ``(S,)`` int64, the place in its sequence of the first token of each step.
+        size: ``(S,)`` int64, how many tokens each step has.
+        decoding: ``(S,)`` bool, whether they were written by the model, or are treated as if.
+    """
+
+    def __init__(self, members: Many[Sequence], settings: ReplaySettings) -> None:
+        self._members = members
+        geometry = members[0].geometry
+        layers, experts, top_k = geometry.shape()
+        self._step_of = [member.steps_of_tokens(settings) for member in members]
+        length = max(int(steps[-1]) + 1 for steps in self._step_of)
+        self.size: Ints = np.sum([np.bincount(steps, minlength=length) for steps in self._step_of], axis=0)
+        longest = max(zip(members, self._step_of, strict=True), key=lambda pair: pair[1][-1])
+        self.first = np.searchsorted(longest[1], np.arange(length))
+        read = longest[0].decode_start if settings.prefill_chunk else 0
+        self.decoding = self.first >= read
+        if settings.sequential:
+            ids = members[0].ids.ravel()
+            self.stream = Stream(ids, np.arange(len(ids) + 1))
+            self.tokens = np.ones(len(ids), np.int64)
+        elif (self.size == 1).all():
+            ids = np.sort(members[0].ids, axis=-1).ravel()
+            self.stream = Stream(ids, np.arange(length * layers + 1) * top_k)
+            self.tokens = np.ones(len(ids), np.int64)
+        else:
+            total = geometry.total_experts
+            keys = np.concatenate(
+                [(s[:, None, None] * total + m.ids).ravel() for m, s in zip(members, self._step_of, strict=True)]
+            )
+            keys, self.tokens = np.unique(keys, return_counts=True)
+            events = np.bincount(keys // experts, minlength=length * layers)
+            self.stream = Stream(keys % total, np.concatenate([[0], np.cumsum(events)]))
+
+    def steps(self, settings: ReplaySettings) -> Steps:
+        """Return the steps with what is known of them, and which count."""
+        layers = settings.slices(self._members[0].geometry.num_layers)
+        return Steps(
+            ids=self.stream.ids,
+            offsets=self.stream.offsets,
+            tokens=self.tokens,
+            scores=self._scores(len(layers)),
+            lookaheads=layers,
+            computed=settings.available == "computed",
+            counted=self.first >= settings.warmup_tokens,
+        )
+
+    def _scores(self, slices: int) -> npt.NDArray[np.float32]:
+        """Return ``(S, H, L, E)``: the probability that any token of a step uses an expert.
+
+        Where a step has several tokens of one sequence nothing is known: a score of any but the first uses what the
+        tokens before it were routed to.
+        """
+        layers, experts, _ = self._members[0].geometry.shape()
+        length = len(self.size)
+        if slices == 0:
+            return np.zeros((length, 0, layers, experts), np.float32)
+        found = [member.scores for member in self._members]
+        for scores in found:
+            if scores is None or scores.shape[1] != slices:
+                have = 0 if scores is None else scores.shape[1]
+                raise UserError(f"scores of {slices} lookaheads are needed, and the sequence has {have}")
+        if len(found) == 1 and found[0] is not None and len(found[0]) == length:
+            return found[0]
+        unused = np.ones((length, slices, layers, experts), np.float32)
+        for scores, steps in zip(found, self._step_of, strict=True):
+            assert scores is not None
+            alone = np.bincount(steps, minlength=length)[steps] == 1
+            unused[steps[alone]] *= 1 - scores[alone]
+            unused[steps[~alone]] = np.nan
+        return 1 - unused
