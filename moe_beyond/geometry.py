@@ -316,6 +316,8 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
         if "." in number:
             raise UserError(f"budget {budget!r}: a number of slots is whole; write {number}% for a share")
         slots = int(number)
+    elif unit == "%" and Fraction(number) > 100:
+        raise UserError(f"budget {budget!r} is more than all {geometry.total_experts} experts")
     elif unit == "%":
         slots = math.floor(Fraction(number) * geometry.total_experts / 100)
     else:

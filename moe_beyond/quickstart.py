@@ -24,10 +24,11 @@ from moe_beyond.collect.recorder import recording
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder
-from moe_beyond.evaluation.strategies import strategies
+from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots, geometry_from_config
 from moe_beyond.published import checkpoints_folder
+from moe_beyond.replay import ReplaySettings
 from moe_beyond.report.plots import plot_budgets
 from moe_beyond.report.results import metrics_table, results_table
 from moe_beyond.tasks import CrossLayer
@@ -81,14 +82,10 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
 def _replay(traces: TraceSet, predictor: Path) -> Evaluation:
     source, geometry = from_predictor_folder(predictor), traces.geometry
     budgets = (*BUDGETS, *(f"{tenth}0%" for tenth in range(1, 11)))
-    asked = strategies(
-        sorted({budget_slots(budget, geometry) for budget in budgets}),
-        policies=("lru",),
-        prefetches=(f"top{geometry.top_k}",),
-        lookaheads=source.lookaheads[:1],
-        predictor="cross_layer",
-    )
-    return evaluate(traces, asked, "validation", source)
+    slots = sorted({budget_slots(budget, geometry) for budget in budgets})
+    common = ReplaySettings(geometry.total_experts, bits=traces.manifest.quantization_bits)
+    asked = combinations(common, slots, ("belief", "lru"), (f"top{geometry.top_k}",), source, source.lookaheads[:1])
+    return evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
 
 
 def record(folder: Path) -> TraceSet:

@@ -16,10 +16,9 @@ from moe_beyond.traces.statistics import activation_counts
 ROOT = Path(__file__).parents[1]
 
 
-def best_at(results: list[dict], slots: int, prefetch: bool) -> dict:
-    """The LRU line at a budget, with or without prefetch."""
-    lines = [r for r in results if r["budget_slots"] == slots and r["policy"] == "lru"]
-    return next(r for r in lines if (r["prefetch"] != "none") == prefetch)
+def line_at(results: list[dict], slots: int, strategy: str) -> dict:
+    """The line of a strategy at a budget."""
+    return next(r for r in results if (r["budget_slots"], r["strategy"]) == (slots, strategy))
 
 
 @pytest.mark.slow
@@ -29,12 +28,15 @@ def test_the_quickstart_beats_lru(tmp_path: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert "1/3 record" in said
     assert "lru + top3" in said
+    assert "belief + top3" in said
     found = json.loads((tmp_path / "q.json").read_text())
     assert found == json.loads((out / "results.json").read_text())
     for slots in (48, 96):
-        ours, lru = best_at(found["results"], slots, True), best_at(found["results"], slots, False)
-        assert ours["hits"] > lru["hits"]
-        assert ours["accesses"] == lru["accesses"]
+        names = ("belief + top3", "lru + top3", "lru", "belady", "static_hindsight")
+        belief, lru_ahead, lru, belady, fixed = (line_at(found["results"], slots, name) for name in names)
+        assert belief["hits"] > lru_ahead["hits"] > lru["hits"]
+        assert belady["hits"] > lru["hits"]
+        assert len({r["accesses"] for r in (belief, lru_ahead, lru, belady, fixed)}) == 1
     assert (out / "hits.png").read_bytes().startswith(b"\x89PNG")
     traces = TraceSet(str(out / "traces"))
     assert traces.geometry.shape() == (8, 24, 3)

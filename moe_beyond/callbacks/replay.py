@@ -5,12 +5,15 @@ from typing import Any
 import lightning as L
 import torch
 
+from moe_beyond.cache.prefetchers.plan import SCORED, parse_prefetch
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.strategies import REFERENCES
 from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.replay import Replay, ReplaySettings
+from moe_beyond.replay.devices import load_device
+from moe_beyond.replay.sequence import Sequence
 from moe_beyond.tasks.base import PredictorTask
 
 
@@ -19,16 +22,18 @@ class CacheReplay(L.Callback):
 
     Logs ``val/hit_rate`` and ``val/bytes_ratio`` of the policy with prefetch, and beside them those of LRU and Belady
     without: ``val/lru_hit_rate``, ``val/lru_bytes_ratio``, ``val/belady_hit_rate``, ``val/belady_bytes_ratio``. A
-    `ModelCheckpoint` can monitor any of them. The sanity check is skipped.
+    `ModelCheckpoint` can monitor any of them. With a device also ``tokens_per_second`` of each. The sanity check is
+    skipped.
 
     Args:
         budget: Memory for experts: ``10%``, ``166`` (slots), ``2.9GB`` or ``2.7GiB``.
         policy: Eviction policy.
         prefetch: Prefetcher; ``top<K>`` by default, with the model's K.
-        lookahead: Which of the predictor's lookaheads to replay; its first by default.
+        lookahead: Which of the predictor's lookaheads to ask by; its first by default.
         scope: ``global`` or ``per-layer``.
         warmup_tokens: Tokens at a sequence's start that do not count.
         first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
+        device: A preset of `moe-beyond devices`, or a JSON file, for times.
     """
 
     def __init__(
@@ -40,11 +45,12 @@ class CacheReplay(L.Callback):
         scope: str = "global",
         warmup_tokens: int = 0,
         first_layer_prefetch: bool = True,
+        device: str | None = None,
     ) -> None:
         self.budget, self.policy, self.prefetch = budget, policy, prefetch
         self.lookahead: Lookahead | None = None if lookahead is None else parse_lookahead(lookahead)
         self.scope, self.warmup_tokens, self.first_layer_prefetch = scope, warmup_tokens, first_layer_prefetch
-        self._slice = 0
+        self.device = None if device is None else load_device(device)
         self._strategies: dict[str, ReplaySettings] = {}
         self._replays: dict[str, Replay] = {}
 
@@ -61,16 +67,20 @@ class CacheReplay(L.Callback):
         if lookahead not in lookaheads:
             known = ", ".join(map(str, lookaheads))
             raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; it has {known}")
-        self._slice = lookaheads.index(lookahead)
         common: dict[str, Any] = {
             "slots": budget_slots(self.budget, predictor.geometry, manifest.quantization_bits),
             "scope": self.scope,
             "warmup_tokens": self.warmup_tokens,
+            "device": self.device,
+            "bits": manifest.quantization_bits,
         }
+        prefetch = self.prefetch or f"top{predictor.geometry.top_k}"
         replayed = ReplaySettings(
             policy=self.policy,
-            prefetch=self.prefetch or f"top{predictor.geometry.top_k}",
-            lookahead=lookahead,
+            prefetch=prefetch,
+            lookahead=lookahead if parse_prefetch(prefetch).kind == SCORED else None,
+            lookaheads=lookaheads,
+            available=predictor.information.available,
             predictor=predictor.architecture,
             causal=predictor.information.causal,
             first_layer_prefetch=self.first_layer_prefetch,
@@ -104,11 +114,12 @@ class CacheReplay(L.Callback):
         """Replay a batch's sequences with the probabilities that the step returned."""
         if trainer.sanity_checking:
             return
-        scores = outputs[:, :, self._slice].float().cpu().numpy()
-        experts = batch.experts.cpu().numpy()
+        scores, experts = outputs.float().cpu().numpy(), batch.experts.cpu().numpy()
+        geometry = next(iter(self._replays.values())).geometry
         for row, length in enumerate(batch.lengths.tolist()):
+            sequence = Sequence(geometry, experts[row, :length], scores[row, :length])
             for replaying in self._replays.values():
-                replaying.add(experts[row, :length], scores[row, :length])
+                replaying.add_sequence(sequence)
 
     def on_test_batch_end(
         self,
@@ -136,3 +147,5 @@ class CacheReplay(L.Callback):
             result = replaying.result()
             task.log(f"{stage}/{name}hit_rate", torch.tensor(result.hit_rate), prog_bar=not name)
             task.log(f"{stage}/{name}bytes_ratio", torch.tensor(result.bytes_ratio), prog_bar=not name)
+            if result.tokens_per_second is not None:
+                task.log(f"{stage}/{name}tokens_per_second", torch.tensor(result.tokens_per_second))

@@ -39,6 +39,7 @@ class WriteScores(BasePredictionWriter):
                 geometry=predictor.geometry,
                 lookaheads=predictor.information.lookaheads,
                 causal=predictor.information.causal,
+                available=predictor.information.available,
                 predictor=predictor.architecture,
                 traces=(data.test_traces or data.val_traces).manifest.fingerprint,
             )

@@ -6,11 +6,21 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from moe_beyond.cli.options import add_json, console_for, parser, write_result
-from moe_beyond.cli.replay_options import add_replay, asked_strategies, showing_progress
+from moe_beyond.cli.replay_options import (
+    add_budgets,
+    add_combinations,
+    add_conditions,
+    asked_combinations,
+    asked_profile,
+    asked_quotas,
+    conditions,
+    showing_progress,
+)
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_data
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
+from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.published import find_predictor
 from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
@@ -30,7 +40,9 @@ def run(words: list[str]) -> None:
     )
     options.add_argument("--traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
     options.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
-    add_replay(options)
+    add_budgets(options)
+    add_combinations(options)
+    add_conditions(options)
     add_json(options)
     args = options.parse_args(words[1:])
     if (Path(args.predictor) / CONFIG_FILE).exists() or any(Path(args.predictor).glob("checkpoints/*.ckpt")):
@@ -71,14 +83,10 @@ def _run_folder(args: Namespace) -> None:
 def _evaluate(
     args: Namespace, traces: TraceSet, split: str | None, source: ScoreSource, lookaheads: Sequence[Lookahead]
 ) -> Evaluation:
-    asked = asked_strategies(
-        args,
-        traces,
-        lookaheads=source.lookaheads,
-        predictor=source.name,
-        causal=source.causal,
-        prefetches=(f"top{traces.geometry.top_k}",),
-        default_lookaheads=lookaheads,
+    common, profile = conditions(args, traces), asked_profile(args, traces)
+    quotas = asked_quotas(args, traces, profile)
+    asked = beside(
+        asked_combinations(args, traces, common, source, quotas, lookaheads), common, traces.geometry, quotas
     )
-    with showing_progress(traces, split, f"evaluating {source.name}") as progress:
-        return evaluate(traces, asked, split, source, progress)
+    with showing_progress(traces, split, f"evaluating {source.name}", len(asked)) as progress:
+        return evaluate(traces, asked, split, [source], measure=source, profile=profile, progress=progress)

@@ -1,17 +1,29 @@
-"""One pass over a trace set: metrics of the scores, and replays of what they are worth under a budget."""
+"""Traces and scores in; metrics of the scores, and replays of what they are worth under a budget, out."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from moe_beyond.cache.inputs import Stream
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.sources import ScoreSource
+from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.metrics import RoutingMetrics
+from moe_beyond.profile import Profile
 from moe_beyond.replay import Replay, ReplaySettings, Result
+from moe_beyond.replay.bounds import Bound
+from moe_beyond.replay.sequence import Group
+from moe_beyond.replay.sequence import Sequence as Steppable
+from moe_beyond.replay.settings import BOUNDS
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.trace import Trace
+
+BLOCK_TOKENS = 4096
+"""Tokens whose scores are in memory at once, at least; strategies share a block, each on a core of its own."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        metrics: One object a lookahead, as `RoutingMetrics.to_rows` gives them; empty without scores.
+        metrics: One object a lookahead, as `RoutingMetrics.to_rows` gives them; empty where none were asked for.
         results: One record a strategy, in the order asked for.
     """
 
@@ -35,44 +47,132 @@ def evaluate(
     traces: TraceSet,
     strategies: Sequence[ReplaySettings],
     split: str | None = None,
-    source: ScoreSource | None = None,
+    sources: Sequence[ScoreSource] = (),
+    *,
+    measure: ScoreSource | None = None,
+    profile: Profile | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
-    """Go over a trace set once; measure the scores, and replay every strategy.
+    """Measure scores, and replay every strategy, each on a core of its own.
+
+    The traces are gone over once for every source that a strategy names or that is measured.
 
     Args:
         traces: What to replay.
-        strategies: How; those that prefetch name one of the source's lookaheads.
+        strategies: How.
         split: One split, or all.
-        source: Of the scores; only strategies without prefetch do without.
-        progress: Called after each sequence with its tokens.
+        sources: Of the scores, by the names that strategies call their predictors.
+        measure: The one of them to measure.
+        profile: What is known of training text.
+        progress: Called with the tokens that were gone over, times the share of the strategies that did.
 
     Raises:
-        UserError: The source does not fit the traces, a strategy does not fit the model or lacks scores, or the warm-up
-            leaves nothing to count.
+        UserError: A source does not fit the traces, a strategy does not fit the model or lacks something, or the
+            warm-up leaves nothing to count.
     """
-    replays = [Replay(traces.geometry, settings) for settings in strategies]
-    if source is None:
-        for trace in traces.traces(split):
-            for replaying in replays:
-                replaying.add(trace.experts)
-            progress(len(trace))
-        return Evaluation([], _results(replays))
-    metrics = RoutingMetrics(len(source.lookaheads), *traces.geometry.shape())
-    for experts, scores in source.sequences(traces, split):
-        chosen = torch.from_numpy(experts.astype(np.int64))
-        targets = torch.zeros(*chosen.shape[:2], traces.geometry.num_experts, dtype=torch.bool)
-        targets.scatter_(-1, chosen, True)
-        metrics.update(torch.from_numpy(scores)[None], targets[None], torch.ones(1, len(chosen), dtype=torch.bool))
-        for replaying in replays:
-            lookahead = replaying.settings.lookahead
-            replaying.add(experts, None if lookahead is None else scores[:, source.lookaheads.index(lookahead)])
-        progress(len(experts))
-    rows = [{**row, "causal": source.causal} for row in metrics.to_rows(source.lookaheads)]
-    return Evaluation(rows, _results(replays))
+    _check_sources(strategies, sources)
+    geometry = traces.geometry
+    streams: dict[tuple[int, ...], Stream] = {}
+    replays = [_begin(traces, settings, split, profile, streams) for settings in strategies]
+    passes = [source for source in sources if source is measure or source.name in {s.predictor for s in strategies}]
+    metrics = None if measure is None else RoutingMetrics(len(measure.lookaheads), *geometry.shape())
+    in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, source in enumerate(passes or [None]):
+            share = [r for r in replays if r.settings.predictor == (source.name if source else None)]
+            if number == 0 and source is not None:
+                share += [r for r in replays if r.settings.predictor is None]
+            if share or source is measure:
+                found = _unscored(traces, split) if source is None else source.sequences(traces, split, in_order)
+                for block in _blocks(found):
+                    if metrics is not None and source is measure:
+                        for trace, scores in block:
+                            _measure(metrics, trace, scores)
+                    sequences = [Steppable(geometry, t.experts, s, t.decode_start) for t, s in block]
+                    for _ in pool.map(lambda replaying, part=sequences: _add(replaying, part), share):
+                        progress(sum(map(len, sequences)))
+    rows = [] if metrics is None or measure is None else metrics.to_rows(measure.lookaheads)
+    return Evaluation([{**row, "causal": measure.causal} for row in rows if measure is not None], _results(replays))
 
 
-def _results(replays: Sequence[Replay]) -> list[Result]:
+def _check_sources(strategies: Sequence[ReplaySettings], sources: Sequence[ScoreSource]) -> None:
+    names = [source.name for source in sources]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two sources of scores are called {twice!r}; give one of them another name")
+    for settings in strategies:
+        if settings.predictor is not None and settings.predictor not in names:
+            raise UserError(f"strategy {settings.strategy}: the scores of {settings.predictor!r} are not given")
+
+
+def _begin(
+    traces: TraceSet,
+    settings: ReplaySettings,
+    split: str | None,
+    profile: Profile | None,
+    streams: dict[tuple[int, ...], Stream],
+) -> Replay | Bound:
+    if settings.policy in BOUNDS:
+        return Bound(traces.geometry, settings)
+    stream = None
+    if settings.carry_over and "future" in settings.needs:
+        key = (
+            settings.prefill_chunk,
+            settings.batch_size,
+            settings.window,
+            settings.warmup_tokens,
+            settings.sequential,
+        )
+        if key not in streams:
+            streams[key] = _whole_stream(traces, settings, split)
+        stream = streams[key]
+    return Replay(traces.geometry, settings, profile, stream)
+
+
+def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None) -> Stream:
+    """Return the demands of all sequences in a row, grouped as a replay groups them."""
+    sequences = [
+        Steppable(traces.geometry, trace.experts, decode_start=trace.decode_start)
+        for trace in traces.traces(split)
+        if len(trace) > settings.warmup_tokens
+    ]
+    size = settings.batch_size
+    parts = [Group(sequences[i : i + size], settings).stream for i in range(0, len(sequences), size)]
+    if not parts:
+        return Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    begins = np.cumsum([0] + [len(part.ids) for part in parts])
+    offsets = [part.offsets[:-1] + begin for part, begin in zip(parts, begins[:-1], strict=True)]
+    return Stream(np.concatenate([part.ids for part in parts]), np.concatenate([*offsets, begins[-1:]]))
+
+
+def _unscored(traces: TraceSet, split: str | None) -> Iterator[tuple[Trace, None]]:
+    return ((trace, None) for trace in traces.traces(split))
+
+
+def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Scored | tuple[Trace, None]]]:
+    """Gather sequences until they have some thousand tokens."""
+    block: list[Scored | tuple[Trace, None]] = []
+    for one in found:
+        block.append(one)
+        if sum(len(trace) for trace, _ in block) >= BLOCK_TOKENS:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any) -> None:
+    chosen = torch.from_numpy(trace.experts.astype(np.int64))
+    targets = torch.zeros(*chosen.shape[:2], scores.shape[-1], dtype=torch.bool)
+    targets.scatter_(-1, chosen, True)
+    metrics.update(torch.from_numpy(scores)[None], targets[None], torch.ones(1, len(chosen), dtype=torch.bool))
+
+
+def _add(replaying: Replay | Bound, sequences: Sequence[Steppable]) -> None:
+    for sequence in sequences:
+        replaying.add_sequence(sequence)
+
+
+def _results(replays: Sequence[Replay | Bound]) -> list[Result]:
     results = [replaying.result() for replaying in replays]
     if empty := next((result for result in results if result.accesses == 0), None):
         warmup = replays[results.index(empty)].settings.warmup_tokens

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,15 +11,18 @@ import torch
 
 from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.folder import check_fits, load_predictor, read_config
 from moe_beyond.predictors.scores import ScoresFolder
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.published import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.trace import Trace
 
-Scored = tuple[npt.NDArray[np.integer], npt.NDArray[np.float32]]
-"""A sequence's experts ``(T, L, K)`` and its scores ``(T, H, L, E)``."""
+Scored = tuple[Trace, npt.NDArray[np.float32]]
+"""A sequence and its scores ``(T, H, L, E)``."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,15 @@ class ScoreSource:
         name: What tables call it.
         lookaheads: What the H slices of the scores are.
         causal: Whether the scores ignore later tokens.
-        sequences: Yields every sequence of a split (None: of all) with its scores.
+        available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        sequences: Yields every sequence of a split (None: of all) with its scores; given true, in the traces' order.
     """
 
     name: str
     lookaheads: tuple[Lookahead, ...]
     causal: bool
-    sequences: Callable[[TraceSet, str | None], Iterator[Scored]]
+    available: str
+    sequences: Callable[[TraceSet, str | None, bool], Iterator[Scored]]
 
 
 def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | None = None) -> ScoreSource:
@@ -47,15 +53,23 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
         tokenizer_sha256: Hash of the tokenizer it was fitted with, if known; traces of another are refused.
     """
 
-    def sequences(traces: TraceSet, split: str | None) -> Iterator[Scored]:
+    def sequences(traces: TraceSet, split: str | None, in_order: bool = False) -> Iterator[Scored]:
         check_fits(predictor, traces.manifest, traces.folder, tokenizer_sha256)
+        reading, read = traces.traces(split), dict[str, Trace]()
+        # By length within a shard, which pads least; or, where order matters, each alone.
+        batches = (collate([trace]) for trace in traces.traces(split)) if in_order else whole_sequences(traces, split)
         with torch.inference_mode():
-            for batch in whole_sequences(traces, split):
+            for batch in batches:
                 probabilities = predictor.probabilities(predictor(batch)).numpy()
-                for row, length in enumerate(batch.lengths.tolist()):
-                    yield batch.experts[row, :length].numpy(), probabilities[row, :length]
+                for row, sequence_id in enumerate(batch.sequence_ids):
+                    while sequence_id not in read:
+                        trace = next(reading)
+                        read[trace.sequence_id] = trace
+                    trace = read.pop(sequence_id)
+                    yield trace, probabilities[row, : len(trace)]
 
-    return ScoreSource(name, predictor.information.lookaheads, predictor.information.causal, sequences)
+    known = predictor.information
+    return ScoreSource(name, known.lookaheads, known.causal, known.available, sequences)
 
 
 def from_predictor_folder(folder: str | Path) -> ScoreSource:
@@ -79,7 +93,7 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
     """
     stored = ScoresFolder(folder)
 
-    def sequences(traces: TraceSet, split: str | None) -> Iterator[Scored]:
+    def sequences(traces: TraceSet, split: str | None, in_order: bool = False) -> Iterator[Scored]:
         if stored.geometry.shape() != traces.geometry.shape():
             raise UserError(
                 f"{folder}: scores are for {stored.geometry.describe_shape()}, "
@@ -88,6 +102,37 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         if stored.traces != traces.manifest.fingerprint:
             raise UserError(f"{folder}: scores were made for another trace set than {traces.folder}; predict again")
         for trace in traces.traces(split):
-            yield trace.experts, stored.scores(trace.sequence_id, len(trace))
+            yield trace, stored.scores(trace.sequence_id, len(trace))
 
-    return ScoreSource(stored.predictor, stored.lookaheads, stored.causal, sequences)
+    return ScoreSource(stored.predictor, stored.lookaheads, stored.causal, stored.available, sequences)
+
+
+def published_for(architecture: str, traces: TraceSet) -> Path | None:
+    """Find the published predictor of an architecture that was fitted for these traces' model and tokenizer.
+
+    Returns:
+        The folder of the first by name; None if there is none.
+    """
+    for name in published_predictors():
+        folder = checkpoints_folder() / name
+        if name.split(".")[0] == architecture and _is_for(read_config(folder), traces):
+            return folder
+    return None
+
+
+def published_source(architecture: str, traces: TraceSet) -> ScoreSource | None:
+    """Score with the published predictor of an architecture for these traces, if there is one."""
+    folder = published_for(architecture, traces)
+    return None if folder is None else from_predictor_folder(folder)
+
+
+def _is_for(config: dict[str, Any], traces: TraceSet) -> bool:
+    """Expert ids hold for one checkpoint of a model, token ids for one tokenizer."""
+    training, manifest = config.get("training", {}), traces.manifest
+    tokenizer = training.get("tokenizer") or {}
+    known = manifest.tokenizer
+    return (
+        training.get("model_id") == manifest.model_id
+        and Geometry.from_json(config["geometry"]).shape() == manifest.geometry.shape()
+        and (tokenizer.get("name"), tokenizer.get("sha256")) == (known.name, known.sha256)
+    )

@@ -1,61 +1,113 @@
-"""Which strategies an evaluation replays: what was asked for, and beside it what every hit rate is compared with."""
+"""Which strategies an evaluation replays: what was asked for, and beside it what every result is compared with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
+from moe_beyond.cache.core import ignore_scores
+from moe_beyond.cache.policies import load_policy
+from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, SCORED, parse_prefetch
+from moe_beyond.evaluation.sources import ScoreSource
+from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.replay import ReplaySettings
+from moe_beyond.replay.settings import BOUNDS
 
 REFERENCES = ("lru", "belady")
 """Policies that stand beside every result, without prefetch: what is easy, and the optimum over whole sequences."""
 
+CLAIRVOYANT = "clairvoyant prefetch"
 
-def strategies(
-    slots: Iterable[int],
-    *,
-    policies: Sequence[str],
-    prefetches: Sequence[str] = ("none",),
-    lookaheads: Sequence[Lookahead] = (),
-    predictor: str | None = None,
-    causal: bool = True,
-    scope: str = "global",
-    warmup_tokens: int = 0,
-    first_layer_prefetch: bool = True,
-) -> list[ReplaySettings]:
-    """List every combination, budget by budget, each followed by the references that it lacks.
+Quotas = Callable[[int], tuple[int, ...] | None]
+"""Slots of each layer, of so many in all; None splits them evenly."""
+
+
+def evenly(slots: int) -> None:
+    """Split slots evenly."""
+
+
+def strategy(
+    common: ReplaySettings,
+    slots: int,
+    policy: str,
+    prefetch: str = "none",
+    source: ScoreSource | None = None,
+    lookahead: Lookahead | None = None,
+    quotas: Quotas = evenly,
+    name: str | None = None,
+) -> ReplaySettings:
+    """Put a strategy together.
 
     Args:
-        slots: Budgets.
-        policies: Eviction policies.
-        prefetches: Prefetchers; each but ``none`` is replayed at every lookahead.
-        lookaheads: Of the predictor's scores.
-        predictor: What to call it.
-        causal: Whether its scores ignore later tokens.
-        scope: ``"global"`` or ``"per-layer"``.
-        warmup_tokens: Tokens at a sequence's start that do not count.
-        first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
+        common: What it shares with others.
+        slots: The budget.
+        policy: Eviction policy.
+        prefetch: Prefetcher.
+        source: Of scores, if there is one; used by policies and prefetchers that read any.
+        lookahead: Which of them top<m> and p><t> ask by; the source's first by default.
+        quotas: Slots of each layer.
+        name: Of the strategy, where it has one.
+
+    Raises:
+        UserError: The prefetcher cannot be read, or two settings do not go together.
+    """
+    kind = parse_prefetch(prefetch).kind
+    reads = policy not in BOUNDS and load_policy(policy).VERBS.learned is not ignore_scores
+    scores: dict[str, Any] = {}
+    if source is not None and (reads or kind in (SCORED, ADAPTIVE, MOE_INFINITY)):
+        scores = {
+            "lookahead": None if kind != SCORED else source.lookaheads[0] if lookahead is None else lookahead,
+            "lookaheads": source.lookaheads,
+            "available": source.available,
+            "predictor": source.name,
+            "causal": source.causal,
+        }
+    return replace(common, slots=slots, policy=policy, quotas=quotas(slots), prefetch=prefetch, name=name, **scores)
+
+
+def combinations(
+    common: ReplaySettings,
+    slots: Iterable[int],
+    policies: Sequence[str],
+    prefetches: Sequence[str] = ("none",),
+    source: ScoreSource | None = None,
+    lookaheads: Sequence[Lookahead] = (),
+    quotas: Quotas = evenly,
+) -> list[ReplaySettings]:
+    """List every combination of budgets, policies and prefetchers; those that ask by one lookahead at each given one.
 
     Raises:
         UserError: A prefetcher cannot be read, or there are no scores for it.
     """
-
-    def line(budget: int, policy: str, prefetch: str, lookahead: Lookahead | None) -> ReplaySettings:
-        return ReplaySettings(
-            slots=budget,
-            policy=policy,
-            scope=scope,
-            prefetch=prefetch,
-            lookahead=lookahead,
-            predictor=None if lookahead is None else predictor,
-            causal=lookahead is None or causal,
-            warmup_tokens=warmup_tokens,
-            first_layer_prefetch=first_layer_prefetch,
-        )
-
-    found: list[ReplaySettings] = []
+    found = []
     for budget in dict.fromkeys(slots):
         for policy in policies:
             for prefetch in prefetches:
-                ahead: Sequence[Lookahead | None] = [None] if prefetch == "none" or not lookaheads else lookaheads
-                found += [line(budget, policy, prefetch, lookahead) for lookahead in ahead]
-        found += [line(budget, policy, "none", None) for policy in REFERENCES]
+                by_one = parse_prefetch(prefetch).kind == SCORED and source is not None
+                for lookahead in (lookaheads or (None,)) if by_one else (None,):
+                    found.append(strategy(common, budget, policy, prefetch, source, lookahead, quotas))
+    return list(dict.fromkeys(found))
+
+
+def beside(
+    asked: Iterable[ReplaySettings], common: ReplaySettings, geometry: Geometry, quotas: Quotas = evenly
+) -> list[ReplaySettings]:
+    """Set the references beside strategies, budget by budget.
+
+    LRU, Belady, and the best fixed choice in hindsight; on a device also clairvoyant prefetch over the same link, and,
+    once, all experts resident.
+    """
+    cold = replace(common, warm_start=False)
+    by_budget: dict[int, list[ReplaySettings]] = {}
+    for settings in asked:
+        by_budget.setdefault(settings.slots, []).append(settings)
+    found = []
+    for slots, lines in by_budget.items():
+        references = [strategy(cold, slots, policy, quotas=quotas) for policy in (*REFERENCES, "static_hindsight")]
+        if common.device is not None:
+            clairvoyant = strategy(cold, slots, "belady", "oracle", quotas=quotas, name=CLAIRVOYANT)
+            references.append(replace(clairvoyant, note="brings in what is missing next; near the optimum, no bound"))
+        found += [*lines, *references]
+    if common.device is not None:
+        found.append(replace(cold, slots=geometry.total_experts, policy="all_resident", scope="global", quotas=None))
     return list(dict.fromkeys(found))

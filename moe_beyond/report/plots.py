@@ -3,49 +3,180 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_beyond.files import replacing
+from moe_beyond.geometry import Geometry
 from moe_beyond.replay import Result
-from moe_beyond.report.results import lookahead_words
+from moe_beyond.replay.timeline import Timeline
+from moe_beyond.report.results import scores_words
 
-BOUND = "belady"
+OPTIMUM = "belady"
+DPI = 120
+
+
+def line_name(result: Result) -> str:
+    """Name a strategy in a legend."""
+    if result.policy == OPTIMUM and result.prefetch == "none":
+        return f"{result.strategy} (optimum without prefetch)"
+    if result.predictor is None:
+        return result.strategy
+    return f"{result.strategy}, {result.predictor}, lookahead {scores_words(result)}"
+
+
+def lines_of(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Gather the results of each strategy by ascending budget; without what has no budget."""
+    lines: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.budget_slots):
+        if result.policy != "all_resident":
+            lines.setdefault(line_name(result), []).append(result)
+    return lines
 
 
 def plot_budgets(results: Sequence[Result], path: str | Path, title: str) -> None:
-    """Plot hit rate and bytes against the budget, a line a strategy.
+    """Plot hit rate and bytes, and on a device tokens a second, against the budget, a line a strategy.
 
     Args:
         results: Of several budgets.
         path: The PNG to write.
         title: What the traces are.
     """
-    lines: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda result: result.budget_slots):
-        ahead = "" if result.lookahead is None else f", lookahead {lookahead_words(result.lookahead, result.causal)}"
-        who = f" by {result.predictor}{ahead}" if result.prefetch != "none" else ""
-        lines.setdefault(f"{result.strategy}{who}", []).append(result)
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    hits, bytes_moved = figure.subplots(1, 2)
-    for name, line in lines.items():
-        style, label = ("--", f"{name} (optimum without prefetch)") if name == BOUND else ("-", name)
+    timed = any(result.tokens_per_second for result in results)
+    figure = Figure(figsize=(15 if timed else 10, 5.0), layout="constrained")
+    axes = figure.subplots(1, 3 if timed else 2)
+    hits, bytes_moved = axes[0], axes[1]
+    for name, line in lines_of(results).items():
+        style = "--" if line[0].policy == OPTIMUM else "-"
         shares = [100 * result.budget_share for result in line]
-        hits.plot(shares, [100 * result.hit_rate for result in line], style, marker="o", markersize=3, label=label)
+        hits.plot(shares, [100 * result.hit_rate for result in line], style, marker="o", markersize=3, label=name)
         bytes_moved.plot(shares, [result.bytes_ratio for result in line], style, marker="o", markersize=3)
+        if timed:
+            speeds = [np.nan if r.tokens_per_second is None else r.tokens_per_second for r in line]
+            axes[2].plot(shares, speeds, style, marker="o", markersize=3)
     one_token = 100 * results[0].budget_share / results[0].demand_ratio
-    for axes in (hits, bytes_moved):
-        axes.axvline(one_token, color="0.8", linewidth=1, zorder=0)
-        axes.set_xlabel("experts that fit (% of all)")
-        axes.set_xlim(0, 100)
-        axes.grid(alpha=0.3)
+    for part in axes:
+        part.axvline(one_token, color="0.8", linewidth=1, zorder=0)
+        part.set_xlabel("experts that fit (% of all)")
+        part.set_xlim(0, 100)
+        part.grid(alpha=0.3)
     hits.annotate(
         "one token's experts", (one_token, 95), xytext=(4, 0), textcoords="offset points", color="0.5", size=8
     )
     hits.set_ylabel("hit rate (%)")
     hits.set_ylim(0, 101)
-    hits.legend(loc="lower right", fontsize=8)
     bytes_moved.set_ylabel("bytes moved / bytes demanded")
     bytes_moved.set_ylim(bottom=0)
+    if timed:
+        resident = [result.tokens_per_second for result in results if result.policy == "all_resident"]
+        if resident and resident[0]:
+            axes[2].axhline(resident[0], color="0.5", linestyle=":", linewidth=1)
+            axes[2].annotate("all resident", (2, resident[0]), va="bottom", color="0.5", size=8)
+        axes[2].set_ylabel("tokens a second")
+        axes[2].set_ylim(bottom=0)
+    _legend(figure, hits)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def plot_frontier(results: Sequence[Result], path: str | Path, title: str) -> None:
+    """Plot hit rate against bytes, a line a strategy through its budgets: up and to the left is better.
+
+    Args:
+        results: Of one or several budgets.
+        path: The PNG to write.
+        title: What the traces are.
+    """
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    for name, line in lines_of(results).items():
+        style = "--" if line[0].policy == OPTIMUM else "-"
+        bytes_moved = [result.bytes_ratio for result in line]
+        axes.plot(bytes_moved, [100 * r.hit_rate for r in line], style, marker="o", markersize=4, label=name)
+        if len(line) > 1:
+            axes.annotate(
+                f"{100 * line[0].budget_share:.0f} %", (bytes_moved[0], 100 * line[0].hit_rate), size=7, color="0.4",
+                xytext=(4, -8), textcoords="offset points",
+            )  # fmt: skip
+    axes.set_xlabel("bytes moved / bytes demanded")
+    axes.set_ylabel("hit rate (%)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 101)
+    axes.grid(alpha=0.3)
+    _legend(figure, axes)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def plot_layers(results: Sequence[Result], geometry: Geometry, path: str | Path, title: str) -> None:
+    """Plot each strategy's hit rate layer by layer as a heat map, of the smallest budget there is.
+
+    Args:
+        results: Of one or several budgets.
+        geometry: The model.
+        path: The PNG to write.
+        title: What the traces are.
+    """
+    rows = {name: line[0] for name, line in lines_of(results).items()}
+    smallest = min(result.budget_slots for result in rows.values())
+    rows = {name: result for name, result in rows.items() if result.budget_slots == smallest}
+    rates = np.array([[100 * layer["hit_rate"] for layer in result.per_layer] for result in rows.values()])
+    figure = Figure(figsize=(11, 1.6 + 0.38 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(rates, aspect="auto", vmin=0, vmax=100, cmap="viridis")
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    every = -(-geometry.num_layers // 26)
+    axes.set_xticks(range(0, geometry.num_layers, every), [str(n) for n in geometry.moe_layers[::every]], fontsize=8)
+    axes.set_xlabel("model layer")
+    figure.colorbar(image, ax=axes, label="hit rate (%)")
+    figure.suptitle(f"{title}: {smallest} slots")
+    _save(figure, path)
+
+
+def plot_timeline(timeline: Timeline, geometry: Geometry, path: str | Path, title: str) -> None:
+    """Plot one token: when each layer computed and stalled, and what was on the link meanwhile.
+
+    Args:
+        timeline: The token's.
+        geometry: The model.
+        path: The PNG to write.
+        title: What it is.
+    """
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    axes = figure.subplots()
+    began = timeline.begins
+    parts = {
+        "compute": ("tab:green", 0, timeline.computing),
+        "stall": ("tab:red", 0, timeline.stalls),
+        "moved on demand": ("tab:orange", 1, timeline.demand_transfers),
+        "moved ahead": ("tab:blue", 1, timeline.prefetch_transfers),
+    }
+    for name, (color, row, spans) in parts.items():
+        bars = [(1e3 * (begin - began), 1e3 * (end - begin)) for begin, end in spans]
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.3, label=name)
+    for layer, (begin, _) in enumerate(timeline.computing[::2]):
+        if layer % -(-geometry.num_layers // 26) == 0:
+            axes.annotate(
+                str(geometry.moe_layers[layer]),
+                (1e3 * (begin - began), 0.42),
+                size=6,
+                color="0.4",
+                annotation_clip=True,
+            )
+    axes.set_yticks([0, 1], ["GPU", "link"])
+    axes.set_xlim(0, 1e3 * (timeline.ends - began))
+    axes.set_ylim(-0.6, 1.6)
+    axes.set_xlabel("ms since the token started (numbers: model layers)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, fontsize=8)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=DPI, format="png")

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from moe_beyond.evaluation.runs import CheckpointEvaluation
+from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.replay import Result
@@ -39,34 +40,63 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
     """Lay out replay results, a line a strategy."""
+    timed = any(result.device for result in results)
     table = Table(title=f"replay over {results[0].accesses:,} accesses ({geometry.describe_shape()})")
-    table.add_column("slots (share)", justify="right")
-    table.add_column("slots/demand", justify="right")
-    table.add_column("strategy")
-    table.add_column("lookahead")
-    for name in ("hits", "bytes", "prefetched", "wasted"):
-        table.add_column(name, justify="right")
+    table.add_column("slots (share)", justify="right", no_wrap=True)
+    table.add_column("slots /\ndemand", justify="right", no_wrap=True)
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("look-\nahead")
+    for name in ("hits", "late", "bytes", "wasted") if timed else ("hits", "bytes", "prefetched", "wasted"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("tok/s", "stall\nms", "p95\nms") if timed else ():
+        table.add_column(name, justify="right", no_wrap=True)
     before = results[0].budget_slots
     for result in results:
         if result.budget_slots != before:
             table.add_section()
             before = result.budget_slots
+        late = f"{result.late_hits / max(result.accesses, 1):.1%}"
+        moved = f"{result.bytes_ratio:.2f}"
+        counts = (late, moved) if timed else (moved, f"{result.prefetch_transfers:,}")
+        times = (result.tokens_per_second, result.stall_ms_per_token, result.token_ms_p95) if timed else ()
         table.add_row(
             f"{result.budget_slots:,} ({result.budget_share:.1%})",
             f"{result.demand_ratio:.2f}",
             result.strategy,
-            "-" if result.lookahead is None else lookahead_words(result.lookahead, result.causal),
+            "-" if result.predictor is None else scores_words(result),
             f"{result.hit_rate:.1%}",
-            f"{result.bytes_ratio:.2f}",
-            f"{result.prefetch_transfers:,}",
-            f"{result.wasted_prefetches:,}",
+            *counts,
+            f"{result.wasted_prefetches / max(result.accesses, 1):.1%}" if timed else f"{result.wasted_prefetches:,}",
+            *("-" if time is None else f"{time:.1f}" for time in times),
         )
-    predictors = sorted({result.predictor for result in results if result.predictor})
-    table.caption = (
-        f"{results[0].scope} cache{', scores of ' + ', '.join(predictors) if predictors else ''}; bytes: all transfers "
-        "over accesses (1.00 moves one expert for every access); slots/demand: below 1 not even one token's experts fit"
-    )
+    table.caption = _caption(results)
     return table
+
+
+def unavailable_lines(missing: Sequence[Unavailable]) -> str:
+    """Say, a line a strategy, what each lacks."""
+    return "\n".join(f"{one.strategy}: not available: {one.why}" for one in missing)
+
+
+def _caption(results: Sequence[Result]) -> str:
+    predictors = sorted({result.predictor for result in results if result.predictor})
+    said = [
+        f"{results[0].scope} cache{', scores of ' + ', '.join(predictors) if predictors else ''}",
+        "bytes: all transfers over accesses (1.00 moves one expert for every access)",
+        "slots / demand: below 1 not even one token's experts fit",
+    ]
+    leaks = {
+        words
+        for result in results
+        if result.predictor
+        for words in leaks_of(result.leaks or result.lookahead == 0, result.causal)
+    }
+    if leaks:
+        said.append(f"LEAK: {', '.join(sorted(leaks))}, which no runtime could")
+    if device := next((result.device for result in results if result.device), None):
+        said += [f"times on {device}", "late: asked for, and not there when needed"]
+    notes = {result.strategy: result.note for result in results if result.note}
+    return "; ".join([*said, *(f"{name}: {note}" for name, note in notes.items())])
 
 
 def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
@@ -79,7 +109,7 @@ def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) 
         ahead = lookahead_words(row["lookahead"], row["causal"])
         table.add_column(f"recall@{row['k']}\nahead: {ahead}", justify="right")
     for result in first.results:
-        ahead = "" if result.lookahead is None else f"\nahead: {lookahead_words(result.lookahead, result.causal)}"
+        ahead = "" if result.predictor is None else f"\nahead: {scores_words(result)}"
         table.add_column(f"{result.strategy}\n{result.budget_slots} slots{ahead}", justify="right")
     for found in rows:
         recalls = [f"{row['recall_at_k']:.1%}" for row in found.evaluation.metrics]
@@ -91,5 +121,16 @@ def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) 
 
 def lookahead_words(lookahead: Lookahead | None, causal: bool = True) -> str:
     """Name a lookahead, and mark scores that no runtime could use."""
-    leaks = ["reads the router's input"] * (lookahead == 0) + ["sees later tokens"] * (not causal)
+    leaks = leaks_of(lookahead == 0, causal)
     return f"{lookahead} (LEAK: {', '.join(leaks)})" if leaks else str(lookahead)
+
+
+def leaks_of(reads_router_input: bool, causal: bool) -> list[str]:
+    """Say what scores know that no runtime could."""
+    return ["reads the router's input"] * reads_router_input + ["sees later tokens"] * (not causal)
+
+
+def scores_words(result: Result) -> str:
+    """Name the lookahead that a strategy asked by, or that it read all scores there are; mark leaks."""
+    words = "all" if result.lookahead is None else str(result.lookahead)
+    return f"{words} (LEAK)" if leaks_of(result.leaks or result.lookahead == 0, result.causal) else words

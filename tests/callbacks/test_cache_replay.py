@@ -12,7 +12,9 @@ from moe_beyond.callbacks import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.sources import from_predictor
-from moe_beyond.evaluation.strategies import strategies
+from moe_beyond.evaluation.strategies import REFERENCES, strategy
+from moe_beyond.replay import ReplaySettings
+from moe_beyond.replay.devices import DEVICES
 from moe_beyond.tasks import CrossLayer
 from moe_beyond.traces.reader import TraceSet
 
@@ -33,24 +35,33 @@ class Watch(L.Callback):
             self.on_sanity_check_end(trainer, pl_module)
 
 
-@pytest.mark.parametrize(("lookahead", "scope"), [(None, "global"), (3, "per-layer")])
-def test_it_skips_the_sanity_check_and_agrees_with_evaluate(lookahead: int | None, scope: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lookahead", "scope", "device"), [(None, "global", None), (3, "per-layer", None), (2, "global", "rtx3060")]
+)
+def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
+    lookahead: int | None, scope: str, device: str | None, tmp_path: Path
+) -> None:
     tiny_traces(tmp_path / "traces", sequences=16)
     data = TraceDataModule(str(tmp_path / "traces"))
     task = CrossLayer(data.geometry.to_json(), data.vocab_size, **SIZES)
     watch = Watch()
-    replay = CacheReplay(budget="50%", prefetch="top3", lookahead=lookahead, scope=scope, warmup_tokens=2)
+    replay = CacheReplay(
+        budget="50%", prefetch="top3", lookahead=lookahead, scope=scope, warmup_tokens=2, device=device
+    )
     L.Trainer(
         max_epochs=1, num_sanity_val_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[replay, watch],
     ).fit(task, data)  # fmt: skip
     sanity, validated = watch.seen
     assert not any("hit_rate" in name for name in sanity)
-    asked = strategies(
-        [16], policies=["lru"], prefetches=["top3"], lookaheads=[lookahead or 1], scope=scope, warmup_tokens=2
-    )
     source = from_predictor(task.predictor.eval(), "p")
-    ours, lru, belady = evaluate(TraceSet(str(tmp_path / "traces")), asked, "validation", source).results
+    common = ReplaySettings(32, scope=scope, warmup_tokens=2, device=DEVICES[device] if device else None)
+    asked = [strategy(common, 16, "lru", "top3", source, lookahead)]
+    asked += [strategy(common, 16, policy) for policy in REFERENCES]
+    ours, lru, belady = evaluate(TraceSet(str(tmp_path / "traces")), asked, "validation", [source]).results
     for name, result in (("", ours), ("lru_", lru), ("belady_", belady)):
         assert validated[f"val/{name}hit_rate"] == pytest.approx(result.hit_rate, rel=1e-6)
         assert validated[f"val/{name}bytes_ratio"] == pytest.approx(result.bytes_ratio, rel=1e-6)
+        assert validated.get(f"val/{name}tokens_per_second") == (
+            None if device is None else pytest.approx(result.tokens_per_second, rel=1e-6)
+        )

@@ -82,7 +82,7 @@ def test_traces_of_another_geometry_or_tokenizer(run: Run, packaged: Path, tmp_p
         (["--prefetch", "top2", "--budget", "50%"], "needs scores; give --predictor or --scores"),
         (["--lookahead", "1", "--budget", "50%"], "--lookahead 1: the predictor is not given"),
         (["--split", "tset", "--budget", "50%"], "unknown split"),
-        (["--warmup-tokens", "-1", "--budget", "50%"], "--warmup-tokens -1 is negative"),
+        (["--warmup-tokens", "-1", "--budget", "50%"], "--warmup-tokens -1 is less than 0"),
     ],
 )
 def test_replay_options(run: Run, words: list[str], said: str, tmp_path: Path, refused) -> None:

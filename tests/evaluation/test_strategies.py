@@ -1,42 +1,68 @@
 """What stands in a replay table."""
 
+from dataclasses import replace
+
 import pytest
+from helpers import TINY
+from scoring import seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.strategies import strategies
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, beside, combinations
+from moe_beyond.replay import ReplaySettings
+from moe_beyond.replay.devices import DEVICES
+
+COMMON = ReplaySettings(TINY.total_experts)
+TIMED = replace(COMMON, device=DEVICES["rtx3060"])
 
 
-def lines(*args, **options) -> list[tuple[int, str, str, object]]:
-    return [(s.slots, s.policy, s.prefetch, s.lookahead) for s in strategies(*args, **options)]
+def words(found: list[ReplaySettings]) -> list[tuple[int, str, object]]:
+    return [(s.slots, s.strategy, s.lookahead) for s in found]
 
 
-def test_the_references_stand_beside_every_budget_once() -> None:
-    assert lines([8, 16], policies=["lfu"]) == [
-        (8, "lfu", "none", None),
-        (8, "lru", "none", None),
-        (8, "belady", "none", None),
-        (16, "lfu", "none", None),
-        (16, "lru", "none", None),
-        (16, "belady", "none", None),
-    ]
-    assert lines([8, 8], policies=["belady", "lru", "lru"]) == [(8, "belady", "none", None), (8, "lru", "none", None)]
+def test_every_combination_once_in_the_order_asked_for() -> None:
+    found = combinations(COMMON, [16, 8, 16], ["lru", "belady", "lru"], ["none", "top2"], seer("p", (1, 2)), [2, 1])
+    lines = [("lru", None), ("lru + top2", 2), ("lru + top2", 1)]
+    lines += [("belady", None), ("belady + top2", 2), ("belady + top2", 1)]
+    assert words(found) == [(slots, *line) for slots in (16, 8) for line in lines]
+    assert {s.predictor for s in found if s.lookahead} == {"p"}
+    assert {(s.predictor, s.lookaheads) for s in found if not s.lookahead} == {(None, ())}
 
 
-def test_prefetchers_are_replayed_at_every_lookahead() -> None:
-    found = lines([8], policies=["lru"], prefetches=["none", "top2"], lookaheads=[1, 2], predictor="p")
-    assert found == [
-        (8, "lru", "none", None),
-        (8, "lru", "top2", 1),
-        (8, "lru", "top2", 2),
-        (8, "belady", "none", None),
-    ]
-
-
-def test_a_line_without_prefetch_names_no_predictor() -> None:
-    found = strategies([8], policies=["lru"], prefetches=["top2"], lookaheads=["token"], predictor="p")
-    assert [(s.prefetch, s.predictor) for s in found] == [("top2", "p"), ("none", None), ("none", None)]
+def test_what_reads_scores_names_the_predictor_whatever_is_prefetched() -> None:
+    source = seer("p", ("token",))
+    belief, adaptive, oracle = combinations(TIMED, [8], ["belief"], ["none", "adaptive", "oracle"], source, ["token"])
+    assert {(s.predictor, s.lookaheads, s.lookahead) for s in (belief, adaptive, oracle)} == {("p", ("token",), None)}
+    lru, adaptive, oracle = combinations(TIMED, [8], ["lru"], ["none", "adaptive", "oracle"], source, ["token"])
+    assert (lru.predictor, adaptive.predictor, oracle.predictor) == (None, "p", None)
 
 
 def test_prefetching_needs_scores() -> None:
     with pytest.raises(UserError, match="needs scores"):
-        strategies([8], policies=["lru"], prefetches=["top2"])
+        combinations(COMMON, [8], ["lru"], ["top2"])
+
+
+def test_the_references_stand_beside_every_budget_once() -> None:
+    asked = combinations(COMMON, [8, 16], ["lfu", "lru"])
+    assert words(beside(asked, COMMON, TINY)) == [
+        (slots, name, None) for slots in (8, 16) for name in ("lfu", "lru", "belady", "static_hindsight")
+    ]
+
+
+def test_on_a_device_there_is_what_the_link_allows_and_all_resident_once() -> None:
+    asked = combinations(TIMED, [8, 16], ["lru"])
+    found = beside(asked, TIMED, TINY)
+    names = ("lru", "belady", "static_hindsight", CLAIRVOYANT)
+    assert words(found) == [(s, name, None) for s in (8, 16) for name in names] + [(32, "all_resident", None)]
+    assert {s.device for s in found} == {TIMED.device}
+    assert (found[3].policy, found[3].prefetch) == ("belady", "oracle")
+
+
+def test_references_share_the_conditions_but_start_cold() -> None:
+    common = replace(TIMED, warm_start=True, scope="per-layer", warmup_tokens=3, carry_over=True, bits=4.0)
+    asked = combinations(common, [9], ["lru"], quotas=lambda slots: (3, 2, 2, slots - 7))
+    ours, *references = beside(asked, common, TINY, lambda slots: (3, 2, 2, slots - 7))
+    assert ours.warm_start
+    assert not any(s.warm_start for s in references)
+    assert {(s.warmup_tokens, s.carry_over, s.bits) for s in references} == {(3, True, 4.0)}
+    assert {(s.scope, s.quotas) for s in references[:-1]} == {("per-layer", (3, 2, 2, 2))}
+    assert (references[-1].policy, references[-1].scope, references[-1].quotas) == ("all_resident", "global", None)

@@ -1,0 +1,142 @@
+"""``moe-beyond plan``."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from jsonargparse import Namespace
+
+from moe_beyond.cli.options import add_json, add_traces, console_for, parser, write_result
+from moe_beyond.cli.replay_options import (
+    add_budgets,
+    add_conditions,
+    add_strategies,
+    asked_profile,
+    asked_quotas,
+    asked_slots,
+    asked_strategies,
+    conditions,
+    showing_progress,
+)
+from moe_beyond.errors import UserError
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.planning import Answer, Target, parse_target, pins, plan
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, Quotas, strategy
+from moe_beyond.evaluation.systems import Unavailable
+from moe_beyond.files import write_json
+from moe_beyond.profile import Profile
+from moe_beyond.replay import ReplaySettings, Result
+from moe_beyond.report.plans import plan_table
+from moe_beyond.report.results import unavailable_lines
+from moe_beyond.traces.reader import TraceSet
+
+
+def run(words: list[str]) -> None:
+    """Parse the options, plan."""
+    options = parser(
+        "plan",
+        "Find the smallest budget at which each strategy reaches a target, or what binds; and the experts to pin.",
+        "moe-beyond plan --traces traces/webglm --device rtx4060-laptop --target 10tok/s --strategy all",
+    )
+    add_traces(options)
+    options.add_argument("--target", metavar="T", help="90% (of hits), or 10tok/s (on --device)")
+    options.add_argument("--pins", metavar="FILE", help="write the experts to pin at --budget, by model layer, as JSON")
+    add_budgets(options)
+    add_strategies(options)
+    add_conditions(options)
+    add_json(options)
+    args = options.parse_args(words[1:])
+    if args.target is None and args.pins is None:
+        raise UserError("plan needs a --target to reach, or --pins FILE to write")
+    target = None if args.target is None else parse_target(args.target)
+    if target is not None and args.quotas not in (None, "even", "proportional"):
+        raise UserError(f"--quotas {args.quotas} is of one budget, and a plan tries all; write even or proportional")
+    if target is not None and target.tokens_per_second is not None and args.device is None:
+        raise UserError(f"--target {args.target} is a matter of time; give --device")
+    traces = TraceSet(args.traces)
+    common, profile = conditions(args, traces), asked_profile(args, traces)
+    quotas = asked_quotas(args, traces, profile)
+    chosen = None if args.pins is None else _pins(args, traces, quotas, profile)
+    if target is None:
+        _write_pins(args, chosen)
+        return
+    answers, missing = _answers(args, traces, common, quotas, profile, target)
+    _write_pins(args, chosen)
+    bytes_per_expert = traces.geometry.params_per_expert * common.bits / 8
+    if args.json != "-":
+        console = console_for(args.json)
+        console.print(plan_table(answers, target, traces.geometry, bytes_per_expert))
+        if missing:
+            console.print(unavailable_lines(missing), highlight=False)
+    content = {
+        "target": target.text,
+        "answers": [answer.to_json(bytes_per_expert) for answer in answers],
+        "unavailable": [{"strategy": one.strategy, "why": one.why} for one in missing],
+    }
+    write_result(content, args.json)
+
+
+def _pins(args: Namespace, traces: TraceSet, quotas: Quotas, profile: Profile | None) -> dict[str, Any]:
+    """Choose the experts to pin by the profile that is named, or by the traces themselves."""
+    slots = asked_slots(args, traces)
+    if len(slots) != 1:
+        raise UserError("--pins is for one --budget")
+    popularity = None if profile is None or args.profile is None else profile.popularity
+    chosen = pins(traces, args.split, slots[0], args.scope, quotas, popularity)
+    return {
+        "model": traces.manifest.model_id,
+        "budget_slots": slots[0],
+        "counted_on": args.profile or traces.manifest.source,
+        "layers": chosen,
+    }
+
+
+def _write_pins(args: Namespace, chosen: dict[str, Any] | None) -> None:
+    if chosen is None:
+        return
+    write_json(args.pins, chosen)
+    if args.json != "-":
+        console_for(args.json).print(f"pins: {args.pins}", highlight=False, soft_wrap=True)
+
+
+def _answers(
+    args: Namespace,
+    traces: TraceSet,
+    common: ReplaySettings,
+    quotas: Quotas,
+    profile: Profile | None,
+    target: Target,
+) -> tuple[list[Answer], list[Unavailable]]:
+    """Plan for what is asked for, with LRU, Belady and, on a device, clairvoyant prefetch beside it."""
+    geometry = traces.geometry
+    args.budget = [str(geometry.total_experts)]  # any: a strategy is the same at all
+    asked = asked_strategies(args, traces, common, lambda slots: None)
+    cold = replace(common, warm_start=False)
+    lines = [line for line in asked.strategies if line.policy != "od_moe"]
+    missing = asked.missing + [
+        Unavailable(line.strategy, "it keeps no cache, so it has no budget")
+        for line in asked.strategies
+        if line not in lines
+    ]
+    lines += [strategy(cold, geometry.total_experts, policy) for policy in REFERENCES]
+    clairvoyant = strategy(cold, geometry.total_experts, "belady", "oracle", name=CLAIRVOYANT)
+    if common.device is not None:
+        lines.append(clairvoyant)
+
+    def at(line: ReplaySettings, slots: int) -> ReplaySettings:
+        return replace(line, slots=slots, quotas=quotas(slots))
+
+    def replayed(settings: list[ReplaySettings]) -> list[Result]:
+        with showing_progress(traces, args.split, "planning", len(settings)) as progress:
+            return evaluate(traces, settings, args.split, asked.sources, profile=profile, progress=progress).results
+
+    def bounds() -> dict[str, Result]:
+        names = {"lru": strategy(cold, geometry.total_experts, "lru")}
+        if common.device is not None:
+            names["clairvoyant"] = clairvoyant
+            names["all_resident"] = replace(cold, slots=geometry.total_experts, policy="all_resident", scope="global")
+        return dict(zip(names, replayed(list(names.values())), strict=True))
+
+    fewest = geometry.top_k * (geometry.num_layers if common.scope == "per-layer" else 1)
+    ladders = [partial(at, line) for line in dict.fromkeys(lines)]
+    return plan(geometry, target, ladders, replayed, fewest, bounds), missing

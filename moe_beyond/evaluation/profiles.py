@@ -1,0 +1,28 @@
+"""What predictors that counted training text tell policies."""
+
+from pathlib import Path
+
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.folder import check_fits, load_predictor
+from moe_beyond.predictors.popularity import Popularity
+from moe_beyond.profile import Profile
+from moe_beyond.traces.reader import TraceSet
+
+
+def load_profile(folder: str | Path, traces: TraceSet) -> Profile:
+    """Load the profile out of a fitted ``history`` or ``popularity`` predictor.
+
+    Args:
+        folder: The predictor's.
+        traces: What it is used on; it must fit.
+
+    Raises:
+        UserError: The predictor is another, or does not fit the traces.
+    """
+    predictor = load_predictor(folder)
+    if not isinstance(predictor, Popularity):
+        raise UserError(
+            f"{folder}: a profile is a fitted history or popularity predictor, not {predictor.architecture}"
+        )
+    check_fits(predictor, traces.manifest, traces.folder)
+    return predictor.profile()

@@ -1,0 +1,37 @@
+"""The table of a plan."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from moe_beyond.evaluation.planning import Answer, Target
+from moe_beyond.geometry import Geometry
+
+
+def plan_table(
+    answers: Sequence[Answer],
+    target: Target,
+    geometry: Geometry,
+    bytes_per_expert: float,
+) -> Table:
+    """Lay out a plan, a line a strategy, the smallest budget first.
+
+    Args:
+        answers: What each needs.
+        target: For what.
+        geometry: The model.
+        bytes_per_expert: Of memory.
+    """
+    device = next((answer.result.device for answer in answers if answer.result.device), None)
+    table = Table(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}")
+    for name in ("strategy", "slots (share)", "GB", "reaches", "bytes"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    table.add_column("what binds", overflow="fold")
+    for answer in sorted(answers, key=lambda answer: (answer.binds is not None, answer.result.budget_slots)):
+        result = answer.result
+        slots = "none" if answer.binds else f"{result.budget_slots:,} ({result.budget_share:.1%})"
+        size = "-" if answer.binds else f"{result.budget_slots * bytes_per_expert / 1e9:.2f}"
+        reaches = f"{'at best ' if answer.binds else ''}{target.words(result)}"
+        table.add_row(answer.strategy, slots, size, reaches, f"{result.bytes_ratio:.2f}", answer.binds or "")
+    table.caption = f"{geometry.describe_shape()}; bytes: all transfers over accesses; GB: 1e9 bytes"
+    return table

@@ -1,0 +1,235 @@
+"""What a replay or a plan cannot do is one line that says what to do instead; and nothing is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import error_line, tiny_traces
+from safetensors.numpy import load_file, save_file
+from scoring import history_folder, scores_folder
+
+from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.predictors.registry import create
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("house")
+    traces = tiny_traces(folder / "traces", sequences=4)
+    scores_folder(folder / "scores", traces, (1, 2))
+    scores_folder(folder / "token", traces, ("token",))
+    scores_folder(folder / "leak", traces, (0,), causal=False)
+    history_folder(folder / "history", traces)
+    predictor: Predictor = create("token_table", traces.geometry, 32, source="tests")
+    save_predictor(predictor, folder / "table", {})
+    (folder / "other.json").write_text("[]")
+    return folder
+
+
+@pytest.fixture
+def refused(house: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command that must be refused in the house, find nothing new there, and return its one line."""
+    monkeypatch.chdir(house)
+
+    def run(verb: str, *words: str, budget: str | None = "8") -> str:
+        before = sorted(house.rglob("*"))
+        budgets = () if budget is None else ("--budget", budget)
+        said = error_line(capsys, [verb, "--traces", "traces", "--json", "out.json", *budgets, *words])
+        assert sorted(house.rglob("*")) == before
+        return said
+
+    return run
+
+
+LOCAL = ("--scope", "per-layer")
+DEVICE = ("--device", "rtx3060")
+SCORES = ("--scores", "scores")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        # Names.
+        (("--policy", "beladi"), "unknown policy 'beladi'; did you mean 'belady'?"),
+        (("--device", "rtx306"), "unknown device 'rtx306'; did you mean 'rtx3060'?"),
+        (
+            ("--device", "rtx3060,memory_gb_per=3"),
+            "unknown device field 'memory_gb_per'; did you mean 'memory_gb_per_s'?",
+        ),
+        (("--device", "rtx3060,link_gb_per_s=0"), "link_gb_per_s must be a finite number above 0"),
+        (("--device", "gone.json"), "gone.json: cannot be read"),
+        (("--device", "other.json"), "other.json: holds no device"),
+        (("--strategy", "llama"), "unknown strategy 'llama'; did you mean 'llama.cpp'?"),
+        (("--strategy", "zzz"), "unknown strategy 'zzz'; known: all, llama.cpp, moe-beyond"),
+        # Prefetchers, and scores that serve them.
+        (("--prefetch", "p>1.01", *SCORES), "prefetch 'p>1.01': the threshold is a probability, 0 to 1"),
+        (("--prefetch", "p>-0.1", *SCORES), "prefetch 'p>-0.1': the threshold is a probability, 0 to 1"),
+        (("--prefetch", "adaptive,p>2", *SCORES, *DEVICE), "the threshold is a probability, 0 to 1"),
+        (("--prefetch", "top0", *SCORES), "prefetch 'top0' cannot be read; write none, top6"),
+        (("--prefetch", "oracle@2", *SCORES), "prefetch 'oracle@2' cannot be read"),
+        (("--prefetch", "adaptive", *SCORES), "asks for what the link can bring in; give --device"),
+        (("--prefetch", "adaptive", *DEVICE), "needs scores; give --predictor or --scores"),
+        (("--prefetch", "adaptive", "--scores", "leak", *DEVICE), "but the scores have lookahead 0"),
+        (("--prefetch", "moe_infinity", "--scores", "leak"), "but the scores have lookahead 0"),
+        (("--prefetch", "top2@2", *SCORES), "a distance is for scores known for the whole token"),
+        (("--policy", "moe_infinity"), "policy moe_infinity ranks by scores; give --predictor eamc"),
+        (("--lookahead", "token", *SCORES), "--lookahead token: the predictor has 1, 2"),
+        (("--lookahead", "0", *SCORES), "--lookahead 0: the predictor has 1, 2"),
+        (("--scores", "traces"), "traces: is not a scores folder (it has no scores.json)"),
+        # Slots by layer.
+        (("--quotas", "2,2,2,2"), "--quotas 2,2,2,2 is for --scope per-layer"),
+        (("--quotas", "proportional"), "--quotas proportional is for --scope per-layer"),
+        ((*LOCAL, "--quotas", "evenly"), "--quotas 'evenly': write even, proportional, or slots by layer: 10,8,8,..."),
+        ((*LOCAL, "--quotas", "2,2,2,"), "--quotas '2,2,2,': write even"),
+        ((*LOCAL, "--quotas", "2,2,4"), "quotas are 3 numbers that sum to 8, not 4 to 8 slots"),
+        ((*LOCAL, "--quotas", "2,2,2,3"), "quotas are 4 numbers that sum to 9, not 4 to 8 slots"),
+        ((*LOCAL, "--quotas", "3,3,1,1"), "below one event's demand of 2 experts in each layer"),
+        ((*LOCAL, "--quotas", "9,-3,1,1"), "9 slots are more than a layer's 8 experts"),
+        ((*LOCAL, "--quotas", "proportional"), "give --profile"),
+        # Profiles.
+        (("--warm-start",), "a warm start needs to know what was popular in training text; give --profile"),
+        (("--policy", "static"), "policy static needs to know what was popular in training text; give --profile"),
+        (("--profile", "table"), "table: a profile is a fitted history or popularity predictor, not token_table"),
+        (("--profile", "gone"), "'gone'; "),
+        (("--profile", "popularity.deepseek-v2-lite-puffin"), "has 4 MoE layers x 8 experts, top-2, but"),
+        # Numbers.
+        (("--warmup-tokens", "-1"), "--warmup-tokens -1 is less than 0"),
+        (("--prefill-chunk", "-2"), "--prefill-chunk -2 is less than 0"),
+        (("--batch-size", "0"), "--batch-size 0 is less than 1"),
+        (("--quantization", "-4"), "--quantization -4: bits per parameter must be more than 0"),
+        # What does not go together.
+        (("--strategy", "ours", "--policy", "lru"), "--strategy names policy and prefetch; give it without --policy"),
+        (("--strategy", "all", "--prefetch", "top2", *SCORES), "give it without --policy, --prefetch and --lookahead"),
+        (("--strategy", "od-moe"), "strategy od-moe: not available: a matter of time alone: needs --device"),
+        (("--policy", "od_moe"), "give --device"),
+        (("--sequential", *DEVICE), "--sequential counts accesses alone"),
+        (("--sequential", "--prefill-chunk", "4"), "--sequential goes access by access"),
+        (("--sequential", "--policy", "belief"), "--sequential: policy belief learns from whole events"),
+    ],
+)
+def test_replays_that_cannot_be(refused, words: tuple[str, ...], said: str) -> None:
+    assert said in refused("replay", "--plots", "plots", *words)
+
+
+@pytest.mark.parametrize("verb", [("replay",), ("plan", "--pins", "pins.json")])
+@pytest.mark.parametrize(
+    ("budget", "more", "said"),
+    [
+        ("1", (), "budget of 1 slots is below one event's demand of 2 experts; give at least 2 slots"),
+        ("7", LOCAL, "below one event's demand of 2 experts in each layer; give at least 8 slots"),
+        ("33", (), "budget '33' is 33 slots, more than all 32 experts"),
+        ("110%", (), "more than all 32 experts"),
+        ("1GB", (), "more than all 32 experts"),
+        ("0", (), "holds no expert"),
+        ("-8", (), "budget '-8' cannot be read"),
+        ("8.5", (), "a number of slots is whole"),
+    ],
+)
+def test_budgets(refused, verb: tuple[str, ...], budget: str, more: tuple[str, ...], said: str) -> None:
+    assert said in refused(*verb, *more, budget=budget)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("replay", "--budget", "2", "--prefill-chunk", "8"),
+        ("replay", "--budget", "3", "--batch-size", "4"),
+        ("replay", "--budget", "12", "--scope", "per-layer", "--batch-size", "4"),
+        ("replay", "--budget", "2", "--strategy", "moe-spac"),
+    ],
+)
+def test_a_union_that_the_cache_cannot_hold(house: Path, words: tuple[str, ...]) -> None:
+    """In a process of its own: it once wrote past its arrays."""
+    command = [sys.executable, "-m", "moe_beyond", *words, "--traces", "traces", "--json", "-"]
+    done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("moe-beyond: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_plan_knows_how_many_slots_a_union_needs(house: Path) -> None:
+    words = ("plan", "--traces", "traces", "--target", "30%", "--batch-size", "4", "--json", "-")
+    command = [sys.executable, "-m", "moe_beyond", *words]
+    done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for answer in json.loads(done.stdout)["answers"]:
+        assert answer["result"]["hit_rate"] >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "plan needs a --target to reach, or --pins FILE to write"),
+        (("--target", "fast"), "--target 'fast' cannot be read; write 90% (of hits) or 10tok/s"),
+        (("--target", "0%"), "cannot be read"),
+        (("--target", "120%"), "cannot be read"),
+        (("--target", "10tok/s"), "--target 10tok/s is a matter of time; give --device"),
+        (("--target", "90%", "--strategy", "our"), "unknown strategy 'our'; did you mean 'ours'?"),
+        (("--target", "90%", "--prefetch", "top2"), "needs scores; give --predictor or --scores"),
+        (("--target", "90%", "--policy", "static"), "policy static needs to know"),
+        (("--pins", "pins.json", "--budget", "9"), "--pins is for one --budget"),
+        (("--pins", "pins.json", *LOCAL, "--quotas", "2,2,2,3"), "quotas are 4 numbers that sum to 9"),
+        # Pins are not left behind where the plan beside them cannot be.
+        (("--pins", "pins.json", "--target", "fast"), "cannot be read"),
+        (("--pins", "pins.json", "--target", "90%", "--strategy", "our"), "unknown strategy"),
+        (("--pins", "pins.json", "--target", "90%", "--strategy", "ours"), "strategy ours: not available"),
+        (("--pins", "pins.json", "--target", "90%", "--prefetch", "top2"), "needs scores"),
+        (("--pins", "pins.json", "--target", "90%", "--policy", "static"), "policy static needs to know"),
+    ],
+)
+def test_plans_that_cannot_be(refused, words: tuple[str, ...], said: str) -> None:
+    assert said in refused("plan", *words)
+
+
+def damaged(folder: Path, how: str) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    index = json.loads((folder / "scores.json").read_text())
+    if how in ("nan", "two", "shape"):
+        tensors = load_file(shard)
+        last = tensors[list(index["files"])[-1]]
+        last[0, 0, 0, 0] = np.nan if how == "nan" else 2.0
+        if how == "shape":
+            tensors = {name: np.zeros((*scores.shape[:3], 9), np.float32) for name, scores in tensors.items()}
+        save_file(tensors, shard)
+    elif how == "cut":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif how == "gone":
+        shard.unlink()
+    elif how == "no field":
+        del index["available"]
+    elif how == "no such time":
+        index["available"] = "soon"
+    elif how == "no such lookahead":
+        index["lookaheads"] = [-1]
+    (folder / "scores.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("nan", "are not all finite and within 0..1"),
+        ("two", "are not all finite and within 0..1"),
+        ("shape", "expected ("),
+        ("cut", "cannot be read"),
+        ("gone", "cannot be read"),
+        ("no field", "scores.json: a field is missing or wrong ('available')"),
+        ("no such time", "available is 'soon', neither 'routed' nor 'computed'"),
+        ("no such lookahead", "scores.json: lookahead"),
+    ],
+)
+def test_scores_that_are_damaged(tmp_path: Path, refused, how: str, said: str, house: Path) -> None:
+    folder = Path(scores_folder(tmp_path / "damaged", tiny_traces(tmp_path / "traces", sequences=4), (1,)))
+    damaged(folder, how)
+    line = refused("replay", "--plots", "plots", "--scores", str(folder))
+    assert said in line
+    assert str(folder) in line
+
+
+@pytest.mark.usefixtures("refused")
+def test_pictures_that_have_no_place(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["replay", "--traces", "traces", "--budget", "8", "--json", "-", "--plots", "other.json"]
+    assert error_line(capsys, words) == "--plots other.json: is a file; name a folder"

@@ -1,0 +1,209 @@
+"""Plans: the smallest budget, what binds where there is none, and the experts to pin."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY, tiny_traces
+from scoring import seer
+
+from moe_beyond.errors import UserError
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.planning import Answer, parse_target, pins, plan
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, evenly, strategy
+from moe_beyond.replay import ReplaySettings, Result
+from moe_beyond.replay.devices import Device, load_device
+from moe_beyond.traces.reader import TraceSet
+
+COMMON = ReplaySettings(TINY.total_experts)
+SLOW = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02")
+SOURCE = seer("seer", (1,))
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> TraceSet:
+    return tiny_traces(tmp_path_factory.mktemp("planning") / "traces", sequences=8)
+
+
+class Planned:
+    """A plan for some strategies, and every replay that it made."""
+
+    def __init__(self, traces: TraceSet, target: str, lines: list[tuple[str, str]], device: Device | None = None):
+        self.traces, self.common = traces, replace(COMMON, device=device)
+        self.tried: list[ReplaySettings] = []
+        self.lines = [replace(strategy(self.common, 32, policy, prefetch, SOURCE)) for policy, prefetch in lines]
+        ladders = [partial(self.at, line) for line in self.lines]
+        self.target = parse_target(target)
+        self.answers: list[Answer] = plan(TINY, self.target, ladders, self.replayed, TINY.top_k, self.bounds)
+
+    def at(self, line: ReplaySettings, slots: int) -> ReplaySettings:
+        return replace(line, slots=slots)
+
+    def replayed(self, settings: list[ReplaySettings]) -> list[Result]:
+        self.tried += settings
+        return evaluate(self.traces, settings, sources=[SOURCE]).results
+
+    def bounds(self) -> dict[str, Result]:
+        found = {"lru": strategy(self.common, 32, "lru")}
+        if self.common.device is not None:
+            found["all_resident"] = strategy(self.common, 32, "all_resident")
+            found["clairvoyant"] = strategy(self.common, 32, "belady", "oracle", name=CLAIRVOYANT)
+        return dict(zip(found, evaluate(self.traces, list(found.values())).results, strict=True))
+
+
+def every_budget(traces: TraceSet, policy: str, device: Device | None = None) -> dict[int, Result]:
+    common = replace(COMMON, device=device)
+    results = evaluate(traces, [strategy(common, slots, policy) for slots in range(2, 33)]).results
+    return {result.budget_slots: result for result in results}
+
+
+@pytest.mark.parametrize("device", [None, SLOW])
+def test_the_smallest_budget_is_exact(traces: TraceSet, device: Device | None) -> None:
+    found = {policy: every_budget(traces, policy, device) for policy in ("lru", "belady")}
+
+    def figure(result: Result) -> float:
+        return 100 * result.hit_rate if device is None else result.tokens_per_second
+
+    for results in found.values():  # else halving would not be exact
+        assert np.all(np.diff([figure(result) for result in results.values()]) >= 0)
+    all_figures = sorted({figure(result) for results in found.values() for result in results.values()})
+    for wanted in (max(all_figures[0], 0.01) / 2, *all_figures[3::8], all_figures[-1] - 1e-3):
+        target = f"{math.floor(wanted * 1000) / 1000}{'%' if device is None else 'tok/s'}"
+        planned = Planned(traces, target, [("lru", "none"), ("belady", "none")], device)
+        for answer, policy in zip(planned.answers, ("lru", "belady"), strict=True):
+            reached = [slots for slots, result in found[policy].items() if planned.target.reached(result)]
+            if reached:
+                assert (answer.binds, answer.result) == (None, found[policy][min(reached)])
+            else:
+                assert answer.binds is not None
+        assert len(planned.tried) == len(set(planned.tried))  # nothing is replayed twice
+        assert len(planned.tried) <= 2 * (21 + math.ceil(math.log2(32 / 20)) + 1)
+
+
+def only(traces: TraceSet, target: str, line: tuple[str, str], device: Device | None = None) -> Answer:
+    [answer] = Planned(traces, target, [line], device).answers
+    return answer
+
+
+def test_computing_binds(traces: TraceSet) -> None:
+    # Resident, a token takes 4 layers * (10 kB + 2 * 2 kB) / 0.02 GB/s = 2.8 ms.
+    answer = only(traces, "358tok/s", ("lru", "none"), SLOW)
+    assert answer.binds == "computing: with all experts resident it is 357.14 tok/s"
+
+
+def test_the_link_binds_time(traces: TraceSet) -> None:
+    answer = only(traces, "357tok/s", ("lru", "none"), SLOW)
+    speed = evaluate(traces, [strategy(replace(COMMON, device=SLOW), 32, "belady", "oracle")]).results[0]
+    assert answer.binds == (
+        f"link: even clairvoyant prefetch, all slots given, makes {speed.tokens_per_second:.2f} tok/s"
+    )
+
+
+def test_the_policy_binds_time(traces: TraceSet) -> None:
+    common = replace(COMMON, device=SLOW)
+    asked = [strategy(common, 32, "lru"), strategy(common, 32, "belady", "oracle")]
+    lru, clairvoyant = (r.tokens_per_second for r in evaluate(traces, asked).results)
+    answer = only(traces, f"{(lru + clairvoyant) / 2:.3f}tok/s", ("lru", "none"), SLOW)
+    assert answer.binds == "policy: clairvoyant prefetch over the same link would do"
+    assert answer.result.tokens_per_second == lru  # the best there is, and no more slots than for that
+    assert answer.to_json(2000)["budget_slots"] is None
+
+
+def test_the_working_set_binds_hits(traces: TraceSet) -> None:
+    first_uses = sum(len(np.unique(t.experts[:, layer])) for t in traces.traces() for layer in range(4))
+    share = first_uses / (traces.manifest.tokens * TINY.demand_per_token)
+    answer = only(traces, f"{100 * (1 - share) + 0.1:.2f}%", ("lru", "none"))
+    assert answer.binds == f"working set: {share:.1%} of accesses are first uses, which only prefetch makes hits"
+    assert answer.result.hit_rate == pytest.approx(1 - share)
+    assert answer.to_json(2000)["budget_bytes"] is None
+
+
+def test_the_link_binds_hits_that_come_late(traces: TraceSet) -> None:
+    device = replace(SLOW, link_gb_per_s=0.0002)
+    answer = only(traces, "95%", ("belady", "oracle"), device)
+    late = answer.result.late_hits / answer.result.accesses
+    assert answer.result.hit_rate < 0.95 <= answer.result.hit_rate + late
+    assert answer.binds == f"link: {late:.1%} of accesses were asked for and came late"
+
+
+def test_the_policy_binds_hits(traces: TraceSet) -> None:
+    """A stand-in: a policy that is worse than LRU with all slots is none of ours."""
+    lru = evaluate(traces, [strategy(COMMON, 32, "lru")]).results[0]
+
+    def worse(settings: list[ReplaySettings]) -> list[Result]:
+        return [replace(lru, hit_rate=0.1, budget_slots=s.slots) for s in settings]
+
+    [answer] = plan(
+        TINY, parse_target("50%"), [lambda n: strategy(COMMON, n, "lru")], worse, 2, lambda: {"lru": lru}
+    )  # fmt: skip
+    assert answer.binds == "policy: with all slots LRU would do"
+    assert answer.result.budget_slots == 2  # of equals the smallest
+
+
+def test_an_answer_tells_its_bytes(traces: TraceSet) -> None:
+    answer = only(traces, "30%", ("lru", "none"))
+    told = answer.to_json(2000.5)
+    assert told["budget_slots"] == answer.result.budget_slots == told["result"]["budget_slots"]
+    assert told["budget_bytes"] == math.ceil(2000.5 * answer.result.budget_slots)
+    assert (told["strategy"], told["binds"]) == ("lru", None)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "90", "0%", "100.5%", "-5%", "ninety%", "nan%", "10 t/s", "tok/s", "0tok/s", "1e3tok/s", "90%%"]
+)
+def test_targets_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="cannot be read; write 90%"):
+        parse_target(text)
+
+
+def test_targets() -> None:
+    assert parse_target(" 62.5 % ").hit_rate == 0.625
+    assert parse_target("100%").hit_rate == 1
+    assert parse_target("10.5tok/s").tokens_per_second == 10.5
+
+
+def counts(traces: TraceSet, split: str | None) -> Counter[tuple[int, int]]:
+    return Counter(
+        (layer, int(expert))
+        for trace in traces.traces(split)
+        for token in trace.experts
+        for layer, row in enumerate(token)
+        for expert in row
+    )
+
+
+@pytest.mark.parametrize("split", [None, "validation"])
+@pytest.mark.parametrize("slots", [2, 11, 32])
+def test_pins_are_the_most_used(traces: TraceSet, split: str | None, slots: int) -> None:
+    used = counts(traces, split)
+    every = [(layer, expert) for layer in range(4) for expert in range(8)]
+    chosen = sorted(every, key=lambda one: (-used[one], one))[:slots]
+    found = pins(traces, split, slots, "global", evenly, None)
+    assert found == {str(layer + 1): [e for one, e in chosen if one == layer] for layer in range(4)}
+
+
+def test_pins_keep_to_a_layers_slots_and_to_a_profile(traces: TraceSet) -> None:
+    quotas = (2, 5, 3, 4)
+    used = counts(traces, None)
+    found = pins(traces, None, 14, "per-layer", lambda slots: quotas, None)
+    for layer, quota in enumerate(quotas):
+        chosen = sorted(range(8), key=lambda expert: (-used[layer, expert], expert))[:quota]
+        assert found[str(layer + 1)] == chosen
+    popularity = np.random.default_rng(0).random((4, 8))
+    popularity[1] = 0.5  # ties go to the lower id
+    found = pins(traces, None, 14, "per-layer", lambda slots: quotas, popularity)
+    assert found["2"] == [0, 1, 2, 3, 4]
+    assert found["4"] == np.argsort(-popularity[3])[:4].tolist()
+    even = pins(traces, None, 14, "per-layer", evenly, popularity)
+    assert [len(experts) for experts in even.values()] == [4, 4, 3, 3]
+
+
+def test_pins_of_slots_that_do_not_do(traces: TraceSet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="below one event's demand"):
+        pins(traces, None, 7, "per-layer", evenly, None)
+    with pytest.raises(UserError, match="quotas are 4 numbers that sum to 14, not 4 to 15"):
+        pins(traces, None, 15, "per-layer", lambda slots: (2, 5, 3, 4), None)

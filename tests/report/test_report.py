@@ -1,0 +1,167 @@
+"""Tables and pictures show what they are given."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from scoring import seer
+
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.planning import Answer, parse_target
+from moe_beyond.evaluation.strategies import beside, combinations
+from moe_beyond.evaluation.systems import Unavailable
+from moe_beyond.replay import ReplaySettings, Result
+from moe_beyond.replay.devices import load_device
+from moe_beyond.report import plots
+from moe_beyond.report.pictures import TIMELINE_TOKEN, write_pictures
+from moe_beyond.report.plans import plan_table
+from moe_beyond.report.results import results_table, scores_words, unavailable_lines
+from moe_beyond.traces.reader import TraceSet
+
+DEVICE = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02")
+SOURCE = seer("seer", (1, 2))
+
+
+def text_of(table: Table, width: int = 200) -> str:
+    said = io.StringIO()
+    Console(width=width, file=said).print(table)
+    return said.getvalue()
+
+
+def replayed(traces: TraceSet, slots: list[int], timed: bool) -> tuple[list[ReplaySettings], list[Result]]:
+    common = ReplaySettings(32, device=DEVICE if timed else None)
+    asked = combinations(common, slots, ["lru"], ["top2"], SOURCE, [2])
+    lines = beside(asked, common, TINY)
+    return lines, evaluate(traces, lines, sources=[SOURCE]).results
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures that would be saved, by the names of their files."""
+    found: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: found.update({Path(path).stem: figure}))
+    return found
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+AHEAD = "lru + top2, seer, lookahead 2"
+LINES = [AHEAD, "lru", "belady (optimum without prefetch)", "static_hindsight"]
+TIMED_LINES = [*LINES, "clairvoyant prefetch"]
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_pictures_draw_every_strategy(
+    trace_set: TraceSet, tmp_path: Path, drawn: dict[str, Figure], timed: bool
+) -> None:
+    lines, results = replayed(trace_set, [16, 8, 24], timed)
+    written = write_pictures(tmp_path, trace_set, lines, results, [SOURCE], None, None)
+    assert [path.stem for path in written] == list(drawn) == ["budgets", "frontier", "layers", *["timeline"] * timed]
+    names = TIMED_LINES if timed else LINES
+    curves, frontier = drawn["budgets"], drawn["frontier"]
+    assert legend(curves) == legend(frontier) == names
+    assert len(curves.axes) == (3 if timed else 2)
+    figures = ["hit_rate", "bytes_ratio", "tokens_per_second"]
+    for axes, field in zip(curves.axes, figures, strict=False):
+        plotted = [line for line in axes.get_lines() if len(line.get_xdata()) == 3]
+        assert len(plotted) == len(names)
+        for line, name in zip(plotted, names, strict=True):
+            points = sorted((r.budget_share, getattr(r, field)) for r in results if plots.line_name(r) == name)
+            scale = 100 if field == "hit_rate" else 1
+            np.testing.assert_allclose(line.get_xdata(), [100 * share for share, _ in points])
+            np.testing.assert_allclose(line.get_ydata(), [scale * value for _, value in points])
+    # By layer, at the smallest budget.
+    heat = drawn["layers"].axes[0]
+    assert [label.get_text() for label in heat.get_yticklabels()] == names
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["1", "2", "3", "4"]
+    smallest = [r for r in results if r.budget_slots == 8]
+    rates = [[100 * layer["hit_rate"] for layer in result.per_layer] for result in smallest]
+    np.testing.assert_allclose(heat.get_images()[0].get_array(), rates)
+    assert "8 slots" in drawn["layers"].get_suptitle()
+
+
+def test_a_timeline_shows_the_first_strategys_token(
+    trace_set: TraceSet, tmp_path: Path, drawn: dict[str, Figure]
+) -> None:
+    lines, results = replayed(trace_set, [8], True)
+    write_pictures(tmp_path, trace_set, lines, results, [SOURCE], None, None)
+    figure = drawn["timeline"]
+    assert figure.get_suptitle() == f"lru + top2, 8 slots, {DEVICE.name}: token {TIMELINE_TOKEN}"
+    bars = {bar.get_label(): bar.get_paths() for bar in figure.axes[0].collections}
+    assert set(bars) == {"compute", "stall", "moved on demand", "moved ahead"}
+    assert len(bars["compute"]) == 8  # two a layer
+    assert bars["moved ahead"]
+
+    def milliseconds(name: str) -> float:
+        return sum(path.vertices[:, 0].max() - path.vertices[:, 0].min() for path in bars[name])
+
+    # What computes and what stalls fills the token's time, of which 2.8 ms are computing.
+    assert milliseconds("compute") == pytest.approx(2.8)
+    assert milliseconds("compute") + milliseconds("stall") == pytest.approx(figure.axes[0].get_xlim()[1])
+
+
+def test_a_table_has_times_on_a_device_alone(trace_set: TraceSet) -> None:
+    for timed in (False, True):
+        _, results = replayed(trace_set, [8], timed)
+        said = text_of(results_table(results, TINY))
+        assert ("tok/s" in said, "p95" in said, f"times on {DEVICE.name}" in said) == (timed,) * 3
+        for result in results:
+            rows = [[cell.strip() for cell in line.split("│")] for line in said.splitlines()]
+            [row] = [row for row in rows if result.strategy in row]
+            assert {f"{result.hit_rate:.1%}", f"{result.bytes_ratio:.2f}"} <= set(row)
+            if timed:
+                assert {f"{result.tokens_per_second:.1f}", f"{result.stall_ms_per_token:.1f}"} <= set(row)
+
+
+def test_a_pipes_table_cuts_no_figure_off(trace_set: TraceSet) -> None:
+    """120 columns hold it, with the longest mark and tens of thousands of tokens a second."""
+    _, results = replayed(trace_set, [8], True)
+    fast = replace(results[0], tokens_per_second=64285.7, lookahead=0, causal=False, wasted_prefetches=1_234_567)
+    said = text_of(results_table([fast, *results[1:]], TINY), 120)
+    assert "…" not in said
+    assert "64285.7" in said
+
+
+def result_of(traces: TraceSet, **changes: object) -> Result:
+    return replace(replayed(traces, [8], False)[1][0], **changes)
+
+
+def test_leaks_are_marked(trace_set: TraceSet) -> None:
+    assert scores_words(result_of(trace_set)) == "2"
+    assert scores_words(result_of(trace_set, lookahead=None)) == "all"
+    for leak, words in (({"lookahead": 0}, "reads the router's input"), ({"causal": False}, "sees later tokens")):
+        result = result_of(trace_set, **leak)
+        assert "(LEAK" in scores_words(result)
+        assert f"LEAK: {words}" in " ".join(text_of(results_table([result], TINY)).split())
+    assert "(LEAK" in scores_words(result_of(trace_set, lookahead=None, causal=False))
+
+
+@pytest.mark.parametrize(("lookaheads", "prefetch", "asked"), [((0,), "none", None), ((0, 1), "top2", 1)])
+def test_a_policy_that_reads_the_routers_input_is_marked(
+    trace_set: TraceSet, lookaheads: tuple[int, ...], prefetch: str, asked: int | None
+) -> None:
+    """Whatever the prefetcher asks by, belief reads all the scores there are."""
+    source = seer("seer", lookaheads)
+    settings = combinations(ReplaySettings(32), [8], ["belief"], [prefetch], source, [asked] if asked else [])
+    [result] = evaluate(trace_set, settings, sources=[source]).results
+    assert "LEAK" in text_of(results_table([result], TINY))
+
+
+def test_what_is_missing_and_what_binds_is_said(trace_set: TraceSet) -> None:
+    assert unavailable_lines([Unavailable("a", "needs x"), Unavailable("b", "needs y")]) == (
+        "a: not available: needs x\nb: not available: needs y"
+    )
+    fits, fails = result_of(trace_set, hit_rate=0.9123, budget_slots=16), result_of(trace_set, hit_rate=0.5)
+    answers = [Answer("late", fails, "link: too slow"), Answer("good", fits, None)]
+    said = text_of(plan_table(answers, parse_target("90%"), TINY, 2e9))
+    good, late = [line for line in said.splitlines() if "│ good" in line or "│ late" in line]  # what works first
+    assert [word in good for word in ("good", "16 (", "32.00", "91.2%")] == [True] * 4
+    assert [word in late for word in ("late", "none", "at best 50.0%", "link: too slow")] == [True] * 4
