@@ -20,9 +20,10 @@ from rich.table import Table
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
-from moe_beyond.evaluation.strategies import strategies
+from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.geometry import load_preset
 from moe_beyond.published import find_predictor
+from moe_beyond.replay import ReplaySettings
 from moe_beyond.tasks import TokenTable
 from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
 from moe_beyond.traces.reader import TraceSet
@@ -38,7 +39,7 @@ MOST_BYTES_PER_ENTRY = 5.0
 
 def first_recall(traces: TraceSet, source: ScoreSource) -> float:
     """Return recall@k in percent at the source's first lookahead, over all tokens."""
-    return 100 * float(evaluate(traces, [], source=source).metrics[0]["recall_at_k"])
+    return 100 * float(evaluate(traces, [], sources=[source], measure=source).metrics[0]["recall_at_k"])
 
 
 def main() -> None:
@@ -56,15 +57,13 @@ def main() -> None:
             manifest = traces.manifest
             size = sum(s.bytes for s in manifest.shards) / (manifest.tokens * preset.geometry.num_layers)
             rows.append((f"{manifest.source}: bytes an entry", size, f"at most {MOST_BYTES_PER_ENTRY}", size <= 5))
-        asked = strategies([166, 332], policies=("lru", "belady"), warmup_tokens=10)
+        common = ReplaySettings(preset.geometry.total_experts, warmup_tokens=10)
+        asked = combinations(common, [166, 332], ("lru", "belady"))
         for result in evaluate(webglm, asked).results:
             target, found = CACHES[result.policy, result.budget_slots], 100 * result.hit_rate
             name = f"{result.policy}, {result.budget_slots} slots: hits % @ {result.bytes_ratio:.2f} bytes"
             rows.append((name, found, f"{target} within {WITHIN}", abs(found - target) <= WITHIN))
-        recall = (
-            100
-            * evaluate(webglm, [], source=from_predictor_folder(find_predictor(PUBLISHED))).metrics[0]["recall_at_k"]
-        )
+        recall = first_recall(webglm, from_predictor_folder(find_predictor(PUBLISHED)))
         rows.append(
             (f"{PUBLISHED}: recall@6 %, lookahead 1", recall, f"at least {LEAST_RECALL}", recall >= LEAST_RECALL)
         )

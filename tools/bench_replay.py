@@ -1,0 +1,162 @@
+"""Speed of the cache core beside libcachesim, and whether both count the same.
+
+    python tools/bench_replay.py --data TRACES [--predictor P] [--slots N] [--repeats N] [--json FILE]
+
+All sequences of a trace set make one stream of experts. Access by access, LRU, LFU and Belady are timed in both, which
+must agree on every hit; then `belief`, event by event, with a predictor's scores and top<K> prefetch. One run gives all
+ratios: medians of several rounds, each of which times everything once. Everything that a replay counts is counted. What
+is not timed: reading the traces, sorting them into events, indexing Belady's future, computing the scores; and for
+libcachesim writing its trace file, which it is timed reading. Then a sweep of budgets and policies, on all cores.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import libcachesim
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.sources import from_predictor_folder, published_source
+from moe_beyond.evaluation.strategies import combinations
+from moe_beyond.files import write_json
+from moe_beyond.published import find_predictor
+from moe_beyond.replay import Replay, ReplaySettings
+from moe_beyond.replay.sequence import Sequence
+from moe_beyond.traces.reader import TraceSet
+
+SEQUENTIAL = {"lru": "LRU", "lfu_in_cache": "LFU", "belady": "Belady"}
+LEAST = {"lru": 5.0, "belady": 2.0, "belief": 0.4}
+SWEEP_BUDGETS = [f"{share}%" for share in (5, 10, 15, 20, 25, 30, 40, 50, 60, 80)]
+SWEEP_POLICIES = ("lru", "lfu", "lfru", "class_lru", "belief", "belady")
+
+
+def write_oracle_general(path: Path, ids: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    """Write a stream as libCacheSim's oracleGeneral file: time, object, size, and the next access of the same."""
+    order = np.argsort(ids, kind="stable")
+    following = np.full(len(ids), -1, np.int64)
+    same = ids[order[:-1]] == ids[order[1:]]
+    following[order[:-1][same]] = order[1:][same]
+    records = np.empty(len(ids), np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")]))
+    records["time"], records["id"], records["size"], records["next"] = np.arange(len(ids)), ids, 1, following
+    records.tofile(path)
+
+
+def time_libcachesim(name: str, path: Path, slots: int) -> tuple[float, float]:
+    """Return seconds, and the share of misses."""
+    reader = libcachesim.TraceReader(str(path), libcachesim.TraceType.ORACLE_GENERAL_TRACE)
+    cache = getattr(libcachesim, name)(slots)
+    began = time.perf_counter()
+    misses, _ = cache.process_trace(reader)
+    return time.perf_counter() - began, misses
+
+
+def time_replay(settings: ReplaySettings, sequence: Sequence) -> tuple[float, Replay]:
+    """Return seconds of the core, and the replay."""
+    replaying = Replay(sequence.geometry, settings)
+    sequence.alone(settings)  # sorted before, for all
+    replaying.prepare(sequence)
+    began = time.perf_counter()
+    replaying.add_sequence(sequence)
+    return time.perf_counter() - began, replaying
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a trace set")
+    parser.add_argument("--predictor", help="of belief's scores; the published cross_layer of the model by default")
+    parser.add_argument("--slots", type=int, default=166)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scored-tokens", type=int, default=20_000, help="tokens that belief is timed on")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    traces = TraceSet(args.data)
+    geometry = traces.geometry
+    console = Console(width=120)
+    stream = Sequence(geometry, np.concatenate([trace.experts for trace in traces.traces()]))
+    accesses = stream.experts.size
+    console.print(f"{traces.manifest.source}: {accesses:,} accesses, {args.slots} of {geometry.total_experts} slots")
+    source = from_predictor_folder(find_predictor(args.predictor)) if args.predictor else None
+    source = source or published_source("cross_layer", traces)
+    scored = _scored(traces, source, args.scored_tokens) if source is not None else None
+    seconds: dict[str, list[float]] = {}
+    agree = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stream.oracleGeneral"
+        write_oracle_general(path, stream.ids.ravel())
+        for _ in range(args.repeats + 1):  # the first compiles, and is dropped
+            for policy, name in SEQUENTIAL.items():
+                took, misses = time_libcachesim(name, path, args.slots)
+                seconds.setdefault(f"libcachesim {name}", []).append(took)
+                took, replaying = time_replay(ReplaySettings(args.slots, policy, sequential=True), stream)
+                seconds.setdefault(policy, []).append(took)
+                agree[policy] = (int(replaying.counts()[:, 1].sum()), round((1 - misses) * accesses))
+            if scored is not None and source is not None:
+                settings = ReplaySettings(
+                    args.slots, "belief", prefetch=f"top{geometry.top_k}", lookahead=source.lookaheads[0],
+                    lookaheads=source.lookaheads, predictor=source.name,
+                )  # fmt: skip
+                took, replaying = time_replay(settings, scored)
+                seconds.setdefault("belief", []).append(took * accesses / scored.experts.size)
+    speed = {name: accesses / statistics.median(times[1:]) / 1e6 for name, times in seconds.items()}
+    table = Table(title=f"million accesses a second, medians of {args.repeats}")
+    for name in ("policy", "here", "libcachesim", "ratio", "at least", "hits here / there"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    ratios = {}
+    for policy, name in SEQUENTIAL.items():
+        other = speed[f"libcachesim {name}"]
+        ratios[policy] = speed[policy] / other
+        hits = agree[policy]
+        least = f"{LEAST[policy]:.1f}" if policy in LEAST else "-"
+        table.add_row(
+            f"{policy}, sequential", f"{speed[policy]:.1f}", f"{other:.1f}", f"{ratios[policy]:.2f}", least,
+            f"{hits[0]:,} / {hits[1]:,}",
+        )  # fmt: skip
+    if "belief" in speed:
+        ratios["belief"] = speed["belief"] / speed["libcachesim Belady"]
+        table.add_row(
+            "belief, event by event, with scores and prefetch", f"{speed['belief']:.1f}",
+            f"{speed['libcachesim Belady']:.1f} (Belady)", f"{ratios['belief']:.2f}", f"{LEAST['belief']:.1f}", "-",
+        )  # fmt: skip
+    console.print(table)
+    sweep = _sweep(traces)
+    console.print(
+        f"sweep of {len(SWEEP_BUDGETS)} budgets x {len(SWEEP_POLICIES)} policies: {sweep['seconds']:.1f} s, "
+        f"{sweep['busy_cores']:.2f} of {os.cpu_count()} cores busy",
+        highlight=False,
+    )
+    if args.json:
+        write_json(args.json, {"accesses": accesses, "speed": speed, "ratios": ratios, "hits": agree, "sweep": sweep})
+
+
+def _scored(traces: TraceSet, source: Any, tokens: int) -> Sequence:
+    """Return the first sequences that make so many tokens as one, with their scores."""
+    experts, scores = [], []
+    for trace, found in source.sequences(traces, None, True):
+        experts.append(trace.experts)
+        scores.append(found)
+        if sum(map(len, experts)) >= tokens:
+            break
+    return Sequence(traces.geometry, np.concatenate(experts), np.concatenate(scores))
+
+
+def _sweep(traces: TraceSet) -> dict[str, float]:
+    """Replay all budgets and policies; return seconds, and how many cores were busy on average."""
+    slots = [int(budget[:-1]) * traces.geometry.total_experts // 100 for budget in SWEEP_BUDGETS]
+    lines = combinations(ReplaySettings(traces.geometry.total_experts), slots, SWEEP_POLICIES)
+    evaluate(traces, lines[:6], traces.manifest.splits[-1])  # compiles
+    began, cpu = time.perf_counter(), time.process_time()
+    evaluate(traces, lines)
+    took = time.perf_counter() - began
+    return {"seconds": took, "busy_cores": (time.process_time() - cpu) / took}
+
+
+if __name__ == "__main__":
+    main()
