@@ -78,6 +78,12 @@ class CacheState(NamedTuple):
 
 
 @jit
+def unsigned(number: int) -> int:
+    """Make an index of a number from 0: numba asks of a signed one whether it counts from the end."""
+    return np.uint32(number)  # type: ignore[return-value]
+
+
+@jit
 def ignore_expert(policy: Any, cache: CacheState, expert: int) -> None:
     """Take no interest in what becomes of an expert."""
 

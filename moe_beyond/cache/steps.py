@@ -31,6 +31,7 @@ from moe_beyond.cache.core import (
     forget_all_questions,
     release,
     start_step,
+    unsigned,
 )
 from moe_beyond.cache.jit import jit
 from moe_beyond.cache.link import NOW, QUEUED, is_instant
@@ -214,21 +215,23 @@ def run_accesses(
     """
     now, experts, counters = cache.now, cache.experts, cache.counters
     size, pooled = experts.shape[1] // len(counters), len(cache.pools) > 1
-    begins = layer = pool = 0
-    first = beyond = -1  # the ids of the layer that runs
+    begins = layer = room = 0
+    pool = unsigned(0)
+    first = beyond = 0  # the ids of the layer that runs
     hits = accesses = 0
     event, ahead = now[EVENT], now[MOMENT] - now[EVENT]
     for step in range(len(ends)):
         start_step(cache, counted[step])
         for i in range(begins, ends[step]):
-            expert = ids[i]
+            expert = unsigned(ids[i])
             if expert < first or expert >= beyond:
                 if counted[step]:
                     _count(counters, layer, accesses, hits)
                 hits = accesses = 0
-                layer = expert // size
+                layer = int(expert) // size
                 first, beyond = layer * size, (layer + 1) * size
-                pool = layer if pooled else 0
+                pool = unsigned(layer if pooled else 0)
+                room = cache.pools[pool, CAPACITY] - cache.pools[pool, USED]
                 now[LAYER] = layer
             accesses += 1
             event += 1
@@ -238,12 +241,13 @@ def run_accesses(
                 experts[LAST, expert] = event + ahead
                 verbs.hit(policy, cache, expert)
                 continue
-            if cache.pools[pool, USED] < cache.pools[pool, CAPACITY]:
+            if room > 0:
                 enter(cache, policy, verbs, expert, DEMANDED)
+                room -= 1
                 continue
-            victim = verbs.victim(policy, cache, pool)
+            victim = unsigned(verbs.victim(policy, cache, pool))
             if not verbs.stages or verbs.admits(policy, cache, expert, victim):  # nothing was prefetched, so no origin
-                place = experts[PLACE, victim]
+                place = unsigned(experts[PLACE, victim])
                 experts[PLACE, victim] = -1
                 verbs.evict(policy, cache, victim)
                 cache.residents[pool, place] = expert
@@ -253,7 +257,7 @@ def run_accesses(
         if counted[step]:
             _count(counters, layer, accesses, hits)
         hits = accesses = 0
-        first = beyond = -1
+        first = beyond = 0
         begins = ends[step]
 
 

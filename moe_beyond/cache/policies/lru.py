@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.core import LAST, MARK, POOL, SHIELD, CacheState, Verbs
+from moe_beyond.cache.core import LAST, MARK, POOL, SHIELD, CacheState, Verbs, unsigned
 from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 
@@ -17,23 +17,23 @@ class LruState(NamedTuple):
     """A ring of residents per pool; the ring's head of pool p is the number ``L*E + p``.
 
     Attributes:
-        links: ``(L*E + pools, 2)`` int32, the next more and the next less recently used.
+        links: ``(L*E + pools, 2)`` uint32, the next more and the next less recently used.
     """
 
-    links: npt.NDArray[np.int32]
+    links: npt.NDArray[np.uint32]
 
 
 def state(inputs: PolicyInputs) -> LruState:
     """Return empty rings."""
-    numbers = np.arange(inputs.num_ids + len(inputs.capacity), dtype=np.int32)
+    numbers = np.arange(inputs.num_ids + len(inputs.capacity), dtype=np.uint32)
     return LruState(np.repeat(numbers[:, None], 2, axis=1))
 
 
 @jit
 def insert(policy: LruState, cache: CacheState, expert: int) -> None:
     """Link in as the most recent; of those used at the same moment the lowest is the oldest."""
-    heads, last = cache.experts.shape[1], cache.experts[LAST, expert]
-    newer = heads if len(cache.pools) == 1 else heads + cache.experts[POOL, expert]
+    heads, last = unsigned(cache.experts.shape[1]), cache.experts[LAST, expert]
+    newer = heads if len(cache.pools) == 1 else unsigned(heads + cache.experts[POOL, expert])
     older = policy.links[newer, OLDER]
     while older < heads and cache.experts[LAST, older] == last and older > expert:
         newer, older = older, policy.links[older, OLDER]
@@ -58,7 +58,7 @@ def hit(policy: LruState, cache: CacheState, expert: int) -> None:
 @jit
 def victim(policy: LruState, cache: CacheState, pool: int) -> int:
     """Return the least recent that is not shielded."""
-    expert: int = policy.links[cache.experts.shape[1] + pool, NEWER]
+    expert = policy.links[unsigned(cache.experts.shape[1] + pool), NEWER]
     while cache.experts[SHIELD, expert] == cache.now[MARK]:
         expert = policy.links[expert, NEWER]
     return expert
