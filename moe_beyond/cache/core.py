@@ -170,7 +170,7 @@ def is_held(cache: CacheState, expert: int) -> bool:
 @jit
 def _hold(cache: CacheState, expert: int) -> None:
     """Shield a resident until the next event, or until it is released."""
-    if cache.experts[SHIELD, expert] != cache.now[MARK]:
+    if not is_held(cache, expert):
         cache.experts[SHIELD, expert] = cache.now[MARK]
         cache.pools[cache.experts[POOL, expert], HELD] += 1
 

@@ -24,6 +24,13 @@ class Stream:
     ids: Ints
     offsets: Ints
 
+    @classmethod
+    def of_tokens(cls, geometry: Geometry, experts: npt.NDArray[np.integer]) -> "Stream":
+        """List the demands of ``(T, L, K)`` experts, every (token, layer) an event."""
+        length, layers, top_k = experts.shape
+        ids = np.sort(experts.astype(np.int64) + np.arange(layers)[:, None] * geometry.num_experts, axis=-1)
+        return cls(ids.ravel(), np.arange(length * layers + 1) * top_k)
+
     def events(self) -> Ints:
         """Return the number, from 1, of the event of each demand: ``(n,)``."""
         return np.repeat(np.arange(1, len(self.offsets)), np.diff(self.offsets))

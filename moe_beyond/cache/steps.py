@@ -73,9 +73,9 @@ def _learn(cache: CacheState, policy: Any, verbs: Verbs, scores: npt.NDArray[np.
     """Take in a layer's scores ``(E,)``."""
     if np.isnan(scores[0]):
         return
-    first = layer * len(scores)
+    known = cache.known[layer * len(scores) : (layer + 1) * len(scores)]
     for expert in range(len(scores)):
-        cache.known[first + expert] = scores[expert]
+        known[expert] = scores[expert]
     verbs.learned(policy, cache, layer)
 
 
@@ -101,6 +101,15 @@ def _names(cache: CacheState, plan: Plan, outlook: Outlook, layer: int) -> int:
     elif plan.distance > 0 and layer + plan.distance < layers:
         count = scored.names(cache, plan, layer + plan.distance, 0)
     return count
+
+
+@jit
+def _foresee(outlook: Outlook, plan: Plan, timing: Timing, ends: float, layer: int) -> None:
+    """Say when later layers will be routed, if this one ends then and nothing stalls more, for who asks by that."""
+    if plan.kind == ADAPTIVE or plan.kind == MOE_INFINITY:
+        for later in range(layer + 1, len(outlook.need)):
+            ahead = later - layer
+            outlook.need[later] = ends + ahead * timing.other + (ahead - 1) * plan.top_k * timing.expert
 
 
 @jit
@@ -163,8 +172,7 @@ def run(
     for step in range(len(steps.counted)):
         begins = link.clock[NOW]
         start_step(cache, steps.counted[step])
-        for layer in range(layers):
-            outlook.need[layer] = begins + (layer + 1) * timing.other + layer * plan.top_k * timing.expert
+        _foresee(outlook, plan, timing, begins, -1)
         _look_ahead(cache, policy, verbs, plan, steps, outlook, step, -1)
         for layer in range(layers):
             experts = steps.ids[steps.offsets[event] : steps.offsets[event + 1]]
@@ -181,9 +189,7 @@ def run(
                 cache.known[expert] = np.nan
             verbs.routed(policy, cache, experts, tokens)
             ends = ready + timing.expert * len(experts)
-            for later in range(layer + 1, layers):
-                ahead = later - layer
-                outlook.need[later] = ends + ahead * timing.other + (ahead - 1) * plan.top_k * timing.expert
+            _foresee(outlook, plan, timing, ends, layer)
             if not steps.computed:
                 _look_ahead(cache, policy, verbs, plan, steps, outlook, step, layer)
             advance(cache, policy, verbs, ends)

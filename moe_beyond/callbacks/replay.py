@@ -5,9 +5,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from moe_beyond.cache.prefetchers.plan import SCORED, parse_prefetch
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.strategies import REFERENCES
+from moe_beyond.evaluation.sources import from_predictor
+from moe_beyond.evaluation.strategies import REFERENCES, strategy
 from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.batch import Batch
@@ -67,26 +67,18 @@ class CacheReplay(L.Callback):
         if lookahead not in lookaheads:
             known = ", ".join(map(str, lookaheads))
             raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; it has {known}")
-        common: dict[str, Any] = {
-            "slots": budget_slots(self.budget, predictor.geometry, manifest.quantization_bits),
-            "scope": self.scope,
-            "warmup_tokens": self.warmup_tokens,
-            "device": self.device,
-            "bits": manifest.quantization_bits,
-        }
-        prefetch = self.prefetch or f"top{predictor.geometry.top_k}"
-        replayed = ReplaySettings(
-            policy=self.policy,
-            prefetch=prefetch,
-            lookahead=lookahead if parse_prefetch(prefetch).kind == SCORED else None,
-            lookaheads=lookaheads,
-            available=predictor.information.available,
-            predictor=predictor.architecture,
-            causal=predictor.information.causal,
+        common = ReplaySettings(
+            slots=budget_slots(self.budget, predictor.geometry, manifest.quantization_bits),
+            scope=self.scope,
+            warmup_tokens=self.warmup_tokens,
             first_layer_prefetch=self.first_layer_prefetch,
-            **common,
+            device=self.device,
+            bits=manifest.quantization_bits,
         )
-        self._strategies = {"": replayed, **{f"{name}_": ReplaySettings(policy=name, **common) for name in REFERENCES}}
+        prefetch = self.prefetch or f"top{predictor.geometry.top_k}"
+        source = from_predictor(predictor, predictor.architecture)
+        replayed = strategy(common, common.slots, self.policy, prefetch, source, lookahead)
+        self._strategies = {"": replayed, **{f"{name}_": strategy(common, common.slots, name) for name in REFERENCES}}
         self._begin(pl_module)
 
     def _begin(self, task: PredictorTask) -> None:

@@ -11,9 +11,7 @@ from moe_beyond.cli.replay_options import (
     add_combinations,
     add_conditions,
     asked_combinations,
-    asked_profile,
-    asked_quotas,
-    conditions,
+    asked_conditions,
     showing_progress,
 )
 from moe_beyond.errors import UserError
@@ -83,10 +81,8 @@ def _run_folder(args: Namespace) -> None:
 def _evaluate(
     args: Namespace, traces: TraceSet, split: str | None, source: ScoreSource, lookaheads: Sequence[Lookahead]
 ) -> Evaluation:
-    common, profile = conditions(args, traces), asked_profile(args, traces)
-    quotas = asked_quotas(args, traces, profile)
-    asked = beside(
-        asked_combinations(args, traces, common, source, quotas, lookaheads), common, traces.geometry, quotas
-    )
+    shared = asked_conditions(args, traces)
+    found = asked_combinations(args, traces, shared, source, lookaheads)
+    asked = beside(found, shared.common, traces.geometry, shared.quotas)
     with showing_progress(traces, split, f"evaluating {source.name}", len(asked)) as progress:
-        return evaluate(traces, asked, split, [source], measure=source, profile=profile, progress=progress)
+        return evaluate(traces, asked, split, [source], measure=source, profile=shared.profile, progress=progress)

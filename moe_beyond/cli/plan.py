@@ -8,23 +8,21 @@ from jsonargparse import Namespace
 
 from moe_beyond.cli.options import add_json, add_traces, console_for, parser, write_result
 from moe_beyond.cli.replay_options import (
+    Conditions,
     add_budgets,
     add_conditions,
     add_strategies,
-    asked_profile,
-    asked_quotas,
+    asked_conditions,
     asked_slots,
     asked_strategies,
-    conditions,
     showing_progress,
 )
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.planning import Answer, Target, parse_target, pins, plan
-from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, Quotas, strategy
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, evenly, strategy
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.files import write_json
-from moe_beyond.profile import Profile
 from moe_beyond.replay import ReplaySettings, Result
 from moe_beyond.report.plans import plan_table
 from moe_beyond.report.results import unavailable_lines
@@ -54,15 +52,14 @@ def run(words: list[str]) -> None:
     if target is not None and target.tokens_per_second is not None and args.device is None:
         raise UserError(f"--target {args.target} is a matter of time; give --device")
     traces = TraceSet(args.traces)
-    common, profile = conditions(args, traces), asked_profile(args, traces)
-    quotas = asked_quotas(args, traces, profile)
-    chosen = None if args.pins is None else _pins(args, traces, quotas, profile)
+    shared = asked_conditions(args, traces)
+    chosen = None if args.pins is None else _pins(args, traces, shared)
     if target is None:
         _write_pins(args, chosen)
         return
-    answers, missing = _answers(args, traces, common, quotas, profile, target)
+    answers, missing = _answers(args, traces, shared, target)
     _write_pins(args, chosen)
-    bytes_per_expert = traces.geometry.params_per_expert * common.bits / 8
+    bytes_per_expert = traces.geometry.params_per_expert * shared.common.bits / 8
     if args.json != "-":
         console = console_for(args.json)
         console.print(plan_table(answers, target, traces.geometry, bytes_per_expert))
@@ -76,13 +73,13 @@ def run(words: list[str]) -> None:
     write_result(content, args.json)
 
 
-def _pins(args: Namespace, traces: TraceSet, quotas: Quotas, profile: Profile | None) -> dict[str, Any]:
+def _pins(args: Namespace, traces: TraceSet, shared: Conditions) -> dict[str, Any]:
     """Choose the experts to pin by the profile that is named, or by the traces themselves."""
     slots = asked_slots(args, traces)
     if len(slots) != 1:
         raise UserError("--pins is for one --budget")
-    popularity = None if profile is None or args.profile is None else profile.popularity
-    chosen = pins(traces, args.split, slots[0], args.scope, quotas, popularity)
+    popularity = None if shared.profile is None or args.profile is None else shared.profile.popularity
+    chosen = pins(traces, args.split, slots[0], args.scope, shared.quotas, popularity)
     return {
         "model": traces.manifest.model_id,
         "budget_slots": slots[0],
@@ -100,17 +97,13 @@ def _write_pins(args: Namespace, chosen: dict[str, Any] | None) -> None:
 
 
 def _answers(
-    args: Namespace,
-    traces: TraceSet,
-    common: ReplaySettings,
-    quotas: Quotas,
-    profile: Profile | None,
-    target: Target,
+    args: Namespace, traces: TraceSet, shared: Conditions, target: Target
 ) -> tuple[list[Answer], list[Unavailable]]:
     """Plan for what is asked for, with LRU, Belady and, on a device, clairvoyant prefetch beside it."""
     geometry = traces.geometry
     args.budget = [str(geometry.total_experts)]  # any: a strategy is the same at all
-    asked = asked_strategies(args, traces, common, lambda slots: None)
+    asked = asked_strategies(args, traces, replace(shared, quotas=evenly))
+    common = shared.common
     cold = replace(common, warm_start=False)
     lines = [line for line in asked.strategies if line.policy != "od_moe"]
     missing = asked.missing + [
@@ -124,11 +117,13 @@ def _answers(
         lines.append(clairvoyant)
 
     def at(line: ReplaySettings, slots: int) -> ReplaySettings:
-        return replace(line, slots=slots, quotas=quotas(slots))
+        return replace(line, slots=slots, quotas=shared.quotas(slots))
 
     def replayed(settings: list[ReplaySettings]) -> list[Result]:
         with showing_progress(traces, args.split, "planning", len(settings)) as progress:
-            return evaluate(traces, settings, args.split, asked.sources, profile=profile, progress=progress).results
+            return evaluate(
+                traces, settings, args.split, asked.sources, profile=shared.profile, progress=progress
+            ).results
 
     def bounds() -> dict[str, Result]:
         names = {"lru": strategy(cold, geometry.total_experts, "lru")}

@@ -7,10 +7,8 @@ from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
     add_strategies,
-    asked_profile,
-    asked_quotas,
+    asked_conditions,
     asked_strategies,
-    conditions,
     showing_progress,
 )
 from moe_beyond.errors import UserError
@@ -39,19 +37,18 @@ def run(words: list[str]) -> None:
     if args.plots and Path(args.plots).exists() and not Path(args.plots).is_dir():
         raise UserError(f"--plots {args.plots}: is a file; name a folder")
     traces = TraceSet(args.traces)
-    common, profile = conditions(args, traces), asked_profile(args, traces)
-    quotas = asked_quotas(args, traces, profile)
-    asked = asked_strategies(args, traces, common, quotas)
-    lines = beside(asked.strategies, common, traces.geometry, quotas)
+    shared = asked_conditions(args, traces)
+    asked = asked_strategies(args, traces, shared)
+    lines = beside(asked.strategies, shared.common, traces.geometry, shared.quotas)
     with showing_progress(traces, args.split, "replaying", len(lines)) as progress:
-        found = evaluate(traces, lines, args.split, asked.sources, profile=profile, progress=progress)
+        found = evaluate(traces, lines, args.split, asked.sources, profile=shared.profile, progress=progress)
     quiet, console = args.json == "-", console_for(args.json)
     if not quiet:
         console.print(results_table(found.results, traces.geometry))
         if asked.missing:
             console.print(unavailable_lines(asked.missing), highlight=False)
     if args.plots:
-        for path in write_pictures(args.plots, traces, lines, found.results, asked.sources, profile, args.split):
+        for path in write_pictures(args.plots, traces, lines, found.results, asked.sources, shared.profile, args.split):
             if not quiet:
                 console.print(f"picture: {path}", highlight=False, soft_wrap=True)
     content = {"results": [result.to_json() for result in found.results]}

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from moe_beyond.cache.cache import proportional_quotas
+from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.profiles import load_profile
 from moe_beyond.evaluation.sources import (
@@ -123,9 +123,23 @@ def asked_slots(args: Namespace, traces: TraceSet) -> list[int]:
     return [budget_slots(budget, traces.geometry, bits) for budget in args.budget or (DEFAULT_BUDGET,)]
 
 
-def conditions(args: Namespace, traces: TraceSet) -> ReplaySettings:
-    """Return what all strategies share; slots and policy are yet to be filled in."""
-    return ReplaySettings(
+@dataclass(frozen=True)
+class Conditions:
+    """What all strategies share: settings but for slots and policy, the training text's profile, slots by layer."""
+
+    common: ReplaySettings
+    profile: Profile | None
+    quotas: Quotas
+
+
+def asked_conditions(args: Namespace, traces: TraceSet) -> Conditions:
+    """Read the options that `add_conditions` adds.
+
+    Raises:
+        UserError: One cannot be read, or needs another.
+    """
+    profile = _profile(args, traces)
+    common = ReplaySettings(
         slots=traces.geometry.total_experts,
         scope=args.scope,
         warm_start=args.warm_start,
@@ -138,9 +152,10 @@ def conditions(args: Namespace, traces: TraceSet) -> ReplaySettings:
         device=None if args.device is None else load_device(args.device),
         bits=bits_of(args, traces),
     )
+    return Conditions(common, profile, _quotas(args, traces, profile))
 
 
-def asked_profile(args: Namespace, traces: TraceSet) -> Profile | None:
+def _profile(args: Namespace, traces: TraceSet) -> Profile | None:
     """Load the profile, if one is named; for named strategies else the published one, if there is one."""
     if args.profile is not None:
         return load_profile(find_predictor(args.profile), traces)
@@ -148,12 +163,8 @@ def asked_profile(args: Namespace, traces: TraceSet) -> Profile | None:
     return None if folder is None else load_profile(folder, traces)
 
 
-def asked_quotas(args: Namespace, traces: TraceSet, profile: Profile | None) -> Quotas:
-    """Return how slots are split among layers.
-
-    Raises:
-        UserError: It cannot be read, or needs a profile.
-    """
+def _quotas(args: Namespace, traces: TraceSet, profile: Profile | None) -> Quotas:
+    """Return how slots are split among layers."""
     if args.quotas is None or args.quotas == "even":
         return evenly
     if args.scope != "per-layer":
@@ -187,9 +198,8 @@ def asked_source(args: Namespace) -> ScoreSource | None:
 def asked_combinations(
     args: Namespace,
     traces: TraceSet,
-    common: ReplaySettings,
+    conditions: Conditions,
     source: ScoreSource | None,
-    quotas: Quotas = evenly,
     default_lookaheads: Sequence[Lookahead] = (),
 ) -> list[ReplaySettings]:
     """List the combinations that the options ask for.
@@ -197,9 +207,8 @@ def asked_combinations(
     Args:
         args: The parsed options.
         traces: What will be replayed.
-        common: What all share.
+        conditions: What all share.
         source: Of scores.
-        quotas: Slots of each layer.
         default_lookaheads: Where no ``--lookahead`` is given.
 
     Raises:
@@ -212,13 +221,13 @@ def asked_combinations(
             known = f"has {', '.join(map(str, lookaheads))}" if lookaheads else "is not given (--predictor or --scores)"
             raise UserError(f"--lookahead {lookahead}: the predictor {known}")
     return combinations(
-        common,
+        conditions.common,
         asked_slots(args, traces),
         args.policy or ("lru",),
         args.prefetch or ((f"top{traces.geometry.top_k}",) if source else ("none",)),
         source,
         wanted or default_lookaheads,
-        quotas,
+        conditions.quotas,
     )
 
 
@@ -231,7 +240,7 @@ class Asked:
     missing: list[Unavailable]
 
 
-def asked_strategies(args: Namespace, traces: TraceSet, common: ReplaySettings, quotas: Quotas) -> Asked:
+def asked_strategies(args: Namespace, traces: TraceSet, conditions: Conditions) -> Asked:
     """List what the options ask for at every budget.
 
     Raises:
@@ -240,19 +249,19 @@ def asked_strategies(args: Namespace, traces: TraceSet, common: ReplaySettings, 
     source = asked_source(args)
     if not args.strategy:
         lookaheads = source.lookaheads[:1] if source else ()
-        found = asked_combinations(args, traces, common, source, quotas, lookaheads)
+        found = asked_combinations(args, traces, conditions, source, lookaheads)
         return Asked(found, [source] if source else [], [])
     if args.policy or args.prefetch or args.lookahead:
         raise UserError("--strategy names policy and prefetch; give it without --policy, --prefetch and --lookahead")
     asked = Asked(
         *system_strategies(
             system_names(args.strategy),
-            common,
+            conditions.common,
             asked_slots(args, traces),
             traces.geometry.top_k,
             source,
             lambda architecture: published_source(architecture, traces),
-            quotas,
+            conditions.quotas,
         )
     )
     if not asked.strategies:

@@ -16,7 +16,7 @@ from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.profile import Profile
 from moe_beyond.replay import Replay, ReplaySettings, Result
 from moe_beyond.replay.bounds import Bound
-from moe_beyond.replay.sequence import Group
+from moe_beyond.replay.sequence import Grouping
 from moe_beyond.replay.sequence import Sequence as Steppable
 from moe_beyond.replay.settings import BOUNDS
 from moe_beyond.traces.reader import TraceSet
@@ -130,13 +130,10 @@ def _begin(
 
 def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None) -> Stream:
     """Return the demands of all sequences in a row, grouped as a replay groups them."""
-    sequences = [
-        Steppable(traces.geometry, trace.experts, decode_start=trace.decode_start)
-        for trace in traces.traces(split)
-        if len(trace) > settings.warmup_tokens
-    ]
-    size = settings.batch_size
-    parts = [Group(sequences[i : i + size], settings).stream for i in range(0, len(sequences), size)]
+    grouping = Grouping(settings)
+    sequences = (Steppable(traces.geometry, t.experts, decode_start=t.decode_start) for t in traces.traces(split))
+    groups = [group for sequence in sequences for group in grouping.add(sequence)]
+    parts = [group.stream for group in (*groups, *grouping.rest())]
     if not parts:
         return Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
     begins = np.cumsum([0] + [len(part.ids) for part in parts])
@@ -151,11 +148,13 @@ def _unscored(traces: TraceSet, split: str | None) -> Iterator[tuple[Trace, None
 def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Scored | tuple[Trace, None]]]:
     """Gather sequences until they have some thousand tokens."""
     block: list[Scored | tuple[Trace, None]] = []
+    tokens = 0
     for one in found:
         block.append(one)
-        if sum(len(trace) for trace, _ in block) >= BLOCK_TOKENS:
+        tokens += len(one[0])
+        if tokens >= BLOCK_TOKENS:
             yield block
-            block = []
+            block, tokens = [], 0
     if block:
         yield block
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.cache import pool_slots
+from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.strategies import Quotas
 from moe_beyond.geometry import Geometry
@@ -191,16 +191,8 @@ def pins(
         for trace in traces.traces(split):
             ids = trace.experts.astype(np.int64) + np.arange(layers)[:, None] * experts
             uses += np.bincount(ids.ravel(), minlength=layers * experts).reshape(layers, experts)
-    pools = pool_slots(geometry, slots, scope, quotas(slots))
-    flat = uses.ravel()
-    size = len(flat) // len(pools)
-    chosen = [
-        pool * size + np.argsort(-flat[pool * size : (pool + 1) * size], kind="stable")[:count]
-        for pool, count in enumerate(pools)
-    ]
-    ranked = np.concatenate(chosen)
-    ranked = ranked[np.argsort(-flat[ranked], kind="stable")]
+    chosen = most_used(uses.ravel(), pool_slots(geometry, slots, scope, quotas(slots)))
     return {
-        str(geometry.moe_layers[layer]): [int(e) % experts for e in ranked if e // experts == layer]
+        str(geometry.moe_layers[layer]): [int(e) % experts for e in chosen if e // experts == layer]
         for layer in range(layers)
     }

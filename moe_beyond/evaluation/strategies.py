@@ -4,14 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_beyond.cache.core import ignore_scores
-from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, SCORED, parse_prefetch
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.replay import ReplaySettings
-from moe_beyond.replay.settings import BOUNDS
+from moe_beyond.replay.settings import reads_scores
 
 REFERENCES = ("lru", "belady")
 """Policies that stand beside every result, without prefetch: what is easy, and the optimum over whole sequences."""
@@ -52,9 +50,8 @@ def strategy(
         UserError: The prefetcher cannot be read, or two settings do not go together.
     """
     kind = parse_prefetch(prefetch).kind
-    reads = policy not in BOUNDS and load_policy(policy).VERBS.learned is not ignore_scores
     scores: dict[str, Any] = {}
-    if source is not None and (reads or kind in (SCORED, ADAPTIVE, MOE_INFINITY)):
+    if source is not None and (reads_scores(policy) or kind in (SCORED, ADAPTIVE, MOE_INFINITY)):
         scores = {
             "lookahead": None if kind != SCORED else source.lookaheads[0] if lookahead is None else lookahead,
             "lookaheads": source.lookaheads,

@@ -4,12 +4,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache import core
-from moe_beyond.cache.cache import pool_slots
+from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.replay import devices
 from moe_beyond.replay.result import Clock, Result, make_result
-from moe_beyond.replay.sequence import Group, Sequence
+from moe_beyond.replay.sequence import Group, Grouping, Sequence
 from moe_beyond.replay.settings import ReplaySettings
 
 
@@ -35,23 +35,16 @@ class Bound:
         self._pools = pool_slots(geometry, settings.slots, settings.scope, settings.quotas)
         if settings.policy == "od_moe" and settings.device is None:
             raise UserError("od-moe is a matter of time alone; give --device")
-        self._waiting: list[Sequence] = []
+        self._grouping = Grouping(settings)
         self._demanded: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._shapes: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = []
 
     def add_sequence(self, sequence: Sequence) -> None:
         """Note one sequence, or put it aside until a batch is full."""
-        if len(sequence) <= self.settings.warmup_tokens:
-            return
-        self._waiting.append(sequence)
-        if len(self._waiting) == self.settings.batch_size:
-            self._note()
+        for group in self._grouping.add(sequence):
+            self._note(group)
 
-    def _note(self) -> None:
-        if not self._waiting:
-            return
-        group = Group(self._waiting, self.settings)
-        self._waiting = []
+    def _note(self, group: Group) -> None:
         layers = self.geometry.num_layers
         step = (group.stream.events() - 1) // (self.geometry.demand_per_token if self.settings.sequential else layers)
         counted = group.first >= self.settings.warmup_tokens
@@ -62,7 +55,8 @@ class Bound:
 
     def result(self) -> Result:
         """Return the record of what was added so far."""
-        self._note()
+        for group in self._grouping.rest():
+            self._note(group)
         geometry, settings = self.geometry, self.settings
         ids = np.concatenate([ids for ids, _ in self._demanded] or [np.zeros(0, np.int64)])
         counts = np.zeros((geometry.num_layers, len(core.COUNTERS)), np.int64)
@@ -77,7 +71,7 @@ class Bound:
         resident = np.ones(geometry.total_experts, np.bool_)
         just_in_time = settings.policy == "od_moe"
         if settings.policy == "static_hindsight":
-            resident = self._best(uses)
+            resident = np.isin(np.arange(len(uses)), most_used(uses, self._pools))
             counts[:, core.PREFETCH_TRANSFERS] = counts[:, core.USEFUL] = by_layer((resident & (uses > 0)).astype(int))
         late = just_in_time and self._shortfall() > 0
         counts[:, core.HITS] = 0 if late else by_layer(np.where(resident, uses, 0))
@@ -97,15 +91,6 @@ class Bound:
             "od_moe": f"{settings.groups} groups of {geometry.top_k} workers; demand taken to be known",
         }
         return make_result(geometry, settings, counts, clock, notes[settings.policy])
-
-    def _best(self, uses: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Choose the most demanded experts that fit; ties by the lower id."""
-        resident = np.zeros(len(uses), np.bool_)
-        size = len(uses) // len(self._pools)
-        for pool, slots in enumerate(self._pools):
-            part = uses[pool * size : (pool + 1) * size]
-            resident[pool * size + np.argsort(-part, kind="stable")[:slots]] = True
-        return resident
 
     def _transfer(self) -> float:
         if self.settings.device is None:

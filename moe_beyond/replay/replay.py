@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache import core, link
-from moe_beyond.cache.cache import pool_slots
 from moe_beyond.cache.inputs import PolicyInputs, Stream
 from moe_beyond.cache.policies import load_policy
+from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.cache.prefetchers.plan import Outlook
 from moe_beyond.cache.steps import Timing, run, run_accesses
 from moe_beyond.errors import UserError
@@ -16,7 +16,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.profile import Profile
 from moe_beyond.replay import devices
 from moe_beyond.replay.result import Clock, Result, make_result
-from moe_beyond.replay.sequence import Group, Sequence
+from moe_beyond.replay.sequence import Group, Grouping, Sequence
 from moe_beyond.replay.settings import ReplaySettings
 
 NO_SPANS = np.zeros((0, 3))
@@ -64,7 +64,7 @@ class Replay:
             )
         self._counts = np.zeros((geometry.num_layers, len(core.COUNTERS)), np.int64)
         self.clock = Clock()
-        self._waiting: list[Sequence] = []
+        self._grouping = Grouping(settings)
         self._cache: core.CacheState | None = None
         self._state: Any = None
         self._event = np.zeros(1, np.int64)
@@ -89,19 +89,8 @@ class Replay:
 
     def add_sequence(self, sequence: Sequence) -> None:
         """Replay one sequence, or put it aside until a batch is full."""
-        if len(sequence) <= self.settings.warmup_tokens:
-            return
-        if self.settings.batch_size == 1:
-            self._step(sequence.alone(self.settings))
-            return
-        self._waiting.append(sequence)
-        if len(self._waiting) == self.settings.batch_size:
-            self._step_batch()
-
-    def _step_batch(self) -> None:
-        if self._waiting:
-            self._step(Group(self._waiting, self.settings))
-            self._waiting = []
+        for group in self._grouping.add(sequence):
+            self._step(group)
 
     def watch(self, sequence: Sequence) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Replay one sequence and keep its times.
@@ -177,19 +166,14 @@ class Replay:
         self._state = self._policy.state(inputs)
         self._event[0] = 0
         if self.settings.warm_start:
-            popular = inputs.popularity()
-            order = np.argsort(-popular, kind="stable")
-            pools, taken = self._cache.experts[core.POOL, order], np.zeros(len(self._pools), np.int64)
-            fits = np.zeros(len(order), np.bool_)
-            for place, pool in enumerate(pools):
-                fits[place] = taken[pool] < self._pools[pool]
-                taken[pool] += fits[place]
-            core.preload(self._cache, self._state, self._policy.VERBS, order[fits][::-1].copy())
+            popular = most_used(inputs.popularity(), self._pools)
+            core.preload(self._cache, self._state, self._policy.VERBS, popular[::-1].copy())
             self.clock.busy += self._cache.link.clock[link.BUSY]
 
     def counts(self) -> npt.NDArray[np.int64]:
         """Return what was counted so far: ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS`."""
-        self._step_batch()
+        for group in self._grouping.rest():
+            self._step(group)
         if self._cache is None:
             return self._counts
         # Carried over and not at its end: what was prefetched and not demanded yet is wasted as of now.

@@ -1,6 +1,6 @@
 """The record of a replay; a run under a budget fills in the same one."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,21 @@ import numpy.typing as npt
 from moe_beyond.cache.core import ACCESSES, COUNTERS, HITS
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.replay import devices
 from moe_beyond.replay.settings import ReplaySettings
+
+TIMED = (
+    "device",
+    "bytes_per_token",
+    "stall_ms_per_token",
+    "compute_ms_per_token",
+    "tokens_per_second",
+    "token_ms_p50",
+    "token_ms_p95",
+    "token_ms_p99",
+    "prefill_ms",
+    "link_ms_per_token",
+)
+"""The fields that only a device fills."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +102,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values; without a device, without its fields."""
-        timed = [f.name for f in fields(self)[list(f.name for f in fields(self)).index("device") : -1]]
-        dropped = set(timed) if self.device is None else set()
-        dropped |= {"note"} if self.note is None else set()
+        dropped = {*(TIMED if self.device is None else ()), *(("note",) if self.note is None else ())}
         return {name: value for name, value in asdict(self).items() if name not in dropped}
 
 
@@ -184,10 +195,3 @@ def make_result(
         **total,
         **timed_fields(geometry, settings, transfers, clock or Clock()),
     )
-
-
-def resident_milliseconds(geometry: Geometry, settings: ReplaySettings) -> float | None:
-    """Return what a decoded token takes where all experts are resident; None without a device."""
-    if settings.device is None:
-        return None
-    return 1e3 * devices.resident_seconds(settings.device, geometry, settings.bits)

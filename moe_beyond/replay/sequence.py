@@ -1,5 +1,6 @@
 """A sequence, or several that go together, as steps and events."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -99,7 +100,7 @@ class Group:
     def __init__(self, members: Many[Sequence], settings: ReplaySettings) -> None:
         self._members = members
         geometry = members[0].geometry
-        layers, experts, top_k = geometry.shape()
+        layers, experts, _ = geometry.shape()
         self._step_of = [member.steps_of_tokens(settings) for member in members]
         length = max(int(steps[-1]) + 1 for steps in self._step_of)
         self.size: Ints = np.sum([np.bincount(steps, minlength=length) for steps in self._step_of], axis=0)
@@ -112,9 +113,8 @@ class Group:
             self.stream = Stream(ids, np.arange(len(ids) + 1))
             self.tokens = np.ones(len(ids), np.int64)
         elif (self.size == 1).all():
-            ids = np.sort(members[0].ids, axis=-1).ravel()
-            self.stream = Stream(ids, np.arange(length * layers + 1) * top_k)
-            self.tokens = np.ones(len(ids), np.int64)
+            self.stream = Stream.of_tokens(geometry, members[0].experts)
+            self.tokens = np.ones(len(self.stream.ids), np.int64)
         else:
             total = geometry.total_experts
             keys = np.concatenate(
@@ -161,3 +161,32 @@ class Group:
             unused[steps[alone]] *= 1 - scores[alone]
             unused[steps[~alone]] = np.nan
         return 1 - unused
+
+
+class Grouping:
+    """Gathers sequences into the groups that are stepped together.
+
+    Args:
+        settings: How they are stepped.
+    """
+
+    def __init__(self, settings: ReplaySettings) -> None:
+        self._settings = settings
+        self._waiting: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> Iterator[Group]:
+        """Take a sequence, unless the warm-up is all of it; yield the group that it makes full, if it does."""
+        if len(sequence) <= self._settings.warmup_tokens:
+            return
+        if self._settings.batch_size == 1:
+            yield sequence.alone(self._settings)
+            return
+        self._waiting.append(sequence)
+        if len(self._waiting) == self._settings.batch_size:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Group]:
+        """Yield the group that is not full, if there is one."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            yield Group(waiting, self._settings)

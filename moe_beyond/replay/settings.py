@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_beyond.cache.core import ignore_scores
+from moe_beyond.cache.core import ignore_event, ignore_scores
 from moe_beyond.cache.policies import POLICIES, load_policy
 from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, NONE, ORACLE, SCORED, Plan, parse_prefetch
 from moe_beyond.errors import UserError, unknown
@@ -14,6 +14,16 @@ from moe_beyond.replay.devices import Device
 
 BOUNDS = ("static_hindsight", "all_resident", "od_moe")
 """What stands in a table like a policy, and is computed without a cache: see `moe_beyond.replay.bounds`."""
+
+
+def reads_scores(policy: str) -> bool:
+    """Tell whether a policy reads scores."""
+    return policy not in BOUNDS and load_policy(policy).VERBS.learned is not ignore_scores
+
+
+def offers_scores(policy: str) -> bool:
+    """Tell whether a policy offers scores of its own, for a prefetcher to ask by."""
+    return policy not in BOUNDS and load_policy(policy).OFFERS_SCORES
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,8 @@ class ReplaySettings:
                 parse_lookahead(lookahead)
         if self.quotas is not None and self.scope != "per-layer":
             raise UserError("quotas are for --scope per-layer")
-        if kind in (SCORED, ADAPTIVE, MOE_INFINITY) and not self.lookaheads and self.policy != "moe_spac":
+        asks = kind in (SCORED, ADAPTIVE, MOE_INFINITY) and not offers_scores(self.policy)
+        if asks and not self.lookaheads:
             raise UserError(f"prefetch {self.prefetch!r} needs scores; give --predictor or --scores")
         if kind in (ADAPTIVE, MOE_INFINITY) and self.lookaheads == (0,):
             raise UserError(
@@ -107,11 +118,11 @@ class ReplaySettings:
                 f"prefetch {self.prefetch!r}: a distance is for scores known for the whole token; "
                 f"these are known {self.lookahead} layers ahead, and asked for then"
             )
-        if kind == SCORED and self.policy != "moe_spac" and self.lookahead not in self.lookaheads:
+        if asks and kind == SCORED and self.lookahead not in self.lookaheads:
             known = ", ".join(map(str, self.lookaheads))
             raise UserError(f"prefetch {self.prefetch!r} at lookahead {self.lookahead}: the scores have {known}")
-        if self.policy == "moe_infinity" and not self.lookaheads:
-            raise UserError("policy moe_infinity ranks by scores; give --predictor eamc... (or another), or --scores")
+        if "scores" in self.needs and not self.lookaheads:
+            raise UserError(f"policy {self.policy} ranks by scores; give --predictor eamc... (or another), or --scores")
         if self.sequential:
             self._check_sequential(kind)
 
@@ -120,7 +131,8 @@ class ReplaySettings:
             raise UserError("--sequential counts accesses alone: without prefetch, device and warm start")
         if self.prefill_chunk or self.batch_size > 1 or self.window > 1:
             raise UserError("--sequential goes access by access: without --prefill-chunk, --batch-size and windows")
-        if self.policy in ("belief", "moe_spac", "moe_infinity"):
+        learns = self.policy not in BOUNDS and load_policy(self.policy).VERBS.routed is not ignore_event
+        if learns or reads_scores(self.policy):
             raise UserError(f"--sequential: policy {self.policy} learns from whole events")
 
     @property
@@ -153,7 +165,7 @@ class ReplaySettings:
     @property
     def reads_all_scores(self) -> bool:
         """Whether it reads scores of every lookahead there is, not only those that a prefetcher asks by."""
-        reads = self.policy not in BOUNDS and load_policy(self.policy).VERBS.learned is not ignore_scores
+        reads = reads_scores(self.policy)
         return bool(self.lookaheads) and (reads or parse_prefetch(self.prefetch).kind in (ADAPTIVE, MOE_INFINITY))
 
     def most_demanded(self, geometry: Geometry) -> int:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from reference_cache import COUNTERS
 
 from moe_beyond.cache import core
-from moe_beyond.cache.cache import Cache, pool_slots, proportional_quotas
+from moe_beyond.cache.cache import Cache
 from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cache.pools import pool_slots, proportional_quotas
 from moe_beyond.errors import UserError
 
 

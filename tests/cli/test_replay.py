@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny_traces
 from scoring import history_folder, scores_folder
 
-from moe_beyond.cache.cache import proportional_quotas
+from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.cli.main import main
 from moe_beyond.evaluation.profiles import load_profile
 from moe_beyond.traces.reader import TraceSet

@@ -25,7 +25,8 @@ POLICIES = (
 def load_policy(name: str) -> ModuleType:
     """Return a policy's module.
 
-    It has ``state(inputs)``, ``VERBS``, and ``NEEDS``, which holds some of "future", "profile" and "scores".
+    It has ``state(inputs)``, ``VERBS``, ``NEEDS``, which holds some of "future", "profile" and "scores", and
+    ``OFFERS_SCORES``, whether it writes some of its own for a prefetcher.
 
     Raises:
         UserError: There is no such policy.

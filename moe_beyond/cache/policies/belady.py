@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import EVENT, MARK, PLACE, SHIELD, CacheState, Ints, Verbs
+from moe_beyond.cache.core import EVENT, MARK, PLACE, CacheState, Ints, Verbs, is_held
 from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 
 NEEDS: tuple[str, ...] = ("future",)
+OFFERS_SCORES = False
 NEVER = 2**40  # an event that no sequence reaches; times the experts of any model it is far below 2**63
 
 
@@ -115,7 +116,7 @@ def _settle(policy: BeladyState, cache: CacheState) -> None:
     size = _size(policy)
     for i in range(policy.pending[0]):
         expert = policy.fresh[i]
-        if cache.experts[PLACE, expert] >= 0 and cache.experts[SHIELD, expert] == cache.now[MARK]:
+        if cache.experts[PLACE, expert] >= 0 and is_held(cache, expert):
             policy.fresh[kept] = expert
             kept += 1
             continue

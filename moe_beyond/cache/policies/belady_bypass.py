@@ -10,6 +10,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies import belady
 
 NEEDS: tuple[str, ...] = ("future",)
+OFFERS_SCORES = False
 
 
 def state(inputs: PolicyInputs) -> belady.BeladyState:

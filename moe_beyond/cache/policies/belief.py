@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import IN_LAYER, LAST, LAYER, MARK, PLACE, SHIELD, CacheState, Floats, Ints, Verbs
+from moe_beyond.cache.core import IN_LAYER, LAST, LAYER, PLACE, CacheState, Floats, Ints, Verbs, is_held
 from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import events_ahead
 from moe_beyond.profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, default_hazard
 
 NEEDS: tuple[str, ...] = ()
+OFFERS_SCORES = False
 
 
 OLDEST = int(AGE_EDGES[-1])
@@ -40,8 +41,11 @@ class BeliefState(NamedTuple):
         waits: ``(ages, rates)``, the events beyond d that it makes.
         buckets: ``(OLDEST + 1,)``, the bucket of each age.
         edges: ``(rates - 1,)``, where the buckets of rates begin.
-        worst: ``(L,)``, of every layer the resident with the longest wait, not shielded; -1 for none.
+        worst: ``(L,)``, of every layer the resident with the longest wait, of those not fresh; -1 for none.
         stale: ``(L,)``, whether that has to be found anew.
+        fresh: ``(L*E,)``, experts that were shielded when they were last looked at, which may not go.
+        is_fresh: ``(L*E,)``, whether an expert is among those.
+        pending: ``(1,)``, how many those are.
     """
 
     age: Ints
@@ -56,6 +60,9 @@ class BeliefState(NamedTuple):
     edges: Floats
     worst: Ints
     stale: Ints
+    fresh: Ints
+    is_fresh: Ints
+    pending: Ints
 
 
 def state(inputs: PolicyInputs) -> BeliefState:
@@ -78,13 +85,28 @@ def state(inputs: PolicyInputs) -> BeliefState:
         edges=edges,
         worst=np.full(layers, -1),
         stale=np.ones(layers, np.int64),
+        fresh=np.zeros(total, np.int64),
+        is_fresh=np.zeros(total, np.int64),
+        pending=np.zeros(1, np.int64),
     )
 
 
 @jit
 def touch(policy: BeliefState, cache: CacheState, expert: int) -> None:
-    """Note that who is resident, or shielded, changes in a layer."""
-    policy.stale[cache.experts[IN_LAYER, expert]] = 1
+    """Note that an expert is resident and shielded."""
+    evict(policy, cache, expert)
+    if policy.is_fresh[expert] == 0:
+        policy.is_fresh[expert] = 1
+        policy.fresh[policy.pending[0]] = expert
+        policy.pending[0] += 1
+
+
+@jit
+def evict(policy: BeliefState, cache: CacheState, expert: int) -> None:
+    """Note that an expert may not go any more."""
+    layer = cache.experts[IN_LAYER, expert]
+    if policy.worst[layer] == expert:
+        policy.stale[layer] = 1
 
 
 @jit
@@ -92,23 +114,24 @@ def routed(policy: BeliefState, cache: CacheState, experts: Ints, tokens: Ints) 
     """Bring the history of the layer's experts up to date."""
     size, layer = cache.experts.shape[1] // len(cache.counters), cache.now[LAYER]
     first = layer * size
+    age, uses = policy.age[first : first + size], policy.uses[first : first + size]
+    prior, hazard = policy.prior[first : first + size], policy.hazard[first : first + size]
+    wait = policy.wait[first : first + size]
     policy.stale[layer] = 1
     policy.runs[layer] = DECAY * policy.runs[layer] + 1
-    for expert in range(first, first + size):
-        policy.uses[expert] *= DECAY
-        if policy.age[expert] > 0:
-            policy.age[expert] = min(policy.age[expert] + 1, OLDEST)
+    for i in range(size):
+        uses[i] *= DECAY
+        age[i] = min(age[i] + 1, OLDEST) if age[i] > 0 else 0
     for expert in experts:
-        policy.uses[expert] += 1
-        policy.age[expert] = 1
+        uses[expert - first] += 1
+        age[expert - first] = 1
     weight = PRIOR + policy.runs[layer]
-    for expert in range(first, first + size):
-        rate, bucket = (policy.prior[expert] + policy.uses[expert]) / weight, 0
-        while bucket < len(policy.edges) and rate >= policy.edges[bucket]:
-            bucket += 1
-        age = policy.buckets[policy.age[expert]]
-        policy.hazard[expert] = policy.table[age, bucket]
-        policy.wait[expert] = policy.waits[age, bucket]
+    for i in range(size):
+        rate, bucket = (prior[i] + uses[i]) / weight, 0
+        for edge in policy.edges:  # to the end: no branch to guess wrong
+            bucket += 1 if rate >= edge else 0
+        row = policy.buckets[age[i]]
+        hazard[i], wait[i] = policy.table[row, bucket], policy.waits[row, bucket]
 
 
 @jit
@@ -132,16 +155,35 @@ def worth(policy: BeliefState, cache: CacheState, expert: int) -> float:
 
 @jit
 def _find_worst(policy: BeliefState, cache: CacheState, layer: int) -> None:
-    """Find the resident of a layer with the longest wait."""
+    """Find the resident of a layer with the longest wait, of those not fresh."""
     size = cache.experts.shape[1] // len(cache.counters)
-    worst, stale = -1, 0
-    for expert in range(layer * size, (layer + 1) * size):
-        if cache.experts[PLACE, expert] >= 0:
-            if cache.experts[SHIELD, expert] == cache.now[MARK]:
-                stale = 1  # it may go once its shield is gone
-            elif worst < 0 or _goes_before(policy.wait[expert], policy.wait[worst], cache, expert, worst):
+    first, worst = layer * size, -1
+    place, fresh = cache.experts[PLACE, first : first + size], policy.is_fresh[first : first + size]
+    for i in range(size):
+        if place[i] >= 0 and fresh[i] == 0:
+            expert = first + i
+            if worst < 0 or _goes_before(policy.wait[expert], policy.wait[worst], cache, expert, worst):
                 worst = expert
-    policy.worst[layer], policy.stale[layer] = worst, stale
+    policy.worst[layer], policy.stale[layer] = worst, 0
+
+
+@jit
+def _settle(policy: BeliefState, cache: CacheState) -> None:
+    """Let those be considered whose shield is gone."""
+    kept = 0
+    for i in range(policy.pending[0]):
+        expert = policy.fresh[i]
+        if cache.experts[PLACE, expert] >= 0 and is_held(cache, expert):
+            policy.fresh[kept] = expert
+            kept += 1
+            continue
+        policy.is_fresh[expert] = 0
+        layer = cache.experts[IN_LAYER, expert]
+        if cache.experts[PLACE, expert] >= 0 and policy.stale[layer] == 0:
+            worst = policy.worst[layer]
+            if worst < 0 or _goes_before(policy.wait[expert], policy.wait[worst], cache, expert, worst):
+                policy.worst[layer] = expert
+    policy.pending[0] = kept
 
 
 @jit
@@ -156,6 +198,7 @@ def _goes_before(wait: float, other_wait: float, cache: CacheState, expert: int,
 @jit
 def victim(policy: BeliefState, cache: CacheState, pool: int) -> int:
     """Return the one that is used again last."""
+    _settle(policy, cache)
     layers = len(cache.counters)
     first, beyond = (0, layers) if len(cache.pools) == 1 else (pool, pool + 1)
     best, longest = -1, 0.0
@@ -176,4 +219,4 @@ def admits(policy: BeliefState, cache: CacheState, expert: int, victim: int) -> 
     return worth(policy, cache, expert) > worth(policy, cache, victim)
 
 
-VERBS = Verbs(touch, touch, touch, victim, routed, learned, admits)
+VERBS = Verbs(touch, touch, evict, victim, routed, learned, admits)

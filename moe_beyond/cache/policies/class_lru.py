@@ -14,6 +14,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import least
 
 NEEDS: tuple[str, ...] = ()
+OFFERS_SCORES = False
 HALF_LIFE, CLASSES = 128.0, 8
 
 

@@ -14,6 +14,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import events_ahead, least
 
 NEEDS: tuple[str, ...] = ()
+OFFERS_SCORES = False
 
 
 class LeastStaleState(NamedTuple):

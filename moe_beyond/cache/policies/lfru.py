@@ -10,6 +10,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import least
 
 NEEDS: tuple[str, ...] = ()
+OFFERS_SCORES = False
 
 
 class LfruState(NamedTuple):

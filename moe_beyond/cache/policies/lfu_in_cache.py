@@ -6,6 +6,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies import lfu
 
 NEEDS: tuple[str, ...] = ()
+OFFERS_SCORES = False
 
 
 def state(inputs: PolicyInputs) -> lfu.LfuState:

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.core import LAST, MARK, POOL, SHIELD, CacheState, Verbs, unsigned
+from moe_beyond.cache.core import LAST, POOL, CacheState, Verbs, is_held, unsigned
 from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 
 NEEDS: tuple[str, ...] = ()
+OFFERS_SCORES = False
 NEWER, OLDER = range(2)
 
 
@@ -59,7 +60,7 @@ def hit(policy: LruState, cache: CacheState, expert: int) -> None:
 def victim(policy: LruState, cache: CacheState, pool: int) -> int:
     """Return the least recent that is not shielded."""
     expert = policy.links[unsigned(cache.experts.shape[1] + pool), NEWER]
-    while cache.experts[SHIELD, expert] == cache.now[MARK]:
+    while is_held(cache, expert):
         expert = policy.links[expert, NEWER]
     return expert
 

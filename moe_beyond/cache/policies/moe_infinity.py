@@ -15,6 +15,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import least
 
 NEEDS: tuple[str, ...] = ("scores",)
+OFFERS_SCORES = False
 EPSILON = 1e-8
 
 

@@ -16,6 +16,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import least
 
 NEEDS: tuple[str, ...] = ()
+OFFERS_SCORES = True
 LEVELS, UP, DOWN = 5, 5, 1
 
 

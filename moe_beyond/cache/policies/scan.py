@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from moe_beyond.cache.core import IN_LAYER, LAYER, MARK, SHIELD, USED, CacheState, Ints
+from moe_beyond.cache.core import IN_LAYER, LAYER, USED, CacheState, Ints, is_held
 from moe_beyond.cache.jit import jit
 
 
@@ -18,10 +18,9 @@ def least(policy: Any, cache: CacheState, pool: int, worth: Callable[[Any, Cache
         worth: ``(policy, cache, expert)``, compiled.
         ties: ``(L*E,)``; of those worth the same, the one with the least of these goes; of those the lowest.
     """
-    mark = cache.now[MARK]
     best, lowest = -1, 0.0
     for expert in cache.residents[pool, : cache.pools[pool, USED]]:
-        if cache.experts[SHIELD, expert] == mark:
+        if is_held(cache, expert):
             continue
         value = worth(policy, cache, expert)
         if best < 0 or value < lowest or (value == lowest and (ties[expert], expert) < (ties[best], best)):

@@ -8,6 +8,7 @@ from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import least
 
 NEEDS: tuple[str, ...] = ("profile",)
+OFFERS_SCORES = False
 
 
 class StaticState(NamedTuple):

@@ -21,15 +21,17 @@ def names(cache: CacheState, plan: Plan, layer: int, begin: int) -> int:
     size = cache.experts.shape[1] // len(cache.counters)
     first, end = layer * size, begin
     most = begin + min(plan.most, size)
-    for expert in range(first, first + size):
-        score = cache.known[expert]
-        if not score > plan.threshold or (end == most and score <= cache.known[cache.room[NAMED, end - 1]]):
+    known, named = cache.known, cache.room[NAMED]
+    scores = known[first : first + size]
+    for i in range(size):
+        score = scores[i]
+        if not score > plan.threshold or (end == most and score <= known[named[end - 1]]):
             continue
         place = end if end < most else end - 1  # the last makes way
-        while place > begin and cache.known[cache.room[NAMED, place - 1]] < score:
-            cache.room[NAMED, place] = cache.room[NAMED, place - 1]
+        while place > begin and known[named[place - 1]] < score:
+            named[place] = named[place - 1]
             place -= 1
-        cache.room[NAMED, place] = expert
+        named[place] = first + i
         if end < most:
             end += 1
     return end
