@@ -17,7 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # torch first and alone: where an index offers a CPU build of the pinned release, nothing may pull in another.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -57,10 +57,16 @@ class Cache:
         core.start_step(self.state, counted)
 
     def know(self, scores: npt.NDArray[np.floating]) -> None:
-        """Take in ``(L, E)`` scores of the coming layers as `Stepper.scores` gives them, NaN where none are known."""
-        if scores.shape != (self._geometry.num_layers, self._geometry.num_experts):
+        """Take in ``(L, E)`` scores of the coming layers as `Stepper.scores` gives them, NaN where none are known.
+
+        Raises:
+            UserError: They have another shape, or are no probabilities.
+        """
+        if scores.shape != self._geometry.shape()[:2]:
             raise UserError(f"scores have shape {scores.shape}, expected {self._geometry.shape()[:2]}")
         for layer in np.flatnonzero(~np.isnan(scores[:, 0])):
+            if not (np.isfinite(scores[layer]).all() and scores[layer].min() >= 0 and scores[layer].max() <= 1):
+                raise UserError(f"scores of layer {layer} are not all finite and within 0..1")
             first = layer * self._geometry.num_experts
             self.state.known[first : first + self._geometry.num_experts] = scores[layer]
             self._verbs.learned(self._policy, self.state, int(layer))

@@ -58,7 +58,7 @@ class CacheState(NamedTuple):
         experts: ``(6, L*E)`` int32, the facts above; a resident is no victim while its shield is ``now[MARK]``.
         pools: ``(pools, 3)``.
         residents: ``(pools, largest capacity)``, who takes a pool's slots, in no order; int32.
-        known: ``(L*E,)`` float64, the score of an expert for the next time its layer runs; NaN where none is known now.
+        known: ``(L*E,)`` float32, the score of an expert for the next time its layer runs; NaN where none is known now.
         now: ``(7,)``.
         counters: ``(L, 8)``, what is counted, by layer of the expert.
         room: ``(3, L*E)``.
@@ -69,7 +69,7 @@ class CacheState(NamedTuple):
     experts: npt.NDArray[np.int32]
     pools: Ints
     residents: npt.NDArray[np.int32]
-    known: Floats
+    known: npt.NDArray[np.float32]
     now: Ints
     counters: Ints
     room: Ints
@@ -152,7 +152,7 @@ def empty_cache(num_layers: int, num_experts: int, quotas: npt.ArrayLike, link: 
         experts=experts,
         pools=np.stack([capacity, np.zeros_like(capacity), np.zeros_like(capacity)], axis=1),
         residents=np.full((len(capacity), int(capacity.max())), -1, np.int32),
-        known=np.full(total, np.nan),
+        known=np.full(total, np.nan, np.float32),
         now=now,
         counters=np.zeros((num_layers, len(COUNTERS)), np.int64),
         room=np.zeros((3, total), np.int64),

@@ -8,6 +8,7 @@ import pytest
 from cache_cases import Case, cases, small_geometry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from reference_cache import COUNTERS
 
 from moe_beyond.cache import core
@@ -168,6 +169,23 @@ def test_more_experts_at_once_than_slots():
 def test_scores_of_another_shape():
     with pytest.raises(UserError, match=r"\(2, 3\)"):
         Cache(small_geometry(2, 4, 1), 2).know(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, np.inf, np.nan])
+def test_scores_that_are_no_probabilities(bad):
+    scores = np.full((2, 4), np.nan)
+    scores[1] = 0.25, bad, 0.125, 0.5
+    with pytest.raises(UserError, match="layer 1"):
+        Cache(small_geometry(2, 4, 1), 2).know(scores)
+
+
+@given(arrays(np.float32, (2, 70), elements=st.sampled_from([0.0, -0.0, 1e-42, 1e-30, 0.25, 0.5, 1.0])), st.data())
+def test_the_best_are_the_best_and_of_equals_the_lowest(scores, data):
+    count, threshold = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([-np.inf, 0.0, 0.25, 1.0]))
+    cache = Cache(small_geometry(2, 70, 1), 2)
+    cache.know(scores)
+    expected = sorted(range(70), key=lambda expert: (-scores[1, expert], expert))
+    assert cache.best(1, count, threshold) == [e for e in expected if scores[1, e] > threshold][:count]
 
 
 def test_the_best_are_of_what_is_known():

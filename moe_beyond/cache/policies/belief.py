@@ -13,210 +13,258 @@ is not made.
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from moe_beyond.cache.core import IN_LAYER, LAST, LAYER, PLACE, CacheState, Floats, Ints, Verbs, is_held
+from moe_beyond.cache.core import (
+    IN_LAYER,
+    LAST,
+    LAYER,
+    CacheState,
+    Floats,
+    Ints,
+    Verbs,
+    ignore_expert,
+    is_held,
+    unsigned,
+)
 from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
-from moe_beyond.cache.policies.scan import events_ahead
+from moe_beyond.cache.policies.scan import events_ahead, layers_ahead
 from moe_beyond.profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, default_hazard
 
 NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False
 
-
-OLDEST = int(AGE_EDGES[-1])
+REMEMBERED = 2048  # runs after which nothing is left of a use that matters
+# What `history` holds of each expert: how often training used it, times the weight of that; and how often this sequence
+# had when it used it last, faded.
+PRIOR_USES, USES = range(2)
+# What `places` holds of each expert: the run of its layer that used it last, 0 for none; and where among its layer's
+# residents it is.
+USED, INDEX = range(2)
+# What `beliefs` holds of each resident, and `table` of each history: the probability that the next run of the expert's
+# layer uses it, by its history; and the events beyond d until its next use.
+HAZARD, WAIT = range(2)
+# What `layers` holds of each: how often it ran, faded, and the weight of training; how long the one of its residents
+# waits that waits longest; and room to work in, for the longest that is not shielded and the events until its use.
+WEIGHT, LONGEST, FREE, UNTIL = range(4)
+# What `tally` holds of each layer: how often it ran; and how many residents it has.
+RAN, MEMBERS = range(2)
 
 
 class BeliefState(NamedTuple):
-    """What is believed of every expert, ``(L*E,)`` each, and of every layer.
+    """What is believed of every expert.
+
+    What changes with every run is worked out for residents only: they are few, and others are seldom asked about.
 
     Attributes:
-        age: Runs of its layer since the expert was used; 0 for never.
-        uses: How often it was, faded.
-        prior: How often in training, times its weight.
-        hazard: The probability that the next run uses it, by its history.
-        wait: Events beyond d until its next use.
-        runs: ``(L,)``, how often each layer ran, faded.
-        table: ``(ages, rates)``, the hazard by buckets.
-        waits: ``(ages, rates)``, the events beyond d that it makes.
-        buckets: ``(OLDEST + 1,)``, the bucket of each age.
+        history: ``(L*E, 2)``.
+        places: ``(L*E, 2)``.
+        layers: ``(4, L)``.
+        tally: ``(2, L)``.
+        members: ``(L, E)`` int32, the residents of each layer, in no order.
+        beliefs: ``(2, L, E)``, in the same order.
+        table: ``(2, ages, rates)``, by age, the last for all above, and bucket of the rate.
         edges: ``(rates - 1,)``, where the buckets of rates begin.
-        worst: ``(L,)``, of every layer the resident with the longest wait, of those not fresh; -1 for none.
-        stale: ``(L,)``, whether that has to be found anew.
-        fresh: ``(L*E,)``, experts that were shielded when they were last looked at, which may not go.
-        is_fresh: ``(L*E,)``, whether an expert is among those.
-        pending: ``(1,)``, how many those are.
+        fades: ``(REMEMBERED,)``, what is left of a use after so many runs.
+        start: The weight of training.
     """
 
-    age: Ints
-    uses: Floats
-    prior: Floats
-    hazard: Floats
-    wait: Floats
-    runs: Floats
+    history: Floats
+    places: Ints
+    layers: Floats
+    tally: Ints
+    members: npt.NDArray[np.int32]
+    beliefs: Floats
     table: Floats
-    waits: Floats
-    buckets: Ints
     edges: Floats
-    worst: Ints
-    stale: Ints
-    fresh: Ints
-    is_fresh: Ints
-    pending: Ints
+    fades: Floats
+    start: float
 
 
 def state(inputs: PolicyInputs) -> BeliefState:
     """Believe what training tells."""
     layers, total = inputs.geometry.num_layers, inputs.num_ids
-    table = default_hazard() if inputs.profile is None else np.ascontiguousarray(inputs.profile.hazard, np.float64)
-    popularity = inputs.popularity()
-    edges = np.array(RATE_EDGES)
-    hazard = table[0, np.searchsorted(edges, popularity, side="right")]
+    hazard = default_hazard() if inputs.profile is None else np.asarray(inputs.profile.hazard, np.float64)
+    hazard = hazard[np.searchsorted(AGE_EDGES, np.arange(AGE_EDGES[-1] + 1), side="right")]
+    history = np.zeros((total, 2))
+    history[:, PRIOR_USES] = PRIOR * inputs.popularity()
+    of_layers = np.zeros((4, layers))
+    of_layers[WEIGHT] = PRIOR
     return BeliefState(
-        age=np.zeros(total, np.int64),
-        uses=np.zeros(total),
-        prior=PRIOR * popularity,
-        hazard=hazard,
-        wait=layers * (1 - hazard) / hazard,
-        runs=np.zeros(layers),
-        table=table,
-        waits=layers * (1 - table) / table,
-        buckets=np.searchsorted(AGE_EDGES, np.arange(OLDEST + 1), side="right"),
-        edges=edges,
-        worst=np.full(layers, -1),
-        stale=np.ones(layers, np.int64),
-        fresh=np.zeros(total, np.int64),
-        is_fresh=np.zeros(total, np.int64),
-        pending=np.zeros(1, np.int64),
+        history=history,
+        places=np.zeros((total, 2), np.int64),
+        layers=of_layers,
+        tally=np.zeros((2, layers), np.int64),
+        members=np.zeros(inputs.geometry.shape()[:2], np.int32),
+        beliefs=np.zeros((2, *inputs.geometry.shape()[:2])),
+        table=np.stack([hazard, layers * (1 - hazard) / hazard]),
+        edges=np.array(RATE_EDGES),
+        fades=np.power(DECAY, np.arange(REMEMBERED), dtype=np.float64),
+        start=PRIOR,
     )
 
 
 @jit
-def touch(policy: BeliefState, cache: CacheState, expert: int) -> None:
-    """Note that an expert is resident and shielded."""
-    evict(policy, cache, expert)
-    if policy.is_fresh[expert] == 0:
-        policy.is_fresh[expert] = 1
-        policy.fresh[policy.pending[0]] = expert
-        policy.pending[0] += 1
+def _history(policy: BeliefState, layer: int, expert: int) -> tuple[int, int]:
+    """Return an expert's age, and the bucket of its rate."""
+    used = policy.places[expert, USED]
+    since = policy.tally[RAN, layer] - used
+    faded = policy.history[expert, USES] * policy.fades[unsigned(min(since, len(policy.fades) - 1))]
+    rate, bucket = (policy.history[expert, PRIOR_USES] + faded) / policy.layers[WEIGHT, layer], 0
+    for edge in policy.edges:  # to the end: no branch to guess wrong
+        bucket += rate >= edge
+    return unsigned(min(since + 1, policy.table.shape[1] - 1) if used > 0 else 0), unsigned(bucket)
+
+
+@jit
+def _scored_wait(cache: CacheState, score: float, hazard: float) -> float:
+    return len(cache.counters) * (1.0 - score) / max(score, hazard)
+
+
+@jit
+def _wait(policy: BeliefState, cache: CacheState, expert: int, age: int, rate: int) -> float:
+    """Return the events beyond d until an expert's next use."""
+    score = cache.known[expert]
+    return (
+        policy.table[WAIT, age, rate]
+        if np.isnan(score)
+        else _scored_wait(cache, score, policy.table[HAZARD, age, rate])
+    )
+
+
+@jit
+def insert(policy: BeliefState, cache: CacheState, expert: int) -> None:
+    """Add to its layer's residents."""
+    expert, layer = unsigned(expert), unsigned(cache.experts[IN_LAYER, expert])
+    age, rate = _history(policy, layer, expert)
+    wait = _wait(policy, cache, expert, age, rate)
+    policy.layers[LONGEST, layer] = max(policy.layers[LONGEST, layer], wait)
+    index = unsigned(policy.tally[MEMBERS, layer])
+    policy.members[layer, index] = expert
+    policy.beliefs[HAZARD, layer, index], policy.beliefs[WAIT, layer, index] = policy.table[HAZARD, age, rate], wait
+    policy.places[expert, INDEX] = index
+    policy.tally[MEMBERS, layer] += 1
 
 
 @jit
 def evict(policy: BeliefState, cache: CacheState, expert: int) -> None:
-    """Note that an expert may not go any more."""
-    layer = cache.experts[IN_LAYER, expert]
-    if policy.worst[layer] == expert:
-        policy.stale[layer] = 1
+    """Take out of its layer's residents."""
+    expert, layer = unsigned(expert), unsigned(cache.experts[IN_LAYER, expert])
+    policy.tally[MEMBERS, layer] -= 1
+    left, index = unsigned(policy.tally[MEMBERS, layer]), unsigned(policy.places[expert, INDEX])
+    moved = unsigned(policy.members[layer, left])
+    policy.members[layer, index], policy.places[moved, INDEX] = moved, index
+    for row in range(2):
+        policy.beliefs[row, layer, index] = policy.beliefs[row, layer, left]
+    longest = 0.0
+    for wait in policy.beliefs[WAIT, layer, :left]:
+        longest = max(longest, wait)
+    policy.layers[LONGEST, layer] = longest
 
 
 @jit
 def routed(policy: BeliefState, cache: CacheState, experts: Ints, tokens: Ints) -> None:
     """Bring the history of the layer's experts up to date."""
-    size, layer = cache.experts.shape[1] // len(cache.counters), cache.now[LAYER]
-    first = layer * size
-    age, uses = policy.age[first : first + size], policy.uses[first : first + size]
-    prior, hazard = policy.prior[first : first + size], policy.hazard[first : first + size]
-    wait = policy.wait[first : first + size]
-    policy.stale[layer] = 1
-    policy.runs[layer] = DECAY * policy.runs[layer] + 1
-    for i in range(size):
-        uses[i] *= DECAY
-        age[i] = min(age[i] + 1, OLDEST) if age[i] > 0 else 0
-    for expert in experts:
-        uses[expert - first] += 1
-        age[expert - first] = 1
-    weight = PRIOR + policy.runs[layer]
-    for i in range(size):
-        rate, bucket = (prior[i] + uses[i]) / weight, 0
-        for edge in policy.edges:  # to the end: no branch to guess wrong
-            bucket += 1 if rate >= edge else 0
-        row = policy.buckets[age[i]]
-        hazard[i], wait[i] = policy.table[row, bucket], policy.waits[row, bucket]
+    layer = unsigned(cache.now[LAYER])
+    policy.tally[RAN, layer] += 1
+    ran, weight = policy.tally[RAN, layer], policy.layers[WEIGHT, layer]
+    policy.layers[WEIGHT, layer] = policy.start + policy.fades[1] * (weight - policy.start) + 1
+    for number in experts:
+        expert = unsigned(number)
+        since = unsigned(min(ran - policy.places[expert, USED], len(policy.fades) - 1))
+        policy.history[expert, USES] = policy.history[expert, USES] * policy.fades[since] + 1
+        policy.places[expert, USED] = ran
+    longest = 0.0
+    for i in range(policy.tally[MEMBERS, layer]):
+        index = unsigned(i)
+        age, rate = _history(policy, layer, unsigned(policy.members[layer, index]))
+        wait = policy.table[WAIT, age, rate]
+        policy.beliefs[HAZARD, layer, index], policy.beliefs[WAIT, layer, index] = policy.table[HAZARD, age, rate], wait
+        longest = max(longest, wait)
+    policy.layers[LONGEST, layer] = longest
 
 
 @jit
 def learned(policy: BeliefState, cache: CacheState, layer: int) -> None:
     """Take in the scores of a layer's next run."""
-    layers = float(len(cache.counters))
-    size = cache.experts.shape[1] // len(cache.counters)
-    first = layer * size
-    policy.stale[layer] = 1
-    known, hazard = cache.known[first : first + size], policy.hazard[first : first + size]
-    wait = policy.wait[first : first + size]
-    for i in range(size):
-        wait[i] = layers * (1.0 - known[i]) / max(known[i], hazard[i])
+    longest, layer = 0.0, unsigned(layer)
+    for i in range(policy.tally[MEMBERS, layer]):
+        index = unsigned(i)
+        score = cache.known[unsigned(policy.members[layer, index])]
+        wait = _scored_wait(cache, score, policy.beliefs[HAZARD, layer, index])
+        policy.beliefs[WAIT, layer, index] = wait
+        longest = max(longest, wait)
+    policy.layers[LONGEST, layer] = longest
 
 
 @jit
-def worth(policy: BeliefState, cache: CacheState, expert: int) -> float:
-    """Return minus the events until the next use."""
-    return -(events_ahead(cache, expert) + policy.wait[expert])
-
-
-@jit
-def _find_worst(policy: BeliefState, cache: CacheState, layer: int) -> None:
-    """Find the resident of a layer with the longest wait, of those not fresh."""
-    size = cache.experts.shape[1] // len(cache.counters)
-    first, worst = layer * size, -1
-    place, fresh = cache.experts[PLACE, first : first + size], policy.is_fresh[first : first + size]
-    for i in range(size):
-        if place[i] >= 0 and fresh[i] == 0:
-            expert = first + i
-            if worst < 0 or _goes_before(policy.wait[expert], policy.wait[worst], cache, expert, worst):
-                worst = expert
-    policy.worst[layer], policy.stale[layer] = worst, 0
-
-
-@jit
-def _settle(policy: BeliefState, cache: CacheState) -> None:
-    """Let those be considered whose shield is gone."""
-    kept = 0
-    for i in range(policy.pending[0]):
-        expert = policy.fresh[i]
-        if cache.experts[PLACE, expert] >= 0 and is_held(cache, expert):
-            policy.fresh[kept] = expert
-            kept += 1
-            continue
-        policy.is_fresh[expert] = 0
-        layer = cache.experts[IN_LAYER, expert]
-        if cache.experts[PLACE, expert] >= 0 and policy.stale[layer] == 0:
-            worst = policy.worst[layer]
-            if worst < 0 or _goes_before(policy.wait[expert], policy.wait[worst], cache, expert, worst):
-                policy.worst[layer] = expert
-    policy.pending[0] = kept
-
-
-@jit
-def _goes_before(wait: float, other_wait: float, cache: CacheState, expert: int, other: int) -> bool:
-    """Compare two by what they wait; ties by recency, then by the lower id."""
-    if wait != other_wait:
-        return wait > other_wait
+def _goes_before(cache: CacheState, expert: int, other: int) -> bool:
+    """Compare two that wait equally long: by recency, then by the lower id."""
     last, other_last = cache.experts[LAST, expert], cache.experts[LAST, other]
     return last < other_last or (last == other_last and expert < other)
 
 
 @jit
+def _who_waits(policy: BeliefState, cache: CacheState, layer: int, wait: float) -> int:
+    """Return the resident of a layer that waits so long and is not shielded, -1 for none."""
+    worst, waits = -1, policy.beliefs[WAIT, layer]
+    for i in range(policy.tally[MEMBERS, layer]):
+        if waits[unsigned(i)] == wait:
+            expert = unsigned(policy.members[layer, unsigned(i)])
+            if not is_held(cache, expert) and (worst < 0 or _goes_before(cache, expert, worst)):
+                worst = int(expert)
+    return worst
+
+
+@jit
+def _longest_free(policy: BeliefState, cache: CacheState, layer: int) -> float:
+    """Return how long a resident of a layer waits at most that is not shielded; all are: minus infinity."""
+    longest, waits = -np.inf, policy.beliefs[WAIT, layer]
+    for i in range(policy.tally[MEMBERS, layer]):
+        if not is_held(cache, unsigned(policy.members[layer, unsigned(i)])):
+            longest = max(longest, waits[unsigned(i)])
+    return longest
+
+
+@jit
 def victim(policy: BeliefState, cache: CacheState, pool: int) -> int:
-    """Return the one that is used again last."""
-    _settle(policy, cache)
-    layers = len(cache.counters)
-    first, beyond = (0, layers) if len(cache.pools) == 1 else (pool, pool + 1)
-    best, longest = -1, 0.0
-    for layer in range(first, beyond):
-        if policy.stale[layer] == 1:
-            _find_worst(policy, cache, layer)
-        worst = policy.worst[layer]
-        if worst >= 0:
-            until = events_ahead(cache, worst) + policy.wait[worst]
-            if best < 0 or _goes_before(until, longest, cache, worst, best):
-                best, longest = worst, until
-    return best
+    """Return the one that is used again last.
+
+    The layer where one waits longest is looked at first; only if that one is shielded others are.
+    """
+    first, beyond = (0, len(cache.counters)) if len(cache.pools) == 1 else (pool, pool + 1)
+    until, free = policy.layers[UNTIL, first:beyond], policy.layers[FREE, first:beyond]
+    longest = policy.layers[LONGEST, first:beyond]
+    for i in range(len(until)):
+        free[i] = longest[i]
+        until[i] = longest[i] + layers_ahead(cache, first + i)
+    bits = until.view(np.int64)  # of numbers from 0 these are ordered alike, and the compiler compares several at once
+    while True:
+        last = bits[0]
+        for i in range(1, len(bits)):
+            last = max(last, bits[unsigned(i)])
+        best = -1
+        for i in range(len(bits)):
+            if bits[unsigned(i)] == last:
+                layer = unsigned(first + i)
+                worst = _who_waits(policy, cache, layer, free[i])
+                if worst < 0:
+                    free[i] = _longest_free(policy, cache, layer)
+                    until[i] = free[i] + layers_ahead(cache, first + i)
+                elif best < 0 or _goes_before(cache, worst, best):
+                    best = worst
+        if best >= 0:
+            return best
 
 
 @jit
 def admits(policy: BeliefState, cache: CacheState, expert: int, victim: int) -> bool:
     """Let in what is used again sooner."""
-    return worth(policy, cache, expert) > worth(policy, cache, victim)
+    age, rate = _history(policy, unsigned(cache.experts[IN_LAYER, expert]), unsigned(expert))
+    until = events_ahead(cache, expert) + _wait(policy, cache, unsigned(expert), age, rate)
+    other = policy.beliefs[WAIT, cache.experts[IN_LAYER, victim], policy.places[victim, INDEX]]
+    return until < events_ahead(cache, victim) + other
 
 
-VERBS = Verbs(touch, touch, evict, victim, routed, learned, admits)
+VERBS = Verbs(ignore_expert, insert, evict, victim, routed, learned, admits)

@@ -29,7 +29,13 @@ def least(policy: Any, cache: CacheState, pool: int, worth: Callable[[Any, Cache
 
 
 @jit
-def events_ahead(cache: CacheState, expert: int) -> int:
-    """Return in how many events an expert's layer runs: 1 for the next layer, L for the one that runs now."""
-    current, layer = cache.now[LAYER], cache.experts[IN_LAYER, expert]
+def layers_ahead(cache: CacheState, layer: int) -> int:
+    """Return in how many events a layer runs: 1 for the next layer, L for the one that runs now."""
+    current = cache.now[LAYER]
     return layer - current if layer > current else len(cache.counters) - current + layer
+
+
+@jit
+def events_ahead(cache: CacheState, expert: int) -> int:
+    """Return in how many events an expert's layer runs."""
+    return layers_ahead(cache, cache.experts[IN_LAYER, expert])
