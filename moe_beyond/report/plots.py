@@ -1,8 +1,11 @@
 """Pictures of replay results."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +18,13 @@ from moe_beyond.report.results import scores_words
 
 OPTIMUM = "belady"
 DPI = 120
+# What every strategy is compared with is black or grey; the colours are for the others.
+REFERENCE_STYLES: dict[str, dict[str, Any]] = {
+    "lru": {"color": "black", "linestyle": "-"},
+    "belady": {"color": "black", "linestyle": "--"},
+    "static_hindsight": {"color": "0.6", "linestyle": "-"},
+    "clairvoyant prefetch": {"color": "0.6", "linestyle": "--"},
+}
 
 
 def line_name(result: Result) -> str:
@@ -35,6 +45,15 @@ def lines_of(results: Sequence[Result]) -> dict[str, list[Result]]:
     return lines
 
 
+def line_styles(lines: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
+    """Return how to draw each line; no two alike, up to ten besides the references."""
+    styles, colours = {}, itertools.cycle(matplotlib.color_sequences["tab10"])
+    for name, line in lines.items():
+        reference = REFERENCE_STYLES.get(line[0].strategy)
+        styles[name] = reference or {"color": matplotlib.colors.to_hex(next(colours)), "linestyle": "-"}
+    return styles
+
+
 def plot_budgets(results: Sequence[Result], path: str | Path, title: str) -> None:
     """Plot hit rate and bytes, and on a device tokens a second, against the budget, a line a strategy.
 
@@ -47,14 +66,14 @@ def plot_budgets(results: Sequence[Result], path: str | Path, title: str) -> Non
     figure = Figure(figsize=(15 if timed else 10, 5.0), layout="constrained")
     axes = figure.subplots(1, 3 if timed else 2)
     hits, bytes_moved = axes[0], axes[1]
-    for name, line in lines_of(results).items():
-        style = "--" if line[0].policy == OPTIMUM else "-"
+    lines = lines_of(results)
+    for (name, line), style in zip(lines.items(), line_styles(lines).values(), strict=True):
         shares = [100 * result.budget_share for result in line]
-        hits.plot(shares, [100 * result.hit_rate for result in line], style, marker="o", markersize=3, label=name)
-        bytes_moved.plot(shares, [result.bytes_ratio for result in line], style, marker="o", markersize=3)
+        hits.plot(shares, [100 * result.hit_rate for result in line], marker="o", markersize=3, label=name, **style)
+        bytes_moved.plot(shares, [result.bytes_ratio for result in line], marker="o", markersize=3, **style)
         if timed:
             speeds = [np.nan if r.tokens_per_second is None else r.tokens_per_second for r in line]
-            axes[2].plot(shares, speeds, style, marker="o", markersize=3)
+            axes[2].plot(shares, speeds, marker="o", markersize=3, **style)
     one_token = 100 * results[0].budget_share / results[0].demand_ratio
     for part in axes:
         part.axvline(one_token, color="0.8", linewidth=1, zorder=0)
@@ -90,15 +109,13 @@ def plot_frontier(results: Sequence[Result], path: str | Path, title: str) -> No
     """
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    for name, line in lines_of(results).items():
-        style = "--" if line[0].policy == OPTIMUM else "-"
+    lines = lines_of(results)
+    for (name, line), style in zip(lines.items(), line_styles(lines).values(), strict=True):
         bytes_moved = [result.bytes_ratio for result in line]
-        axes.plot(bytes_moved, [100 * r.hit_rate for r in line], style, marker="o", markersize=4, label=name)
-        if len(line) > 1:
-            axes.annotate(
-                f"{100 * line[0].budget_share:.0f} %", (bytes_moved[0], 100 * line[0].hit_rate), size=7, color="0.4",
-                xytext=(4, -8), textcoords="offset points",
-            )  # fmt: skip
+        axes.plot(bytes_moved, [100 * r.hit_rate for r in line], marker="o", markersize=4, label=name, **style)
+    shares = [100 * result.budget_share for line in lines.values() for result in line]
+    if min(shares) < max(shares):
+        axes.set_title(f"from {min(shares):.0f} % (right) to {max(shares):.0f} % of all experts", size=9, color="0.4")
     axes.set_xlabel("bytes moved / bytes demanded")
     axes.set_ylabel("hit rate (%)")
     axes.set_xlim(left=0)
