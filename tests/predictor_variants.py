@@ -55,6 +55,15 @@ def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     return Variant("cross_layer", name, {**arguments, **small, **vocabulary}, frozenset({"own id", *reads}))
 
 
+def _token_causal(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
+    small = {"width": 8, "depth": 2, "heads": 2, "known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
+    return Variant("token_causal", name, {**arguments, **small}, frozenset({"own id", *reads}))
+
+
+def _naive_bayes(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
+    return Variant("naive_bayes", name, arguments, frozenset(reads))
+
+
 def _eamc(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     return Variant("eamc", name, arguments, frozenset(reads), jumps=True)
 
@@ -64,6 +73,7 @@ VARIANTS = [
     Variant("popularity", "default"),
     Variant("token_table", "default", reads=frozenset({"own id"})),
     Variant("token_table", "backoff", {"backoff": 0.5}, frozenset({"own id"})),
+    Variant("token_table", "frequent", {"min_count": 3}, frozenset({"own id"})),
     Variant("history", "default", reads=frozenset({"earlier experts"}), jumps=True),
     _eamc("default", ["earlier experts", "earlier layers"]),
     # Fewer places than sequences to fit on.
@@ -74,6 +84,14 @@ VARIANTS = [
     _row_encoder("all", ["earlier ids"], context_tokens=64),
     _row_encoder("alone", [], context_tokens=1),
     _row_encoder("bidirectional", ["earlier ids", "later ids"], context_tokens=3, bidirectional=True),
+    _naive_bayes("default", ["own id", "earlier experts", "earlier layers"]),
+    # More lookaheads and sources than layers.
+    _naive_bayes("six_ahead", ["own id", "earlier experts", "earlier layers"], lookaheads=6, sources=3),
+    _naive_bayes("layers_alone", ["earlier layers"], lookaheads=1, sources=1, token=0.0, history=0.0),
+    _naive_bayes("token_alone", ["own id"], lookaheads=2, history=0.0, layers=0.0, min_count=3),
+    _token_causal("window", ["earlier ids", "earlier experts"], window=3),
+    _token_causal("all", ["earlier ids", "earlier experts"], window=64),
+    _token_causal("alone", ["earlier experts"], window=1),
     _cross_layer("one_ahead", ALL_EARLIER, lookaheads=1, window=3),
     _cross_layer("three_ahead", ALL_EARLIER, lookaheads=3, window=3),
     # More lookaheads than layers, and no token out of the window.

@@ -1,10 +1,10 @@
-"""cross_layer: a causal transformer over tokens and a recurrent network over layers.
+"""cross_layer: token_causal, and a recurrent network over the layers that a token was routed at so far.
 
 It knows token ids and expert ids only: of earlier tokens everything, of the present token its id and the layers routed
 so far. One pass gives lookaheads 1 .. H.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +14,12 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.attention import WindowBlock
-from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
-from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.base import Stepper
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.loss import k_positive_cross_entropy
-from moe_beyond.predictors.tokens import TokenEmbedding
-
-# How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
-DECAYS = (0.7, 0.97)
+from moe_beyond.predictors.token_causal import TokenCausal, TokenState
 
 
-class CrossLayer(GradientPredictor):
+class CrossLayer(TokenCausal):
     """Predicts lookaheads 1 .. H from ids.
 
     Logits of layer l are the sum of four maps: of the recurrent state over the layers routed so far, of the token's
@@ -48,7 +42,6 @@ class CrossLayer(GradientPredictor):
     """
 
     architecture: ClassVar[str] = "cross_layer"
-    link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
 
     def __init__(
         self,
@@ -66,28 +59,19 @@ class CrossLayer(GradientPredictor):
         dropout: float = 0.15,
         token_dropout: float = 0.1,
     ) -> None:
-        super().__init__(geometry, vocab_size)
-        if min(lookaheads, window, depth) < 1 or width % heads:
-            raise UserError("cross_layer: lookaheads, window and depth are at least 1, and heads divides width")
-        self.lookaheads, self.width, self.depth, self.heads = lookaheads, width, depth, heads
-        self.window, self.layer_width, self.known_tokens = window, layer_width, known_tokens
-        self.min_count, self.ngram_buckets = min_count, ngram_buckets
-        self.dropout, self.token_dropout = dropout, token_dropout
+        super().__init__(
+            geometry, vocab_size, width, depth, heads, window, known_tokens, min_count, ngram_buckets, dropout,
+            token_dropout,
+        )  # fmt: skip
+        if lookaheads < 1:
+            raise UserError("cross_layer: lookaheads is at least 1")
+        self.lookaheads, self.layer_width = lookaheads, layer_width
         layers, experts, _ = geometry.shape()
-        total = layers * experts
-        self.tokens = TokenEmbedding(vocab_size, width, known_tokens, min_count, ngram_buckets)
-        self.previous = nn.Linear(total, width, bias=False)
-        self.blocks = nn.ModuleList(WindowBlock(width, heads, window, dropout) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
         self.start = nn.Linear(width, layer_width)
         self.routed = nn.Parameter(torch.randn(layers, experts, layer_width) * 0.1)
         self.recurrent = nn.GRU(layer_width, layer_width)
-        self.drop = nn.Dropout(dropout)
-        self.from_token = nn.Linear(width, total)
         self.from_state = nn.Parameter(torch.randn(lookaheads, layers, layer_width, experts) * layer_width**-0.5)
         self.from_expert = nn.Parameter(torch.zeros(layers, experts, layers, experts))
-        self.from_history = nn.Parameter(torch.zeros(len(DECAYS), total))
-        nn.init.normal_(self.previous.weight, std=0.02)
         # Source layers that a target layer may read at the largest lookahead: l' <= l - H.
         reach = torch.arange(layers)[:, None] <= torch.arange(layers) - lookaheads
         self.register_buffer("reach", reach[:, None, :, None].float(), persistent=False)
@@ -99,52 +83,12 @@ class CrossLayer(GradientPredictor):
         """Lookaheads 1 .. H, known when the layer is routed, causal."""
         return Information(tuple(range(1, self.lookaheads + 1)))
 
-    def prepare(self, text: TrainingText) -> None:
-        """Take in the training split's vocabulary."""
-        self.tokens.prepare(text)
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy spread over the K chosen experts."""
-        return k_positive_cross_entropy(logits, batch)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return logits ``(B, T, H, L, E)``; zero where padded."""
-        real = batch.mask
-        used = batch.targets(self.geometry.num_experts).flatten(2).float()  # (B, T, L*E)
-        hidden = torch.rand(real.shape, device=real.device) < self.token_dropout if self.training else None
-        before = functional.pad(used[:, :-1], (0, 0, 1, 0))
-        x = self.drop(self.tokens(batch.token_ids, hidden) + self.previous(before))
-        for block in self.blocks:
-            x = block(x)
-        logits = self._layers(self.norm(x)[real], self._history(before, real), used[real])
-        out = logits.new_zeros(*real.shape, *logits.shape[1:])
-        out[real] = logits
-        return out
-
-    def _history(self, before: Tensor, real: Tensor) -> Tensor:
-        """Return the part of the logits that comes from running averages of earlier experts.
-
-        Args:
-            before: ``(B, T, L*E)``, the experts of the token before each.
-            real: ``(B, T)`` bool.
-
-        Returns:
-            ``(N, L*E)`` for the N real tokens.
-        """
-        position = torch.arange(real.shape[1], device=real.device)
-        age = position[:, None] - position
-        total = before.new_zeros(int(real.sum()), before.shape[2])
-        for decay, weights in zip(DECAYS, self.from_history, strict=True):
-            share = torch.where(age >= 0, (1 - decay) * decay ** age.clamp(min=0), 0.0)
-            total = total + (share @ before)[real] * weights
-        return total
-
-    def _layers(self, token: Tensor, history: Tensor, used: Tensor) -> Tensor:
+    def _layers(self, token: Tensor, logits: Tensor, used: Tensor) -> Tensor:
         """Return logits ``(N, H, L, E)`` of N tokens.
 
         Args:
             token: ``(N, width)`` states.
-            history: ``(N, L*E)``, what `_history` returned.
+            logits: ``(N, L*E)``, what those and the history say.
             used: ``(N, L*E)``, 1 where the token is routed to the expert.
         """
         layers, experts, _ = self.geometry.shape()
@@ -154,9 +98,8 @@ class CrossLayer(GradientPredictor):
         if layers > 1:
             states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed)[:-1], start)[0]])
         states = self.drop(states)
-        common = self.from_token(token) + history
-        common = common + used @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
-        logits = common.unflatten(1, (layers, experts))
+        logits = logits + used @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
+        logits = logits.view(-1, layers, experts)
         nearer = []
         for ahead in range(self.lookaheads, 0, -1):
             if ahead < min(self.lookaheads, layers):  # one source layer more than the lookahead before
@@ -182,33 +125,19 @@ class _CrossLayerStepper(Stepper):
         self.reset()
 
     def reset(self) -> None:
-        layers, experts, _ = self._predictor.geometry.shape()
-        self._caches: list[tuple[Tensor, Tensor] | None] = [None] * self._predictor.depth
-        self._used = torch.zeros(layers, experts)
-        self._averages = torch.zeros(len(DECAYS), layers * experts)
-        self._scores = np.full((layers, experts), np.nan, np.float32)
+        self._tokens = TokenState(self._predictor)
+        self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
 
     @torch.inference_mode()
     def observe_token(self, token_id: int) -> None:
-        model = self._predictor
-        decays = torch.tensor(DECAYS)[:, None]
-        before = self._used.flatten()
-        self._averages = decays * self._averages + (1 - decays) * before
-        x = model.tokens(torch.tensor([[token_id]])) + model.previous(before)
-        for index, block in enumerate(model.blocks):
-            assert isinstance(block, WindowBlock)
-            x, self._caches[index] = block.step(x, self._caches[index])
-        token = model.norm(x)[0]
-        history = (self._averages * model.from_history).sum(0)
-        self._logits = (model.from_token(token)[0] + history).view_as(self._used)
-        self._state = torch.tanh(model.start(token))
-        self._used = torch.zeros_like(self._used)
+        token, self._logits = self._tokens.start(token_id)
+        self._state = torch.tanh(self._predictor.start(token))
         self._score(-1)
 
     @torch.inference_mode()
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         model, chosen = self._predictor, torch.from_numpy(np.asarray(experts, np.int64))
-        self._used[layer, chosen] = 1.0
+        self._tokens.used[layer, chosen] = 1.0
         self._logits = self._logits + model.from_expert[layer, chosen].sum(0)
         _, self._state = model.recurrent(model.routed[layer, chosen].sum(0, keepdim=True), self._state)
         self._score(layer)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import Stepper
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.popularity import Popularity
@@ -94,9 +93,9 @@ class History(Popularity):
         """Return ``(64,)`` logits by bucket."""
         return torch.logit(self._hazard(), eps=1e-9).float().flatten()
 
-    def stepper(self) -> Stepper:
+    def stepper(self) -> "HistoryStepper":
         """Return a stepper; its state is two numbers an expert."""
-        return _HistoryStepper(self)
+        return HistoryStepper(self)
 
 
 class _Past:
@@ -127,20 +126,28 @@ class _Past:
         self._age.add_(1).masked_fill_(used, 1)
 
 
-class _HistoryStepper(WholeTokenStepper):
+class HistoryStepper(WholeTokenStepper):
+    """Keeps every expert's past."""
+
     def __init__(self, predictor: History) -> None:
         self._table, self._popularity = predictor._table(), predictor._shares()  # noqa: SLF001
         super().__init__(predictor)
 
     def reset(self) -> None:
+        """Forget the sequence."""
         super().reset()
         self._past = [_Past(popularity.shape, popularity) for popularity in self._popularity]  # by layer
         self._next = self._table[torch.stack([past.buckets() for past in self._past])]
 
     def _logits(self, token_id: int) -> Tensor:
+        return self.logits()
+
+    def logits(self) -> Tensor:
+        """Return the logits ``(L, E)`` of the next run of every layer; not to be kept."""
         return self._next
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+        """Learn what a layer was routed to."""
         super().observe_layer(layer, experts, state)
         used = torch.zeros(self._popularity.shape[1], dtype=torch.bool)
         used[torch.from_numpy(np.asarray(experts, np.int64))] = True

@@ -12,7 +12,9 @@ ARCHITECTURES: dict[str, str] = {
     "token_table": "TokenTable",
     "eamc": "Eamc",
     "history": "History",
+    "naive_bayes": "NaiveBayes",
     "row_encoder": "RowEncoder",
+    "token_causal": "TokenCausal",
     "cross_layer": "CrossLayer",
 }
 """Name -> class, in the module of that name; a module is imported only when its predictor is asked for."""

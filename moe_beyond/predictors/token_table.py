@@ -17,12 +17,13 @@ class TokenTable(CountingPredictor):
 
     P(e | token, l) = (count of the token with e + backoff * popularity of e) / (count of the token + backoff), where
     the popularity is the share of all tokens that chose e in layer l, with one imaginary token that chose evenly.
-    Only tokens of the training split have counts.
+    Tokens that are rare in the training split, or not in it, share one row.
 
     Args:
         geometry: The model's shape.
         vocab_size: Ids of the tokenizer.
         backoff: Occurrences that the popularity counts for.
+        min_count: Training occurrences that a row of a token's own needs.
     """
 
     architecture: ClassVar[str] = "token_table"
@@ -32,16 +33,17 @@ class TokenTable(CountingPredictor):
     occurrences: Tensor
     table: Tensor
 
-    def __init__(self, geometry: Geometry, vocab_size: int, backoff: float = 2.0) -> None:
+    def __init__(self, geometry: Geometry, vocab_size: int, backoff: float = 2.0, min_count: int = 1) -> None:
         super().__init__(geometry, vocab_size)
-        self.backoff = backoff
+        self.backoff, self.min_count = backoff, min_count
         self._resize(0)
 
-    def _resize(self, seen: int) -> None:
+    def _resize(self, tokens: int) -> None:
+        """Make a row for all others, then one for each of so many tokens."""
         layers, experts, _ = self.geometry.shape()
-        self.register_buffer("token_ids", torch.zeros(seen, dtype=torch.int64))
-        self.register_buffer("occurrences", torch.zeros(seen, dtype=torch.int64))
-        self.register_buffer("table", torch.zeros(seen, layers, experts, dtype=torch.int32))
+        self.register_buffer("token_ids", torch.full((1 + tokens,), -1))
+        self.register_buffer("occurrences", torch.zeros(1 + tokens, dtype=torch.int64))
+        self.register_buffer("table", torch.zeros(1 + tokens, layers, experts, dtype=torch.int32))
         self._popularity: Tensor | None = None
 
     @property
@@ -50,17 +52,15 @@ class TokenTable(CountingPredictor):
         return Information(("token",))
 
     def prepare(self, text: TrainingText) -> None:
-        """Make a row for every token id of the training split, ascending."""
-        seen = torch.from_numpy(text.token_counts).nonzero()[:, 0]
-        self._resize(len(seen))
-        self.token_ids.copy_(seen)
+        """Make a row for every token id that is frequent enough in the training split, ascending."""
+        frequent = (torch.from_numpy(text.token_counts) >= max(self.min_count, 1)).nonzero()[:, 0]
+        self._resize(len(frequent))
+        self.token_ids[1:] = frequent
 
     def observe(self, batch: Batch) -> None:
         """Count a batch."""
         real = batch.mask
-        rows, known = self._rows(batch.token_ids[real])
-        if not known.all():
-            raise ValueError("a token is not of the training split that `prepare` saw")
+        rows = self._rows(batch.token_ids[real])
         self._popularity = None
         self.occurrences.index_add_(0, rows, torch.ones_like(rows))
         chosen = batch.targets(self.geometry.num_experts)[real]
@@ -68,26 +68,22 @@ class TokenTable(CountingPredictor):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""
-        return self._logits(batch.token_ids)[:, :, None]
+        return self.of_tokens(batch.token_ids)[:, :, None]
 
-    def _logits(self, token_ids: Tensor) -> Tensor:
+    def of_tokens(self, token_ids: Tensor) -> Tensor:
+        """Return logits ``(..., L, E)`` of token ids of any shape."""
         _, experts, top_k = self.geometry.shape()
         if self._popularity is None:  # of every token: too much to add up for each
             self._popularity = (self.table.sum(0) + top_k / experts) / (self.occurrences.sum() + 1)
-        popularity = self._popularity
-        if len(self.token_ids) == 0:
-            return torch.logit(popularity).expand(*token_ids.shape, -1, -1)
-        rows, known = self._rows(token_ids)
-        counted = self.table[rows] * known[..., None, None]
-        seen = (self.occurrences[rows] * known)[..., None, None]
-        weight = seen + self.backoff
-        shares = torch.where(weight > 0, (counted + self.backoff * popularity) / weight, popularity)
+        popularity, rows = self._popularity, self._rows(token_ids)
+        weight = self.occurrences[rows][..., None, None] + self.backoff
+        shares = torch.where(weight > 0, (self.table[rows] + self.backoff * popularity) / weight, popularity)
         return torch.logit(shares, eps=1e-6)
 
-    def _rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's row, and whether it has one."""
+    def _rows(self, token_ids: Tensor) -> Tensor:
+        """Return each token's row, 0 where it has none of its own."""
         rows = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
-        return rows, self.token_ids[rows] == token_ids
+        return torch.where(self.token_ids[rows] == token_ids, rows, 0)
 
     def stepper(self) -> Stepper:
         """Return a stepper; it keeps nothing."""
@@ -96,11 +92,11 @@ class TokenTable(CountingPredictor):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The number of rows is that of the tokens seen, which only the weights know.
         if (key := f"{prefix}token_ids") in state_dict:
-            self._resize(len(state_dict[key]))
+            self._resize(max(len(state_dict[key]), 1) - 1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _TokenTableStepper(WholeTokenStepper):
     def _logits(self, token_id: int) -> Tensor:
         assert isinstance(self._predictor, TokenTable)
-        return self._predictor._logits(torch.tensor([token_id]))[0]  # noqa: SLF001
+        return self._predictor.of_tokens(torch.tensor(token_id))

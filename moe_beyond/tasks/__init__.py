@@ -4,8 +4,20 @@ from moe_beyond.tasks.base import PredictorTask
 from moe_beyond.tasks.cross_layer import CrossLayer
 from moe_beyond.tasks.eamc import Eamc
 from moe_beyond.tasks.history import History
+from moe_beyond.tasks.naive_bayes import NaiveBayes
 from moe_beyond.tasks.popularity import Popularity
 from moe_beyond.tasks.row_encoder import RowEncoder
+from moe_beyond.tasks.token_causal import TokenCausal
 from moe_beyond.tasks.token_table import TokenTable
 
-__all__ = ["CrossLayer", "Eamc", "History", "Popularity", "PredictorTask", "RowEncoder", "TokenTable"]
+__all__ = [
+    "CrossLayer",
+    "Eamc",
+    "History",
+    "NaiveBayes",
+    "Popularity",
+    "PredictorTask",
+    "RowEncoder",
+    "TokenCausal",
+    "TokenTable",
+]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER, fit
+from fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
 from helpers import tiny_traces
 
 from moe_beyond.predictors.base import CountingPredictor
@@ -12,10 +12,12 @@ from moe_beyond.predictors.registry import ARCHITECTURES, predictor_class
 
 TINY_SIZES = {
     "cross_layer": TINY_CROSS_LAYER,
+    "token_causal": TINY_TOKEN_CAUSAL,
     "row_encoder": (
         *("--model.width=16", "--model.token_width=16", "--model.layer_width=8", "--model.heads=2", "--model.depth=1"),
         *("--model.feedforward=16", "--model.ngram_buckets=32"),
     ),
+    "naive_bayes": (),
     "popularity": (),
     "token_table": (),
     "eamc": ("--model.capacity=4",),

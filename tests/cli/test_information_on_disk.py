@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER, fit
+from fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
 from helpers import TINY, tiny_trace
 
 from moe_beyond.cli.main import main
@@ -19,11 +19,13 @@ TOKEN, LAYER = 8, 2  # from here on, everything is edited
 
 FITS = {
     "cross_layer": ("default", *TINY_CROSS_LAYER),
+    "token_causal": ("default", *TINY_TOKEN_CAUSAL),
     "row_encoder": (
         "default",
         *("--model.width=16", "--model.token_width=16", "--model.layer_width=8", "--model.heads=2", "--model.depth=1"),
         *("--model.feedforward=16", "--model.ngram_buckets=32"),
     ),
+    "naive_bayes": ("counting",),
     "popularity": ("counting",),
     "token_table": ("counting",),
     "eamc": ("counting",),

@@ -50,9 +50,10 @@ def scores(predictor: TokenTable, token: int) -> list[list[float]]:
 
 def test_counts_are_exact_and_padding_is_not_counted():
     predictor = table([COUNTED])
-    assert predictor.token_ids.tolist() == [5, 7]
-    assert predictor.occurrences.tolist() == [3, 1]
-    assert predictor.table.tolist() == [[[3, 2, 1, 0], [1, 1, 3, 1]], [[0, 1, 0, 1], [1, 1, 0, 0]]]
+    assert predictor.token_ids.tolist() == [-1, 5, 7]
+    assert predictor.occurrences.tolist() == [0, 3, 1]
+    none = [[0] * 4] * 2
+    assert predictor.table.tolist() == [none, [[3, 2, 1, 0], [1, 1, 3, 1]], [[0, 1, 0, 1], [1, 1, 0, 0]]]
 
 
 @pytest.mark.parametrize("backoff", [2.0, 0.5])
@@ -116,11 +117,16 @@ def test_counts_do_not_depend_on_the_batches():
         assert torch.equal(whole(collate(traces)), parts(collate(traces)))
 
 
-def test_counting_a_token_that_the_training_split_lacks_is_an_error():
-    predictor = table([])
-    with pytest.raises(ValueError, match="not of the training split"):
-        predictor.observe(batch_of([(5, [[0, 1], [0, 1]]), (6, [[0, 1], [0, 1]])]))
-    assert predictor.occurrences.sum() == 0
+def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
+    predictor = TokenTable(SMALL, VOCAB, min_count=2)
+    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None))
+    predictor.observe(COUNTED)
+    assert predictor.token_ids.tolist() == [-1, 5]
+    assert predictor.occurrences.tolist() == [1, 3]
+    own = table([COUNTED])
+    np.testing.assert_allclose(scores(predictor, 5), scores(own, 5), rtol=1e-6)
+    for token in (0, 6, 7):
+        np.testing.assert_allclose(scores(predictor, token), scores(own, 7), rtol=1e-6)
 
 
 def test_weights_bring_their_own_number_of_rows():

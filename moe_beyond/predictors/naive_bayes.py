@@ -1,0 +1,173 @@
+"""naive_bayes: the token, the layers routed before and the expert's own past, as if each told by itself.
+
+It is what counting can do: no gradient, one pass over the data, and it shows what a fitted network has to beat.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.history import History
+from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.token_table import TokenTable
+
+
+class NaiveBayes(CountingPredictor):
+    """Adds up what each source says beyond the popularity, in log-odds, weighted.
+
+    With P(e) the popularity of e in layer l, the score of lookahead h is
+
+        logit P(e) + token * (logit P(e | token) - logit P(e)) + history * (logit P(e | its past) - logit P(e))
+        + layers * sum over d = h .. h + sources - 1, and over the experts f of layer l - d, of log P(e | f) / P(e)
+
+    where P(e | f) = (tokens that used both + smoothing * P(e)) / (tokens that used f + smoothing). Sources are not
+    independent, and so their weights are below 1.
+
+    Args:
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        lookaheads: H, layers ahead that are scored.
+        sources: Routed layers that are looked at, from the last on.
+        token: Weight of the token's id.
+        history: Weight of the expert's own past.
+        layers: Weight of each expert routed before.
+        backoff: Occurrences of a token that the popularity counts for.
+        min_count: Training occurrences that a token needs.
+        smoothing: Occurrences of an expert that the popularity counts for.
+    """
+
+    architecture: ClassVar[str] = "naive_bayes"
+    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+
+    pairs: Tensor
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        vocab_size: int,
+        lookaheads: int = 3,
+        sources: int = 2,
+        token: float = 0.8,
+        history: float = 0.5,
+        layers: float = 0.2,
+        backoff: float = 2.0,
+        min_count: int = 1,
+        smoothing: float = 8.0,
+    ) -> None:
+        super().__init__(geometry, vocab_size)
+        if min(lookaheads, sources) < 1:
+            raise UserError("naive_bayes: lookaheads and sources are at least 1")
+        self.lookaheads, self.sources, self.smoothing = lookaheads, sources, smoothing
+        self.token, self.history, self.layers = token, history, layers
+        self.backoff, self.min_count = backoff, min_count
+        self.table = TokenTable(geometry, vocab_size, backoff, min_count)
+        self.past = History(geometry, vocab_size)
+        experts = geometry.num_experts
+        # [d - 1, l, f, e]: tokens that used f in layer l - d, and e in layer l.
+        shape = (lookaheads + sources - 1, geometry.num_layers, experts, experts)
+        self.register_buffer("pairs", torch.zeros(shape, dtype=torch.int32))
+
+    @property
+    def information(self) -> Information:
+        """Lookaheads 1 .. H, known when the layer is routed."""
+        return Information(tuple(range(1, self.lookaheads + 1)))
+
+    def prepare(self, text: TrainingText) -> None:
+        """Take in the training split's vocabulary."""
+        self.table.prepare(text)
+
+    def observe(self, batch: Batch) -> None:
+        """Count a batch."""
+        self.table.observe(batch)
+        self.past.observe(batch)
+        used = batch.targets(self.geometry.num_experts)[batch.mask].float().transpose(0, 1)  # (L, N, E)
+        for d, pairs in self._distances(self.pairs):
+            pairs[d:] += torch.bmm(used[:-d].transpose(1, 2), used[d:]).to(pairs.dtype)
+
+    def _distances(self, by_distance: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Pair each distance that the model has with its slice."""
+        return ((d, part) for d, part in enumerate(by_distance, 1) if d < self.geometry.num_layers)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits ``(B, T, H, L, E)``."""
+        base = self._base(self.table(batch)[:, :, 0], self.past(batch)[:, :, 0])
+        used = batch.targets(self.geometry.num_experts).float().transpose(0, 2).flatten(1, 2)  # (L, T * B, E)
+        logits = base.transpose(0, 2).flatten(1, 2)[None].repeat(self.lookaheads, 1, 1, 1)  # (H, L, T * B, E)
+        for d, ratios in self._distances(self._ratios()):
+            told = torch.bmm(used[:-d], ratios[d:])
+            for ahead in self._lookaheads_at(d):
+                logits[ahead - 1, d:] += told
+        shape = (self.lookaheads, self.geometry.num_layers, *batch.token_ids.shape[::-1], self.geometry.num_experts)
+        return logits.view(shape).permute(3, 2, 0, 1, 4)
+
+    def _base(self, table: Tensor, past: Tensor) -> Tensor:
+        """Add up what is known when a token starts: logits ``(..., L, E)`` of the token's id and of the past."""
+        popular = self.past._logits()  # noqa: SLF001
+        return popular + self.token * (table - popular) + self.history * (past - popular)
+
+    def _ratios(self) -> Tensor:
+        """Return the weighted log-ratios ``(D, L, E, E)`` that a routed expert adds."""
+        popular = self.past._shares().float()  # noqa: SLF001
+        counts = self.past.counts.float()
+        ratios = torch.zeros(self.pairs.shape, device=counts.device)
+        for d, pairs in self._distances(self.pairs):
+            prior = self.smoothing * popular[d:, None]
+            share = (pairs[d:] + prior) / (counts[:-d, :, None] + self.smoothing)
+            ratios[d - 1, d:] = self.layers * (share / popular[d:, None]).log()
+        return ratios
+
+    def _lookaheads_at(self, distance: int) -> range:
+        """Return the lookaheads that look at the layer so far back."""
+        return range(max(1, distance - self.sources + 1), min(distance, self.lookaheads) + 1)
+
+    def stepper(self) -> Stepper:
+        """Return a stepper; its state is two numbers an expert."""
+        return _NaiveBayesStepper(self)
+
+
+class _NaiveBayesStepper(Stepper):
+    def __init__(self, predictor: NaiveBayes) -> None:
+        self._predictor, self._ratios = predictor, predictor._ratios()  # noqa: SLF001
+        self._past = predictor.past.stepper()
+        self.reset()
+
+    def reset(self) -> None:
+        self._past.reset()
+        self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
+
+    @torch.inference_mode()
+    def observe_token(self, token_id: int) -> None:
+        table, past = self._predictor.table.of_tokens(torch.tensor(token_id)), self._past.logits()
+        base = self._predictor._base(table, past)  # noqa: SLF001
+        self._logits = base[None].repeat(self._predictor.lookaheads, 1, 1)
+        self._score(-1)
+
+    @torch.inference_mode()
+    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+        chosen = torch.from_numpy(np.asarray(experts, np.int64))
+        self._past.observe_layer(layer, experts)
+        for d in range(1, len(self._ratios) + 1):
+            if layer + d < len(self._scores):
+                told = self._ratios[d - 1, layer + d, chosen].sum(0)
+                for ahead in self._predictor._lookaheads_at(d):  # noqa: SLF001
+                    self._logits[ahead - 1, layer + d] += told
+        self._score(layer)
+
+    def scores(self) -> npt.NDArray[np.float32]:
+        return self._scores
+
+    def _score(self, routed: int) -> None:
+        """Score the layers within reach once layers up to ``routed`` are known."""
+        self._scores = np.full_like(self._scores, np.nan)
+        for ahead in range(1, self._predictor.lookaheads + 1):
+            if routed + ahead < len(self._scores):
+                logits = self._logits[ahead - 1, routed + ahead]
+                self._scores[routed + ahead] = self._predictor.probabilities(logits).numpy()

@@ -1,0 +1,184 @@
+"""token_causal: a causal transformer over tokens; all layers of a token from one pass, before its first is routed.
+
+It knows token ids and expert ids only: of earlier tokens everything, of the present token its id.
+"""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.attention import WindowBlock
+from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.loss import k_positive_cross_entropy
+from moe_beyond.predictors.tokens import TokenEmbedding
+from moe_beyond.predictors.whole_token import WholeTokenStepper
+
+# How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
+DECAYS = (0.7, 0.97)
+
+
+class TokenCausal(GradientPredictor):
+    """Predicts a token's experts at all layers when the token starts.
+
+    Logits are the sum of two maps: of the token's state, and of running averages of the sequence's own experts.
+
+    Args:
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        width: Features of a token's state.
+        depth: Transformer blocks over tokens.
+        heads: Attention heads.
+        window: Tokens a block sees back; with it the stepper's state is bounded.
+        known_tokens: Tokens with an own vector.
+        min_count: Training occurrences that an own vector needs.
+        ngram_buckets: Vectors shared by all character n-grams.
+        dropout: Probability of dropping a feature in training.
+        token_dropout: Probability of treating a token as unknown in training.
+    """
+
+    architecture: ClassVar[str] = "token_causal"
+    link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        vocab_size: int,
+        width: int = 256,
+        depth: int = 3,
+        heads: int = 8,
+        window: int = 128,
+        known_tokens: int = 16384,
+        min_count: int = 2,
+        ngram_buckets: int = 8192,
+        dropout: float = 0.15,
+        token_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(geometry, vocab_size)
+        if min(window, depth) < 1 or width % heads:
+            raise UserError(f"{self.architecture}: window and depth are at least 1, and heads divides width")
+        self.width, self.depth, self.heads, self.window = width, depth, heads, window
+        self.known_tokens, self.min_count, self.ngram_buckets = known_tokens, min_count, ngram_buckets
+        self.dropout, self.token_dropout = dropout, token_dropout
+        total = geometry.total_experts
+        self.tokens = TokenEmbedding(vocab_size, width, known_tokens, min_count, ngram_buckets)
+        self.previous = nn.Linear(total, width, bias=False)
+        self.blocks = nn.ModuleList(WindowBlock(width, heads, window, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
+        self.from_token = nn.Linear(width, total)
+        self.from_history = nn.Parameter(torch.zeros(len(DECAYS), total))
+        nn.init.normal_(self.previous.weight, std=0.02)
+
+    @property
+    def information(self) -> Information:
+        """Before the token's first layer, causal."""
+        return Information(("token",))
+
+    def prepare(self, text: TrainingText) -> None:
+        """Take in the training split's vocabulary."""
+        self.tokens.prepare(text)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy spread over the K chosen experts."""
+        return k_positive_cross_entropy(logits, batch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits ``(B, T, H, L, E)``; zero where padded."""
+        real = batch.mask
+        used = batch.targets(self.geometry.num_experts).flatten(2).float()  # (B, T, L*E)
+        hidden = torch.rand(real.shape, device=real.device) < self.token_dropout if self.training else None
+        before = functional.pad(used[:, :-1], (0, 0, 1, 0))
+        x = self.drop(self.tokens(batch.token_ids, hidden) + self.previous(before))
+        for block in self.blocks:
+            x = block(x)
+        token = self.norm(x)[real]
+        logits = self._layers(token, self.from_token(token) + self._history(before, real), used[real])
+        out = logits.new_zeros(*real.shape, *logits.shape[1:])
+        out[real] = logits
+        return out
+
+    def _history(self, before: Tensor, real: Tensor) -> Tensor:
+        """Return the part of the logits that comes from running averages of earlier experts.
+
+        Args:
+            before: ``(B, T, L*E)``, the experts of the token before each.
+            real: ``(B, T)`` bool.
+
+        Returns:
+            ``(N, L*E)`` for the N real tokens.
+        """
+        position = torch.arange(real.shape[1], device=real.device)
+        age = position[:, None] - position
+        total = before.new_zeros(int(real.sum()), before.shape[2])
+        for decay, weights in zip(DECAYS, self.from_history, strict=True):
+            share = torch.where(age >= 0, (1 - decay) * decay ** age.clamp(min=0), 0.0)
+            total = total + (share @ before)[real] * weights
+        return total
+
+    def _layers(self, token: Tensor, logits: Tensor, used: Tensor) -> Tensor:
+        """Return logits ``(N, H, L, E)`` of N tokens.
+
+        Args:
+            token: ``(N, width)`` states.
+            logits: ``(N, L*E)``, what those and the history say.
+            used: ``(N, L*E)``, 1 where the token is routed to the expert; not for this predictor to see.
+        """
+        return logits.view(-1, 1, *self.geometry.shape()[:2])
+
+    def stepper(self) -> Stepper:
+        """Return a stepper; its state is ``window`` tokens of keys and values a block, and a few vectors."""
+        return _TokenCausalStepper(self)
+
+
+class TokenState:
+    """What a stepper keeps of the tokens so far.
+
+    Args:
+        model: The predictor.
+
+    Attributes:
+        used: ``(L, E)``, 1 where the present token is routed to the expert.
+    """
+
+    def __init__(self, model: TokenCausal) -> None:
+        self._model = model
+        self._caches: list[tuple[Tensor, Tensor] | None] = [None] * model.depth
+        self._averages = torch.zeros(len(DECAYS), model.geometry.total_experts)
+        self.used = torch.zeros(model.geometry.shape()[:2])
+
+    def start(self, token_id: int) -> tuple[Tensor, Tensor]:
+        """Begin a token; return its state ``(1, width)``, and logits ``(L, E)`` of that and the history."""
+        model, before = self._model, self.used.flatten()
+        decays = torch.tensor(DECAYS)[:, None]
+        self._averages = decays * self._averages + (1 - decays) * before
+        x = model.tokens(torch.tensor([[token_id]])) + model.previous(before)
+        for index, block in enumerate(model.blocks):
+            assert isinstance(block, WindowBlock)
+            x, self._caches[index] = block.step(x, self._caches[index])
+        token = model.norm(x)[0]
+        logits = model.from_token(token)[0] + (self._averages * model.from_history).sum(0)
+        self.used = torch.zeros_like(self.used)
+        return token, logits.view_as(self.used)
+
+
+class _TokenCausalStepper(WholeTokenStepper):
+    def reset(self) -> None:
+        super().reset()
+        assert isinstance(self._predictor, TokenCausal)
+        self._state = TokenState(self._predictor)
+
+    def _logits(self, token_id: int) -> Tensor:
+        return self._state.start(token_id)[1]
+
+    @torch.inference_mode()
+    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+        super().observe_layer(layer, experts, state)
+        self._state.used[layer, torch.from_numpy(np.asarray(experts, np.int64))] = 1.0

@@ -1,0 +1,60 @@
+"""The task of `moe_beyond.predictors.token_causal`."""
+
+from typing import Any
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors import token_causal
+from moe_beyond.tasks.gradient import GradientTask
+
+
+class TokenCausal(GradientTask):
+    """Fits a token_causal predictor.
+
+    Args:
+        geometry: The model's shape as `Geometry.to_json` gives it; linked from the data.
+        vocab_size: Ids of the tokenizer; linked from the data.
+        width: Features of a token's state.
+        depth: Transformer blocks over tokens.
+        heads: Attention heads.
+        window: Tokens a block sees back.
+        known_tokens: Tokens with an own vector.
+        min_count: Training occurrences that an own vector needs.
+        ngram_buckets: Vectors shared by all character n-grams.
+        dropout: Probability of dropping a feature.
+        token_dropout: Probability of treating a token as unknown.
+        lr: Highest learning rate.
+        weight_decay: Of matrices.
+        warmup: Share of all steps until the highest learning rate.
+    """
+
+    def __init__(
+        self,
+        geometry: dict[str, Any],
+        vocab_size: int,
+        width: int = 256,
+        depth: int = 3,
+        heads: int = 8,
+        window: int = 128,
+        known_tokens: int = 16384,
+        min_count: int = 2,
+        ngram_buckets: int = 8192,
+        dropout: float = 0.15,
+        token_dropout: float = 0.1,
+        lr: float = 1.5e-3,
+        weight_decay: float = 0.03,
+        warmup: float = 0.05,
+    ) -> None:
+        predictor = token_causal.TokenCausal(
+            Geometry.from_json(geometry),
+            vocab_size,
+            width=width,
+            depth=depth,
+            heads=heads,
+            window=window,
+            known_tokens=known_tokens,
+            min_count=min_count,
+            ngram_buckets=ngram_buckets,
+            dropout=dropout,
+            token_dropout=token_dropout,
+        )
+        super().__init__(predictor, lr, weight_decay, warmup)
