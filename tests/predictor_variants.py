@@ -92,10 +92,13 @@ VARIANTS = [
     _token_causal("window", ["earlier ids", "earlier experts"], window=3),
     _token_causal("all", ["earlier ids", "earlier experts"], window=64),
     _token_causal("alone", ["earlier experts"], window=1),
+    _token_causal("copying", ["earlier ids", "earlier experts"], window=3, copies=2, objective="subset"),
+    _token_causal("copying_all", ["earlier ids", "earlier experts"], window=64, copies=1),
     _cross_layer("one_ahead", ALL_EARLIER, lookaheads=1, window=3),
     _cross_layer("three_ahead", ALL_EARLIER, lookaheads=3, window=3),
     # More lookaheads than layers, and no token out of the window.
     _cross_layer("six_ahead", ALL_EARLIER, lookaheads=6, window=64),
+    _cross_layer("copying", ALL_EARLIER, lookaheads=2, window=5, copies=3, objective="subset"),
     _cross_layer("alone", ["earlier experts", "earlier layers"], lookaheads=2, window=1),
 ]
 

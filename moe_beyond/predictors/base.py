@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.loss import subset_shift
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,14 @@ class Predictor(nn.Module, ABC):
 
     Attributes:
         architecture: Its name in the registry.
-        link: How logits become probabilities: ``"sigmoid"``, each expert by itself; or ``"softmax"``, K times the
+        link: How logits become probabilities: ``"sigmoid"``, each expert by itself; ``"softmax"``, K times the
             softmax over a layer's experts, at most 1 (at the optimum of the K-positive cross-entropy the softmax is
-            1/K of each expert's probability to be chosen).
+            1/K of each expert's probability to be chosen); or ``"subset"``, the sigmoid of logits shifted so that a
+            layer's add up to K.
     """
 
     architecture: ClassVar[str]
-    link: ClassVar[Literal["sigmoid", "softmax"]]
+    link: Literal["sigmoid", "softmax", "subset"]
 
     def __init__(self, geometry: Geometry, vocab_size: int) -> None:
         super().__init__()
@@ -109,9 +111,11 @@ class Predictor(nn.Module, ABC):
         """Take in the training split's vocabulary before a fit; nothing by default."""
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Turn logits into probabilities of being chosen, by the class's link."""
+        """Turn logits ``(..., E)`` into probabilities of being chosen, by the link."""
         if self.link == "sigmoid":
             return logits.sigmoid()
+        if self.link == "subset":
+            return (logits - subset_shift(logits, self.geometry.top_k)).sigmoid()
         return (logits.softmax(-1) * self.geometry.top_k).clamp(max=1.0)
 
     def arguments(self) -> dict[str, Any]:

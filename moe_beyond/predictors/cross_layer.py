@@ -4,7 +4,7 @@ It knows token ids and expert ids only: of earlier tokens everything, of the pre
 so far. One pass gives lookaheads 1 .. H.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,8 @@ from moe_beyond.predictors.token_causal import TokenCausal, TokenState
 class CrossLayer(TokenCausal):
     """Predicts lookaheads 1 .. H from ids.
 
-    Logits of layer l are the sum of four maps: of the recurrent state over the layers routed so far, of the token's
-    state, of every single expert routed so far, and of running averages of the sequence's own experts.
+    To the logits that a `TokenCausal` has when the token starts it adds, of layer l, a map of the recurrent state over
+    the layers routed so far, and one of every single expert routed so far.
 
     Args:
         geometry: The model's shape.
@@ -33,6 +33,8 @@ class CrossLayer(TokenCausal):
         depth: Transformer blocks over tokens.
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
+        copies: Heads that pick earlier tokens.
+        objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
         layer_width: Features of the recurrent state over layers.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
@@ -52,6 +54,8 @@ class CrossLayer(TokenCausal):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
+        copies: int = 0,
+        objective: Literal["softmax", "subset"] = "softmax",
         layer_width: int = 256,
         known_tokens: int = 16384,
         min_count: int = 2,
@@ -60,8 +64,8 @@ class CrossLayer(TokenCausal):
         token_dropout: float = 0.1,
     ) -> None:
         super().__init__(
-            geometry, vocab_size, width, depth, heads, window, known_tokens, min_count, ngram_buckets, dropout,
-            token_dropout,
+            geometry, vocab_size, width, depth, heads, window, copies, objective, known_tokens, min_count,
+            ngram_buckets, dropout, token_dropout,
         )  # fmt: skip
         if lookaheads < 1:
             raise UserError("cross_layer: lookaheads is at least 1")

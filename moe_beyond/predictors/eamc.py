@@ -5,7 +5,7 @@ go on like the stored sequence whose matrix is most like its own so far. The pap
 distance to the layer, are a prefetcher's and no part of the probabilities here.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ class Eamc(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "eamc"
-    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+    link = "sigmoid"
 
     matrices: Tensor
     tokens: Tensor

@@ -1,8 +1,15 @@
-"""Objectives for choosing K experts out of E."""
+"""Objectives for choosing K experts out of E, and the probabilities that go with them."""
 
+import math
+
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moe_beyond.predictors.batch import Batch
+
+# Newton's method finds the shift in three to five steps, unless logits are tens apart.
+MOST_STEPS, LARGEST_STEP, SMALL_STEP = 40, 3.0, 1e-4
 
 
 def k_positive_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -21,3 +28,42 @@ def k_positive_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     logs = logits[real].log_softmax(-1)
     chosen = batch.experts[real].long()[:, None].expand(-1, logs.shape[1], -1, -1)
     return -logs.gather(-1, chosen).mean()
+
+
+def subset_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of each expert being chosen, given that K are, in nats an entry.
+
+    An expert is chosen with probability sigmoid(logit - shift), and the shift makes those of a layer add up to K. Its
+    gradient, probability minus choice, is that of the likelihood of the chosen set where any K experts weigh exp(sum of
+    logits) (conditional Bernoulli sampling; Chen, Dempster and Liu 1994), with the inclusion probabilities of large E:
+    so the shift itself is held fixed.
+
+    Args:
+        logits: ``(B, T, H, L, E)``.
+        batch: What was chosen.
+
+    Returns:
+        A scalar, the mean over real tokens, layers and lookaheads.
+    """
+    real, (experts, top_k) = batch.mask, (logits.shape[-1], batch.experts.shape[-1])
+    shifted = logits[real] - subset_shift(logits[real], top_k)
+    chosen = batch.targets(experts)[real][:, None].expand_as(shifted)
+    summed = functional.binary_cross_entropy_with_logits(shifted, chosen.to(shifted.dtype), reduction="sum")
+    return summed / (shifted.numel() / experts)
+
+
+@torch.no_grad()
+def subset_shift(logits: Tensor, top_k: int) -> Tensor:
+    """Return the shift ``(..., 1)`` by which sigmoid(logit - shift) adds up to K, of logits ``(..., E)``."""
+    if logits.shape[-1] == top_k:
+        return logits.min(-1, keepdim=True).values - 20.0  # all are chosen, surely
+    shift = logits.logsumexp(-1, keepdim=True) - math.log(top_k)
+    for _ in range(MOST_STEPS):  # on the logarithm of the sum, which is nearly linear in the shift
+        chosen = (logits - shift).sigmoid()
+        total = chosen.sum(-1, keepdim=True)
+        slope = (chosen * (1 - chosen)).sum(-1, keepdim=True) / total
+        step = ((total / top_k).log() / slope.clamp(min=1e-12)).clamp(-LARGEST_STEP, LARGEST_STEP)
+        shift = shift + step
+        if step.abs().max() < SMALL_STEP:
+            break
+    return shift

@@ -4,7 +4,7 @@ It is what counting can do: no gradient, one pass over the data, and it shows wh
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ class NaiveBayes(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "naive_bayes"
-    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+    link = "sigmoid"
 
     pairs: Tensor
 
@@ -54,9 +54,9 @@ class NaiveBayes(CountingPredictor):
         geometry: Geometry,
         vocab_size: int,
         lookaheads: int = 3,
-        sources: int = 2,
-        token: float = 0.8,
-        history: float = 0.5,
+        sources: int = 3,
+        token: float = 0.6,
+        history: float = 0.9,
         layers: float = 0.2,
         backoff: float = 2.0,
         min_count: int = 1,

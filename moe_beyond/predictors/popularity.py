@@ -1,6 +1,6 @@
 """popularity: how often each expert of each layer was chosen at all."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Popularity(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "popularity"
-    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+    link = "sigmoid"
 
     counts: Tensor
     tokens: Tensor

@@ -5,7 +5,7 @@ width. The published one reads the router's own input instead of a token embeddi
 token's id stands in, and attention is causal by token unless asked otherwise.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class RowEncoder(GradientPredictor):
     """
 
     architecture: ClassVar[str] = "row_encoder"
-    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+    link = "sigmoid"
 
     def __init__(
         self,

@@ -11,24 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_beyond.errors import UserError
+from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.attention import WindowBlock
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.copying import Copying
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.loss import k_positive_cross_entropy
+from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy
 from moe_beyond.predictors.tokens import TokenEmbedding
 from moe_beyond.predictors.whole_token import WholeTokenStepper
 
 # How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
 DECAYS = (0.7, 0.97)
+LOSSES = {"softmax": k_positive_cross_entropy, "subset": subset_cross_entropy}
 
 
 class TokenCausal(GradientPredictor):
     """Predicts a token's experts at all layers when the token starts.
 
-    Logits are the sum of two maps: of the token's state, and of running averages of the sequence's own experts.
+    Logits are the sum of three maps: of the token's state, of running averages of the sequence's own experts, and of
+    the experts of earlier tokens that it picks.
 
     Args:
         geometry: The model's shape.
@@ -37,6 +40,8 @@ class TokenCausal(GradientPredictor):
         depth: Transformer blocks over tokens.
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
+        copies: Heads that pick earlier tokens.
+        objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams.
@@ -45,7 +50,7 @@ class TokenCausal(GradientPredictor):
     """
 
     architecture: ClassVar[str] = "token_causal"
-    link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
+    link: Literal["sigmoid", "softmax", "subset"] = "softmax"
 
     def __init__(
         self,
@@ -55,6 +60,8 @@ class TokenCausal(GradientPredictor):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
+        copies: int = 0,
+        objective: Literal["softmax", "subset"] = "softmax",
         known_tokens: int = 16384,
         min_count: int = 2,
         ngram_buckets: int = 8192,
@@ -62,9 +69,12 @@ class TokenCausal(GradientPredictor):
         token_dropout: float = 0.1,
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if min(window, depth) < 1 or width % heads:
-            raise UserError(f"{self.architecture}: window and depth are at least 1, and heads divides width")
+        if min(window, depth) < 1 or copies < 0 or width % heads:
+            raise UserError(f"{self.architecture}: window and depth are at least 1, copies 0, and heads divides width")
+        if objective not in LOSSES:
+            raise unknown(f"{self.architecture}: objective", objective, LOSSES)
         self.width, self.depth, self.heads, self.window = width, depth, heads, window
+        self.copies, self.objective, self.link = copies, objective, objective
         self.known_tokens, self.min_count, self.ngram_buckets = known_tokens, min_count, ngram_buckets
         self.dropout, self.token_dropout = dropout, token_dropout
         total = geometry.total_experts
@@ -75,6 +85,7 @@ class TokenCausal(GradientPredictor):
         self.drop = nn.Dropout(dropout)
         self.from_token = nn.Linear(width, total)
         self.from_history = nn.Parameter(torch.zeros(len(DECAYS), total))
+        self.copying = Copying(width, copies, window, total) if copies else None
         nn.init.normal_(self.previous.weight, std=0.02)
 
     @property
@@ -87,8 +98,8 @@ class TokenCausal(GradientPredictor):
         self.tokens.prepare(text)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy spread over the K chosen experts."""
-        return k_positive_cross_entropy(logits, batch)
+        """The objective."""
+        return LOSSES[self.objective](logits, batch)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, H, L, E)``; zero where padded."""
@@ -99,8 +110,12 @@ class TokenCausal(GradientPredictor):
         x = self.drop(self.tokens(batch.token_ids, hidden) + self.previous(before))
         for block in self.blocks:
             x = block(x)
-        token = self.norm(x)[real]
-        logits = self._layers(token, self.from_token(token) + self._history(before, real), used[real])
+        x = self.norm(x)
+        token = x[real]
+        logits = self.from_token(token) + self._history(before, real)
+        if self.copying is not None:
+            logits = logits + self.copying(x, used)[real]
+        logits = self._layers(token, logits, used[real])
         out = logits.new_zeros(*real.shape, *logits.shape[1:])
         out[real] = logits
         return out
@@ -128,7 +143,7 @@ class TokenCausal(GradientPredictor):
 
         Args:
             token: ``(N, width)`` states.
-            logits: ``(N, L*E)``, what those and the history say.
+            logits: ``(N, L*E)``, what those and earlier tokens say.
             used: ``(N, L*E)``, 1 where the token is routed to the expert; not for this predictor to see.
         """
         return logits.view(-1, 1, *self.geometry.shape()[:2])
@@ -153,6 +168,9 @@ class TokenState:
         self._caches: list[tuple[Tensor, Tensor] | None] = [None] * model.depth
         self._averages = torch.zeros(len(DECAYS), model.geometry.total_experts)
         self.used = torch.zeros(model.geometry.shape()[:2])
+        self._keys = torch.zeros(0, model.copying.query.out_features if model.copying is not None else 0)
+        self._earlier = torch.zeros(0, model.geometry.total_experts)
+        self._key: Tensor | None = None
 
     def start(self, token_id: int) -> tuple[Tensor, Tensor]:
         """Begin a token; return its state ``(1, width)``, and logits ``(L, E)`` of that and the history."""
@@ -165,6 +183,12 @@ class TokenState:
             x, self._caches[index] = block.step(x, self._caches[index])
         token = model.norm(x)[0]
         logits = model.from_token(token)[0] + (self._averages * model.from_history).sum(0)
+        if model.copying is not None:
+            if self._key is not None:  # the token before is an earlier one now
+                self._keys = torch.cat([self._keys, self._key])[1 - model.window :]
+                self._earlier = torch.cat([self._earlier, before[None]])[1 - model.window :]
+            logits = logits + model.copying.step(token[0], self._keys, self._earlier)
+            self._key = model.copying.key(token)
         self.used = torch.zeros_like(self.used)
         return token, logits.view_as(self.used)
 

@@ -1,6 +1,6 @@
 """token_table: how often each expert went with each token id, backed off to how often it was chosen at all."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class TokenTable(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "token_table"
-    link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+    link = "sigmoid"
 
     token_ids: Tensor
     occurrences: Tensor

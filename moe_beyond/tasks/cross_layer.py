@@ -1,6 +1,6 @@
 """The task of `moe_beyond.predictors.cross_layer`."""
 
-from typing import Any
+from typing import Any, Literal
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors import cross_layer
@@ -18,6 +18,8 @@ class CrossLayer(GradientTask):
         depth: Transformer blocks over tokens.
         heads: Attention heads.
         window: Tokens a block sees back.
+        copies: Heads that pick earlier tokens.
+        objective: What is fitted, ``"softmax"`` or ``"subset"``.
         layer_width: Features of the recurrent state over layers.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
@@ -38,6 +40,8 @@ class CrossLayer(GradientTask):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
+        copies: int = 0,
+        objective: Literal["softmax", "subset"] = "softmax",
         layer_width: int = 256,
         known_tokens: int = 16384,
         min_count: int = 2,
@@ -56,6 +60,8 @@ class CrossLayer(GradientTask):
             depth=depth,
             heads=heads,
             window=window,
+            copies=copies,
+            objective=objective,
             layer_width=layer_width,
             known_tokens=known_tokens,
             min_count=min_count,

@@ -1,6 +1,6 @@
 """The task of `moe_beyond.predictors.token_causal`."""
 
-from typing import Any
+from typing import Any, Literal
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors import token_causal
@@ -17,6 +17,8 @@ class TokenCausal(GradientTask):
         depth: Transformer blocks over tokens.
         heads: Attention heads.
         window: Tokens a block sees back.
+        copies: Heads that pick earlier tokens.
+        objective: What is fitted, ``"softmax"`` or ``"subset"``.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams.
@@ -35,6 +37,8 @@ class TokenCausal(GradientTask):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
+        copies: int = 0,
+        objective: Literal["softmax", "subset"] = "softmax",
         known_tokens: int = 16384,
         min_count: int = 2,
         ngram_buckets: int = 8192,
@@ -51,6 +55,8 @@ class TokenCausal(GradientTask):
             depth=depth,
             heads=heads,
             window=window,
+            copies=copies,
+            objective=objective,
             known_tokens=known_tokens,
             min_count=min_count,
             ngram_buckets=ngram_buckets,

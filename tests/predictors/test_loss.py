@@ -1,12 +1,17 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from helpers import TINY, VOCAB
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from predictor_variants import random_trace
 
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.loss import k_positive_cross_entropy
+from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy, subset_shift
 from moe_beyond.predictors.row_encoder import RowEncoder
 from moe_beyond.traces.trace import Trace
 
@@ -59,3 +64,44 @@ def test_binary_cross_entropy_of_the_row_encoder_by_hand():
     logits[chosen.mask] = torch.logit(torch.tensor(0.25)).expand(3, 1, layers, experts)
     expected = (2 * math.log(4) + 6 * math.log(4 / 3)) / 8
     assert float(predictor.loss(logits, chosen)) == pytest.approx(expected, rel=1e-6)
+
+
+@given(arrays(np.float64, (3, 9), elements=st.floats(-15, 15)), st.integers(1, 8))
+def test_shifted_sigmoids_add_up_to_k(logits, top_k):
+    x = torch.from_numpy(logits)
+    assert (x - subset_shift(x, top_k)).sigmoid().sum(-1).numpy() == pytest.approx(top_k, abs=1e-3)
+
+
+def test_choices_beyond_doubt_stay_finite():
+    x = torch.full((2, 64), -50.0)
+    x[:, :6] = torch.tensor([[50.0], [30.0]])
+    chosen = (x - subset_shift(x, 6)).sigmoid()
+    assert chosen[:, :6].min() > 0.999
+    assert chosen[:, 6:].max() < 0.001
+
+
+def test_all_of_k_are_surely_chosen():
+    x = torch.tensor([[0.0, -3.0, 7.0]])
+    assert (x - subset_shift(x, 3)).sigmoid().min() > 1 - 1e-6
+
+
+def test_the_gradient_of_the_subset_is_probability_minus_choice():
+    torch.manual_seed(0)
+    both = collate([random_trace("a", 4, 0), random_trace("b", 2, 1)])
+    layers, experts, top_k = TINY.shape()
+    logits = (torch.randn(2, 4, 2, layers, experts) * 3).requires_grad_()
+    subset_cross_entropy(logits, both).backward()
+    chosen = both.targets(experts)[:, :, None].float()
+    expected = (logits - subset_shift(logits, top_k)).sigmoid() - chosen
+    expected = torch.where(both.mask[..., None, None, None], expected, 0.0) / (6 * 2 * layers)
+    torch.testing.assert_close(logits.grad, expected.detach())
+
+
+def test_the_subset_is_that_of_weighted_draws():
+    """Where K of E are drawn with odds exp(logit) each, by enumeration, the probabilities are near."""
+    logits = torch.tensor([1.5, -0.5, 0.0, 2.0, -1.0, 0.5, -2.0, 1.0, 0.25, -0.75, 0.75, -1.5], dtype=torch.float64)
+    weights = {s: float(logits[list(s)].sum().exp()) for s in itertools.combinations(range(12), 4)}
+    total = sum(weights.values())
+    exact = [sum(w for s, w in weights.items() if e in s) / total for e in range(12)]
+    found = (logits - subset_shift(logits, 4)).sigmoid().tolist()
+    assert found == pytest.approx(exact, abs=0.04)
