@@ -1,13 +1,19 @@
 """The best predictor of a fit as a folder."""
 
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.calibration import Calibration, calibrate
 from moe_beyond.predictors.checkpoint import load_checkpoint
-from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.predictors.folder import load_predictor, save_predictor
 from moe_beyond.tasks.base import PredictorTask
 
 
@@ -19,10 +25,18 @@ class ExportBest(L.Callback):
 
     Args:
         half: Store float16 weights, half the size.
+        calibration: ``"validation"`` calibrates on the validation split, where there is one; a predictor folder lends
+            its calibration, for a fit that leaves nothing to validate on; None does neither.
     """
 
-    def __init__(self, half: bool = False) -> None:
-        self.half = half
+    def __init__(self, half: bool = False, calibration: str | None = "validation") -> None:
+        self.half, self.calibration = half, calibration
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a calibration that does not fit before hours are spent."""
+        assert isinstance(pl_module, PredictorTask)
+        if stage == "fit" and self.calibration not in (None, "validation"):
+            pl_module.predictor.calibration = _lent(str(self.calibration), pl_module.predictor)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export."""
@@ -32,15 +46,32 @@ class ExportBest(L.Callback):
         assert isinstance(pl_module, PredictorTask)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         monitored = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.monitor
+        predictor, training = pl_module.predictor, pl_module.trained_on
         if best and monitored:
-            package(best, folder, half=self.half)
-        else:
-            dtype = torch.float16 if self.half else torch.float32
-            save_predictor(pl_module.predictor, folder, pl_module.trained_on, dtype=dtype)
+            found = load_checkpoint(best)
+            found.predictor.calibration = predictor.calibration
+            predictor, training = found.predictor, found.training
+        if self.calibration == "validation" and pl_module.data.val_split is not None:
+            was_training = predictor.training
+            predictor.eval()
+            device = next(predictor.parameters(), next(predictor.buffers())).device
+            batches = (batch.to(device) for batch in cast("DataLoader[Batch]", pl_module.data.val_dataloader()))
+            predictor.calibration = calibrate(predictor, batches)
+            predictor.train(was_training)
+        save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
+
+
+def _lent(folder: str, predictor: Predictor) -> Calibration:
+    """Return the calibration of another predictor."""
+    lender = load_predictor(folder)
+    shapes = [(len(p.information.lookaheads), p.geometry.num_layers) for p in (lender, predictor)]
+    if lender.calibration is None or shapes[0] != shapes[1] or lender.link != predictor.link:
+        raise UserError(f"{folder}: has no calibration that fits a {predictor.architecture} of this model")
+    return lender.calibration
 
 
 def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -> None:
-    """Make a predictor folder out of any checkpoint.
+    """Make a predictor folder out of any checkpoint, not calibrated.
 
     Args:
         checkpoint: A ``.ckpt`` of this package.

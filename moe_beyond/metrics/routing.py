@@ -14,6 +14,8 @@ THRESHOLD = 0.5
 # from -16 to 16, so that neither flat nor sharp scores fall into a few; it is within 2e-3 of the exact one for either.
 BINS = 2000
 LARGEST_LOGIT = 16.0
+RELIABILITY_BINS = 15
+SURE = 1e-7  # a score of 0 or 1 counts as this far from it: one that was wrong would cost infinitely much
 
 
 class RoutingMetrics(Metric):
@@ -22,7 +24,9 @@ class RoutingMetrics(Metric):
     Of the set of the k best-scored experts, as published predictions are sets: recall@k and F1, and MoE-Beyond's two
     (arXiv 2508.17137): per-label accuracy, and the mean of the F1 of the chosen and of the not chosen class. Of the
     scores cut at 0.5: micro F1, macro F1 (over a layer's experts), exact match. Of the scores as they are: average
-    precision over all of a layer's labels.
+    precision over all of a layer's labels. Of the scores as probabilities: negative log-likelihood, in nats an entry
+    (the sum over a layer's labels), and expected calibration error, the mean distance over labels of how probable they
+    were to how many of them came, in 15 equal bins (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
         lookaheads: H.
@@ -51,6 +55,10 @@ class RoutingMetrics(Metric):
             "histogram": (*by_layer, 2, BINS),
         }.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("nll", torch.zeros(by_layer, dtype=torch.float64), dist_reduce_fx="sum")
+        # By bin: the sum of scores less the number of labels that came.
+        reliability = torch.zeros((*by_layer, RELIABILITY_BINS), dtype=torch.float64)
+        self.add_state("excess", reliability, dist_reduce_fx="sum")
 
     tokens: Tensor
     found: Tensor
@@ -59,6 +67,8 @@ class RoutingMetrics(Metric):
     above_chosen: Tensor
     chosen: Tensor
     histogram: Tensor
+    nll: Tensor
+    excess: Tensor
 
     def update(self, probabilities: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Add a batch.
@@ -84,6 +94,11 @@ class RoutingMetrics(Metric):
         cell = torch.arange(self.found.numel(), device=bins.device).view(*self.found.shape, 1, 1)
         flat = ((cell * 2 + truth) * BINS + bins).flatten()
         self.histogram += torch.bincount(flat, minlength=self.histogram.numel()).view_as(self.histogram)
+        sure = scores.clamp(SURE, 1 - SURE)
+        self.nll -= torch.where(truth, sure, 1 - sure).log().sum((-2, -1), dtype=torch.float64)
+        flat = (cell * RELIABILITY_BINS + (scores * RELIABILITY_BINS).long().clamp(0, RELIABILITY_BINS - 1)).flatten()
+        excess = torch.bincount(flat, (scores.double() - truth.double()).flatten(), self.excess.numel())
+        self.excess += excess.view_as(self.excess)
 
     def compute(self) -> dict[str, Tensor]:
         """Return each figure as a tensor ``(H, L)`` float64; NaN before any update."""
@@ -102,6 +117,8 @@ class RoutingMetrics(Metric):
             "f1_macro": _f1(hit, above + chosen - 2 * hit).mean(-1),
             "average_precision": _average_precision(self.histogram),
             "exact_match": self.exact.double() / tokens,
+            "nll": self.nll / tokens,
+            "calibration_error": self.excess.abs().sum(-1) / (tokens * labels),
         }
         return {name: values if tokens > 0 else torch.full_like(values, torch.nan) for name, values in figures.items()}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.loss import subset_shift
 
@@ -80,6 +81,7 @@ class Predictor(nn.Module, ABC):
             softmax over a layer's experts, at most 1 (at the optimum of the K-positive cross-entropy the softmax is
             1/K of each expert's probability to be chosen); or ``"subset"``, the sigmoid of logits shifted so that a
             layer's add up to K.
+        calibration: What makes those probabilities true, once it was fitted.
     """
 
     architecture: ClassVar[str]
@@ -89,6 +91,7 @@ class Predictor(nn.Module, ABC):
         super().__init__()
         self.geometry = geometry
         self.vocab_size = vocab_size
+        self.calibration: Calibration | None = None
 
     @property
     @abstractmethod
@@ -110,8 +113,20 @@ class Predictor(nn.Module, ABC):
     def prepare(self, text: TrainingText) -> None:
         """Take in the training split's vocabulary before a fit; nothing by default."""
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Turn logits ``(..., E)`` into probabilities of being chosen, by the link."""
+    def probabilities(self, logits: Tensor, lookaheads: Any = slice(None), layers: Any = slice(None)) -> Tensor:
+        """Turn logits into calibrated probabilities of being chosen.
+
+        Args:
+            logits: ``(..., H, L, E)``, or those that the two indices pick out of H and L.
+            lookaheads: Index into H.
+            layers: Index into L.
+        """
+        if self.calibration is not None:
+            logits = self.calibration(logits, lookaheads, layers)
+        return self.linked(logits)
+
+    def linked(self, logits: Tensor) -> Tensor:
+        """Turn logits ``(..., E)`` into probabilities of being chosen, by the link alone."""
         if self.link == "sigmoid":
             return logits.sigmoid()
         if self.link == "subset":

@@ -155,6 +155,7 @@ class _CrossLayerStepper(Stepper):
         targets = torch.arange(routed + 1, min(routed + 1 + model.lookaheads, layers))
         self._scores = np.full_like(self._scores, np.nan)
         if len(targets):
-            weights = model.from_state[targets - routed - 1, targets]
+            ahead = targets - routed - 1
+            weights = model.from_state[ahead, targets]
             logits = self._logits[targets] + (self._state @ weights)[:, 0]
-            self._scores[targets.numpy()] = model.probabilities(logits).numpy()
+            self._scores[targets.numpy()] = model.probabilities(logits, ahead, targets).numpy()

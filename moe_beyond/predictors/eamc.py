@@ -150,28 +150,30 @@ class _EamcStepper(Stepper):
     def __init__(self, predictor: Eamc) -> None:
         self._predictor = predictor
         self._by_expert, self._so_far, self._overall = predictor._by_expert()  # noqa: SLF001
-        self._table = predictor.probabilities(predictor._table()).numpy()  # noqa: SLF001
+        table = predictor._table()[:, None].expand(-1, len(predictor.information.lookaheads), -1, -1)  # noqa: SLF001
+        self._table = predictor.probabilities(table).numpy()  # (P + 1, H, L, E): lookaheads are calibrated apart
         self.reset()
 
     def reset(self) -> None:
         self._dots = torch.zeros(self._predictor.capacity, dtype=torch.float64)
         self._row, self._token = self._predictor.capacity, -1
-        self._scores = np.full(self._table.shape[1:], np.nan, np.float32)
+        self._scores = np.full(self._table.shape[2:], np.nan, np.float32)
 
     def observe_token(self, token_id: int) -> None:
         self._token += 1
-        self._scores = self._table[self._row].copy()
+        layers = np.arange(len(self._scores))
+        self._scores = self._table[self._row, np.minimum(layers, self._predictor.ahead), layers]
 
     @torch.inference_mode()
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        chosen = torch.from_numpy(np.asarray(experts, np.int64)) + layer * self._table.shape[2]
+        chosen = torch.from_numpy(np.asarray(experts, np.int64)) + layer * self._table.shape[3]
         self._dots = self._dots + self._by_expert[chosen].sum(0)
         norms = self._so_far[layer] if self._token == 0 else self._overall
         self._row = int(self._predictor._nearest(self._dots, norms))  # noqa: SLF001
         self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan
-        near = slice(layer + 1, layer + 1 + self._predictor.ahead)
-        self._scores[near] = self._table[self._row, near]
+        near = np.arange(layer + 1, min(layer + 1 + self._predictor.ahead, len(self._scores)))
+        self._scores[near] = self._table[self._row, near - layer - 1, near]
 
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores

@@ -13,6 +13,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import is_earlier_result, read_json, replacing_folder, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.registry import create
 from moe_beyond.traces.manifest import Manifest
 
@@ -52,6 +53,7 @@ def save_predictor(
         "available": information.available,
         "causal": information.causal,
         "link": predictor.link,
+        "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "training": training,
         "tool_version": moe_beyond.__version__,
     }
@@ -112,6 +114,9 @@ def load_predictor(folder: str | Path) -> Predictor:
         load_weights(predictor, load_file(path), str(path))
     except SafetensorError as error:
         raise UserError(f"{path}: is not a safetensors file ({error})") from error
+    if (found := config.get("calibration")) is not None:
+        shape = len(predictor.information.lookaheads), geometry.num_layers
+        predictor.calibration = Calibration.from_json(found, shape, source)
     return predictor.eval()
 
 

@@ -169,5 +169,5 @@ class _NaiveBayesStepper(Stepper):
         self._scores = np.full_like(self._scores, np.nan)
         for ahead in range(1, self._predictor.lookaheads + 1):
             if routed + ahead < len(self._scores):
-                logits = self._logits[ahead - 1, routed + ahead]
-                self._scores[routed + ahead] = self._predictor.probabilities(logits).numpy()
+                place = ahead - 1, routed + ahead
+                self._scores[routed + ahead] = self._predictor.probabilities(self._logits[place], *place).numpy()

@@ -32,7 +32,7 @@ class WholeTokenStepper(Stepper):
     @torch.inference_mode()
     def observe_token(self, token_id: int) -> None:
         """Score all layers."""
-        self._scores = self._predictor.probabilities(self._logits(token_id)).numpy()
+        self._scores = self._predictor.probabilities(self._logits(token_id)[None])[0].numpy()
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         """Drop the layer's scores, which are history now."""

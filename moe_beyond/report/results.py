@@ -12,14 +12,15 @@ from moe_beyond.lookahead import Lookahead
 from moe_beyond.replay import Result
 
 FIGURES = {
-    "recall_at_k": "recall@k",
-    "f1": "F1 (top k)",
-    "f1_micro": "micro F1",
-    "f1_macro": "macro F1",
-    "average_precision": "avg. precision",
-    "exact_match": "exact",
-    "f1_two_class": "two-class F1",
-    "accuracy": "accuracy",
+    "recall_at_k": ("recall@k", ".1%"),
+    "f1_micro": ("micro F1", ".1%"),
+    "f1_macro": ("macro F1", ".1%"),
+    "average_precision": ("avg. precision", ".1%"),
+    "exact_match": ("exact", ".1%"),
+    "nll": ("NLL", ".2f"),
+    "calibration_error": ("cal. error", ".2%"),
+    "f1_two_class": ("two-class F1", ".1%"),
+    "accuracy": ("accuracy", ".1%"),
 }
 
 
@@ -27,13 +28,15 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay out what `RoutingMetrics.to_rows` returned, a line a lookahead."""
     table = Table(title=f"prediction over {rows[0]['tokens']:,} tokens, k = {rows[0]['k']}")
     table.add_column("lookahead")
-    for name in FIGURES.values():
-        table.add_column(name, justify="right")
+    for heading, _ in FIGURES.values():
+        table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(lookahead_words(row["lookahead"], row["causal"]), *(f"{row[name]:.1%}" for name in FIGURES))
+        figures = (format(row[name], shape) for name, (_, shape) in FIGURES.items())
+        table.add_row(lookahead_words(row["lookahead"], row["causal"]), *figures)
     table.caption = (
-        "top-k figures rank the scores; micro, macro and exact cut them at 0.5; two-class F1 and accuracy (per label) "
-        "are MoE-Beyond's, and high by construction: predicting nothing is mostly right"
+        "recall ranks the scores (where k = K it is F1); micro, macro and exact cut them at 0.5; NLL (nats a token and "
+        "layer) and calibration error take them as probabilities; two-class F1 and accuracy (per label) are "
+        "MoE-Beyond's, and high by construction: predicting nothing is mostly right"
     )
     return table
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import (
+    binary_calibration_error,
     multilabel_accuracy,
     multilabel_average_precision,
     multilabel_exact_match,
@@ -93,6 +94,22 @@ def reference(data: Data, h: int, layer: int, top_k: int, k: int) -> dict[str, f
             np.array([s for s, _ in rows]).ravel(), np.array([t for _, t in rows]).ravel()
         ),
         "exact_match": exact / len(rows),
+        "nll": -sum(
+            math.log(p if came else 1 - p) for scores, truth in rows for p, came in zip(scores, truth, strict=True)
+        )
+        / len(rows),
+        "calibration_error": sum(
+            abs(
+                sum(
+                    p - came
+                    for scores, truth in rows
+                    for p, came in zip(scores, truth, strict=True)
+                    if int(p * 15) == b
+                )
+            )
+            for b in range(15)
+        )
+        / labels,
     }
 
 
@@ -106,7 +123,7 @@ def test_figures_equal_a_plain_count(k, seed):
             expected = reference(data, h, layer, TOP_K, k or TOP_K)
             assert found.keys() == expected.keys()
             for name, value in expected.items():
-                tolerance = 2e-3 if name == "average_precision" else 1e-12
+                tolerance = {"average_precision": 2e-3, "nll": 1e-5, "calibration_error": 1e-6}.get(name, 1e-12)
                 assert found[name][h, layer] == pytest.approx(value, abs=tolerance), (name, h, layer)
 
 
@@ -124,6 +141,7 @@ def test_figures_equal_those_of_torchmetrics():
                 "f1_macro": multilabel_f1_score(scores, truth, EXPERTS, average="macro"),
                 "exact_match": multilabel_exact_match(scores, truth, EXPERTS),
                 "average_precision": multilabel_average_precision(scores, truth, EXPERTS, average="micro"),
+                "calibration_error": binary_calibration_error(scores.flatten(), truth.flatten(), n_bins=15, norm="l1"),
             }
             for name, value in expected.items():
                 tolerance = 2e-3 if name == "average_precision" else 1e-6
@@ -191,8 +209,11 @@ def test_perfect_and_worst_scores():
     _, targets, mask = random_data(3, 10)
     right = targets[:, :, None].expand(-1, -1, LOOKAHEADS, -1, -1).float()
     for name, values in measured((right, targets, mask)).items():
-        assert (values == 1).all(), name
+        best = 0 if name in ("nll", "calibration_error") else 1
+        assert values == pytest.approx(np.full_like(values, best), abs=1e-5 if name == "nll" else 0), name
     wrong = measured((1 - right, targets, mask))
+    assert (wrong["calibration_error"] == 1).all()
+    assert wrong["nll"] == pytest.approx(np.full((LOOKAHEADS, LAYERS), EXPERTS * -math.log(1e-7)), rel=1e-2)
     for name in ("recall_at_k", "f1", "f1_micro", "f1_macro", "exact_match"):
         assert (wrong[name] == 0).all(), name
 

@@ -1,5 +1,6 @@
 """What holds for every registered predictor: stepping equals the batch, and no score knows more than it declares."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from predictor_variants import LONG, SEEN, VARIANTS, WIDE, Variant, fitted_once,
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import GradientPredictor, Stepper
 from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
 from moe_beyond.traces.trace import Trace
 
@@ -104,6 +106,20 @@ def test_stepping_one_layer_models(variant):
     predictor = fitted_once(variant, geometry)
     trace = random_trace("a", 6, 0, geometry)
     scores = probabilities(predictor, collate([trace]))[0]
+    assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+
+
+@every(CAUSAL)
+def test_stepping_equals_the_batch_calibrated(variant):
+    predictor, trace = copy.copy(fitted_once(variant)), random_trace("a", 7, 0)
+    plain = probabilities(predictor, collate([trace]))[0]
+    shape = (len(predictor.information.lookaheads), LAYERS)
+    generator = torch.Generator().manual_seed(0)
+    predictor.calibration = Calibration(
+        0.5 + torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
+    )
+    scores = probabilities(predictor, collate([trace]))[0]
+    assert not np.allclose(scores, plain)
     assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
 
 
