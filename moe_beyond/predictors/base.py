@@ -14,6 +14,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.link import LINKS, link_now
 from moe_beyond.predictors.loss import subset_shift
 
 
@@ -121,9 +122,26 @@ class Predictor(nn.Module, ABC):
             lookaheads: Index into H.
             layers: Index into L.
         """
+        logits = logits.float()
         if self.calibration is not None:
             logits = self.calibration(logits, lookaheads, layers)
         return self.linked(logits)
+
+    def probabilities_now(
+        self, logits: npt.NDArray[np.float32], lookaheads: npt.NDArray[np.int64], layers: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Compute the same for a stepper, in a few microseconds.
+
+        Args:
+            logits: ``(n, E)``.
+            lookaheads: ``(n,)``, of each its index into H.
+            layers: ``(n,)``, and its layer.
+        """
+        if self.calibration is None:
+            scale, shift = np.ones(len(logits), np.float32), np.zeros(len(logits), np.float32)
+        else:
+            scale, shift = (x.numpy()[lookaheads, layers] for x in (self.calibration.scale, self.calibration.shift))
+        return link_now(logits, scale, shift, LINKS.index(self.link), self.geometry.top_k)
 
     def linked(self, logits: Tensor) -> Tensor:
         """Turn logits ``(..., E)`` into probabilities of being chosen, by the link alone."""

@@ -124,8 +124,16 @@ class CrossLayer(TokenCausal):
 
 
 class _CrossLayerStepper(Stepper):
+    """Steps tokens in torch, and layers in numpy, which are so small that calling torch would take longer."""
+
+    @torch.inference_mode()
     def __init__(self, predictor: CrossLayer) -> None:
-        self._predictor = predictor
+        self._predictor, recurrent = predictor, dict(predictor.recurrent.named_parameters())
+        self._from_expert, self._from_state = predictor.from_expert.numpy(), predictor.from_state.numpy()
+        # What an expert adds to the gates' inputs, and what all of a layer share.
+        self._routed = (predictor.routed @ recurrent["weight_ih_l0"].T).numpy()
+        self._bias, self._hidden_bias = recurrent["bias_ih_l0"].numpy(), recurrent["bias_hh_l0"].numpy()
+        self._hidden = recurrent["weight_hh_l0"].numpy()
         self.reset()
 
     def reset(self) -> None:
@@ -134,28 +142,36 @@ class _CrossLayerStepper(Stepper):
 
     @torch.inference_mode()
     def observe_token(self, token_id: int) -> None:
-        token, self._logits = self._tokens.start(token_id)
-        self._state = torch.tanh(self._predictor.start(token))
+        token, logits = self._tokens.start(token_id)
+        self._logits = logits.numpy()
+        self._state = torch.tanh(self._predictor.start(token))[0].numpy()
         self._score(-1)
 
-    @torch.inference_mode()
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        model, chosen = self._predictor, torch.from_numpy(np.asarray(experts, np.int64))
-        self._tokens.used[layer, chosen] = 1.0
-        self._logits = self._logits + model.from_expert[layer, chosen].sum(0)
-        _, self._state = model.recurrent(model.routed[layer, chosen].sum(0, keepdim=True), self._state)
+        chosen = np.asarray(experts, np.int64)
+        self._tokens.route(layer, chosen)
+        self._logits[layer + 1 :] += self._from_expert[layer, chosen, layer + 1 :].sum(0)
+        self._state = self._recur(self._routed[layer, chosen].sum(0) + self._bias)
         self._score(layer)
+
+    def _recur(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the recurrent state after one more layer: a gated recurrent unit, as torch defines it."""
+        width = len(self._state)
+        hidden = self._hidden @ self._state + self._hidden_bias
+        gates = 1 / (1 + np.exp(-(inputs[: 2 * width] + hidden[: 2 * width])))
+        reset, keep = gates[:width], gates[width:]
+        fresh = np.tanh(inputs[2 * width :] + reset * hidden[2 * width :])
+        kept: npt.NDArray[np.float32] = fresh + keep * (self._state - fresh)
+        return kept
 
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores
 
     def _score(self, routed: int) -> None:
         """Score the layers within reach once layers up to ``routed`` are known."""
-        model, layers = self._predictor, self._predictor.geometry.num_layers
-        targets = torch.arange(routed + 1, min(routed + 1 + model.lookaheads, layers))
+        ahead = np.arange(min(self._predictor.lookaheads, len(self._scores) - routed - 1))
         self._scores = np.full_like(self._scores, np.nan)
-        if len(targets):
-            ahead = targets - routed - 1
-            weights = model.from_state[ahead, targets]
-            logits = self._logits[targets] + (self._state @ weights)[:, 0]
-            self._scores[targets.numpy()] = model.probabilities(logits, ahead, targets).numpy()
+        if len(ahead):
+            targets = ahead + routed + 1
+            logits = self._logits[targets] + self._state @ self._from_state[ahead, targets]
+            self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)

@@ -25,7 +25,7 @@ def k_positive_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
         A scalar, the mean over real tokens, layers and lookaheads.
     """
     real = batch.mask
-    logs = logits[real].log_softmax(-1)
+    logs = logits[real].float().log_softmax(-1)
     chosen = batch.experts[real].long()[:, None].expand(-1, logs.shape[1], -1, -1)
     return -logs.gather(-1, chosen).mean()
 
@@ -46,7 +46,8 @@ def subset_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
         A scalar, the mean over real tokens, layers and lookaheads.
     """
     real, (experts, top_k) = batch.mask, (logits.shape[-1], batch.experts.shape[-1])
-    shifted = logits[real] - subset_shift(logits[real], top_k)
+    found = logits[real].float()
+    shifted = found - subset_shift(found, top_k)
     chosen = batch.targets(experts)[real][:, None].expand_as(shifted)
     summed = functional.binary_cross_entropy_with_logits(shifted, chosen.to(shifted.dtype), reduction="sum")
     return summed / (shifted.numel() / experts)

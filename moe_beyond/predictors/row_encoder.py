@@ -88,7 +88,7 @@ class RowEncoder(GradientPredictor):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Binary cross-entropy over all labels, as published."""
         targets = batch.targets(self.geometry.num_experts)[batch.mask].float()
-        return functional.binary_cross_entropy_with_logits(logits[batch.mask][:, 0], targets)
+        return functional.binary_cross_entropy_with_logits(logits[batch.mask][:, 0].float(), targets)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""

@@ -158,23 +158,24 @@ class TokenState:
 
     Args:
         model: The predictor.
-
-    Attributes:
-        used: ``(L, E)``, 1 where the present token is routed to the expert.
     """
 
     def __init__(self, model: TokenCausal) -> None:
         self._model = model
         self._caches: list[tuple[Tensor, Tensor] | None] = [None] * model.depth
         self._averages = torch.zeros(len(DECAYS), model.geometry.total_experts)
-        self.used = torch.zeros(model.geometry.shape()[:2])
+        self._used = np.zeros(model.geometry.shape()[:2], np.float32)  # 1 where the present token is routed to
         self._keys = torch.zeros(0, model.copying.query.out_features if model.copying is not None else 0)
         self._earlier = torch.zeros(0, model.geometry.total_experts)
         self._key: Tensor | None = None
 
+    def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
+        """Note a layer's experts."""
+        self._used[layer, experts] = 1.0
+
     def start(self, token_id: int) -> tuple[Tensor, Tensor]:
         """Begin a token; return its state ``(1, width)``, and logits ``(L, E)`` of that and the history."""
-        model, before = self._model, self.used.flatten()
+        model, before = self._model, torch.from_numpy(self._used).flatten()
         decays = torch.tensor(DECAYS)[:, None]
         self._averages = decays * self._averages + (1 - decays) * before
         x = model.tokens(torch.tensor([[token_id]])) + model.previous(before)
@@ -189,8 +190,8 @@ class TokenState:
                 self._earlier = torch.cat([self._earlier, before[None]])[1 - model.window :]
             logits = logits + model.copying.step(token[0], self._keys, self._earlier)
             self._key = model.copying.key(token)
-        self.used = torch.zeros_like(self.used)
-        return token, logits.view_as(self.used)
+        self._used = np.zeros_like(self._used)
+        return token, logits.view(self._used.shape)
 
 
 class _TokenCausalStepper(WholeTokenStepper):
@@ -202,7 +203,6 @@ class _TokenCausalStepper(WholeTokenStepper):
     def _logits(self, token_id: int) -> Tensor:
         return self._state.start(token_id)[1]
 
-    @torch.inference_mode()
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         super().observe_layer(layer, experts, state)
-        self._state.used[layer, torch.from_numpy(np.asarray(experts, np.int64))] = 1.0
+        self._state.route(layer, np.asarray(experts, np.int64))

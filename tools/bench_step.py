@@ -1,0 +1,83 @@
+"""Time of a predictor's step while a model decodes: is it small enough to hide behind a layer?
+
+    python tools/bench_step.py PREDICTOR --traces TRACES [--sequences N] [--json FILE]
+
+Steps sequences of a trace set as a runtime would, on one core: a token's start, then layer by layer what was routed,
+and after each the best K experts of the next layer. Calibration is included. Prints, over tokens, the microseconds a
+layer: (the token's start + all layers' steps) / L; and of the parts.
+"""
+
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is loaded
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moe_beyond.files import write_json
+from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.published import find_predictor
+from moe_beyond.traces.reader import TraceSet
+
+MICRO = 1e6
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("predictor", help="a predictor folder, or a published name")
+    parser.add_argument("--traces", required=True, help="a trace set")
+    parser.add_argument("--sequences", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = find_predictor(args.predictor)
+    predictor = load_predictor(folder)
+    layers, _, top_k = predictor.geometry.shape()
+    stepper = predictor.stepper()
+    starts, steps, wholes = [], [], []
+    for number, trace in zip(range(args.sequences + 1), TraceSet(args.traces).traces(), strict=False):
+        stepper.reset()
+        for token_id, experts in zip(trace.token_ids, trace.experts, strict=True):
+            began = now = time.perf_counter()
+            stepper.observe_token(int(token_id))
+            best(stepper.scores()[0], top_k)
+            took = [time.perf_counter() - now]
+            for layer in range(layers):
+                now = time.perf_counter()
+                stepper.observe_layer(layer, experts[layer])
+                if layer + 1 < layers:
+                    best(stepper.scores()[layer + 1], top_k)
+                took.append(time.perf_counter() - now)
+            if number:  # the first warms up
+                starts.append(took[0])
+                steps += took[1:]
+                wholes.append((time.perf_counter() - began) / layers)
+    table = Table(title=f"{args.predictor}: microseconds on one core, {len(wholes):,} tokens")
+    for name in ("step", "median", "p99"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    found = {"token start": starts, "layer": steps, "(token + layers) / L": wholes}
+    figures = {
+        name: {q: float(np.percentile(t, p)) * MICRO for q, p in (("median", 50), ("p99", 99))}
+        for name, t in found.items()
+    }
+    for name, row in figures.items():
+        table.add_row(name, f"{row['median']:.0f}", f"{row['p99']:.0f}")
+    Console().print(table)
+    if args.json:
+        write_json(args.json, {"predictor": args.predictor, "tokens": len(wholes), "microseconds": figures})
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the best experts of a layer; none where no score is known."""
+    return np.argpartition(scores, -count)[-count:]
+
+
+if __name__ == "__main__":
+    main()
