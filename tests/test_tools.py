@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import prompt_csv, tiny_traces
+from helpers import TINY, prompt_csv, tiny_traces
 
+from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.predictors.registry import create
 from moe_beyond.traces.reader import TraceSet
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -107,3 +109,40 @@ def test_predictions_of_other_prompts_are_refused(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "prompt_1_data_formatted.csv: has no predictions" in done.stderr
+
+
+def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
+    tiny_traces(tmp_path / "traces", sequences=24)
+    small = ["--model.width=16", "--model.heads=2", "--model.window=8", "--model.ngram_buckets=32"]
+    small += ["--data.token_budget=64"]
+    words = ["--traces", str(tmp_path / "traces"), "--out", str(tmp_path / "out"), "--architecture", "token_causal"]
+    words += [
+        "--epochs",
+        "1",
+        "--only",
+        "flagship",
+        "one block",
+        "--json",
+        str(tmp_path / "found.json"),
+        "--",
+        *small,
+    ]
+    assert "one block" in run("ablate.py", *words)
+    found = json.loads((tmp_path / "found.json").read_text())["variants"]
+    assert list(found) == ["flagship", "one block"]
+    assert 0 < found["flagship"][0]["val/recall_at_k/lookahead_token"] < 1
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.csv")}
+    run("ablate.py", *words)
+    assert first == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.csv")}
+
+
+def test_a_step_is_timed_part_by_part(tmp_path: Path) -> None:
+    tiny_traces(tmp_path / "traces")
+    predictor = create("cross_layer", TINY, 32, width=16, heads=2, depth=1, layer_width=8, ngram_buckets=16)
+    save_predictor(predictor, tmp_path / "p", {})
+    words = [str(tmp_path / "p"), "--traces", str(tmp_path / "traces"), "--sequences", "3"]
+    run("bench_step.py", *words, "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens"] > 3
+    whole, parts = (found["microseconds"][name]["median"] for name in ("(token + layers) / L", "layer"))
+    assert 0 < parts < whole

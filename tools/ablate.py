@@ -1,0 +1,130 @@
+"""Fits variants of a predictor on the same data and lays their validation figures side by side.
+
+    python tools/ablate.py --traces TRACES --out DIR [--epochs N] [--only NAME ...] [--seeds N] [-- WORD ...]
+
+TRACES has a validation split (`moe-beyond import ... --val-blocks 20:10`): the test set has no part in this. Every
+variant differs from the first in what its row says. A fit that is finished is not run again; one that was cut off goes
+on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
+error of the first (not calibrated), hits and bytes of `lru` with top<K> prefetch at a tenth of the experts.
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_beyond.files import write_json
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FLAGSHIP = ("--model.copies=4", "--model.objective=subset")
+# What each variant is given besides the architecture's defaults; the first is what the others are compared with.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "flagship": FLAGSHIP,
+    "softmax objective": ("--model.copies=4", "--model.objective=softmax"),
+    "no copies": ("--model.objective=subset",),
+    "eight copies": ("--model.copies=8", "--model.objective=subset"),
+    "no dropped tokens": (*FLAGSHIP, "--model.token_dropout=0"),
+    "dropout 0.25": (*FLAGSHIP, "--model.dropout=0.25"),
+    "weight decay 0.1": (*FLAGSHIP, "--model.weight_decay=0.1"),
+    "one block": (*FLAGSHIP, "--model.depth=1"),
+    "narrow": (*FLAGSHIP, "--model.width=128", "--model.layer_width=128"),
+    "no n-grams": (*FLAGSHIP, "--model.ngram_buckets=1"),
+    "pieces of 128 tokens": (*FLAGSHIP, "--data.max_tokens=128"),
+    "float32": (*FLAGSHIP, "--trainer.precision=32-true"),
+}
+
+
+def fit(traces: str, folder: Path, architecture: str, epochs: int, seed: int, words: tuple[str, ...]) -> Path:
+    """Fit one variant, or what is left of it; return its metrics file."""
+    runs = sorted(folder.glob("runs/predictor/version_*"), key=lambda path: int(path.name.split("_")[1]))
+    if runs and (runs[-1] / "predictor").exists():
+        return runs[-1] / "metrics.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", str(seed)]
+    for config in ("trainer/default", f"model/{architecture}", "data/traces"):
+        command += ["-c", str(CONFIGS / f"{config}.yaml")]
+    command += [f"--data.traces={Path(traces).absolute()}", f"--data.seed={seed}", f"--trainer.max_epochs={epochs}"]
+    command += ["--trainer.precision=bf16-mixed", "--trainer.enable_progress_bar=false", *words]
+    for run in reversed(runs):
+        if (last := run / "checkpoints/last.ckpt").exists():
+            command += ["--ckpt_path", str(last.absolute())]
+            break
+    with (folder / "log").open("a") as log:
+        subprocess.run(command, cwd=folder, stdout=log, stderr=log, check=True)
+    return fit(traces, folder, architecture, epochs, seed, words)
+
+
+def last_figures(metrics: Path) -> dict[str, float]:
+    """Return the last value of every validation figure."""
+    found: dict[str, float] = {}
+    with metrics.open() as lines:
+        for row in csv.DictReader(lines):
+            found.update({name: float(value) for name, value in row.items() if name.startswith("val/") and value})
+    return found
+
+
+def columns(figures: dict[str, float]) -> dict[str, str]:
+    """Name the figures that the table shows."""
+    lookaheads = sorted(name.rsplit("_", 1)[1] for name in figures if name.startswith("val/recall_at_k/lookahead_"))
+    shown = {f"val/recall_at_k/lookahead_{h}": f"recall, {h}" for h in lookaheads}
+    first = lookaheads[0]
+    shown |= {f"val/nll/lookahead_{first}": "NLL", f"val/calibration_error/lookahead_{first}": "cal. error"}
+    return shown | {"val/hit_rate": "hits", "val/bytes_ratio": "bytes"}
+
+
+def main() -> None:
+    """Parse the options, fit, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", required=True, help="a trace set with a validation split")
+    parser.add_argument("--out", required=True, type=Path, help="where runs go, and are found again")
+    parser.add_argument("--architecture", default="cross_layer")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="fits of each; figures are means, spread that of the first"
+    )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="after --: given to every fit")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows: dict[str, list[dict[str, float]]] = {}
+    console = Console(width=130)
+    for name in args.only:
+        for seed in range(args.seeds):
+            folder = args.out / args.architecture / f"{name.replace(' ', '-')}-{seed}"
+            words = (*VARIANTS[name], *args.words)
+            rows.setdefault(name, []).append(
+                last_figures(fit(args.traces, folder, args.architecture, args.epochs, seed, words))
+            )
+            console.print(_table(rows, args.epochs))
+    if args.json:
+        write_json(args.json, {"epochs": args.epochs, "architecture": args.architecture, "variants": rows})
+
+
+def _table(rows: dict[str, list[dict[str, float]]], epochs: int) -> Table:
+    shown = columns(next(iter(rows.values()))[0])
+    table = Table(title=f"validation, last of {epochs} epochs")
+    table.add_column("variant")
+    for heading in (*shown.values(), "spread"):
+        table.add_column(heading, justify="right")
+    for name, fits in rows.items():
+        first = [fit[next(iter(shown))] for fit in fits]
+        table.add_row(
+            name,
+            *(_format(heading, statistics.mean(fit[key] for fit in fits)) for key, heading in shown.items()),
+            f"{100 * (max(first) - min(first)):.2f}" if len(first) > 1 else "-",
+        )
+    return table
+
+
+def _format(heading: str, value: Any) -> str:
+    return f"{value:.2f}" if heading in ("NLL", "bytes") else f"{value:.2%}"
+
+
+if __name__ == "__main__":
+    main()
