@@ -99,6 +99,8 @@ VARIANTS = [
     # More lookaheads than layers, and no token out of the window.
     _cross_layer("six_ahead", ALL_EARLIER, lookaheads=6, window=64),
     _cross_layer("copying", ALL_EARLIER, lookaheads=2, window=5, copies=3, objective="subset"),
+    _cross_layer("copying_layers", ALL_EARLIER, lookaheads=3, window=4, layer_copies=2),
+    _cross_layer("copying_all", ALL_EARLIER, lookaheads=6, window=64, copies=1, layer_copies=1, objective="subset"),
     _cross_layer("alone", ["earlier experts", "earlier layers"], lookaheads=2, window=1),
 ]
 

@@ -1,69 +1,216 @@
-"""Attention over earlier tokens whose values are the experts that those used: what was routed so once may be again."""
+"""Attention over earlier tokens whose values are the experts that those used: what was routed so once may be again.
 
+Nothing is mixed on the way: an expert's logit gains only where tokens that a head picks used that very expert.
+"""
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-NEVER = float("-inf")
+from moe_beyond.predictors.attention import NEVER
+
+FEATURES = 32  # of a query, and of a key
+TOKENS_AT_ONCE = 256
+Floats = npt.NDArray[np.float32]
 
 
 class Copying(nn.Module):
-    """Heads that each pick earlier tokens, and add the experts of those to the logits.
+    """Heads that each pick earlier tokens when a token starts.
 
     A head's part is gate(t) * weight(l, e) * sum over s < t of a(t, s) * used(s, l, e), with a softmax over the last
-    ``window - 1`` tokens of queries times keys plus a bias by distance. Nothing is mixed: an expert's logit gains only
-    where tokens that the head picks used that very expert.
+    ``window - 1`` tokens of queries times keys, plus a bias by distance, and two more where s is the same token, and
+    where the token before it is the same as well.
 
     Args:
         width: Features of a token's state.
         heads: Heads; each has a weight for every expert of every layer.
-        window: Tokens back that are seen, and one.
+        window: Tokens back that are seen, and one; at least 2.
         total: L * E.
-        features: Of a query, and of a key.
     """
 
-    def __init__(self, width: int, heads: int, window: int, total: int, features: int = 32) -> None:
+    def __init__(self, width: int, heads: int, window: int, total: int) -> None:
         super().__init__()
         self.heads, self.window = heads, window
-        self.query, self.key = nn.Linear(width, heads * features), nn.Linear(width, heads * features)
+        self.query, self.key = nn.Linear(width, heads * FEATURES), nn.Linear(width, heads * FEATURES)
         self.gate = nn.Linear(width, heads)
         self.bias = nn.Parameter(torch.zeros(heads, window))
+        self.same = nn.Parameter(torch.ones(heads, 2))
         self.weight = nn.Parameter(torch.full((heads, total), 2.0 / heads))
 
-    def forward(self, x: Tensor, used: Tensor) -> Tensor:
+    def forward(self, x: Tensor, used: Tensor, token_ids: Tensor) -> Tensor:
         """Return what the heads add to the logits.
 
         Args:
             x: ``(B, T, width)`` states.
             used: ``(B, T, L*E)``, 1 where a token is routed to an expert.
+            token_ids: ``(B, T)``.
 
         Returns:
             ``(B, T, L*E)``; a token's own experts are not in it.
         """
         queries, keys = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key))
-        position = torch.arange(x.shape[1], device=x.device)
-        distance = position[:, None] - position
-        seen = (distance > 0) & (distance < self.window)
-        seen |= (distance == 0) & ~seen.any(-1, keepdim=True)  # a softmax over nothing would be NaN; dropped below
-        bias = self.bias[:, distance.clamp(0, self.window - 1)].masked_fill(~seen, NEVER)
-        shares = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5 + bias).softmax(-1)
-        shares = shares * self.gate(x).sigmoid().transpose(1, 2)[..., None] * (distance > 0)
-        added = torch.zeros_like(used)
-        for head, weight in enumerate(self.weight):
-            added = added + (shares[:, head] @ used) * weight
-        return added
+        gate = self.gate(x).sigmoid().transpose(1, 2)[..., None]
+        before = functional.pad(token_ids[:, :-1], (1, 0), value=-1)
+        added = []
+        for start, stop, first, bias, earlier in _parts(x.shape[1], self.bias, self.window):
+            alike = token_ids[:, start:stop, None] == token_ids[:, None, first:stop]
+            twice = alike & (before[:, start:stop, None] == before[:, None, first:stop])
+            alike, twice = alike[:, None].float(), twice[:, None].float()
+            match = queries[:, :, start:stop] @ keys[:, :, first:stop].transpose(-1, -2) * FEATURES**-0.5 + bias
+            match = match + self.same[:, 0, None, None] * alike + self.same[:, 1, None, None] * twice
+            shares = match.softmax(-1) * earlier * gate[:, :, start:stop]
+            copied = [(shares[:, head] @ used[:, first:stop]) * weight for head, weight in enumerate(self.weight)]
+            added.append(torch.stack(copied).sum(0))
+        return torch.cat(added, 1)
 
-    def step(self, x: Tensor, keys: Tensor, used: Tensor) -> Tensor:
+    def step(self, x: Tensor, keys: Tensor, used: Tensor, alike: Tensor) -> Tensor:
         """Return ``(L*E,)``, what the heads add for one token.
 
         Args:
             x: ``(width,)`` state.
-            keys: ``(n, heads * features)`` of the n <= window - 1 tokens before, oldest first.
+            keys: ``(n, heads * FEATURES)`` of the n <= window - 1 tokens before, oldest first.
             used: ``(n, L*E)``, what those were routed to.
+            alike: ``(n, 2)``, 1 where one is the same token, and where the one before it is too.
         """
         if len(keys) == 0:
             return torch.zeros_like(self.weight[0])
         queries = self.query(x).view(self.heads, -1)
-        match = torch.einsum("hf,nhf->hn", queries, keys.view(len(keys), self.heads, -1)) * queries.shape[-1] ** -0.5
-        shares = (match + self.bias[:, 1 : len(keys) + 1].flip(-1)).softmax(-1) * self.gate(x).sigmoid()[:, None]
+        match = torch.einsum("hf,nhf->hn", queries, keys.view(len(keys), self.heads, -1)) * FEATURES**-0.5
+        match = match + self.bias[:, 1 : len(keys) + 1].flip(-1) + self.same @ alike.T
+        shares = match.softmax(-1) * self.gate(x).sigmoid()[:, None]
         added: Tensor = ((shares @ used) * self.weight).sum(0)
         return added
+
+
+class LayerCopying(nn.Module):
+    """Heads that pick earlier tokens anew after every layer, by where those had been routed up to it.
+
+    Once j layers of a token are routed, a head compares the recurrent state with those of earlier tokens at the same
+    point, and adds what the picked ones used in the layers j .. j + H - 1 that come next.
+
+    Args:
+        layers: L.
+        experts: E.
+        width: Features of the recurrent state.
+        lookaheads: H.
+        heads: Heads.
+        window: Tokens back that are seen, and one; at least 2.
+    """
+
+    def __init__(self, layers: int, experts: int, width: int, lookaheads: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.lookaheads, self.heads, self.window = lookaheads, heads, window
+        self.query, self.key = (nn.Parameter(torch.randn(layers, width, heads * FEATURES) * width**-0.5) for _ in "qk")
+        self.gate, self.gate_bias = (
+            nn.Parameter(torch.zeros(layers, width, heads)),
+            nn.Parameter(torch.zeros(layers, heads)),
+        )
+        self.bias = nn.Parameter(torch.zeros(heads, window))
+        self.weight = nn.Parameter(torch.full((lookaheads, heads, layers, experts), 2.0 / heads))
+
+    def weights_ahead(self) -> Tensor:
+        """Return the weights ``(L, heads, H, E)`` of the layers that come after j are routed; 0 past the last."""
+        layers = self.weight.shape[2]
+        moved = [functional.pad(w, (0, 0, 0, i))[:, i : i + layers] for i, w in enumerate(self.weight)]
+        return torch.stack(moved, 1).permute(2, 0, 1, 3)
+
+    def forward(self, states: Tensor, used: Tensor, real: Tensor) -> Tensor:
+        """Return what the heads add to the logits: ``(N, H, L, E)`` of the N real tokens.
+
+        Args:
+            states: ``(L, N, width)``; states[j] knows the layers before j.
+            used: ``(B, T, L, E)``, 1 where a token is routed to an expert.
+            real: ``(B, T)`` bool.
+        """
+        layers, length = len(states), real.shape[1]
+        queries, keys = (self._in_rows(torch.bmm(states, part), real) for part in (self.query, self.key))
+        gate = (torch.bmm(states, self.gate) + self.gate_bias[:, None]).sigmoid()
+        by_layer = used.permute(2, 0, 1, 3)
+        ahead = functional.pad(by_layer, (0, 0, 0, 0, 0, 0, 0, self.lookaheads - 1))
+        values = torch.cat([ahead[i : i + layers] for i in range(self.lookaheads)], -1)  # (L, B, T, H*E)
+        copied = []
+        for start, stop, first, bias, earlier in _parts(length, self.bias, self.window):
+            match = queries[..., start:stop, :] @ keys[..., first:stop, :].transpose(-1, -2) * FEATURES**-0.5 + bias
+            shares = match.softmax(-1) * earlier
+            copied.append(shares @ values[:, :, None, first:stop].to(shares.dtype))  # (L, B, heads, t, H*E)
+        each = torch.cat(copied, 3).transpose(2, 3)[:, real]
+        each = each.view(*each.shape[:3], self.lookaheads, -1)
+        added = torch.einsum("lnhse,lnh,lhse->lnse", each, gate, self.weights_ahead())
+        # Layer l at lookahead h is what comes h-th after l - h + 1 layers; or, so early, (l + 1)-th after none.
+        layer, lookahead = torch.arange(layers), torch.arange(self.lookaheads)[:, None]
+        found: Tensor = added[(layer - lookahead).clamp(min=0), :, torch.minimum(lookahead, layer)]
+        return found.permute(2, 0, 1, 3)
+
+    def _in_rows(self, x: Tensor, real: Tensor) -> Tensor:
+        """Lay ``(L, N, heads * FEATURES)`` of real tokens out as ``(L, B, heads, T, FEATURES)``."""
+        rows = x.new_zeros(len(x), *real.shape, x.shape[-1])
+        rows[:, real] = x
+        return rows.view(*rows.shape[:3], self.heads, -1).transpose(2, 3)
+
+
+class LayerCopyingState:
+    """What a stepper keeps for `LayerCopying`: of the last tokens, keys after every layer, and experts.
+
+    Args:
+        model: The module.
+    """
+
+    def __init__(self, model: LayerCopying) -> None:
+        self._heads, self._window, self._lookaheads = model.heads, model.window, model.lookaheads
+        self._query, self._key, self._gate, self._gate_bias, self._bias, self._weights = (
+            part.detach().numpy()
+            for part in (model.query, model.key, model.gate, model.gate_bias, model.bias, model.weights_ahead())
+        )
+        layers, experts = model.weight.shape[2:]
+        self._keys = np.zeros((0, layers, model.heads, FEATURES), np.float32)
+        self._used = np.zeros((0, layers, experts), np.float32)
+        self._own: Floats | None = None
+
+    def start(self, before: Floats) -> None:
+        """Begin a token, given what the one before was routed to: ``(L, E)``."""
+        if self._own is not None:
+            self._keys = np.concatenate([self._keys, self._own[None]])[1 - self._window :]
+            self._used = np.concatenate([self._used, before[None]])[1 - self._window :]
+        self._own = np.zeros(self._keys.shape[1:], np.float32)
+
+    def step(self, routed: int, state: Floats) -> Floats:
+        """Return ``(n, E)``, what is added for the n <= H layers that come after so many are routed."""
+        assert self._own is not None
+        self._own[routed] = (state @ self._key[routed]).reshape(self._heads, -1)
+        coming = self._used[:, routed : routed + self._lookaheads]
+        weights = self._weights[routed, :, : coming.shape[1]]
+        if len(coming) == 0:
+            return np.zeros(weights.shape[1:], np.float32)
+        queries = (state @ self._query[routed]).reshape(self._heads, -1)
+        match = np.einsum("hf,nhf->hn", queries, self._keys[:, routed]) * FEATURES**-0.5
+        match += self._bias[:, len(coming) : 0 : -1]
+        shares = np.exp(match - match.max(-1, keepdims=True))
+        shares /= (
+            shares.sum(-1, keepdims=True)
+            * (1 + np.exp(-(state @ self._gate[routed] + self._gate_bias[routed])))[:, None]
+        )
+        copied = (shares @ coming.reshape(len(coming), -1)).reshape(weights.shape)
+        added: Floats = (copied * weights).sum(0)
+        return added
+
+
+def _parts(length: int, bias: Tensor, window: int) -> list[tuple[int, int, int, Tensor, Tensor]]:
+    """Cut T tokens into parts that look back together, so that nothing grows with T squared.
+
+    Returns:
+        Of each: its tokens ``start .. stop``; the first that they see; the bias ``(heads, t, n)`` by distance, `NEVER`
+        for what is not seen; and ``(t, n)`` bool, whether it is an earlier token that is seen.
+    """
+    parts = []
+    for start in range(0, length, TOKENS_AT_ONCE):
+        stop, first = min(start + TOKENS_AT_ONCE, length), max(0, start - window + 1)
+        distance = torch.arange(start, stop, device=bias.device)[:, None] - torch.arange(
+            first, stop, device=bias.device
+        )
+        earlier = (distance > 0) & (distance < window)
+        # The first token sees none; it sees itself instead, to no effect, for a softmax over nothing would be NaN.
+        seen = earlier | ((distance == 0) & ~earlier.any(-1, keepdim=True))
+        parts.append((start, stop, first, bias[:, distance.clamp(0, window - 1)].masked_fill(~seen, NEVER), earlier))
+    return parts

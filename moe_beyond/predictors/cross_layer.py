@@ -15,6 +15,7 @@ from torch.nn import functional
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Stepper
+from moe_beyond.predictors.copying import LayerCopying, LayerCopyingState
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.token_causal import TokenCausal, TokenState
 
@@ -36,6 +37,7 @@ class CrossLayer(TokenCausal):
         copies: Heads that pick earlier tokens.
         objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
         layer_width: Features of the recurrent state over layers.
+        layer_copies: Heads that pick earlier tokens after every layer.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams.
@@ -57,6 +59,7 @@ class CrossLayer(TokenCausal):
         copies: int = 0,
         objective: Literal["softmax", "subset"] = "softmax",
         layer_width: int = 256,
+        layer_copies: int = 0,
         known_tokens: int = 16384,
         min_count: int = 2,
         ngram_buckets: int = 8192,
@@ -67,15 +70,18 @@ class CrossLayer(TokenCausal):
             geometry, vocab_size, width, depth, heads, window, copies, objective, known_tokens, min_count,
             ngram_buckets, dropout, token_dropout,
         )  # fmt: skip
-        if lookaheads < 1:
-            raise UserError("cross_layer: lookaheads is at least 1")
-        self.lookaheads, self.layer_width = lookaheads, layer_width
+        if lookaheads < 1 or layer_copies < 0 or (layer_copies and window < 2):
+            raise UserError("cross_layer: lookaheads is at least 1, layer_copies 0, and with those window 2")
+        self.lookaheads, self.layer_width, self.layer_copies = lookaheads, layer_width, layer_copies
         layers, experts, _ = geometry.shape()
         self.start = nn.Linear(width, layer_width)
         self.routed = nn.Parameter(torch.randn(layers, experts, layer_width) * 0.1)
         self.recurrent = nn.GRU(layer_width, layer_width)
         self.from_state = nn.Parameter(torch.randn(lookaheads, layers, layer_width, experts) * layer_width**-0.5)
         self.from_expert = nn.Parameter(torch.zeros(layers, experts, layers, experts))
+        self.layer_copying = (
+            LayerCopying(layers, experts, layer_width, lookaheads, layer_copies, window) if layer_copies else None
+        )
         # Source layers that a target layer may read at the largest lookahead: l' <= l - H.
         reach = torch.arange(layers)[:, None] <= torch.arange(layers) - lookaheads
         self.register_buffer("reach", reach[:, None, :, None].float(), persistent=False)
@@ -87,22 +93,23 @@ class CrossLayer(TokenCausal):
         """Lookaheads 1 .. H, known when the layer is routed, causal."""
         return Information(tuple(range(1, self.lookaheads + 1)))
 
-    def _layers(self, token: Tensor, logits: Tensor, used: Tensor) -> Tensor:
-        """Return logits ``(N, H, L, E)`` of N tokens.
+    def _layers(self, token: Tensor, logits: Tensor, used: Tensor, real: Tensor) -> Tensor:
+        """Return logits ``(N, H, L, E)`` of the N real tokens.
 
         Args:
             token: ``(N, width)`` states.
-            logits: ``(N, L*E)``, what those and the history say.
-            used: ``(N, L*E)``, 1 where the token is routed to the expert.
+            logits: ``(N, L*E)``, what those and earlier tokens say.
+            used: ``(B, T, L*E)``, 1 where the token is routed to the expert.
+            real: ``(B, T)`` bool.
         """
         layers, experts, _ = self.geometry.shape()
-        start = torch.tanh(self.start(token))[None]
-        by_layer = used.view(-1, layers, experts).transpose(0, 1)
+        start, own = torch.tanh(self.start(token))[None], used[real]
+        by_layer = own.view(-1, layers, experts).transpose(0, 1)
         states = start  # states[l] knows layers 0 .. l-1
         if layers > 1:
             states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed)[:-1], start)[0]])
         states = self.drop(states)
-        logits = logits + used @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
+        logits = logits + own @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
         logits = logits.view(-1, layers, experts)
         nearer = []
         for ahead in range(self.lookaheads, 0, -1):
@@ -111,7 +118,10 @@ class CrossLayer(TokenCausal):
             waiting = min(ahead - 1, layers)  # layers so early that nothing of this token is routed yet
             known = torch.cat([states[:1].expand(waiting, -1, -1), states[: layers - waiting]])
             nearer.append(logits + torch.bmm(known, self.from_state[ahead - 1]).transpose(0, 1))
-        return torch.stack(nearer[::-1], 1)
+        found = torch.stack(nearer[::-1], 1)
+        if self.layer_copying is not None:
+            found = found + self.layer_copying(states, used.view(*real.shape, layers, experts), real)
+        return found
 
     def _from_layer(self, by_layer: Tensor, ahead: int) -> Tensor:
         """What the experts of each layer say of the layer ``ahead`` later: ``(N, L - ahead, E)``."""
@@ -138,10 +148,14 @@ class _CrossLayerStepper(Stepper):
 
     def reset(self) -> None:
         self._tokens = TokenState(self._predictor)
+        copying = self._predictor.layer_copying
+        self._copying = LayerCopyingState(copying) if copying is not None else None
         self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
 
     @torch.inference_mode()
     def observe_token(self, token_id: int) -> None:
+        if self._copying is not None:
+            self._copying.start(self._tokens.used)
         token, logits = self._tokens.start(token_id)
         self._logits = logits.numpy()
         self._state = torch.tanh(self._predictor.start(token))[0].numpy()
@@ -174,4 +188,6 @@ class _CrossLayerStepper(Stepper):
         if len(ahead):
             targets = ahead + routed + 1
             logits = self._logits[targets] + self._state @ self._from_state[ahead, targets]
+            if self._copying is not None:
+                logits += self._copying.step(routed + 1, self._state)
             self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)

@@ -71,6 +71,8 @@ class TokenCausal(GradientPredictor):
         super().__init__(geometry, vocab_size)
         if min(window, depth) < 1 or copies < 0 or width % heads:
             raise UserError(f"{self.architecture}: window and depth are at least 1, copies 0, and heads divides width")
+        if copies and window < 2:
+            raise UserError(f"{self.architecture}: copies look at earlier tokens; window must be at least 2")
         if objective not in LOSSES:
             raise unknown(f"{self.architecture}: objective", objective, LOSSES)
         self.width, self.depth, self.heads, self.window = width, depth, heads, window
@@ -114,8 +116,8 @@ class TokenCausal(GradientPredictor):
         token = x[real]
         logits = self.from_token(token) + self._history(before, real)
         if self.copying is not None:
-            logits = logits + self.copying(x, used)[real]
-        logits = self._layers(token, logits, used[real])
+            logits = logits + self.copying(x, used, batch.token_ids)[real]
+        logits = self._layers(token, logits, used, real)
         out = logits.new_zeros(*real.shape, *logits.shape[1:])
         out[real] = logits
         return out
@@ -138,13 +140,14 @@ class TokenCausal(GradientPredictor):
             total = total + (share @ before)[real] * weights
         return total
 
-    def _layers(self, token: Tensor, logits: Tensor, used: Tensor) -> Tensor:
-        """Return logits ``(N, H, L, E)`` of N tokens.
+    def _layers(self, token: Tensor, logits: Tensor, used: Tensor, real: Tensor) -> Tensor:
+        """Return logits ``(N, H, L, E)`` of the N real tokens.
 
         Args:
             token: ``(N, width)`` states.
             logits: ``(N, L*E)``, what those and earlier tokens say.
-            used: ``(N, L*E)``, 1 where the token is routed to the expert; not for this predictor to see.
+            used: ``(B, T, L*E)``, 1 where the token is routed to the expert; not for this predictor to see.
+            real: ``(B, T)`` bool.
         """
         return logits.view(-1, 1, *self.geometry.shape()[:2])
 
@@ -158,24 +161,29 @@ class TokenState:
 
     Args:
         model: The predictor.
+
+    Attributes:
+        used: ``(L, E)`` float32, 1 where the present token is routed to the expert.
     """
 
     def __init__(self, model: TokenCausal) -> None:
         self._model = model
         self._caches: list[tuple[Tensor, Tensor] | None] = [None] * model.depth
         self._averages = torch.zeros(len(DECAYS), model.geometry.total_experts)
-        self._used = np.zeros(model.geometry.shape()[:2], np.float32)  # 1 where the present token is routed to
+        self.used = np.zeros(model.geometry.shape()[:2], np.float32)
         self._keys = torch.zeros(0, model.copying.query.out_features if model.copying is not None else 0)
         self._earlier = torch.zeros(0, model.geometry.total_experts)
+        self._ids = torch.zeros(0, 2, dtype=torch.int64)  # of each, and of the one before it
         self._key: Tensor | None = None
+        self._own_ids = torch.tensor([[-1, -1]])
 
     def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
         """Note a layer's experts."""
-        self._used[layer, experts] = 1.0
+        self.used[layer, experts] = 1.0
 
     def start(self, token_id: int) -> tuple[Tensor, Tensor]:
         """Begin a token; return its state ``(1, width)``, and logits ``(L, E)`` of that and the history."""
-        model, before = self._model, torch.from_numpy(self._used).flatten()
+        model, before = self._model, torch.from_numpy(self.used).flatten()
         decays = torch.tensor(DECAYS)[:, None]
         self._averages = decays * self._averages + (1 - decays) * before
         x = model.tokens(torch.tensor([[token_id]])) + model.previous(before)
@@ -188,10 +196,13 @@ class TokenState:
             if self._key is not None:  # the token before is an earlier one now
                 self._keys = torch.cat([self._keys, self._key])[1 - model.window :]
                 self._earlier = torch.cat([self._earlier, before[None]])[1 - model.window :]
-            logits = logits + model.copying.step(token[0], self._keys, self._earlier)
+                self._ids = torch.cat([self._ids, self._own_ids])[1 - model.window :]
+            self._own_ids = torch.tensor([[token_id, int(self._own_ids[0, 0])]])
+            alike = (self._ids == self._own_ids).cumprod(-1).float()
+            logits = logits + model.copying.step(token[0], self._keys, self._earlier, alike)
             self._key = model.copying.key(token)
-        self._used = np.zeros_like(self._used)
-        return token, logits.view(self._used.shape)
+        self.used = np.zeros_like(self.used)
+        return token, logits.view(self.used.shape)
 
 
 class _TokenCausalStepper(WholeTokenStepper):

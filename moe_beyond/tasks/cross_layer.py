@@ -21,6 +21,7 @@ class CrossLayer(GradientTask):
         copies: Heads that pick earlier tokens.
         objective: What is fitted, ``"softmax"`` or ``"subset"``.
         layer_width: Features of the recurrent state over layers.
+        layer_copies: Heads that pick earlier tokens after every layer.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams.
@@ -43,6 +44,7 @@ class CrossLayer(GradientTask):
         copies: int = 0,
         objective: Literal["softmax", "subset"] = "softmax",
         layer_width: int = 256,
+        layer_copies: int = 0,
         known_tokens: int = 16384,
         min_count: int = 2,
         ngram_buckets: int = 8192,
@@ -63,6 +65,7 @@ class CrossLayer(GradientTask):
             copies=copies,
             objective=objective,
             layer_width=layer_width,
+            layer_copies=layer_copies,
             known_tokens=known_tokens,
             min_count=min_count,
             ngram_buckets=ngram_buckets,

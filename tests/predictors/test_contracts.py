@@ -296,7 +296,7 @@ def test_the_order_of_a_batch_does_not_matter(variant):
 def test_the_loss_is_finite_and_reaches_every_weight(variant):
     predictor = fitted_once(variant)
     assert isinstance(predictor, GradientPredictor)
-    batch = collate([random_trace("a", 9, 0), random_trace("b", 4, 1)])
+    batch = collate([random_trace("a", 9, 0, vocab=3), random_trace("b", 4, 1)])  # ids that recur, and others
     loss = predictor.loss(predictor(batch), batch)
     gradients = torch.autograd.grad(loss, list(predictor.parameters()))
     assert loss.shape == ()
