@@ -154,7 +154,7 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
         callbacks=[
             CacheReplay(budget=BUDGETS[0]),
             ModelCheckpoint(),  # the last weights: choosing the best on the held-out prompts would flatter them
-            ExportBest(),
+            ExportBest(calibration=None),  # as calibrating on them would
             _EpochLines(console),
         ],
         gradient_clip_val=1.0,

@@ -113,27 +113,24 @@ def test_predictions_of_other_prompts_are_refused(tmp_path: Path) -> None:
 
 def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=24)
-    small = ["--model.width=16", "--model.heads=2", "--model.window=8", "--model.ngram_buckets=32"]
-    small += ["--data.token_budget=64"]
-    words = ["--traces", str(tmp_path / "traces"), "--out", str(tmp_path / "out"), "--architecture", "token_causal"]
-    words += [
-        "--epochs",
-        "1",
-        "--only",
-        "flagship",
-        "one block",
-        "--json",
-        str(tmp_path / "found.json"),
-        "--",
-        *small,
-    ]
+    small = ["--model.width=16", "--model.heads=2", "--model.window=8", "--model.layer_width=16"]
+    small += ["--model.ngram_buckets=32", "--data.token_budget=64"]
+    words = ["--traces", str(tmp_path / "traces"), "--out", str(tmp_path / "out"), "--epochs", "1"]
+    words += ["--only", "flagship", "one block", "--json", str(tmp_path / "found.json"), "--", *small]
     assert "one block" in run("ablate.py", *words)
     found = json.loads((tmp_path / "found.json").read_text())["variants"]
     assert list(found) == ["flagship", "one block"]
-    assert 0 < found["flagship"][0]["val/recall_at_k/lookahead_token"] < 1
+    assert 0 < found["flagship"][0]["val/recall_at_k/lookahead_1"] < 1
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.csv")}
     run("ablate.py", *words)
     assert first == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.csv")}
+    for other, says in (("--data.token_budget=32", "other data or settings"), ("--model.depth=none", "fit failed")):
+        changed = [*words, other] if "token" in other else [*words[:3], str(tmp_path / "new"), *words[4:], other]
+        command = [sys.executable, str(TOOLS / "ablate.py"), *changed]
+        failed = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert failed.returncode != 0
+        assert says in failed.stderr
+        assert "Traceback" not in failed.stderr
 
 
 def test_a_step_is_timed_part_by_part(tmp_path: Path) -> None:

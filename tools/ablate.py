@@ -1,4 +1,4 @@
-"""Fits variants of a predictor on the same data and lays their validation figures side by side.
+"""Fits variants of cross_layer on the same data and lays their validation figures side by side.
 
     python tools/ablate.py --traces TRACES --out DIR [--epochs N] [--only NAME ...] [--seeds N] [-- WORD ...]
 
@@ -19,16 +19,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.files import write_json
+from moe_beyond.files import read_json, write_json
+from moe_beyond.traces.reader import TraceSet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FLAGSHIP = ("--model.copies=4", "--model.objective=subset")
+ASKED = "asked.json"
+FLAGSHIP = ("--model.copies=4", "--model.layer_copies=1", "--model.objective=subset")
 # What each variant is given besides the architecture's defaults; the first is what the others are compared with.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "flagship": FLAGSHIP,
-    "softmax objective": ("--model.copies=4", "--model.objective=softmax"),
-    "no copies": ("--model.objective=subset",),
-    "eight copies": ("--model.copies=8", "--model.objective=subset"),
+    "softmax objective": (*FLAGSHIP, "--model.objective=softmax"),
+    "no copies": (*FLAGSHIP, "--model.copies=0"),
+    "no copies by layer": (*FLAGSHIP, "--model.layer_copies=0"),
+    "neither": (*FLAGSHIP, "--model.copies=0", "--model.layer_copies=0"),
+    "first recipe": ("--model.objective=softmax",),
+    "eight copies": (*FLAGSHIP, "--model.copies=8"),
+    "two copies by layer": (*FLAGSHIP, "--model.layer_copies=2"),
     "no dropped tokens": (*FLAGSHIP, "--model.token_dropout=0"),
     "dropout 0.25": (*FLAGSHIP, "--model.dropout=0.25"),
     "weight decay 0.1": (*FLAGSHIP, "--model.weight_decay=0.1"),
@@ -40,24 +46,33 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def fit(traces: str, folder: Path, architecture: str, epochs: int, seed: int, words: tuple[str, ...]) -> Path:
-    """Fit one variant, or what is left of it; return its metrics file."""
-    runs = sorted(folder.glob("runs/predictor/version_*"), key=lambda path: int(path.name.split("_")[1]))
-    if runs and (runs[-1] / "predictor").exists():
-        return runs[-1] / "metrics.csv"
-    folder.mkdir(parents=True, exist_ok=True)
+def fit(traces: str, folder: Path, epochs: int, seed: int, words: tuple[str, ...]) -> dict[str, float]:
+    """Fit one variant, or what is left of it; return its figures."""
     command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", str(seed)]
-    for config in ("trainer/default", f"model/{architecture}", "data/traces"):
+    for config in ("trainer/default", "model/cross_layer", "data/traces"):
         command += ["-c", str(CONFIGS / f"{config}.yaml")]
     command += [f"--data.traces={Path(traces).absolute()}", f"--data.seed={seed}", f"--trainer.max_epochs={epochs}"]
     command += ["--trainer.precision=bf16-mixed", "--trainer.enable_progress_bar=false", *words]
-    for run in reversed(runs):
-        if (last := run / "checkpoints/last.ckpt").exists():
-            command += ["--ckpt_path", str(last.absolute())]
-            break
-    with (folder / "log").open("a") as log:
-        subprocess.run(command, cwd=folder, stdout=log, stderr=log, check=True)
-    return fit(traces, folder, architecture, epochs, seed, words)
+    asked = {"fingerprint": TraceSet(traces).manifest.fingerprint, "words": command[3:]}
+    if (folder / ASKED).exists() and read_json(folder / ASKED) != asked:
+        raise SystemExit(f"{folder}: holds a fit of other data or settings; remove it, or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / ASKED, asked)
+    if not _runs(folder, "predictor"):
+        if resumable := _runs(folder, "checkpoints/last.ckpt"):
+            command += ["--ckpt_path", str(resumable[-1].absolute())]
+        with (folder / "log").open("a") as log:
+            done = subprocess.run(command, cwd=folder, stdout=log, stderr=log, check=False)
+        if done.returncode or not _runs(folder, "predictor"):
+            raise SystemExit(f"{folder / 'log'} says why the fit failed")
+    found = [last_figures(metrics) for metrics in _runs(folder, "metrics.csv")]
+    return next(figures for figures in reversed(found) if figures)
+
+
+def _runs(folder: Path, part: str) -> list[Path]:
+    """Return a part of each run that has it, in the order of the runs."""
+    found = folder.glob(f"runs/predictor/version_*/{part}")
+    return sorted(found, key=lambda path: int(path.relative_to(folder).parts[2].split("_")[1]))
 
 
 def last_figures(metrics: Path) -> dict[str, float]:
@@ -83,7 +98,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", required=True, help="a trace set with a validation split")
     parser.add_argument("--out", required=True, type=Path, help="where runs go, and are found again")
-    parser.add_argument("--architecture", default="cross_layer")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument(
         "--seeds", type=int, default=1, help="fits of each; figures are means, spread that of the first"
@@ -96,14 +110,12 @@ def main() -> None:
     console = Console(width=130)
     for name in args.only:
         for seed in range(args.seeds):
-            folder = args.out / args.architecture / f"{name.replace(' ', '-')}-{seed}"
-            words = (*VARIANTS[name], *args.words)
-            rows.setdefault(name, []).append(
-                last_figures(fit(args.traces, folder, args.architecture, args.epochs, seed, words))
-            )
+            folder = args.out / f"{name.replace(' ', '-')}-{seed}"
+            figures = fit(args.traces, folder, args.epochs, seed, (*VARIANTS[name], *args.words))
+            rows.setdefault(name, []).append(figures)
             console.print(_table(rows, args.epochs))
     if args.json:
-        write_json(args.json, {"epochs": args.epochs, "architecture": args.architecture, "variants": rows})
+        write_json(args.json, {"epochs": args.epochs, "variants": rows})
 
 
 def _table(rows: dict[str, list[dict[str, float]]], epochs: int) -> Table:

@@ -3,7 +3,7 @@
     python tools/bench_step.py PREDICTOR --traces TRACES [--sequences N] [--json FILE]
 
 Steps sequences of a trace set as a runtime would, on one core: a token's start, then layer by layer what was routed,
-and after each the best K experts of the next layer. Calibration is included. Prints, over tokens, the microseconds a
+and after each the best K experts of the next layer, calibrated if the predictor is. Prints, over tokens, microseconds a
 layer: (the token's start + all layers' steps) / L; and of the parts.
 """
 
@@ -59,6 +59,8 @@ def main() -> None:
                 starts.append(took[0])
                 steps += took[1:]
                 wholes.append((time.perf_counter() - began) / layers)
+    if not wholes:
+        raise SystemExit(f"{args.traces}: needs two sequences, one of them to warm up")
     table = Table(title=f"{args.predictor}: microseconds on one core, {len(wholes):,} tokens")
     for name in ("step", "median", "p99"):
         table.add_column(name, justify="left" if name == "step" else "right")
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:
-    """Return the best experts of a layer; none where no score is known."""
+    """Return the best experts of a layer, in no order."""
     return np.argpartition(scores, -count)[-count:]
 
 

@@ -31,12 +31,13 @@ class ExportBest(L.Callback):
 
     def __init__(self, half: bool = False, calibration: str | None = "validation") -> None:
         self.half, self.calibration = half, calibration
+        self._lent: Calibration | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a calibration that does not fit before hours are spent."""
         assert isinstance(pl_module, PredictorTask)
         if stage == "fit" and self.calibration not in (None, "validation"):
-            pl_module.predictor.calibration = _lent(str(self.calibration), pl_module.predictor)
+            self._lent = _lent(str(self.calibration), pl_module.predictor)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export."""
@@ -49,14 +50,13 @@ class ExportBest(L.Callback):
         predictor, training = pl_module.predictor, pl_module.trained_on
         if best and monitored:
             found = load_checkpoint(best)
-            found.predictor.calibration = predictor.calibration
             predictor, training = found.predictor, found.training
+        predictor.calibration = self._lent
         if self.calibration == "validation" and pl_module.data.val_split is not None:
             was_training = predictor.training
             predictor.eval()
-            device = next(predictor.parameters(), next(predictor.buffers())).device
-            batches = (batch.to(device) for batch in cast("DataLoader[Batch]", pl_module.data.val_dataloader()))
-            predictor.calibration = calibrate(predictor, batches)
+            batches = cast("DataLoader[Batch]", pl_module.data.val_dataloader())
+            predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
             predictor.train(was_training)
         save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
 
@@ -64,8 +64,8 @@ class ExportBest(L.Callback):
 def _lent(folder: str, predictor: Predictor) -> Calibration:
     """Return the calibration of another predictor."""
     lender = load_predictor(folder)
-    shapes = [(len(p.information.lookaheads), p.geometry.num_layers) for p in (lender, predictor)]
-    if lender.calibration is None or shapes[0] != shapes[1] or lender.link != predictor.link:
+    kinds = [(p.architecture, p.link, p.information, p.geometry.shape()) for p in (lender, predictor)]
+    if lender.calibration is None or kinds[0] != kinds[1]:
         raise UserError(f"{folder}: has no calibration that fits a {predictor.architecture} of this model")
     return lender.calibration
 

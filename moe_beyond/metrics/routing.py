@@ -96,9 +96,12 @@ class RoutingMetrics(Metric):
         self.histogram += torch.bincount(flat, minlength=self.histogram.numel()).view_as(self.histogram)
         sure = scores.clamp(SURE, 1 - SURE)
         self.nll -= torch.where(truth, sure, 1 - sure).log().sum((-2, -1), dtype=torch.float64)
-        flat = (cell * RELIABILITY_BINS + (scores * RELIABILITY_BINS).long().clamp(0, RELIABILITY_BINS - 1)).flatten()
-        excess = torch.bincount(flat, (scores.double() - truth.double()).flatten(), self.excess.numel())
-        self.excess += excess.view_as(self.excess)
+        bins, excess = (
+            (scores * RELIABILITY_BINS).long().clamp(0, RELIABILITY_BINS - 1),
+            scores - truth.to(scores.dtype),
+        )
+        for number in range(RELIABILITY_BINS):  # a weighted bincount is not deterministic on a GPU
+            self.excess[..., number] += torch.where(bins == number, excess, 0.0).sum((-2, -1), dtype=torch.float64)
 
     def compute(self) -> dict[str, Tensor]:
         """Return each figure as a tensor ``(H, L)`` float64; NaN before any update."""

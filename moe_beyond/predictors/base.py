@@ -114,17 +114,11 @@ class Predictor(nn.Module, ABC):
     def prepare(self, text: TrainingText) -> None:
         """Take in the training split's vocabulary before a fit; nothing by default."""
 
-    def probabilities(self, logits: Tensor, lookaheads: Any = slice(None), layers: Any = slice(None)) -> Tensor:
-        """Turn logits into calibrated probabilities of being chosen.
-
-        Args:
-            logits: ``(..., H, L, E)``, or those that the two indices pick out of H and L.
-            lookaheads: Index into H.
-            layers: Index into L.
-        """
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Turn logits ``(..., H, L, E)`` into calibrated probabilities of being chosen."""
         logits = logits.float()
         if self.calibration is not None:
-            logits = self.calibration(logits, lookaheads, layers)
+            logits = self.calibration(logits)
         return self.linked(logits)
 
     def probabilities_now(

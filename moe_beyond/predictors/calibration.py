@@ -17,7 +17,7 @@ from moe_beyond.predictors.batch import Batch
 if TYPE_CHECKING:
     from moe_beyond.predictors.base import Predictor
 
-TOKENS = 8192
+TOKENS = 8192  # that it is fitted on: a random part of all, so that no length of text is left out
 STEPS = 50
 SURE = 1e-6
 MOST_STRETCH = 3.0  # of the scale's logarithm: a predictor that knows nothing shall not lose its order to rounding
@@ -32,17 +32,11 @@ class Calibration:
     """
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        self.scale, self.shift = scale.float(), shift.float()
+        self.scale, self.shift = scale.float().cpu(), shift.float().cpu()
 
-    def __call__(self, logits: Tensor, lookaheads: Any = slice(None), layers: Any = slice(None)) -> Tensor:
-        """Calibrate logits.
-
-        Args:
-            logits: ``(..., H, L, E)``, or those that the two indices pick out of H and L.
-            lookaheads: Index into H.
-            layers: Index into L.
-        """
-        scale, shift = (x.to(logits.device)[lookaheads, layers, None] for x in (self.scale, self.shift))
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Calibrate logits ``(..., H, L, E)``."""
+        scale, shift = (x.to(logits.device)[..., None] for x in (self.scale, self.shift))
         return logits * scale + shift
 
     def to_json(self) -> dict[str, list[list[float]]]:
@@ -77,22 +71,24 @@ def calibrate(predictor: "Predictor", batches: Iterable[Batch]) -> Calibration:
 
     Args:
         predictor: In evaluation mode; its own calibration is left aside.
-        batches: Held-out sequences; as many as make some thousand tokens are read.
+        batches: Held-out sequences.
 
     Raises:
         UserError: There are none.
     """
-    logits, chosen, tokens = [], [], 0
-    with torch.inference_mode():
-        for batch in batches:
-            logits.append(predictor(batch)[batch.mask].float())
-            chosen.append(batch.targets(predictor.geometry.num_experts)[batch.mask])
-            tokens += len(logits[-1])
-            if tokens >= TOKENS:
-                break
+    every = list(batches)
+    tokens = sum(int(batch.lengths.sum()) for batch in every)
     if tokens == 0:
         raise UserError("calibration needs held-out sequences, and there are none")
-    x, y = torch.cat(logits).clone(), torch.cat(chosen)
+    logits, chosen = [], []
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for batch in every:
+            found = predictor(batch)[batch.mask].float().cpu()
+            part = torch.rand(len(found), generator=generator) * tokens < TOKENS
+            logits.append(found[part])
+            chosen.append(batch.targets(predictor.geometry.num_experts)[batch.mask].cpu()[part])
+    x, y = torch.cat(logits), torch.cat(chosen)
     scales, shifts = [], []
     for index in range(x.shape[1]):
         scale, shift = _fit(predictor, x[:, index], y.to(x.dtype))

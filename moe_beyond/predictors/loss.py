@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_beyond.predictors.batch import Batch
-
-# Newton's method finds the shift in three to five steps, unless logits are tens apart.
-MOST_STEPS, LARGEST_STEP, SMALL_STEP = 40, 3.0, 1e-4
+from moe_beyond.predictors.link import MOST_STEPS, SMALL_STEP, SURELY
 
 
 def k_positive_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -56,15 +54,20 @@ def subset_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 @torch.no_grad()
 def subset_shift(logits: Tensor, top_k: int) -> Tensor:
     """Return the shift ``(..., 1)`` by which sigmoid(logit - shift) adds up to K, of logits ``(..., E)``."""
+    lowest, highest = logits.min(-1, keepdim=True).values, logits.max(-1, keepdim=True).values
     if logits.shape[-1] == top_k:
-        return logits.min(-1, keepdim=True).values - 20.0  # all are chosen, surely
-    shift = logits.logsumexp(-1, keepdim=True) - math.log(top_k)
+        return lowest - SURELY  # all are chosen
+    odds = math.log(top_k / (logits.shape[-1] - top_k))
+    low, high = lowest - odds, highest - odds  # were all logits the lowest, or the highest
+    shift = torch.minimum(logits.logsumexp(-1, keepdim=True) - math.log(top_k), high)
     for _ in range(MOST_STEPS):  # on the logarithm of the sum, which is nearly linear in the shift
         chosen = (logits - shift).sigmoid()
         total = chosen.sum(-1, keepdim=True)
+        low, high = torch.where(total > top_k, shift, low), torch.where(total > top_k, high, shift)
         slope = (chosen * (1 - chosen)).sum(-1, keepdim=True) / total
-        step = ((total / top_k).log() / slope.clamp(min=1e-12)).clamp(-LARGEST_STEP, LARGEST_STEP)
-        shift = shift + step
-        if step.abs().max() < SMALL_STEP:
+        found = shift + (total / top_k).log() / slope.clamp(min=1e-12)
+        found = torch.where((found >= low) & (found <= high), found, (low + high) / 2)  # or halve where it must be
+        step, shift = (found - shift).abs().max(), found
+        if step < SMALL_STEP:
             break
     return shift

@@ -65,6 +65,8 @@ class NaiveBayes(CountingPredictor):
         super().__init__(geometry, vocab_size)
         if min(lookaheads, sources) < 1:
             raise UserError("naive_bayes: lookaheads and sources are at least 1")
+        if smoothing <= 0 or backoff < 0:
+            raise UserError("naive_bayes: smoothing is above 0, and backoff not below")
         self.lookaheads, self.sources, self.smoothing = lookaheads, sources, smoothing
         self.token, self.history, self.layers = token, history, layers
         self.backoff, self.min_count = backoff, min_count
@@ -167,7 +169,8 @@ class _NaiveBayesStepper(Stepper):
     def _score(self, routed: int) -> None:
         """Score the layers within reach once layers up to ``routed`` are known."""
         self._scores = np.full_like(self._scores, np.nan)
-        for ahead in range(1, self._predictor.lookaheads + 1):
-            if routed + ahead < len(self._scores):
-                place = ahead - 1, routed + ahead
-                self._scores[routed + ahead] = self._predictor.probabilities(self._logits[place], *place).numpy()
+        ahead = np.arange(min(self._predictor.lookaheads, len(self._scores) - routed - 1))
+        if len(ahead):
+            targets = ahead + routed + 1
+            logits = self._logits.numpy()[ahead, targets]
+            self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)

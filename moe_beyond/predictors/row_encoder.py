@@ -64,8 +64,8 @@ class RowEncoder(GradientPredictor):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if min(context_tokens, depth) < 1 or width % heads:
-            raise UserError("row_encoder: context_tokens and depth are at least 1, and heads divides width")
+        if min(context_tokens, depth, heads) < 1 or width % heads:
+            raise UserError("row_encoder: context_tokens, depth and heads are at least 1, and heads divides width")
         self.token_width, self.layer_width, self.width, self.depth = token_width, layer_width, width, depth
         self.heads, self.feedforward, self.context_tokens = heads, feedforward, context_tokens
         self.bidirectional, self.known_tokens, self.min_count = bidirectional, known_tokens, min_count

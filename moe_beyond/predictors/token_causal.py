@@ -69,8 +69,10 @@ class TokenCausal(GradientPredictor):
         token_dropout: float = 0.1,
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if min(window, depth) < 1 or copies < 0 or width % heads:
-            raise UserError(f"{self.architecture}: window and depth are at least 1, copies 0, and heads divides width")
+        if min(window, depth, heads) < 1 or copies < 0 or width % heads:
+            raise UserError(
+                f"{self.architecture}: window, depth and heads are at least 1, copies 0, and heads divides width"
+            )
         if copies and window < 2:
             raise UserError(f"{self.architecture}: copies look at earlier tokens; window must be at least 2")
         if objective not in LOSSES:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
@@ -73,7 +74,9 @@ class TokenTable(CountingPredictor):
     def of_tokens(self, token_ids: Tensor) -> Tensor:
         """Return logits ``(..., L, E)`` of token ids of any shape."""
         _, experts, top_k = self.geometry.shape()
-        if self._popularity is None:  # of every token: too much to add up for each
+        if (
+            self._popularity is None or self._popularity.device != self.table.device
+        ):  # of every token: too much to add up for each
             self._popularity = (self.table.sum(0) + top_k / experts) / (self.occurrences.sum() + 1)
         popularity, rows = self._popularity, self._rows(token_ids)
         weight = self.occurrences[rows][..., None, None] + self.backoff
@@ -94,6 +97,8 @@ class TokenTable(CountingPredictor):
         if (key := f"{prefix}token_ids") in state_dict:
             self._resize(max(len(state_dict[key]), 1) - 1)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.token_ids[0] != -1:
+            raise UserError("token_table: weights of an earlier layout, without a row for all other tokens; fit anew")
 
 
 class _TokenTableStepper(WholeTokenStepper):

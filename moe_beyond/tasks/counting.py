@@ -26,15 +26,17 @@ class CountingTask(PredictorTask):
         return self.predictor
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Refuse a second pass, which would count everything twice, and several processes, which count apart.
+        """Refuse a second pass, which would count twice, several processes, which count apart, and rounded counts.
 
         Raises:
-            UserError: The trainer is set to anything but one epoch, or to several processes.
+            UserError: The trainer is set to anything but one epoch, to several processes, or to half precision.
         """
         if trainer.max_epochs != 1:
             raise UserError(
                 f"a counting predictor takes one pass; set trainer.max_epochs to 1, not {trainer.max_epochs}"
             )
+        if not trainer.precision.startswith(("32", "64")):
+            raise UserError(f"a counting predictor counts; set trainer.precision to 32-true, not {trainer.precision}")
         if trainer.world_size > 1:
             raise UserError(
                 f"a counting predictor is fitted by one process, in seconds; set trainer.devices to 1, "

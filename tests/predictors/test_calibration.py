@@ -13,6 +13,7 @@ from predictor_variants import VARIANTS, fitted_once, probabilities, random_trac
 from torch import Tensor
 
 from moe_beyond.errors import UserError
+from moe_beyond.predictors import calibration
 from moe_beyond.predictors.base import Predictor, Stepper
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.calibration import calibrate
@@ -92,6 +93,19 @@ def error_of(predictor: Predictor, batch: Batch) -> float:
     p = predictor.probabilities(predictor(batch))[batch.mask].clamp(1e-6, 1 - 1e-6)
     chosen = batch.targets(EXPERTS)[batch.mask][:, None]
     return -float(torch.where(chosen, p, 1 - p).log().sum(-1).mean())
+
+
+def test_long_and_short_text_have_their_part(monkeypatch):
+    monkeypatch.setattr(calibration, "TOKENS", 40)
+    seen = []
+    monkeypatch.setattr(calibration, "_fit", lambda predictor, x, y: seen.append(x) or (torch.ones(LAYERS),) * 2)
+    predictor = fitted_once(VARIANTS[1])
+    long, short = (collate([random_trace(name, length, length)]) for name, length in (("long", 300), ("short", 20)))
+    calibrate(predictor, [short, long])
+    assert 20 < len(seen[0]) < 60  # about 40, of 320
+    logits = predictor(long)[0, :, 0]
+    from_long = sum(bool((logits == row).flatten(1).all(-1).any()) for row in seen[0])
+    assert from_long > 20
 
 
 def test_nothing_to_calibrate_on():

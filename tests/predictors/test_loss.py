@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from predictor_variants import random_trace
 
 from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.link import LINKS, link_now
 from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy, subset_shift
 from moe_beyond.predictors.row_encoder import RowEncoder
 from moe_beyond.traces.trace import Trace
@@ -78,6 +79,14 @@ def test_choices_beyond_doubt_stay_finite():
     chosen = (x - subset_shift(x, 6)).sigmoid()
     assert chosen[:, :6].min() > 0.999
     assert chosen[:, 6:].max() < 0.001
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0, 40.0, 200.0])
+def test_logits_however_far_apart_add_up_to_k(scale):
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * scale
+    assert (x - subset_shift(x, 6)).sigmoid().sum(-1).numpy() == pytest.approx(6, abs=0.02)
+    now = link_now(x.numpy(), np.ones(200, np.float32), np.zeros(200, np.float32), LINKS.index("subset"), 6)
+    assert now.sum(-1) == pytest.approx(6, abs=0.02)
 
 
 def test_all_of_k_are_surely_chosen():

@@ -7,6 +7,7 @@ from helpers import TINY
 from helpers import VOCAB as TINY_VOCAB
 from predictor_variants import LONG, random_trace, training_text
 
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import Batch, collate
@@ -127,6 +128,12 @@ def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
     np.testing.assert_allclose(scores(predictor, 5), scores(own, 5), rtol=1e-6)
     for token in (0, 6, 7):
         np.testing.assert_allclose(scores(predictor, token), scores(own, 7), rtol=1e-6)
+
+
+def test_weights_of_the_layout_without_a_row_for_others_are_refused():
+    weights = {name: value[1:] for name, value in table([COUNTED]).state_dict().items()}
+    with pytest.raises(UserError, match="earlier layout"):
+        TokenTable(SMALL, VOCAB).load_state_dict(weights)
 
 
 def test_weights_bring_their_own_number_of_rows():
