@@ -4,12 +4,13 @@ from typing import Literal
 
 from moe_beyond.errors import UserError
 
-Lookahead = int | Literal["token"]
-"""Before the token's first layer (``"token"``), or ``h >= 1`` layers ahead.
+Lookahead = int | Literal["token", "next"]
+"""``h >= 1`` layers ahead, before the token's first layer (``"token"``), or as soon as the layer ran (``"next"``).
 
 ``h`` means: after layer l-h of the same token was routed. Where l < h there is no such layer, and the score uses the
 token's id and everything before the token, and exists when the token starts. ``0`` reads the router's own input; no
-predictor of this package has it, but imported scores may.
+predictor of this package has it, but imported scores may. ``"next"`` is known once layer l of the token before was
+routed, or, for a sequence's first token, when that starts; the token's id has no part in it.
 """
 
 
@@ -17,7 +18,7 @@ def parse_lookahead(text: str | int) -> Lookahead:
     """Read a lookahead as options and JSON write it.
 
     Raises:
-        UserError: It is neither ``token`` nor a whole number from 0.
+        UserError: It is neither ``token``, ``next`` nor a whole number from 0.
 
     Example:
         >>> parse_lookahead("2"), parse_lookahead("token")
@@ -25,6 +26,8 @@ def parse_lookahead(text: str | int) -> Lookahead:
     """
     if text == "token":
         return "token"
+    if text == "next":
+        return "next"
     if str(text).isascii() and str(text).isdigit():
         return int(text)
-    raise UserError(f"lookahead {text!r} is neither 'token' nor a number of layers (0, 1, 2, ...)")
+    raise UserError(f"lookahead {text!r} is neither 'token', 'next' nor a number of layers (0, 1, 2, ...)")

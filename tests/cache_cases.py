@@ -197,9 +197,11 @@ def cases(
     timed = timed or prefetch == "adaptive"
     lookaheads, asked = (), {"prefetch": prefetch}
     if prefetch in ("scored", "adaptive", "moe_infinity") or policy in ("moe_infinity", "belief"):
-        several = [(1,), (1, 2, 3), ("token",), (1, 2, 3, "token"), (2,)]
+        several = [(1,), (1, 2, 3), ("token",), (1, 2, 3, "token"), (2,), (1, "next"), (2, "token", "next")]
         if prefetch in ("scored", "none"):
             several += [(0,), (0, 1)]
+        if prefetch != "scored":
+            several += [("next",)]
         lookaheads = draw(st.sampled_from(several))
     if policy == "moe_spac" and prefetch != "none" and draw(st.booleans()):
         lookaheads = ()  # its own levels are scores
@@ -267,7 +269,7 @@ def _scored(draw: Callable, experts: int, layers: int, lookaheads: tuple) -> dic
         "p": f"p>{draw(st.sampled_from(['0.5', '0', '.25', '1']))}",
     }
     text = ",".join(written[word] for word in words)
-    lookahead = draw(st.sampled_from(lookaheads)) if lookaheads else None
+    lookahead = draw(st.sampled_from([h for h in lookaheads if h != "next"])) if lookaheads else None
     if lookahead in ("token", None) and draw(st.booleans()):
         text += f"@{draw(st.integers(1, layers + 1))}"
     return {"prefetch": text, "lookahead": lookahead}

@@ -70,6 +70,7 @@ class Step:
     scores: dict  # lookahead -> Scores; empty where nothing is known
     counted: bool
     tokens: int
+    first: bool  # of its sequences
 
 
 def split_slots(slots: int, layers: int, scope: str) -> list[int]:
@@ -117,7 +118,7 @@ def union_steps(rules: Rules, batch: list[tuple]) -> list[Step]:
                     for layer in range(rules.layers)
                 ]
         size = sum(len(tokens) for _, _, tokens in present)
-        steps.append(Step([dict(d) for d in demands], predicted, longest[i][0] >= rules.warmup, size))
+        steps.append(Step([dict(d) for d in demands], predicted, longest[i][0] >= rules.warmup, size, i == 0))
     return steps
 
 
@@ -353,7 +354,7 @@ class ReferenceCache:
         self.advance(0)
 
     def demand(self, layer: int, tokens: dict[int, int]) -> float:
-        """Begin an event; return when all that it demands is there."""
+        """Begin an event; return when what is resident is there."""
         self.event += 1
         self.moment += 1
         self.layer = layer
@@ -377,7 +378,23 @@ class ReferenceCache:
         self.held = set(here)
         for expert in here:
             self.use(expert)
-        ready = max([self.now, *(self.arrives[expert] for expert in late)])
+        self.runs[layer].append(tokens)
+        for expert in range(self.rules.experts):
+            self.known.pop((layer, expert), None)
+            self.told[layer, expert] = False
+            if self.rules.policy == "moe_spac":
+                count, level = tokens.get(expert, 0), self.level[layer, expert]
+                if count - level >= 5:
+                    self.level[layer, expert] = min(level + 1, 5)
+                elif level - count >= 1:
+                    self.level[layer, expert] = level - 1
+                self.known[layer, expert] = self.level[layer, expert] / 5
+        return max([self.now, *(self.arrives[expert] for expert in late)])
+
+    def fetch(self, layer: int, tokens: dict[int, int], ready: float) -> float:
+        """Move in what an event lacks; return when all that it demands is there."""
+        asked = {(layer, expert) for expert in tokens}
+        here = asked & self.resident
         for expert in sorted(asked - here):
             ready = self.send(expert, self.now)
         if self.rules.policy == "belady_bypass" and asked - here:
@@ -393,17 +410,6 @@ class ReferenceCache:
             if self.rules.policy != "belady_bypass":
                 self.held.add(expert)
         self.queue = [expert for expert in self.queue if expert[0] != layer]
-        self.runs[layer].append(tokens)
-        for expert in range(self.rules.experts):
-            self.known.pop((layer, expert), None)
-            self.told[layer, expert] = False
-            if self.rules.policy == "moe_spac":
-                count, level = tokens.get(expert, 0), self.level[layer, expert]
-                if count - level >= 5:
-                    self.level[layer, expert] = min(level + 1, 5)
-                elif level - count >= 1:
-                    self.level[layer, expert] = level - 1
-                self.known[layer, expert] = self.level[layer, expert] / 5
         return ready
 
     def finish(self) -> None:
@@ -488,19 +494,29 @@ class ReferenceCache:
 
     # A sequence.
 
-    def look_ahead(self, step: Step, layer: int) -> None:
-        """Take in what is known after a layer, or at -1 when the step starts; then ask."""
-        rules = self.rules
+    def learn_ahead(self, step: Step, following: Step | None, layer: int) -> None:
+        """Take in what is known after a layer, or at -1 when the step starts."""
+        rules, behind = self.rules, {"token": self.rules.layers, "next": self.rules.layers + 1}
+        if layer >= 0 and following and not following.first and "next" in following.scores:
+            self.learn(layer, following.scores["next"][layer])
         for later in range(layer + 1, rules.layers):
-            # Whole-token scores come as if from L layers before. Of those that come now the shortest lookahead tells.
+            # Whole-token scores come as if from L layers before. Of those that come now the shortest lookahead tells;
+            # those of the next run came with the step before, unless there is none.
             fresh = [
                 h
                 for h in rules.lookaheads
-                if h in step.scores and h != 0 and max(later - (rules.layers if h == "token" else h), -1) == layer
+                if h in step.scores
+                and h != 0
+                and max(later - behind.get(h, h), -1) == layer
+                and (h != "next" or step.first)
             ]
             if fresh:
-                chosen = min(fresh, key=lambda h: rules.layers if h == "token" else h)
+                chosen = min(fresh, key=lambda h: behind.get(h, h))
                 self.learn(later, step.scores[chosen][later])
+
+    def ask_ahead(self, layer: int) -> None:
+        """Ask for what is named after a layer, or at -1 when the step starts."""
+        rules = self.rules
         named = self.names(layer)
         if rules.prefetch in ("adaptive", "moe_infinity", "oracle"):
             self.queue = []
@@ -509,11 +525,12 @@ class ReferenceCache:
     def run(self, steps: list[Step]) -> list[tuple[float, float]]:
         """Step a sequence; return each step's seconds of stall and of computing."""
         rules, spent = self.rules, []
-        for step in steps:
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
             begins, stall = self.now, 0.0
             self.start_step(step.counted)
             self.need = [begins + (i + 1) * rules.other + i * rules.top_k * rules.expert for i in range(rules.layers)]
-            self.look_ahead(step, -1)
+            self.learn_ahead(step, following, -1)
+            self.ask_ahead(-1)
             for layer, tokens in enumerate(step.demands):
                 self.advance(rules.other)
                 if 0 in step.scores:
@@ -522,18 +539,22 @@ class ReferenceCache:
                         self.ask(self.best(layer, rules.most, rules.threshold))
                 routed = self.now
                 ready = self.demand(layer, tokens)
+                if not rules.computed:
+                    self.learn_ahead(step, following, layer)
+                ready = self.fetch(layer, tokens, ready)
                 ends = ready + rules.expert * len(tokens)
                 stall += ready - routed
                 for later in range(layer + 1, rules.layers):
                     gap = later - layer
                     self.need[later] = ends + gap * rules.other + (gap - 1) * rules.top_k * rules.expert
                 if not rules.computed:
-                    self.look_ahead(step, layer)
+                    self.ask_ahead(layer)
                 self.advance(ends - self.now)
                 self.held -= {(layer, expert) for expert in tokens}
                 if rules.instant:
                     self.advance(0)
                 if rules.computed:
-                    self.look_ahead(step, layer)
+                    self.learn_ahead(step, following, layer)
+                    self.ask_ahead(layer)
             spent.append((stall, self.now - begins - stall))
         return spent

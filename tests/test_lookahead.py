@@ -15,10 +15,11 @@ def test_whole_numbers_are_read_from_text_and_from_json(layers):
 
 def test_the_token_lookahead_is_a_word():
     assert parse_lookahead("token") == "token"
+    assert parse_lookahead("next") == "next"
 
 
 @pytest.mark.parametrize("text", ["", "-1", -1, "1.5", 1.5, "+1", " 1", "1_0", "Token", "tokens", "²", "٣", None, True])
 def test_everything_else_is_quoted_in_the_error(text):
-    with pytest.raises(UserError, match="neither 'token' nor a number of layers") as error:
+    with pytest.raises(UserError, match="neither 'token', 'next' nor a number of layers") as error:
         parse_lookahead(text)
     assert repr(text) in str(error.value)

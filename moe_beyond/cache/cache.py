@@ -86,10 +86,8 @@ class Cache:
         if len(ids) > room and not self._verbs.stages:
             raise UserError(f"layer {layer} demands {len(ids)} experts at once, more than the {room} slots it may have")
         missing = named[self.state.experts[core.PLACE, ids] < 0]
-        core.demand(self.state, self._policy, self._verbs, ids)
-        size = self._geometry.num_experts
-        self.state.known[layer * size : (layer + 1) * size] = np.nan
-        self._verbs.routed(self._policy, self.state, ids, tokens)
+        ready = core.demand(self.state, self._policy, self._verbs, ids, tokens)
+        core.fetch(self.state, self._policy, self._verbs, ids, ready)
         return [int(expert) for expert in missing]
 
     def computed(self, layer: int, experts: npt.ArrayLike) -> None:

@@ -219,17 +219,18 @@ def start_step(cache: CacheState, counted: bool) -> None:
 
 
 @jit
-def demand(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints) -> float:
-    """Begin an event.
+def demand(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints, tokens: Ints) -> float:
+    """Begin an event: a layer is routed. Nothing moves yet: `fetch` follows, once what that tells is learned.
 
     Args:
         cache: A `CacheState`.
         policy: The policy's own arrays.
         verbs: What it does.
         experts: ``(n,)`` int64, the distinct experts of a layer that are demanded; no more than a pool's capacity.
+        tokens: ``(n,)`` int64, how many tokens each is demanded for.
 
     Returns:
-        When all of them have arrived, on the link's clock.
+        When all that are resident have arrived, on the link's clock.
     """
     link, counted = cache.link, cache.now[COUNTED] == 1
     cache.now[EVENT] += 1
@@ -239,10 +240,8 @@ def demand(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints) -> float
     cache.now[LAYER] = layer
     row = cache.counters[layer]
     ready = link.clock[NOW]
-    missing = 0
     for expert in experts:
         if cache.experts[PLACE, expert] < 0:
-            missing += 1
             continue
         late = link.arrives[expert] > link.clock[NOW]
         if late:
@@ -256,6 +255,33 @@ def demand(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints) -> float
         cache.experts[LAST, expert] = cache.now[MOMENT]
         _hold(cache, expert)
         verbs.hit(policy, cache, expert)
+    size = cache.experts.shape[1] // len(cache.counters)
+    for expert in range(layer * size, (layer + 1) * size):
+        cache.known[expert] = np.nan  # it was of this run
+    verbs.routed(policy, cache, experts, tokens)
+    return ready
+
+
+@jit
+def fetch(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints, ready: float) -> float:
+    """Move in what an event demands and the cache lacks.
+
+    Args:
+        cache: A `CacheState`.
+        policy: The policy's own arrays.
+        verbs: What it does.
+        experts: Those of `demand`.
+        ready: What that returned.
+
+    Returns:
+        When all of them have arrived.
+    """
+    link, counted = cache.link, cache.now[COUNTED] == 1
+    layer = cache.now[LAYER]
+    row = cache.counters[layer]
+    missing = 0
+    for expert in experts:
+        missing += cache.experts[PLACE, expert] < 0
     if missing:
         coming = cache.room[ORDER, :missing]
         missing = 0

@@ -28,6 +28,7 @@ from moe_beyond.cache.core import (
     ask,
     demand,
     enter,
+    fetch,
     forget_all_questions,
     release,
     start_step,
@@ -47,7 +48,8 @@ class Steps(NamedTuple):
         offsets: ``(S * L + 1,)`` int64, where each event's begin.
         tokens: ``(n,)`` int64, how many tokens of the step each is demanded for.
         scores: ``(S, H, L, E)`` float32, NaN where there are none; H may be 0.
-        lookaheads: ``(H,)`` int64, ascending: when each slice of the scores is known; whole-token scores have L.
+        lookaheads: ``(H,)`` int64, ascending: when each slice of the scores is known; L for those known at the step's
+            start, L + 1 for those known once the same layer of the step before is.
         computed: Whether a slice is known once a layer is computed; otherwise once it is routed.
         counted: ``(S,)``, whether a step counts, or belongs to the warm-up.
     """
@@ -113,24 +115,33 @@ def _foresee(outlook: Outlook, plan: Plan, timing: Timing, ends: float, layer: i
 
 
 @jit
-def _look_ahead(
-    cache: CacheState, policy: Any, verbs: Verbs, plan: Plan, steps: Steps, outlook: Outlook, step: int, layer: int
-) -> None:
-    """Take in what is known after a layer, or, at -1, at a step's start; and ask for what the prefetcher names.
+def _learn_ahead(cache: CacheState, policy: Any, verbs: Verbs, steps: Steps, step: int, layer: int) -> None:
+    """Take in what is known after a layer, or, at -1, at a step's start.
 
     A slice of lookahead h tells of layer l once layer l - h is through. Where there is no such layer, it tells at the
-    step's start, and of several such slices the one of the smallest lookahead does.
+    step's start, and of several such slices the one of the smallest lookahead does. One of lookahead L + 1 tells of a
+    layer's next run once the layer is through.
     """
     layers = len(cache.counters)
     for i in range(len(steps.lookaheads) - 1, -1, -1):
         lookahead = steps.lookaheads[i]
-        if layer >= 0:
+        if lookahead > layers and step > 0 and layer < 0:
+            continue  # known since the step before
+        if lookahead > layers and layer >= 0:
+            if step + 1 < len(steps.counted):
+                _learn(cache, policy, verbs, steps.scores[step + 1, i, layer], layer)
+        elif layer >= 0:
             if lookahead > 0 and layer + lookahead < layers:
                 _learn(cache, policy, verbs, steps.scores[step, i, layer + lookahead], layer + lookahead)
         else:
             smaller = steps.lookaheads[i - 1] if i > 0 else 0
             for first in range(smaller, min(lookahead, layers)):
                 _learn(cache, policy, verbs, steps.scores[step, i, first], first)
+
+
+@jit
+def _ask_ahead(cache: CacheState, policy: Any, verbs: Verbs, plan: Plan, outlook: Outlook, layer: int) -> None:
+    """Ask for what the prefetcher names after a layer, or, at -1, at a step's start."""
     count = _names(cache, plan, outlook, layer)
     if plan.kind > SCORED:  # these name all that they want, not what comes on top
         forget_all_questions(cache)
@@ -165,7 +176,6 @@ def run(
             was through.
     """
     layers = len(cache.counters)
-    size = cache.experts.shape[1] // layers
     link = cache.link
     event = 0
     cache.now[INSIST] = plan.kind == ORACLE
@@ -173,7 +183,8 @@ def run(
         begins = link.clock[NOW]
         start_step(cache, steps.counted[step])
         _foresee(outlook, plan, timing, begins, -1)
-        _look_ahead(cache, policy, verbs, plan, steps, outlook, step, -1)
+        _learn_ahead(cache, policy, verbs, steps, step, -1)
+        _ask_ahead(cache, policy, verbs, plan, outlook, -1)
         for layer in range(layers):
             experts = steps.ids[steps.offsets[event] : steps.offsets[event + 1]]
             tokens = steps.tokens[steps.offsets[event] : steps.offsets[event + 1]]
@@ -183,21 +194,22 @@ def run(
                 if plan.kind == SCORED and plan.distance == 0 and (layer > 0 or plan.first_layers):
                     ask(cache, policy, verbs, cache.room[NAMED, : scored.names(cache, plan, layer, 0)])
             routed_at = link.clock[NOW]
-            ready = demand(cache, policy, verbs, experts)
+            ready = demand(cache, policy, verbs, experts, tokens)
+            if not steps.computed:
+                _learn_ahead(cache, policy, verbs, steps, step, layer)
+            ready = fetch(cache, policy, verbs, experts, ready)
             outlook.event[0] += 1
-            for expert in range(layer * size, (layer + 1) * size):
-                cache.known[expert] = np.nan
-            verbs.routed(policy, cache, experts, tokens)
             ends = ready + timing.expert * len(experts)
             _foresee(outlook, plan, timing, ends, layer)
             if not steps.computed:
-                _look_ahead(cache, policy, verbs, plan, steps, outlook, step, layer)
+                _ask_ahead(cache, policy, verbs, plan, outlook, layer)
             advance(cache, policy, verbs, ends)
             release(cache, experts)
             if link.tally[QUEUED] > 0 and is_instant(link):  # what found no room while the experts computed
                 advance(cache, policy, verbs, ends)
             if steps.computed:
-                _look_ahead(cache, policy, verbs, plan, steps, outlook, step, layer)
+                _learn_ahead(cache, policy, verbs, steps, step, layer)
+                _ask_ahead(cache, policy, verbs, plan, outlook, layer)
             spent[step, 0] += ready - routed_at
             if event < len(spans):
                 spans[event, 0], spans[event, 1], spans[event, 2] = routed_at, ready, ends

@@ -1,5 +1,6 @@
 """``moe-beyond evaluate``."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +21,13 @@ from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_dat
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.predictors.card import record_figures
 from moe_beyond.published import find_predictor
 from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.traces.reader import TraceSet
+
+RECORDED = ("strategy", "predictor", "lookahead", "budget_slots", "budget_share", "hit_rate", "bytes_ratio")
+"""Of a replay's record, what a predictor's card shows."""
 
 
 def run(words: list[str]) -> None:
@@ -41,26 +46,58 @@ def run(words: list[str]) -> None:
     add_budgets(options)
     add_combinations(options)
     add_conditions(options)
+    options.add_argument(
+        "--record", action="store_true", help="write the figures into the predictor folder's config and card"
+    )
     add_json(options)
     args = options.parse_args(words[1:])
     if (Path(args.predictor) / CONFIG_FILE).exists() or any(Path(args.predictor).glob("checkpoints/*.ckpt")):
+        if args.record:
+            raise UserError(f"--record is for a predictor folder; {args.predictor} is a run")
         _run_folder(args)
     else:
-        _predictor(args)
+        _predictor(args, words)
 
 
-def _predictor(args: Namespace) -> None:
+def _predictor(args: Namespace, words: Sequence[str]) -> None:
     folder = find_predictor(args.predictor)
     if args.traces is None:
         raise UserError("evaluate needs a trace set; give --traces DIR")
     traces = TraceSet(args.traces)
     source = from_predictor_folder(folder)
-    found = _evaluate(args, traces, args.split, source, source.lookaheads)
+    asked_by = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
+    found = _evaluate(args, traces, args.split, source, asked_by)
     if args.json != "-":
         console = console_for(args.json)
         console.print(metrics_table(found.metrics))
         console.print(results_table(found.results, traces.geometry))
+    if args.record:
+        manifest = traces.manifest
+        figures = {
+            "source": manifest.source,
+            "fingerprint": manifest.fingerprint,
+            "split": args.split,
+            "command": _command(words, folder.name),
+            "metrics": [{n: value for n, value in row.items() if n != "by_layer"} for row in found.metrics],
+            "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
+        }
+        record_figures(folder, figures)
     write_result(found.to_json(), args.json)
+
+
+def _command(words: Sequence[str], name: str) -> str:
+    """Return the command line without what is another's concern: where the traces lie, and where a copy went."""
+    kept, skip = ["moe-beyond", "evaluate", name], False
+    for word, following in zip(words[2:], [*words[3:], ""], strict=True):
+        option, _, value = word.partition("=")
+        if skip:
+            skip = False
+        elif option in ("--traces", "--json"):
+            kept += ["--traces", "DIR"] if option == "--traces" else []
+            skip = not value and bool(following)
+        elif word != "--record":
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _run_folder(args: Namespace) -> None:

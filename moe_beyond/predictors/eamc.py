@@ -93,7 +93,9 @@ class Eamc(CountingPredictor):
         layer = torch.arange(layers, device=table.device)
         logits = table.new_empty(*batch.token_ids.shape, len(lookaheads), layers, experts)
         for index, lookahead in enumerate(lookaheads):
-            known = layer * 0 if lookahead == "token" else (layer - lookahead + 1).clamp(min=0)  # layers routed by then
+            known = (
+                (layer - lookahead + 1).clamp(min=0) if isinstance(lookahead, int) else layer * 0
+            )  # layers routed by then
             logits[:, :, index] = table[rows[..., known], layer]
         return logits
 

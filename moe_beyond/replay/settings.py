@@ -121,6 +121,8 @@ class ReplaySettings:
         if asks and kind == SCORED and self.lookahead not in self.lookaheads:
             known = ", ".join(map(str, self.lookaheads))
             raise UserError(f"prefetch {self.prefetch!r} at lookahead {self.lookahead}: the scores have {known}")
+        if self.lookahead == "next":
+            raise UserError(f"prefetch {self.prefetch!r} at lookahead next: they say what to keep; ask by another")
         if "scores" in self.needs and not self.lookaheads:
             raise UserError(f"policy {self.policy} ranks by scores; give --predictor eamc... (or another), or --scores")
         if self.sequential:
@@ -181,8 +183,10 @@ class ReplaySettings:
         return int(self.lookahead)
 
     def slices(self, num_layers: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the lookaheads ``(H,)`` as the engine counts them: whole-token scores have L."""
-        return np.array([num_layers if h == "token" else min(h, num_layers) for h in self.lookaheads], np.int64)
+        """Return the lookaheads ``(H,)`` as the engine counts them: "token" is L, and "next" one more."""
+        named = {"token": num_layers, "next": num_layers + 1}
+        found = [named[h] if isinstance(h, str) else min(h, num_layers) for h in self.lookaheads]
+        return np.array(found, np.int64)
 
     @property
     def strategy(self) -> str:
