@@ -155,12 +155,13 @@ class GradientPredictor(Predictor):
     """A predictor that is fitted by gradient descent."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """Return the training objective, a scalar: a mean over real tokens, layers and lookaheads.
 
         Args:
             logits: ``(B, T, H, L, E)``, what `forward` returned.
             batch: What it was given.
+            wanted: Of the same shape, probabilities to fit in place of what was chosen.
         """
 
 

@@ -65,23 +65,57 @@ class Copying(nn.Module):
             added.append(torch.stack(copied).sum(0))
         return torch.cat(added, 1)
 
-    def step(self, x: Tensor, keys: Tensor, used: Tensor, alike: Tensor) -> Tensor:
-        """Return ``(L*E,)``, what the heads add for one token.
+    def shares(self, x: Tensor, keys: Tensor, alike: Tensor) -> Tensor:
+        """Return ``(heads, n)``, what share a token's heads have in each of the n <= window - 1 tokens before.
 
         Args:
-            x: ``(width,)`` state.
-            keys: ``(n, heads * FEATURES)`` of the n <= window - 1 tokens before, oldest first.
-            used: ``(n, L*E)``, what those were routed to.
+            x: ``(1, width)`` state.
+            keys: ``(n, heads * FEATURES)``, oldest first.
             alike: ``(n, 2)``, 1 where one is the same token, and where the one before it is too.
         """
-        if len(keys) == 0:
-            return torch.zeros_like(self.weight[0])
         queries = self.query(x).view(self.heads, -1)
-        match = torch.einsum("hf,nhf->hn", queries, keys.view(len(keys), self.heads, -1)) * FEATURES**-0.5
+        match = torch.einsum("hf,nhf->hn", queries, keys.view(len(keys), self.heads, FEATURES)) * FEATURES**-0.5
         match = match + self.bias[:, 1 : len(keys) + 1].flip(-1) + self.same @ alike.T
-        shares = match.softmax(-1) * self.gate(x).sigmoid()[:, None]
-        added: Tensor = ((shares @ used) * self.weight).sum(0)
-        return added
+        shares: Tensor = match.softmax(-1) * self.gate(x).sigmoid().T
+        return shares
+
+
+class CopyingState:
+    """What a stepper keeps for `Copying`: of the last tokens keys, experts and ids.
+
+    Args:
+        model: The module.
+
+    Attributes:
+        earlier: ``(n, L*E)``, what the n tokens before the present one were routed to, oldest first.
+        weight: ``(heads, L*E)``, that of the module.
+    """
+
+    def __init__(self, model: Copying) -> None:
+        self._model, self.weight = model, model.weight
+        self._keys = torch.zeros(0, model.query.out_features)
+        self.earlier = torch.zeros(0, model.weight.shape[1])
+        self._ids = torch.zeros(0, 2, dtype=torch.int64)  # of each, and of the one before it
+        self._key: Tensor | None = None
+        self._own_ids = torch.tensor([[-1, -1]])
+
+    def start(self, x: Tensor, token_id: int, before: Tensor) -> Tensor:
+        """Begin a token; return its shares in those before it.
+
+        Args:
+            x: ``(1, width)``, its state.
+            token_id: Its id.
+            before: ``(L*E,)``, what the token before was routed to.
+        """
+        if self._key is not None:  # the token before is an earlier one now
+            keep = 1 - self._model.window
+            self._keys = torch.cat([self._keys, self._key])[keep:]
+            self.earlier = torch.cat([self.earlier, before[None]])[keep:]
+            self._ids = torch.cat([self._ids, self._own_ids])[keep:]
+        self._own_ids = torch.tensor([[token_id, int(self._own_ids[0, 0])]])
+        self._key = self._model.key(x)
+        alike = (self._ids == self._own_ids).cumprod(-1).float()
+        return self._model.shares(x, self._keys, alike)
 
 
 class LayerCopying(nn.Module):

@@ -14,10 +14,13 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.base import Stepper
+from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.copying import LayerCopying, LayerCopyingState
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.token_causal import TokenCausal, TokenState
+from moe_beyond.predictors.next_use import NextUse, NextUseState
+from moe_beyond.predictors.token_causal import DECAYS, TokenCausal, TokenState, averaged
 
 
 class CrossLayer(TokenCausal):
@@ -38,6 +41,8 @@ class CrossLayer(TokenCausal):
         objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
         layer_width: Features of the recurrent state over layers.
         layer_copies: Heads that pick earlier tokens after every layer.
+        whole_token: Whether lookahead ``"token"`` is predicted as well.
+        next_use: Whether lookahead ``"next"`` is predicted as well.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams.
@@ -60,6 +65,8 @@ class CrossLayer(TokenCausal):
         objective: Literal["softmax", "subset"] = "softmax",
         layer_width: int = 256,
         layer_copies: int = 0,
+        whole_token: bool = False,
+        next_use: bool = False,
         known_tokens: int = 16384,
         min_count: int = 2,
         ngram_buckets: int = 8192,
@@ -82,6 +89,9 @@ class CrossLayer(TokenCausal):
         self.layer_copying = (
             LayerCopying(layers, experts, layer_width, lookaheads, layer_copies, window) if layer_copies else None
         )
+        self.whole_token, self.next_use = whole_token, next_use
+        self.from_start = nn.Linear(layer_width, geometry.total_experts) if whole_token else None
+        self.following = NextUse(layers, experts, width, layer_width, len(DECAYS), copies, window) if next_use else None
         # Source layers that a target layer may read at the largest lookahead: l' <= l - H.
         reach = torch.arange(layers)[:, None] <= torch.arange(layers) - lookaheads
         self.register_buffer("reach", reach[:, None, :, None].float(), persistent=False)
@@ -90,25 +100,34 @@ class CrossLayer(TokenCausal):
 
     @property
     def information(self) -> Information:
-        """Lookaheads 1 .. H, known when the layer is routed, causal."""
-        return Information(tuple(range(1, self.lookaheads + 1)))
+        """Lookaheads 1 .. H, and those by name; known when the layer is routed, causal."""
+        lookaheads: list[Lookahead] = list(range(1, self.lookaheads + 1))
+        lookaheads += ["token"] if self.whole_token else []
+        lookaheads += ["next"] if self.next_use else []
+        return Information(tuple(lookaheads))
 
-    def _layers(self, token: Tensor, logits: Tensor, used: Tensor, real: Tensor) -> Tensor:
+    def _layers(self, x: Tensor, logits: Tensor, used: Tensor, batch: Batch) -> Tensor:
         """Return logits ``(N, H, L, E)`` of the N real tokens.
 
         Args:
-            token: ``(N, width)`` states.
+            x: ``(B, T, width)`` states.
             logits: ``(N, L*E)``, what those and earlier tokens say.
             used: ``(B, T, L*E)``, 1 where the token is routed to the expert.
-            real: ``(B, T)`` bool.
+            batch: The tokens.
         """
         layers, experts, _ = self.geometry.shape()
-        start, own = torch.tanh(self.start(token))[None], used[real]
+        real = batch.mask
+        start, own = torch.tanh(self.start(x[real]))[None], used[real]
         by_layer = own.view(-1, layers, experts).transpose(0, 1)
-        states = start  # states[l] knows layers 0 .. l-1
-        if layers > 1:
-            states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed)[:-1], start)[0]])
-        states = self.drop(states)
+        states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed), start)[0]])
+        states, after = self.drop(states).split([layers, 1])  # states[l] knows layers 0 .. l-1
+        named = []
+        if self.from_start is not None:
+            named.append((logits + self.from_start(states[0])).view(-1, layers, experts))
+        if self.following is not None:
+            past = averaged(used, real, self.following.from_history)
+            after = torch.cat([states[1:], after])
+            named.append(self.following(x, used, batch.token_ids, real, after, past))
         logits = logits + own @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
         logits = logits.view(-1, layers, experts)
         nearer = []
@@ -121,7 +140,7 @@ class CrossLayer(TokenCausal):
         found = torch.stack(nearer[::-1], 1)
         if self.layer_copying is not None:
             found = found + self.layer_copying(states, used.view(*real.shape, layers, experts), real)
-        return found
+        return torch.cat([found, torch.stack(named, 1)], 1) if named else found
 
     def _from_layer(self, by_layer: Tensor, ahead: int) -> Tensor:
         """What the experts of each layer say of the layer ``ahead`` later: ``(N, L - ahead, E)``."""
@@ -150,15 +169,26 @@ class _CrossLayerStepper(Stepper):
         self._tokens = TokenState(self._predictor)
         copying = self._predictor.layer_copying
         self._copying = LayerCopyingState(copying) if copying is not None else None
-        self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
+        following, shape = self._predictor.following, self._predictor.geometry.shape()[:2]
+        self._following = NextUseState(following, DECAYS) if following is not None else None
+        self._scores = np.full(shape, np.nan, np.float32)
 
     @torch.inference_mode()
     def observe_token(self, token_id: int) -> None:
         if self._copying is not None:
             self._copying.start(self._tokens.used)
+        before = torch.from_numpy(self._tokens.used).flatten()
         token, logits = self._tokens.start(token_id)
-        self._logits = logits.numpy()
-        self._state = torch.tanh(self._predictor.start(token))[0].numpy()
+        if self._following is not None:
+            self._following.start(token, token_id, before, self._tokens.averages)
+        state = torch.tanh(self._predictor.start(token))
+        self._logits, self._state = logits.numpy(), state[0].numpy()
+        self._scores = self._scores.copy()
+        if self._predictor.following is not None and np.isnan(self._scores[0, 0]):  # a sequence starts
+            self._scores = self._named("next", self._predictor.following.first.numpy(), np.arange(len(self._scores)))
+        if self._predictor.from_start is not None:
+            whole = self._logits + self._predictor.from_start(state).view(self._logits.shape).numpy()
+            self._scores = self._named("token", whole, np.arange(len(whole)))
         self._score(-1)
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
@@ -166,6 +196,11 @@ class _CrossLayerStepper(Stepper):
         self._tokens.route(layer, chosen)
         self._logits[layer + 1 :] += self._from_expert[layer, chosen, layer + 1 :].sum(0)
         self._state = self._recur(self._routed[layer, chosen].sum(0) + self._bias)
+        self._scores = self._scores.copy()  # what `scores` returned before stays as it was
+        self._scores[layer] = np.nan
+        if self._following is not None:
+            own = self._following.step(layer, chosen, self._state)
+            self._scores[layer] = self._named("next", own, np.array([layer]))[0]
         self._score(layer)
 
     def _recur(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -184,10 +219,16 @@ class _CrossLayerStepper(Stepper):
     def _score(self, routed: int) -> None:
         """Score the layers within reach once layers up to ``routed`` are known."""
         ahead = np.arange(min(self._predictor.lookaheads, len(self._scores) - routed - 1))
-        self._scores = np.full_like(self._scores, np.nan)
         if len(ahead):
             targets = ahead + routed + 1
             logits = self._logits[targets] + self._state @ self._from_state[ahead, targets]
             if self._copying is not None:
                 logits += self._copying.step(routed + 1, self._state)
             self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)
+
+    def _named(
+        self, lookahead: Lookahead, logits: npt.NDArray[np.float32], layers: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Return probabilities ``(n, E)`` of a lookahead that has a name, of logits of so many layers."""
+        index = self._predictor.information.lookaheads.index(lookahead)
+        return self._predictor.probabilities_now(logits, np.full(len(layers), index), layers)

@@ -9,8 +9,23 @@ from torch.nn import functional
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.link import MOST_STEPS, SMALL_STEP, SURELY
 
+STEPS_AT_ONCE = 4
 
-def k_positive_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+
+def wanted_of(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
+    """Return what logits ``(B, T, H, L, E)`` are fitted to: ``(N, H, L, E)`` of the N real tokens, as numbers.
+
+    Args:
+        logits: The logits.
+        batch: What was chosen.
+        wanted: Of the logits' shape, what to fit in its place: probabilities.
+    """
+    real = batch.mask
+    chosen = batch.targets(logits.shape[-1])[real][:, None] if wanted is None else wanted[real]
+    return chosen.expand(-1, *logits.shape[2:]).to(torch.float32)
+
+
+def k_positive_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
     """Cross-entropy of a softmax over experts against 1/K on each chosen one, in nats.
 
     At its optimum the softmax is 1/K of each expert's probability of being chosen.
@@ -18,17 +33,20 @@ def k_positive_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     Args:
         logits: ``(B, T, H, L, E)``.
         batch: What was chosen.
+        wanted: Of the logits' shape, what to fit in place of the choices: probabilities that add up to K.
 
     Returns:
         A scalar, the mean over real tokens, layers and lookaheads.
     """
     real = batch.mask
     logs = logits[real].float().log_softmax(-1)
+    if wanted is not None:
+        return -(logs * wanted[real]).sum(-1).mean() / batch.experts.shape[-1]
     chosen = batch.experts[real].long()[:, None].expand(-1, logs.shape[1], -1, -1)
     return -logs.gather(-1, chosen).mean()
 
 
-def subset_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+def subset_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
     """Cross-entropy of each expert being chosen, given that K are, in nats an entry.
 
     An expert is chosen with probability sigmoid(logit - shift), and the shift makes those of a layer add up to K. Its
@@ -39,16 +57,18 @@ def subset_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     Args:
         logits: ``(B, T, H, L, E)``.
         batch: What was chosen.
+        wanted: Of the logits' shape, what to fit in place of the choices: probabilities that add up to K.
 
     Returns:
         A scalar, the mean over real tokens, layers and lookaheads.
     """
-    real, (experts, top_k) = batch.mask, (logits.shape[-1], batch.experts.shape[-1])
-    found = logits[real].float()
-    shifted = found - subset_shift(found, top_k)
-    chosen = batch.targets(experts)[real][:, None].expand_as(shifted)
-    summed = functional.binary_cross_entropy_with_logits(shifted, chosen.to(shifted.dtype), reduction="sum")
-    return summed / (shifted.numel() / experts)
+    found = logits[batch.mask].float()
+    shift = subset_shift(found, batch.experts.shape[-1])
+    return _each_expert(found, shift, wanted_of(logits, batch, wanted)) * logits.shape[-1]
+
+
+def _each_expert(logits: Tensor, shift: Tensor, wanted: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits - shift, wanted)
 
 
 @torch.no_grad()
@@ -60,7 +80,17 @@ def subset_shift(logits: Tensor, top_k: int) -> Tensor:
     odds = math.log(top_k / (logits.shape[-1] - top_k))
     low, high = lowest - odds, highest - odds  # were all logits the lowest, or the highest
     shift = torch.minimum(logits.logsumexp(-1, keepdim=True) - math.log(top_k), high)
-    for _ in range(MOST_STEPS):  # on the logarithm of the sum, which is nearly linear in the shift
+    for _ in range(0, MOST_STEPS, STEPS_AT_ONCE):
+        shift, low, high, step = _search(logits, shift, low, high, top_k)
+        if step < SMALL_STEP:
+            break
+    return shift
+
+
+def _search(logits: Tensor, shift: Tensor, low: Tensor, high: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """Come closer by some steps of Newton's; return the shift, what it lies between, and the last step's size."""
+    step = shift.new_zeros(())
+    for _ in range(STEPS_AT_ONCE):  # on the logarithm of the sum, which is nearly linear in the shift
         chosen = (logits - shift).sigmoid()
         total = chosen.sum(-1, keepdim=True)
         low, high = torch.where(total > top_k, shift, low), torch.where(total > top_k, high, shift)
@@ -68,6 +98,4 @@ def subset_shift(logits: Tensor, top_k: int) -> Tensor:
         found = shift + (total / top_k).log() / slope.clamp(min=1e-12)
         found = torch.where((found >= low) & (found <= high), found, (low + high) / 2)  # or halve where it must be
         step, shift = (found - shift).abs().max(), found
-        if step < SMALL_STEP:
-            break
-    return shift
+    return shift, low, high, step

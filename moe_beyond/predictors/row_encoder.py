@@ -16,6 +16,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.loss import wanted_of
 from moe_beyond.predictors.tokens import TokenEmbedding
 from moe_beyond.predictors.whole_token import WholeTokenStepper
 
@@ -85,10 +86,10 @@ class RowEncoder(GradientPredictor):
         """Take in the training split's vocabulary."""
         self.tokens.prepare(text)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """Binary cross-entropy over all labels, as published."""
-        targets = batch.targets(self.geometry.num_experts)[batch.mask].float()
-        return functional.binary_cross_entropy_with_logits(logits[batch.mask][:, 0].float(), targets)
+        found = logits[batch.mask].float()
+        return functional.binary_cross_entropy_with_logits(found, wanted_of(logits, batch, wanted))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""

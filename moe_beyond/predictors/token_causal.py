@@ -16,7 +16,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.attention import WindowBlock
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.copying import Copying
+from moe_beyond.predictors.copying import Copying, CopyingState
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy
 from moe_beyond.predictors.tokens import TokenEmbedding
@@ -101,61 +101,59 @@ class TokenCausal(GradientPredictor):
         """Take in the training split's vocabulary."""
         self.tokens.prepare(text)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """The objective."""
-        return LOSSES[self.objective](logits, batch)
+        return LOSSES[self.objective](logits, batch, wanted)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, H, L, E)``; zero where padded."""
         real = batch.mask
         used = batch.targets(self.geometry.num_experts).flatten(2).float()  # (B, T, L*E)
         hidden = torch.rand(real.shape, device=real.device) < self.token_dropout if self.training else None
-        before = functional.pad(used[:, :-1], (0, 0, 1, 0))
+        before = functional.pad(used[:, :-1], (0, 0, 1, 0))  # of the token before each
         x = self.drop(self.tokens(batch.token_ids, hidden) + self.previous(before))
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        token = x[real]
-        logits = self.from_token(token) + self._history(before, real)
+        logits = self.from_token(x[real]) + averaged(before, real, self.from_history)
         if self.copying is not None:
             logits = logits + self.copying(x, used, batch.token_ids)[real]
-        logits = self._layers(token, logits, used, real)
+        logits = self._layers(x, logits, used, batch)
         out = logits.new_zeros(*real.shape, *logits.shape[1:])
         out[real] = logits
         return out
 
-    def _history(self, before: Tensor, real: Tensor) -> Tensor:
-        """Return the part of the logits that comes from running averages of earlier experts.
-
-        Args:
-            before: ``(B, T, L*E)``, the experts of the token before each.
-            real: ``(B, T)`` bool.
-
-        Returns:
-            ``(N, L*E)`` for the N real tokens.
-        """
-        position = torch.arange(real.shape[1], device=real.device)
-        age = position[:, None] - position
-        total = before.new_zeros(int(real.sum()), before.shape[2])
-        for decay, weights in zip(DECAYS, self.from_history, strict=True):
-            share = torch.where(age >= 0, (1 - decay) * decay ** age.clamp(min=0), 0.0)
-            total = total + (share @ before)[real] * weights
-        return total
-
-    def _layers(self, token: Tensor, logits: Tensor, used: Tensor, real: Tensor) -> Tensor:
+    def _layers(self, x: Tensor, logits: Tensor, used: Tensor, batch: Batch) -> Tensor:
         """Return logits ``(N, H, L, E)`` of the N real tokens.
 
         Args:
-            token: ``(N, width)`` states.
+            x: ``(B, T, width)`` states.
             logits: ``(N, L*E)``, what those and earlier tokens say.
             used: ``(B, T, L*E)``, 1 where the token is routed to the expert; not for this predictor to see.
-            real: ``(B, T)`` bool.
+            batch: The tokens.
         """
         return logits.view(-1, 1, *self.geometry.shape()[:2])
 
     def stepper(self) -> Stepper:
         """Return a stepper; its state is ``window`` tokens of keys and values a block, and a few vectors."""
         return _TokenCausalStepper(self)
+
+
+def averaged(used: Tensor, real: Tensor, weights: Tensor) -> Tensor:
+    """Return what running averages say: the part of the logits ``(N, L*E)`` of the N real tokens.
+
+    Args:
+        used: ``(B, T, L*E)``, what is averaged, each token's own included.
+        real: ``(B, T)`` bool.
+        weights: ``(averages, L*E)``.
+    """
+    position = torch.arange(real.shape[1], device=real.device)
+    age = position[:, None] - position
+    total = used.new_zeros(int(real.sum()), used.shape[2])
+    for decay, weight in zip(DECAYS, weights, strict=True):
+        share = torch.where(age >= 0, (1 - decay) * decay ** age.clamp(min=0), 0.0)
+        total = total + (share @ used)[real] * weight
+    return total
 
 
 class TokenState:
@@ -166,18 +164,15 @@ class TokenState:
 
     Attributes:
         used: ``(L, E)`` float32, 1 where the present token is routed to the expert.
+        averages: ``(averages, L*E)``, of the tokens before the present one.
     """
 
     def __init__(self, model: TokenCausal) -> None:
         self._model = model
         self._caches: list[tuple[Tensor, Tensor] | None] = [None] * model.depth
-        self._averages = torch.zeros(len(DECAYS), model.geometry.total_experts)
+        self.averages = torch.zeros(len(DECAYS), model.geometry.total_experts)
         self.used = np.zeros(model.geometry.shape()[:2], np.float32)
-        self._keys = torch.zeros(0, model.copying.query.out_features if model.copying is not None else 0)
-        self._earlier = torch.zeros(0, model.geometry.total_experts)
-        self._ids = torch.zeros(0, 2, dtype=torch.int64)  # of each, and of the one before it
-        self._key: Tensor | None = None
-        self._own_ids = torch.tensor([[-1, -1]])
+        self._copying = CopyingState(model.copying) if model.copying is not None else None
 
     def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
         """Note a layer's experts."""
@@ -187,22 +182,16 @@ class TokenState:
         """Begin a token; return its state ``(1, width)``, and logits ``(L, E)`` of that and the history."""
         model, before = self._model, torch.from_numpy(self.used).flatten()
         decays = torch.tensor(DECAYS)[:, None]
-        self._averages = decays * self._averages + (1 - decays) * before
+        self.averages = decays * self.averages + (1 - decays) * before
         x = model.tokens(torch.tensor([[token_id]])) + model.previous(before)
         for index, block in enumerate(model.blocks):
             assert isinstance(block, WindowBlock)
             x, self._caches[index] = block.step(x, self._caches[index])
         token = model.norm(x)[0]
-        logits = model.from_token(token)[0] + (self._averages * model.from_history).sum(0)
-        if model.copying is not None:
-            if self._key is not None:  # the token before is an earlier one now
-                self._keys = torch.cat([self._keys, self._key])[1 - model.window :]
-                self._earlier = torch.cat([self._earlier, before[None]])[1 - model.window :]
-                self._ids = torch.cat([self._ids, self._own_ids])[1 - model.window :]
-            self._own_ids = torch.tensor([[token_id, int(self._own_ids[0, 0])]])
-            alike = (self._ids == self._own_ids).cumprod(-1).float()
-            logits = logits + model.copying.step(token[0], self._keys, self._earlier, alike)
-            self._key = model.copying.key(token)
+        logits = model.from_token(token)[0] + (self.averages * model.from_history).sum(0)
+        if self._copying is not None:
+            shares = self._copying.start(token, token_id, before)
+            logits = logits + (shares @ self._copying.earlier * self._copying.weight).sum(0)
         self.used = np.zeros_like(self.used)
         return token, logits.view(self.used.shape)
 

@@ -41,15 +41,15 @@ class TokenEmbedding(nn.Module):
         self.pieces = nn.EmbeddingBag(ngram_buckets + 1, width, mode="mean", padding_idx=0)
         nn.init.normal_(self.known.weight, std=0.02)
         nn.init.normal_(self.pieces.weight, std=0.02)
-        self.register_buffer("rows", torch.zeros(vocab_size, dtype=torch.int32))
-        self.register_buffer("ngrams", torch.zeros(vocab_size, NGRAMS_PER_TOKEN, dtype=torch.int32))
+        self.register_buffer("rows", torch.zeros(vocab_size, dtype=_index_dtype(self.known_tokens)))
+        self.register_buffer("ngrams", torch.zeros(vocab_size, NGRAMS_PER_TOKEN, dtype=_index_dtype(ngram_buckets)))
 
     def prepare(self, text: TrainingText) -> None:
         """Give the most frequent training tokens their rows, and every token its n-grams."""
         frequent = np.argsort(-text.token_counts, kind="stable")[: self.known_tokens]
         frequent = frequent[text.token_counts[frequent] >= self.min_count]
         self.rows.zero_()
-        self.rows[torch.from_numpy(frequent)] = torch.arange(1, len(frequent) + 1, dtype=torch.int32)
+        self.rows[torch.from_numpy(frequent)] = torch.arange(1, len(frequent) + 1, dtype=self.rows.dtype)
         ngrams = np.zeros(self.ngrams.shape, np.int32)
         for token, string in enumerate(text.token_strings or ()):
             buckets = list(_ngram_buckets(string, self.ngram_buckets))[:NGRAMS_PER_TOKEN]
@@ -72,6 +72,11 @@ class TokenEmbedding(nn.Module):
         pieces = self.pieces(self.ngrams[token_ids].long().flatten(0, 1)).unflatten(0, token_ids.shape)
         represented: Tensor = functional.embedding(rows, self.known.weight) + pieces
         return represented
+
+
+def _index_dtype(largest: int) -> torch.dtype:
+    """Return the narrowest integers for indices: the tables of a large vocabulary are a good part of a small folder."""
+    return torch.int16 if largest < 2**15 else torch.int32
 
 
 def _ngram_buckets(string: str, buckets: int) -> Iterator[int]:

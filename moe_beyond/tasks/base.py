@@ -1,5 +1,6 @@
 """What every task does: validate, test, predict, and say in its checkpoints what it fitted."""
 
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -43,6 +44,17 @@ class PredictorTask(L.LightningModule):
             raise TypeError(f"{type(self).__name__} reads a TraceDataModule, not {type(data).__name__}")
         return data
 
+    def recipe(self) -> dict[str, Any]:
+        """Return what a reader needs to fit the same again, besides the predictor's arguments, as plain values."""
+        seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning notes it
+        return {
+            "seed": None if seed is None else int(seed),
+            "epochs": self.trainer.max_epochs,
+            "precision": self.trainer.precision,
+            "tokens a batch": self.data.token_budget,
+            "tokens a piece": self.data.max_tokens,
+        }
+
     def check_trainer(self, trainer: L.Trainer) -> None:
         """Refuse a trainer that the predictor cannot be fitted with; nothing by default."""
 
@@ -53,7 +65,7 @@ class PredictorTask(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Before a fit, take in the training split's vocabulary and note what the fit is on."""
         if stage == "fit":
-            manifest = self.data.manifest
+            manifest, shards = self.data.manifest, self.data.traces.shards(self.data.train_split)
             self.predictor.prepare(self.data.training_text())
             self.trained_on = {
                 "fingerprint": manifest.fingerprint,
@@ -62,6 +74,9 @@ class PredictorTask(L.LightningModule):
                 "quantization_bits": manifest.quantization_bits,
                 "source": manifest.source,
                 "tokenizer": asdict(manifest.tokenizer),
+                "sequences": sum(shard.sequences for shard in shards),
+                "tokens": sum(shard.tokens for shard in shards),
+                "recipe": self.recipe(),
             }
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:

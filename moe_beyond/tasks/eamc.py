@@ -13,12 +13,8 @@ class Eamc(CountingTask):
     Args:
         geometry: The model's shape as `Geometry.to_json` gives it; linked from the data.
         vocab_size: Ids of the tokenizer; linked from the data.
-        capacity: Expert-activation matrices at most.
-        backoff: Tokens that the collection's popularity counts for.
-        ahead: Lookaheads 1 .. this are scored, besides the whole token's.
+        arguments: Of the predictor.
     """
 
-    def __init__(
-        self, geometry: dict[str, Any], vocab_size: int, capacity: int = 120, backoff: float = 1.0, ahead: int = 3
-    ) -> None:
-        super().__init__(eamc.Eamc(Geometry.from_json(geometry), vocab_size, capacity, backoff, ahead))
+    def __init__(self, geometry: dict[str, Any], vocab_size: int, **arguments: Any) -> None:
+        super().__init__(eamc.Eamc(Geometry.from_json(geometry), vocab_size, **arguments))

@@ -1,14 +1,18 @@
 """Fitting by gradient descent."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import GradientPredictor
+from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.published import find_predictor
 from moe_beyond.tasks.base import PredictorTask
 
 
@@ -20,10 +24,24 @@ class GradientTask(PredictorTask):
         lr: Highest learning rate.
         weight_decay: Of matrices; biases and norms have none.
         warmup: Share of all steps until the highest learning rate.
+        compiled: Whether the objective is compiled, which takes half a minute once, and a C++ compiler.
+        teachers: Predictor folders; what is fitted is half what was chosen, and half the mean of their probabilities
+            (Hinton, Vinyals and Dean 2015, arXiv 1503.02531).
     """
 
-    def __init__(self, predictor: GradientPredictor, lr: float, weight_decay: float, warmup: float) -> None:
+    def __init__(
+        self,
+        predictor: GradientPredictor,
+        lr: float,
+        weight_decay: float,
+        warmup: float,
+        compiled: bool = False,
+        teachers: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(predictor)
+        self._teachers = {Path(folder).name: _teacher(folder, predictor) for folder in teachers or ()}
+        # What a boolean picks has a size that only the data know: no recompiling when it changes.
+        self._objective = torch.compile(predictor.loss, dynamic=True) if compiled else predictor.loss
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
 
     @property
@@ -32,13 +50,20 @@ class GradientTask(PredictorTask):
         assert isinstance(self.predictor, GradientPredictor)
         return self.predictor
 
+    def recipe(self) -> dict[str, Any]:
+        """Return the optimiser's settings as well."""
+        taught = {"teachers": ", ".join(self._teachers)} if self._teachers else {}
+        optimizer = {"lr": self.lr, "weight decay": self.weight_decay, "warmup": self.warmup}
+        return super().recipe() | optimizer | taught
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Return the predictor's loss.
 
         Raises:
             UserError: The loss is not finite.
         """
-        loss = self.fitted.loss(self.fitted(batch), batch)
+        logits = self.fitted(batch)
+        loss = self._objective(logits, batch, self._taught(batch))
         if not torch.isfinite(loss):
             names = ", ".join(sorted(set(batch.sequence_ids))[:4])
             raise UserError(
@@ -46,6 +71,14 @@ class GradientTask(PredictorTask):
             )
         self.log("train/loss", loss, prog_bar=True, batch_size=int(batch.lengths.sum()))
         return loss
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Tensor | None:
+        """Return what to fit in place of the choices ``(B, T, H, L, E)``, if there is a teacher."""
+        if not self._teachers:
+            return None
+        told = torch.stack([t.to(self.device).probabilities(t(batch)) for t in self._teachers.values()]).mean(0)
+        return (told + batch.targets(self.predictor.geometry.num_experts)[:, :, None]) / 2
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule."""
@@ -63,3 +96,16 @@ class GradientTask(PredictorTask):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _teacher(folder: str, pupil: GradientPredictor) -> Predictor:
+    """Load a predictor to learn from."""
+    teacher = load_predictor(find_predictor(folder))
+    kinds = [(one.information.lookaheads, one.geometry.shape(), one.vocab_size) for one in (teacher, pupil)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"teacher {folder}: has lookaheads {', '.join(map(str, kinds[0][0]))} of "
+            f"{teacher.geometry.describe_shape()}, but what is fitted has {', '.join(map(str, kinds[1][0]))} of "
+            f"{pupil.geometry.describe_shape()}"
+        )
+    return teacher

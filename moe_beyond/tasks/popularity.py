@@ -13,7 +13,8 @@ class Popularity(CountingTask):
     Args:
         geometry: The model's shape as `Geometry.to_json` gives it; linked from the data.
         vocab_size: Ids of the tokenizer; linked from the data.
+        arguments: Of the predictor.
     """
 
-    def __init__(self, geometry: dict[str, Any], vocab_size: int) -> None:
-        super().__init__(popularity.Popularity(Geometry.from_json(geometry), vocab_size))
+    def __init__(self, geometry: dict[str, Any], vocab_size: int, **arguments: Any) -> None:
+        super().__init__(popularity.Popularity(Geometry.from_json(geometry), vocab_size, **arguments))

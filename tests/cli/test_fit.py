@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
+from helpers import error_line
 from safetensors.numpy import load_file
 
 from moe_beyond.cli.main import main
@@ -153,3 +154,37 @@ def test_a_resumed_fit_ends_where_one_that_never_stopped_does(run: Run, tmp_path
         _, resumed = last(tmp_path / name, f"--ckpt_path={straight / 'checkpoints' / name}.ckpt")
         for key, tensor in weights.items():
             assert torch.equal(resumed[key], tensor), (name, key)
+
+
+def refit(run: Run, folder: Path, *words: str) -> Path:
+    """Fit the run's predictor once more, one epoch, otherwise."""
+    base = ("-c", str(CONFIGS / "trainer/default.yaml"), "-c", str(CONFIGS / "model/cross_layer.yaml"))
+    few = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)
+    return fit(folder, run.traces, *base, *few, *words)
+
+
+def test_a_pupil_fits_half_of_what_its_teachers_say(run: Run, tmp_path: Path) -> None:
+    teachers = f"--model.teachers=[{run.folder / 'predictor'}]"
+    alone, taught = tmp_path / "alone", tmp_path / "taught"
+    for folder, words in ((alone, ()), (taught, (teachers,))):
+        folder.mkdir()
+        refit(run, folder, *words)
+    config = read_config(next(taught.glob("runs/*/version_0/predictor")))
+    assert config["training"]["recipe"]["teachers"] == "predictor"
+    assert "teachers" not in read_config(next(alone.glob("runs/*/version_0/predictor")))["training"]["recipe"]
+
+
+def test_a_teacher_predicts_what_its_pupil_does(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "-c", CONFIGS / "model/cross_layer.yaml", "-c", CONFIGS / "data/traces.yaml", *TINY_CROSS_LAYER]
+    words += [f"--data.traces={run.traces}", f"--model.teachers=[{run.folder / 'predictor'}]"]
+    assert "has lookaheads 1, 2, 3 of 4 MoE layers" in error_line(capsys, [*words, "--model.lookaheads=2"])
+
+
+@pytest.mark.slow
+def test_a_compiled_objective_is_the_same(run: Run, tmp_path: Path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        (tmp_path / compiled).mkdir()
+        words = ("--model.objective=subset", f"--model.compiled={compiled}", "--trainer.log_every_n_steps=1")
+        losses.append(columns(refit(run, tmp_path / compiled, *words))["train/loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -29,25 +29,35 @@ def every(variants: list[Variant]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("variant", variants, ids=str)
 
 
-def known_now(scores: np.ndarray, lookaheads: tuple[int | str, ...], routed: int) -> np.ndarray:
-    """What of a token's ``(H, L, E)`` batch scores is known once its layers up to ``routed`` are (-1: none)."""
+def known_now(scores: np.ndarray, following: np.ndarray, lookaheads: tuple[int | str, ...], routed: int) -> np.ndarray:
+    """What of a token's ``(H, L, E)`` batch scores, and the next one's, is known once layers up to ``routed`` are."""
     known = np.full(scores.shape[1:], np.nan, np.float32)
+    if "next" in lookaheads:
+        known[: routed + 1] = following[lookaheads.index("next"), : routed + 1]
     for layer in range(routed + 1, len(known)):
         # h reaches the layer once layer - h is routed; a layer before the first always is.
         reaching = [h for h in lookaheads if isinstance(h, int) and layer - h <= routed]
         if reaching:
             known[layer] = scores[lookaheads.index(min(reaching)), layer]
-        elif "token" in lookaheads:
-            known[layer] = scores[lookaheads.index("token"), layer]
+        else:
+            named = [h for h in ("token", "next") if h in lookaheads]
+            known[layer] = scores[lookaheads.index(named[0]), layer] if named else np.nan
     return known
 
 
 def assert_steps(
-    stepper: Stepper, trace: Trace, scores: np.ndarray, lookaheads: tuple[int | str, ...], first: int = 0
+    stepper: Stepper,
+    trace: Trace,
+    scores: np.ndarray,
+    lookaheads: tuple[int | str, ...],
+    first: int = 0,
+    beyond: int | None = None,
 ) -> None:
-    """Step from token ``first`` on, and compare every moment with the batch's ``(T, H, L, E)`` scores."""
+    """Step tokens from ``first`` on, and compare every moment with the batch's ``(T, H, L, E)`` scores."""
     found, expected = [], []
-    for token in range(first, len(trace)):
+    if beyond is None:
+        beyond = len(trace) - ("next" in lookaheads)  # of the last no batch says what comes next
+    for token in range(first, beyond):
         stepper.observe_token(int(trace.token_ids[token]))
         for routed in range(-1, scores.shape[2]):
             if routed >= 0:
@@ -56,7 +66,7 @@ def assert_steps(
             assert isinstance(now, np.ndarray)
             assert now.dtype == np.float32
             found.append(now.copy())
-            expected.append(known_now(scores[token], lookaheads, routed))
+            expected.append(known_now(scores[token], scores[min(token + 1, len(scores) - 1)], lookaheads, routed))
     np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=0, atol=TOLERANCE)
 
 
@@ -144,7 +154,8 @@ def test_a_prefix_at_once_equals_its_tokens_one_by_one(variant, prefix, seed):
     trace = random_trace("a", prefix + 2, seed)
     stepper = predictor.stepper()
     stepper.observe_tokens(trace.token_ids[:prefix], trace.experts[:prefix])
-    assert np.isnan(stepper.scores()).all()  # every layer of its last token is routed
+    # Every layer of its last token is routed.
+    assert np.isnan(stepper.scores()).all() == (prefix == 0 or "next" not in predictor.information.lookaheads)
     scores = probabilities(predictor, collate([trace]))[0]
     assert_steps(stepper, trace, scores, predictor.information.lookaheads, first=prefix)
 
@@ -155,9 +166,8 @@ def test_steppers_of_one_predictor_do_not_disturb_each_other(variant):
     trace, other = random_trace("a", 6, 1), random_trace("b", 6, 2)
     stepper, second = predictor.stepper(), predictor.stepper()
     scores = probabilities(predictor, collate([trace]))[0]
-    for token in range(len(trace)):
-        part = replace(trace, token_ids=trace.token_ids[: token + 1], experts=trace.experts[: token + 1])
-        assert_steps(stepper, part, scores[: token + 1], predictor.information.lookaheads, first=token)
+    for token in range(len(trace) - 1):
+        assert_steps(stepper, trace, scores, predictor.information.lookaheads, token, token + 1)
         second.observe_tokens(other.token_ids[token : token + 1], other.experts[token : token + 1])
 
 
@@ -219,8 +229,11 @@ def test_nothing_outside_the_information_set_moves_a_score(variant, at, shift, s
         after = probabilities(predictor, collate([altered]))[0]
         np.testing.assert_allclose(after[:at], before[:at], rtol=0, atol=1e-6)
         for index, lookahead in enumerate(predictor.information.lookaheads):
-            reach = LAYERS if lookahead == "token" else min(LAYERS, max(lookahead, routed + lookahead + 1))
+            reach = min(LAYERS, max(lookahead, routed + lookahead + 1)) if isinstance(lookahead, int) else LAYERS
             np.testing.assert_allclose(after[at, index, :reach], before[at, index, :reach], rtol=0, atol=1e-6)
+            if lookahead == "next":
+                now, then = after[at + 1, index, : routed + 1], before[at + 1, index, : routed + 1]
+                np.testing.assert_allclose(now, then, rtol=0, atol=1e-6)
 
 
 def movements(variant: Variant, at: int, shift: int, seed: int) -> dict[str, np.ndarray]:
@@ -236,11 +249,12 @@ def movements(variant: Variant, at: int, shift: int, seed: int) -> dict[str, np.
     # A score of lookahead h is of layer l once l - h is routed: move that layer, where there is one.
     of_layers = [moved(changed_experts(trace, own, slice(routed, routed + 1), shift)) for routed in range(LAYERS)]
     nearest = [
-        [of_layers[layer - h][index, layer] if h != "token" and layer >= h else np.nan for layer in range(LAYERS)]
+        [of_layers[layer - h][index, layer] if isinstance(h, int) and layer >= h else np.nan for layer in range(LAYERS)]
         for index, h in enumerate(predictor.information.lookaheads)
     ]
+    told_before = np.array([h == "next" for h in predictor.information.lookaheads])[:, None]
     return {
-        "own id": moved(changed_ids(trace, own, shift, SEEN)),
+        "own id": np.where(told_before, np.nan, moved(changed_ids(trace, own, shift, SEEN))),
         "earlier ids": moved(changed_ids(trace, previous, shift, SEEN)),
         "earlier experts": moved(changed_experts(trace, previous, slice(None), shift)),
         "earlier layers": np.array(nearest),

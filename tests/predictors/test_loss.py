@@ -114,3 +114,17 @@ def test_the_subset_is_that_of_weighted_draws():
     exact = [sum(w for s, w in weights.items() if e in s) / total for e in range(12)]
     found = (logits - subset_shift(logits, 4)).sigmoid().tolist()
     assert found == pytest.approx(exact, abs=0.04)
+
+
+@pytest.mark.parametrize("objective", [k_positive_cross_entropy, subset_cross_entropy])
+def test_what_is_wanted_stands_in_for_the_choices(objective):
+    torch.manual_seed(0)
+    both = collate([random_trace("a", 4, 0), random_trace("b", 2, 1)])
+    layers, experts, _ = TINY.shape()
+    logits = torch.randn(2, 4, 2, layers, experts) * 3
+    chosen = both.targets(experts)[:, :, None].float().expand_as(logits)
+    torch.testing.assert_close(objective(logits, both, chosen), objective(logits, both))
+    # In half of what is wanted another K were chosen: the loss is linear in what is wanted.
+    other = chosen.roll(1, -1)
+    mixed, apart = objective(logits, both, (chosen + other) / 2), objective(logits, both, other)
+    torch.testing.assert_close(mixed, (apart + objective(logits, both)) / 2)

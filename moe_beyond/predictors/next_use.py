@@ -1,0 +1,118 @@
+"""What a layer uses when it runs next: by the next token, whose id is not known yet.
+
+Eviction needs it: of a layer that has just run every expert waits for the next token.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_beyond.predictors.copying import Copying, CopyingState
+
+Floats = npt.NDArray[np.float32]
+
+
+class NextUse(nn.Module):
+    """Logits of each layer for the token after, once the layer was routed.
+
+    They are the sum of maps of the token's state, of running averages of the sequence's own experts up to this token,
+    of the layer's own experts, and of the recurrent state after it; and of what followed the earlier tokens that heads
+    pick.
+
+    Args:
+        layers: L.
+        experts: E.
+        width: Features of a token's state.
+        layer_width: Features of the recurrent state.
+        averages: How many running averages there are.
+        copies: Heads that pick earlier tokens.
+        window: Tokens back that those see, and one.
+    """
+
+    def __init__(
+        self, layers: int, experts: int, width: int, layer_width: int, averages: int, copies: int, window: int
+    ) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(layers, experts))  # before a sequence
+        self.from_token = nn.Linear(width, layers * experts)
+        self.from_history = nn.Parameter(torch.zeros(averages, layers * experts))
+        self.from_expert = nn.Parameter(torch.zeros(layers, experts, experts))
+        self.from_state = nn.Parameter(torch.randn(layers, layer_width, experts) * layer_width**-0.5)
+        self.copying = Copying(width, copies, window, layers * experts) if copies else None
+
+    def forward(self, x: Tensor, used: Tensor, token_ids: Tensor, real: Tensor, states: Tensor, past: Tensor) -> Tensor:
+        """Return logits ``(N, L, E)``, of each real token those that were known before it.
+
+        Args:
+            x: ``(B, T, width)`` states of tokens.
+            used: ``(B, T, L*E)``, 1 where a token is routed to an expert.
+            token_ids: ``(B, T)``.
+            real: ``(B, T)`` bool.
+            states: ``(L, N, layer_width)``; states[l] knows the layers up to l.
+            past: ``(N, L*E)``, what the running averages say, the token's own experts included.
+        """
+        layers, experts = self.first.shape
+        by_layer = used[real].view(-1, layers, experts).transpose(0, 1)
+        logits = self.from_token(x[real]) + past
+        if self.copying is not None:  # what came after an earlier token is known by now, layer by layer
+            logits = logits + self.copying(x, functional.pad(used[:, 1:], (0, 0, 0, 1)), token_ids)[real]
+        of_layers = torch.bmm(by_layer, self.from_expert) + torch.bmm(states, self.from_state)
+        logits = logits.view(-1, layers, experts) + of_layers.transpose(0, 1)
+        rows = logits.new_zeros(*real.shape, layers, experts)
+        rows[real] = logits
+        first = self.first.to(rows.dtype).expand(len(real), 1, -1, -1)
+        known_before: Tensor = torch.cat([first, rows[:, :-1]], 1)[real]
+        return known_before
+
+
+class NextUseState:
+    """What a stepper keeps for `NextUse`.
+
+    Args:
+        model: The module.
+        decays: Of the running averages.
+    """
+
+    def __init__(self, model: NextUse, decays: tuple[float, ...]) -> None:
+        self._model, self._decays = model, torch.tensor(decays)[:, None]
+        self._copying = CopyingState(model.copying) if model.copying is not None else None
+        self._from_state, self._from_expert = model.from_state.detach().numpy(), model.from_expert.detach().numpy()
+        shape = model.first.shape
+        self._averaged = ((1 - self._decays) * model.from_history.detach()).sum(0).view(shape).numpy()
+        self._known = self._own = np.zeros(shape, np.float32)
+
+    def start(self, x: Tensor, token_id: int, before: Tensor, averages: Tensor) -> None:
+        """Begin a token.
+
+        Args:
+            x: ``(1, width)``, its state.
+            token_id: Its id.
+            before: ``(L*E,)``, what the token before was routed to.
+            averages: ``(averages, L*E)``, of the tokens before.
+        """
+        model = self._model
+        known = model.from_token(x)[0] + (self._decays * averages * model.from_history).sum(0)
+        self._own = self._averaged
+        if self._copying is not None:
+            shares = self._copying.start(x, token_id, before)
+            if len(self._copying.earlier):
+                weight = self._copying.weight
+                known = known + (shares[:, :-1] @ self._copying.earlier[1:] * weight).sum(0)
+                followed = (shares[:, -1:] * weight).sum(0)  # the token before, by this one
+                self._own = self._own + followed.view(model.first.shape).numpy()
+        self._known = known.view(model.first.shape).numpy()
+
+    def step(self, layer: int, experts: npt.NDArray[np.int64], state: Floats) -> Floats:
+        """Return the logits ``(1, E)`` of a layer's next run.
+
+        Args:
+            layer: The one that was routed.
+            experts: ``(K,)``.
+            state: ``(layer_width,)``, the recurrent one after it.
+        """
+        logits = self._known[layer] + self._from_expert[layer, experts].sum(0) + state @ self._from_state[layer]
+        logits[experts] += self._own[layer, experts]
+        found: Floats = logits[None]
+        return found
