@@ -1,8 +1,10 @@
 """Where the weights that ship with this package lie."""
 
 from pathlib import Path
+from typing import Any
 
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.files import read_json
 
 CONFIG_FILE = "config.json"
 
@@ -17,6 +19,25 @@ def checkpoints_folder() -> Path:
 def published_predictors() -> list[str]:
     """List the names of the predictors that ship with this package: ``architecture.model-data[-size]``."""
     return sorted(path.parent.name for path in checkpoints_folder().glob(f"*.*/{CONFIG_FILE}"))
+
+
+def published_figures() -> list[dict[str, Any]]:
+    """Describe the published predictors: name, size, architecture, lookaheads, and what evaluations were recorded."""
+    found = []
+    for name in published_predictors():
+        folder = checkpoints_folder() / name
+        config = read_json(folder / CONFIG_FILE)
+        found.append(
+            {
+                "name": name,
+                "architecture": config["architecture"],
+                "parameters": config.get("parameters"),
+                "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+                "lookaheads": config["lookaheads"],
+                "figures": config.get("figures", []),
+            }
+        )
+    return found
 
 
 def find_predictor(name: str) -> Path:

@@ -14,11 +14,12 @@ from moe_beyond.files import is_earlier_result, read_json, replacing_folder, wri
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.calibration import Calibration
+from moe_beyond.predictors.card import CARD_FILE, CONFIG_FILE, card
 from moe_beyond.predictors.registry import create
 from moe_beyond.traces.manifest import Manifest
 
 FORMAT_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+WEIGHTS_FILE = "model.safetensors"
 
 
 def save_predictor(
@@ -53,6 +54,7 @@ def save_predictor(
         "available": information.available,
         "causal": information.causal,
         "link": predictor.link,
+        "parameters": sum(weight.numel() for weight in predictor.parameters()),
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "training": training,
         "tool_version": moe_beyond.__version__,
@@ -61,7 +63,8 @@ def save_predictor(
         save_file(weights, temporary / WEIGHTS_FILE)
         config["sha256"] = hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest()
         write_json(temporary / CONFIG_FILE, config)
-        (temporary / CARD_FILE).write_text(_card(predictor, training), encoding="utf-8")
+        summary = (type(predictor).__doc__ or "").splitlines()[0]
+        (temporary / CARD_FILE).write_text(card(summary, config), encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -160,23 +163,3 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
         raise UserError(
             f"{traces}: its tokenizer {manifest.tokenizer.name!r} is not the one the predictor was fitted with"
         )
-
-
-def _card(predictor: Predictor, training: dict[str, Any]) -> str:
-    parameters = sum(p.numel() for p in predictor.parameters())
-    return f"""---
-library_name: moe-beyond
-tags: [moe, expert-prediction, {predictor.architecture}]
----
-
-# {predictor.architecture} for {predictor.geometry.model}
-
-Predicts the experts of {predictor.geometry.model} ({predictor.geometry.describe_shape()}).
-
-- Knows: {predictor.information.describe()}.
-- Fitted on: {training.get("source", "unknown")}, split {training.get("split", "unknown")!r}, fingerprint
-  `{training.get("fingerprint", "unknown")}`.
-- Parameters: {parameters / 1e6:.1f} M.
-
-Expert ids hold for this checkpoint of the model alone.
-"""

@@ -1,0 +1,110 @@
+"""A predictor folder's card: what it is, what it was fitted on and how, what it was measured to be worth; limits."""
+
+from pathlib import Path
+from typing import Any
+
+from moe_beyond.files import read_json, replacing, write_json
+from moe_beyond.geometry import Geometry
+
+CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+"""Between these stands what `record_figures` writes; the rest of a card may be edited by hand."""
+
+
+def card(summary: str, config: dict[str, Any]) -> str:
+    """Write a card.
+
+    Args:
+        summary: What the architecture is, in a sentence.
+        config: The folder's configuration.
+    """
+    geometry, training = Geometry.from_json(config["geometry"]), config["training"]
+    lookaheads = ", ".join(map(str, config["lookaheads"]))
+    shapes = geometry.describe_shape()
+    amount = f" ({training['sequences']:,} sequences, {training['tokens']:,} tokens)" if "tokens" in training else ""
+    recipe = ", ".join(f"{name} {value}" for name, value in training.get("recipe", {}).items())
+    bits = f"{training['quantization_bits']:g}-bit " if training.get("quantization_bits") else ""
+    return f"""---
+library_name: moe-beyond
+tags: [moe, expert-prediction, {config["architecture"]}]
+---
+
+# {config["architecture"]} for {geometry.model}
+
+{summary} It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
+
+- Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer
+  is {config["available"]}.
+- Fitted on: {training.get("source", "unknown")}, split {training.get("split", "unknown")!r}{amount}, fingerprint
+  `{training.get("fingerprint", "unknown")}`.
+- Recipe: {recipe or "unknown"}.
+- Parameters: {config["parameters"] / 1e6:.1f} M. Probabilities: {"" if config["calibration"] else "not "}calibrated.
+
+## Figures
+
+{BEGIN}
+{_figures(config.get("figures", []))}
+{END}
+
+## Use and limits
+
+It is there to say which experts to move to a GPU, and which to keep there, before a token needs them. It does not
+choose experts: the model's router does, and a wrong prediction costs time, never quality.
+
+Expert ids hold for this checkpoint of the model, its tokenizer and its {bits}weights alone. On text of another kind
+than it was fitted on, and on text that the model writes itself, expect it to do worse.
+"""
+
+
+def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
+    """Put an evaluation into a predictor folder's configuration and card, in place of an earlier one on the same data.
+
+    Args:
+        folder: The predictor folder.
+        figures: ``source``, ``fingerprint``, ``split``, ``command``, ``metrics`` and ``replay``, as plain values.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_FILE)
+    key = ("fingerprint", "split")
+    earlier = [one for one in config.get("figures", []) if any(one[name] != figures[name] for name in key)]
+    config["figures"] = [*earlier, figures]
+    text = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).exists() else ""
+    before, found, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2] if found else ""
+    before = before if found else f"{text.rstrip()}\n\n## Figures\n\n"
+    with replacing(folder / CARD_FILE) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n{_figures(config['figures'])}\n{END}{after}", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, config)
+
+
+def _figures(evaluations: list[dict[str, Any]]) -> str:
+    return "\n".join(_evaluation(one) for one in evaluations) if evaluations else "None recorded yet."
+
+
+def _evaluation(one: dict[str, Any]) -> str:
+    first = one["metrics"][0]
+    k, split = first["k"], "" if one["split"] is None else f", split {one['split']}"
+    lines = [
+        f"\nOn {one['source']}{split} ({first['tokens']:,} tokens), by",
+        f"`{one['command']}`:\n",
+        f"| lookahead | recall@{k} (all tokens) | NLL | calibration error | accuracy (per label) | two-class F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['lookahead']} | {row['recall_at_k']:.1%} | {row['nll']:.2f} | {row['calibration_error']:.2%} "
+        f"| {row['accuracy']:.1%} | {row['f1_two_class']:.3f} |"
+        for row in one["metrics"]
+    ]
+    lines += ["\n| slots | strategy | lookahead | hits | bytes moved / demanded |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['budget_slots']:,} ({row['budget_share']:.0%}) | {row['strategy']} | {_lookahead(row)} "
+        f"| {row['hit_rate']:.1%} | {row['bytes_ratio']:.2f} |"
+        for row in one["replay"]
+    ]
+    return "\n".join(lines)
+
+
+def _lookahead(row: dict[str, Any]) -> str:
+    if row["predictor"] is None:
+        return "-"
+    return "all" if row["lookahead"] is None else str(row["lookahead"])

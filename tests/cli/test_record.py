@@ -1,0 +1,97 @@
+"""Figures that go into a predictor's folder, and the list that shows them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fitting import Run
+from helpers import error_line, tiny_traces
+
+from moe_beyond import published
+from moe_beyond.cli.main import main
+from moe_beyond.predictors.folder import load_predictor
+
+
+@pytest.fixture
+def folder(run: Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run.folder / "predictor", tmp_path / "cross_layer.tiny-tests"))
+
+
+def evaluated(folder: Path, traces: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    asked = ["evaluate", str(folder), "--traces", str(traces), "--budget", "8", *words, "--json", "-"]
+    assert main(asked) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_recorded_figures_are_those_of_the_evaluation(folder, tmp_path, capsys):
+    traces = tiny_traces(tmp_path / "other", seed=5)
+    weights = (folder / "model.safetensors").read_bytes()
+    said = evaluated(folder, tmp_path / "other", capsys, "--policy", "belief", "--record")
+    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
+    (recorded,) = config["figures"]
+    assert recorded["fingerprint"] == traces.manifest.fingerprint
+    assert recorded["command"] == "moe-beyond evaluate cross_layer.tiny-tests --traces DIR --budget 8 --policy belief"
+    assert [row["recall_at_k"] for row in recorded["metrics"]] == [row["recall_at_k"] for row in said["metrics"]]
+    assert [row["hit_rate"] for row in recorded["replay"]] == [row["hit_rate"] for row in said["results"]]
+    for row in said["metrics"]:
+        assert f"| {row['lookahead']} | {row['recall_at_k']:.1%} |" in card
+    for row in said["results"]:
+        assert f"| {row['hit_rate']:.1%} | {row['bytes_ratio']:.2f} |" in card
+    assert str(tmp_path) not in card + json.dumps(config)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    load_predictor(folder)
+
+
+def test_a_second_evaluation_replaces_the_first_on_the_same_data_alone(folder, tmp_path, capsys):
+    for name, seed in (("a", 5), ("b", 6)):
+        tiny_traces(tmp_path / name, seed=seed)
+        evaluated(folder, tmp_path / name, capsys, "--record")
+    evaluated(folder, tmp_path / "a", capsys, "--policy", "belief", "--record")
+    evaluated(folder, tmp_path / "a", capsys, "--split", "train", "--record")
+    figures = json.loads((folder / "config.json").read_text())["figures"]
+    assert ["belief" in one["command"] for one in figures] == [False, True, False]
+    assert [one["split"] for one in figures] == [None, None, "train"]
+
+
+def test_what_was_written_by_hand_stays(folder, tmp_path, capsys):
+    tiny_traces(tmp_path / "a")
+    card = folder / "README.md"
+    card.write_text("Mine, above.\n\n" + card.read_text() + "\nMine, below.\n")
+    evaluated(folder, tmp_path / "a", capsys, "--record")
+    once = card.read_text()
+    evaluated(folder, tmp_path / "a", capsys, "--record")
+    assert card.read_text() == once
+    assert once.startswith("Mine, above.")
+    assert once.endswith("Mine, below.\n")
+    assert "recall@2" in once
+
+
+def test_only_a_predictor_folder_takes_figures(run, tmp_path, capsys):
+    tiny_traces(tmp_path / "a")
+    words = ["evaluate", run.folder, "--traces", tmp_path / "a", "--record"]
+    assert "is a run" in error_line(capsys, words)
+
+
+def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch):
+    tiny_traces(tmp_path / "a")
+    said = evaluated(folder, tmp_path / "a", capsys, "--budget", "16", "--record")
+    monkeypatch.setattr(published, "checkpoints_folder", lambda: tmp_path)
+    assert main(["list", "--json", "-"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["predictors"]
+    assert one["name"] == folder.name
+    assert one["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert one["parameters"] == sum(weight.numel() for weight in load_predictor(folder).parameters())
+    assert main(["list"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert folder.name in shown
+    assert ", ".join(f"{100 * row['recall_at_k']:.1f}" for row in said["metrics"]) in shown
+    own = [row for row in said["results"] if row["predictor"] and row["budget_slots"] == 8]
+    best = max(own, key=lambda row: row["hit_rate"])
+    assert f"{best['hit_rate']:.1%} @ {best['bytes_ratio']:.2f} (8 slots)" in shown
+
+
+def test_every_published_predictor_is_listed(capsys):
+    assert main(["list", "--json", "-"]) == 0
+    listed = [one["name"] for one in json.loads(capsys.readouterr().out)["predictors"]]
+    assert listed == published.published_predictors() != []
