@@ -143,3 +143,15 @@ def test_a_step_is_timed_part_by_part(tmp_path: Path) -> None:
     assert found["tokens"] > 3
     whole, parts = (found["microseconds"][name]["median"] for name in ("(token + layers) / L", "layer"))
     assert 0 < parts < whole
+
+
+def test_training_is_timed_on_the_same_pieces(tmp_path: Path) -> None:
+    tiny_traces(tmp_path / "traces", sequences=40)
+    words = ["--data", str(tmp_path / "traces"), "--steps", "1", "--budgets", "32", "--json", str(tmp_path / "f.json")]
+    assert "best of cross_layer / best of row_encoder" in run("bench_training.py", *words)
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [(row["architecture"], row["precision"]) for row in found["runs"]] == [
+        (name, precision) for name in ("row_encoder", "cross_layer") for precision in ("32-true", "bf16-mixed")
+    ]
+    assert found["ratio"] == pytest.approx(found["best"]["cross_layer"] / found["best"]["row_encoder"])
+    assert all(len(row["entries_per_s"]) == 1 and row["entries_per_s"][0] > 0 for row in found["runs"])

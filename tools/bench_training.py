@@ -1,0 +1,96 @@
+"""Training throughput: what the published architecture takes to see an entry, and what cross_layer does.
+
+    python tools/bench_training.py --data TRACES [--steps N] [--budgets TOKENS ...] [--json FILE]
+
+Fits `row_encoder` with the published settings and `cross_layer` with those of the published predictor, on the same
+training pieces of at most 512 tokens, by the package's own loop: in float32 and in bfloat16, at several batch sizes. An
+entry is a (token, layer) pair. Prints entries/s of each, and of the best of one over the best of the other. The first
+two steps of each warm up.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.files import write_json
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.tasks import CrossLayer, PredictorTask, RowEncoder
+
+WARM_UP = 2
+ARCHITECTURES: dict[str, tuple[type[PredictorTask], dict[str, Any]]] = {
+    "row_encoder": (RowEncoder, {}),
+    "cross_layer": (CrossLayer, {"copies": 4, "layer_copies": 1, "objective": "subset"}),
+}
+
+
+class Clock(L.Callback):
+    """Notes when each step ended, and how many tokens it saw."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, _: Any, batch: Batch, __: int) -> None:
+        """Note a step."""
+        self.ends.append(time.perf_counter())
+        self.tokens.append(int(batch.lengths.sum()))
+
+
+def entries_per_second(name: str, traces: str, budget: int, precision: Any, steps: int) -> list[float]:
+    """Train for some steps; return the rate of each."""
+    data = TraceDataModule(traces, val_split=None, token_budget=budget, max_tokens=512)
+    task_class, arguments = ARCHITECTURES[name]
+    task = task_class(geometry=data.geometry.to_json(), vocab_size=data.vocab_size, **arguments)  # type: ignore[call-arg, arg-type]
+    clock = Clock()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=WARM_UP + steps, precision=precision, callbacks=[clock], gradient_clip_val=1.0,
+        enable_model_summary=False, **quiet,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    layers = data.geometry.num_layers
+    spans = zip(clock.ends[WARM_UP - 1 :], clock.ends[WARM_UP:], clock.tokens[WARM_UP:], strict=False)
+    return [tokens * layers / (end - start) for start, end, tokens in spans]
+
+
+def main() -> None:
+    """Parse the options, train, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a trace set")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed, of each")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024, 2048], help="tokens of a batch")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for name in ARCHITECTURES:
+        for precision in ("32-true", "bf16-mixed"):
+            for budget in args.budgets:
+                rates = entries_per_second(name, args.data, budget, precision, args.steps)
+                rows.append({"architecture": name, "precision": precision, "tokens": budget, "entries_per_s": rates})
+                print(f"{name} {precision} {budget}: {statistics.median(rates):,.0f} entries/s", flush=True)
+    table = Table(title=f"entries/s in training, medians of {args.steps} steps")
+    for heading in ("architecture", "precision", "tokens a batch", "entries/s"):
+        table.add_column(heading, justify="right" if heading in ("tokens a batch", "entries/s") else "left")
+    for row in rows:
+        rate = f"{statistics.median(row['entries_per_s']):,.0f}"
+        table.add_row(row["architecture"], row["precision"], str(row["tokens"]), rate)
+    best = {
+        name: max(statistics.median(row["entries_per_s"]) for row in rows if row["architecture"] == name)
+        for name in ARCHITECTURES
+    }
+    ratio = best["cross_layer"] / best["row_encoder"]
+    table.caption = f"best of cross_layer / best of row_encoder: {ratio:.1f}"
+    Console().print(table)
+    if args.json:
+        write_json(args.json, {"ratio": ratio, "best": best, "runs": rows})
+
+
+if __name__ == "__main__":
+    main()
