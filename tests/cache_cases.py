@@ -279,11 +279,14 @@ def _scored(draw: Callable, experts: int, layers: int, lookaheads: tuple) -> dic
 def _slots(draw: Callable, case: Case, scopes: Sequence[str]) -> dict:
     """Slots that hold the largest event, and not always more."""
     layers, experts, top_k = case.geometry.shape()
-    stream = case.stream()
-    demanded = np.diff(stream.offsets)
     largest = [top_k] * layers
-    if case.settings.policy != "belady_bypass" and len(demanded):
-        largest = [max(top_k, int(demanded[layer::layers].max())) for layer in range(layers)]
+    if case.settings.policy != "belady_bypass":
+        # Tests change these: without warm-up none is skipped, without chunks and windows other tokens go together.
+        alone = case.changed(prefill_chunk=0, window=1)
+        for asked in (case, case.changed(warmup_tokens=0), alone, alone.changed(warmup_tokens=0)):
+            demanded = np.diff(asked.stream().offsets)
+            for layer in range(layers):
+                largest[layer] = max(largest[layer], int(demanded[layer::layers].max(initial=0)))
     scope = draw(st.sampled_from(scopes))
     if scope == "global":
         spare = draw(st.sampled_from([0, 1, 2, 3, 4, *range(5, layers * experts)]))

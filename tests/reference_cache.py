@@ -5,6 +5,7 @@ looking through the whole history of an expert, and the future is searched from 
 """
 
 import bisect
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -496,7 +497,9 @@ class ReferenceCache:
 
     def learn_ahead(self, step: Step, following: Step | None, layer: int) -> None:
         """Take in what is known after a layer, or at -1 when the step starts."""
-        rules, behind = self.rules, {"token": self.rules.layers, "next": self.rules.layers + 1}
+        rules = self.rules
+        behind = {h: min(h, rules.layers) for h in rules.lookaheads if isinstance(h, int)}
+        behind |= {"token": rules.layers, "next": rules.layers + 1}
         if layer >= 0 and following and not following.first and "next" in following.scores:
             self.learn(layer, following.scores["next"][layer])
         for later in range(layer + 1, rules.layers):
@@ -505,13 +508,10 @@ class ReferenceCache:
             fresh = [
                 h
                 for h in rules.lookaheads
-                if h in step.scores
-                and h != 0
-                and max(later - behind.get(h, h), -1) == layer
-                and (h != "next" or step.first)
+                if h in step.scores and h != 0 and max(later - behind[h], -1) == layer and (h != "next" or step.first)
             ]
             if fresh:
-                chosen = min(fresh, key=lambda h: behind.get(h, h))
+                chosen = min(fresh, key=lambda h: behind[h])
                 self.learn(later, step.scores[chosen][later])
 
     def ask_ahead(self, layer: int) -> None:
@@ -525,7 +525,7 @@ class ReferenceCache:
     def run(self, steps: list[Step]) -> list[tuple[float, float]]:
         """Step a sequence; return each step's seconds of stall and of computing."""
         rules, spent = self.rules, []
-        for step, following in zip(steps, [*steps[1:], None], strict=True):
+        for step, following in itertools.zip_longest(steps, steps[1:]):
             begins, stall = self.now, 0.0
             self.start_step(step.counted)
             self.need = [begins + (i + 1) * rules.other + i * rules.top_k * rules.expert for i in range(rules.layers)]

@@ -149,24 +149,43 @@ def test_moe_spac_keeps_what_windows_route_many_tokens_to(policy: str, hits: int
     assert (result.accesses, result.hits) == (8, hits)
 
 
-# Three slots: a0 b0 | a1 b1 | a2 b0. b0 has score 1 for the second token and for the third, all others have 0.
+# Three slots: a0 b0 | a0 b1 | a2 b0. b0 has score 1 for the third token, all others have 0.
+@pytest.mark.parametrize(
+    ("policy", "hits"),
+    [
+        ("lru", 1),  # M M | a0H, b1M is the third | a2M drops b0; b0M
+        # The history means 1/2 always. a2M: a0, whose layer was routed just now, is due in 2 + 2 (1/2) / (1/2) = 4
+        # events, b0 in 1 + 0, b1 in 1 + 2 (1 - 0) / (1/2) = 5: b1 goes. b0H
+        ("belief", 2),
+    ],
+)
+def test_belief_reads_scores(policy: str, hits: int):
+    trace = [[[0], [0]], [[0], [1]], [[2], [0]]]
+    assert hits_of_told(policy, "token", [[[], []], [[], []], [[], [0]]], trace) == hits
+
+
+# Three slots: a0 b0 | a1 b1 | a2 b0. After b of the second token it is known that b0 has score 1 for the third.
 @pytest.mark.parametrize(
     ("policy", "hits"),
     [
         ("lru", 0),  # M M | a1M is the third; b1M drops a0 | a2M drops b0; b0M
-        # The history means 1/2 always. b1M: a0 and a1, which have run since their scores, are due in 1 + 2 (1/2) /
-        # (1/2) = 3 events; b0 in 2 + 0 (the score was of this run, but a high one tells of more). The older, a0, goes.
-        # a2M: a1 is due in 2 + 2 (1 - 0) / (1/2) = 6, b0 in 1, b1 in 1 + 4: a1 goes. b0H
+        # b1M: a0 and a1 have score 0 for the third token and are due in 1 + 2 (1 - 0) / (1/2) = 5, b0 in 2 + 0: of a0
+        # and a1 the older goes. a2M: a1, of which no more is known, is due in 2 + 2 (1/2) / (1/2) = 4, b0 in 1, b1 in
+        # 1 + 4: b1 goes. b0H
         ("belief", 1),
     ],
 )
-def test_belief_reads_scores(policy: str, hits: int):
-    geometry = small_geometry(2, 3, 1)
-    scores = scored(geometry, [[[], []], [[], [0]], [[], [0]]])
-    settings = ReplaySettings(3, policy=policy, lookaheads=("token",))
+def test_what_a_layer_uses_next_is_known_before_its_victims_are_chosen(policy: str, hits: int):
     trace = [[[0], [0]], [[1], [1]], [[2], [0]]]
-    result = replay(geometry, settings, trace, scores, profile=profile([0.5] * 3, [0.5] * 3))
-    assert (result.hits, result.misses) == (hits, 6 - hits)
+    assert hits_of_told(policy, "next", [[[], []], [[], []], [[], [0]]], trace) == hits
+
+
+def hits_of_told(policy: str, lookahead: str, told: list, trace: list) -> int:
+    geometry = small_geometry(2, 3, 1)
+    settings = ReplaySettings(3, policy=policy, lookaheads=(lookahead,))
+    result = replay(geometry, settings, trace, scored(geometry, told), profile=profile([0.5] * 3, [0.5] * 3))
+    assert result.hits + result.misses == result.accesses == 6
+    return result.hits
 
 
 # Two layers, two slots: a0 b0 | a0 b0. In the second token b0 has score 8/16, b1 9/16.

@@ -172,10 +172,10 @@ def test_nothing_depends_on_what_is_not_known_yet(case: Case, data: st.DataObjec
     late = np.arange(length * layers).reshape(length, layers) > now
     experts[late] = np.sort((experts[late] + 1) % case.geometry.num_experts)  # what is routed later
     for place, lookahead in enumerate(case.settings.lookaheads):
-        ahead = layers if lookahead == "token" else lookahead
+        ahead = lookahead if isinstance(lookahead, int) else layers
         for later in range(layers):
             known = later - ahead < layer or (ahead == 0 and later == layer)  # when layer `layer` of `token` is routed
-            first = token + 1 if known else token
+            first = token + (lookahead == "next" and later <= layer) + 1 if known else token
             scores[first:, place, later] = 1 - scores[first:, place, later]
     other = replace(case, sequences=[experts], scores=[scores])
     (spans, log), (others, other_log) = watched(case), watched(other)
