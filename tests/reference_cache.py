@@ -153,6 +153,7 @@ class ReferenceCache:
         self.runs: list[list[dict[int, int]]] = [[] for _ in range(rules.layers)]  # all demands of each layer
         self.known: dict[Expert, float] = {}  # for the next time its layer runs
         self.last_known: dict[Expert, float] = {}
+        self.said: dict[Expert, float] = {}  # of the next run, when the layer had just run
         self.told: dict[Expert, bool] = {}  # whether a score came after the layer's last run
         self.level: dict[Expert, int] = defaultdict(int)
         self.counts = [dict.fromkeys(COUNTERS, 0) for _ in range(rules.layers)]
@@ -222,11 +223,12 @@ class ReferenceCache:
         return worth, tie, expert
 
     def wait(self, expert: Expert) -> float:
-        """Belief's events until the next use."""
+        """Belief's events that a hit takes."""
         hazard = self.hazard(expert)
         probability = self.last_known[expert] if self.told.get(expert) else hazard
-        beyond = self.rules.layers * (1 - probability) / max(probability, hazard)
-        return self.ahead(expert) + beyond
+        wait = self.rules.layers * (1 - probability) / max(hazard, self.said.get(expert, 0.0))
+        ahead = self.ahead(expert)
+        return min(ahead * (1 / max(probability, 1e-9)), ahead + wait)
 
     def hazard(self, expert: Expert) -> float:
         layer, number = expert
@@ -502,6 +504,7 @@ class ReferenceCache:
         behind |= {"token": rules.layers, "next": rules.layers + 1}
         if layer >= 0 and following and not following.first and "next" in following.scores:
             self.learn(layer, following.scores["next"][layer])
+            self.said |= {(layer, expert): score for expert, score in enumerate(following.scores["next"][layer])}
         for later in range(layer + 1, rules.layers):
             # Whole-token scores come as if from L layers before. Of those that come now the shortest lookahead tells;
             # those of the next run came with the step before, unless there is none.

@@ -188,17 +188,17 @@ def hits_of_told(policy: str, lookahead: str, told: list, trace: list) -> int:
     return result.hits
 
 
-# Two layers, two slots: a0 b0 | a0 b0. In the second token b0 has score 8/16, b1 9/16.
+# Two layers, two slots: a0 b0 | a0 b0. In the second token b0 has score 3/16, b1 4/16.
 @pytest.mark.parametrize(("used_before", "transfers"), [(0.5, 1), (0.75, 0)])
 def test_belief_does_not_fetch_what_would_be_the_worst(used_before: float, transfers: int):
-    # Ask b1 after a0H, which is held: b1 is due in 1 + 2 (7/16) / (9/16) = 2.56 events. Where what was used before is
-    # used by 1/2, b0 is due in 1 + 2 (1/2) / (1/2) = 3, and goes; where by 3/4, in 1 + 2 (1/2) / (3/4) = 2.33: b1 is
-    # refused, also when a0 is through.
+    # Ask b1 after a0H, which is held: a hit of b1 takes min(1 / (4/16), 1 + 2 (12/16) / (1/2)) = 4 events. Where what
+    # was used before is used by 1/2, one of b0 takes min(1 / (3/16), 1 + 2 (13/16) / (1/2)) = 4.25: it goes. Where by
+    # 3/4, 1 + 2 (13/16) / (3/4) = 3.17: b1 is refused, also when a0 is through, which takes 2 / (3/4) = 2.67.
     scores = np.zeros((2, 1, 2, 2), np.float32)
-    scores[1, 0, 1] = 0.5, 0.5625
+    scores[1, 0, 1] = 0.1875, 0.25
     hazard = np.full((8, 8), used_before)
     hazard[0] = 0.5
-    config = ReplaySettings(2, policy="belief", prefetch="p>0.5", lookahead=1, lookaheads=(1,))
+    config = ReplaySettings(2, policy="belief", prefetch="p>0.2", lookahead=1, lookaheads=(1,))
     known = Profile(np.full((2, 2), 0.5), hazard)
     result = replay(small_geometry(2, 2, 1), config, [[[0], [0]]] * 2, scores, profile=known)
     assert counts(result) == (2 - transfers, 2 + transfers, 2 + transfers, transfers, 0, transfers)
