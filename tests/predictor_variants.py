@@ -1,6 +1,6 @@
 """Tiny instances of every registered predictor, whose weights make everything they read matter."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -94,6 +94,7 @@ VARIANTS = [
     _token_causal("alone", ["earlier experts"], window=1),
     _token_causal("copying", ["earlier ids", "earlier experts"], window=3, copies=2, objective="subset"),
     _token_causal("copying_all", ["earlier ids", "earlier experts"], window=64, copies=1),
+    _token_causal("remembering", ["earlier ids", "earlier experts"], window=3, remembered_tokens=16),
     _cross_layer("one_ahead", ALL_EARLIER, lookaheads=1, window=3),
     _cross_layer("three_ahead", ALL_EARLIER, lookaheads=3, window=3),
     # More lookaheads than layers, and no token out of the window.
@@ -126,10 +127,31 @@ def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, v
     return Trace(name, "tests", rng.integers(0, vocab, length).astype(np.int32), chosen, length)
 
 
-def training_text(traces: Sequence[Trace]) -> TrainingText:
+def training_text(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingText:
     """Count the traces' ids; every id has a string of its own."""
     counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB)
-    return TrainingText(counts, [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)])
+    return TrainingText(counts, [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)], counted(traces, num_experts))
+
+
+def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What `TrainingText.expert_counts` is of these traces, by a plain loop."""
+    layers = traces[0].experts.shape[1]
+
+    def expert_counts(token_ids: np.ndarray) -> np.ndarray:
+        counts = np.zeros((len(token_ids), layers, num_experts), np.int32)
+        for row, token_id in enumerate(token_ids):
+            for trace in traces:
+                for experts in trace.experts[trace.token_ids == token_id]:
+                    for layer, chosen in enumerate(experts):
+                        counts[row, layer, chosen] += 1
+        return counts.reshape(len(token_ids), -1)
+
+    return expert_counts
+
+
+def uncounted(token_ids: np.ndarray) -> np.ndarray:
+    """The same where nobody may ask."""
+    raise AssertionError("this predictor does not remember routing")
 
 
 def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:
@@ -138,7 +160,7 @@ def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         predictor = create(variant.architecture, geometry, VOCAB, **variant.arguments)
-        predictor.prepare(training_text(traces))
+        predictor.prepare(training_text(traces, geometry.num_experts))
         if isinstance(predictor, CountingPredictor):
             predictor.observe(collate(traces))
         with torch.no_grad():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader
 
 from moe_beyond.datamodules.plan import PlanSettings, plan_batches, whole_in_order
@@ -14,6 +15,8 @@ from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
+
+TOKENS_AT_ONCE = 4096
 
 
 class TraceDataModule(L.LightningDataModule):
@@ -79,7 +82,24 @@ class TraceDataModule(L.LightningDataModule):
         counts = np.zeros(self.vocab_size, np.int64)
         for info in self.traces.shards(self.train_split):
             counts += np.bincount(self.traces.read(info).token_ids, minlength=self.vocab_size)
-        return TrainingText(counts, self.traces.token_strings)
+        return TrainingText(counts, self.traces.token_strings, self._expert_counts)
+
+    def _expert_counts(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Count how often the training split routed tokens to each expert: ``(n, L*E)``."""
+        layers, experts, _ = self.geometry.shape()
+        counts = np.zeros((len(token_ids), layers * experts), np.int32)
+        row_of = np.full(self.vocab_size, -1)
+        row_of[token_ids] = np.arange(len(token_ids))
+        base = np.arange(layers)[:, None] * experts
+        for info in self.traces.shards(self.train_split):
+            shard = self.traces.read(info)
+            rows = row_of[shard.token_ids]
+            for start in range(0, len(rows), TOKENS_AT_ONCE):
+                part = slice(start, start + TOKENS_AT_ONCE)
+                known = rows[part] >= 0
+                used = (shard.experts[part][known] + base).reshape(int(known.sum()), -1)
+                np.add.at(counts, (rows[part][known][:, None], used), 1)
+        return counts
 
     def setup(self, stage: str) -> None:
         """Check that the splits are there before anything runs."""

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,10 +25,23 @@ class TrainingText:
     Attributes:
         token_counts: ``(V,)`` int64, how often each token id occurs in the training split.
         token_strings: The string of every token id, or None where the trace set carries no tokenizer.
+        expert_counts: Given ``(n,)`` token ids, counts how often the training split routed each to each expert:
+            ``(n, L*E)`` int32.
     """
 
     token_counts: npt.NDArray[np.int64]
     token_strings: Sequence[str] | None
+    expert_counts: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]]
+
+    def most_frequent(self, most: int, least: int = 1) -> npt.NDArray[np.int64]:
+        """Return the ids of the most frequent tokens, from the most frequent on, ties by id.
+
+        Args:
+            most: How many at most.
+            least: Occurrences that each must have.
+        """
+        frequent = np.argsort(-self.token_counts, kind="stable")[:most]
+        return frequent[self.token_counts[frequent] >= least]
 
 
 class Stepper(ABC):

@@ -43,6 +43,7 @@ class CrossLayer(TokenCausal):
         layer_copies: Heads that pick earlier tokens after every layer.
         whole_token: Whether lookahead ``"token"`` is predicted as well.
         next_use: Whether lookahead ``"next"`` is predicted as well.
+        remembered_tokens: Tokens whose routing in training is remembered.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams.
@@ -67,6 +68,7 @@ class CrossLayer(TokenCausal):
         layer_copies: int = 0,
         whole_token: bool = False,
         next_use: bool = False,
+        remembered_tokens: int = 0,
         known_tokens: int = 16384,
         min_count: int = 2,
         ngram_buckets: int = 8192,
@@ -74,8 +76,8 @@ class CrossLayer(TokenCausal):
         token_dropout: float = 0.1,
     ) -> None:
         super().__init__(
-            geometry, vocab_size, width, depth, heads, window, copies, objective, known_tokens, min_count,
-            ngram_buckets, dropout, token_dropout,
+            geometry, vocab_size, width, depth, heads, window, copies, objective, remembered_tokens, known_tokens,
+            min_count, ngram_buckets, dropout, token_dropout,
         )  # fmt: skip
         if lookaheads < 1 or layer_copies < 0 or (layer_copies and window < 2):
             raise UserError("cross_layer: lookaheads is at least 1, layer_copies 0, and with those window 2")

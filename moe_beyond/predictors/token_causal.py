@@ -19,6 +19,7 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.copying import Copying, CopyingState
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy
+from moe_beyond.predictors.memory import RoutingMemory
 from moe_beyond.predictors.tokens import TokenEmbedding
 from moe_beyond.predictors.whole_token import WholeTokenStepper
 
@@ -30,8 +31,8 @@ LOSSES = {"softmax": k_positive_cross_entropy, "subset": subset_cross_entropy}
 class TokenCausal(GradientPredictor):
     """Predicts a token's experts at all layers when the token starts.
 
-    Logits are the sum of three maps: of the token's state, of running averages of the sequence's own experts, and of
-    the experts of earlier tokens that it picks.
+    Logits are the sum of maps: of the token's state, of running averages of the sequence's own experts, of the experts
+    of earlier tokens that it picks, and of what training routed the token to.
 
     Args:
         geometry: The model's shape.
@@ -42,6 +43,7 @@ class TokenCausal(GradientPredictor):
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
         objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
+        remembered_tokens: Tokens whose routing in training is remembered.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams.
@@ -62,6 +64,7 @@ class TokenCausal(GradientPredictor):
         window: int = 128,
         copies: int = 0,
         objective: Literal["softmax", "subset"] = "softmax",
+        remembered_tokens: int = 0,
         known_tokens: int = 16384,
         min_count: int = 2,
         ngram_buckets: int = 8192,
@@ -90,6 +93,9 @@ class TokenCausal(GradientPredictor):
         self.from_token = nn.Linear(width, total)
         self.from_history = nn.Parameter(torch.zeros(len(DECAYS), total))
         self.copying = Copying(width, copies, window, total) if copies else None
+        self.remembered_tokens = remembered_tokens
+        self.memory = RoutingMemory(vocab_size, remembered_tokens, total, width) if remembered_tokens else None
+        self.from_memory = nn.Linear(width, total, bias=False) if remembered_tokens else None
         nn.init.normal_(self.previous.weight, std=0.02)
 
     @property
@@ -98,8 +104,10 @@ class TokenCausal(GradientPredictor):
         return Information(("token",))
 
     def prepare(self, text: TrainingText) -> None:
-        """Take in the training split's vocabulary."""
+        """Take in the training split's vocabulary, and what was routed where if that is to be remembered."""
         self.tokens.prepare(text)
+        if self.memory is not None:
+            self.memory.prepare(text)
 
     def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """The objective."""
@@ -111,11 +119,15 @@ class TokenCausal(GradientPredictor):
         used = batch.targets(self.geometry.num_experts).flatten(2).float()  # (B, T, L*E)
         hidden = torch.rand(real.shape, device=real.device) < self.token_dropout if self.training else None
         before = functional.pad(used[:, :-1], (0, 0, 1, 0))  # of the token before each
-        x = self.drop(self.tokens(batch.token_ids, hidden) + self.previous(before))
+        x = self.tokens(batch.token_ids, hidden) + self.previous(before)
+        memory = None if self.memory is None else self.memory(batch.token_ids, hidden, used)
+        x = self.drop(x if memory is None else x + memory)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
         logits = self.from_token(x[real]) + averaged(before, real, self.from_history)
+        if memory is not None and self.from_memory is not None:
+            logits = logits + self.from_memory(memory[real])
         if self.copying is not None:
             logits = logits + self.copying(x, used, batch.token_ids)[real]
         logits = self._layers(x, logits, used, batch)
@@ -183,12 +195,17 @@ class TokenState:
         model, before = self._model, torch.from_numpy(self.used).flatten()
         decays = torch.tensor(DECAYS)[:, None]
         self.averages = decays * self.averages + (1 - decays) * before
-        x = model.tokens(torch.tensor([[token_id]])) + model.previous(before)
+        ids = torch.tensor([[token_id]])
+        x = model.tokens(ids) + model.previous(before)
+        memory = None if model.memory is None else model.memory(ids, None, before[None, None])
+        x = x if memory is None else x + memory
         for index, block in enumerate(model.blocks):
             assert isinstance(block, WindowBlock)
             x, self._caches[index] = block.step(x, self._caches[index])
         token = model.norm(x)[0]
         logits = model.from_token(token)[0] + (self.averages * model.from_history).sum(0)
+        if memory is not None and model.from_memory is not None:
+            logits = logits + model.from_memory(memory)[0, 0]
         if self._copying is not None:
             shares = self._copying.start(token, token_id, before)
             logits = logits + (shares @ self._copying.earlier * self._copying.weight).sum(0)

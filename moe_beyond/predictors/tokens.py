@@ -46,8 +46,7 @@ class TokenEmbedding(nn.Module):
 
     def prepare(self, text: TrainingText) -> None:
         """Give the most frequent training tokens their rows, and every token its n-grams."""
-        frequent = np.argsort(-text.token_counts, kind="stable")[: self.known_tokens]
-        frequent = frequent[text.token_counts[frequent] >= self.min_count]
+        frequent = text.most_frequent(self.known_tokens, self.min_count)
         self.rows.zero_()
         self.rows[torch.from_numpy(frequent)] = torch.arange(1, len(frequent) + 1, dtype=self.rows.dtype)
         ngrams = np.zeros(self.ngrams.shape, np.int32)

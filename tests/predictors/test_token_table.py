@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import TINY
 from helpers import VOCAB as TINY_VOCAB
-from predictor_variants import LONG, random_trace, training_text
+from predictor_variants import LONG, random_trace, training_text, uncounted
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -37,7 +37,7 @@ COUNTED = batch_of(
 
 def table(batches: list[Batch], backoff: float = 2.0) -> TokenTable:
     predictor = TokenTable(SMALL, VOCAB, backoff)
-    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None))
+    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
     for batch in batches:
         predictor.observe(batch)
     return predictor.eval()
@@ -120,7 +120,7 @@ def test_counts_do_not_depend_on_the_batches():
 
 def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
     predictor = TokenTable(SMALL, VOCAB, min_count=2)
-    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None))
+    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
     predictor.observe(COUNTED)
     assert predictor.token_ids.tolist() == [-1, 5]
     assert predictor.occurrences.tolist() == [1, 3]
