@@ -57,7 +57,7 @@ def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
 
 def _token_causal(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     small = {"width": 8, "depth": 2, "heads": 2, "known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
-    return Variant("token_causal", name, {**arguments, **small}, frozenset({"own id", *reads}))
+    return Variant("token_causal", name, {**small, **arguments}, frozenset({"own id", *reads}))
 
 
 def _naive_bayes(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
@@ -94,7 +94,9 @@ VARIANTS = [
     _token_causal("alone", ["earlier experts"], window=1),
     _token_causal("copying", ["earlier ids", "earlier experts"], window=3, copies=2, objective="subset"),
     _token_causal("copying_all", ["earlier ids", "earlier experts"], window=64, copies=1),
-    _token_causal("remembering", ["earlier ids", "earlier experts"], window=3, remembered_tokens=16),
+    _token_causal(
+        "remembering", ["earlier ids", "earlier experts"], window=3, remembered_tokens=VOCAB, ngram_buckets=0
+    ),
     _cross_layer("one_ahead", ALL_EARLIER, lookaheads=1, window=3),
     _cross_layer("three_ahead", ALL_EARLIER, lookaheads=3, window=3),
     # More lookaheads than layers, and no token out of the window.

@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "weight decay 0.1": (*FLAGSHIP, "--model.weight_decay=0.1"),
     "one block": (*FLAGSHIP, "--model.depth=1"),
     "narrow": (*FLAGSHIP, "--model.width=128", "--model.layer_width=128"),
-    "no n-grams": (*FLAGSHIP, "--model.ngram_buckets=1"),
+    "no n-grams": (*FLAGSHIP, "--model.ngram_buckets=0"),
     "pieces of 128 tokens": (*FLAGSHIP, "--data.max_tokens=128"),
     "float32": (*FLAGSHIP, "--trainer.precision=32-true"),
 }

@@ -40,7 +40,7 @@ class RowEncoder(GradientPredictor):
         bidirectional: Whether it also sees as many tokens after it, as the published one does.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
-        ngram_buckets: Vectors shared by all character n-grams.
+        ngram_buckets: Vectors shared by all character n-grams; 0 does without.
         dropout: Probability of dropping a feature in training.
     """
 

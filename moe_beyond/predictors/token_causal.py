@@ -46,7 +46,7 @@ class TokenCausal(GradientPredictor):
         remembered_tokens: Tokens whose routing in training is remembered.
         known_tokens: Tokens with an own vector.
         min_count: Training occurrences that an own vector needs.
-        ngram_buckets: Vectors shared by all character n-grams.
+        ngram_buckets: Vectors shared by all character n-grams; 0 does without.
         dropout: Probability of dropping a feature in training.
         token_dropout: Probability of treating a token as unknown in training.
     """

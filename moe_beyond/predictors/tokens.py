@@ -25,7 +25,7 @@ class TokenEmbedding(nn.Module):
         width: Features.
         known_tokens: Tokens that get an own vector: the most frequent ones of the training split.
         min_count: Occurrences in the training split that a token needs for an own vector.
-        ngram_buckets: Vectors that all n-grams share by hashing.
+        ngram_buckets: Vectors that all n-grams share by hashing; 0 does without n-grams.
     """
 
     rows: Tensor
@@ -33,22 +33,28 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, known_tokens: int, min_count: int, ngram_buckets: int) -> None:
         super().__init__()
-        if min(known_tokens, min_count, ngram_buckets) < 1:
-            raise UserError("known_tokens, min_count and ngram_buckets must be at least 1")
+        if min(known_tokens, min_count) < 1 or ngram_buckets < 0:
+            raise UserError("known_tokens and min_count must be at least 1, ngram_buckets 0")
         self.known_tokens, self.min_count = min(known_tokens, vocab_size), min_count
         self.ngram_buckets = ngram_buckets
         self.known = nn.Embedding(self.known_tokens + 1, width)  # row 0: unknown
-        self.pieces = nn.EmbeddingBag(ngram_buckets + 1, width, mode="mean", padding_idx=0)
+        self.pieces = None
+        if ngram_buckets:
+            self.pieces = nn.EmbeddingBag(ngram_buckets + 1, width, mode="mean", padding_idx=0)
         nn.init.normal_(self.known.weight, std=0.02)
-        nn.init.normal_(self.pieces.weight, std=0.02)
+        if self.pieces is not None:
+            nn.init.normal_(self.pieces.weight, std=0.02)
         self.register_buffer("rows", torch.zeros(vocab_size, dtype=_index_dtype(self.known_tokens)))
-        self.register_buffer("ngrams", torch.zeros(vocab_size, NGRAMS_PER_TOKEN, dtype=_index_dtype(ngram_buckets)))
+        per_token = NGRAMS_PER_TOKEN if ngram_buckets else 0
+        self.register_buffer("ngrams", torch.zeros(vocab_size, per_token, dtype=_index_dtype(ngram_buckets)))
 
     def prepare(self, text: TrainingText) -> None:
         """Give the most frequent training tokens their rows, and every token its n-grams."""
         frequent = text.most_frequent(self.known_tokens, self.min_count)
         self.rows.zero_()
         self.rows[torch.from_numpy(frequent)] = torch.arange(1, len(frequent) + 1, dtype=self.rows.dtype)
+        if self.pieces is None:
+            return
         ngrams = np.zeros(self.ngrams.shape, np.int32)
         for token, string in enumerate(text.token_strings or ()):
             buckets = list(_ngram_buckets(string, self.ngram_buckets))[:NGRAMS_PER_TOKEN]
@@ -68,9 +74,11 @@ class TokenEmbedding(nn.Module):
         rows = self.rows[token_ids].long()
         if hidden is not None:
             rows = rows.masked_fill(hidden, 0)
-        pieces = self.pieces(self.ngrams[token_ids].long().flatten(0, 1)).unflatten(0, token_ids.shape)
-        represented: Tensor = functional.embedding(rows, self.known.weight) + pieces
-        return represented
+        known = functional.embedding(rows, self.known.weight)
+        if self.pieces is None:
+            return known
+        pieces: Tensor = self.pieces(self.ngrams[token_ids].long().flatten(0, 1)).unflatten(0, token_ids.shape)
+        return known + pieces
 
 
 def _index_dtype(largest: int) -> torch.dtype:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, VOCAB, tiny_trace, tiny_traces
+from predictor_variants import counted
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.plan import PlanSettings, plan_batches
@@ -230,3 +231,11 @@ def test_a_damaged_shard_is_named_and_not_skipped(trace_set):
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     with pytest.raises(UserError, match=f"{re.escape(shard)}: shard is damaged"):
         list(module(trace_set).train_dataloader())
+
+
+def test_the_training_text_counts_the_experts_of_the_tokens_it_is_asked_for(trace_set, monkeypatch):
+    monkeypatch.setattr("moe_beyond.datamodules.traces.TOKENS_AT_ONCE", 5)
+    text, traces = module(trace_set).training_text(), list(trace_set.traces("train"))
+    asked = np.random.default_rng(0).permutation(VOCAB)[: VOCAB // 2]
+    assert np.array_equal(text.expert_counts(asked), counted(traces, trace_set.geometry.num_experts)(asked))
+    assert text.expert_counts(np.flatnonzero(text.token_counts)).sum() == text.token_counts.sum() * 4 * 2

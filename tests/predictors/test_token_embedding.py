@@ -103,3 +103,11 @@ def test_ngrams_are_hashed_the_same_in_every_process():
         check=True,
     )
     assert done.stdout.strip() == str(embedding([0] * VOCAB).ngrams.tolist())
+
+
+def test_without_ngrams_unseen_tokens_are_alike():
+    made = embedding([5, 0, 0, 9] + [0] * (VOCAB - 4), buckets=0)
+    found = vectors(made)
+    assert made.ngrams.numel() == 0
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[0], found[3])
