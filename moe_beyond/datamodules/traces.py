@@ -86,7 +86,7 @@ class TraceDataModule(L.LightningDataModule):
 
     def _expert_counts(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Count how often the training split routed tokens to each expert: ``(n, L*E)``."""
-        layers, experts, _ = self.geometry.shape()
+        layers, experts, top_k = self.geometry.shape()
         counts = np.zeros((len(token_ids), layers * experts), np.int32)
         row_of = np.full(self.vocab_size, -1)
         row_of[token_ids] = np.arange(len(token_ids))
@@ -97,7 +97,7 @@ class TraceDataModule(L.LightningDataModule):
             for start in range(0, len(rows), TOKENS_AT_ONCE):
                 part = slice(start, start + TOKENS_AT_ONCE)
                 known = rows[part] >= 0
-                used = (shard.experts[part][known] + base).reshape(int(known.sum()), -1)
+                used = (shard.experts[part][known] + base).reshape(-1, layers * top_k)
                 np.add.at(counts, (rows[part][known][:, None], used), 1)
         return counts
 
