@@ -104,7 +104,7 @@ VARIANTS = [
     _cross_layer("copying", ALL_EARLIER, lookaheads=2, window=5, copies=3, objective="subset"),
     _cross_layer("copying_layers", ALL_EARLIER, lookaheads=3, window=4, layer_copies=2),
     _cross_layer("copying_all", ALL_EARLIER, lookaheads=6, window=64, copies=1, layer_copies=1, objective="subset"),
-    _cross_layer("by_name", ALL_EARLIER, lookaheads=2, window=4, copies=2, whole_token=True, next_use=True),
+    _cross_layer("next", ALL_EARLIER, lookaheads=2, window=4, copies=2, next_use=True),
     _cross_layer(
         "everything",
         ALL_EARLIER,
@@ -112,7 +112,6 @@ VARIANTS = [
         window=5,
         copies=1,
         layer_copies=1,
-        whole_token=True,
         next_use=True,
         objective="subset",
     ),

@@ -38,7 +38,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no memory of routing": (*FLAGSHIP, "--model.remembered_tokens=0"),
     "none of the three": (*FLAGSHIP, "--model.copies=0", "--model.layer_copies=0", "--model.remembered_tokens=0"),
     "no next run": (*FLAGSHIP, "--model.next_use=false"),
-    "and whole tokens": (*FLAGSHIP, "--model.whole_token=true"),
     "own vectors from 2 on": (*FLAGSHIP, "--model.min_count=2"),
     "no own vectors": (*FLAGSHIP, "--model.known_tokens=1"),
     "first recipe": ("--model.objective=softmax",),

@@ -1,7 +1,7 @@
 """cross_layer: token_causal, and a recurrent network over the layers that a token was routed at so far.
 
 It knows token ids and expert ids only: of earlier tokens everything, of the present token its id and the layers routed
-so far. One pass gives lookaheads 1 .. H.
+so far. One pass gives lookaheads 1 .. H, and what each layer uses when it runs next.
 """
 
 from typing import ClassVar, Literal
@@ -41,7 +41,6 @@ class CrossLayer(TokenCausal):
         objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
         layer_width: Features of the recurrent state over layers.
         layer_copies: Heads that pick earlier tokens after every layer.
-        whole_token: Whether lookahead ``"token"`` is predicted as well.
         next_use: Whether lookahead ``"next"`` is predicted as well.
         remembered_tokens: Tokens whose routing in training is remembered.
         known_tokens: Tokens with an own vector.
@@ -66,7 +65,6 @@ class CrossLayer(TokenCausal):
         objective: Literal["softmax", "subset"] = "softmax",
         layer_width: int = 256,
         layer_copies: int = 0,
-        whole_token: bool = False,
         next_use: bool = False,
         remembered_tokens: int = 0,
         known_tokens: int = 16384,
@@ -91,8 +89,7 @@ class CrossLayer(TokenCausal):
         self.layer_copying = (
             LayerCopying(layers, experts, layer_width, lookaheads, layer_copies, window) if layer_copies else None
         )
-        self.whole_token, self.next_use = whole_token, next_use
-        self.from_start = nn.Linear(layer_width, geometry.total_experts) if whole_token else None
+        self.next_use = next_use
         self.following = NextUse(layers, experts, width, layer_width, len(DECAYS), copies, window) if next_use else None
         # Source layers that a target layer may read at the largest lookahead: l' <= l - H.
         reach = torch.arange(layers)[:, None] <= torch.arange(layers) - lookaheads
@@ -102,11 +99,9 @@ class CrossLayer(TokenCausal):
 
     @property
     def information(self) -> Information:
-        """Lookaheads 1 .. H, and those by name; known when the layer is routed, causal."""
+        """Lookaheads 1 .. H, and perhaps the next run; known when the layer is routed, causal."""
         lookaheads: list[Lookahead] = list(range(1, self.lookaheads + 1))
-        lookaheads += ["token"] if self.whole_token else []
-        lookaheads += ["next"] if self.next_use else []
-        return Information(tuple(lookaheads))
+        return Information((*lookaheads, "next") if self.next_use else tuple(lookaheads))
 
     def _layers(self, x: Tensor, logits: Tensor, used: Tensor, batch: Batch) -> Tensor:
         """Return logits ``(N, H, L, E)`` of the N real tokens.
@@ -123,13 +118,6 @@ class CrossLayer(TokenCausal):
         by_layer = own.view(-1, layers, experts).transpose(0, 1)
         states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed), start)[0]])
         states, after = self.drop(states).split([layers, 1])  # states[l] knows layers 0 .. l-1
-        named = []
-        if self.from_start is not None:
-            named.append((logits + self.from_start(states[0])).view(-1, layers, experts))
-        if self.following is not None:
-            past = averaged(used, real, self.following.from_history)
-            after = torch.cat([states[1:], after])
-            named.append(self.following(x, used, batch.token_ids, real, after, past))
         logits = logits + own @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
         logits = logits.view(-1, layers, experts)
         nearer = []
@@ -142,7 +130,12 @@ class CrossLayer(TokenCausal):
         found = torch.stack(nearer[::-1], 1)
         if self.layer_copying is not None:
             found = found + self.layer_copying(states, used.view(*real.shape, layers, experts), real)
-        return torch.cat([found, torch.stack(named, 1)], 1) if named else found
+        if self.following is not None:
+            past = averaged(used, real, self.following.from_history)
+            after = torch.cat([states[1:], after])
+            following = self.following(x, used, batch.token_ids, real, after, past)
+            found = torch.cat([found, following[:, None]], 1)
+        return found
 
     def _from_layer(self, by_layer: Tensor, ahead: int) -> Tensor:
         """What the experts of each layer say of the layer ``ahead`` later: ``(N, L - ahead, E)``."""
@@ -187,10 +180,7 @@ class _CrossLayerStepper(Stepper):
         self._logits, self._state = logits.numpy(), state[0].numpy()
         self._scores = self._scores.copy()
         if self._predictor.following is not None and np.isnan(self._scores[0, 0]):  # a sequence starts
-            self._scores = self._named("next", self._predictor.following.first.numpy(), np.arange(len(self._scores)))
-        if self._predictor.from_start is not None:
-            whole = self._logits + self._predictor.from_start(state).view(self._logits.shape).numpy()
-            self._scores = self._named("token", whole, np.arange(len(whole)))
+            self._scores = self._of_next(self._predictor.following.first.numpy(), np.arange(len(self._scores)))
         self._score(-1)
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
@@ -202,7 +192,7 @@ class _CrossLayerStepper(Stepper):
         self._scores[layer] = np.nan
         if self._following is not None:
             own = self._following.step(layer, chosen, self._state)
-            self._scores[layer] = self._named("next", own, np.array([layer]))[0]
+            self._scores[layer] = self._of_next(own, np.array([layer]))[0]
         self._score(layer)
 
     def _recur(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -228,9 +218,6 @@ class _CrossLayerStepper(Stepper):
                 logits += self._copying.step(routed + 1, self._state)
             self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)
 
-    def _named(
-        self, lookahead: Lookahead, logits: npt.NDArray[np.float32], layers: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Return probabilities ``(n, E)`` of a lookahead that has a name, of logits of so many layers."""
-        index = self._predictor.information.lookaheads.index(lookahead)
-        return self._predictor.probabilities_now(logits, np.full(len(layers), index), layers)
+    def _of_next(self, logits: npt.NDArray[np.float32], layers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Return probabilities ``(n, E)`` of the next run of so many layers."""
+        return self._predictor.probabilities_now(logits, np.full(len(layers), self._predictor.lookaheads), layers)
