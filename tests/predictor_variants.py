@@ -113,6 +113,7 @@ VARIANTS = [
         copies=1,
         layer_copies=1,
         next_use=True,
+        remembered_tokens=VOCAB,
         objective="subset",
     ),
     _cross_layer("next_alone", ALL_EARLIER, lookaheads=1, window=64, next_use=True),

@@ -385,6 +385,7 @@ class ReferenceCache:
         for expert in range(self.rules.experts):
             self.known.pop((layer, expert), None)
             self.told[layer, expert] = False
+            self.said.pop((layer, expert), None)
             if self.rules.policy == "moe_spac":
                 count, level = tokens.get(expert, 0), self.level[layer, expert]
                 if count - level >= 5:

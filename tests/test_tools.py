@@ -116,10 +116,22 @@ def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
     small = ["--model.width=16", "--model.heads=2", "--model.window=8", "--model.layer_width=16"]
     small += ["--model.ngram_buckets=32", "--data.token_budget=64"]
     words = ["--traces", str(tmp_path / "traces"), "--out", str(tmp_path / "out"), "--epochs", "1"]
-    words += ["--only", "flagship", "one block", "--json", str(tmp_path / "found.json"), "--", *small]
+    words += [
+        "--only",
+        "flagship",
+        "one block",
+        "--shares",
+        "0.5",
+        "--json",
+        str(tmp_path / "found.json"),
+        "--",
+        *small,
+    ]
     assert "one block" in run("ablate.py", *words)
     found = json.loads((tmp_path / "found.json").read_text())["variants"]
-    assert list(found) == ["flagship", "one block"]
+    assert list(found) == ["flagship", "one block", "50% of the text"]
+    half = TraceSet(str(tmp_path / "out" / "traces-0.5"))
+    assert [len(list(half.traces(split))) for split in ("train", "validation")] == [9, 6]
     assert 0 < found["flagship"][0]["val/recall_at_k/lookahead_1"] < 1
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.csv")}
     run("ablate.py", *words)

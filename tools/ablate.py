@@ -1,9 +1,11 @@
 """Fits variants of cross_layer on the same data and lays their validation figures side by side.
 
-    python tools/ablate.py --traces TRACES --out DIR [--epochs N] [--only NAME ...] [--seeds N] [-- WORD ...]
+    python tools/ablate.py --traces TRACES --out DIR [--epochs N] [--only NAME ...] [--seeds N] [--shares S ...]
+        [-- WORD ...]
 
 TRACES has a validation split (`moe-beyond import ... --val-blocks 20:10`): the test set has no part in this. Every
-variant differs from the first in what its row says. A fit that is finished is not run again; one that was cut off goes
+variant differs from the first in what its row says; `--shares 0.25 0.5` fits the first on parts of the training text
+as well: what more text would be worth. A fit that is finished is not run again; one that was cut off goes
 on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
 error of the first (not calibrated), hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. Where there
 is a C++ compiler, `-- --model.compiled=true` takes a fifth off the time.
@@ -14,6 +16,7 @@ import csv
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.files import read_json, write_json
+from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.writer import writing
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ASKED = "asked.json"
@@ -78,6 +83,20 @@ def fit(traces: str, folder: Path, epochs: int, seed: int, words: tuple[str, ...
     return next(figures for figures in reversed(found) if figures)
 
 
+def part_of(traces: str, folder: Path, share: float) -> str:
+    """Write a trace set with evenly spread training sequences, so many of all, and the same validation split."""
+    if not (folder / MANIFEST_FILE).exists():
+        source = TraceSet(traces)
+        manifest = replace(source.manifest, source=f"{source.manifest.source}, {share:.0%} of its training sequences")
+        with writing(folder, manifest) as writer:
+            for number, trace in enumerate(source.traces("train")):
+                if int((number + 1) * share) > int(number * share):
+                    writer.write(trace, "train")
+            for trace in source.traces("validation"):
+                writer.write(trace, "validation")
+    return str(folder)
+
+
 def _runs(folder: Path, part: str) -> list[Path]:
     """Return a part of each run that has it, in the order of the runs."""
     found = folder.glob(f"runs/predictor/version_*/{part}")
@@ -111,16 +130,23 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, help="fits of each; figures are means, spread that of the first"
     )
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[], help="of the training sequences, to fit the first variant on"
+    )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("words", nargs="*", metavar="WORD", help="after --: given to every fit")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
     console = Console(width=130)
-    for name in args.only:
+    asked = [(name, args.traces, VARIANTS[name]) for name in args.only]
+    for share in args.shares:
+        part = part_of(args.traces, args.out / f"traces-{share:g}", share)
+        asked.append((f"{share:.0%} of the text", part, FLAGSHIP))
+    for name, traces, variant in asked:
         for seed in range(args.seeds):
-            folder = args.out / f"{name.replace(' ', '-')}-{seed}"
-            figures = fit(args.traces, folder, args.epochs, seed, (*VARIANTS[name], *args.words))
+            folder = args.out / f"{name.replace(' ', '-').replace('%', '')}-{seed}"
+            figures = fit(traces, folder, args.epochs, seed, (*variant, *args.words))
             rows.setdefault(name, []).append(figures)
             console.print(_table(rows, args.epochs))
     if args.json:

@@ -2,7 +2,7 @@
 
     python tools/bench_training.py --data TRACES [--steps N] [--budgets TOKENS ...] [--json FILE]
 
-Fits `row_encoder` with the published settings and `cross_layer` with those of the published predictor, on the same
+Fits `row_encoder` with the published settings and `cross_layer` with all that it can copy, on the same
 training pieces of at most 512 tokens, by the package's own loop: in float32 and in bfloat16, at several batch sizes. An
 entry is a (token, layer) pair. Prints entries/s of each, and of the best of one over the best of the other. The first
 two steps of each warm up.

@@ -57,7 +57,9 @@ class Cache:
         core.start_step(self.state, counted)
 
     def know(self, scores: npt.NDArray[np.floating]) -> None:
-        """Take in ``(L, E)`` scores of the coming layers as `Stepper.scores` gives them, NaN where none are known.
+        """Take in ``(L, E)`` scores of each layer's next run as `Stepper.scores` gives them, NaN where none are known.
+
+        What a token's start or a computed layer tells is told here; what a routed layer tells, with `demand`.
 
         Raises:
             UserError: They have another shape, or are no probabilities.
@@ -71,8 +73,13 @@ class Cache:
             self.state.known[first : first + self._geometry.num_experts] = scores[layer]
             self._verbs.learned(self._policy, self.state, int(layer))
 
-    def demand(self, layer: int, experts: npt.ArrayLike) -> list[int]:
+    def demand(self, layer: int, experts: npt.ArrayLike, scores: npt.NDArray[np.floating] | None = None) -> list[int]:
         """Step an event: ``experts`` of ``layer``, an id a token and expert, are needed now, and compute.
+
+        Args:
+            layer: The layer that was routed.
+            experts: To these.
+            scores: What that tells, as `know` takes it: it is learned before anything leaves to make room.
 
         Returns:
             Those of them, ascending, that have to be moved in.
@@ -87,6 +94,8 @@ class Cache:
             raise UserError(f"layer {layer} demands {len(ids)} experts at once, more than the {room} slots it may have")
         missing = named[self.state.experts[core.PLACE, ids] < 0]
         ready = core.demand(self.state, self._policy, self._verbs, ids, tokens)
+        if scores is not None:
+            self.know(scores)
         core.fetch(self.state, self._policy, self._verbs, ids, ready)
         return [int(expert) for expert in missing]
 

@@ -21,7 +21,7 @@ from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_dat
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.predictors.card import record_figures
+from moe_beyond.predictors.card import around_figures, record_figures
 from moe_beyond.published import find_predictor
 from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.traces.reader import TraceSet
@@ -64,6 +64,8 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
     if args.traces is None:
         raise UserError("evaluate needs a trace set; give --traces DIR")
     traces = TraceSet(args.traces)
+    if args.record:
+        around_figures(folder)  # is there a place for them?
     source = from_predictor_folder(folder)
     asked_by = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
     found = _evaluate(args, traces, args.split, source, asked_by)
@@ -71,31 +73,29 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
         console = console_for(args.json)
         console.print(metrics_table(found.metrics))
         console.print(results_table(found.results, traces.geometry))
+    write_result(found.to_json(), args.json)
     if args.record:
         manifest = traces.manifest
         figures = {
             "source": manifest.source,
             "fingerprint": manifest.fingerprint,
             "split": args.split,
-            "command": _command(words, folder.name),
+            "command": _command(words[1:], args.predictor, folder.name),
             "metrics": [{n: value for n, value in row.items() if n != "by_layer"} for row in found.metrics],
             "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
         }
         record_figures(folder, figures)
-    write_result(found.to_json(), args.json)
 
 
-def _command(words: Sequence[str], name: str) -> str:
-    """Return the command line without what is another's concern: where the traces lie, and where a copy went."""
-    kept, skip = ["moe-beyond", "evaluate", name], False
-    for word, following in zip(words[2:], [*words[3:], ""], strict=True):
-        option, _, value = word.partition("=")
-        if skip:
-            skip = False
-        elif option in ("--traces", "--json"):
-            kept += ["--traces", "DIR"] if option == "--traces" else []
-            skip = not value and bool(following)
-        elif word != "--record":
+def _command(words: Sequence[str], predictor: str, name: str) -> str:
+    """Return the command line without what is another's concern: where things lie, and where a copy went."""
+    kept, rest = ["moe-beyond", "evaluate", name, "--traces", "DIR"], iter(words)
+    for word in rest:
+        option, joined, _ = word.partition("=")
+        if option in ("--traces", "--json"):
+            if not joined:
+                next(rest, None)
+        elif word not in ("--record", predictor):
             kept.append(word)
     return shlex.join(kept)
 

@@ -70,9 +70,10 @@ class Stepper(ABC):
 
     @abstractmethod
     def scores(self) -> npt.NDArray[np.float32]:
-        """Return ``(L, E)`` float32 probabilities of what is known now: NaN for layers that are routed or out of reach.
+        """Return ``(L, E)`` float32 probabilities of what is known of each layer's next run, NaN for nothing.
 
-        Where several lookaheads reach a layer, the score is that of the smallest.
+        Where several lookaheads reach a layer, the score is that of the smallest. The next run of a layer that is
+        routed is that by the next token, of which only lookahead ``"next"`` knows.
         """
 
     def observe_tokens(self, token_ids: npt.ArrayLike, experts: npt.ArrayLike) -> None:

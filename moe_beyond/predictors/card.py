@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 
@@ -62,19 +63,33 @@ def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
     Args:
         folder: The predictor folder.
         figures: ``source``, ``fingerprint``, ``split``, ``command``, ``metrics`` and ``replay``, as plain values.
+
+    Raises:
+        UserError: The card's marks are damaged.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     key = ("fingerprint", "split")
     earlier = [one for one in config.get("figures", []) if any(one[name] != figures[name] for name in key)]
     config["figures"] = [*earlier, figures]
-    text = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).exists() else ""
-    before, found, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2] if found else ""
-    before = before if found else f"{text.rstrip()}\n\n## Figures\n\n"
+    before, after = around_figures(folder)
     with replacing(folder / CARD_FILE) as temporary:
         temporary.write_text(f"{before}{BEGIN}\n{_figures(config['figures'])}\n{END}{after}", encoding="utf-8")
     write_json(folder / CONFIG_FILE, config)
+
+
+def around_figures(folder: str | Path) -> tuple[str, str]:
+    """Return what a card holds before and after its figures.
+
+    Raises:
+        UserError: Its marks are damaged.
+    """
+    path = Path(folder) / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, found, rest = text.partition(BEGIN)
+    if found and END not in rest:
+        raise UserError(f"{path}: has no line {END} after {BEGIN}; figures go between them")
+    return (before, rest.partition(END)[2]) if found else (f"{text.rstrip()}\n\n## Figures\n\n", "")
 
 
 def _figures(evaluations: list[dict[str, Any]]) -> str:

@@ -40,7 +40,7 @@ def save_predictor(
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_predictor(folder))):
         raise UserError(f"{folder} exists and is not a predictor folder, or holds other files too; choose another")
     weights = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else _narrowest(tensor)).contiguous()
         for name, tensor in predictor.state_dict().items()
     }
     information = predictor.information
@@ -54,7 +54,7 @@ def save_predictor(
         "available": information.available,
         "causal": information.causal,
         "link": predictor.link,
-        "parameters": sum(weight.numel() for weight in predictor.parameters()),
+        "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "training": training,
         "tool_version": moe_beyond.__version__,
@@ -63,8 +63,17 @@ def save_predictor(
         save_file(weights, temporary / WEIGHTS_FILE)
         config["sha256"] = hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest()
         write_json(temporary / CONFIG_FILE, config)
-        summary = (type(predictor).__doc__ or "").splitlines()[0]
+        summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
         (temporary / CARD_FILE).write_text(card(summary, config), encoding="utf-8")
+
+
+def _narrowest(numbers: torch.Tensor) -> torch.dtype:
+    """Return the integers to store these as: tables of a large vocabulary are a good part of a small folder."""
+    for dtype in (torch.int16, torch.int32):
+        bounds = torch.iinfo(dtype)
+        if numbers.numel() == 0 or (bounds.min <= int(numbers.min()) and int(numbers.max()) <= bounds.max):
+            return dtype
+    return numbers.dtype
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -33,20 +33,16 @@ class RoutingMemory(nn.Module):
 
     rows: Tensor
     vectors: Tensor
-    counts: Tensor | None
-    occurrences: Tensor | None
-    popularity: Tensor | None
 
     def __init__(self, vocab_size: int, known_tokens: int, total: int, width: int) -> None:
         super().__init__()
         self.known_tokens = min(known_tokens, vocab_size)
         self.map = nn.Linear(total, width, bias=False)
         nn.init.normal_(self.map.weight, std=0.02)
-        narrow = torch.int16 if self.known_tokens < 2**15 else torch.int32
-        self.register_buffer("rows", torch.zeros(vocab_size, dtype=narrow))  # 0: unknown
+        self.register_buffer("rows", torch.zeros(vocab_size, dtype=torch.int32))  # 0: unknown
         self.register_buffer("vectors", torch.zeros(1 + self.known_tokens, width))
-        for name in ("counts", "occurrences", "popularity"):  # of training alone
-            self.register_buffer(name, None, persistent=False)
+        # Of training alone, and the same in all processes: no buffers, which would be sent around at every step.
+        self._counts: tuple[Tensor, Tensor, Tensor] | None = None
         self.register_state_dict_pre_hook(_fold_first)  # type: ignore[no-untyped-call]
 
     def prepare(self, text: TrainingText) -> None:
@@ -56,9 +52,9 @@ class RoutingMemory(nn.Module):
         occurrences = torch.from_numpy(text.token_counts[found]).float()
         self.rows.zero_()
         self.rows[torch.from_numpy(found)] = torch.arange(1, len(found) + 1, dtype=self.rows.dtype)
-        self.counts = torch.cat([counts.new_zeros(1, counts.shape[1]), counts])
-        self.occurrences = torch.cat([occurrences.new_zeros(1), occurrences])
-        self.popularity = counts.sum(0).float() / max(float(occurrences.sum()), 1.0)
+        popularity = counts.sum(0).float() / max(float(occurrences.sum()), 1.0)
+        counts = torch.cat([counts.new_zeros(1, counts.shape[1]), counts])
+        self._counts = counts, torch.cat([occurrences.new_zeros(1), occurrences]), popularity
         self.fold()
 
     def forward(self, token_ids: Tensor, hidden: Tensor | None, used: Tensor) -> Tensor:
@@ -73,29 +69,33 @@ class RoutingMemory(nn.Module):
         rows = self.rows[token_ids].long()
         if hidden is not None:
             rows = rows.masked_fill(hidden, 0)
-        if not self.training or self.counts is None or self.occurrences is None:
+        if not self.training or self._counts is None:
             return self.vectors[rows]
+        counts, occurrences, popularity = self._here(self._counts)
         real = used.amax(-1) > 0
         same = (token_ids[:, :, None] == token_ids[:, None]) & real[:, None] & (rows > 0)[..., None]
         same = same.to(used.dtype)
-        elsewhere = (self.counts[rows] - same @ used).clamp(min=0)  # another piece may have been cut off
-        mapped: Tensor = self.map(self._features(elsewhere, (self.occurrences[rows] - same.sum(-1)).clamp(min=0)))
+        # Never below zero, also where what is passed in was not counted.
+        elsewhere, times = (counts[rows] - same @ used).clamp(min=0), (occurrences[rows] - same.sum(-1)).clamp(min=0)
+        mapped: Tensor = self.map(_features(elsewhere, times, popularity))
         return mapped
 
-    def _features(self, counts: Tensor, occurrences: Tensor) -> Tensor:
-        """Return ``(..., L*E)``, zero where nothing is known."""
-        assert self.popularity is not None
-        shares = (counts + BACKOFF * self.popularity) / (occurrences[..., None] + BACKOFF)
-        return ((shares + FLOOR) / (self.popularity + FLOOR)).log()
+    def _here(self, counts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the counts on the device of the weights, moved there once."""
+        if counts[0].device != self.vectors.device:
+            counted, occurrences, popularity = (part.to(self.vectors.device) for part in counts)
+            counts = self._counts = counted, occurrences, popularity
+        return counts
 
     @torch.no_grad()
     def fold(self) -> None:
         """Bring the vectors up to date with the map, all of training in them."""
-        if self.counts is None or self.occurrences is None:
+        if self._counts is None:
             return
-        for start in range(1, len(self.counts), ROWS_AT_ONCE):
+        counts, occurrences, popularity = self._here(self._counts)
+        for start in range(1, len(counts), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            features = self._features(self.counts[part].float(), self.occurrences[part])
+            features = _features(counts[part].float(), occurrences[part], popularity)
             self.vectors[start : start + len(features)] = features @ self.map.weight.T
 
     def train(self, mode: bool = True) -> "RoutingMemory":
@@ -104,6 +104,12 @@ class RoutingMemory(nn.Module):
         if not mode:
             self.fold()
         return self
+
+
+def _features(counts: Tensor, occurrences: Tensor, popularity: Tensor) -> Tensor:
+    """Return ``(..., L*E)``, zero where nothing is known."""
+    shares = (counts + BACKOFF * popularity) / (occurrences[..., None] + BACKOFF)
+    return ((shares + FLOOR) / (popularity + FLOOR)).log()
 
 
 def _fold_first(module: nn.Module, prefix: str, keep_vars: bool) -> Any:

@@ -78,6 +78,8 @@ class TokenCausal(GradientPredictor):
             )
         if copies and window < 2:
             raise UserError(f"{self.architecture}: copies look at earlier tokens; window must be at least 2")
+        if remembered_tokens < 0:
+            raise UserError(f"{self.architecture}: remembered_tokens is at least 0")
         if objective not in LOSSES:
             raise unknown(f"{self.architecture}: objective", objective, LOSSES)
         self.width, self.depth, self.heads, self.window = width, depth, heads, window

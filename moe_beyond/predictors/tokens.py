@@ -44,9 +44,9 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.known.weight, std=0.02)
         if self.pieces is not None:
             nn.init.normal_(self.pieces.weight, std=0.02)
-        self.register_buffer("rows", torch.zeros(vocab_size, dtype=_index_dtype(self.known_tokens)))
+        self.register_buffer("rows", torch.zeros(vocab_size, dtype=torch.int32))
         per_token = NGRAMS_PER_TOKEN if ngram_buckets else 0
-        self.register_buffer("ngrams", torch.zeros(vocab_size, per_token, dtype=_index_dtype(ngram_buckets)))
+        self.register_buffer("ngrams", torch.zeros(vocab_size, per_token, dtype=torch.int32))
 
     def prepare(self, text: TrainingText) -> None:
         """Give the most frequent training tokens their rows, and every token its n-grams."""
@@ -79,11 +79,6 @@ class TokenEmbedding(nn.Module):
             return known
         pieces: Tensor = self.pieces(self.ngrams[token_ids].long().flatten(0, 1)).unflatten(0, token_ids.shape)
         return known + pieces
-
-
-def _index_dtype(largest: int) -> torch.dtype:
-    """Return the narrowest integers for indices: the tables of a large vocabulary are a good part of a small folder."""
-    return torch.int16 if largest < 2**15 else torch.int32
 
 
 def _ngram_buckets(string: str, buckets: int) -> Iterator[int]:

@@ -26,6 +26,11 @@ def offers_scores(policy: str) -> bool:
     return policy not in BOUNDS and load_policy(policy).OFFERS_SCORES
 
 
+def _rank(lookahead: Lookahead) -> float:
+    """Order lookaheads by when they are known, the latest first."""
+    return lookahead if isinstance(lookahead, int) else {"token": 1e9, "next": 2e9}[lookahead]
+
+
 @dataclass(frozen=True)
 class ReplaySettings:
     """One line of a replay table.
@@ -101,6 +106,10 @@ class ReplaySettings:
         for lookahead in (self.lookahead, *self.lookaheads):
             if lookahead is not None:
                 parse_lookahead(lookahead)
+        if list(ranks := [_rank(h) for h in self.lookaheads]) != sorted(ranks):
+            raise UserError(
+                f"lookaheads {', '.join(map(str, self.lookaheads))} are not in the order 0, 1, ..., token, next"
+            )
         if self.quotas is not None and self.scope != "per-layer":
             raise UserError("quotas are for --scope per-layer")
         asks = kind in (SCORED, ADAPTIVE, MOE_INFINITY) and not offers_scores(self.policy)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.folder import check_fits, load_predictor, read_config
 from moe_beyond.published import find_predictor
 from moe_beyond.tasks.base import PredictorTask
 
@@ -39,7 +38,7 @@ class GradientTask(PredictorTask):
         teachers: Sequence[str] | None = None,
     ) -> None:
         super().__init__(predictor)
-        self._teachers = {Path(folder).name: _teacher(folder, predictor) for folder in teachers or ()}
+        self._teacher_folders, self._teachers = tuple(teachers or ()), list[Predictor]()
         # What a boolean picks has a size that only the data know: no recompiling when it changes.
         self._objective = torch.compile(predictor.loss, dynamic=True) if compiled else predictor.loss
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
@@ -50,9 +49,34 @@ class GradientTask(PredictorTask):
         assert isinstance(self.predictor, GradientPredictor)
         return self.predictor
 
+    def setup(self, stage: str) -> None:
+        """Before a fit, load the teachers as well."""
+        if stage == "fit":
+            self._teachers = [self._teacher(folder) for folder in self._teacher_folders]
+        super().setup(stage)
+
+    def _teacher(self, name: str) -> Predictor:
+        """Load a predictor to learn from.
+
+        Raises:
+            UserError: It predicts something else than what is fitted, or was fitted with another tokenizer.
+        """
+        folder, pupil = find_predictor(name), self.predictor
+        teacher = load_predictor(folder)
+        kinds = [(one.information.lookaheads, one.link, one.geometry.shape()) for one in (teacher, pupil)]
+        if kinds[0] != kinds[1]:
+            theirs, ours = (f"lookaheads {', '.join(map(str, kind[0]))}, link {kind[1]}" for kind in kinds)
+            raise UserError(
+                f"teacher {name}: has {theirs} of {teacher.geometry.describe_shape()}, "
+                f"but what is fitted has {ours} of {pupil.geometry.describe_shape()}"
+            )
+        tokenizer = read_config(folder)["training"].get("tokenizer", {}).get("sha256")
+        check_fits(teacher, self.data.manifest, self.data.traces.folder, tokenizer)
+        return teacher
+
     def recipe(self) -> dict[str, Any]:
         """Return the optimiser's settings as well."""
-        taught = {"teachers": ", ".join(self._teachers)} if self._teachers else {}
+        taught = {"teachers": len(self._teachers)} if self._teachers else {}
         optimizer = {"lr": self.lr, "weight decay": self.weight_decay, "warmup": self.warmup}
         return super().recipe() | optimizer | taught
 
@@ -77,7 +101,7 @@ class GradientTask(PredictorTask):
         """Return what to fit in place of the choices ``(B, T, H, L, E)``, if there is a teacher."""
         if not self._teachers:
             return None
-        told = torch.stack([t.to(self.device).probabilities(t(batch)) for t in self._teachers.values()]).mean(0)
+        told = torch.stack([t.to(self.device).probabilities(t(batch)) for t in self._teachers]).mean(0)
         return (told + batch.targets(self.predictor.geometry.num_experts)[:, :, None]) / 2
 
     def configure_optimizers(self) -> Any:
@@ -96,16 +120,3 @@ class GradientTask(PredictorTask):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _teacher(folder: str, pupil: GradientPredictor) -> Predictor:
-    """Load a predictor to learn from."""
-    teacher = load_predictor(find_predictor(folder))
-    kinds = [(one.information.lookaheads, one.geometry.shape(), one.vocab_size) for one in (teacher, pupil)]
-    if kinds[0] != kinds[1]:
-        raise UserError(
-            f"teacher {folder}: has lookaheads {', '.join(map(str, kinds[0][0]))} of "
-            f"{teacher.geometry.describe_shape()}, but what is fitted has {', '.join(map(str, kinds[1][0]))} of "
-            f"{pupil.geometry.describe_shape()}"
-        )
-    return teacher

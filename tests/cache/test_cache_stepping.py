@@ -33,14 +33,23 @@ def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
     plan = config.plan(case.geometry)
     cache = Cache(case.geometry, config.slots, config.policy, config.scope, config.quotas, case.profile, future=experts)
 
-    def look_ahead(token: int, layer: int) -> None:
-        """Tell what is known after a layer, or at -1 before the first; ask for the layer that it is about."""
+    def told(token: int, layer: int) -> np.ndarray:
+        """What is known after a layer, or at -1 before the first."""
         fresh = np.full(scores.shape[2:], np.nan, np.float32)
+        if "next" in config.lookaheads:
+            if layer < 0 and token == 0:
+                fresh[:] = scores[0, -1]
+            elif layer >= 0 and token + 1 < len(experts):
+                fresh[layer] = scores[token + 1, -1, layer]
         if config.lookahead == "token":
-            fresh[layers if layer >= 0 else 0 :] = scores[token, 0, layers if layer >= 0 else 0 :]
+            if layer < 0:
+                fresh[:] = scores[token, 0]
         elif layer + 1 < layers:
             fresh[layer + 1] = scores[token, 0, layer + 1]
-        cache.know(fresh)
+        return fresh
+
+    def ask(layer: int) -> None:
+        """Ask for the layer after."""
         if layer + 1 < layers and (layer >= 0 or config.first_layer_prefetch):
             before = residents(cache, case)
             named = cache.best(layer + 1, plan.most, plan.threshold)
@@ -50,17 +59,20 @@ def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
     for token in range(len(experts)):
         cache.start_token()
-        look_ahead(token, -1)
+        cache.know(told(token, -1))
+        ask(-1)
         for layer, demanded in enumerate(experts[token]):
             absent = sorted(expert for expert in demanded.tolist() if not cache.is_resident(layer, expert))
-            assert cache.demand(layer, demanded) == absent
+            known = told(token, layer) if config.available == "routed" else None
+            assert cache.demand(layer, demanded, known) == absent
             if config.policy != "belady_bypass":
                 assert all(cache.is_resident(layer, expert) for expert in demanded)
             if config.available == "routed":
-                look_ahead(token, layer)
+                ask(layer)
             cache.computed(layer, demanded)
             if config.available == "computed":
-                look_ahead(token, layer)
+                cache.know(told(token, layer))
+                ask(layer)
     cache.finish()
     return cache.state.counters
 
@@ -73,9 +85,10 @@ def test_stepping_counts_what_replay_counts(policy: str, data: st.DataObject):
     size = case.geometry.num_experts
     lookahead = data.draw(st.sampled_from([1, "token"]))
     prefetch = f"top{data.draw(st.integers(1, size))}{data.draw(st.sampled_from(['', ',p>0.25']))}"
-    case = case.changed(prefetch=prefetch, lookahead=lookahead, lookaheads=(lookahead,))
+    lookaheads = (lookahead, *data.draw(st.sampled_from([(), ("next",)])))
+    case = case.changed(prefetch=prefetch, lookahead=lookahead, lookaheads=lookaheads)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    shapes = [(len(experts), 1, *case.geometry.shape()[:2]) for experts in case.sequences]
+    shapes = [(len(experts), len(lookaheads), *case.geometry.shape()[:2]) for experts in case.sequences]
     case = Case(
         case.geometry,
         case.settings,

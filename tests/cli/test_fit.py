@@ -164,20 +164,24 @@ def refit(run: Run, folder: Path, *words: str) -> Path:
 
 
 def test_a_pupil_fits_half_of_what_its_teachers_say(run: Run, tmp_path: Path) -> None:
-    teachers = f"--model.teachers=[{run.folder / 'predictor'}]"
+    teachers = f"--model.teachers=[{run.folder / 'predictor'},{run.folder / 'predictor'}]"
     alone, taught = tmp_path / "alone", tmp_path / "taught"
     for folder, words in ((alone, ()), (taught, (teachers,))):
         folder.mkdir()
-        refit(run, folder, *words)
+        refit(run, folder, "--trainer.log_every_n_steps=1", *words)
     config = read_config(next(taught.glob("runs/*/version_0/predictor")))
-    assert config["training"]["recipe"]["teachers"] == "predictor"
+    assert config["training"]["recipe"]["teachers"] == 2
+    losses = [columns(next(folder.glob("runs/*/version_0")))["train/loss"] for folder in (alone, taught)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
     assert "teachers" not in read_config(next(alone.glob("runs/*/version_0/predictor")))["training"]["recipe"]
 
 
 def test_a_teacher_predicts_what_its_pupil_does(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", "-c", CONFIGS / "model/cross_layer.yaml", "-c", CONFIGS / "data/traces.yaml", *TINY_CROSS_LAYER]
     words += [f"--data.traces={run.traces}", f"--model.teachers=[{run.folder / 'predictor'}]"]
-    assert "has lookaheads 1, 2, 3 of 4 MoE layers" in error_line(capsys, [*words, "--model.lookaheads=2"])
+    assert "has lookaheads 1, 2, 3, link softmax of 4 MoE layers" in error_line(
+        capsys, [*words, "--model.lookaheads=2"]
+    )
 
 
 @pytest.mark.slow

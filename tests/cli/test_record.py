@@ -43,6 +43,24 @@ def test_recorded_figures_are_those_of_the_evaluation(folder, tmp_path, capsys):
     load_predictor(folder)
 
 
+def test_the_command_is_the_same_in_any_order_and_says_no_path(folder, tmp_path, capsys):
+    tiny_traces(tmp_path / "a")
+    words = ["evaluate", f"--traces={tmp_path / 'a'}", "--record", "--budget", "8", str(folder), "--json", "-"]
+    assert main(words) == 0
+    (recorded,) = json.loads((folder / "config.json").read_text())["figures"]
+    assert recorded["command"] == "moe-beyond evaluate cross_layer.tiny-tests --traces DIR --budget 8"
+
+
+def test_a_card_whose_marks_are_damaged_is_left_alone(folder, tmp_path, capsys):
+    tiny_traces(tmp_path / "a")
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("<!-- end of figures -->", ""))
+    before = card.read_text()
+    words = ["evaluate", folder, "--traces", tmp_path / "a", "--budget", "8", "--record"]
+    assert "has no line <!-- end of figures -->" in error_line(capsys, words)
+    assert card.read_text() == before
+
+
 def test_a_second_evaluation_replaces_the_first_on_the_same_data_alone(folder, tmp_path, capsys):
     for name, seed in (("a", 5), ("b", 6)):
         tiny_traces(tmp_path / name, seed=seed)
@@ -81,7 +99,8 @@ def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch)
     (one,) = json.loads(capsys.readouterr().out)["predictors"]
     assert one["name"] == folder.name
     assert one["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
-    assert one["parameters"] == sum(weight.numel() for weight in load_predictor(folder).parameters())
+    weights = load_predictor(folder).state_dict().values()
+    assert one["parameters"] == sum(weight.numel() for weight in weights if weight.is_floating_point())
     assert main(["list"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert folder.name in shown

@@ -184,6 +184,9 @@ def routed(policy: BeliefState, cache: CacheState, experts: Ints, tokens: Ints) 
     policy.tally[RAN, layer] += 1
     ran, weight = policy.tally[RAN, layer], policy.layers[WEIGHT, layer]
     policy.layers[WEIGHT, layer] = policy.start + policy.fades[1] * (weight - policy.start) + 1
+    size = unsigned(cache.experts.shape[1] // len(cache.counters))
+    for i in range(size):
+        policy.history[layer * size + unsigned(i), SAID] = 0.0  # it was of this run
     for number in experts:
         expert = unsigned(number)
         since = unsigned(min(ran - policy.places[expert, USED], len(policy.fades) - 1))
