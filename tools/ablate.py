@@ -8,7 +8,7 @@ variant differs from the first in what its row says; `--shares 0.25 0.5` fits th
 as well: what more text would be worth. A fit that is finished is not run again; one that was cut off goes
 on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
 error of the first (not calibrated), hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. Where there
-is a C++ compiler, `-- --model.compiled=true` takes a fifth off the time.
+is a C++ compiler, `-- --model.compiled=true` is faster.
 """
 
 import argparse

@@ -49,10 +49,9 @@ def entries_per_second(name: str, traces: str, budget: int, precision: Any, step
     task_class, arguments = ARCHITECTURES[name]
     task = task_class(geometry=data.geometry.to_json(), vocab_size=data.vocab_size, **arguments)  # type: ignore[call-arg, arg-type]
     clock = Clock()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
     trainer = L.Trainer(
         accelerator="cpu", max_steps=WARM_UP + steps, precision=precision, callbacks=[clock], gradient_clip_val=1.0,
-        enable_model_summary=False, **quiet,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(task, data)
     layers = data.geometry.num_layers

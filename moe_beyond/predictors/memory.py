@@ -57,19 +57,19 @@ class RoutingMemory(nn.Module):
         self._counts = counts, torch.cat([occurrences.new_zeros(1), occurrences]), popularity
         self.fold()
 
-    def forward(self, token_ids: Tensor, hidden: Tensor | None, used: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, hidden: Tensor | None = None, used: Tensor | None = None) -> Tensor:
         """Return vectors ``(B, T, width)``.
 
         Args:
             token_ids: ``(B, T)``.
             hidden: ``(B, T)`` bool, tokens to treat as unknown; None for none.
-            used: ``(B, T, L*E)``, 1 where a token was routed to an expert, 0 where padded; in training it is left out
-                of what is remembered.
+            used: ``(B, T, L*E)``, 1 where a token was routed to an expert, 0 where padded: what training leaves out of
+                what is remembered.
         """
         rows = self.rows[token_ids].long()
         if hidden is not None:
             rows = rows.masked_fill(hidden, 0)
-        if not self.training or self._counts is None:
+        if not self.training or self._counts is None or used is None:
             return self.vectors[rows]
         counts, occurrences, popularity = self._here(self._counts)
         real = used.amax(-1) > 0

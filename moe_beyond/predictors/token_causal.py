@@ -199,7 +199,7 @@ class TokenState:
         self.averages = decays * self.averages + (1 - decays) * before
         ids = torch.tensor([[token_id]])
         x = model.tokens(ids) + model.previous(before)
-        memory = None if model.memory is None else model.memory(ids, None, before[None, None])
+        memory = None if model.memory is None else model.memory(ids)
         x = x if memory is None else x + memory
         for index, block in enumerate(model.blocks):
             assert isinstance(block, WindowBlock)

@@ -12,6 +12,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.replay.devices import Device
 
+MANY_LAYERS = 2**32  # more than any lookahead
 BOUNDS = ("static_hindsight", "all_resident", "od_moe")
 """What stands in a table like a policy, and is computed without a cache: see `moe_beyond.replay.bounds`."""
 
@@ -24,11 +25,6 @@ def reads_scores(policy: str) -> bool:
 def offers_scores(policy: str) -> bool:
     """Tell whether a policy offers scores of its own, for a prefetcher to ask by."""
     return policy not in BOUNDS and load_policy(policy).OFFERS_SCORES
-
-
-def _rank(lookahead: Lookahead) -> float:
-    """Order lookaheads by when they are known, the latest first."""
-    return lookahead if isinstance(lookahead, int) else {"token": 1e9, "next": 2e9}[lookahead]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class ReplaySettings:
         for lookahead in (self.lookahead, *self.lookaheads):
             if lookahead is not None:
                 parse_lookahead(lookahead)
-        if list(ranks := [_rank(h) for h in self.lookaheads]) != sorted(ranks):
+        if (np.diff(self.slices(MANY_LAYERS)) < 0).any():
             raise UserError(
                 f"lookaheads {', '.join(map(str, self.lookaheads))} are not in the order 0, 1, ..., token, next"
             )

@@ -42,7 +42,7 @@ def test_a_vector_is_the_map_of_shrunk_log_shares_by_hand():
     popular /= tokens
     shares = (uses + 2 * popular) / (count + 2)
     expected = made.map.weight.detach().numpy() @ np.log((shares + 0.01) / (popular + 0.01))
-    found = made(torch.tensor([[token]]), None, torch.zeros(1, 1, TOTAL))[0, 0]
+    found = made(torch.tensor([[token]]))[0, 0]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
