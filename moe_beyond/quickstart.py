@@ -144,8 +144,8 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
     L.seed_everything(0, verbose=False)
     data = TraceDataModule(traces.folder, token_budget=1024, max_tokens=256)
     task = CrossLayer(
-        traces.geometry.to_json(), data.vocab_size, width=128, depth=2, heads=4, layer_width=128, known_tokens=2048,
-        ngram_buckets=2048, lr=3e-3, dropout=0.2,
+        traces.geometry.to_json(), data.vocab_size, width=128, depth=2, heads=4, layer_width=128, lr=3e-3,
+        dropout=0.2,
     )  # fmt: skip
     trainer = L.Trainer(
         max_epochs=EPOCHS,

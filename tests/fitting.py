@@ -8,7 +8,7 @@ from moe_beyond.cli.main import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY_TOKEN_CAUSAL = (
-    "--model.width=16", "--model.heads=2", "--model.depth=1", "--model.window=8", "--model.ngram_buckets=32",
+    "--model.width=16", "--model.heads=2", "--model.depth=1", "--model.window=8",
 )  # fmt: skip
 TINY_CROSS_LAYER = (*TINY_TOKEN_CAUSAL, "--model.layer_width=16")
 

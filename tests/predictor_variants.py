@@ -43,21 +43,25 @@ class Variant:
         return f"{self.architecture}-{self.name}"
 
 
+# A variant names which of these it has.
+PLAIN = {"copies": 0, "objective": "softmax", "remembered_tokens": 0}
+VOCABULARY = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
+
+
 def _row_encoder(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     small = {"token_width": 8, "layer_width": 4, "width": 8, "depth": 2, "heads": 2, "feedforward": 16}
-    vocabulary = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
-    return Variant("row_encoder", name, {**arguments, **small, **vocabulary}, frozenset({"own id", *reads}))
-
-
-def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
-    small = {"width": 8, "depth": 2, "heads": 2, "layer_width": 8}
-    vocabulary = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
-    return Variant("cross_layer", name, {**arguments, **small, **vocabulary}, frozenset({"own id", *reads}))
+    return Variant("row_encoder", name, {**arguments, **small, **VOCABULARY}, frozenset({"own id", *reads}))
 
 
 def _token_causal(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
-    small = {"width": 8, "depth": 2, "heads": 2, "known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
+    small = {"width": 8, "depth": 2, "heads": 2, **VOCABULARY, **PLAIN}
     return Variant("token_causal", name, {**small, **arguments}, frozenset({"own id", *reads}))
+
+
+def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
+    small = {"width": 8, "depth": 2, "heads": 2, "layer_width": 8, **VOCABULARY, **PLAIN}
+    small |= {"layer_copies": 0, "next_use": False}
+    return Variant("cross_layer", name, {**small, **arguments}, frozenset({"own id", *reads}))
 
 
 def _naive_bayes(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
@@ -95,7 +99,12 @@ VARIANTS = [
     _token_causal("copying", ["earlier ids", "earlier experts"], window=3, copies=2, objective="subset"),
     _token_causal("copying_all", ["earlier ids", "earlier experts"], window=64, copies=1),
     _token_causal(
-        "remembering", ["earlier ids", "earlier experts"], window=3, remembered_tokens=VOCAB, ngram_buckets=0
+        "remembering",
+        ["earlier ids", "earlier experts"],
+        window=3,
+        remembered_tokens=VOCAB,
+        known_tokens=0,
+        ngram_buckets=0,
     ),
     _cross_layer("one_ahead", ALL_EARLIER, lookaheads=1, window=3),
     _cross_layer("three_ahead", ALL_EARLIER, lookaheads=3, window=3),

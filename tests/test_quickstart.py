@@ -43,7 +43,7 @@ def test_the_quickstart_beats_lru(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (activation_counts(traces) > 0).all()  # every expert is alive on text the model never saw
     train, held_out = ({t.source for t in traces.traces(split)} for split in ("train", "validation"))
     assert not train & held_out
-    assert load_predictor(out / "predictor").information.lookaheads == (1, 2, 3)
+    assert load_predictor(out / "predictor").information.lookaheads == (1, 2, 3, "next")
     # Running it again replaces it; a folder of somebody else's stays.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

@@ -11,6 +11,7 @@ from helpers import TINY, prompt_csv, tiny_traces
 
 from moe_beyond.predictors.folder import save_predictor
 from moe_beyond.predictors.registry import create
+from moe_beyond.predictors.scores import ScoresFolder
 from moe_beyond.traces.reader import TraceSet
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -114,7 +115,7 @@ def test_predictions_of_other_prompts_are_refused(tmp_path: Path) -> None:
 def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=24)
     small = ["--model.width=16", "--model.heads=2", "--model.window=8", "--model.layer_width=16"]
-    small += ["--model.ngram_buckets=32", "--data.token_budget=64"]
+    small += ["--data.token_budget=64"]
     words = ["--traces", str(tmp_path / "traces"), "--out", str(tmp_path / "out"), "--epochs", "1"]
     words += [
         "--only",
@@ -147,7 +148,7 @@ def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
 
 def test_a_step_is_timed_part_by_part(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces")
-    predictor = create("cross_layer", TINY, 32, width=16, heads=2, depth=1, layer_width=8, ngram_buckets=16)
+    predictor = create("cross_layer", TINY, 32, width=16, heads=2, depth=1, layer_width=8)
     save_predictor(predictor, tmp_path / "p", {})
     words = [str(tmp_path / "p"), "--traces", str(tmp_path / "traces"), "--sequences", "3"]
     run("bench_step.py", *words, "--json", str(tmp_path / "found.json"))
@@ -155,6 +156,24 @@ def test_a_step_is_timed_part_by_part(tmp_path: Path) -> None:
     assert found["tokens"] > 3
     whole, parts = (found["microseconds"][name]["median"] for name in ("(token + layers) / L", "layer"))
     assert 0 < parts < whole
+
+
+def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:
+    tiny_traces(tmp_path / "traces", sequences=4)
+    words = ["--traces", str(tmp_path / "traces"), "--out", str(tmp_path / "scores"), "--share"]
+    traces = TraceSet(str(tmp_path / "traces"))
+    for share, certain in (("1", 1.0), ("0.5", 0.5), ("0", 0.0)):
+        run("oracle_scores.py", *words, share)
+        folder = ScoresFolder(tmp_path / "scores")
+        assert folder.lookaheads == ("next",)
+        named = chosen = 0
+        for trace in traces.traces():
+            scores = folder.scores(trace.sequence_id, len(trace.token_ids))[:, 0]
+            assert np.allclose(scores.sum(-1), TINY.top_k, atol=1e-5)
+            own = np.take_along_axis(scores, trace.experts.astype(np.int64), -1)
+            assert (own == 1).sum() == (scores == 1).sum()
+            named, chosen = named + (own == 1).sum(), chosen + own.size
+        assert named / chosen == pytest.approx(certain, abs=0.1)
 
 
 def test_training_is_timed_on_the_same_pieces(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
         [-- WORD ...]
 
 TRACES has a validation split (`moe-beyond import ... --val-blocks 20:10`): the test set has no part in this. Every
-variant differs from the first in what its row says; `--shares 0.25 0.5` fits the first on parts of the training text
+variant differs from the first in what its row says; `--shares 0.25 0.5` fits the flagship on parts of the training text
 as well: what more text would be worth. A fit that is finished is not run again; one that was cut off goes
 on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
 error of the first (not calibrated), hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. Where there
@@ -30,34 +30,36 @@ from moe_beyond.traces.writer import writing
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ASKED = "asked.json"
-FLAGSHIP = (
-    "--model.copies=4", "--model.layer_copies=1", "--model.objective=subset", "--model.next_use=true",
-    "--model.remembered_tokens=16384", "--model.min_count=5",
+FIRST = (
+    "--model.copies=0", "--model.layer_copies=0", "--model.objective=softmax", "--model.next_use=false",
+    "--model.remembered_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
 )  # fmt: skip
-# What each variant is given besides the architecture's defaults; the first is what the others are compared with.
+# What each variant is given in place of the architecture's defaults; the first is what the others are compared with.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "flagship": FLAGSHIP,
-    "softmax objective": (*FLAGSHIP, "--model.objective=softmax"),
-    "no copies": (*FLAGSHIP, "--model.copies=0"),
-    "no copies by layer": (*FLAGSHIP, "--model.layer_copies=0"),
-    "no memory of routing": (*FLAGSHIP, "--model.remembered_tokens=0"),
-    "none of the three": (*FLAGSHIP, "--model.copies=0", "--model.layer_copies=0", "--model.remembered_tokens=0"),
-    "no next run": (*FLAGSHIP, "--model.next_use=false"),
-    "own vectors from 2 on": (*FLAGSHIP, "--model.min_count=2"),
-    "no own vectors": (*FLAGSHIP, "--model.known_tokens=1"),
-    "first recipe": ("--model.objective=softmax",),
-    "eight copies": (*FLAGSHIP, "--model.copies=8"),
-    "two copies by layer": (*FLAGSHIP, "--model.layer_copies=2"),
-    "no dropped tokens": (*FLAGSHIP, "--model.token_dropout=0"),
-    "more dropped tokens": (*FLAGSHIP, "--model.token_dropout=0.25"),
-    "dropout 0.25": (*FLAGSHIP, "--model.dropout=0.25"),
-    "weight decay 0.1": (*FLAGSHIP, "--model.weight_decay=0.1"),
-    "one block": (*FLAGSHIP, "--model.depth=1"),
-    "narrow": (*FLAGSHIP, "--model.width=128", "--model.layer_width=128"),
-    "no n-grams": (*FLAGSHIP, "--model.ngram_buckets=0"),
-    "pieces of 128 tokens": (*FLAGSHIP, "--data.max_tokens=128"),
-    "float32": (*FLAGSHIP, "--trainer.precision=32-true"),
-}
+    "flagship": (),
+    "softmax objective": ("--model.objective=softmax",),
+    "no copies": ("--model.copies=0",),
+    "no copies by layer": ("--model.layer_copies=0",),
+    "no memory of routing, own vectors": ("--model.remembered_tokens=0", "--model.known_tokens=16384"),
+    "no memory of routing, own vectors and n-grams": (
+        "--model.remembered_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
+    ),
+    "own vectors as well": ("--model.known_tokens=16384",),
+    "n-grams as well": ("--model.ngram_buckets=8192",),
+    "first recipe": FIRST,
+    "no next run": ("--model.next_use=false",),
+    "eight epochs": ("--trainer.max_epochs=8",),
+    "eight copies": ("--model.copies=8",),
+    "two copies by layer": ("--model.layer_copies=2",),
+    "no dropped tokens": ("--model.token_dropout=0",),
+    "more dropped tokens": ("--model.token_dropout=0.25",),
+    "dropout 0.25": ("--model.dropout=0.25",),
+    "weight decay 0.1": ("--model.weight_decay=0.1",),
+    "one block": ("--model.depth=1",),
+    "narrow": ("--model.width=128", "--model.layer_width=128"),
+    "pieces of 128 tokens": ("--data.max_tokens=128",),
+    "float32": ("--trainer.precision=32-true",),
+}  # fmt: skip
 
 
 def fit(traces: str, folder: Path, epochs: int, seed: int, words: tuple[str, ...]) -> dict[str, float]:
@@ -142,10 +144,10 @@ def main() -> None:
     asked = [(name, args.traces, VARIANTS[name]) for name in args.only]
     for share in args.shares:
         part = part_of(args.traces, args.out / f"traces-{share:g}", share)
-        asked.append((f"{share:.0%} of the text", part, FLAGSHIP))
+        asked.append((f"{share:.0%} of the text", part, ()))
     for name, traces, variant in asked:
         for seed in range(args.seeds):
-            folder = args.out / f"{name.replace(' ', '-').replace('%', '')}-{seed}"
+            folder = args.out / f"{name.replace(' ', '-').replace('%', '').replace(',', '')}-{seed}"
             figures = fit(traces, folder, args.epochs, seed, (*variant, *args.words))
             rows.setdefault(name, []).append(figures)
             console.print(_table(rows, args.epochs))

@@ -148,7 +148,7 @@ class Predictor(nn.Module, ABC):
         if self.calibration is None:
             scale, shift = np.ones(len(logits), np.float32), np.zeros(len(logits), np.float32)
         else:
-            scale, shift = (x.numpy()[lookaheads, layers] for x in (self.calibration.scale, self.calibration.shift))
+            scale, shift = (array[lookaheads, layers] for array in self.calibration.arrays)
         return link_now(logits, scale, shift, LINKS.index(self.link), self.geometry.top_k)
 
     def linked(self, logits: Tensor) -> Tensor:

@@ -29,10 +29,12 @@ class Calibration:
     Attributes:
         scale: ``(H, L)``, above 0.
         shift: ``(H, L)``.
+        arrays: Both, for steppers.
     """
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         self.scale, self.shift = scale.float().cpu(), shift.float().cpu()
+        self.arrays = self.scale.numpy(), self.shift.numpy()
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Calibrate logits ``(..., H, L, E)``."""

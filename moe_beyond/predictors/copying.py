@@ -3,8 +3,6 @@
 Nothing is mixed on the way: an expert's logit gains only where tokens that a head picks used that very expert.
 """
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,7 +11,6 @@ from moe_beyond.predictors.attention import NEVER
 
 FEATURES = 32  # of a query, and of a key
 TOKENS_AT_ONCE = 256
-Floats = npt.NDArray[np.float32]
 
 
 class Copying(nn.Module):
@@ -64,58 +61,6 @@ class Copying(nn.Module):
             copied = [(shares[:, head] @ used[:, first:stop]) * weight for head, weight in enumerate(self.weight)]
             added.append(torch.stack(copied).sum(0))
         return torch.cat(added, 1)
-
-    def shares(self, x: Tensor, keys: Tensor, alike: Tensor) -> Tensor:
-        """Return ``(heads, n)``, what share a token's heads have in each of the n <= window - 1 tokens before.
-
-        Args:
-            x: ``(1, width)`` state.
-            keys: ``(n, heads * FEATURES)``, oldest first.
-            alike: ``(n, 2)``, 1 where one is the same token, and where the one before it is too.
-        """
-        queries = self.query(x).view(self.heads, -1)
-        match = torch.einsum("hf,nhf->hn", queries, keys.view(len(keys), self.heads, FEATURES)) * FEATURES**-0.5
-        match = match + self.bias[:, 1 : len(keys) + 1].flip(-1) + self.same @ alike.T
-        shares: Tensor = match.softmax(-1) * self.gate(x).sigmoid().T
-        return shares
-
-
-class CopyingState:
-    """What a stepper keeps for `Copying`: of the last tokens keys, experts and ids.
-
-    Args:
-        model: The module.
-
-    Attributes:
-        earlier: ``(n, L*E)``, what the n tokens before the present one were routed to, oldest first.
-        weight: ``(heads, L*E)``, that of the module.
-    """
-
-    def __init__(self, model: Copying) -> None:
-        self._model, self.weight = model, model.weight
-        self._keys = torch.zeros(0, model.query.out_features)
-        self.earlier = torch.zeros(0, model.weight.shape[1])
-        self._ids = torch.zeros(0, 2, dtype=torch.int64)  # of each, and of the one before it
-        self._key: Tensor | None = None
-        self._own_ids = torch.tensor([[-1, -1]])
-
-    def start(self, x: Tensor, token_id: int, before: Tensor) -> Tensor:
-        """Begin a token; return its shares in those before it.
-
-        Args:
-            x: ``(1, width)``, its state.
-            token_id: Its id.
-            before: ``(L*E,)``, what the token before was routed to.
-        """
-        if self._key is not None:  # the token before is an earlier one now
-            keep = 1 - self._model.window
-            self._keys = torch.cat([self._keys, self._key])[keep:]
-            self.earlier = torch.cat([self.earlier, before[None]])[keep:]
-            self._ids = torch.cat([self._ids, self._own_ids])[keep:]
-        self._own_ids = torch.tensor([[token_id, int(self._own_ids[0, 0])]])
-        self._key = self._model.key(x)
-        alike = (self._ids == self._own_ids).cumprod(-1).float()
-        return self._model.shares(x, self._keys, alike)
 
 
 class LayerCopying(nn.Module):
@@ -182,52 +127,6 @@ class LayerCopying(nn.Module):
         rows = x.new_zeros(len(x), *real.shape, x.shape[-1])
         rows[:, real] = x
         return rows.view(*rows.shape[:3], self.heads, -1).transpose(2, 3)
-
-
-class LayerCopyingState:
-    """What a stepper keeps for `LayerCopying`: of the last tokens, keys after every layer, and experts.
-
-    Args:
-        model: The module.
-    """
-
-    def __init__(self, model: LayerCopying) -> None:
-        self._heads, self._window, self._lookaheads = model.heads, model.window, model.lookaheads
-        self._query, self._key, self._gate, self._gate_bias, self._bias, self._weights = (
-            part.detach().numpy()
-            for part in (model.query, model.key, model.gate, model.gate_bias, model.bias, model.weights_ahead())
-        )
-        layers, experts = model.weight.shape[2:]
-        self._keys = np.zeros((0, layers, model.heads, FEATURES), np.float32)
-        self._used = np.zeros((0, layers, experts), np.float32)
-        self._own: Floats | None = None
-
-    def start(self, before: Floats) -> None:
-        """Begin a token, given what the one before was routed to: ``(L, E)``."""
-        if self._own is not None:
-            self._keys = np.concatenate([self._keys, self._own[None]])[1 - self._window :]
-            self._used = np.concatenate([self._used, before[None]])[1 - self._window :]
-        self._own = np.zeros(self._keys.shape[1:], np.float32)
-
-    def step(self, routed: int, state: Floats) -> Floats:
-        """Return ``(n, E)``, what is added for the n <= H layers that come after so many are routed."""
-        assert self._own is not None
-        self._own[routed] = (state @ self._key[routed]).reshape(self._heads, -1)
-        coming = self._used[:, routed : routed + self._lookaheads]
-        weights = self._weights[routed, :, : coming.shape[1]]
-        if len(coming) == 0:
-            return np.zeros(weights.shape[1:], np.float32)
-        queries = (state @ self._query[routed]).reshape(self._heads, -1)
-        match = np.einsum("hf,nhf->hn", queries, self._keys[:, routed]) * FEATURES**-0.5
-        match += self._bias[:, len(coming) : 0 : -1]
-        shares = np.exp(match - match.max(-1, keepdims=True))
-        shares /= (
-            shares.sum(-1, keepdims=True)
-            * (1 + np.exp(-(state @ self._gate[routed] + self._gate_bias[routed])))[:, None]
-        )
-        copied = (shares @ coming.reshape(len(coming), -1)).reshape(weights.shape)
-        added: Floats = (copied * weights).sum(0)
-        return added
 
 
 def _parts(length: int, bias: Tensor, window: int) -> list[tuple[int, int, int, Tensor, Tensor]]:

@@ -17,10 +17,11 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.base import Stepper
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.copying import LayerCopying, LayerCopyingState
+from moe_beyond.predictors.copying import LayerCopying
+from moe_beyond.predictors.copying_state import LayerCopyingState
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.next_use import NextUse, NextUseState
-from moe_beyond.predictors.token_causal import DECAYS, TokenCausal, TokenState, averaged
+from moe_beyond.predictors.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, averaged
 
 
 class CrossLayer(TokenCausal):
@@ -42,8 +43,8 @@ class CrossLayer(TokenCausal):
         layer_width: Features of the recurrent state over layers.
         layer_copies: Heads that pick earlier tokens after every layer.
         next_use: Whether lookahead ``"next"`` is predicted as well.
-        remembered_tokens: Tokens whose routing in training is remembered.
-        known_tokens: Tokens with an own vector.
+        remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
+        known_tokens: Tokens with an own vector; 0 does without.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams; 0 does without.
         dropout: Probability of dropping a feature in training.
@@ -61,15 +62,15 @@ class CrossLayer(TokenCausal):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
-        copies: int = 0,
-        objective: Literal["softmax", "subset"] = "softmax",
+        copies: int = 4,
+        objective: Literal["softmax", "subset"] = "subset",
         layer_width: int = 256,
-        layer_copies: int = 0,
-        next_use: bool = False,
-        remembered_tokens: int = 0,
-        known_tokens: int = 16384,
+        layer_copies: int = 1,
+        next_use: bool = True,
+        remembered_tokens: int = 12288,
+        known_tokens: int = 0,
         min_count: int = 2,
-        ngram_buckets: int = 8192,
+        ngram_buckets: int = 0,
         dropout: float = 0.15,
         token_dropout: float = 0.1,
     ) -> None:
@@ -85,17 +86,16 @@ class CrossLayer(TokenCausal):
         self.routed = nn.Parameter(torch.randn(layers, experts, layer_width) * 0.1)
         self.recurrent = nn.GRU(layer_width, layer_width)
         self.from_state = nn.Parameter(torch.randn(lookaheads, layers, layer_width, experts) * layer_width**-0.5)
-        self.from_expert = nn.Parameter(torch.zeros(layers, experts, layers, experts))
+        self.from_expert = nn.Parameter(torch.zeros(layers * (layers - 1) // 2, experts, experts))
         self.layer_copying = (
             LayerCopying(layers, experts, layer_width, lookaheads, layer_copies, window) if layer_copies else None
         )
         self.next_use = next_use
         self.following = NextUse(layers, experts, width, layer_width, len(DECAYS), copies, window) if next_use else None
-        # Source layers that a target layer may read at the largest lookahead: l' <= l - H.
-        reach = torch.arange(layers)[:, None] <= torch.arange(layers) - lookaheads
-        self.register_buffer("reach", reach[:, None, :, None].float(), persistent=False)
+        # The layers that each part of `from_expert` maps from and to: every pair, earlier one first.
+        self.register_buffer("pairs", torch.triu_indices(layers, layers, 1), persistent=False)
 
-    reach: Tensor
+    pairs: Tensor
 
     @property
     def information(self) -> Information:
@@ -118,7 +118,7 @@ class CrossLayer(TokenCausal):
         by_layer = own.view(-1, layers, experts).transpose(0, 1)
         states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed), start)[0]])
         states, after = self.drop(states).split([layers, 1])  # states[l] knows layers 0 .. l-1
-        logits = logits + own @ (self.from_expert * self.reach).flatten(2).flatten(0, 1)
+        logits = logits + own @ self._from_layers_within_reach()
         logits = logits.view(-1, layers, experts)
         nearer = []
         for ahead in range(self.lookaheads, 0, -1):
@@ -137,10 +137,18 @@ class CrossLayer(TokenCausal):
             found = torch.cat([found, following[:, None]], 1)
         return found
 
+    def _from_layers_within_reach(self) -> Tensor:
+        """Return the maps ``(L*E, L*E)`` between layers that are at least H apart."""
+        layers, experts, _ = self.geometry.shape()
+        (source, target), apart = self.pairs, self.pairs[1] - self.pairs[0] >= self.lookaheads
+        maps = self.from_expert.new_zeros(layers, layers, experts, experts)
+        maps = maps.index_put((source[apart], target[apart]), self.from_expert[apart])
+        return maps.transpose(1, 2).reshape(layers * experts, -1)
+
     def _from_layer(self, by_layer: Tensor, ahead: int) -> Tensor:
         """What the experts of each layer say of the layer ``ahead`` later: ``(N, L - ahead, E)``."""
-        source = torch.arange(self.geometry.num_layers - ahead, device=by_layer.device)
-        return torch.bmm(by_layer[: len(source)], self.from_expert[source, :, source + ahead]).transpose(0, 1)
+        maps = self.from_expert[self.pairs[1] - self.pairs[0] == ahead]
+        return torch.bmm(by_layer[: len(maps)], maps).transpose(0, 1)
 
     def stepper(self) -> Stepper:
         """Return a stepper; its state is ``window`` tokens of keys and values a block, and a few vectors."""
@@ -153,7 +161,17 @@ class _CrossLayerStepper(Stepper):
     @torch.inference_mode()
     def __init__(self, predictor: CrossLayer) -> None:
         self._predictor, recurrent = predictor, dict(predictor.recurrent.named_parameters())
-        self._from_expert, self._from_state = predictor.from_expert.numpy(), predictor.from_state.numpy()
+        layers, lookaheads = predictor.geometry.num_layers, predictor.lookaheads
+        # Laid out as a step reads them: of each layer, what its experts say of all later ones; and of each count of
+        # routed layers, what the state says of those in reach.
+        later = [layers - 1 - layer for layer in range(layers)]
+        self._from_expert = [
+            part.transpose(0, 1).contiguous().numpy() for part in torch.split(predictor.from_expert, later)
+        ]
+        self._from_state = [
+            torch.cat([predictor.from_state[i, routed + i] for i in range(min(lookaheads, layers - routed))], 1).numpy()
+            for routed in range(layers)
+        ]
         # What an expert adds to the gates' inputs, and what all of a layer share.
         self._routed = (predictor.routed @ recurrent["weight_ih_l0"].T).numpy()
         self._bias, self._hidden_bias = recurrent["bias_ih_l0"].numpy(), recurrent["bias_hh_l0"].numpy()
@@ -163,37 +181,33 @@ class _CrossLayerStepper(Stepper):
     def reset(self) -> None:
         self._tokens = TokenState(self._predictor)
         copying = self._predictor.layer_copying
-        self._copying = LayerCopyingState(copying) if copying is not None else None
+        top_k = self._predictor.geometry.top_k
+        self._copying = LayerCopyingState(copying, top_k) if copying is not None else None
         following, shape = self._predictor.following, self._predictor.geometry.shape()[:2]
-        self._following = NextUseState(following, DECAYS) if following is not None else None
+        self._following = NextUseState(following, RETAINED) if following is not None else None
         self._scores = np.full(shape, np.nan, np.float32)
 
     @torch.inference_mode()
     def observe_token(self, token_id: int) -> None:
-        if self._copying is not None:
-            self._copying.start(self._tokens.used)
-        before = torch.from_numpy(self._tokens.used).flatten()
-        token, logits = self._tokens.start(token_id)
+        token, self._logits = self._tokens.start(token_id)
         if self._following is not None:
-            self._following.start(token, token_id, before, self._tokens.averages)
-        state = torch.tanh(self._predictor.start(token))
-        self._logits, self._state = logits.numpy(), state[0].numpy()
+            self._following.start(token.numpy(), token_id, self._tokens.averages, self._tokens.past.rows)
+        self._state = torch.tanh(self._predictor.start(token)).numpy()
         self._scores = self._scores.copy()
         if self._predictor.following is not None and np.isnan(self._scores[0, 0]):  # a sequence starts
-            self._scores = self._of_next(self._predictor.following.first.numpy(), np.arange(len(self._scores)))
+            first, layers = self._predictor.following.first.numpy(), np.arange(len(self._scores))
+            ahead = np.full(len(layers), self._predictor.lookaheads)
+            self._scores = self._predictor.probabilities_now(first, ahead, layers)
         self._score(-1)
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         chosen = np.asarray(experts, np.int64)
         self._tokens.route(layer, chosen)
-        self._logits[layer + 1 :] += self._from_expert[layer, chosen, layer + 1 :].sum(0)
+        self._logits[layer + 1 :] += self._from_expert[layer][chosen].sum(0)
         self._state = self._recur(self._routed[layer, chosen].sum(0) + self._bias)
         self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan
-        if self._following is not None:
-            own = self._following.step(layer, chosen, self._state)
-            self._scores[layer] = self._of_next(own, np.array([layer]))[0]
-        self._score(layer)
+        self._score(layer, chosen)
 
     def _recur(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the recurrent state after one more layer: a gated recurrent unit, as torch defines it."""
@@ -208,16 +222,16 @@ class _CrossLayerStepper(Stepper):
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores
 
-    def _score(self, routed: int) -> None:
-        """Score the layers within reach once layers up to ``routed`` are known."""
+    def _score(self, routed: int, experts: npt.NDArray[np.int64] | None = None) -> None:
+        """Score the layers within reach once layers up to ``routed`` are known, the last of them by its ``(K,)``."""
         ahead = np.arange(min(self._predictor.lookaheads, len(self._scores) - routed - 1))
+        targets = ahead + routed + 1
+        logits = self._logits[routed + 1 : routed + 1 + len(ahead)]
         if len(ahead):
-            targets = ahead + routed + 1
-            logits = self._logits[targets] + self._state @ self._from_state[ahead, targets]
+            logits = logits + (self._state @ self._from_state[routed + 1]).reshape(logits.shape)
             if self._copying is not None:
-                logits += self._copying.step(routed + 1, self._state)
-            self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)
-
-    def _of_next(self, logits: npt.NDArray[np.float32], layers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return probabilities ``(n, E)`` of the next run of so many layers."""
-        return self._predictor.probabilities_now(logits, np.full(len(layers), self._predictor.lookaheads), layers)
+                logits += self._copying.step(routed + 1, self._state, self._tokens.past.rows)
+        if self._following is not None and experts is not None:
+            ahead, targets = np.append(ahead, self._predictor.lookaheads), np.append(targets, routed)
+            logits = np.concatenate([logits, self._following.step(routed, experts, self._state)])
+        self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_beyond.predictors.copying import Copying, CopyingState
+from moe_beyond.predictors.copying import Copying
+from moe_beyond.predictors.copying_state import CopyingState, Ids, copied
 
 Floats = npt.NDArray[np.float32]
 
@@ -72,37 +73,35 @@ class NextUseState:
 
     Args:
         model: The module.
-        decays: Of the running averages.
+        decays: ``(averages, 1)``, of the running averages.
     """
 
-    def __init__(self, model: NextUse, decays: tuple[float, ...]) -> None:
-        self._model, self._decays = model, torch.tensor(decays)[:, None]
+    def __init__(self, model: NextUse, decays: Floats) -> None:
         self._copying = CopyingState(model.copying) if model.copying is not None else None
         self._from_state, self._from_expert = model.from_state.detach().numpy(), model.from_expert.detach().numpy()
-        shape = model.first.shape
-        self._averaged = ((1 - self._decays) * model.from_history.detach()).sum(0).view(shape).numpy()
-        self._known = self._own = np.zeros(shape, np.float32)
+        self._from_token, self._bias = (x.detach().numpy() for x in (model.from_token.weight, model.from_token.bias))
+        history = model.from_history.detach().numpy()
+        self._from_history, self._averaged = decays * history, ((1 - decays) * history).sum(0)
+        self._shape = tuple(model.first.shape)
+        self._known = self._own = np.zeros(self._shape, np.float32)
 
-    def start(self, x: Tensor, token_id: int, before: Tensor, averages: Tensor) -> None:
+    def start(self, token: Floats, token_id: int, averages: Floats, past: Ids) -> None:
         """Begin a token.
 
         Args:
-            x: ``(1, width)``, its state.
+            token: ``(width,)``, its state.
             token_id: Its id.
-            before: ``(L*E,)``, what the token before was routed to.
             averages: ``(averages, L*E)``, of the tokens before.
+            past: ``(t, L*K)``, what they were routed to, as ``layer * E + expert``.
         """
-        model = self._model
-        known = model.from_token(x)[0] + (self._decays * averages * model.from_history).sum(0)
-        self._own = self._averaged
+        known = self._from_token @ token + self._bias + (averages * self._from_history).sum(0)
+        own = self._averaged
         if self._copying is not None:
-            shares = self._copying.start(x, token_id, before)
-            if len(self._copying.earlier):
-                weight = self._copying.weight
-                known = known + (shares[:, :-1] @ self._copying.earlier[1:] * weight).sum(0)
-                followed = (shares[:, -1:] * weight).sum(0)  # the token before, by this one
-                self._own = self._own + followed.view(model.first.shape).numpy()
-        self._known = known.view(model.first.shape).numpy()
+            shares = self._copying.start(token, token_id)
+            if len(past):
+                known += copied(shares[:, :-1], past[1:], self._copying.weight)
+                own = own + shares[:, -1] @ self._copying.weight  # the token before was followed by this one
+        self._known, self._own = known.reshape(self._shape), own.reshape(self._shape)
 
     def step(self, layer: int, experts: npt.NDArray[np.int64], state: Floats) -> Floats:
         """Return the logits ``(1, E)`` of a layer's next run.

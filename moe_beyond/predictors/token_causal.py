@@ -16,15 +16,18 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.attention import WindowBlock
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.copying import Copying, CopyingState
+from moe_beyond.predictors.copying import Copying
+from moe_beyond.predictors.copying_state import CopyingState, copied
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy
 from moe_beyond.predictors.memory import RoutingMemory
+from moe_beyond.predictors.recent import Recent
 from moe_beyond.predictors.tokens import TokenEmbedding
 from moe_beyond.predictors.whole_token import WholeTokenStepper
 
 # How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
 DECAYS = (0.7, 0.97)
+RETAINED = np.array(DECAYS, np.float32)[:, None]
 LOSSES = {"softmax": k_positive_cross_entropy, "subset": subset_cross_entropy}
 
 
@@ -43,8 +46,8 @@ class TokenCausal(GradientPredictor):
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
         objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
-        remembered_tokens: Tokens whose routing in training is remembered.
-        known_tokens: Tokens with an own vector.
+        remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
+        known_tokens: Tokens with an own vector; 0 does without.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams; 0 does without.
         dropout: Probability of dropping a feature in training.
@@ -62,12 +65,12 @@ class TokenCausal(GradientPredictor):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
-        copies: int = 0,
-        objective: Literal["softmax", "subset"] = "softmax",
-        remembered_tokens: int = 0,
-        known_tokens: int = 16384,
+        copies: int = 4,
+        objective: Literal["softmax", "subset"] = "subset",
+        remembered_tokens: int = 12288,
+        known_tokens: int = 0,
         min_count: int = 2,
-        ngram_buckets: int = 8192,
+        ngram_buckets: int = 0,
         dropout: float = 0.15,
         token_dropout: float = 0.1,
     ) -> None:
@@ -178,41 +181,55 @@ class TokenState:
 
     Attributes:
         used: ``(L, E)`` float32, 1 where the present token is routed to the expert.
+        past: The last ``window - 1`` tokens' experts, as ``layer * E + expert``: rows ``(L*K,)``.
         averages: ``(averages, L*E)``, of the tokens before the present one.
     """
 
     def __init__(self, model: TokenCausal) -> None:
+        layers, experts, top_k = model.geometry.shape()
         self._model = model
         self._caches: list[tuple[Tensor, Tensor] | None] = [None] * model.depth
-        self.averages = torch.zeros(len(DECAYS), model.geometry.total_experts)
-        self.used = np.zeros(model.geometry.shape()[:2], np.float32)
+        self._previous = model.previous.weight.detach().T.contiguous()
+        maps = model.from_token.weight, model.from_token.bias, model.from_history
+        self._from_token, self._bias, self._from_history = (part.detach().numpy() for part in maps)
+        self._from_memory = None if model.from_memory is None else model.from_memory.weight.detach().numpy()
+        self.averages = np.zeros(self._from_history.shape, np.float32)
+        self.used = np.zeros((layers, experts), np.float32)
+        self.past = Recent(max(model.window - 1, 1), layers * top_k, dtype=np.int32)
+        self._chosen: npt.NDArray[np.int32] | None = None
         self._copying = CopyingState(model.copying) if model.copying is not None else None
 
     def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
         """Note a layer's experts."""
+        assert self._chosen is not None
         self.used[layer, experts] = 1.0
+        top_k = self._model.geometry.top_k
+        self._chosen[layer * top_k : (layer + 1) * top_k] = experts + layer * self.used.shape[1]
 
-    def start(self, token_id: int) -> tuple[Tensor, Tensor]:
-        """Begin a token; return its state ``(1, width)``, and logits ``(L, E)`` of that and the history."""
-        model, before = self._model, torch.from_numpy(self.used).flatten()
-        decays = torch.tensor(DECAYS)[:, None]
-        self.averages = decays * self.averages + (1 - decays) * before
+    def start(self, token_id: int) -> tuple[Tensor, npt.NDArray[np.float32]]:
+        """Begin a token; return its state ``(width,)``, and logits ``(L, E)`` of that and the history."""
+        model = self._model
+        self.averages = RETAINED * self.averages + (1 - RETAINED) * self.used.reshape(-1)
         ids = torch.tensor([[token_id]])
-        x = model.tokens(ids) + model.previous(before)
+        x = model.tokens(ids)
+        if self._chosen is not None:  # the token before is an earlier one now
+            self.past.append(self._chosen)
+            x = x + self._previous[torch.from_numpy(self._chosen)].sum(0)
         memory = None if model.memory is None else model.memory(ids)
         x = x if memory is None else x + memory
         for index, block in enumerate(model.blocks):
             assert isinstance(block, WindowBlock)
             x, self._caches[index] = block.step(x, self._caches[index])
-        token = model.norm(x)[0]
-        logits = model.from_token(token)[0] + (self.averages * model.from_history).sum(0)
-        if memory is not None and model.from_memory is not None:
-            logits = logits + model.from_memory(memory)[0, 0]
+        state = model.norm(x)[0, 0]
+        token = state.numpy()
+        logits = self._from_token @ token + self._bias + (self.averages * self._from_history).sum(0)
+        if memory is not None and self._from_memory is not None:
+            logits += self._from_memory @ memory[0, 0].numpy()
         if self._copying is not None:
-            shares = self._copying.start(token, token_id, before)
-            logits = logits + (shares @ self._copying.earlier * self._copying.weight).sum(0)
+            logits += copied(self._copying.start(token, token_id), self.past.rows, self._copying.weight)
         self.used = np.zeros_like(self.used)
-        return token, logits.view(self.used.shape)
+        self._chosen = np.zeros(self.past.rows.shape[1], np.int32)
+        return state, logits.reshape(self.used.shape)
 
 
 class _TokenCausalStepper(WholeTokenStepper):
@@ -222,7 +239,7 @@ class _TokenCausalStepper(WholeTokenStepper):
         self._state = TokenState(self._predictor)
 
     def _logits(self, token_id: int) -> Tensor:
-        return self._state.start(token_id)[1]
+        return torch.from_numpy(self._state.start(token_id)[1])
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         super().observe_layer(layer, experts, state)

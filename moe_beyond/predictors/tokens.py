@@ -23,7 +23,7 @@ class TokenEmbedding(nn.Module):
     Args:
         vocab_size: Ids of the tokenizer, V.
         width: Features.
-        known_tokens: Tokens that get an own vector: the most frequent ones of the training split.
+        known_tokens: Tokens that get an own vector: the most frequent ones of the training split; 0 does without.
         min_count: Occurrences in the training split that a token needs for an own vector.
         ngram_buckets: Vectors that all n-grams share by hashing; 0 does without n-grams.
     """
@@ -33,8 +33,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, known_tokens: int, min_count: int, ngram_buckets: int) -> None:
         super().__init__()
-        if min(known_tokens, min_count) < 1 or ngram_buckets < 0:
-            raise UserError("known_tokens and min_count must be at least 1, ngram_buckets 0")
+        if min_count < 1 or min(known_tokens, ngram_buckets) < 0:
+            raise UserError("min_count must be at least 1, known_tokens and ngram_buckets 0")
         self.known_tokens, self.min_count = min(known_tokens, vocab_size), min_count
         self.ngram_buckets = ngram_buckets
         self.known = nn.Embedding(self.known_tokens + 1, width)  # row 0: unknown

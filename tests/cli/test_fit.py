@@ -32,14 +32,14 @@ def test_a_fit_learns_and_replays_at_every_validation(run: Run) -> None:
         assert len(set(figures[name])) == 1
     assert figures["val/belady_hit_rate"][0] >= figures["val/lru_hit_rate"][0]
     for stage in ("recall_at_k", "f1_micro", "average_precision"):
-        for lookahead in (1, 2, 3):
+        for lookahead in (1, 2, 3, "next"):
             assert f"val/{stage}/lookahead_{lookahead}" in figures
 
 
 def test_the_best_checkpoint_is_exported(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     config = read_config(run.folder / "predictor")
     assert config["architecture"] == "cross_layer"
-    assert config["lookaheads"] == [1, 2, 3]
+    assert config["lookaheads"] == [1, 2, 3, "next"]
     assert config["arguments"]["width"] == 16
     assert config["training"]["fingerprint"] == TraceSet(str(run.traces)).manifest.fingerprint
     hits = columns(run.folder)["val/hit_rate"]
@@ -85,7 +85,7 @@ def test_test_agrees_with_evaluate(
     words = ["--traces", str(run.traces), "--split", "validation", "--budget", "50%", "--json", "-"]
     assert main(["evaluate", "p", *words]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["lookahead"] for row in found["metrics"]] == [1, 2, 3]
+    assert [row["lookahead"] for row in found["metrics"]] == [1, 2, 3, "next"]
     for row in found["metrics"]:
         for name in ("recall_at_k", "f1", "f1_micro", "f1_macro", "accuracy", "average_precision", "exact_match"):
             assert math.isclose(tested[f"test/{name}/lookahead_{row['lookahead']}"][0], row[name], rel_tol=1e-6)
@@ -103,7 +103,7 @@ def test_predicted_scores_replay_like_the_predictor(
     monkeypatch.chdir(tmp_path)
     assert main(words_for(run, "predict")) == 0
     scores = next(tmp_path.glob("runs/*/version_0/scores"))
-    assert ScoresFolder(scores).lookaheads == (1, 2, 3)
+    assert ScoresFolder(scores).lookaheads == (1, 2, 3, "next")
     assert main(["package", str(run.folder / "checkpoints/last.ckpt"), "--out", "p"]) == 0
     found = []
     for source in (["--predictor", "p"], ["--scores", str(scores)]):
@@ -179,7 +179,7 @@ def test_a_pupil_fits_half_of_what_its_teachers_say(run: Run, tmp_path: Path) ->
 def test_a_teacher_predicts_what_its_pupil_does(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", "-c", CONFIGS / "model/cross_layer.yaml", "-c", CONFIGS / "data/traces.yaml", *TINY_CROSS_LAYER]
     words += [f"--data.traces={run.traces}", f"--model.teachers=[{run.folder / 'predictor'}]"]
-    assert "has lookaheads 1, 2, 3, link softmax of 4 MoE layers" in error_line(
+    assert "has lookaheads 1, 2, 3, next, link subset of 4 MoE layers" in error_line(
         capsys, [*words, "--model.lookaheads=2"]
     )
 

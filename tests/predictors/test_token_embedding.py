@@ -111,3 +111,8 @@ def test_without_ngrams_unseen_tokens_are_alike():
     assert made.ngrams.numel() == 0
     assert torch.equal(found[1], found[2])
     assert not torch.equal(found[0], found[3])
+
+
+def test_without_own_vectors_and_ngrams_all_tokens_are_alike():
+    found = vectors(embedding([5, 0, 0, 9] + [0] * (VOCAB - 4), known=0, buckets=0))
+    assert torch.equal(found, found[:1].expand(VOCAB, -1))

@@ -1,0 +1,60 @@
+"""Writes the scores of a predictor that knows a share of the answer, and of the rest nothing: what could it be worth?
+
+    python tools/oracle_scores.py --traces TRACES --out DIR --lookahead next --share 0.5 [--split SPLIT]
+    moe-beyond replay --traces TRACES [--split SPLIT] --scores DIR --policy belief --prefetch none --budget 10%
+
+Each chosen expert is named with probability S and a score of 1; all others of its layer share what is missing to K. So
+S is the recall of what is named, and the scores are calibrated. The replay tells what a predictor of that quality
+would save, and what one that is never wrong would (S = 1): a bound.
+"""
+
+import argparse
+
+import numpy as np
+import numpy.typing as npt
+from rich.progress import track
+
+from moe_beyond.lookahead import parse_lookahead
+from moe_beyond.predictors.scores import writing_scores
+from moe_beyond.traces.reader import TraceSet
+
+
+def main() -> None:
+    """Parse the options, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", required=True, help="a trace set")
+    parser.add_argument("--split", help="one split of it")
+    parser.add_argument("--out", required=True, help="the scores folder to make")
+    parser.add_argument("--lookahead", default="next", help="of which the scores are said to be")
+    parser.add_argument("--share", type=float, default=1.0, help="S, of the chosen experts that are named")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not 0 <= args.share <= 1:
+        parser.error(f"--share {args.share:g}: a share lies within 0..1")
+    traces, rng = TraceSet(args.traces), np.random.default_rng(args.seed)
+    _, experts, _ = traces.geometry.shape()
+    with writing_scores(
+        args.out,
+        geometry=traces.geometry,
+        lookaheads=[parse_lookahead(args.lookahead)],
+        predictor=f"an oracle for {args.share:.0%}",
+        traces=traces.manifest.fingerprint,
+    ) as writer:
+        for trace in track(traces.traces(args.split), "writing"):
+            writer.write(trace.sequence_id, partly_known(trace.experts, experts, args.share, rng)[:, None])
+
+
+def partly_known(
+    chosen: npt.NDArray[np.integer], experts: int, share: float, rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    """Return scores ``(T, L, E)`` of choices ``(T, L, K)``."""
+    named = rng.random(chosen.shape) < share
+    known = np.zeros((*chosen.shape[:2], experts), bool)
+    np.put_along_axis(known, chosen.astype(np.int64), named, -1)
+    count = named.sum(-1, keepdims=True)
+    others = (chosen.shape[-1] - count) / np.maximum(experts - count, 1)
+    return np.where(known, 1.0, others).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()
