@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "first recipe": FIRST,
     "no next run": ("--model.next_use=false",),
     "eight epochs": ("--trainer.max_epochs=8",),
+    "steps of 1,024 tokens": ("--data.token_budget=1024",),
     "eight copies": ("--model.copies=8",),
     "two copies by layer": ("--model.layer_copies=2",),
     "no dropped tokens": ("--model.token_dropout=0",),

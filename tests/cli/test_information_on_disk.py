@@ -77,10 +77,16 @@ def test_editing_what_comes_later_changes_no_earlier_score(architecture: str, tm
         new = after.scores(trace.sequence_id, LENGTH)
         assert np.array_equal(old[:TOKEN], new[:TOKEN])
         for index, lookahead in enumerate(before.lookaheads):
-            # Layer l is scored from layers up to l - h of its token: none of those may be edited.
-            known = TINY.num_layers if lookahead == "token" else LAYER + int(lookahead)
-            assert np.array_equal(old[TOKEN, index, :known], new[TOKEN, index, :known])
-            moved[lookahead] |= not np.array_equal(old[TOKEN, index, known:], new[TOKEN, index, known:])
+            # Layer l is scored from layers up to l - h of its token, or up to l of the one before: none of those may be
+            # edited.
+            token, known = TOKEN, TINY.num_layers
+            if lookahead == "next":
+                assert np.array_equal(old[TOKEN, index], new[TOKEN, index])
+                token, known = TOKEN + 1, LAYER
+            elif lookahead != "token":
+                known = LAYER + int(lookahead)
+            assert np.array_equal(old[token, index, :known], new[token, index, :known])
+            moved[lookahead] |= not np.array_equal(old[token, index, known:], new[token, index, known:])
         moved["later tokens"] |= not np.array_equal(old[TOKEN + 1 :], new[TOKEN + 1 :])
-    within_reach = {h: h != "token" and LAYER + int(h) < TINY.num_layers for h in before.lookaheads}
+    within_reach = {h: h == "next" or (h != "token" and LAYER + int(h) < TINY.num_layers) for h in before.lookaheads}
     assert moved == {**within_reach, "later tokens": architecture != "popularity"}
