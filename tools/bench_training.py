@@ -2,7 +2,7 @@
 
     python tools/bench_training.py --data TRACES [--steps N] [--budgets TOKENS ...] [--json FILE]
 
-Fits `row_encoder` with the published settings and `cross_layer` with all that it can copy, on the same
+Fits `row_encoder` with the published settings and `cross_layer` with its own, on the same
 training pieces of at most 512 tokens, by the package's own loop: in float32 and in bfloat16, at several batch sizes. An
 entry is a (token, layer) pair. Prints entries/s of each, and of the best of one over the best of the other. The first
 two steps of each warm up.
@@ -26,7 +26,7 @@ from moe_beyond.tasks import CrossLayer, PredictorTask, RowEncoder
 WARM_UP = 2
 ARCHITECTURES: dict[str, tuple[type[PredictorTask], dict[str, Any]]] = {
     "row_encoder": (RowEncoder, {}),
-    "cross_layer": (CrossLayer, {"copies": 4, "layer_copies": 1, "objective": "subset"}),
+    "cross_layer": (CrossLayer, {}),
 }
 
 

@@ -25,6 +25,7 @@ def card(summary: str, config: dict[str, Any]) -> str:
     shapes = geometry.describe_shape()
     amount = f" ({training['sequences']:,} sequences, {training['tokens']:,} tokens)" if "tokens" in training else ""
     recipe = ", ".join(f"{name} {value}" for name, value in training.get("recipe", {}).items())
+    parameters = f"{config['parameters'] / 1e6:.1f} M" if config["parameters"] else "none, it counts"
     bits = f"{training['quantization_bits']:g}-bit " if training.get("quantization_bits") else ""
     return f"""---
 library_name: moe-beyond
@@ -33,14 +34,15 @@ tags: [moe, expert-prediction, {config["architecture"]}]
 
 # {config["architecture"]} for {geometry.model}
 
-{summary} It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
+It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
+{summary}
 
-- Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer
-  is {config["available"]}.
+- Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer is
+  {config["available"]}.
 - Fitted on: {training.get("source", "unknown")}, split {training.get("split", "unknown")!r}{amount}, fingerprint
   `{training.get("fingerprint", "unknown")}`.
 - Recipe: {recipe or "unknown"}.
-- Parameters: {config["parameters"] / 1e6:.1f} M. Probabilities: {"" if config["calibration"] else "not "}calibrated.
+- Parameters: {parameters}. Probabilities: {"" if config["calibration"] else "not "}calibrated.
 
 ## Figures
 
