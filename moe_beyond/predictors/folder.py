@@ -1,6 +1,7 @@
 """A fitted predictor on disk: ``model.safetensors``, ``config.json`` and a card. Nothing else is ever loaded."""
 
 import hashlib
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source:
     try:
         predictor.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = textwrap.shorten(str(error), 240)
         raise UserError(f"{source}: weights do not fit the {predictor.architecture} they claim ({reason})") from error
 
 
