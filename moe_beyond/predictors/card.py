@@ -37,8 +37,8 @@ tags: [moe, expert-prediction, {config["architecture"]}]
 It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
 {summary}
 
-- Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer is
-  {config["available"]}.
+- Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer
+  is {config["available"]}.
 - Fitted on: {training.get("source", "unknown")}, split {training.get("split", "unknown")!r}{amount}, fingerprint
   `{training.get("fingerprint", "unknown")}`.
 - Recipe: {recipe or "unknown"}.
