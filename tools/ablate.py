@@ -50,6 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no next run": ("--model.next_use=false",),
     "eight epochs": ("--trainer.max_epochs=8",),
     "steps of 1,024 tokens": ("--data.token_budget=1024",),
+    "steps of 2,048 tokens": ("--data.token_budget=2048",),
     "eight copies": ("--model.copies=8",),
     "two copies by layer": ("--model.layer_copies=2",),
     "no dropped tokens": ("--model.token_dropout=0",),
