@@ -25,14 +25,14 @@ RELEASED = seer("released", (0,))
 
 # Policy, prefetcher, predictor, lookahead that it asks by, window.
 LINES = {
-    "ours": ("belief", "top6", "cross_layer.x", 1, 1),
+    "ours": ("belief", "p>0.24", "cross_layer.x", 1, 1),
     "moe-beyond": ("lru", "top6", "released", 0, 1),
     "moe-infinity": ("moe_infinity", "moe_infinity", "eamc.x", None, 1),
     "specmd": ("least_stale", "p>0.5", "cross_layer.x", 1, 1),
     "moe-spac": ("moe_spac", "p>0", None, None, 8),
     "llama.cpp": ("class_lru", "none", None, None, 1),
 }
-ON_DEVICE = {**LINES, "ours": ("belief", "p>0.5", "cross_layer.x", 1, 1), "od-moe": ("od_moe", "none", None, None, 1)}
+ON_DEVICE = {**LINES, "ours": ("belief", "p>0.6", "cross_layer.x", 1, 1), "od-moe": ("od_moe", "none", None, None, 1)}
 
 
 @pytest.mark.parametrize(("device", "expected"), [(None, LINES), ("rtx3060", ON_DEVICE)])
