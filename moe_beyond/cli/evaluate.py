@@ -89,14 +89,16 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
 
 def _command(words: Sequence[str], predictor: str, name: str) -> str:
     """Return the command line without what is another's concern: where things lie, and where a copy went."""
-    kept, rest = ["moe-beyond", "evaluate", name, "--traces", "DIR"], iter(words)
+    kept, words = ["moe-beyond", "evaluate", name, "--traces", "DIR"], list(words)
+    words.remove(predictor)  # once: an option may name the same
+    rest = iter(words)
     for word in rest:
         option, joined, _ = word.partition("=")
         if option in ("--traces", "--json"):
             if not joined:
                 next(rest, None)
-        elif word not in ("--record", predictor):
-            kept.append(word)
+        elif word != "--record":
+            kept.append(Path(word).name if Path(word).is_dir() else word)
     return shlex.join(kept)
 
 

@@ -92,7 +92,7 @@ def around_figures(folder: str | Path) -> tuple[str, str]:
     before, found, rest = text.partition(BEGIN)
     if found and END not in rest:
         raise UserError(f"{path}: has no line {END} after {BEGIN}; figures go between them")
-    return (before, rest.partition(END)[2]) if found else (f"{text.rstrip()}\n\n## Figures\n\n", "")
+    return (before, rest.partition(END)[2]) if found else (f"{text.rstrip()}\n\n## Figures\n\n", "\n")
 
 
 def _figures(evaluations: list[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ def published_table(predictors: Sequence[dict[str, Any]]) -> Table:
     table.add_column("MB", justify="right")
     table.add_column("lookaheads")
     table.add_column("recall@k, %", justify="right")
-    table.add_column("best hits @ bytes", justify="right")
+    table.add_column("hits @ bytes", justify="right")
     table.add_column("on")
     for one in predictors:
         lookaheads = ", ".join(map(str, one["lookaheads"]))
@@ -24,14 +24,14 @@ def published_table(predictors: Sequence[dict[str, Any]]) -> Table:
             recall = ", ".join(f"{100 * row['recall_at_k']:.1f}" for row in figures["metrics"])
             table.add_row(one["name"], size, lookaheads, recall, _best(figures["replay"]), figures["source"])
     table.caption = (
-        "recall: by lookahead, in their order, over all tokens; hits: of the strategy with most of them at the "
-        "smallest budget recorded, beside what it moved"
+        "recall: by lookahead, in their order, over all tokens; hits: of the recorded strategy with most of them that "
+        "moves no more than is demanded, at the smallest budget"
     )
     return table
 
 
 def _best(replay: Sequence[dict[str, Any]]) -> str:
-    own = [row for row in replay if row["predictor"] is not None]
+    own = [row for row in replay if row["predictor"] is not None and row["bytes_ratio"] <= 1]
     if not own:
         return "-"
     slots = min(row["budget_slots"] for row in own)

@@ -9,6 +9,7 @@ from fitting import Run
 from helpers import error_line, tiny_traces
 
 from moe_beyond import published
+from moe_beyond.cli.evaluate import _command
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.folder import load_predictor
 
@@ -49,6 +50,13 @@ def test_the_command_is_the_same_in_any_order_and_says_no_path(folder, tmp_path,
     assert main(words) == 0
     (recorded,) = json.loads((folder / "config.json").read_text())["figures"]
     assert recorded["command"] == "moe-beyond evaluate cross_layer.tiny-tests --traces DIR --budget 8"
+
+
+def test_the_command_keeps_what_an_option_names_too(tmp_path):
+    (tmp_path / "mine").mkdir()
+    words = ["history.x", "--profile", "history.x", "--scores", str(tmp_path / "mine"), "--record"]
+    kept = "moe-beyond evaluate history.x --traces DIR --profile history.x --scores mine"
+    assert _command(words, "history.x", "history.x") == kept
 
 
 def test_a_card_whose_marks_are_damaged_is_left_alone(folder, tmp_path, capsys):
@@ -93,7 +101,8 @@ def test_only_a_predictor_folder_takes_figures(run, tmp_path, capsys):
 
 def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch):
     tiny_traces(tmp_path / "a")
-    said = evaluated(folder, tmp_path / "a", capsys, "--budget", "16", "--record")
+    more = ("--policy", "belief", "--prefetch", "none", "--prefetch", "top2", "--budget", "16", "--record")
+    said = evaluated(folder, tmp_path / "a", capsys, *more)
     monkeypatch.setattr(published, "checkpoints_folder", lambda: tmp_path)
     assert main(["list", "--json", "-"]) == 0
     (one,) = json.loads(capsys.readouterr().out)["predictors"]
@@ -105,7 +114,7 @@ def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch)
     shown = " ".join(capsys.readouterr().out.split())
     assert folder.name in shown
     assert ", ".join(f"{100 * row['recall_at_k']:.1f}" for row in said["metrics"]) in shown
-    own = [row for row in said["results"] if row["predictor"] and row["budget_slots"] == 8]
+    own = [row for row in said["results"] if row["predictor"] and row["budget_slots"] == 8 and row["bytes_ratio"] <= 1]
     best = max(own, key=lambda row: row["hit_rate"])
     assert f"{best['hit_rate']:.1%} @ {best['bytes_ratio']:.2f} (8 slots)" in shown
 
