@@ -176,6 +176,14 @@ class _CrossLayerStepper(Stepper):
         self._routed = (predictor.routed @ recurrent["weight_ih_l0"].T).numpy()
         self._bias, self._hidden_bias = recurrent["bias_ih_l0"].numpy(), recurrent["bias_hh_l0"].numpy()
         self._hidden = recurrent["weight_hh_l0"].numpy()
+        # What is scored once so many layers are routed: indices of lookaheads, and layers; the next run's is the last.
+        self._scored = []
+        for routed in range(layers + 1):
+            ahead = list(range(min(lookaheads, layers - routed)))
+            targets = [routed + i for i in ahead]
+            if predictor.next_use and routed:
+                ahead, targets = [*ahead, lookaheads], [*targets, routed - 1]
+            self._scored.append((np.array(ahead, np.int64), np.array(targets, np.int64)))
         self.reset()
 
     def reset(self) -> None:
@@ -198,7 +206,7 @@ class _CrossLayerStepper(Stepper):
             first, layers = self._predictor.following.first.numpy(), np.arange(len(self._scores))
             ahead = np.full(len(layers), self._predictor.lookaheads)
             self._scores = self._predictor.probabilities_now(first, ahead, layers)
-        self._score(-1)
+        self._score(0)
 
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         chosen = np.asarray(experts, np.int64)
@@ -207,7 +215,7 @@ class _CrossLayerStepper(Stepper):
         self._state = self._recur(self._routed[layer, chosen].sum(0) + self._bias)
         self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan
-        self._score(layer, chosen)
+        self._score(layer + 1, chosen)
 
     def _recur(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the recurrent state after one more layer: a gated recurrent unit, as torch defines it."""
@@ -223,15 +231,13 @@ class _CrossLayerStepper(Stepper):
         return self._scores
 
     def _score(self, routed: int, experts: npt.NDArray[np.int64] | None = None) -> None:
-        """Score the layers within reach once layers up to ``routed`` are known, the last of them by its ``(K,)``."""
-        ahead = np.arange(min(self._predictor.lookaheads, len(self._scores) - routed - 1))
-        targets = ahead + routed + 1
-        logits = self._logits[routed + 1 : routed + 1 + len(ahead)]
-        if len(ahead):
-            logits = logits + (self._state @ self._from_state[routed + 1]).reshape(logits.shape)
+        """Score the layers within reach once so many are routed, the last of them to its ``(K,)``."""
+        ahead, targets = self._scored[routed]
+        logits = self._logits[routed : routed + self._predictor.lookaheads]
+        if len(logits):
+            logits = logits + (self._state @ self._from_state[routed]).reshape(logits.shape)
             if self._copying is not None:
-                logits += self._copying.step(routed + 1, self._state, self._tokens.past.rows)
+                logits += self._copying.step(routed, self._state, self._tokens.past.rows)
         if self._following is not None and experts is not None:
-            ahead, targets = np.append(ahead, self._predictor.lookaheads), np.append(targets, routed)
-            logits = np.concatenate([logits, self._following.step(routed, experts, self._state)])
+            logits = np.concatenate([logits, self._following.step(routed - 1, experts, self._state)])
         self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)
