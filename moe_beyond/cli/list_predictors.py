@@ -2,7 +2,7 @@
 
 from moe_beyond.cli.options import add_json, console_for, parser, write_result
 from moe_beyond.published import published_figures
-from moe_beyond.report.published import published_table
+from moe_beyond.report.published import published_tables
 
 
 def run(words: list[str]) -> None:
@@ -16,5 +16,5 @@ def run(words: list[str]) -> None:
     args = options.parse_args(words[1:])
     found = published_figures()
     if args.json != "-":
-        console_for(args.json).print(published_table(found))
+        console_for(args.json).print(*published_tables(found))
     write_result({"predictors": found}, args.json)
