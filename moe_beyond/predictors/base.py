@@ -146,10 +146,11 @@ class Predictor(nn.Module, ABC):
             layers: ``(n,)``, and its layer.
         """
         if self.calibration is None:
-            scale, shift = np.ones(len(logits), np.float32), np.zeros(len(logits), np.float32)
+            shape = len(self.information.lookaheads), self.geometry.num_layers
+            scale, shift = np.ones(shape, np.float32), np.zeros(shape, np.float32)
         else:
-            scale, shift = (array[lookaheads, layers] for array in self.calibration.arrays)
-        return link_now(logits, scale, shift, LINKS.index(self.link), self.geometry.top_k)
+            scale, shift = self.calibration.arrays
+        return link_now(logits, scale, shift, lookaheads, layers, LINKS.index(self.link), self.geometry.top_k)
 
     def linked(self, logits: Tensor) -> Tensor:
         """Turn logits ``(..., E)`` into probabilities of being chosen, by the link alone."""

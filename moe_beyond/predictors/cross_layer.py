@@ -21,6 +21,7 @@ from moe_beyond.predictors.copying import LayerCopying
 from moe_beyond.predictors.copying_state import LayerCopyingState
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.next_use import NextUse, NextUseState
+from moe_beyond.predictors.recurrence import one_more_layer
 from moe_beyond.predictors.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, averaged
 
 
@@ -175,7 +176,7 @@ class _CrossLayerStepper(Stepper):
         # What an expert adds to the gates' inputs, and what all of a layer share.
         self._routed = (predictor.routed @ recurrent["weight_ih_l0"].T).numpy()
         self._bias, self._hidden_bias = recurrent["bias_ih_l0"].numpy(), recurrent["bias_hh_l0"].numpy()
-        self._hidden = recurrent["weight_hh_l0"].numpy()
+        self._hidden = recurrent["weight_hh_l0"].T.contiguous().numpy()
         # What is scored once so many layers are routed: indices of lookaheads, and layers; the next run's is the last.
         self._scored = []
         for routed in range(layers + 1):
@@ -211,21 +212,13 @@ class _CrossLayerStepper(Stepper):
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
         chosen = np.asarray(experts, np.int64)
         self._tokens.route(layer, chosen)
-        self._logits[layer + 1 :] += self._from_expert[layer][chosen].sum(0)
-        self._state = self._recur(self._routed[layer, chosen].sum(0) + self._bias)
+        self._state = one_more_layer(
+            self._state, chosen, self._routed[layer], self._bias, self._hidden, self._hidden_bias,
+            self._logits[layer + 1 :], self._from_expert[layer],
+        )  # fmt: skip
         self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan
         self._score(layer + 1, chosen)
-
-    def _recur(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the recurrent state after one more layer: a gated recurrent unit, as torch defines it."""
-        width = len(self._state)
-        hidden = self._hidden @ self._state + self._hidden_bias
-        gates = 1 / (1 + np.exp(-(inputs[: 2 * width] + hidden[: 2 * width])))
-        reset, keep = gates[:width], gates[width:]
-        fresh = np.tanh(inputs[2 * width :] + reset * hidden[2 * width :])
-        kept: npt.NDArray[np.float32] = fresh + keep * (self._state - fresh)
-        return kept
 
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores

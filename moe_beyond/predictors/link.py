@@ -7,25 +7,30 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 LINKS = ("sigmoid", "softmax", "subset")
 # Of the search for the shift of a subset; here, since numba's store of compiled code sees changes of this file alone.
 MOST_STEPS, SMALL_STEP, SURELY = 60, 1e-4, 20.0
 
 
 @numba.njit(cache=True)
-def link_now(logits: Floats, scale: Floats, shift: Floats, link: int, top_k: int) -> Floats:
+def link_now(
+    logits: Floats, scale: Floats, shift: Floats, lookaheads: Indices, layers: Indices, link: int, top_k: int
+) -> Floats:
     """Return probabilities ``(n, E)`` of logits ``(n, E)``.
 
     Args:
         logits: Of n layers.
-        scale: ``(n,)``, what the calibration multiplies each layer's by.
-        shift: ``(n,)``, and then adds.
+        scale: ``(H, L)``, what the calibration multiplies by.
+        shift: ``(H, L)``, and then adds.
+        lookaheads: ``(n,)``, of each its index into H.
+        layers: ``(n,)``, and its layer.
         link: Index into `LINKS`.
         top_k: K.
     """
     out = np.empty_like(logits)
     for row in range(len(logits)):
-        x = logits[row] * scale[row] + shift[row]
+        x = logits[row] * scale[lookaheads[row], layers[row]] + shift[lookaheads[row], layers[row]]
         if link == 0:
             out[row] = 1 / (1 + np.exp(-x))
             continue

@@ -85,7 +85,8 @@ def test_choices_beyond_doubt_stay_finite():
 def test_logits_however_far_apart_add_up_to_k(scale):
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * scale
     assert (x - subset_shift(x, 6)).sigmoid().sum(-1).numpy() == pytest.approx(6, abs=0.02)
-    now = link_now(x.numpy(), np.ones(200, np.float32), np.zeros(200, np.float32), LINKS.index("subset"), 6)
+    rows, one = np.arange(200), np.ones((1, 200), np.float32)  # as many layers, and a calibration that changes nothing
+    now = link_now(x.numpy(), one, one - 1, rows - rows, rows, LINKS.index("subset"), 6)
     assert now.sum(-1) == pytest.approx(6, abs=0.02)
 
 
