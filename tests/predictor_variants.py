@@ -97,6 +97,7 @@ VARIANTS = [
     _token_causal("all", ["earlier ids", "earlier experts"], window=64),
     _token_causal("alone", ["earlier experts"], window=1),
     _token_causal("copying", ["earlier ids", "earlier experts"], window=3, copies=2, objective="subset"),
+    _token_causal("sigmoid", ["earlier ids", "earlier experts"], window=3, objective="sigmoid"),
     _token_causal("copying_all", ["earlier ids", "earlier experts"], window=64, copies=1),
     _token_causal(
         "remembering",
@@ -111,7 +112,7 @@ VARIANTS = [
     # More lookaheads than layers, and no token out of the window.
     _cross_layer("six_ahead", ALL_EARLIER, lookaheads=6, window=64),
     _cross_layer("copying", ALL_EARLIER, lookaheads=2, window=5, copies=3, objective="subset"),
-    _cross_layer("copying_layers", ALL_EARLIER, lookaheads=3, window=4, layer_copies=2),
+    _cross_layer("copying_layers", ALL_EARLIER, lookaheads=3, window=4, layer_copies=2, objective="ranking"),
     _cross_layer("copying_all", ALL_EARLIER, lookaheads=6, window=64, copies=1, layer_copies=1, objective="subset"),
     _cross_layer("next", ALL_EARLIER, lookaheads=2, window=4, copies=2, next_use=True),
     _cross_layer(

@@ -38,6 +38,8 @@ FIRST = (
 VARIANTS: dict[str, tuple[str, ...]] = {
     "flagship": (),
     "softmax objective": ("--model.objective=softmax",),
+    "sigmoid objective": ("--model.objective=sigmoid",),
+    "ranking objective": ("--model.objective=ranking",),
     "no copies": ("--model.copies=0",),
     "no copies by layer": ("--model.layer_copies=0",),
     "no memory of routing, own vectors": ("--model.remembered_tokens=0", "--model.known_tokens=16384"),

@@ -40,7 +40,7 @@ class CrossLayer(TokenCausal):
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
-        objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
+        objective: What is fitted (`moe_beyond.predictors.token_causal.OBJECTIVES`).
         layer_width: Features of the recurrent state over layers.
         layer_copies: Heads that pick earlier tokens after every layer.
         next_use: Whether lookahead ``"next"`` is predicted as well.
@@ -64,7 +64,7 @@ class CrossLayer(TokenCausal):
         heads: int = 8,
         window: int = 128,
         copies: int = 4,
-        objective: Literal["softmax", "subset"] = "subset",
+        objective: Literal["softmax", "subset", "sigmoid", "ranking"] = "subset",
         layer_width: int = 256,
         layer_copies: int = 1,
         next_use: bool = True,

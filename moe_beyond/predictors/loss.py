@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.link import MOST_STEPS, SMALL_STEP, SURELY
 
 STEPS_AT_ONCE = 4
+NEVER = float("-inf")
 
 
 def wanted_of(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
@@ -44,6 +46,44 @@ def k_positive_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None
         return -(logs * wanted[real]).sum(-1).mean() / batch.experts.shape[-1]
     chosen = batch.experts[real].long()[:, None].expand(-1, logs.shape[1], -1, -1)
     return -logs.gather(-1, chosen).mean()
+
+
+def binary_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each expert being chosen, as if none knew of the others, in nats a layer.
+
+    Args:
+        logits: ``(B, T, H, L, E)``, log-odds.
+        batch: What was chosen.
+        wanted: Of the logits' shape, what to fit in place of the choices: probabilities.
+
+    Returns:
+        A scalar, the mean over real tokens, layers and lookaheads.
+    """
+    found = logits[batch.mask].float()
+    return functional.binary_cross_entropy_with_logits(found, wanted_of(logits, batch, wanted)) * logits.shape[-1]
+
+
+def ranking_loss(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    """How far chosen experts are from being above all others: log(1 + sum over pairs of exp(other - chosen)).
+
+    The log-sum-exp pairwise loss of Li, Song and Luo (2017, arXiv 1704.03135).
+
+    Args:
+        logits: ``(B, T, H, L, E)``; only their differences within a layer count.
+        batch: What was chosen.
+        wanted: Not for a ranking: there is no order among probabilities to be fitted.
+
+    Returns:
+        A scalar, the mean over real tokens, layers and lookaheads.
+
+    Raises:
+        UserError: Something is wanted.
+    """
+    if wanted is not None:
+        raise UserError("objective ranking fits an order, not probabilities; give it no teachers")
+    found, chosen = logits[batch.mask].float(), wanted_of(logits, batch, None) > 0
+    others = found.masked_fill(chosen, NEVER).logsumexp(-1)
+    return functional.softplus(others + (-found).masked_fill(~chosen, NEVER).logsumexp(-1)).mean()
 
 
 def subset_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:

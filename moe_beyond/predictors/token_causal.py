@@ -3,6 +3,7 @@
 It knows token ids and expert ids only: of earlier tokens everything, of the present token its id.
 """
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,7 +20,12 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.copying import Copying
 from moe_beyond.predictors.copying_state import CopyingState, copied
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy
+from moe_beyond.predictors.loss import (
+    binary_cross_entropy,
+    k_positive_cross_entropy,
+    ranking_loss,
+    subset_cross_entropy,
+)
 from moe_beyond.predictors.memory import RoutingMemory
 from moe_beyond.predictors.recent import Recent
 from moe_beyond.predictors.tokens import TokenEmbedding
@@ -28,7 +34,15 @@ from moe_beyond.predictors.whole_token import WholeTokenStepper
 # How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
 DECAYS = (0.7, 0.97)
 RETAINED = np.array(DECAYS, np.float32)[:, None]
-LOSSES = {"softmax": k_positive_cross_entropy, "subset": subset_cross_entropy}
+# What can be fitted: the loss, and the link that makes probabilities of its logits.
+OBJECTIVES: dict[
+    str, tuple[Callable[[Tensor, Batch, Tensor | None], Tensor], Literal["sigmoid", "softmax", "subset"]]
+] = {
+    "softmax": (k_positive_cross_entropy, "softmax"),
+    "subset": (subset_cross_entropy, "subset"),
+    "sigmoid": (binary_cross_entropy, "sigmoid"),
+    "ranking": (ranking_loss, "subset"),
+}
 
 
 class TokenCausal(GradientPredictor):
@@ -45,7 +59,7 @@ class TokenCausal(GradientPredictor):
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
-        objective: What is fitted: ``"softmax"`` or ``"subset"`` (`moe_beyond.predictors.loss`).
+        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.loss`).
         remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
         known_tokens: Tokens with an own vector; 0 does without.
         min_count: Training occurrences that an own vector needs.
@@ -66,7 +80,7 @@ class TokenCausal(GradientPredictor):
         heads: int = 8,
         window: int = 128,
         copies: int = 4,
-        objective: Literal["softmax", "subset"] = "subset",
+        objective: Literal["softmax", "subset", "sigmoid", "ranking"] = "subset",
         remembered_tokens: int = 12288,
         known_tokens: int = 0,
         min_count: int = 2,
@@ -83,10 +97,10 @@ class TokenCausal(GradientPredictor):
             raise UserError(f"{self.architecture}: copies look at earlier tokens; window must be at least 2")
         if remembered_tokens < 0:
             raise UserError(f"{self.architecture}: remembered_tokens is at least 0")
-        if objective not in LOSSES:
-            raise unknown(f"{self.architecture}: objective", objective, LOSSES)
+        if objective not in OBJECTIVES:
+            raise unknown(f"{self.architecture}: objective", objective, OBJECTIVES)
         self.width, self.depth, self.heads, self.window = width, depth, heads, window
-        self.copies, self.objective, self.link = copies, objective, objective
+        self.copies, self.objective, self.link = copies, objective, OBJECTIVES[objective][1]
         self.known_tokens, self.min_count, self.ngram_buckets = known_tokens, min_count, ngram_buckets
         self.dropout, self.token_dropout = dropout, token_dropout
         total = geometry.total_experts
@@ -116,7 +130,7 @@ class TokenCausal(GradientPredictor):
 
     def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """The objective."""
-        return LOSSES[self.objective](logits, batch, wanted)
+        return OBJECTIVES[self.objective][0](logits, batch, wanted)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, H, L, E)``; zero where padded."""

@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from predictor_variants import random_trace
 
+from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.link import LINKS, link_now
-from moe_beyond.predictors.loss import k_positive_cross_entropy, subset_cross_entropy, subset_shift
+from moe_beyond.predictors.loss import (
+    binary_cross_entropy,
+    k_positive_cross_entropy,
+    ranking_loss,
+    subset_cross_entropy,
+    subset_shift,
+)
 from moe_beyond.predictors.row_encoder import RowEncoder
 from moe_beyond.traces.trace import Trace
 
@@ -117,7 +124,25 @@ def test_the_subset_is_that_of_weighted_draws():
     assert found == pytest.approx(exact, abs=0.04)
 
 
-@pytest.mark.parametrize("objective", [k_positive_cross_entropy, subset_cross_entropy])
+def test_binary_cross_entropy_by_hand():
+    # All at probability 1/4: a chosen expert costs ln 4, another ln 4/3; two of four are chosen.
+    logits = torch.logit(torch.tensor(0.25)).expand(1, 1, 1, 1, 4)
+    found = float(binary_cross_entropy(logits, batch([[[0, 2]]])))
+    assert found == pytest.approx(2 * math.log(4) + 2 * math.log(4 / 3), rel=1e-6)
+
+
+def test_the_ranking_loss_by_hand():
+    # Experts 0 and 2 were chosen. Of other - chosen there are 1 - 2, 1 - 0, -1 - 2 and -1 - 0.
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).view(1, 1, 1, 1, 4)
+    expected = math.log(1 + math.exp(-1) + math.exp(1) + math.exp(-3) + math.exp(-1))
+    chosen = batch([[[0, 2]]])
+    for constant in (0, 5):
+        assert float(ranking_loss(logits + constant, chosen)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match="objective ranking fits an order"):
+        ranking_loss(logits, chosen, logits)
+
+
+@pytest.mark.parametrize("objective", [k_positive_cross_entropy, subset_cross_entropy, binary_cross_entropy])
 def test_what_is_wanted_stands_in_for_the_choices(objective):
     torch.manual_seed(0)
     both = collate([random_trace("a", 4, 0), random_trace("b", 2, 1)])
