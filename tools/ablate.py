@@ -5,7 +5,7 @@
 
 TRACES has a validation split (`moe-beyond import ... --val-blocks 20:10`): the test set has no part in this. Every
 variant differs from the first in what its row says; `--shares 0.25 0.5` fits the flagship on parts of the training text
-as well: what more text would be worth. A fit that is finished is not run again; one that was cut off goes
+as well, in as many steps: what more text would be worth. A fit that is finished is not run again; one that was cut off goes
 on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
 error of the first (not calibrated), hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. Where there
 is a C++ compiler, `-- --model.compiled=true` is faster.
@@ -137,7 +137,7 @@ def main() -> None:
         "--seeds", type=int, default=1, help="fits of each; figures are means, spread that of the first"
     )
     parser.add_argument(
-        "--shares", type=float, nargs="+", default=[], help="of the training sequences, to fit the first variant on"
+        "--shares", type=float, nargs="+", default=[], help="of the training sequences, to fit the flagship on as well"
     )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("words", nargs="*", metavar="WORD", help="after --: given to every fit")
@@ -145,14 +145,14 @@ def main() -> None:
     args = parser.parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
     console = Console(width=130)
-    asked = [(name, args.traces, VARIANTS[name]) for name in args.only]
+    asked = [(name, args.traces, VARIANTS[name], args.epochs) for name in args.only]
     for share in args.shares:
         part = part_of(args.traces, args.out / f"traces-{share:g}", share)
-        asked.append((f"{share:.0%} of the text", part, ()))
-    for name, traces, variant in asked:
+        asked.append((f"{share:.0%} of the text", part, (), round(args.epochs / share)))
+    for name, traces, variant, epochs in asked:
         for seed in range(args.seeds):
             folder = args.out / f"{name.replace(' ', '-').replace('%', '').replace(',', '')}-{seed}"
-            figures = fit(traces, folder, args.epochs, seed, (*variant, *args.words))
+            figures = fit(traces, folder, epochs, seed, (*variant, *args.words))
             rows.setdefault(name, []).append(figures)
             console.print(_table(rows, args.epochs))
     if args.json:
@@ -161,7 +161,7 @@ def main() -> None:
 
 def _table(rows: dict[str, list[dict[str, float]]], epochs: int) -> Table:
     shown = columns(next(iter(rows.values()))[0])
-    table = Table(title=f"validation, last of {epochs} epochs")
+    table = Table(title=f"validation, after as many steps as {epochs} epochs of all text have")
     table.add_column("variant")
     for heading in (*shown.values(), "spread"):
         table.add_column(heading, justify="right")
