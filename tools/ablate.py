@@ -137,7 +137,7 @@ def main() -> None:
         "--seeds", type=int, default=1, help="fits of each; figures are means, spread that of the first"
     )
     parser.add_argument(
-        "--shares", type=float, nargs="+", default=[], help="of the training sequences, to fit the flagship on as well"
+        "--shares", type=float, nargs="+", default=[], help="parts of the text to fit the flagship on as well"
     )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("words", nargs="*", metavar="WORD", help="after --: given to every fit")
