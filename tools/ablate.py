@@ -5,8 +5,8 @@
 
 TRACES has a validation split (`moe-beyond import ... --val-blocks 20:10`): the test set has no part in this. Every
 variant differs from the first in what its row says; `--shares 0.25 0.5` fits the flagship on parts of the training text
-as well, in as many steps: what more text would be worth. A fit that is finished is not run again; one that was cut off goes
-on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
+as well, in as many steps: what more text would be worth. A fit that is finished is not run again; one that was cut off
+goes on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
 error of the first (not calibrated), hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. Where there
 is a C++ compiler, `-- --model.compiled=true` is faster.
 """
