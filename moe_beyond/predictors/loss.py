@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_beyond.errors import UserError
+from moe_beyond.predictors.attention import NEVER
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.link import MOST_STEPS, SMALL_STEP, SURELY
 
 STEPS_AT_ONCE = 4
-NEVER = float("-inf")
 
 
 def wanted_of(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:

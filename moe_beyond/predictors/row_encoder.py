@@ -16,7 +16,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.loss import wanted_of
+from moe_beyond.predictors.loss import binary_cross_entropy
 from moe_beyond.predictors.tokens import TokenEmbedding
 from moe_beyond.predictors.whole_token import WholeTokenStepper
 
@@ -88,8 +88,7 @@ class RowEncoder(GradientPredictor):
 
     def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """Binary cross-entropy over all labels, as published."""
-        found = logits[batch.mask].float()
-        return functional.binary_cross_entropy_with_logits(found, wanted_of(logits, batch, wanted))
+        return binary_cross_entropy(logits, batch, wanted) / logits.shape[-1]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""
