@@ -6,11 +6,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -18,25 +16,20 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-import moe_beyond
 from moe_beyond.callbacks import CacheReplay, ExportBest
-from moe_beyond.collect.recorder import recording
+from moe_beyond.collect.record import Prompt, record
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
-from moe_beyond.geometry import budget_slots, geometry_from_config
+from moe_beyond.geometry import budget_slots
 from moe_beyond.published import checkpoints_folder
-from moe_beyond.replay import ReplaySettings
-from moe_beyond.report.plots import plot_budgets
+from moe_beyond.report.plots import budgets_figure, save
 from moe_beyond.report.results import metrics_table, results_table
+from moe_beyond.simulator import ReplaySettings
 from moe_beyond.tasks import CrossLayer
-from moe_beyond.traces.manifest import VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.vocabulary import load_vocabulary
-from moe_beyond.traces.writer import writing
 
 MODEL = "small-moe"
 HELD_OUT_ONE_IN = 4  # of the files that prompts come from
@@ -60,7 +53,7 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
     out = Path(out)
     with replacing_folder(out, overwrite=is_earlier_result(out, RESULTS, *WRITTEN)) as folder:
         with _step(console, "1/3 record: run small-moe over its bundled prompts"):
-            traces = record(folder / "traces")
+            traces = record_small_model(folder / "traces")
             splits = traces.manifest.to_json()["splits"]
             console.print(
                 f"    {splits['train']['tokens']:,} tokens to fit on, "
@@ -70,7 +63,7 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
             predictor = fit(traces, folder, console)
         with _step(console, "3/3 replay: held-out prompts, every budget"):
             found = _replay(traces, predictor)
-        plot_budgets(found.results, folder / PICTURE, f"{MODEL}, held-out prompts")
+        save(budgets_figure(found.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
         write_json(folder / RESULTS, found.to_json())
     shown = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
     console.print(metrics_table(found.metrics))
@@ -88,41 +81,27 @@ def _replay(traces: TraceSet, predictor: Path) -> Evaluation:
     return evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
 
 
-def record(folder: Path) -> TraceSet:
+def record_small_model(folder: Path) -> TraceSet:
     """Run the small model over its bundled prompts, and write its routing as a trace set."""
     weights = checkpoints_folder() / MODEL
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    vocabulary = load_vocabulary(str(weights))
-    manifest = Manifest(
-        geometry=replace(geometry_from_config(model.config.to_dict()), model=MODEL),
-        tokenizer=replace(vocabulary.describe(), name=MODEL),
-        model_id=MODEL,
-        quantization_bits=16.0,
-        author="dataset",
-        source="Python 3.11 documentation and library, files that the model never saw",
-        tool_version=moe_beyond.__version__,
-    )
     prompts = [json.loads(line) for line in (weights / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     # Whole files are held out: two excerpts of one file are too much alike.
     held_out = set(sorted({prompt["source"] for prompt in prompts})[::HELD_OUT_ONE_IN])
-    with writing(folder, manifest, vocabulary=weights / VOCABULARY_FILE, shard_tokens=4096) as writer:
-        with recording(model) as recorder, torch.inference_mode():
-            for prompt in prompts:
-                token_ids = tokenizer(prompt["text"], return_tensors="pt").input_ids
-                model(token_ids)
-                experts, gate_weights = recorder.take()
-                trace = Trace(
-                    sequence_id=prompt["id"],
-                    source=prompt["source"],
-                    token_ids=token_ids[0].numpy().astype(np.int32),
-                    experts=experts,
-                    decode_start=len(experts),
-                    gate_weights=gate_weights.astype(np.float16),
-                )
-                writer.write(trace, "validation" if prompt["source"] in held_out else "train")
-    return TraceSet(str(folder))
+    return record(
+        model,
+        tokenizer,
+        (
+            Prompt(one["text"], one["id"], one["source"], "validation" if one["source"] in held_out else "train")
+            for one in prompts
+        ),
+        folder,
+        name=MODEL,
+        source="Python 3.11 documentation and library, files that the model never saw",
+        quantization_bits=16.0,  # as the weights are stored
+    )
 
 
 class _EpochLines(L.Callback):

@@ -12,10 +12,10 @@ from moe_beyond.cache.inputs import Stream
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.geometry import Geometry
 from moe_beyond.profile import AGE_EDGES, RATE_EDGES, Profile, default_hazard
-from moe_beyond.replay import Replay, ReplaySettings, Result
-from moe_beyond.replay.devices import Device
-from moe_beyond.replay.sequence import Group
-from moe_beyond.replay.sequence import Sequence as Routed
+from moe_beyond.simulator import Replay, ReplaySettings, Result
+from moe_beyond.simulator.devices import Device
+from moe_beyond.simulator.sequence import Group
+from moe_beyond.simulator.sequence import Sequence as Routed
 
 TICK = 0.125
 """Times are whole multiples of it, in seconds: their sums are exact, and can be compared for equality."""

@@ -1,5 +1,6 @@
 """Small trace sets for tests."""
 
+import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -62,6 +63,24 @@ def prompt_csv(path: Path, rows: Iterable[Sequence[object]], header: Sequence[st
     text = "".join(",".join(map(_csv_cell, line)) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8", newline="")
     return path
+
+
+def release(folder: Path, tokens: Sequence[int], missed: int) -> Path:
+    """Write prompts in the layout of the MoE-Beyond release; each prediction misses ``missed`` of the 6 experts."""
+    rng = np.random.default_rng(0)
+    for number, length in enumerate(tokens, start=1):
+        true, predicted = [], []
+        for layer in range(1, 27):
+            for position in range(length):
+                experts = rng.permutation(64)[:12].tolist()
+                true.append((layer, string.ascii_letters[position], experts[:6]))
+                predicted.append((layer, position, experts[:6], experts[missed : missed + 6]))
+        columns = ("Layer ID", "Token", "Activated Expert IDs")
+        for name in ("puffin/prompt_{}_data.csv", "webglm/prompt_{}_data_formatted.csv"):
+            prompt_csv(folder / name.format(number), true, header=columns)
+        path = folder / f"webglm_moe_beyond_predictions/prompt_{number}_data_predicted.csv"
+        prompt_csv(path, predicted, header=(*columns, "Predicted Expert IDs"))
+    return folder
 
 
 def _csv_cell(value: object) -> str:

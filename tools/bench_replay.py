@@ -28,8 +28,8 @@ from moe_beyond.evaluation.sources import from_predictor_folder, published_sourc
 from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.files import write_json
 from moe_beyond.published import find_predictor
-from moe_beyond.replay import Replay, ReplaySettings
-from moe_beyond.replay.sequence import Sequence
+from moe_beyond.simulator import Replay, ReplaySettings
+from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.traces.reader import TraceSet
 
 SEQUENTIAL = {"lru": "LRU", "lfu_in_cache": "LFU", "belady": "Belady"}

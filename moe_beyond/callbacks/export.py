@@ -16,6 +16,9 @@ from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.predictors.folder import load_predictor, save_predictor
 from moe_beyond.tasks.base import PredictorTask
 
+PREDICTOR_FOLDER = "predictor"
+"""Of a run's folder, where its predictor lies."""
+
 
 class ExportBest(L.Callback):
     """At the end of a fit, writes ``predictor/`` into the run's folder.
@@ -41,7 +44,7 @@ class ExportBest(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictor"  # asks all ranks
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / PREDICTOR_FOLDER  # asks all ranks
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)

@@ -11,9 +11,9 @@ from moe_beyond.evaluation.strategies import REFERENCES, strategy
 from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.replay import Replay, ReplaySettings
-from moe_beyond.replay.devices import load_device
-from moe_beyond.replay.sequence import Sequence
+from moe_beyond.simulator import Replay, ReplaySettings
+from moe_beyond.simulator.devices import load_device
+from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.tasks.base import PredictorTask
 
 

@@ -18,6 +18,9 @@ class WriteScores(BasePredictionWriter):
 
     Args:
         out: The folder; ``scores/`` in the run's folder by default.
+
+    Attributes:
+        folder: Where they are, once they are being written.
     """
 
     def __init__(self, out: str | None = None) -> None:
@@ -25,6 +28,7 @@ class WriteScores(BasePredictionWriter):
         self.out = out
         self._open = ExitStack()
         self._writer: ScoresWriter | None = None
+        self.folder: Path | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the folder."""
@@ -44,7 +48,7 @@ class WriteScores(BasePredictionWriter):
                 traces=(data.test_traces or data.val_traces).manifest.fingerprint,
             )
         )
-        print(f"scores go to {folder}")
+        self.folder = folder
 
     def write_on_batch_end(
         self,

@@ -4,18 +4,18 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import add_json, console_for, parser, write_result
+from moe_beyond.cli.options import Output, parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_combinations,
     add_conditions,
-    asked_combinations,
-    asked_conditions,
+    request_of,
     showing_progress,
 )
 from moe_beyond.errors import UserError
+from moe_beyond.evaluation.asked import asked_combinations, asked_conditions
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_data
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
@@ -30,27 +30,29 @@ RECORDED = ("strategy", "predictor", "lookahead", "budget_slots", "budget_share"
 """Of a replay's record, what a predictor's card shows."""
 
 
-def run(words: list[str]) -> None:
-    """Parse the options, evaluate a predictor or all checkpoints of a run."""
-    options = parser(
+def options() -> ArgumentParser:
+    """Return the parser of this verb's options."""
+    known = parser(
         "evaluate",
         "Measure a predictor on a trace set, by lookahead, and replay what it is worth under a budget; "
         "or compare all checkpoints of a run (on the split it validated on, unless --traces says otherwise).",
         "moe-beyond evaluate runs/predictor/version_0/predictor --traces traces/webglm --budget 10%",
     )
-    options.add_argument(
-        "predictor", metavar="PREDICTOR", help="a predictor folder, a published name, or a run's folder"
-    )
-    options.add_argument("--traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
-    options.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
-    add_budgets(options)
-    add_combinations(options)
-    add_conditions(options)
-    options.add_argument(
+    known.add_argument("predictor", metavar="PREDICTOR", help="a predictor folder, a published name, or a run's folder")
+    known.add_argument("--traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
+    known.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
+    add_budgets(known)
+    add_combinations(known)
+    add_conditions(known)
+    known.add_argument(
         "--record", action="store_true", help="write the figures into the predictor folder's config and card"
     )
-    add_json(options)
-    args = options.parse_args(words[1:])
+    return known
+
+
+def run(words: list[str]) -> None:
+    """Evaluate a predictor, or all checkpoints of a run."""
+    args = options().parse_args(words[1:])
     if (Path(args.predictor) / CONFIG_FILE).exists() or any(Path(args.predictor).glob("checkpoints/*.ckpt")):
         if args.record:
             raise UserError(f"--record is for a predictor folder; {args.predictor} is a run")
@@ -69,11 +71,9 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
     source = from_predictor_folder(folder)
     asked_by = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
     found = _evaluate(args, traces, args.split, source, asked_by)
-    if args.json != "-":
-        console = console_for(args.json)
-        console.print(metrics_table(found.metrics))
-        console.print(results_table(found.results, traces.geometry))
-    write_result(found.to_json(), args.json)
+    output = Output(args)
+    output.show(metrics_table(found.metrics), results_table(found.results, traces.geometry))
+    output.result(found.to_json())
     if args.record:
         manifest = traces.manifest
         figures = {
@@ -97,7 +97,7 @@ def _command(words: Sequence[str], predictor: str, name: str) -> str:
         if option in ("--traces", "--json"):
             if not joined:
                 next(rest, None)
-        elif word != "--record":
+        elif word not in ("--record", "--quiet"):
             kept.append(Path(word).name if Path(word).is_dir() else word)
     return shlex.join(kept)
 
@@ -108,20 +108,21 @@ def _run_folder(args: Namespace) -> None:
     traces = TraceSet(folder)
     # One lookahead is enough to compare checkpoints by; --lookahead asks for others.
     found = list(evaluate_run(args.predictor, lambda one: _evaluate(args, traces, split, one, one.lookaheads[:1])))
-    if args.json != "-":
-        console_for(args.json).print(checkpoints_table(found, traces.geometry))
+    output = Output(args)
+    output.show(checkpoints_table(found, traces.geometry))
     rows = [
         {"checkpoint": one.checkpoint, "epoch": one.epoch, "step": one.step, **one.evaluation.to_json()}
         for one in found
     ]
-    write_result({"checkpoints": rows}, args.json)
+    output.result({"checkpoints": rows})
 
 
 def _evaluate(
     args: Namespace, traces: TraceSet, split: str | None, source: ScoreSource, lookaheads: Sequence[Lookahead]
 ) -> Evaluation:
-    shared = asked_conditions(args, traces)
-    found = asked_combinations(args, traces, shared, source, lookaheads)
+    request = request_of(args)
+    shared = asked_conditions(request, traces)
+    found = asked_combinations(request, traces, shared, source, lookaheads)
     asked = beside(found, shared.common, traces.geometry, shared.quotas)
-    with showing_progress(traces, split, f"evaluating {source.name}", len(asked)) as progress:
+    with showing_progress(traces, split, f"evaluating {source.name}", len(asked), quiet=args.quiet) as progress:
         return evaluate(traces, asked, split, [source], measure=source, profile=shared.profile, progress=progress)

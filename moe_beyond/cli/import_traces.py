@@ -2,7 +2,9 @@
 
 import shutil
 
-from moe_beyond.cli.options import parser
+from jsonargparse import ArgumentParser
+
+from moe_beyond.cli.options import Output, parser
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import load_preset
 from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
@@ -10,26 +12,31 @@ from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
 FORMATS = {"moe-beyond-csv": import_moe_beyond_csv}
 
 
-def run(words: list[str]) -> None:
-    """Parse the options and import."""
-    options = parser(
+def options() -> ArgumentParser:
+    """Return the parser of this verb's options."""
+    known = parser(
         "import",
         "Turn another tool's recording into a trace set.",
         "moe-beyond import moe-beyond-csv puffin --out traces/puffin --model deepseek-v2-lite --val-blocks 20:10",
     )
-    options.add_argument("format", help=f"one of: {', '.join(FORMATS)}")
-    options.add_argument("source", metavar="SRC", help="the recording: a folder of files")
-    options.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
-    options.add_argument("--model", metavar="MODEL", required=True, help="a model preset, or a geometry or config.json")
-    options.add_argument("--tokenizer", metavar="FILE_OR_NAME", help="the model's tokenizer; the preset's by default")
-    options.add_argument(
+    known.add_argument("format", help=f"one of: {', '.join(FORMATS)}")
+    known.add_argument("source", metavar="SRC", help="the recording: a folder of files")
+    known.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
+    known.add_argument("--model", metavar="MODEL", required=True, help="a model preset, or a geometry or config.json")
+    known.add_argument("--tokenizer", metavar="FILE_OR_NAME", help="the model's tokenizer; the preset's by default")
+    known.add_argument(
         "--val-blocks", metavar="SIZE:EVERY", help="blocks of SIZE consecutive prompts, one in EVERY for validation"
     )
-    options.add_argument(
+    known.add_argument(
         "--predictions", metavar="DIR", help="MoE-Beyond's released predictions for the same prompts (with --scores)"
     )
-    options.add_argument("--scores", metavar="DIR", help="folder to write them to, for `moe-beyond replay --scores`")
-    args = options.parse_args(words[1:])
+    known.add_argument("--scores", metavar="DIR", help="folder to write them to, for `moe-beyond replay --scores`")
+    return known
+
+
+def run(words: list[str]) -> None:
+    """Import."""
+    args = options().parse_args(words[1:])
     if args.format not in FORMATS:
         raise unknown("format", args.format, FORMATS)
     if (args.predictions is None) != (args.scores is None):
@@ -48,8 +55,20 @@ def run(words: list[str]) -> None:
     manifest = traces.manifest
     entries = manifest.tokens * manifest.geometry.num_layers
     size = sum(shard.bytes for shard in manifest.shards)
-    print(f"{args.out}: {entries:,} entries in = {entries:,} entries out, {size / entries:.2f} bytes an entry")
-    for split, counts in manifest.to_json()["splits"].items():
-        print(f"  {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
+    splits = manifest.to_json()["splits"]
+    output = Output(args)
+    output.show(f"{args.out}: {entries:,} entries in = {entries:,} entries out, {size / entries:.2f} bytes an entry")
+    for split, counts in splits.items():
+        output.show(f"  {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
     if args.scores is not None:
-        print(f"{args.scores}: released predictions, lookahead 0")
+        output.show(f"{args.scores}: released predictions, lookahead 0")
+    output.result(
+        {
+            "traces": args.out,
+            "scores": args.scores,
+            "fingerprint": manifest.fingerprint,
+            "entries": entries,
+            "bytes": size,
+            "splits": splits,
+        }
+    )

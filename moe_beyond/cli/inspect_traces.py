@@ -1,24 +1,28 @@
 """``moe-beyond inspect``."""
 
-from moe_beyond.cli.options import add_json, console_for, parser, write_result
+from jsonargparse import ArgumentParser
+
+from moe_beyond.cli.options import Output, parser
 from moe_beyond.report.inspection import inspection_tables
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.statistics import summarize
 
 
-def run(words: list[str]) -> None:
-    """Parse the options, describe the set."""
-    options = parser(
+def options() -> ArgumentParser:
+    """Return the parser of this verb's options."""
+    known = parser(
         "inspect",
         "Describe a trace set: counts, geometry, popularity and skew by layer, token-to-token reuse.",
         "moe-beyond inspect traces/puffin --json -",
     )
-    options.add_argument("traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
-    add_json(options)
-    args = options.parse_args(words[1:])
+    known.add_argument("traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
+    return known
+
+
+def run(words: list[str]) -> None:
+    """Describe the set."""
+    args = options().parse_args(words[1:])
+    output = Output(args)
     summary = summarize(TraceSet(args.traces))
-    if args.json != "-":
-        console = console_for(args.json)
-        for table in inspection_tables(summary):
-            console.print(table)
-    write_result(summary, args.json)
+    output.show(*inspection_tables(summary))
+    output.result(summary)

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
 
@@ -12,7 +14,10 @@ import moe_beyond.callbacks
 import moe_beyond.datamodules
 import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
 from moe_beyond.callbacks.config import KeepConfig
-from moe_beyond.cli.options import OneLineErrors
+from moe_beyond.callbacks.export import PREDICTOR_FOLDER
+from moe_beyond.callbacks.lines import EpochLines
+from moe_beyond.callbacks.scores import WriteScores
+from moe_beyond.cli.options import ExampleAsWritten, OneLineErrors, Output, add_output, example_text
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -32,16 +37,30 @@ QUIET = (
 )
 SELF_PRAISE = "litlogger"
 
+EXAMPLES = {
+    "fit": "moe-beyond fit -c configs/trainer/default.yaml -c configs/model/cross_layer.yaml "
+    "-c configs/data/traces.yaml --data.traces traces/puffin",
+    "validate": "moe-beyond validate -c runs/predictor/version_0/config.yaml "
+    "--ckpt_path runs/predictor/version_0/checkpoints/last.ckpt",
+    "test": "moe-beyond test -c runs/predictor/version_0/config.yaml "
+    "--ckpt_path runs/predictor/version_0/checkpoints/last.ckpt --data.test_traces traces/webglm",
+    "predict": "moe-beyond predict -c runs/predictor/version_0/config.yaml "
+    "--ckpt_path runs/predictor/version_0/checkpoints/last.ckpt",
+}
+
 
 class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, with our errors."""
 
 
 class PredictorCLI(LightningCLI):
-    """Links the model's sizes to the data, and asks for weights where they are needed."""
+    """Links the model's sizes to the data, asks for weights where they are needed, and says what came out."""
+
+    output: Output
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link geometry and vocabulary."""
+        add_output(parser)
         # As a dictionary, since jsonargparse would want a dataclass's fields one by one.
         parser.link_arguments(
             "data.geometry", "model.init_args.geometry", compute_fn=Geometry.to_json, apply_on="instantiate"
@@ -51,23 +70,66 @@ class PredictorCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keep to the configuration: Lightning would let a checkpoint's own arguments override it, unsaid."""
 
+    def before_instantiate_classes(self) -> None:
+        """Settle what is printed: bars on a terminal, lines in a pipe, nothing when quiet."""
+        options = self.config[str(self.subcommand)]
+        self.output = Output(options)
+        options.json, options.quiet = None, False  # of this call alone: they are not for the run's config.yaml
+        if self.output.quiet or not self.output.console.is_terminal:
+            options.trainer.enable_progress_bar = False
+        if self.output.quiet:
+            options.trainer.enable_model_summary = False
+            if "verbose" in options:
+                options.verbose = False
+
     def before_fit(self) -> None:
         """Look at the checkpoint to resume, if there is one, and whether the model can be fitted so."""
         self._check_checkpoint(needed=False)
         self.model.check_trainer(self.trainer)
+        if not self.output.console.is_terminal:
+            self.trainer.callbacks.append(EpochLines(self.output.show))  # type: ignore[attr-defined]
+
+    def after_fit(self) -> None:
+        """Say where the run and its predictor lie."""
+        run = self.trainer.log_dir or self.trainer.default_root_dir  # asks all ranks
+        predictor = Path(run) / PREDICTOR_FOLDER
+        found = {"run": str(run), "predictor": str(predictor) if predictor.exists() else None}
+        self._say({name: path for name, path in found.items() if path}, found | {"metrics": self._metrics()})
 
     def before_validate(self) -> None:
         """Refuse to score random weights."""
         self._check_checkpoint()
 
+    def after_validate(self) -> None:
+        """Give the figures."""
+        self._say({}, {"metrics": self._metrics()})
+
     def before_test(self) -> None:
         """Refuse to score random weights."""
         self._check_checkpoint()
+
+    def after_test(self) -> None:
+        """Give the figures."""
+        self._say({}, {"metrics": self._metrics()})
 
     def before_predict(self) -> None:
         """Refuse to score random weights; scores are written, not returned."""
         self._check_checkpoint()
         self.config_init["predict"]["return_predictions"] = False
+
+    def after_predict(self) -> None:
+        """Say where the scores lie."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        written = [str(one.folder) for one in callbacks if isinstance(one, WriteScores) and one.folder]
+        self._say({"scores": ", ".join(written)} if written else {}, {"scores": written[0] if written else None})
+
+    def _metrics(self) -> dict[str, float]:
+        return {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
+
+    def _say(self, lines: dict[str, str], result: dict[str, Any]) -> None:
+        if self.trainer.is_global_zero:
+            self.output.show(*(f"{name}: {where}" for name, where in lines.items()))
+            self.output.result(result)
 
     def _check_checkpoint(self, *, needed: bool = True) -> None:
         verb = self.subcommand or ""
@@ -116,6 +178,10 @@ def run(words: list[str]) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_class=Parser,
+            parser_kwargs={
+                "formatter_class": ExampleAsWritten,
+                **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},
+            },
             args=words,
         )
     except ValueError as error:  # jsonargparse wraps what a constructor raises

@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-import moe_beyond
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.version import __version__
 
 # Group -> verb -> (module of this folder, what it does). A module is imported only when its verb is asked for, so that
 # help is instant.
@@ -29,6 +29,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "devices": ("devices", "list the device presets with their numbers and sources"),
         "plan": ("plan", "the smallest budget for a target, and the experts to pin"),
         "quickstart": ("quickstart", "the whole path on a small bundled model, in under three minutes"),
+    },
+    "Shell": {
+        "completion": ("completion", "print a script that completes verbs, options and names"),
     },
 }
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
@@ -59,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"moe-beyond {moe_beyond.__version__}")
+        print(f"moe-beyond {__version__}")
         return 0
     try:
         if words[0] not in VERBS:

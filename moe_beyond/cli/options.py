@@ -1,12 +1,15 @@
-"""Options that several verbs share, and where their output goes."""
+"""Options that all verbs share, and where their output goes."""
 
+import difflib
 import json
+import re
 import sys
 from argparse import Action
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
-from rich.console import Console
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from rich.console import Console, RenderableType
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
@@ -14,18 +17,30 @@ from moe_beyond.files import write_json
 PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe; on a terminal it fits the terminal."""
 
+EXAMPLE = "example:"
+
 
 class OneLineErrors(ArgumentParser):
     """A parser whose complaints are one line, as all of the command's are."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a `UserError` instead of printing the usage."""
+        """Raise a `UserError` instead of printing the usage; near misses of an option are named."""
         program = self.prog.replace(" [options]", "")
-        told = message.split("Given value type")[0]  # what follows is the whole configuration
-        raise UserError(f"{' '.join(told.split())}; {program} --help tells the options") from ex
+        told = " ".join(message.split("Given value type")[0].split())  # what follows is the whole configuration
+        unknown = re.findall(r"(?<!\S)--[\w.-]+", told) if "nrecognized arguments" in told else []
+        near = (difflib.get_close_matches(word, option_strings(self), n=1, cutoff=0.7) for word in unknown)
+        meant = "".join(f"; did you mean {found[0]}?" for found in near if found)
+        raise UserError(f"{told}{meant or f'; {program} --help tells the options'}") from ex
 
 
-class _Help(DefaultHelpFormatter):
+class ExampleAsWritten(DefaultHelpFormatter):
+    """Help whose example stays as it is written, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLE) else super()._fill_text(text, width, indent)
+
+
+class _Help(ExampleAsWritten):
     """Help without types and defaults, which the options' own words tell."""
 
     def _get_help_string(self, action: Action) -> str:
@@ -33,24 +48,33 @@ class _Help(DefaultHelpFormatter):
 
 
 def parser(verb: str, description: str, example: str) -> ArgumentParser:
-    """Start the parser of a verb.
+    """Start the parser of a verb, with the options that all of them have.
 
     Args:
         verb: The verb.
         description: What it does.
         example: A command line to show under ``--help``.
     """
-    return OneLineErrors(
+    options = OneLineErrors(
         prog=f"moe-beyond {verb}",
-        description=f"{description} Example: {example}",
+        description=description,
+        epilog=example_text(example),
         allow_abbrev=False,
         formatter_class=_Help,
     )
+    add_output(options)
+    return options
 
 
-def add_json(options: ArgumentParser) -> None:
-    """Add ``--json FILE``."""
+def example_text(example: str) -> str:
+    """Return what stands under an ``--help``."""
+    return f"{EXAMPLE}\n  {example}"
+
+
+def add_output(options: ArgumentParser) -> None:
+    """Add ``--json FILE`` and ``--quiet``, which `Output` reads."""
     options.add_argument("--json", metavar="FILE", help="also write the result as JSON; - is standard output, alone")
+    options.add_argument("--quiet", action="store_true", help="print neither tables nor progress: errors alone")
 
 
 def add_traces(options: ArgumentParser) -> None:
@@ -59,15 +83,42 @@ def add_traces(options: ArgumentParser) -> None:
     options.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
 
 
-def console_for(json_file: str | None) -> Console:
-    """Return where tables and progress go: standard output, or standard error where JSON takes that."""
-    console = Console(stderr=json_file == "-")
-    return console if console.is_terminal else Console(stderr=json_file == "-", width=PIPE_WIDTH)
+def option_strings(options: ArgumentParser) -> list[str]:
+    """List the long options of a parser, in the order that help tells them."""
+    return list(dict.fromkeys(_long_options(options)))
 
 
-def write_result(content: Any, json_file: str | None) -> None:
-    """Write the JSON a verb was asked for, if it was."""
-    if json_file == "-":
-        sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    elif json_file is not None:
-        write_json(json_file, content)
+def _long_options(options: ArgumentParser) -> Iterator[str]:
+    for action in options._actions:  # noqa: SLF001  (argparse has no public list)
+        yield from (word for word in action.option_strings if word.startswith("--") and not word.endswith("+"))
+
+
+class Output:
+    """Where a verb's tables, lines and result go.
+
+    Standard output has the tables, unless ``--json -`` takes it for the JSON, alone; ``--quiet`` prints nothing.
+
+    Args:
+        args: The parsed options.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._json: str | None = args.json
+        self.quiet: bool = args.quiet or args.json == "-"
+        console = Console(quiet=self.quiet)
+        self.console = console if console.is_terminal else Console(quiet=self.quiet, width=PIPE_WIDTH)
+
+    def show(self, *parts: RenderableType) -> None:
+        """Print tables and lines; a line is not broken, nor taken for markup."""
+        for part in parts:
+            if isinstance(part, str):
+                self.console.print(part, highlight=False, markup=False, soft_wrap=True)
+            else:
+                self.console.print(part)
+
+    def result(self, content: Any) -> None:
+        """Write the JSON that was asked for, if it was."""
+        if self._json == "-":
+            sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        elif self._json is not None:
+            write_json(self._json, content)

@@ -1,19 +1,31 @@
 """``moe-beyond package``."""
 
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
 from moe_beyond.callbacks.export import package
-from moe_beyond.cli.options import parser
+from moe_beyond.cli.options import Output, parser
+from moe_beyond.predictors.folder import read_config
 
 
-def run(words: list[str]) -> None:
-    """Parse the options, make the folder."""
-    options = parser(
+def options() -> ArgumentParser:
+    """Return the parser of this verb's options."""
+    known = parser(
         "package",
         "Make a predictor folder (safetensors, config, card) out of a checkpoint.",
         "moe-beyond package runs/predictor/version_0/checkpoints/last.ckpt --out my-predictor",
     )
-    options.add_argument("checkpoint", metavar="CKPT", help="a checkpoint that `moe-beyond fit` wrote")
-    options.add_argument("--out", metavar="DIR", required=True, help="the predictor folder to make")
-    options.add_argument("--half", action="store_true", help="store float16 weights, half the size")
-    args = options.parse_args(words[1:])
+    known.add_argument("checkpoint", metavar="CKPT", help="a checkpoint that `moe-beyond fit` wrote")
+    known.add_argument("--out", metavar="DIR", required=True, help="the predictor folder to make")
+    known.add_argument("--half", action="store_true", help="store float16 weights, half the size")
+    return known
+
+
+def run(words: list[str]) -> None:
+    """Make the folder."""
+    args = options().parse_args(words[1:])
     package(args.checkpoint, args.out, half=args.half)
-    print(f"{args.out}: predictor folder")
+    output = Output(args)
+    output.show(f"{args.out}: predictor folder")
+    output.result({"predictor": str(Path(args.out)), "config": read_config(args.out)})

@@ -4,46 +4,50 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import add_json, add_traces, console_for, parser, write_result
+from moe_beyond.cli.options import Output, add_traces, parser
 from moe_beyond.cli.replay_options import (
-    Conditions,
     add_budgets,
     add_conditions,
     add_strategies,
-    asked_conditions,
-    asked_slots,
-    asked_strategies,
+    asked_source,
+    request_of,
     showing_progress,
 )
 from moe_beyond.errors import UserError
+from moe_beyond.evaluation.asked import Conditions, asked_conditions, asked_slots, asked_strategies
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.planning import Answer, Target, parse_target, pins, plan
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, evenly, strategy
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.files import write_json
-from moe_beyond.replay import ReplaySettings, Result
 from moe_beyond.report.plans import plan_table
 from moe_beyond.report.results import unavailable_lines
+from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.traces.reader import TraceSet
 
 
-def run(words: list[str]) -> None:
-    """Parse the options, plan."""
-    options = parser(
+def options() -> ArgumentParser:
+    """Return the parser of this verb's options."""
+    known = parser(
         "plan",
         "Find the smallest budget at which each strategy reaches a target, or what binds; and the experts to pin.",
         "moe-beyond plan --traces traces/webglm --device rtx4060-laptop --target 10tok/s --strategy all",
     )
-    add_traces(options)
-    options.add_argument("--target", metavar="T", help="90% (of hits), or 10tok/s (on --device)")
-    options.add_argument("--pins", metavar="FILE", help="write the experts to pin at --budget, by model layer, as JSON")
-    add_budgets(options)
-    add_strategies(options)
-    add_conditions(options)
-    add_json(options)
-    args = options.parse_args(words[1:])
+    add_traces(known)
+    known.add_argument("--target", metavar="T", help="90% (of hits), or 10tok/s (on --device)")
+    known.add_argument("--pins", metavar="FILE", help="write the experts to pin at --budget, by model layer, as JSON")
+    add_budgets(known)
+    add_strategies(known)
+    add_conditions(known)
+    return known
+
+
+def run(words: list[str]) -> None:
+    """Plan."""
+    args = options().parse_args(words[1:])
+    output = Output(args)
     if args.target is None and args.pins is None:
         raise UserError("plan needs a --target to reach, or --pins FILE to write")
     target = None if args.target is None else parse_target(args.target)
@@ -52,30 +56,26 @@ def run(words: list[str]) -> None:
     if target is not None and target.tokens_per_second is not None and args.device is None:
         raise UserError(f"--target {args.target} is a matter of time; give --device")
     traces = TraceSet(args.traces)
-    shared = asked_conditions(args, traces)
+    shared = asked_conditions(request_of(args), traces)
     chosen = None if args.pins is None else _pins(args, traces, shared)
     if target is None:
-        _write_pins(args, chosen)
+        _write_pins(args, chosen, output)
         return
     answers, missing = _answers(args, traces, shared, target)
-    _write_pins(args, chosen)
+    _write_pins(args, chosen, output)
     bytes_per_expert = traces.geometry.params_per_expert * shared.common.bits / 8
-    if args.json != "-":
-        console = console_for(args.json)
-        console.print(plan_table(answers, target, traces.geometry, bytes_per_expert))
-        if missing:
-            console.print(unavailable_lines(missing), highlight=False)
+    output.show(plan_table(answers, target, traces.geometry, bytes_per_expert), *unavailable_lines(missing))
     content = {
         "target": target.text,
         "answers": [answer.to_json(bytes_per_expert) for answer in answers],
         "unavailable": [{"strategy": one.strategy, "why": one.why} for one in missing],
     }
-    write_result(content, args.json)
+    output.result(content)
 
 
 def _pins(args: Namespace, traces: TraceSet, shared: Conditions) -> dict[str, Any]:
     """Choose the experts to pin by the profile that is named, or by the traces themselves."""
-    slots = asked_slots(args, traces)
+    slots = asked_slots(request_of(args), traces)
     if len(slots) != 1:
         raise UserError("--pins is for one --budget")
     popularity = None if shared.profile is None or args.profile is None else shared.profile.popularity
@@ -88,12 +88,10 @@ def _pins(args: Namespace, traces: TraceSet, shared: Conditions) -> dict[str, An
     }
 
 
-def _write_pins(args: Namespace, chosen: dict[str, Any] | None) -> None:
-    if chosen is None:
-        return
-    write_json(args.pins, chosen)
-    if args.json != "-":
-        console_for(args.json).print(f"pins: {args.pins}", highlight=False, soft_wrap=True)
+def _write_pins(args: Namespace, chosen: dict[str, Any] | None, output: Output) -> None:
+    if chosen is not None:
+        write_json(args.pins, chosen)
+        output.show(f"pins: {args.pins}")
 
 
 def _answers(
@@ -101,8 +99,8 @@ def _answers(
 ) -> tuple[list[Answer], list[Unavailable]]:
     """Plan for what is asked for, with LRU, Belady and, on a device, clairvoyant prefetch beside it."""
     geometry = traces.geometry
-    args.budget = [str(geometry.total_experts)]  # any: a strategy is the same at all
-    asked = asked_strategies(args, traces, replace(shared, quotas=evenly))
+    request = replace(request_of(args), budget=[str(geometry.total_experts)])  # any: a strategy is the same at all
+    asked = asked_strategies(request, traces, replace(shared, quotas=evenly), asked_source(args))
     common = shared.common
     cold = replace(common, warm_start=False)
     lines = [line for line in asked.strategies if line.policy != "od_moe"]
@@ -120,7 +118,7 @@ def _answers(
         return replace(line, slots=slots, quotas=shared.quotas(slots))
 
     def replayed(settings: list[ReplaySettings]) -> list[Result]:
-        with showing_progress(traces, args.split, "planning", len(settings)) as progress:
+        with showing_progress(traces, args.split, "planning", len(settings), quiet=args.quiet) as progress:
             return evaluate(
                 traces, settings, args.split, asked.sources, profile=shared.profile, progress=progress
             ).results

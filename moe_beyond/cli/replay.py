@@ -2,55 +2,59 @@
 
 from pathlib import Path
 
-from moe_beyond.cli.options import add_json, add_traces, console_for, parser, write_result
+from jsonargparse import ArgumentParser
+
+from moe_beyond.cli.options import Output, add_traces, parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
     add_strategies,
-    asked_conditions,
-    asked_strategies,
+    asked_source,
+    request_of,
     showing_progress,
 )
 from moe_beyond.errors import UserError
+from moe_beyond.evaluation.asked import asked_conditions, asked_strategies
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.strategies import beside
-from moe_beyond.report.pictures import write_pictures
+from moe_beyond.report.pictures import pictures, write_pictures
 from moe_beyond.report.results import results_table, unavailable_lines
 from moe_beyond.traces.reader import TraceSet
 
 
-def run(words: list[str]) -> None:
-    """Parse the options, replay."""
-    options = parser(
+def options() -> ArgumentParser:
+    """Return the parser of this verb's options."""
+    known = parser(
         "replay",
         "Replay traces through a cache under a memory budget, on a device's clock if one is named; LRU, Belady and the "
         "best fixed choice stand beside every result.",
         "moe-beyond replay --traces traces/webglm --budget 10% --strategy all --device rtx4060-laptop",
     )
-    add_traces(options)
-    add_budgets(options)
-    add_strategies(options)
-    add_conditions(options)
-    options.add_argument("--plots", metavar="DIR", help="also write pictures there")
-    add_json(options)
-    args = options.parse_args(words[1:])
+    add_traces(known)
+    add_budgets(known)
+    add_strategies(known)
+    add_conditions(known)
+    known.add_argument("--plots", metavar="DIR", help="also write pictures there")
+    return known
+
+
+def run(words: list[str]) -> None:
+    """Replay."""
+    args = options().parse_args(words[1:])
+    output = Output(args)
     if args.plots and Path(args.plots).exists() and not Path(args.plots).is_dir():
         raise UserError(f"--plots {args.plots}: is a file; name a folder")
     traces = TraceSet(args.traces)
-    shared = asked_conditions(args, traces)
-    asked = asked_strategies(args, traces, shared)
+    request = request_of(args)
+    shared = asked_conditions(request, traces)
+    asked = asked_strategies(request, traces, shared, asked_source(args))
     lines = beside(asked.strategies, shared.common, traces.geometry, shared.quotas)
-    with showing_progress(traces, args.split, "replaying", len(lines)) as progress:
+    with showing_progress(traces, args.split, "replaying", len(lines), quiet=args.quiet) as progress:
         found = evaluate(traces, lines, args.split, asked.sources, profile=shared.profile, progress=progress)
-    quiet, console = args.json == "-", console_for(args.json)
-    if not quiet:
-        console.print(results_table(found.results, traces.geometry))
-        if asked.missing:
-            console.print(unavailable_lines(asked.missing), highlight=False)
+    output.show(results_table(found.results, traces.geometry), *unavailable_lines(asked.missing))
     if args.plots:
-        for path in write_pictures(args.plots, traces, lines, found.results, asked.sources, shared.profile, args.split):
-            if not quiet:
-                console.print(f"picture: {path}", highlight=False, soft_wrap=True)
+        drawn = pictures(traces, lines, found.results, asked.sources, shared.profile, args.split)
+        output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))
     content = {"results": [result.to_json() for result in found.results]}
     unavailable = [{"strategy": one.strategy, "why": one.why} for one in asked.missing]
-    write_result(content | ({"unavailable": unavailable} if unavailable else {}), args.json)
+    output.result(content | ({"unavailable": unavailable} if unavailable else {}))

@@ -1,34 +1,19 @@
 """The options that say what to replay, shared by ``evaluate``, ``replay`` and ``plan``."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.profiles import load_profile
-from moe_beyond.evaluation.sources import (
-    ScoreSource,
-    from_predictor_folder,
-    from_scores_folder,
-    published_for,
-    published_source,
-)
-from moe_beyond.evaluation.strategies import Quotas, combinations, evenly
-from moe_beyond.evaluation.systems import SYSTEMS, Unavailable, system_names, system_strategies
-from moe_beyond.geometry import budget_slots
-from moe_beyond.lookahead import Lookahead, parse_lookahead
-from moe_beyond.profile import Profile
+from moe_beyond.evaluation.asked import DEFAULT_BUDGET, Request
+from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder, from_scores_folder
+from moe_beyond.evaluation.systems import SYSTEMS
 from moe_beyond.published import find_predictor
-from moe_beyond.replay import ReplaySettings
-from moe_beyond.replay.devices import load_device
 from moe_beyond.traces.reader import TraceSet
-
-DEFAULT_BUDGET = "10%"
 
 
 def add_budgets(options: ArgumentParser) -> None:
@@ -105,83 +90,6 @@ def add_conditions(options: ArgumentParser) -> None:
     )
 
 
-def bits_of(args: Namespace, traces: TraceSet) -> float:
-    """Return the bits per parameter that count.
-
-    Raises:
-        UserError: They are not positive.
-    """
-    bits = traces.manifest.quantization_bits if args.quantization is None else args.quantization
-    if not 0 < bits < float("inf"):
-        raise UserError(f"--quantization {bits:g}: bits per parameter must be more than 0")
-    return float(bits)
-
-
-def asked_slots(args: Namespace, traces: TraceSet) -> list[int]:
-    """Return the budgets in slots."""
-    bits = bits_of(args, traces)
-    return [budget_slots(budget, traces.geometry, bits) for budget in args.budget or (DEFAULT_BUDGET,)]
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What all strategies share: settings but for slots and policy, the training text's profile, slots by layer."""
-
-    common: ReplaySettings
-    profile: Profile | None
-    quotas: Quotas
-
-
-def asked_conditions(args: Namespace, traces: TraceSet) -> Conditions:
-    """Read the options that `add_conditions` adds.
-
-    Raises:
-        UserError: One cannot be read, or needs another.
-    """
-    profile = _profile(args, traces)
-    common = ReplaySettings(
-        slots=traces.geometry.total_experts,
-        scope=args.scope,
-        warm_start=args.warm_start,
-        warmup_tokens=args.warmup_tokens,
-        first_layer_prefetch=not args.no_first_layer_prefetch,
-        sequential=args.sequential,
-        prefill_chunk=args.prefill_chunk,
-        batch_size=args.batch_size,
-        carry_over=args.carry_over,
-        device=None if args.device is None else load_device(args.device),
-        bits=bits_of(args, traces),
-    )
-    return Conditions(common, profile, _quotas(args, traces, profile))
-
-
-def _profile(args: Namespace, traces: TraceSet) -> Profile | None:
-    """Load the profile, if one is named; for named strategies else the published one, if there is one."""
-    if args.profile is not None:
-        return load_profile(find_predictor(args.profile), traces)
-    folder = published_for("history", traces) if getattr(args, "strategy", None) else None
-    return None if folder is None else load_profile(folder, traces)
-
-
-def _quotas(args: Namespace, traces: TraceSet, profile: Profile | None) -> Quotas:
-    """Return how slots are split among layers."""
-    if args.quotas is None or args.quotas == "even":
-        return evenly
-    if args.scope != "per-layer":
-        raise UserError(f"--quotas {args.quotas} is for --scope per-layer")
-    if args.quotas == "proportional":
-        if profile is None:
-            raise UserError(
-                "--quotas proportional splits by how layers spread their demand in training; give --profile"
-            )
-        return lambda slots: proportional_quotas(traces.geometry, slots, profile.popularity)
-    try:
-        listed = tuple(int(part) for part in args.quotas.split(","))
-    except ValueError as error:
-        raise UserError(f"--quotas {args.quotas!r}: write even, proportional, or slots by layer: 10,8,8,...") from error
-    return lambda slots: listed
-
-
 def asked_source(args: Namespace) -> ScoreSource | None:
     """Open the predictor or the scores that are named, if any.
 
@@ -195,83 +103,15 @@ def asked_source(args: Namespace) -> ScoreSource | None:
     return from_scores_folder(args.scores) if args.scores else None
 
 
-def asked_combinations(
-    args: Namespace,
-    traces: TraceSet,
-    conditions: Conditions,
-    source: ScoreSource | None,
-    default_lookaheads: Sequence[Lookahead] = (),
-) -> list[ReplaySettings]:
-    """List the combinations that the options ask for.
-
-    Args:
-        args: The parsed options.
-        traces: What will be replayed.
-        conditions: What all share.
-        source: Of scores.
-        default_lookaheads: Where no ``--lookahead`` is given.
-
-    Raises:
-        UserError: An option cannot be read, or asks for what is not there.
-    """
-    lookaheads = source.lookaheads if source else ()
-    wanted = [parse_lookahead(text) for text in args.lookahead or ()]
-    for lookahead in wanted:
-        if lookahead not in lookaheads:
-            known = f"has {', '.join(map(str, lookaheads))}" if lookaheads else "is not given (--predictor or --scores)"
-            raise UserError(f"--lookahead {lookahead}: the predictor {known}")
-    return combinations(
-        conditions.common,
-        asked_slots(args, traces),
-        args.policy or ("lru",),
-        args.prefetch or ((f"top{traces.geometry.top_k}",) if source else ("none",)),
-        source,
-        wanted or default_lookaheads,
-        conditions.quotas,
-    )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked for: strategies, the scores that they use, and which are missing something."""
-
-    strategies: list[ReplaySettings]
-    sources: list[ScoreSource]
-    missing: list[Unavailable]
-
-
-def asked_strategies(args: Namespace, traces: TraceSet, conditions: Conditions) -> Asked:
-    """List what the options ask for at every budget.
-
-    Raises:
-        UserError: An option cannot be read, or asks for what is not there; or nothing that is asked for is available.
-    """
-    source = asked_source(args)
-    if not args.strategy:
-        lookaheads = source.lookaheads[:1] if source else ()
-        found = asked_combinations(args, traces, conditions, source, lookaheads)
-        return Asked(found, [source] if source else [], [])
-    if args.policy or args.prefetch or args.lookahead:
-        raise UserError("--strategy names policy and prefetch; give it without --policy, --prefetch and --lookahead")
-    asked = Asked(
-        *system_strategies(
-            system_names(args.strategy),
-            conditions.common,
-            asked_slots(args, traces),
-            traces.geometry.top_k,
-            source,
-            lambda architecture: published_source(architecture, traces),
-            conditions.quotas,
-        )
-    )
-    if not asked.strategies:
-        raise UserError("; ".join(f"strategy {one.strategy}: not available: {one.why}" for one in asked.missing))
-    return asked
+def request_of(args: Namespace) -> Request:
+    """Return what the options ask for."""
+    given = {field.name: args[field.name] for field in fields(Request) if args.get(field.name) is not None}
+    return Request(**given)
 
 
 @contextmanager
 def showing_progress(
-    traces: TraceSet, split: str | None, what: str, strategies: int = 1
+    traces: TraceSet, split: str | None, what: str, strategies: int = 1, *, quiet: bool = False
 ) -> Iterator[Callable[[int], None]]:
     """Show a bar over the tokens of a split, times the strategies, on standard error and only on a terminal.
 
@@ -281,6 +121,6 @@ def showing_progress(
     total = sum(shard.tokens for shard in traces.shards(split)) * strategies
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda tokens: bar.advance(task, tokens)

@@ -14,11 +14,11 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.profile import Profile
-from moe_beyond.replay import Replay, ReplaySettings, Result
-from moe_beyond.replay.bounds import Bound
-from moe_beyond.replay.sequence import Grouping
-from moe_beyond.replay.sequence import Sequence as Steppable
-from moe_beyond.replay.settings import BOUNDS
+from moe_beyond.simulator import Replay, ReplaySettings, Result
+from moe_beyond.simulator.bounds import Bound
+from moe_beyond.simulator.sequence import Grouping
+from moe_beyond.simulator.sequence import Sequence as Steppable
+from moe_beyond.simulator.settings import BOUNDS
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 

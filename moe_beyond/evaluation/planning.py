@@ -13,7 +13,7 @@ from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.strategies import Quotas
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay import ReplaySettings, Result
+from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.traces.reader import TraceSet
 
 STEPS = 20

@@ -8,8 +8,8 @@ from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, SCORED, pa
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.replay import ReplaySettings
-from moe_beyond.replay.settings import reads_scores
+from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator.settings import reads_scores
 
 REFERENCES = ("lru", "belady")
 """Policies that stand beside every result, without prefetch: what is easy, and the optimum over whole sequences."""

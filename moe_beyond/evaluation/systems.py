@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.evaluation.strategies import Quotas, evenly, strategy
-from moe_beyond.replay import ReplaySettings
+from moe_beyond.simulator import ReplaySettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import moe_beyond
 from moe_beyond.errors import UserError
 from moe_beyond.files import is_earlier_result, read_json, replacing_folder, write_json
 from moe_beyond.geometry import Geometry
@@ -19,6 +18,7 @@ from moe_beyond.predictors.card import CARD_FILE, card
 from moe_beyond.predictors.registry import create
 from moe_beyond.published import CONFIG_FILE
 from moe_beyond.traces.manifest import Manifest
+from moe_beyond.version import __version__
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -59,7 +59,7 @@ def save_predictor(
         "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "training": training,
-        "tool_version": moe_beyond.__version__,
+        "tool_version": __version__,
     }
     with replacing_folder(folder, overwrite=True) as temporary:
         save_file(weights, temporary / WEIGHTS_FILE)

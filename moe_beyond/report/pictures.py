@@ -1,33 +1,33 @@
-"""The pictures of a replay, as files in a folder."""
+"""The pictures of a replay."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.profile import Profile
-from moe_beyond.replay import ReplaySettings, Result
-from moe_beyond.replay.sequence import Sequence as Steppable
-from moe_beyond.replay.timeline import Timeline, timeline
-from moe_beyond.report.plots import plot_budgets, plot_frontier, plot_layers, plot_timeline
+from moe_beyond.report.plots import budgets_figure, frontier_figure, layers_figure, save, timeline_figure
+from moe_beyond.simulator import ReplaySettings, Result
+from moe_beyond.simulator.sequence import Sequence as Steppable
+from moe_beyond.simulator.timeline import Timeline, timeline
 from moe_beyond.traces.reader import TraceSet
 
 TIMELINE_TOKEN = 12
 """Which token of the first long enough sequence a timeline shows: the cache is warm by then."""
 
 
-def write_pictures(
-    folder: str | Path,
+def pictures(
     traces: TraceSet,
     strategies: Sequence[ReplaySettings],
     results: Sequence[Result],
     sources: Sequence[ScoreSource],
     profile: Profile | None,
     split: str | None,
-) -> list[Path]:
+) -> dict[str, Figure]:
     """Draw what there is to draw: curves over budgets, the frontier, the layers, and on a device one token in time.
 
     Args:
-        folder: Where to; made if it is not there.
         traces: What was replayed.
         strategies: How; the first one's token is drawn in time.
         results: What came of it.
@@ -36,25 +36,28 @@ def write_pictures(
         split: Of the traces.
 
     Returns:
-        The files.
+        Name -> figure.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    geometry, title = traces.geometry, f"{traces.manifest.geometry.model}, {traces.manifest.source}"
-    written = []
+    geometry, title = traces.geometry, f"{traces.geometry.model}, {traces.manifest.source}"
+    drawn = {}
     if len({result.budget_slots for result in results if result.policy != "all_resident"}) > 1:
-        written.append(folder / "budgets.png")
-        plot_budgets(results, written[-1], title)
-    written.append(folder / "frontier.png")
-    plot_frontier(results, written[-1], title)
-    written.append(folder / "layers.png")
-    plot_layers(results, geometry, written[-1], title)
+        drawn["budgets"] = budgets_figure(results, title)
+    drawn |= {"frontier": frontier_figure(results, title), "layers": layers_figure(results, geometry, title)}
     settings = strategies[0]
     if (found := _one_token(traces, settings, sources, profile, split)) is not None:
-        written.append(folder / "timeline.png")
         assert settings.device is not None
         what = f"{settings.strategy}, {settings.slots} slots, {settings.device.name}: token {found.token}"
-        plot_timeline(found, geometry, written[-1], what)
+        drawn["timeline"] = timeline_figure(found, geometry, what)
+    return drawn
+
+
+def write_pictures(folder: str | Path, drawn: dict[str, Figure]) -> list[Path]:
+    """Write figures as PNG into a folder, which is made if it is not there; return the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{name}.png" for name in drawn]
+    for path, figure in zip(written, drawn.values(), strict=True):
+        save(figure, path)
     return written
 
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from moe_beyond.files import replacing
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay import Result
-from moe_beyond.replay.timeline import Timeline
 from moe_beyond.report.results import scores_words
+from moe_beyond.simulator import Result
+from moe_beyond.simulator.timeline import Timeline
 
 OPTIMUM = "belady"
 DPI = 120
@@ -54,12 +54,11 @@ def line_styles(lines: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def plot_budgets(results: Sequence[Result], path: str | Path, title: str) -> None:
-    """Plot hit rate and bytes, and on a device tokens a second, against the budget, a line a strategy.
+def budgets_figure(results: Sequence[Result], title: str) -> Figure:
+    """Draw hit rate and bytes, and on a device tokens a second, against the budget, a line a strategy.
 
     Args:
         results: Of several budgets.
-        path: The PNG to write.
         title: What the traces are.
     """
     timed = any(result.tokens_per_second for result in results)
@@ -96,15 +95,14 @@ def plot_budgets(results: Sequence[Result], path: str | Path, title: str) -> Non
         axes[2].set_ylim(bottom=0)
     _legend(figure, hits)
     figure.suptitle(title)
-    _save(figure, path)
+    return figure
 
 
-def plot_frontier(results: Sequence[Result], path: str | Path, title: str) -> None:
-    """Plot hit rate against bytes, a line a strategy through its budgets: up and to the left is better.
+def frontier_figure(results: Sequence[Result], title: str) -> Figure:
+    """Draw hit rate against bytes, a line a strategy through its budgets: up and to the left is better.
 
     Args:
         results: Of one or several budgets.
-        path: The PNG to write.
         title: What the traces are.
     """
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -123,16 +121,15 @@ def plot_frontier(results: Sequence[Result], path: str | Path, title: str) -> No
     axes.grid(alpha=0.3)
     _legend(figure, axes)
     figure.suptitle(title)
-    _save(figure, path)
+    return figure
 
 
-def plot_layers(results: Sequence[Result], geometry: Geometry, path: str | Path, title: str) -> None:
-    """Plot each strategy's hit rate layer by layer as a heat map, of the smallest budget there is.
+def layers_figure(results: Sequence[Result], geometry: Geometry, title: str) -> Figure:
+    """Draw each strategy's hit rate layer by layer as a heat map, of the smallest budget there is.
 
     Args:
         results: Of one or several budgets.
         geometry: The model.
-        path: The PNG to write.
         title: What the traces are.
     """
     rows = {name: line[0] for name, line in lines_of(results).items()}
@@ -148,16 +145,15 @@ def plot_layers(results: Sequence[Result], geometry: Geometry, path: str | Path,
     axes.set_xlabel("model layer")
     figure.colorbar(image, ax=axes, label="hit rate (%)")
     figure.suptitle(f"{title}: {smallest} slots")
-    _save(figure, path)
+    return figure
 
 
-def plot_timeline(timeline: Timeline, geometry: Geometry, path: str | Path, title: str) -> None:
-    """Plot one token: when each layer computed and stalled, and what was on the link meanwhile.
+def timeline_figure(timeline: Timeline, geometry: Geometry, title: str) -> Figure:
+    """Draw one token: when each layer computed and stalled, and what was on the link meanwhile.
 
     Args:
         timeline: The token's.
         geometry: The model.
-        path: The PNG to write.
         title: What it is.
     """
     figure = Figure(figsize=(13, 3.4), layout="constrained")
@@ -187,13 +183,14 @@ def plot_timeline(timeline: Timeline, geometry: Geometry, path: str | Path, titl
     axes.set_xlabel("ms since the token started (numbers: model layers)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, fontsize=8)
     figure.suptitle(title)
-    _save(figure, path)
+    return figure
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")

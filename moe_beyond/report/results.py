@@ -9,7 +9,7 @@ from moe_beyond.evaluation.runs import CheckpointEvaluation
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.replay import Result
+from moe_beyond.simulator import Result
 
 FIGURES = {
     "recall_at_k": ("recall@k", ".1%"),
@@ -76,9 +76,9 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
     return table
 
 
-def unavailable_lines(missing: Sequence[Unavailable]) -> str:
+def unavailable_lines(missing: Sequence[Unavailable]) -> list[str]:
     """Say, a line a strategy, what each lacks."""
-    return "\n".join(f"{one.strategy}: not available: {one.why}" for one in missing)
+    return [f"{one.strategy}: not available: {one.why}" for one in missing]
 
 
 def _caption(results: Sequence[Result]) -> str:

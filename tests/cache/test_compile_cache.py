@@ -11,7 +11,7 @@ import json
 import numpy as np
 from moe_beyond.cache import steps
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay import Replay, ReplaySettings
+from moe_beyond.simulator import Replay, ReplaySettings
 
 geometry = Geometry("small", (0, 1), 4, 2, 1, 1)
 rng = np.random.default_rng(0)

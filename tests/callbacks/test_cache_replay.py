@@ -13,8 +13,8 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.sources import from_predictor
 from moe_beyond.evaluation.strategies import REFERENCES, strategy
-from moe_beyond.replay import ReplaySettings
-from moe_beyond.replay.devices import DEVICES
+from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.tasks import CrossLayer
 from moe_beyond.traces.reader import TraceSet
 

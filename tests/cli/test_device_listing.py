@@ -6,7 +6,7 @@ import pytest
 from helpers import error_line
 
 from moe_beyond.cli.main import main
-from moe_beyond.replay.devices import DEVICES
+from moe_beyond.simulator.devices import DEVICES
 
 
 def listed(capsys, *words):

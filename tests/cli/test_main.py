@@ -1,9 +1,16 @@
 """The command as a whole: help, version, verbs, and how fast it is there."""
 
+import json
+import os
+import pty
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from helpers import error_line
 
 import moe_beyond
 from moe_beyond.cli.main import VERBS, main
@@ -21,6 +28,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert all(f"  {verb} " in said for verb in VERBS)
     assert main([]) == 2
+    assert capsys.readouterr() == ("", said)
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
@@ -28,8 +36,68 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert main([verb, "--help"]) == 0
     said = capsys.readouterr().out
     assert "usage: " in said
-    if VERBS[verb][0] != "lightning":
-        assert f"Example: moe-beyond {verb}" in " ".join(said.split())
+    assert all(f"  {option}" in said or f", {option}" in said for option in ("--json", "--quiet"))
+    _, example = said.split("example:\n")
+    assert f"moe-beyond {verb} " in f"{example.strip()} "
+    assert "\n" not in example.strip()  # to be copied
+
+
+def test_a_near_miss_of_an_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    said = error_line(capsys, ["replay", "--traces", "x", "--polcy", "lru"])
+    assert said == "unrecognized arguments: --polcy lru; did you mean --policy?"
+    assert "--help tells the options" in error_line(capsys, ["replay", "--traces", "x", "--nothing-like-it", "1"])
+
+
+def test_nothing_is_printed_when_quiet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["devices", "--quiet", "--json", str(tmp_path / "d.json")]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert json.loads((tmp_path / "d.json").read_text())["devices"]
+    assert "unknown" in error_line(capsys, ["devices", "--quiet", "--device", "none"])
+
+
+def test_tables_in_a_pipe_are_plain_and_on_a_terminal_are_coloured_unless_told_not_to() -> None:
+    command = [sys.executable, "-m", "moe_beyond", "list"]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "\x1b" not in piped.stdout
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    seen = on_a_terminal(command, environment)
+    assert "\x1b[" in seen
+    told = on_a_terminal(command, environment | {"NO_COLOR": "1"})
+    assert not re.search(r"\x1b\[[\d;]*3[0-8]", told)  # bold and italics are no colours
+
+
+def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
+    """What a command writes to a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as running:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            seen += part
+    os.close(ours)
+    assert running.returncode == 0
+    return seen.decode()
+
+
+def test_help_and_import_are_there_at_once() -> None:
+    def seconds(*words: str) -> float:
+        """The least of several: what else runs on a machine only adds."""
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *words], capture_output=True, check=True)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    plain = seconds("-c", "pass")
+    assert seconds("-c", "import moe_beyond") - plain <= 0.25
+    assert seconds("-m", "moe_beyond", "--help") - plain <= 0.25
 
 
 def test_the_module_is_the_command() -> None:

@@ -13,8 +13,8 @@ from moe_beyond.evaluation import evaluate as module
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside, combinations, strategy
-from moe_beyond.replay import Replay, ReplaySettings, Result
-from moe_beyond.replay.devices import load_device
+from moe_beyond.simulator import Replay, ReplaySettings, Result
+from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
 
 COMMON = ReplaySettings(32)

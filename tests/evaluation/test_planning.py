@@ -15,8 +15,8 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.planning import Answer, parse_target, pins, plan
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, evenly, strategy
-from moe_beyond.replay import ReplaySettings, Result
-from moe_beyond.replay.devices import Device, load_device
+from moe_beyond.simulator import ReplaySettings, Result
+from moe_beyond.simulator.devices import Device, load_device
 from moe_beyond.traces.reader import TraceSet
 
 COMMON = ReplaySettings(TINY.total_experts)

@@ -8,8 +8,8 @@ from scoring import seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, beside, combinations
-from moe_beyond.replay import ReplaySettings
-from moe_beyond.replay.devices import DEVICES
+from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator.devices import DEVICES
 
 COMMON = ReplaySettings(TINY.total_experts)
 TIMED = replace(COMMON, device=DEVICES["rtx3060"])

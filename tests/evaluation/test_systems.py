@@ -13,8 +13,8 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import published_source
 from moe_beyond.evaluation.systems import SYSTEMS, system_names, system_strategies
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay import ReplaySettings
-from moe_beyond.replay.devices import DEVICES
+from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.writer import writing

@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,12 @@ from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.planning import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.evaluation.systems import Unavailable
-from moe_beyond.replay import ReplaySettings, Result
-from moe_beyond.replay.devices import load_device
 from moe_beyond.report import plots
-from moe_beyond.report.pictures import TIMELINE_TOKEN, write_pictures
+from moe_beyond.report.pictures import TIMELINE_TOKEN, pictures
 from moe_beyond.report.plans import plan_table
 from moe_beyond.report.results import results_table, scores_words, unavailable_lines
+from moe_beyond.simulator import ReplaySettings, Result
+from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
 
 DEVICE = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02")
@@ -41,14 +40,6 @@ def replayed(traces: TraceSet, slots: list[int], timed: bool) -> tuple[list[Repl
     return lines, evaluate(traces, lines, sources=[SOURCE]).results
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """The figures that would be saved, by the names of their files."""
-    found: dict[str, Figure] = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: found.update({Path(path).stem: figure}))
-    return found
-
-
 def legend(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -59,12 +50,10 @@ TIMED_LINES = [*LINES, "clairvoyant prefetch"]
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_pictures_draw_every_strategy(
-    trace_set: TraceSet, tmp_path: Path, drawn: dict[str, Figure], timed: bool
-) -> None:
+def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
     lines, results = replayed(trace_set, [16, 8, 24], timed)
-    written = write_pictures(tmp_path, trace_set, lines, results, [SOURCE], None, None)
-    assert [path.stem for path in written] == list(drawn) == ["budgets", "frontier", "layers", *["timeline"] * timed]
+    drawn = pictures(trace_set, lines, results, [SOURCE], None, None)
+    assert list(drawn) == ["budgets", "frontier", "layers", *["timeline"] * timed]
     names = TIMED_LINES if timed else LINES
     curves, frontier = drawn["budgets"], drawn["frontier"]
     assert legend(curves) == legend(frontier) == names
@@ -88,12 +77,9 @@ def test_pictures_draw_every_strategy(
     assert "8 slots" in drawn["layers"].get_suptitle()
 
 
-def test_a_timeline_shows_the_first_strategys_token(
-    trace_set: TraceSet, tmp_path: Path, drawn: dict[str, Figure]
-) -> None:
+def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None:
     lines, results = replayed(trace_set, [8], True)
-    write_pictures(tmp_path, trace_set, lines, results, [SOURCE], None, None)
-    figure = drawn["timeline"]
+    figure = pictures(trace_set, lines, results, [SOURCE], None, None)["timeline"]
     assert figure.get_suptitle() == f"lru + top2, 8 slots, {DEVICE.name}: token {TIMELINE_TOKEN}"
     bars = {bar.get_label(): bar.get_paths() for bar in figure.axes[0].collections}
     assert set(bars) == {"compute", "stall", "moved on demand", "moved ahead"}
@@ -156,9 +142,8 @@ def test_a_policy_that_reads_the_routers_input_is_marked(
 
 
 def test_what_is_missing_and_what_binds_is_said(trace_set: TraceSet) -> None:
-    assert unavailable_lines([Unavailable("a", "needs x"), Unavailable("b", "needs y")]) == (
-        "a: not available: needs x\nb: not available: needs y"
-    )
+    missing = [Unavailable("a", "needs x"), Unavailable("b", "needs y")]
+    assert unavailable_lines(missing) == ["a: not available: needs x", "b: not available: needs y"]
     fits, fails = result_of(trace_set, hit_rate=0.9123, budget_slots=16), result_of(trace_set, hit_rate=0.5)
     answers = [Answer("late", fails, "link: too slow"), Answer("good", fits, None)]
     said = text_of(plan_table(answers, parse_target("90%"), TINY, 2e9))

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-import moe_beyond
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
@@ -20,6 +19,7 @@ from moe_beyond.traces.schema import experts_dtype
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.vocabulary import Vocabulary, load_vocabulary
 from moe_beyond.traces.writer import writing
+from moe_beyond.version import __version__
 
 COLUMNS = {"Layer ID": pa.int32(), "Token": pa.string(), "Activated Expert IDs": pa.string()}
 # The release's traces were recorded with 8-bit weights (its collection script loads the model so).
@@ -65,7 +65,7 @@ def import_moe_beyond_csv(
         quantization_bits=RECORDED_BITS,
         author="dataset",
         source=f"MoE-Beyond release, {source.resolve().name}",
-        tool_version=moe_beyond.__version__,
+        tool_version=__version__,
     )
     with writing(out, manifest, vocabulary=vocabulary.path) as writer:
         read = {number: _read_prompt(path, number, preset.geometry, vocabulary) for number, path in files.items()}

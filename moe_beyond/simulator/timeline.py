@@ -7,9 +7,9 @@ import numpy as np
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.profile import Profile
-from moe_beyond.replay.replay import Replay
-from moe_beyond.replay.sequence import Sequence
-from moe_beyond.replay.settings import ReplaySettings
+from moe_beyond.simulator.replay import Replay
+from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.settings import ReplaySettings
 
 Spans = list[tuple[float, float]]
 """Begin and end, in seconds on the clock of the replay."""

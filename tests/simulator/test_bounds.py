@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay import Replay, ReplaySettings, Result
-from moe_beyond.replay.bounds import Bound
-from moe_beyond.replay.devices import resident_seconds
-from moe_beyond.replay.sequence import Sequence
+from moe_beyond.simulator import Replay, ReplaySettings, Result
+from moe_beyond.simulator.bounds import Bound
+from moe_beyond.simulator.devices import resident_seconds
+from moe_beyond.simulator.sequence import Sequence
 
 
 def bound(geometry: Geometry, config: ReplaySettings, sequences: Iterable[np.ndarray]) -> Result:

@@ -12,7 +12,7 @@ from moe_beyond.cache.inputs import Stream
 from moe_beyond.cache.steps import Steps
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay.settings import ReplaySettings
+from moe_beyond.simulator.settings import ReplaySettings
 
 Ints = npt.NDArray[np.int64]
 

@@ -7,10 +7,10 @@ from moe_beyond.cache import core
 from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay import devices
-from moe_beyond.replay.result import Clock, Result, make_result
-from moe_beyond.replay.sequence import Group, Grouping, Sequence
-from moe_beyond.replay.settings import ReplaySettings
+from moe_beyond.simulator import devices
+from moe_beyond.simulator.result import Clock, Result, make_result
+from moe_beyond.simulator.sequence import Group, Grouping, Sequence
+from moe_beyond.simulator.settings import ReplaySettings
 
 
 class Bound:
@@ -24,7 +24,7 @@ class Bound:
 
     Args:
         geometry: The model.
-        settings: With one of `moe_beyond.replay.settings.BOUNDS` as policy.
+        settings: With one of `moe_beyond.simulator.settings.BOUNDS` as policy.
 
     Raises:
         UserError: ``od_moe`` has no device, or the slots do not do.

@@ -8,7 +8,7 @@ import pytest
 from cache_cases import TICK, replay, scored, small_geometry, ticking
 from reference_cache import COUNTERS
 
-from moe_beyond.replay import Replay, ReplaySettings, Result
+from moe_beyond.simulator import Replay, ReplaySettings, Result
 
 KEYS = (
     "strategy, policy, prefetch, predictor, lookahead, scope, budget_slots, budget_share, demand_ratio, accesses, "

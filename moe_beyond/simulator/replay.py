@@ -14,10 +14,10 @@ from moe_beyond.cache.steps import Timing, run, run_accesses
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.profile import Profile
-from moe_beyond.replay import devices
-from moe_beyond.replay.result import Clock, Result, make_result
-from moe_beyond.replay.sequence import Group, Grouping, Sequence
-from moe_beyond.replay.settings import ReplaySettings
+from moe_beyond.simulator import devices
+from moe_beyond.simulator.result import Clock, Result, make_result
+from moe_beyond.simulator.sequence import Group, Grouping, Sequence
+from moe_beyond.simulator.settings import ReplaySettings
 
 NO_SPANS = np.zeros((0, 3))
 LOGGED_PER_EVENT = 64

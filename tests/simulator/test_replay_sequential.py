@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from moe_beyond.cache.inputs import Stream
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.geometry import Geometry
-from moe_beyond.replay import Replay, ReplaySettings
-from moe_beyond.replay.settings import BOUNDS
+from moe_beyond.simulator import Replay, ReplaySettings
+from moe_beyond.simulator.settings import BOUNDS
 
 NEVER = 2**62
 

@@ -7,7 +7,7 @@ import pytest
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import PRESETS, Geometry
-from moe_beyond.replay.devices import (
+from moe_beyond.simulator.devices import (
     DEVICES,
     Device,
     expert_seconds,

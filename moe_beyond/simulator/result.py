@@ -9,7 +9,7 @@ import numpy.typing as npt
 from moe_beyond.cache.core import ACCESSES, COUNTERS, HITS
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.replay.settings import ReplaySettings
+from moe_beyond.simulator.settings import ReplaySettings
 
 TIMED = (
     "device",

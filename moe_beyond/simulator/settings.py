@@ -10,11 +10,11 @@ from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, NONE, ORAC
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
-from moe_beyond.replay.devices import Device
+from moe_beyond.simulator.devices import Device
 
 MANY_LAYERS = 2**32  # more than any lookahead
 BOUNDS = ("static_hindsight", "all_resident", "od_moe")
-"""What stands in a table like a policy, and is computed without a cache: see `moe_beyond.replay.bounds`."""
+"""What stands in a table like a policy, and is computed without a cache: see `moe_beyond.simulator.bounds`."""
 
 
 def reads_scores(policy: str) -> bool:

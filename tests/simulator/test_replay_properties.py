@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from moe_beyond.cache import core
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
-from moe_beyond.replay import Replay
-from moe_beyond.replay.sequence import Sequence
+from moe_beyond.simulator import Replay
+from moe_beyond.simulator.sequence import Sequence
 
 few = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 ADMITTING = tuple(policy for policy in POLICIES if policy != "belady_bypass")

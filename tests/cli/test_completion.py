@@ -1,0 +1,57 @@
+"""The completion script in a real bash."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from moe_beyond.cli.completion import LIGHTNING, completion_script
+from moe_beyond.cli.main import VERBS, main
+from moe_beyond.published import published_predictors
+
+
+@pytest.fixture(scope="module")
+def script() -> str:
+    return completion_script("bash")
+
+
+def offered(script: str, *words: str) -> list[str]:
+    """What bash would offer for the last word of a command line."""
+    line = " ".join(f"'{word}'" for word in ("moe-beyond", *words))
+    asking = f'{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words)}; _moe_beyond; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", asking], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_offers_verbs_options_and_names(script: str) -> None:
+    assert offered(script, "") == list(VERBS)
+    assert offered(script, "re") == [verb for verb in VERBS if verb.startswith("re")]
+    assert offered(script, "replay", "--pre") == ["--prefetch", "--predictor", "--prefill-chunk"]
+    assert offered(script, "fit", "--c") == ["--config", "--ckpt_path"]
+    assert offered(script, "replay", "--predictor", "naive") == [
+        name for name in published_predictors() if name.startswith("naive")
+    ]
+    assert offered(script, "evaluate", "token_c") == [n for n in published_predictors() if n.startswith("token_c")]
+    assert offered(script, "plan", "--policy", "bel") == ["belief", "belady", "belady_bypass"]
+    assert offered(script, "replay", "--traces", "") == []  # files, by the shell's default
+
+
+@pytest.mark.parametrize("verb", [verb for verb, (module, _) in VERBS.items() if module == "lightning"])
+def test_the_options_that_all_fits_have_are_theirs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    said = capsys.readouterr().out
+    for option in LIGHTNING:
+        assert f"{option} " in said.replace(",", " ").replace("]", " ") or option.startswith(("--data.", "--model")), (
+            option
+        )
+
+
+def test_zsh_has_the_same_after_a_line_of_its_own(script: str) -> None:
+    assert completion_script("zsh") == f"autoload -U +X bashcompinit && bashcompinit\n{script}"
+
+
+def test_a_shell_that_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "powershell"]) == 2
+    assert "unknown shell 'powershell'; known: bash, zsh" in capsys.readouterr().err
