@@ -4,6 +4,7 @@ Files of known names come down; whatever else a repository holds stays there.
 """
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def download(name: HubName, kind: Kind, needed: Sequence[str], wanted: Sequence[
     Raises:
         UserError: There is no such repository, or it lacks a needed file, or the Hub cannot be asked.
     """
-    with hub_errors(str(name)):
+    with asking_hub(str(name)):
         from huggingface_hub import snapshot_download
 
         folder = Path(
@@ -85,8 +86,8 @@ def download(name: HubName, kind: Kind, needed: Sequence[str], wanted: Sequence[
 
 
 @contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Turn what the Hub answers, or keeps it from answering, into one line.
+def asking_hub(name: str) -> Iterator[None]:
+    """Turn what the Hub refuses, or what keeps it from answering, into one line; show progress on a terminal alone.
 
     Args:
         name: What is asked for, as the user wrote it.
@@ -96,12 +97,19 @@ def hub_errors(name: str) -> Iterator[None]:
     """
     from httpx2 import HTTPError
     from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, OfflineModeIsEnabled
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     refused = (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, FileMetadataError)
+    hides = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hides:
+        disable_progress_bars()
     try:
         yield
     except (*refused, ValueError, RuntimeError) as error:  # of the latter: bad names and cards, failed transfers
         raise UserError(f"{name}: {_reason(error)}") from error
+    finally:
+        if hides:
+            enable_progress_bars()
 
 
 def _reason(error: BaseException) -> str:

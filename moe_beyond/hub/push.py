@@ -8,14 +8,14 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.utils import validate_repo_id
 
 import moe_beyond
-from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, download, hub_errors, is_hub_name, parse_hub_name
+from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, asking_hub, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json
 from moe_beyond.hub.predictors import LIBRARY, PICTURE_FILE, predictor_files
 from moe_beyond.hub.traces import trace_files
 from moe_beyond.predictors.folder import read_config
 from moe_beyond.published import CONFIG_FILE
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE
+from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 
 REPLACED: dict[Kind, tuple[str, ...]] = {"model": (PICTURE_FILE,), "dataset": ("*.parquet", VOCABULARY_FILE)}
 """What an earlier push may have left in a repository and a new one need not have: it goes."""
@@ -88,7 +88,7 @@ def check_repository(repository: str) -> None:
     """
     if not REPOSITORY.fullmatch(repository):
         raise UserError(f"{repository!r} is no repository; write ORG/REPO (a branch goes into --revision)")
-    with hub_errors(repository):
+    with asking_hub(repository):
         validate_repo_id(repository)
 
 
@@ -102,9 +102,10 @@ def check_trained_on(folder: str | Path, traces: str) -> None:
     Raises:
         UserError: Its fingerprint is another, or it cannot be asked for.
     """
-    manifest = read_json(download(parse_hub_name(traces), "dataset", (MANIFEST_FILE,)) / MANIFEST_FILE)
+    path = download(parse_hub_name(traces), "dataset", (MANIFEST_FILE,)) / MANIFEST_FILE
+    manifest = Manifest.from_json(read_json(path), source=f"{traces}: {MANIFEST_FILE}")
     trained_on = read_config(folder).get("training", {}).get("fingerprint")
-    if trained_on != manifest.get("fingerprint"):
+    if trained_on != manifest.fingerprint:
         raise UserError(f"--traces {traces}: {folder} was fitted on other traces (fingerprint {trained_on})")
 
 
@@ -120,7 +121,7 @@ def open_repository(repository: str, kind: Kind, *, private: bool = False) -> No
         UserError: The user may not, or is unknown, or the repository is public although ``private`` is asked for.
     """
     name = f"{PREFIX}{repository}"
-    with hub_errors(name):
+    with asking_hub(name):
         if not is_offline_mode() and get_token() is None:
             raise UserError(f"{name}: the Hub wants a token; log in with `hf auth login`, or set HF_TOKEN")
         api = _api()
@@ -146,7 +147,7 @@ def push(upload: Upload, *, private: bool = False, revision: str | None = None) 
     """
     open_repository(upload.repository, upload.kind, private=private)
     api, where = _api(), {"repo_id": upload.repository, "repo_type": upload.kind}
-    with hub_errors(str(HubName(upload.repository, revision or "main"))):
+    with asking_hub(str(HubName(upload.repository, revision or "main"))):
         if revision is not None:
             api.create_branch(**where, branch=revision, exist_ok=True)
         old = [name for name in api.list_repo_files(**where, revision=revision) if name not in upload.files]

@@ -34,7 +34,7 @@ def plot_recorded(evaluations: Sequence[dict[str, Any]], path: str | Path, title
         axes.set_xlim(left=0)
         axes.set_ylim(0, 101)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="lower left", fontsize=8)
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")

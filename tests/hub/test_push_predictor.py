@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import error_line
+from helpers import error_line, tiny_traces
 from hub_stand_in import TOKEN, Hub, Repository
 from huggingface_hub import ModelCard, constants
 from predictor_variants import LONG, probabilities, random_trace
-from publishing import FIGURES, edit_config, predictor_folder
+from publishing import FIGURES, TRAINING, edit_config, predictor_folder
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
@@ -92,10 +92,11 @@ def test_a_card_that_was_published_is_published_again_as_it_was(hub: Hub, folder
 def test_results_of_other_data_on_a_card_stay(hub: Hub, folder: Path):
     pushed(folder)
     (folder / "README.md").write_bytes(hub.model("org/tiny").files["README.md"])
-    edit_config(folder, figures=[FIGURES | {"fingerprint": "b" * 64, "metrics": FIGURES["metrics"][:1], "replay": []}])
+    few = {"fingerprint": "b" * 64, "metrics": FIGURES["metrics"][:1], "replay": FIGURES["replay"][:1]}
+    edit_config(folder, figures=[FIGURES | few])
     pushed(folder)
     results = ModelCard(hub.model("org/tiny").files["README.md"].decode()).data.eval_results
-    assert sum(one.dataset_revision == "b" * 64 for one in results) == 1
+    assert sum(one.dataset_revision == "b" * 64 for one in results) == 3
     assert sum(one.dataset_revision == "a" * 64 for one in results) == 8
 
 
@@ -262,12 +263,14 @@ def test_a_dry_run_shows_everything_and_asks_nobody(folder: Path, capsys, monkey
     assert len(data.eval_results) == 8
 
 
-def test_the_traces_that_a_card_names_are_those_it_was_fitted_on(hub: Hub, folder: Path, capsys):
-    repository = hub.repositories["datasets", "org/traces"] = Repository()
-    repository.commit("main", {"manifest.json": json.dumps({"fingerprint": "0" * 64}).encode()})
+def test_the_traces_that_a_card_names_are_those_it_was_fitted_on(hub: Hub, folder: Path, tmp_path: Path, capsys):
+    fingerprint = tiny_traces(tmp_path / "traces").manifest.fingerprint
+    assert main(["push", str(tmp_path / "traces"), "org/traces"]) == 0
+    capsys.readouterr()
     words = ["push", folder, "org/tiny", "--traces", "hf:org/traces"]
     assert "was fitted on other traces (fingerprint fff" in error_line(capsys, words)
-    repository.commit("main", {"manifest.json": json.dumps({"fingerprint": "f" * 64}).encode()})
+    assert "is not on the Hub; push it first" in error_line(capsys, [*words[:-1], tmp_path / "traces"])
+    assert ("models", "org/tiny") not in hub.repositories
+    edit_config(folder, training=TRAINING | {"fingerprint": fingerprint})
     pushed(folder, "--traces", "hf:org/traces")
     assert ModelCard(hub.model("org/tiny").files["README.md"].decode()).data.datasets == ["org/traces"]
-    assert "is not on the Hub; push it first" in error_line(capsys, [*words[:-1], folder])

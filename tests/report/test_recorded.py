@@ -37,7 +37,6 @@ def test_leaks_are_marked() -> None:
     assert recorded_name(own | {"lookahead": None}) == "lru + top2, all scores"
     assert recorded_name(own | {"leaks": True}) == "lru + top2, lookahead 1 (LEAK: reads the router's input)"
     assert recorded_name(own | {"causal": False}) == "lru + top2, lookahead 1 (LEAK: sees later tokens)"
-    earlier = {
-        name: value for name, value in own.items() if name not in ("leaks", "causal")
-    }  # recorded before these were
+    # Recorded before leaks were.
+    earlier = {name: value for name, value in own.items() if name not in ("leaks", "causal")}
     assert recorded_name(earlier | {"lookahead": 0}) == "lru + top2, lookahead 0 (LEAK: reads the router's input)"
