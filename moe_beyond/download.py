@@ -97,7 +97,7 @@ def asking_hub(name: str) -> Iterator[None]:
     """
     from httpx2 import HTTPError
     from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, OfflineModeIsEnabled
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     refused = (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, FileMetadataError)
     hides = not sys.stderr.isatty() and not are_progress_bars_disabled()

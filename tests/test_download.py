@@ -94,7 +94,7 @@ def test_what_is_not_there_is_one_line(hub: Hub, folder: Path, tmp_path: Path, c
 def test_a_hub_that_fails_is_one_line(hub: Hub, folder: Path, status: int | None, said: str, capsys):
     put(hub, folder)
     hub.breaks("GET", "/api/models/", status)
-    line = error_line(capsys, ["replay", "--traces", "traces", "--predictor", "hf:org/tiny"])
+    line = error_line(capsys, ["evaluate", "hf:org/tiny", "--traces", "traces"])
     assert line.startswith(f"hf:org/tiny@main: {said}")
 
 
@@ -132,7 +132,7 @@ def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder:
     for words, local in (
         (["evaluate", "PREDICTOR", "--budget", "8"], folder),
         (["replay", "--predictor", "PREDICTOR", "--budget", "8"], folder),
-        (["replay", "--profile", "PREDICTOR", "--budget", "8", "--policy", "belief"], history),
+        (["replay", "--profile", "PREDICTOR", "--budget", "8", "--warm-start"], history),
     ):
         said = []
         for name in (str(local), f"hf:org/{'history' if local is history else 'tiny'}@main"):
@@ -151,7 +151,7 @@ def test_a_lender_and_a_teacher_may_be_on_the_hub(hub: Hub, run, tmp_path: Path,
     assert _lent("hf:org/tiny", predictor).to_json() == predictor.calibration.to_json()
     monkeypatch.chdir(tmp_path)
     other = [*("-c", str(CONFIGS / "data/traces.yaml")), f"--data.traces={run.traces}", "--model=TokenCausal"]
-    assert main(["fit", *other, "--model.teachers=[hf:org/tiny]", "--trainer.logger=false"]) == 2
+    assert main(["fit", *other, "--model.teachers=[hf:org/tiny]", "--trainer.max_epochs=1"]) == 2
     assert "teacher hf:org/tiny: has lookaheads 1, 2, 3, next" in capsys.readouterr().err
 
 

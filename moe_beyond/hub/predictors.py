@@ -4,9 +4,9 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from moe_beyond.download import REPOSITORY
 from moe_beyond.errors import UserError
@@ -63,7 +63,7 @@ def predictor_card(text: str, config: dict[str, Any], repository: str, dataset: 
         UserError: The local card's metadata cannot be read.
     """
     shown = read_card(ModelCard, text, source)
-    data, model = shown.data, config.get("training", {}).get("model_id", "")
+    data, model = cast(ModelCardData, shown.data), config.get("training", {}).get("model_id", "")
     data.library_name = LIBRARY
     add_tags(shown, TASK, config["architecture"])
     if not data.base_model and REPOSITORY.fullmatch(model):

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 import moe_beyond
 from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, asking_hub, download, is_hub_name, parse_hub_name
@@ -146,17 +146,18 @@ def push(upload: Upload, *, private: bool = False, revision: str | None = None) 
         UserError: The user may not, or the Hub or the way to it fails.
     """
     open_repository(upload.repository, upload.kind, private=private)
-    api, where = _api(), {"repo_id": upload.repository, "repo_type": upload.kind}
-    with asking_hub(str(HubName(upload.repository, revision or "main"))):
+    api, repository, kind = _api(), upload.repository, upload.kind
+    with asking_hub(str(HubName(repository, revision or "main"))):
         if revision is not None:
-            api.create_branch(**where, branch=revision, exist_ok=True)
-        old = [name for name in api.list_repo_files(**where, revision=revision) if name not in upload.files]
-        operations = [
+            api.create_branch(repository, repo_type=kind, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repository, repo_type=kind, revision=revision)
+        old = [name for name in there if name not in upload.files and _is_replaced(name, kind)]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, content) for name, content in upload.files.items()),
-            *(CommitOperationDelete(name) for name in old if _is_replaced(name, upload.kind)),
+            *(CommitOperationDelete(name) for name in old),
         ]
-        message = f"{'Predictor' if upload.kind == 'model' else 'Trace set'}, by moe-beyond {moe_beyond.__version__}"
-        commit = api.create_commit(**where, operations=operations, commit_message=message, revision=revision)
+        message = f"{'Predictor' if kind == 'model' else 'Trace set'}, by moe-beyond {moe_beyond.__version__}"
+        commit = api.create_commit(repository, operations, commit_message=message, repo_type=kind, revision=revision)
     return Published(str(commit.repo_url), commit.oid)
 
 
