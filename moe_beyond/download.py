@@ -142,7 +142,7 @@ def _answer(error: "HfHubHTTPError") -> str:
     if isinstance(error, GatedRepoError):
         return "is gated; ask for access on its page"
     if isinstance(error, RepositoryNotFoundError):
-        return f"there is no such repository, or it is private: then {log_in}"
+        return f"there is no such repository of this kind, or it is private: then {log_in}"
     if status == 401:
         return f"the Hub does not accept the token; {log_in}" if get_token() else f"the Hub wants a token; {log_in}"
     if status == 403:

@@ -65,7 +65,7 @@ def test_what_was_downloaded_serves_without_a_network(hub: Hub, folder: Path, mo
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("hf:org/none", "hf:org/none@main: there is no such repository, or it is private: then log in with"),
+        ("hf:org/none", "hf:org/none@main: there is no such repository of this kind, or it is private: then log"),
         ("hf:org/tiny@v9", "hf:org/tiny@v9: there is no such revision; name a branch, a tag or a commit"),
         ("hf:org/empty", "hf:org/empty@main: has no config.json; is it a repository of this package?"),
         ("hf:tiny", "hf:tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
