@@ -1,12 +1,16 @@
-"""Where the weights that ship with this package lie."""
+"""Where fitted predictors lie: those that ship with this package, the user's own, and those on the Hugging Face Hub."""
 
+import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
+from moe_beyond.download import PREFIX, REPOSITORY, HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+"""What a predictor folder holds."""
 
 
 def checkpoints_folder() -> Path:
@@ -41,20 +45,24 @@ def published_figures() -> list[dict[str, Any]]:
 
 
 def find_predictor(name: str) -> Path:
-    """Find a predictor folder.
+    """Find a predictor folder; one on the Hub is downloaded.
 
     Args:
-        name: A folder, or a published name.
+        name: A folder, a published name, or ``hf:ORG/REPO@REVISION``.
 
     Raises:
-        UserError: It is neither, or both.
+        UserError: It is none of them, or two; or it cannot be downloaded.
     """
+    if is_hub_name(name):
+        return _downloaded(parse_hub_name(name))
     folder, names = Path(name), published_predictors()
     if name not in names:
         if folder.is_dir():
             return folder
         if folder.exists():
             raise UserError(f"{name}: is a file, not a predictor folder; make one of a checkpoint: moe-beyond package")
+        if REPOSITORY.fullmatch(name):
+            raise UserError(f"{name}: there is no such folder; if it is on the Hub, write {PREFIX}{name}")
         if "/" in name:
             raise UserError(f"{name}: there is no such folder")
         raise unknown("predictor (neither a folder nor a published name)", name, names)
@@ -62,3 +70,37 @@ def find_predictor(name: str) -> Path:
     if folder.exists() and folder.resolve() != published.resolve():
         raise UserError(f"{name!r} is both a folder here and a published name; write ./{name} or {published}")
     return published
+
+
+def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
+    """Find a predictor folder as `find_predictor` does, where ``ORG/REPO`` means the Hub too.
+
+    Args:
+        name: A folder, a published name, or ``ORG/REPO``, with ``hf:`` before it or not; a `Path` is a folder.
+        revision: Branch, tag or commit of the repository; only the Hub has any.
+
+    Raises:
+        UserError: It is none of them, or two; or it cannot be downloaded.
+    """
+    if isinstance(name, Path):
+        name = str(name.absolute())
+    if is_hub_name(name):
+        if revision is not None and "@" in name:
+            raise UserError(f"{name}: names a revision, and so does revision={revision!r}; give one")
+        return find_predictor(name if revision is None else f"{name}@{revision}")
+    if REPOSITORY.fullmatch(name):
+        if revision is None and Path(name).exists():
+            raise UserError(f"{name!r} is a folder here, and may be on the Hub; write ./{name} or {PREFIX}{name}")
+        return _downloaded(HubName(name, revision or "main"))
+    if revision is not None:
+        raise UserError(f"{name}: has no revisions (revision={revision!r}); only a repository of the Hub does")
+    return find_predictor(name)
+
+
+def _downloaded(name: HubName) -> Path:
+    """Download a predictor and say which one it is."""
+    folder = download(name, "model", (CONFIG_FILE, WEIGHTS_FILE), (CARD_FILE,))
+    with (folder / WEIGHTS_FILE).open("rb") as weights:
+        sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
+    print(f"{name} is {folder.name}, {WEIGHTS_FILE} has sha256 {sha256}", file=sys.stderr)
+    return folder

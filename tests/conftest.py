@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
 from helpers import tiny_traces
+from hub_stand_in import TOKEN, Hub, running_hub
 
 from moe_beyond.traces.reader import TraceSet
 
@@ -23,6 +25,24 @@ settings.load_profile("here")
 def trace_set(tmp_path: Path) -> TraceSet:
     """A small trace set with a train and a validation split."""
     return tiny_traces(tmp_path / "traces")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on this machine, a token for it, and an empty cache; as HF_ENDPOINT and its like say before an import."""
+    from huggingface_hub import constants
+
+    with running_hub() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield found
 
 
 @pytest.fixture(scope="session")

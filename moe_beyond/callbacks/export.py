@@ -14,10 +14,8 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration, calibrate
 from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.predictors.folder import load_predictor, save_predictor
+from moe_beyond.published import find_predictor
 from moe_beyond.tasks.base import PredictorTask
-
-PREDICTOR_FOLDER = "predictor"
-"""Of a run's folder, where its predictor lies."""
 
 
 class ExportBest(L.Callback):
@@ -28,8 +26,9 @@ class ExportBest(L.Callback):
 
     Args:
         half: Store float16 weights, half the size.
-        calibration: ``"validation"`` calibrates on the validation split, where there is one; a predictor folder lends
-            its calibration, for a fit that leaves nothing to validate on; None does neither.
+        calibration: ``"validation"`` calibrates on the validation split, where there is one; a predictor (a folder, a
+            published name, or ``hf:ORG/REPO``) lends its calibration, for a fit that leaves nothing to validate on;
+            None does neither.
     """
 
     def __init__(self, half: bool = False, calibration: str | None = "validation") -> None:
@@ -44,7 +43,7 @@ class ExportBest(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / PREDICTOR_FOLDER  # asks all ranks
+        folder = exported(trainer)  # asks all ranks
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)
@@ -64,12 +63,17 @@ class ExportBest(L.Callback):
         save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
 
 
-def _lent(folder: str, predictor: Predictor) -> Calibration:
+def exported(trainer: L.Trainer) -> Path:
+    """Return where `ExportBest` writes the predictor of a run; all ranks must ask."""
+    return Path(trainer.log_dir or trainer.default_root_dir) / "predictor"
+
+
+def _lent(name: str, predictor: Predictor) -> Calibration:
     """Return the calibration of another predictor."""
-    lender = load_predictor(folder)
+    lender = load_predictor(find_predictor(name))
     kinds = [(p.architecture, p.link, p.information, p.geometry.shape()) for p in (lender, predictor)]
     if lender.calibration is None or kinds[0] != kinds[1]:
-        raise UserError(f"{folder}: has no calibration that fits a {predictor.architecture} of this model")
+        raise UserError(f"{name}: has no calibration that fits a {predictor.architecture} of this model")
     return lender.calibration
 
 

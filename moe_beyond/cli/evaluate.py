@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, parser
+from moe_beyond.cli.options import TRACES_HELP, Output, parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_combinations,
@@ -14,6 +14,7 @@ from moe_beyond.cli.replay_options import (
     request_of,
     showing_progress,
 )
+from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.asked import asked_combinations, asked_conditions
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
@@ -26,7 +27,10 @@ from moe_beyond.published import find_predictor
 from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.traces.reader import TraceSet
 
-RECORDED = ("strategy", "predictor", "lookahead", "budget_slots", "budget_share", "hit_rate", "bytes_ratio")
+RECORDED = (
+    *("strategy", "predictor", "lookahead", "leaks", "causal"),
+    *("budget_slots", "budget_share", "hit_rate", "bytes_ratio"),
+)
 """Of a replay's record, what a predictor's card shows."""
 
 
@@ -38,8 +42,10 @@ def options() -> ArgumentParser:
         "or compare all checkpoints of a run (on the split it validated on, unless --traces says otherwise).",
         "moe-beyond evaluate runs/predictor/version_0/predictor --traces traces/webglm --budget 10%",
     )
-    known.add_argument("predictor", metavar="PREDICTOR", help="a predictor folder, a published name, or a run's folder")
-    known.add_argument("--traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
+    known.add_argument(
+        "predictor", metavar="PREDICTOR", help="a predictor folder, a published name, hf:ORG/REPO, or a run's folder"
+    )
+    known.add_argument("--traces", metavar="DIR", help=TRACES_HELP)
     known.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
     add_budgets(known)
     add_combinations(known)
@@ -62,6 +68,8 @@ def run(words: list[str]) -> None:
 
 
 def _predictor(args: Namespace, words: Sequence[str]) -> None:
+    if args.record and is_hub_name(args.predictor):
+        raise UserError(f"--record writes into a folder; get one of {args.predictor} by `hf download --local-dir DIR`")
     folder = find_predictor(args.predictor)
     if args.traces is None:
         raise UserError("evaluate needs a trace set; give --traces DIR")

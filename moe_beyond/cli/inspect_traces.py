@@ -2,7 +2,7 @@
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, parser
+from moe_beyond.cli.options import TRACES_HELP, Output, parser
 from moe_beyond.report.inspection import inspection_tables
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.statistics import summarize
@@ -15,7 +15,7 @@ def options() -> ArgumentParser:
         "Describe a trace set: counts, geometry, popularity and skew by layer, token-to-token reuse.",
         "moe-beyond inspect traces/puffin --json -",
     )
-    known.add_argument("traces", metavar="DIR", help="trace set: a folder or a URL fsspec knows")
+    known.add_argument("traces", metavar="DIR", help=TRACES_HELP)
     return known
 
 

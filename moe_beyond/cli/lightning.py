@@ -3,7 +3,6 @@
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
@@ -14,7 +13,7 @@ import moe_beyond.callbacks
 import moe_beyond.datamodules
 import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
 from moe_beyond.callbacks.config import KeepConfig
-from moe_beyond.callbacks.export import PREDICTOR_FOLDER
+from moe_beyond.callbacks.export import exported
 from moe_beyond.callbacks.lines import EpochLines
 from moe_beyond.callbacks.scores import WriteScores
 from moe_beyond.cli.options import ExampleAsWritten, OneLineErrors, Output, add_output, example_text
@@ -91,9 +90,8 @@ class PredictorCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run and its predictor lie."""
-        run = self.trainer.log_dir or self.trainer.default_root_dir  # asks all ranks
-        predictor = Path(run) / PREDICTOR_FOLDER
-        found = {"run": str(run), "predictor": str(predictor) if predictor.exists() else None}
+        predictor = exported(self.trainer)  # asks all ranks
+        found = {"run": str(predictor.parent), "predictor": str(predictor) if predictor.exists() else None}
         self._say({name: path for name, path in found.items() if path}, found | {"metrics": self._metrics()})
 
     def before_validate(self) -> None:

@@ -21,6 +21,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "test": ("lightning", "test a checkpoint"),
         "predict": ("lightning", "write a checkpoint's scores, sequence by sequence"),
         "package": ("package", "make a predictor folder out of a checkpoint"),
+        "push": ("push", "publish a predictor or a trace set on the Hugging Face Hub"),
         "list": ("list_predictors", "list the published predictors with their figures"),
     },
     "Answers": {

@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 
+TRACES_HELP = "trace set: a folder, hf:ORG/REPO, or a URL fsspec knows"
 PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe; on a terminal it fits the terminal."""
 
@@ -79,7 +80,7 @@ def add_output(options: ArgumentParser) -> None:
 
 def add_traces(options: ArgumentParser) -> None:
     """Add ``--traces DIR`` and ``--split S``."""
-    options.add_argument("--traces", metavar="DIR", required=True, help="trace set: a folder or a URL fsspec knows")
+    options.add_argument("--traces", metavar="DIR", required=True, help=TRACES_HELP)
     options.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
 
 

@@ -35,7 +35,9 @@ def add_strategies(options: ArgumentParser) -> None:
         help=f"a named system instead of --policy and --prefetch: {', '.join(SYSTEMS)}, or all; repeat for more",
     )
     add_combinations(options)
-    options.add_argument("--predictor", metavar="P", help="predictor whose scores serve: a folder or published name")
+    options.add_argument(
+        "--predictor", metavar="P", help="predictor whose scores serve: a folder, a published name, or hf:ORG/REPO"
+    )
     options.add_argument(
         "--scores", metavar="DIR", help="scores that `moe-beyond predict` wrote, instead of --predictor"
     )
@@ -71,7 +73,7 @@ def add_conditions(options: ArgumentParser) -> None:
         metavar="Q",
         help="of --scope per-layer: even (default), proportional, or slots by layer: 10,8,8,...",
     )
-    options.add_argument("--profile", metavar="P", help="a fitted history or popularity predictor: folder or name")
+    options.add_argument("--profile", metavar="P", help="a fitted history or popularity predictor, named likewise")
     options.add_argument("--warm-start", action="store_true", help="start with the profile's most popular experts")
     options.add_argument("--carry-over", action="store_true", help="a sequence finds the cache as the last one left it")
     options.add_argument("--prefill-chunk", type=int, default=0, metavar="N", help="read N prompt tokens a step")

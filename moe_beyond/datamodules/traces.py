@@ -26,7 +26,7 @@ class TraceDataModule(L.LightningDataModule):
     prediction see whole sequences in a fixed order.
 
     Args:
-        traces: Trace set to train on; a folder or a URL that fsspec knows.
+        traces: Trace set to train on; a folder, ``hf:ORG/REPO``, or a URL that fsspec knows.
         train_split: Its split to train on.
         val_split: Split to validate on; None trains without validation.
         val_traces: Another trace set to take the validation split from.

@@ -4,18 +4,21 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.link import LINKS, link_now
 from moe_beyond.predictors.loss import subset_shift
+from moe_beyond.published import find_pretrained
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,24 @@ class Predictor(nn.Module, ABC):
         self.geometry = geometry
         self.vocab_size = vocab_size
         self.calibration: Calibration | None = None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:
+        """Load a fitted predictor, ready to score, whichever its architecture.
+
+        Args:
+            name: A folder, a name that `moe-beyond list` shows, or a repository of the Hugging Face Hub: ``ORG/REPO``.
+            revision: Branch, tag or commit of the repository.
+
+        Raises:
+            UserError: There is no such predictor, the name means two, it is damaged, or it is none of this class.
+        """
+        from moe_beyond.predictors.folder import load_predictor  # which builds on this module
+
+        predictor = load_predictor(find_pretrained(name, revision))
+        if not isinstance(predictor, cls):
+            raise UserError(f"{name}: is a {predictor.architecture}, not a {cls.__name__}")
+        return predictor
 
     @property
     @abstractmethod

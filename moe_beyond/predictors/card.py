@@ -6,9 +6,8 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
-from moe_beyond.published import CONFIG_FILE
+from moe_beyond.published import CARD_FILE, CONFIG_FILE
 
-CARD_FILE = "README.md"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 """Between these stands what `record_figures` writes; the rest of a card may be edited by hand."""
 

@@ -1,7 +1,8 @@
 """Pictures of replay results."""
 
+import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,15 @@ def lines_of(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 def line_styles(lines: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
     """Return how to draw each line; no two alike, up to ten besides the references."""
-    styles, colours = {}, itertools.cycle(matplotlib.color_sequences["tab10"])
-    for name, line in lines.items():
-        reference = REFERENCE_STYLES.get(line[0].strategy)
-        styles[name] = reference or {"color": matplotlib.colors.to_hex(next(colours)), "linestyle": "-"}
-    return styles
+    return dict(zip(lines, styles_of(line[0].strategy for line in lines.values()), strict=True))
+
+
+def styles_of(strategies: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield how to draw each strategy."""
+    colours = itertools.cycle(matplotlib.color_sequences["tab10"])
+    for strategy in strategies:
+        reference = REFERENCE_STYLES.get(strategy)
+        yield reference or {"color": matplotlib.colors.to_hex(next(colours)), "linestyle": "-"}
 
 
 def budgets_figure(results: Sequence[Result], title: str) -> Figure:
@@ -190,7 +195,14 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
 
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, format="png")
+    return drawn.getvalue()
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
+        temporary.write_bytes(png(figure))

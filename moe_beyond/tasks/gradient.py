@@ -24,8 +24,8 @@ class GradientTask(PredictorTask):
         weight_decay: Of matrices; biases and norms have none.
         warmup: Share of all steps until the highest learning rate.
         compiled: Whether the objective is compiled, which takes half a minute once, and a C++ compiler.
-        teachers: Predictor folders; what is fitted is half what was chosen, and half the mean of their probabilities
-            (Hinton, Vinyals and Dean 2015, arXiv 1503.02531).
+        teachers: Predictors, as folders, published names or ``hf:ORG/REPO``; what is fitted is half what was chosen,
+            and half the mean of their probabilities (Hinton, Vinyals and Dean 2015, arXiv 1503.02531).
     """
 
     def __init__(

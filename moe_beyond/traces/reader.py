@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_beyond.download import download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
@@ -66,7 +68,8 @@ class TraceSet:
     """A trace set opened for reading.
 
     Args:
-        folder: A path, or a URL that fsspec understands (``hf://datasets/...``).
+        folder: A path; ``hf:ORG/REPO@REVISION``, which is downloaded; or a URL that fsspec understands, which is not
+            (``hf://datasets/...``).
 
     Raises:
         UserError: There is no readable manifest.
@@ -75,8 +78,9 @@ class TraceSet:
     def __init__(self, folder: str) -> None:
         self.folder = str(folder)
         path = f"{self.folder}/{MANIFEST_FILE}"
+        place = _downloaded(self.folder) if is_hub_name(self.folder) else self.folder
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self.folder)
+            self._files, self._root = fsspec.core.url_to_fs(place)
         except (ValueError, ImportError) as error:
             raise UserError(f"{self.folder}: cannot be opened ({error})") from error
         try:
@@ -161,6 +165,14 @@ class TraceSet:
     def _read(self, name: str) -> bytes:
         content: bytes = self._files.cat_file(f"{self._root}/{name}")
         return content
+
+
+def _downloaded(name: str) -> str:
+    """Download a trace set and say which one it is."""
+    hub_name = parse_hub_name(name)
+    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (VOCABULARY_FILE, "*.parquet"))
+    print(f"{hub_name} is {folder.name}", file=sys.stderr)
+    return str(folder)
 
 
 def decode(table: pa.Table, geometry: Geometry, source: str) -> Shard:

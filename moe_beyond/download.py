@@ -1,0 +1,159 @@
+"""What lies on the Hugging Face Hub, by names like ``hf:ORG/REPO@REVISION``.
+
+Files of known names come down; whatever else a repository holds stays there.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moe_beyond.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+Kind = Literal["model", "dataset"]
+"""What the Hub calls a predictor's repository, and a trace set's."""
+
+PREFIX = "hf:"
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository of the Hub at a revision: a branch, a tag or a commit."""
+
+    repository: str
+    revision: str
+
+    def __str__(self) -> str:
+        """Write it as `parse_hub_name` reads it."""
+        return f"{PREFIX}{self.repository}@{self.revision}"
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether a name means the Hub; ``hf://...`` is a URL, which fsspec reads."""
+    return name.startswith(PREFIX) and not name.startswith(f"{PREFIX}//")
+
+
+def parse_hub_name(name: str) -> HubName:
+    """Read ``hf:ORG/REPO`` or ``hf:ORG/REPO@REVISION``.
+
+    Raises:
+        UserError: It is neither.
+
+    Example:
+        >>> parse_hub_name("hf:org/repo@v1")
+        HubName(repository='org/repo', revision='v1')
+    """
+    repository, at, revision = name.removeprefix(PREFIX).partition("@")
+    if not is_hub_name(name) or not REPOSITORY.fullmatch(repository) or (at and not revision):
+        raise UserError(f"{name}: write hf:ORG/REPO or hf:ORG/REPO@REVISION")
+    return HubName(repository, revision or "main")
+
+
+def download(name: HubName, kind: Kind, needed: Sequence[str], wanted: Sequence[str] = ()) -> Path:
+    """Download files of a repository, or find them in the Hub's local cache.
+
+    Args:
+        name: The repository.
+        kind: Of which kind.
+        needed: Files that must be there.
+        wanted: Patterns of further files; no others are downloaded.
+
+    Returns:
+        The folder, named as the commit; it is the Hub's cache, not to be written to.
+
+    Raises:
+        UserError: There is no such repository, or it lacks a needed file, or the Hub cannot be asked.
+    """
+    with asking_hub(str(name)):
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(
+                name.repository, repo_type=kind, revision=name.revision, allow_patterns=[*needed, *wanted]
+            )
+        )
+    for file in needed:
+        if not (folder / file).is_file():
+            raise UserError(f"{name}: has no {file}; is it a repository of this package?")
+    return folder
+
+
+@contextmanager
+def asking_hub(name: str) -> Iterator[None]:
+    """Turn what the Hub refuses, or what keeps it from answering, into one line; show progress on a terminal alone.
+
+    Args:
+        name: What is asked for, as the user wrote it.
+
+    Raises:
+        UserError: The Hub, or the way to it, fails what is done inside.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, OfflineModeIsEnabled
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    refused = (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, FileMetadataError)
+    hides = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hides:
+        disable_progress_bars()
+    try:
+        yield
+    except (*refused, ValueError, RuntimeError) as error:  # of the latter: bad names and cards, failed transfers
+        raise UserError(f"{name}: {_reason(error)}") from error
+    finally:
+        if hides:
+            enable_progress_bars()
+
+
+def _reason(error: BaseException) -> str:
+    """Say what is behind an error of the library: it wraps what the Hub answered."""
+    from httpx2 import TransportError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, HfHubHTTPError):
+            return _answer(behind)
+        if isinstance(behind, OfflineModeIsEnabled):
+            return "is not in the local cache, and HF_HUB_OFFLINE keeps from asking the Hub; unset it"
+        if isinstance(behind, TransportError):
+            return f"the Hub cannot be reached at {constants.ENDPOINT} ({_one_line(behind)}); try again"
+        behind = behind.__cause__
+    return _one_line(error)
+
+
+def _answer(error: "HfHubHTTPError") -> str:
+    """Say what the Hub answered, and what to do about it."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status, said = error.response.status_code, _one_line(error.server_message or "no reason given")
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such revision; name a branch, a tag or a commit"
+    if isinstance(error, GatedRepoError):
+        return "is gated; ask for access on its page"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such repository of this kind, or it is private: then {log_in}"
+    if status == 401:
+        return f"the Hub does not accept the token; {log_in}" if get_token() else f"the Hub wants a token; {log_in}"
+    if status == 403:
+        return f"the token does not allow it ({said}); use one that may"
+    if status == 429:
+        seconds = error.response.headers.get("Retry-After")
+        return f"the Hub has had too many requests; try again {f'in {seconds} s' if seconds else 'later'}"
+    if status >= 500:
+        return f"the Hub fails (status {status}); try again later"
+    return f"the Hub refuses it (status {status}: {said})"
+
+
+def _one_line(told: BaseException | str) -> str:
+    return " ".join(str(told).split())[:240] or type(told).__name__

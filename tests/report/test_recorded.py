@@ -1,0 +1,42 @@
+"""The picture on a card draws what was recorded, and marks what no runtime could use."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from publishing import FIGURES
+
+from moe_beyond.report.recorded import recorded_figure, recorded_name
+
+
+def test_a_panel_an_evaluation_a_line_a_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more)))
+    larger = [row | {"budget_slots": 16, "budget_share": 0.5, "hit_rate": 0.9} for row in FIGURES["replay"]]
+    other = FIGURES | {"source": "other", "replay": [*larger, *FIGURES["replay"]]}
+    recorded_figure([FIGURES, other], tmp_path / "replay.png", "tiny")
+    assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
+    panels = drawn[0].axes
+    assert [axes.get_title().split(";")[1] for axes in panels] == [
+        " room for 25 % of all experts",
+        " room for 25 %, 50 % of all experts",
+    ]
+    for axes, hits in zip(panels, ([80, 30, 50], [[80, 90], [30, 90], [50, 90]]), strict=True):
+        names = [line.get_label() for line in axes.get_lines()]
+        assert names == ["lru + top2, lookahead 1", "lru", "belady (optimum without prefetch)"]
+        assert [line.get_ydata().tolist() for line in axes.get_lines()] == [
+            pytest.approx([one] if isinstance(one, int) else one) for one in hits
+        ]
+    assert panels[0].get_lines()[0].get_xdata().tolist() == [1.1]
+
+
+def test_leaks_are_marked() -> None:
+    own = FIGURES["replay"][0]
+    assert recorded_name(own) == "lru + top2, lookahead 1"
+    assert recorded_name(own | {"lookahead": None}) == "lru + top2, all scores"
+    assert recorded_name(own | {"leaks": True}) == "lru + top2, lookahead 1 (LEAK: reads the router's input)"
+    assert recorded_name(own | {"causal": False}) == "lru + top2, lookahead 1 (LEAK: sees later tokens)"
+    # Recorded before leaks were.
+    earlier = {name: value for name, value in own.items() if name not in ("leaks", "causal")}
+    assert recorded_name(earlier | {"lookahead": 0}) == "lru + top2, lookahead 0 (LEAK: reads the router's input)"
