@@ -27,15 +27,20 @@ class ExportBest(L.Callback):
         half: Store float16 weights, half the size.
         calibration: ``"validation"`` calibrates on the validation split, where there is one; a predictor folder lends
             its calibration, for a fit that leaves nothing to validate on; None does neither.
+
+    Attributes:
+        exported: The folder, once it is written.
     """
 
     def __init__(self, half: bool = False, calibration: str | None = "validation") -> None:
         self.half, self.calibration = half, calibration
         self._lent: Calibration | None = None
+        self.exported: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a calibration that does not fit before hours are spent."""
         assert isinstance(pl_module, PredictorTask)
+        self.exported = None
         if stage == "fit" and self.calibration not in (None, "validation"):
             self._lent = _lent(str(self.calibration), pl_module.predictor)
 
@@ -59,6 +64,7 @@ class ExportBest(L.Callback):
             predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
             predictor.train(was_training)
         save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
+        self.exported = folder
 
 
 def _lent(folder: str, predictor: Predictor) -> Calibration:
