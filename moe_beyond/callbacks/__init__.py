@@ -3,5 +3,6 @@
 from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.callbacks.replay import CacheReplay
 from moe_beyond.callbacks.scores import WriteScores
+from moe_beyond.callbacks.tracking import TrackWandb
 
-__all__ = ["CacheReplay", "ExportBest", "WriteScores"]
+__all__ = ["CacheReplay", "ExportBest", "TrackWandb", "WriteScores"]

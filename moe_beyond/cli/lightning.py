@@ -3,16 +3,20 @@
 import logging
 import os
 import warnings
+from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
 
+import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import moe_beyond.callbacks
 import moe_beyond.datamodules
 import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
+from moe_beyond.callbacks import TrackWandb
 from moe_beyond.callbacks.config import KeepConfig
 from moe_beyond.cli.options import OneLineErrors
+from moe_beyond.cli.tracking import finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -47,6 +51,12 @@ class PredictorCLI(LightningCLI):
             "data.geometry", "model.init_args.geometry", compute_fn=Geometry.to_json, apply_on="instantiate"
         )
         parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Settle where wandb's runs go before anything logs."""
+        trainer = super().instantiate_trainer(**kwargs)
+        settle_wandb(trainer, self.subcommand or "", self._get(self.config, "trainer.logger"))
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Keep to the configuration: Lightning would let a checkpoint's own arguments override it, unsaid."""
@@ -105,19 +115,21 @@ def run(words: list[str]) -> None:
         lambda record: SELF_PRAISE not in record.getMessage()
     )
     try:
-        PredictorCLI(
-            PredictorTask,
-            TraceDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=KeepConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_class=Parser,
-            args=words,
-        )
+        with finishing_wandb():
+            PredictorCLI(
+                PredictorTask,
+                TraceDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=KeepConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": TrackWandb()},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_class=Parser,
+                args=words,
+            )
     except ValueError as error:  # jsonargparse wraps what a constructor raises
         cause = error.__cause__
         while cause is not None and not isinstance(cause, UserError):
