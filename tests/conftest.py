@@ -20,6 +20,9 @@ from moe_beyond.traces.reader import TraceSet
 settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
 
+# The shipped configs log to wandb too, which takes seconds a fit: only the tests of that turn it on.
+os.environ["WANDB_MODE"] = "disabled"
+
 
 @pytest.fixture
 def trace_set(tmp_path: Path) -> TraceSet:

@@ -29,21 +29,26 @@ class ExportBest(L.Callback):
         calibration: ``"validation"`` calibrates on the validation split, where there is one; a predictor (a folder, a
             published name, or ``hf:ORG/REPO``) lends its calibration, for a fit that leaves nothing to validate on;
             None does neither.
+
+    Attributes:
+        exported: The folder, once it is written.
     """
 
     def __init__(self, half: bool = False, calibration: str | None = "validation") -> None:
         self.half, self.calibration = half, calibration
         self._lent: Calibration | None = None
+        self.exported: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a calibration that does not fit before hours are spent."""
         assert isinstance(pl_module, PredictorTask)
+        self.exported = None
         if stage == "fit" and self.calibration not in (None, "validation"):
             self._lent = _lent(str(self.calibration), pl_module.predictor)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export."""
-        folder = exported(trainer)  # asks all ranks
+        folder = export_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)
@@ -61,9 +66,10 @@ class ExportBest(L.Callback):
             predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
             predictor.train(was_training)
         save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
+        self.exported = folder
 
 
-def exported(trainer: L.Trainer) -> Path:
+def export_folder(trainer: L.Trainer) -> Path:
     """Return where `ExportBest` writes the predictor of a run; all ranks must ask."""
     return Path(trainer.log_dir or trainer.default_root_dir) / "predictor"
 

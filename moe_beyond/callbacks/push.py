@@ -4,7 +4,7 @@ import sys
 
 import lightning as L
 
-from moe_beyond.callbacks.export import ExportBest, exported
+from moe_beyond.callbacks.export import ExportBest, export_folder
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.hub.push import check_repository, open_repository, prepare, push
@@ -42,7 +42,7 @@ class PushBest(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Publish."""
-        folder = exported(trainer)  # asks all ranks
+        folder = export_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)

@@ -11,10 +11,13 @@ from moe_beyond.evaluation.strategies import REFERENCES, strategy
 from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.simulator import Replay, ReplaySettings
+from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.tasks.base import PredictorTask
+
+NAMES = ("", *(f"{policy}_" for policy in REFERENCES))
+"""What the figures of the policy with prefetch, and of each reference, begin with."""
 
 
 class CacheReplay(L.Callback):
@@ -23,10 +26,11 @@ class CacheReplay(L.Callback):
     Logs ``val/hit_rate`` and ``val/bytes_ratio`` of the policy with prefetch, and beside them those of LRU and Belady
     without: ``val/lru_hit_rate``, ``val/lru_bytes_ratio``, ``val/belady_hit_rate``, ``val/belady_bytes_ratio``. A
     `ModelCheckpoint` can monitor any of them. With a device also ``tokens_per_second`` of each. The sanity check is
-    skipped.
+    skipped. What reads no scores is replayed at a fit's first validation alone: the sequences stay the same.
 
     Args:
         budget: Memory for experts: ``10%``, ``166`` (slots), ``2.9GB`` or ``2.7GiB``.
+        budgets: More of them; what comes of them is not logged, but in `results`, for curves.
         policy: Eviction policy.
         prefetch: Prefetcher; ``top<K>`` by default, with the model's K.
         lookahead: Which of the predictor's lookaheads to ask by; its first by default.
@@ -34,6 +38,9 @@ class CacheReplay(L.Callback):
         warmup_tokens: Tokens at a sequence's start that do not count.
         first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
         device: A preset of `moe-beyond devices`, or a JSON file, for times.
+
+    Attributes:
+        results: Of the last validation or test, budget by budget: the policy with prefetch, LRU, Belady.
     """
 
     def __init__(
@@ -46,13 +53,16 @@ class CacheReplay(L.Callback):
         warmup_tokens: int = 0,
         first_layer_prefetch: bool = True,
         device: str | None = None,
+        budgets: list[str] | None = None,
     ) -> None:
-        self.budget, self.policy, self.prefetch = budget, policy, prefetch
+        self.budget, self.policy, self.prefetch, self.budgets = budget, policy, prefetch, tuple(budgets or ())
         self.lookahead: Lookahead | None = None if lookahead is None else parse_lookahead(lookahead)
         self.scope, self.warmup_tokens, self.first_layer_prefetch = scope, warmup_tokens, first_layer_prefetch
         self.device = None if device is None else load_device(device)
-        self._strategies: dict[str, ReplaySettings] = {}
-        self._replays: dict[str, Replay] = {}
+        self.results: list[Result] = []
+        self._strategies: list[ReplaySettings] = []
+        self._replays: dict[ReplaySettings, Replay] = {}
+        self._known: dict[ReplaySettings, Result] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle what to replay, before anything runs.
@@ -67,23 +77,28 @@ class CacheReplay(L.Callback):
         if lookahead not in lookaheads:
             known = ", ".join(map(str, lookaheads))
             raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; it has {known}")
+        bits = manifest.quantization_bits
+        slots = [budget_slots(budget, predictor.geometry, bits) for budget in (self.budget, *self.budgets)]
         common = ReplaySettings(
-            slots=budget_slots(self.budget, predictor.geometry, manifest.quantization_bits),
+            slots=slots[0],
             scope=self.scope,
             warmup_tokens=self.warmup_tokens,
             first_layer_prefetch=self.first_layer_prefetch,
             device=self.device,
-            bits=manifest.quantization_bits,
+            bits=bits,
         )
         prefetch = self.prefetch or f"top{predictor.geometry.top_k}"
         source = from_predictor(predictor, predictor.architecture)
-        replayed = strategy(common, common.slots, self.policy, prefetch, source, lookahead)
-        self._strategies = {"": replayed, **{f"{name}_": strategy(common, common.slots, name) for name in REFERENCES}}
+        self._strategies = []
+        for budget in dict.fromkeys(slots):
+            self._strategies.append(strategy(common, budget, self.policy, prefetch, source, lookahead))
+            self._strategies += [strategy(common, budget, name) for name in REFERENCES]
+        self._known = {}
         self._begin(pl_module)
 
     def _begin(self, task: PredictorTask) -> None:
         geometry = task.predictor.geometry
-        self._replays = {name: Replay(geometry, settings) for name, settings in self._strategies.items()}
+        self._replays = {one: Replay(geometry, one) for one in self._strategies if one not in self._known}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from nothing."""
@@ -107,7 +122,8 @@ class CacheReplay(L.Callback):
         if trainer.sanity_checking:
             return
         scores, experts = outputs.float().cpu().numpy(), batch.experts.cpu().numpy()
-        geometry = next(iter(self._replays.values())).geometry
+        assert isinstance(pl_module, PredictorTask)
+        geometry = pl_module.predictor.geometry
         for row, length in enumerate(batch.lengths.tolist()):
             sequence = Sequence(geometry, experts[row, :length], scores[row, :length])
             for replaying in self._replays.values():
@@ -135,8 +151,10 @@ class CacheReplay(L.Callback):
         self._log(pl_module, "test")
 
     def _log(self, task: L.LightningModule, stage: str) -> None:
-        for name, replaying in self._replays.items():
-            result = replaying.result()
+        found = self._known | {one: replaying.result() for one, replaying in self._replays.items()}
+        self._known = {one: result for one, result in found.items() if one.predictor is None}
+        self.results = [found[one] for one in self._strategies]
+        for name, result in zip(NAMES, self.results, strict=False):
             task.log(f"{stage}/{name}hit_rate", torch.tensor(result.hit_rate), prog_bar=not name)
             task.log(f"{stage}/{name}bytes_ratio", torch.tensor(result.bytes_ratio), prog_bar=not name)
             if result.tokens_per_second is not None:

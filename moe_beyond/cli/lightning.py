@@ -7,16 +7,19 @@ from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
 
+import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import moe_beyond.callbacks
 import moe_beyond.datamodules
 import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
+from moe_beyond.callbacks import TrackWandb
 from moe_beyond.callbacks.config import KeepConfig
-from moe_beyond.callbacks.export import exported
+from moe_beyond.callbacks.export import export_folder
 from moe_beyond.callbacks.lines import EpochLines
 from moe_beyond.callbacks.scores import WriteScores
 from moe_beyond.cli.options import ExampleAsWritten, OneLineErrors, Output, add_output, example_text
+from moe_beyond.cli.tracking import finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -66,6 +69,12 @@ class PredictorCLI(LightningCLI):
         )
         parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Settle where wandb's runs go before anything logs."""
+        trainer = super().instantiate_trainer(**kwargs)
+        settle_wandb(trainer, self.subcommand or "", self._get(self.config, "trainer.logger"))
+        return trainer
+
     def _parse_ckpt_path(self) -> None:
         """Keep to the configuration: Lightning would let a checkpoint's own arguments override it, unsaid."""
 
@@ -90,7 +99,7 @@ class PredictorCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run and its predictor lie."""
-        predictor = exported(self.trainer)  # asks all ranks
+        predictor = export_folder(self.trainer)  # asks all ranks
         found = {"run": str(predictor.parent), "predictor": str(predictor) if predictor.exists() else None}
         self._say({name: path for name, path in found.items() if path}, found | {"metrics": self._metrics()})
 
@@ -165,23 +174,25 @@ def run(words: list[str]) -> None:
         lambda record: SELF_PRAISE not in record.getMessage()
     )
     try:
-        PredictorCLI(
-            PredictorTask,
-            TraceDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=KeepConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_class=Parser,
-            parser_kwargs={
-                "formatter_class": ExampleAsWritten,
-                **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},
-            },
-            args=words,
-        )
+        with finishing_wandb():
+            PredictorCLI(
+                PredictorTask,
+                TraceDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=KeepConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": TrackWandb()},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_class=Parser,
+                parser_kwargs={
+                    "formatter_class": ExampleAsWritten,
+                    **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},
+                },
+                args=words,
+            )
     except ValueError as error:  # jsonargparse wraps what a constructor raises
         cause = error.__cause__
         while cause is not None and not isinstance(cause, UserError):

@@ -172,4 +172,4 @@ def _dataset(traces: str) -> str:
 
 
 def _api() -> HfApi:
-    return HfApi(library_name=LIBRARY, library_version=moe_beyond.__version__)
+    return HfApi(library_name=LIBRARY, library_version=__version__)

@@ -1,7 +1,6 @@
 """What every task does: validate, test, predict, and say in its checkpoints what it fitted."""
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -24,6 +23,9 @@ class PredictorTask(L.LightningModule):
 
     Args:
         predictor: What is fitted.
+
+    Attributes:
+        measured: Figures of the last validation or test, as `RoutingMetrics.to_rows` gives them.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -35,6 +37,7 @@ class PredictorTask(L.LightningModule):
         self.test_metrics = RoutingMetrics(lookaheads, *shape)
         self.training: bool
         self.trained_on: dict[str, Any] = {}
+        self.measured: list[dict[str, Any]] = []
 
     @property
     def data(self) -> TraceDataModule:
@@ -65,19 +68,8 @@ class PredictorTask(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Before a fit, take in the training split's vocabulary and note what the fit is on."""
         if stage == "fit":
-            manifest, shards = self.data.manifest, self.data.traces.shards(self.data.train_split)
             self.predictor.prepare(self.data.training_text())
-            self.trained_on = {
-                "fingerprint": manifest.fingerprint,
-                "split": self.data.train_split,
-                "model_id": manifest.model_id,
-                "quantization_bits": manifest.quantization_bits,
-                "source": manifest.source,
-                "tokenizer": asdict(manifest.tokenizer),
-                "sequences": sum(shard.sequences for shard in shards),
-                "tokens": sum(shard.tokens for shard in shards),
-                "recipe": self.recipe(),
-            }
+            self.trained_on = {**self.data.traces.describe(self.data.train_split), "recipe": self.recipe()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Count a batch, and return its probabilities."""
@@ -129,10 +121,10 @@ class PredictorTask(L.LightningModule):
         return probabilities
 
     def _log_metrics(self, stage: str, metrics: RoutingMetrics) -> None:
-        rows = metrics.to_rows(self.predictor.information.lookaheads)
+        self.measured = metrics.to_rows(self.predictor.information.lookaheads)
         metrics.reset()
-        for row in rows:
+        for row in self.measured:
             for name, value in row.items():
                 if isinstance(value, float):
                     self.log(f"{stage}/{name}/lookahead_{row['lookahead']}", torch.tensor(value))
-        self.log(f"{stage}/recall_at_k", torch.tensor(rows[0]["recall_at_k"]), prog_bar=True)
+        self.log(f"{stage}/recall_at_k", torch.tensor(self.measured[0]["recall_at_k"]), prog_bar=True)

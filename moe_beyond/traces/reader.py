@@ -5,7 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -107,6 +107,24 @@ class TraceSet:
         if split not in self.manifest.splits:
             raise unknown(f"split of {self.folder}", split, self.manifest.splits)
         return tuple(shard for shard in self.manifest.shards if shard.split == split)
+
+    def describe(self, split: str | None = None) -> dict[str, Any]:
+        """Say what a split, or all of the set, is, as plain values: what a fit was on, or figures were measured on.
+
+        Raises:
+            UserError: There is no such split.
+        """
+        manifest, shards = self.manifest, self.shards(split)
+        return {
+            "fingerprint": manifest.fingerprint,
+            "split": split,
+            "model_id": manifest.model_id,
+            "quantization_bits": manifest.quantization_bits,
+            "source": manifest.source,
+            "tokenizer": asdict(manifest.tokenizer),
+            "sequences": sum(shard.sequences for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+        }
 
     def read(self, info: ShardInfo) -> Shard:
         """Read and verify one shard.

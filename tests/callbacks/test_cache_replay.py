@@ -13,7 +13,7 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.sources import from_predictor
 from moe_beyond.evaluation.strategies import REFERENCES, strategy
-from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.tasks import CrossLayer
 from moe_beyond.traces.reader import TraceSet
@@ -35,6 +35,11 @@ class Watch(L.Callback):
             self.on_sanity_check_end(trainer, pl_module)
 
 
+def counts(result: Result) -> tuple[Any, ...]:
+    """Which strategy and budget, and all that was counted."""
+    return result.strategy, result.lookahead, result.budget_slots, result.per_layer
+
+
 @pytest.mark.parametrize(
     ("lookahead", "scope", "device"), [(None, "global", None), (3, "per-layer", None), (2, "global", "rtx3060")]
 )
@@ -46,19 +51,25 @@ def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
     task = CrossLayer(data.geometry.to_json(), data.vocab_size, **SIZES)
     watch = Watch()
     replay = CacheReplay(
-        budget="50%", prefetch="top3", lookahead=lookahead, scope=scope, warmup_tokens=2, device=device
-    )
+        budget="50%", prefetch="top3", lookahead=lookahead, scope=scope, warmup_tokens=2, device=device,
+        budgets=["75%", "24"],
+    )  # fmt: skip
     L.Trainer(
-        max_epochs=1, num_sanity_val_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_epochs=2, num_sanity_val_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[replay, watch],
     ).fit(task, data)  # fmt: skip
-    sanity, validated = watch.seen
+    sanity, _, validated = watch.seen
     assert not any("hit_rate" in name for name in sanity)
     source = from_predictor(task.predictor.eval(), "p")
     common = ReplaySettings(32, scope=scope, warmup_tokens=2, device=DEVICES[device] if device else None)
-    asked = [strategy(common, 16, "lru", "top3", source, lookahead)]
-    asked += [strategy(common, 16, policy) for policy in REFERENCES]
-    ours, lru, belady = evaluate(TraceSet(str(tmp_path / "traces")), asked, "validation", [source]).results
+    asked = []
+    for slots in (16, 24):
+        asked.append(strategy(common, slots, "lru", "top3", source, lookahead))
+        asked += [strategy(common, slots, policy) for policy in REFERENCES]
+    found = evaluate(TraceSet(str(tmp_path / "traces")), asked, "validation", [source]).results
+    # Also what was replayed at the first of two validations alone.
+    assert [counts(result) for result in replay.results] == [counts(result) for result in found]
+    ours, lru, belady = found[:3]
     for name, result in (("", ours), ("lru_", lru), ("belady_", belady)):
         assert validated[f"val/{name}hit_rate"] == pytest.approx(result.hit_rate, rel=1e-6)
         assert validated[f"val/{name}bytes_ratio"] == pytest.approx(result.bytes_ratio, rel=1e-6)

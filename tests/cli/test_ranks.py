@@ -1,5 +1,6 @@
 """Two processes train together, and leave what one would."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from fitting import CONFIGS, TINY_CROSS_LAYER
 from helpers import tiny_traces
+from wandb_files import offline_runs
 
 from moe_beyond.predictors.folder import load_predictor
 from moe_beyond.predictors.scores import ScoresFolder
@@ -17,7 +19,8 @@ RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, "-m", "moe_beyond", *words, *RANKS]
-    return subprocess.run(whole, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    return subprocess.run(whole, cwd=folder, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.slow
@@ -31,6 +34,8 @@ def test_two_ranks_fit_and_predict(tmp_path: Path) -> None:
     run = tmp_path / "runs/predictor/version_0"
     assert [path.name for path in (tmp_path / "runs/predictor").iterdir()] == ["version_0"]
     assert load_predictor(run / "predictor").architecture == "cross_layer"
+    (tracked,) = offline_runs(tmp_path)
+    assert len(tracked.artifacts_of("model", "predictor")) == 3
     checkpoint = next(run.glob("checkpoints/epoch*.ckpt"))
     done = command(tmp_path, "predict", "-c", str(run / "config.yaml"), f"--ckpt_path={checkpoint}")
     assert done.returncode == 0, done.stderr

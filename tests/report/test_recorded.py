@@ -1,23 +1,18 @@
 """The picture on a card draws what was recorded, and marks what no runtime could use."""
 
-from pathlib import Path
-
 import pytest
-from matplotlib.figure import Figure
 from publishing import FIGURES
 
+from moe_beyond.report.plots import png
 from moe_beyond.report.recorded import recorded_figure, recorded_name
 
 
-def test_a_panel_an_evaluation_a_line_a_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more)))
+def test_a_panel_an_evaluation_a_line_a_strategy() -> None:
     larger = [row | {"budget_slots": 16, "budget_share": 0.5, "hit_rate": 0.9} for row in FIGURES["replay"]]
     other = FIGURES | {"source": "other", "replay": [*larger, *FIGURES["replay"]]}
-    recorded_figure([FIGURES, other], tmp_path / "replay.png", "tiny")
-    assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
-    panels = drawn[0].axes
+    figure = recorded_figure([FIGURES, other], "tiny")
+    assert png(figure).startswith(b"\x89PNG")
+    panels = figure.axes
     assert [axes.get_title().split(";")[1] for axes in panels] == [
         " room for 25 % of all experts",
         " room for 25 %, 50 % of all experts",
