@@ -17,7 +17,7 @@ from moe_beyond.cli.replay_options import (
 )
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
-from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_data
+from moe_beyond.evaluation.runs import evaluate_run, is_run, validation_data
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
@@ -28,6 +28,8 @@ from moe_beyond.traces.reader import TraceSet
 
 RECORDED = ("strategy", "predictor", "lookahead", "budget_slots", "budget_share", "hit_rate", "bytes_ratio")
 """Of a replay's record, what a predictor's card shows."""
+TABLES = ("by_layer", "reliability")
+"""Of a metrics' record, what is too long for a card."""
 
 
 def run(words: list[str]) -> None:
@@ -51,7 +53,7 @@ def run(words: list[str]) -> None:
     )
     add_json(options)
     args = options.parse_args(words[1:])
-    if (Path(args.predictor) / CONFIG_FILE).exists() or any(Path(args.predictor).glob("checkpoints/*.ckpt")):
+    if is_run(args.predictor):
         if args.record:
             raise UserError(f"--record is for a predictor folder; {args.predictor} is a run")
         _run_folder(args)
@@ -81,7 +83,7 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
             "fingerprint": manifest.fingerprint,
             "split": args.split,
             "command": _command(words[1:], args.predictor, folder.name),
-            "metrics": [{n: value for n, value in row.items() if n != "by_layer"} for row in found.metrics],
+            "metrics": [{n: value for n, value in row.items() if n not in TABLES} for row in found.metrics],
             "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
         }
         record_figures(folder, figures)
