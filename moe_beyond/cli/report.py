@@ -73,7 +73,7 @@ def _report(args: Namespace) -> None:
         traces,
         args.split,
         found,
-        name=source.name,
+        source=source,
         devices=devices,
         bits=bits,
         warmup_tokens=args.warmup_tokens,

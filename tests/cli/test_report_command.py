@@ -190,6 +190,13 @@ def test_a_predictor_folder_has_curves_if_it_lies_in_a_run(run: Run, tmp_path: P
     inside = report(folder / "predictor", run.traces, tmp_path / "b.html", *words).text
     assert "outside a run" not in inside
     assert all(said in inside for said in ("loss, step 19: 2.5", "loss, step 39: 1.5", "1, step 20: 9.25"))
+    # A long fit's losses are drawn as means: of 401 batches, three at a time.
+    losses = "".join(f"0,{step},{step}\n" for step in range(1, 402))
+    (folder / "metrics.csv").write_text(f"epoch,step,train/loss\n{losses}")
+    text = report(folder, run.traces, tmp_path / "b.html", *words).text
+    assert "means of 3" in text
+    assert "loss, step 3: 2" in text
+    assert "loss, step 401: 400.5" in text
     assert "It was fitted on text that is measured on here" in inside  # no split was named
 
 
@@ -240,6 +247,11 @@ def test_subjects_and_places_that_cannot_be(run: Run, tmp_path: Path, capsys) ->
     assert f"{broken}/metrics.csv: line 3: train/loss is 'lots', not a number" in error_line(
         capsys, ["report", broken, *words]
     )
+    for content, said in ((b"epoch,loss\n", "has no column 'step'"), (b"step\n\xff", "is not a CSV file")):
+        (broken / "metrics.csv").write_bytes(content)
+        assert f"{broken}/metrics.csv: {said}" in error_line(capsys, ["report", broken, *words])
+    (broken / "config.yaml").write_text("a: [")
+    assert f"{broken}/config.yaml: is not YAML" in error_line(capsys, ["report", broken, *words])
     shutil.rmtree(broken / "predictor")
     assert f"{broken}: the run has no predictor/" in error_line(capsys, ["report", broken, *words])
     assert not (tmp_path / "out.html").exists()

@@ -24,7 +24,7 @@ from moe_beyond.report.page.charts import (
     percent,
     reliability_chart,
 )
-from moe_beyond.report.page.measured import fixed_recall
+from moe_beyond.report.page.prediction import fixed_recall
 from moe_beyond.report.page.replays import default_slots, page_strategies
 
 

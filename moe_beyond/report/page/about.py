@@ -1,21 +1,15 @@
-"""The parts of a page that say what was fitted, how the fit went, and what figures do not say."""
+"""The parts of a page that say what was fitted, and what figures do not say."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.registry import predictor_class
-from moe_beyond.report.page.charts import SERIES, Line, axis, line_chart, number, percent
-from moe_beyond.report.page.contents import Chart, Section
-from moe_beyond.report.page.subject import replay_while_fitting
+from moe_beyond.report.page.contents import Section
 from moe_beyond.report.results import leaks_of
 from moe_beyond.traces.reader import TraceSet
-
-Curves = dict[str, list[tuple[float, float]]]
 
 AVAILABLE = {"routed": "once a layer is routed", "computed": "once a layer is computed"}
 WRITERS = {
@@ -23,7 +17,6 @@ WRITERS = {
     "model": "written by the model itself",
     "mixed": "in part read by the model as a prompt, in part written by it",
 }
-REFERENCES = {"": "s0", "lru_": "lru", "belady_": "belady"}
 
 
 def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Section:
@@ -46,7 +39,7 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
         "lookaheads": ", ".join(map(str, config["lookaheads"])),
         "knows": f"a score is there {AVAILABLE.get(config['available'], config['available'])}; "
         + (f"LEAK: {', '.join(leaks)}, which no runtime could" if leaks else "causal: no later token is read"),
-        "probabilities": f"of a {config['link']}, "
+        "probabilities": f"of a {config.get('link', 'link unknown')}, "
         + ("calibrated by lookahead and layer" if config.get("calibration") else "not calibrated"),
         "training text": f"{training.get('source', 'unknown')}, split {training.get('split', 'unknown')}"
         + (f" ({amount})" if amount else ""),
@@ -68,92 +61,6 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
 
 def _summary(architecture: str) -> str:
     return next(iter((predictor_class(architecture).__doc__ or "").splitlines()), "").rstrip(".")
-
-
-def curves_section(curves: Curves | None, run: bool, run_config: dict[str, Any], first: Lookahead) -> Section:
-    """Draw how a fit went.
-
-    Args:
-        curves: What the run logged, by figure; None where it kept nothing.
-        run: Whether there is a run at all.
-        run_config: Its configuration, or nothing.
-        first: The predictor's first lookahead, by which replays ask unless the configuration names another.
-    """
-    charts = _curves(curves, run_config, first) if curves else []
-    if curves and charts:
-        prose = "The horizontal axis counts steps of the optimiser. Validations are of the run's own validation split."
-        if "train/loss" not in curves:
-            prose += " No training loss was logged: the fit has none (it counts), or ended before log_every_n_steps."
-    elif run:
-        prose = "The run kept no figures that can be drawn: it has no metrics.csv, which a CSVLogger writes."
-    else:
-        prose = (
-            "There are no learning curves: this is a predictor folder outside a run, and the figures of a fit stay "
-            "with its run (metrics.csv)."
-        )
-    return Section("curves", "How the fit went", prose=[prose], charts=charts)
-
-
-def _curves(curves: Curves, run_config: dict[str, Any], first: Lookahead) -> list[Chart]:
-    charts = []
-    if loss := curves.get("train/loss"):
-        line = _line("loss", loss, "s0", number)
-        charts.append(_chart("Training loss", "loss", [line], "The objective on each logged training batch."))
-    data = (run_config.get("data") or {}).get("init_args") or {}
-    split = f"split {data['val_split']}" if data.get("val_split") else "validation split"
-    for figure, title, unit, words in (
-        ("recall_at_k", "Recall in validation", "recall@k", percent),
-        ("nll", "Likelihood in validation", "NLL, nats a token and layer", number),
-    ):
-        found = {name: points for name, points in curves.items() if name.startswith(f"val/{figure}/lookahead_")}
-        lines = [
-            _line(name.removeprefix(f"val/{figure}/lookahead_"), points, style, words)
-            for (name, points), style in zip(found.items(), itertools.cycle(SERIES), strict=False)
-        ]
-        if lines:
-            better = "Higher" if figure == "recall_at_k" else "Lower"
-            charts.append(
-                _chart(title, unit, lines, f"A line a lookahead, all tokens of the {split}. {better} is better.")
-            )
-    replay = replay_while_fitting(run_config)
-    what = (
-        f"{replay.get('policy') or 'lru'} with {replay.get('prefetch') or 'top<K>'} asked for at lookahead "
-        f"{replay.get('lookahead') or first}, budget {replay.get('budget') or 'unknown'}"
-        if replay
-        else "the run's replay"
-    )
-    for figure, title, unit, words in (
-        ("hit_rate", "Hits in validation", "hit rate", percent),
-        ("bytes_ratio", "Bytes in validation", "bytes moved / demanded", number),
-    ):
-        names = {"": "predictor", "lru_": "LRU", "belady_": "Belady"}
-        lines = [
-            _line(names[prefix], curves[f"val/{prefix}{figure}"], style, words)
-            for prefix, style in REFERENCES.items()
-            if f"val/{prefix}{figure}" in curves
-        ]
-        if lines:
-            charts.append(
-                _chart(title, unit, lines, f"Predictor: {what}; LRU and Belady at the same budget, no prefetch.")
-            )
-    return charts
-
-
-def _line(name: str, points: Sequence[tuple[float, float]], style: str, words: Any) -> Line:
-    return Line(name, tuple(points), style, tuple(f"step {step:,.0f}: {_told(value, words)}" for step, value in points))
-
-
-def _told(value: float, words: Any) -> str:
-    return f"{value:.1%}" if words is percent else f"{value:.4g}"
-
-
-def _chart(title: str, unit: str, lines: Sequence[Line], caption: str) -> Chart:
-    steps = [step for line in lines for step, _ in line.points]
-    values = [value for line in lines for _, value in line.points]
-    shares = any("%" in told for line in lines for told in line.told)
-    x = axis("step", steps, whole=True)
-    y = axis(unit, values, words=percent if shares else number)
-    return Chart(title, line_chart(f"{title}: {unit} by step", x, y, lines), caption)
 
 
 def limits_section(

@@ -108,7 +108,7 @@ def axis(
 
 
 def line_chart(
-    label: str, x: Axis, y: Axis, lines: Sequence[Line], *, marks: Sequence[tuple[float, str]] = (), note: str = ""
+    label: str, x: Axis, y: Axis, lines: Sequence[Line], *, marks: Sequence[tuple[float, str]] = ()
 ) -> Markup:
     """Draw lines.
 
@@ -118,7 +118,6 @@ def line_chart(
         y: Upwards.
         lines: Each bears its name; styles tell the first four apart besides.
         marks: Places on the x axis to mark by an upright line, and their names.
-        note: What to say in the upper corner.
     """
     right = WIDTH - min(130.0, LETTER * max((len(line.name) for line in lines), default=0) + 16)
     bottom = HEIGHT - BOTTOM
@@ -137,8 +136,6 @@ def line_chart(
             near_end = across + LETTER * len(words) > right
             anchor = "end" if near_end else "start"
             _add(svg, "text", words, class_="soft", x=across + (-4 if near_end else 4), y=TOP + 9, text_anchor=anchor)
-    if note:
-        _add(svg, "text", note, class_="soft", x=WIDTH - 2, y=11, text_anchor="end")
     ends = []
     for line in lines:
         places = [at(point) for point in line.points]

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+NOTHING = "-"
+"""Stands in a table where there is no figure."""
+
 
 @dataclass(frozen=True)
 class Table:

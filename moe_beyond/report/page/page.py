@@ -10,19 +10,17 @@ from markupsafe import Markup
 
 import moe_beyond
 from moe_beyond.evaluation.evaluate import Evaluation
+from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
 from moe_beyond.predictors.folder import read_config
 from moe_beyond.replay.devices import Device
-from moe_beyond.report.page.about import curves_section, limits_section, predictor_section
-from moe_beyond.report.page.measured import (
-    experts_section,
-    fixed_recall,
-    keys,
-    prediction_section,
-    time_section,
-    worth_section,
-)
+from moe_beyond.report.page.about import limits_section, predictor_section
+from moe_beyond.report.page.curves import curves_section
+from moe_beyond.report.page.experts import experts_section
+from moe_beyond.report.page.prediction import fixed_recall, prediction_section
 from moe_beyond.report.page.subject import Subject, read_curves, read_run_config
+from moe_beyond.report.page.summary import keys
+from moe_beyond.report.page.worth import time_section, worth_section
 from moe_beyond.report.results import leaks_of
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.statistics import activation_counts, reuse
@@ -37,7 +35,7 @@ def write_page(
     split: str | None,
     found: Evaluation,
     *,
-    name: str,
+    source: ScoreSource,
     devices: Sequence[Device] = (),
     bits: float,
     warmup_tokens: int = 0,
@@ -51,7 +49,7 @@ def write_page(
         traces: What was measured on.
         split: One split of them, or all.
         found: What `evaluate` said of the strategies of `moe_beyond.report.page.replays.page_strategies`.
-        name: Of the predictor.
+        source: The predictor as `evaluate` was given it.
         devices: For which there are times.
         bits: Bits per parameter of the replays.
         warmup_tokens: Tokens of a sequence that the replays did not count.
@@ -60,7 +58,9 @@ def write_page(
     Raises:
         UserError: A file of the run cannot be read.
     """
-    config, geometry, manifest = read_config(subject.folder), traces.geometry, traces.manifest
+    geometry, manifest = traces.geometry, traces.manifest
+    known = {"lookaheads": source.lookaheads, "causal": source.causal, "available": source.available}
+    config = read_config(subject.folder) | known
     run_config = {} if subject.run is None else read_run_config(subject.run)
     curves = None if subject.run is None else read_curves(subject.run)
     counts = activation_counts(traces, split)
@@ -89,7 +89,7 @@ def write_page(
     }
     page = _template().render(
         version=moe_beyond.__version__,
-        title=f"{name} for {geometry.model}",
+        title=f"{source.name} for {geometry.model}",
         lead=f"It predicts which experts of {geometry.model} ({geometry.describe_shape()}) a token is routed to. How "
         "well, and what that is worth where not all experts fit into memory, is shown here.",
         warnings=_warnings(leaks, training, manifest.fingerprint, split),

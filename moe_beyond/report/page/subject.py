@@ -96,17 +96,23 @@ def read_curves(run: Path) -> dict[str, list[tuple[float, float]]] | None:
     path = run / METRICS_FILE
     if not path.exists():
         return None
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return _columns(csv.DictReader(file), path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: is not a CSV file ({error})") from error
+
+
+def _columns(rows: "csv.DictReader[str]", path: Path) -> dict[str, list[tuple[float, float]]]:
+    if "step" not in (rows.fieldnames or ()):
+        raise UserError(f"{path}: has no column 'step'; was it written by Lightning's CSVLogger?")
     found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if "step" not in (rows.fieldnames or ()):
-            raise UserError(f"{path}: has no column 'step'; was it written by Lightning's CSVLogger?")
-        for row in rows:
-            given = {name: value for name, value in row.items() if name is not None and value}
-            numbers = {name: _number(value, name, f"{path}: line {rows.line_num}") for name, value in given.items()}
-            for name, value in numbers.items():
-                if name not in ("step", "epoch") and math.isfinite(value) and "step" in numbers:
-                    found.setdefault(name, []).append((numbers["step"], value))
+    for row in rows:
+        given = {name: value for name, value in row.items() if name is not None and value}
+        numbers = {name: _number(value, name, f"{path}: line {rows.line_num}") for name, value in given.items()}
+        for name, value in numbers.items():
+            if name not in ("step", "epoch") and math.isfinite(value) and "step" in numbers:
+                found.setdefault(name, []).append((numbers["step"], value))
     return {name: sorted(points) for name, points in found.items()}
 
 
