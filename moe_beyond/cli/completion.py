@@ -82,7 +82,7 @@ def completion_script(shell: str) -> str:
         "--scope": ["global", "per-layer"],
     }
     known = {verb: LIGHTNING if module == "lightning" else _options(module) for verb, (module, _) in VERBS.items()}
-    arguments = {"evaluate": predictors, "completion": list(SHELLS)}
+    arguments = {"evaluate": predictors, "report": predictors, "push": predictors, "completion": list(SHELLS)}
     return SCRIPT.format(
         before=SHELLS[shell],
         verbs=" ".join(VERBS),

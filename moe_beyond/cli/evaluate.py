@@ -18,7 +18,7 @@ from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.asked import asked_combinations, asked_conditions
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
-from moe_beyond.evaluation.runs import CONFIG_FILE, evaluate_run, validation_data
+from moe_beyond.evaluation.runs import evaluate_run, is_run, validation_data
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
@@ -32,6 +32,8 @@ RECORDED = (
     *("budget_slots", "budget_share", "hit_rate", "bytes_ratio"),
 )
 """Of a replay's record, what a predictor's card shows."""
+TABLES = ("by_layer", "reliability")
+"""Of a metrics' record, what is too long for a card."""
 
 
 def options() -> ArgumentParser:
@@ -59,7 +61,7 @@ def options() -> ArgumentParser:
 def run(words: list[str]) -> None:
     """Evaluate a predictor, or all checkpoints of a run."""
     args = options().parse_args(words[1:])
-    if (Path(args.predictor) / CONFIG_FILE).exists() or any(Path(args.predictor).glob("checkpoints/*.ckpt")):
+    if is_run(args.predictor):
         if args.record:
             raise UserError(f"--record is for a predictor folder; {args.predictor} is a run")
         _run_folder(args)
@@ -89,7 +91,7 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
             "fingerprint": manifest.fingerprint,
             "split": args.split,
             "command": _command(words[1:], args.predictor, folder.name),
-            "metrics": [{n: value for n, value in row.items() if n != "by_layer"} for row in found.metrics],
+            "metrics": [{n: value for n, value in row.items() if n not in TABLES} for row in found.metrics],
             "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
         }
         record_figures(folder, figures)

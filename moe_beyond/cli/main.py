@@ -27,6 +27,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Answers": {
         "evaluate": ("evaluate", "recall of a predictor and what it is worth under a budget"),
         "replay": ("replay", "replay traces through a cache under a budget"),
+        "report": ("report", "a page to look at, about a predictor or a run"),
         "devices": ("devices", "list the device presets with their numbers and sources"),
         "plan": ("plan", "the smallest budget for a target, and the experts to pin"),
         "quickstart": ("quickstart", "the whole path on a small bundled model, in under three minutes"),

@@ -24,6 +24,11 @@ class CheckpointEvaluation:
     evaluation: Evaluation
 
 
+def is_run(folder: str | Path) -> bool:
+    """Tell whether a folder is that of a run: it keeps a configuration or checkpoints."""
+    return (Path(folder) / CONFIG_FILE).exists() or any(Path(folder).glob("checkpoints/*.ckpt"))
+
+
 def validation_data(run: str | Path) -> tuple[str, str]:
     """Return the trace set and the split that a run validated on, from its configuration.
 

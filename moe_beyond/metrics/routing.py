@@ -56,9 +56,10 @@ class RoutingMetrics(Metric):
         }.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("nll", torch.zeros(by_layer, dtype=torch.float64), dist_reduce_fx="sum")
-        # By bin: the sum of scores less the number of labels that came.
-        reliability = torch.zeros((*by_layer, RELIABILITY_BINS), dtype=torch.float64)
-        self.add_state("excess", reliability, dist_reduce_fx="sum")
+        # By bin: the labels that did not come and those that did; and the sum of scores less the number that came.
+        labels = torch.zeros((*by_layer, 2, RELIABILITY_BINS), dtype=torch.int64)
+        self.add_state("labels", labels, dist_reduce_fx="sum")
+        self.add_state("excess", torch.zeros((*by_layer, RELIABILITY_BINS), dtype=torch.float64), dist_reduce_fx="sum")
 
     tokens: Tensor
     found: Tensor
@@ -68,6 +69,7 @@ class RoutingMetrics(Metric):
     chosen: Tensor
     histogram: Tensor
     nll: Tensor
+    labels: Tensor
     excess: Tensor
 
     def update(self, probabilities: Tensor, targets: Tensor, mask: Tensor) -> None:
@@ -100,6 +102,8 @@ class RoutingMetrics(Metric):
             (scores * RELIABILITY_BINS).long().clamp(0, RELIABILITY_BINS - 1),
             scores - truth.to(scores.dtype),
         )
+        flat = ((cell * 2 + truth) * RELIABILITY_BINS + bins).flatten()
+        self.labels += torch.bincount(flat, minlength=self.labels.numel()).view_as(self.labels)
         for number in range(RELIABILITY_BINS):  # a weighted bincount is not deterministic on a GPU
             self.excess[..., number] += torch.where(bins == number, excess, 0.0).sum((-2, -1), dtype=torch.float64)
 
@@ -126,7 +130,12 @@ class RoutingMetrics(Metric):
         return {name: values if tokens > 0 else torch.full_like(values, torch.nan) for name, values in figures.items()}
 
     def to_rows(self, lookaheads: Sequence[Lookahead | None]) -> list[dict[str, Any]]:
-        """Return one JSON-able object a lookahead: means over layers (micro F1: over all labels), and ``by_layer``."""
+        """Return one JSON-able object a lookahead: means over layers (micro F1: over all labels).
+
+        Beside them stand ``by_layer``, the figures of each layer; and ``reliability``, the bins of the calibration
+        error over all layers' labels: how many labels scored ``from`` to ``to``, how probable they were on average, and
+        the share that was chosen (both None where a bin is empty).
+        """
         figures = {name: values.tolist() for name, values in self.compute().items()}
         rows = []
         for index, lookahead in enumerate(lookaheads):
@@ -138,10 +147,24 @@ class RoutingMetrics(Metric):
             if self.tokens > 0:  # micro: over all labels alike, whichever their layer
                 hit, above, chosen = (x[index].sum().double() for x in (self.above_chosen, self.above, self.chosen))
                 means["f1_micro"] = float(_f1(hit, above + chosen - 2 * hit))
-            rows.append(
-                {"lookahead": lookahead, "k": self.k, **means, "tokens": int(self.tokens), "by_layer": by_layer}
-            )
+            row = {"lookahead": lookahead, "k": self.k, **means, "tokens": int(self.tokens)}
+            rows.append({**row, "by_layer": by_layer, "reliability": self._reliability(index)})
         return rows
+
+    def _reliability(self, index: int) -> list[dict[str, Any]]:
+        """Return the bins of a lookahead, the least probable first."""
+        left_out, came = self.labels[index].sum(0).tolist()
+        excess = self.excess[index].sum(0).tolist()
+        return [
+            {
+                "from": number / RELIABILITY_BINS,
+                "to": (number + 1) / RELIABILITY_BINS,
+                "labels": others + chosen,
+                "mean_probability": (chosen + beyond) / (others + chosen) if others + chosen else None,
+                "chosen_share": chosen / (others + chosen) if others + chosen else None,
+            }
+            for number, (others, chosen, beyond) in enumerate(zip(left_out, came, excess, strict=True))
+        ]
 
 
 def _f1(hits: Tensor, errors: Tensor) -> Tensor:

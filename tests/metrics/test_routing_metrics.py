@@ -301,3 +301,33 @@ def test_rows_name_lookaheads_and_layers_and_average_over_layers():
         probabilities, targets, mask = data
         above, truth = (probabilities[mask][:, index] > 0.5).numpy(), targets[mask].numpy()
         assert math.isclose(row["f1_micro"], 2 * (above & truth).sum() / (above.sum() + truth.sum()))
+
+
+def test_reliability_by_hand():
+    # 15 bins: 0.02 and 0.05 fall into the first, 0.52 and 0.59 into those from 7/15 and 8/15, 1.0 into the last.
+    scores = torch.tensor([0.02, 0.05, 0.59, 1.0]).view(1, 1, 1, 1, 4).repeat(1, 2, 1, 2, 1)
+    scores[0, 1, 0, 1, 2] = 0.52
+    targets = torch.zeros(1, 2, 2, 4, dtype=torch.bool)
+    targets[0, 0, 0, [2, 3]] = targets[0, 0, 1, [1, 3]] = targets[0, 1, :, 2:] = True
+    metrics = RoutingMetrics(1, 2, 4, 2)
+    metrics.update(scores, targets, torch.ones(1, 2, dtype=torch.bool))
+    (row,) = metrics.to_rows([1])
+    bins = row["reliability"]
+    assert [(bin["from"], bin["to"]) for bin in bins] == [(n / 15, (n + 1) / 15) for n in range(15)]
+    assert {n: bin["labels"] for n, bin in enumerate(bins) if bin["labels"]} == {0: 8, 7: 1, 8: 3, 14: 4}
+    assert (bins[1]["mean_probability"], bins[1]["chosen_share"]) == (None, None)
+    for number, probability, share in ((0, 0.035, 1 / 8), (7, 0.52, 1), (8, 0.59, 2 / 3), (14, 1.0, 1)):
+        assert bins[number]["mean_probability"] == pytest.approx(probability)
+        assert bins[number]["chosen_share"] == share
+
+
+def test_reliability_of_one_layer_is_its_calibration_error():
+    metrics = RoutingMetrics(LOOKAHEADS, 1, EXPERTS, TOP_K)
+    probabilities, targets, mask = random_data(6, 20)
+    metrics.update(probabilities[:, :, :, :1], targets[:, :, :1], mask)
+    for row in metrics.to_rows([1, 2]):
+        bins = [bin for bin in row["reliability"] if bin["labels"]]
+        labels = sum(bin["labels"] for bin in bins)
+        assert labels == int(mask.sum()) * EXPERTS
+        gaps = sum(bin["labels"] * abs(bin["mean_probability"] - bin["chosen_share"]) for bin in bins)
+        assert row["calibration_error"] == pytest.approx(gaps / labels)

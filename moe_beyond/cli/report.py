@@ -1,0 +1,88 @@
+"""``moe-beyond report``."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from moe_beyond.cli.options import Output, add_traces, parser
+from moe_beyond.cli.replay_options import showing_progress
+from moe_beyond.errors import UserError
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.profiles import load_profile
+from moe_beyond.evaluation.sources import from_predictor_folder, published_for
+from moe_beyond.geometry import budget_slots
+from moe_beyond.report.page.page import write_page
+from moe_beyond.report.page.replays import DEVICES, SHARES, default_slots, page_strategies
+from moe_beyond.report.page.subject import find_subject
+from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator.devices import load_device
+from moe_beyond.traces.reader import TraceSet
+
+
+def options() -> ArgumentParser:
+    """Return the parser of this verb's options."""
+    known = parser(
+        "report",
+        "Write a page to look at: what a predictor was fitted on, how well it predicts a trace set, and what that is "
+        "worth under budgets and on devices. One HTML file that needs nothing else.",
+        "moe-beyond report runs/predictor/version_0 --traces traces/webglm --out report.html",
+    )
+    known.add_argument(
+        "predictor", metavar="RUN_OR_PREDICTOR", help="a run's folder, a predictor folder, or a published name"
+    )
+    add_traces(known)
+    known.add_argument("--out", metavar="FILE", required=True, help="the HTML file to write")
+    shares = ", ".join(f"{share}%" for share in SHARES)
+    known.add_argument(
+        "--budget",
+        action="append",
+        metavar="B",
+        help=f"10%, 166 (slots), 2.9GB or 2.7GiB; repeat for more (default: {shares})",
+    )
+    known.add_argument(
+        "--device",
+        action="append",
+        metavar="D",
+        help=f"a preset of `moe-beyond devices`, or a JSON file; repeat for more (default: {', '.join(DEVICES)})",
+    )
+    known.add_argument(
+        "--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence that replays do not count (0)"
+    )
+    return known
+
+
+def run(words: list[str]) -> None:
+    """Measure, write the page."""
+    args = options().parse_args(words[1:])
+    if Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: is a folder; name a file, {Path(args.out) / 'report.html'} for example")
+    _report(args)
+
+
+def _report(args: Namespace) -> None:
+    subject, traces = find_subject(args.predictor), TraceSet(args.traces)
+    geometry, bits = traces.geometry, traces.manifest.quantization_bits
+    devices = [load_device(text) for text in dict.fromkeys(args.device or DEVICES)]
+    slots = [budget_slots(budget, geometry, bits) for budget in args.budget or ()] or default_slots(geometry)
+    source = from_predictor_folder(subject.folder)
+    common = ReplaySettings(geometry.total_experts, warmup_tokens=args.warmup_tokens, bits=bits)
+    lines = page_strategies(common, slots, source, geometry, devices)
+    history = published_for("history", traces)
+    profile = None if history is None else load_profile(history, traces)
+    with showing_progress(traces, args.split, f"replaying {source.name}", len(lines), quiet=args.quiet) as progress:
+        found = evaluate(traces, lines, args.split, [source], measure=source, profile=profile, progress=progress)
+    write_page(
+        args.out,
+        subject,
+        traces,
+        args.split,
+        found,
+        source=source,
+        devices=devices,
+        bits=bits,
+        warmup_tokens=args.warmup_tokens,
+        profile=None if history is None else history.name,
+    )
+    output = Output(args)
+    output.show(f"page: {args.out}")
+    output.result(found.to_json())

@@ -1,0 +1,1 @@
+"""One page about a predictor or a run: what it was fitted on, what it predicts, what that is worth."""
