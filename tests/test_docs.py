@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,15 +13,12 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from cache_cases import replay, small_geometry
 from helpers import TINY, release
 from predictor_variants import Variant
 from predictors import test_contracts
 
-from moe_beyond.cache import policies
 from moe_beyond.cli.main import main
 from moe_beyond.predictors import registry
-from moe_beyond.simulator import ReplaySettings, settings
 from moe_beyond.simulator.devices import load_device
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +89,14 @@ def module_of(block: str, name: str, monkeypatch: pytest.MonkeyPatch, folder: Pa
     spec.loader.exec_module(module)
 
 
+@pytest.mark.slow
+def test_docstrings_render_without_a_warning(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), "moe_beyond"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "moe-beyond replay" in (tmp_path / "moe_beyond" / "api.html").read_text()
+
+
 def test_the_predictor_that_contributing_adds_keeps_the_contract(monkeypatch, tmp_path) -> None:
     block = next(block for block in blocks("CONTRIBUTING.md", "python") if "CountingPredictor" in block)
     module_of(block, "moe_beyond.predictors.repeats", monkeypatch, tmp_path)
@@ -104,16 +110,26 @@ def test_the_predictor_that_contributing_adds_keeps_the_contract(monkeypatch, tm
 
 
 @pytest.mark.slow
-def test_the_policy_that_contributing_adds_evicts_what_was_used_last(monkeypatch, tmp_path) -> None:
-    block = next(block for block in blocks("CONTRIBUTING.md", "python") if "VERBS" in block)
-    module_of(block, "moe_beyond.cache.policies.most_recent", monkeypatch, tmp_path)
-    monkeypatch.setattr(policies, "POLICIES", (*policies.POLICIES, "most_recent"))
-    monkeypatch.setattr(settings, "POLICIES", (*policies.POLICIES, "most_recent"))
-    # Two slots: 0 and 1 come in, 2 drops 1, 0 is there, 1 drops 0, 2 is there.
-    found = replay(
-        small_geometry(1, 3, 1), ReplaySettings(2, policy="most_recent"), [[[n]] for n in (0, 1, 2, 0, 1, 2)]
+def test_the_policy_that_contributing_adds_evicts_what_was_used_last(tmp_path) -> None:
+    # In a copy, as compiled code is kept beside the package and would ask for the new module ever after.
+    package = shutil.copytree(
+        ROOT / "moe_beyond", tmp_path / "moe_beyond", ignore=shutil.ignore_patterns("__pycache__")
     )
-    assert (found.hits, found.misses) == (2, 4)
+    block = next(block for block in blocks("CONTRIBUTING.md", "python") if "VERBS" in block)
+    (package / "cache/policies/most_recent.py").write_text(block)
+    names = package / "cache/policies/__init__.py"
+    names.write_text(names.read_text().replace('    "lru",\n', '    "lru",\n    "most_recent",\n'))
+    # Two slots: 0 and 1 come in, 2 drops 1, 0 is there, 1 drops 0, 2 is there.
+    replaying = (
+        "from cache_cases import replay, small_geometry; from moe_beyond.simulator import ReplaySettings\n"
+        "trace = [[[expert]] for expert in (0, 1, 2, 0, 1, 2)]\n"
+        "found = replay(small_geometry(1, 3, 1), ReplaySettings(2, policy='most_recent'), trace)\n"
+        "print(found.hits, found.misses)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"}
+    words = [sys.executable, "-c", replaying]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "2 4\n", done.stderr
 
 
 def test_the_device_that_contributing_adds_is_a_device(tmp_path) -> None:

@@ -36,7 +36,7 @@ def test_a_fit_publishes_its_best(hub: Hub, fitted, capsys) -> None:
     code, folder = fitted()
     assert code == 0
     repository = hub.model("org/tiny")
-    assert f"{hub.url}/org/tiny, commit {repository.branches['main']}" in capsys.readouterr().out
+    assert f"{hub.url}/org/tiny, commit {repository.branches['main']}" in capsys.readouterr().err
     assert repository.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert Predictor.from_pretrained("org/tiny").architecture == "cross_layer"
 
