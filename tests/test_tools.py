@@ -164,7 +164,12 @@ def test_training_is_timed_on_the_same_pieces(tmp_path: Path) -> None:
     assert "best of cross_layer / best of row_encoder" in run("bench_training.py", *words)
     found = json.loads((tmp_path / "f.json").read_text())
     assert {(row["architecture"], row["precision"]) for row in found["runs"]} == {
-        (name, precision) for name in ("row_encoder", "cross_layer") for precision in ("32-true", "bf16-mixed")
+        (name, precision)
+        for name in ("row_encoder", "cross_layer", "cross_layer, small")
+        for precision in ("32-true", "bf16-mixed")
     }
-    assert found["ratio"] == pytest.approx(found["best"]["cross_layer"] / found["best"]["row_encoder"])
+    best = found["best"]
+    assert found["ratios"] == {
+        name: pytest.approx(best[name] / best["row_encoder"]) for name in ("cross_layer", "cross_layer, small")
+    }
     assert all(len(row["entries_per_s"]) == 1 and row["entries_per_s"][0] > 0 for row in found["runs"])

@@ -13,6 +13,7 @@ is a C++ compiler, `-- --model.compiled=true` is faster.
 
 import argparse
 import csv
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from moe_beyond.traces.writer import writing
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ASKED = "asked.json"
+QUIETLY = {**os.environ, "WANDB_MODE": "disabled"}
 FIRST = (
     "--model.copies=0", "--model.layer_copies=0", "--model.objective=softmax", "--model.next_use=false",
     "--model.remembered_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
@@ -82,7 +84,7 @@ def fit(traces: str, folder: Path, epochs: int, seed: int, words: tuple[str, ...
         if resumable := _runs(folder, "checkpoints/last.ckpt"):
             command += ["--ckpt_path", str(resumable[-1].absolute())]
         with (folder / "log").open("a") as log:
-            done = subprocess.run(command, cwd=folder, stdout=log, stderr=log, check=False)
+            done = subprocess.run(command, cwd=folder, stdout=log, stderr=log, env=QUIETLY, check=False)
         if done.returncode or not _runs(folder, "predictor"):
             raise SystemExit(f"{folder / 'log'} says why the fit failed")
     found = [last_figures(metrics) for metrics in _runs(folder, "metrics.csv")]

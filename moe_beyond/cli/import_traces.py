@@ -4,7 +4,7 @@ import shutil
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, parser
+from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import load_preset
 from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
@@ -41,9 +41,11 @@ def run(words: list[str]) -> None:
         raise unknown("format", args.format, FORMATS)
     if (args.predictions is None) != (args.scores is None):
         raise UserError("--predictions and --scores belong together; give both or neither")
-    traces = FORMATS[args.format](
-        args.source, args.out, load_preset(args.model), tokenizer=args.tokenizer, val_blocks=args.val_blocks
-    )
+    preset = load_preset(args.model)
+    with progress_bar(f"importing {args.source}", quiet=args.quiet) as progress:
+        traces = FORMATS[args.format](
+            args.source, args.out, preset, tokenizer=args.tokenizer, val_blocks=args.val_blocks, progress=progress
+        )
     if args.scores is not None:
         from moe_beyond.predictors.released import import_released_predictions
 

@@ -5,11 +5,13 @@ import json
 import re
 import sys
 from argparse import Action
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console, RenderableType
+from rich.progress import Progress, TimeRemainingColumn
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
@@ -123,3 +125,17 @@ class Output:
             sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         elif self._json is not None:
             write_json(self._json, content)
+
+
+@contextmanager
+def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error, and only on a terminal.
+
+    Yields:
+        What to call with how much is done, and of how much.
+    """
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
 
+from moe_beyond.cli.options import progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.asked import DEFAULT_BUDGET, Request
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder, from_scores_folder
@@ -120,9 +119,13 @@ def showing_progress(
     Yields:
         What to call with the tokens that were done.
     """
-    total = sum(shard.tokens for shard in traces.shards(split)) * strategies
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda tokens: bar.advance(task, tokens)
+    total, done = sum(shard.tokens for shard in traces.shards(split)) * strategies, 0
+
+    with progress_bar(what, quiet=quiet) as progress:
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(done, total)
+
+        yield advance

@@ -1,6 +1,7 @@
 """The CSV files of the MoE-Beyond release (arXiv 2508.17137): one file a prompt, one row a (layer, token) pair."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def import_moe_beyond_csv(
     *,
     tokenizer: str | None = None,
     val_blocks: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TraceSet:
     """Turn a folder of ``prompt_N_*.csv`` files into a trace set.
 
@@ -45,6 +47,7 @@ def import_moe_beyond_csv(
         preset: The model that routed; its geometry says which layers and experts a file must have.
         tokenizer: Tokenizer of the token strings; the preset's by default.
         val_blocks: ``SIZE:EVERY`` sends blocks of consecutive prompt numbers to a ``validation`` split.
+        progress: Called with the files that were read, and how many there are.
 
     Returns:
         The finished trace set.
@@ -68,7 +71,10 @@ def import_moe_beyond_csv(
         tool_version=__version__,
     )
     with writing(out, manifest, vocabulary=vocabulary.path) as writer:
-        read = {number: _read_prompt(path, number, preset.geometry, vocabulary) for number, path in files.items()}
+        read = {}
+        for number, path in files.items():
+            read[number] = _read_prompt(path, number, preset.geometry, vocabulary)
+            progress(len(read), len(files))
         traces = {number: trace for number, (trace, _) in read.items()}
         tokens = {number: len(trace) for number, trace in traces.items()}
         held_out = set() if blocks is None else validation_numbers(tokens, *blocks)
