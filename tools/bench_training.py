@@ -22,6 +22,7 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.files import write_json
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.tasks import CrossLayer, PredictorTask, RowEncoder
+from moe_beyond.traces.reader import TraceSet
 
 WARM_UP = 2
 SMALL = {"width": 128, "depth": 1, "heads": 4, "layer_width": 128, "copies": 2}
@@ -75,10 +76,10 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="where there is no C++ compiler: compile nothing")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows, tokens = [], sum(shard.tokens for shard in TraceSet(args.data).shards("train"))
     for name, (_, _, budgets) in ARCHITECTURES.items():
         for precision in ("32-true", "bf16-mixed"):
-            for budget in budgets:
+            for budget in (budgets[0], *(budget for budget in budgets[1:] if budget <= tokens)):
                 rates = entries_per_second(name, args.data, budget, precision, args.steps, eager=args.eager)
                 rows.append({"architecture": name, "precision": precision, "tokens": budget, "entries_per_s": rates})
                 print(f"{name} {precision} {budget}: {statistics.median(rates):,.0f} entries/s", flush=True)
