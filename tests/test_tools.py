@@ -102,7 +102,7 @@ def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
     words += [
         "--only",
         "flagship",
-        "one block",
+        "no next run",
         "--shares",
         "0.5",
         "--json",
@@ -110,9 +110,9 @@ def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
         "--",
         *small,
     ]
-    assert "one block" in run("ablate.py", *words)
+    assert "no next run" in run("ablate.py", *words)
     found = json.loads((tmp_path / "found.json").read_text())["variants"]
-    assert list(found) == ["flagship", "one block", "50% of the text"]
+    assert list(found) == ["flagship", "no next run", "50% of the text"]
     half = TraceSet(str(tmp_path / "out" / "traces-0.5"))
     assert [len(list(half.traces(split))) for split in ("train", "validation")] == [9, 6]
     assert 0 < found["flagship"][0]["val/recall_at_k/lookahead_1"] < 1

@@ -17,9 +17,9 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -171,14 +171,17 @@ def _table(rows: dict[str, list[dict[str, float]]], epochs: int) -> Table:
         first = [fit[next(iter(shown))] for fit in fits]
         table.add_row(
             name,
-            *(_format(heading, statistics.mean(fit[key] for fit in fits)) for key, heading in shown.items()),
+            *(_format(heading, [fit[key] for fit in fits if key in fit]) for key, heading in shown.items()),
             f"{100 * (max(first) - min(first)):.2f}" if len(first) > 1 else "-",
         )
     return table
 
 
-def _format(heading: str, value: Any) -> str:
-    return f"{value:.2f}" if heading in ("NLL", "bytes") else f"{value:.2%}"
+def _format(heading: str, values: Sequence[float]) -> str:
+    """Write a mean; a variant may lack a lookahead that the first has."""
+    if not values:
+        return "-"
+    return format(statistics.mean(values), ".2f" if heading in ("NLL", "bytes") else ".2%")
 
 
 if __name__ == "__main__":
