@@ -283,7 +283,7 @@ def _collect_batch(
     ids, mask = ids.to(model.device), mask.to(model.device)
     written = ids[:, :0]
     if asked.generate:
-        found = model.generate(
+        found = model.generate(  # type: ignore[operator]
             ids, attention_mask=mask, max_new_tokens=asked.generate, do_sample=False, pad_token_id=pad
         )
         written = found[:, longest:]

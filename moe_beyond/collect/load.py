@@ -34,12 +34,13 @@ def load_model(
     if load_in is not None:
         from transformers import BitsAndBytesConfig
 
-        more["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{load_in}": True})
+        told = {f"load_in_{load_in}": True}
+        more["quantization_config"] = BitsAndBytesConfig(**told)  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **more)
         if load_in is None:
-            model = model.to(device)
+            model = model.to(device)  # type: ignore[arg-type]
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:240]})") from error
     return model, tokenizer, None if load_in is None else float(load_in.removesuffix("bit"))
