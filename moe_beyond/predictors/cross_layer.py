@@ -224,7 +224,7 @@ class _CrossLayerStepper(Stepper):
         return self._scores
 
     def _score(self, routed: int, experts: npt.NDArray[np.int64] | None = None) -> None:
-        """Score the layers within reach once so many are routed, the last of them to its ``(K,)``."""
+        """Score the layers within reach once so many are routed, the last of them to these experts."""
         ahead, targets = self._scored[routed]
         logits = self._logits[routed : routed + self._predictor.lookaheads]
         if len(logits):
