@@ -157,18 +157,23 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
     found, modules = find_experts(model), dict(model.named_modules())
     layers = sorted(found)
     names = {id(module): key for key, module in modules.items()}
-    first = names[id(found[layers[0]].module)]
+    hooked = found[layers[0]]
+    first, count = names[id(hooked.module)], hooked.num_experts
     block = modules[first[: LAYER_END.search(first).end() - 1]]  # type: ignore[union-attr]
-    experts_module = modules.get(f"{first.rpartition('.')[0]}.experts", found[layers[0]].module)
-    count = found[layers[0]].num_experts
-    inside = sum(weights.numel() for weights in experts_module.parameters())
+    if hooked.names is not None:
+        weights = list(hooked.module.parameters())
+    else:  # of a router's neighbours, the experts; or, where they are several linear maps, those that are of experts
+        beside = first.rpartition(".")[0]
+        weights = [w for w in modules.get(f"{beside}.experts", modules[beside]).parameters() if w.ndim == 3]
+    inside = sum(w.numel() for w in weights)
     return Geometry(
         model=name,
         moe_layers=tuple(layers),
         num_experts=count,
         top_k=top_k,
-        params_per_expert=max(1, inside // count),
-        other_params_per_layer=sum(weights.numel() for weights in block.parameters()) - inside,
+        # Weights may have rows of identity experts too, which nobody moves.
+        params_per_expert=sum(w.numel() // (max(len(w), count) if w.ndim == 3 else count) for w in weights),
+        other_params_per_layer=sum(w.numel() for w in block.parameters()) - inside,
     )
 
 

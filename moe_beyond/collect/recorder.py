@@ -5,6 +5,9 @@ experts and their weights, so that modules are found by their signature and what
 received: the router's logits would miss selection biases and groups. Where no module is given the choice (Llama 4,
 JetMoE), the routers that transformers itself declares are hooked, and the choice is the top K of their logits, which is
 how those select.
+
+What is given to no expert is none: an id from the number of experts on (longcat_flash has identity experts there), and
+a weight of exactly 0, which adds nothing (a token of zaya that skips a layer is given to the first expert with it).
 """
 
 import inspect
@@ -53,8 +56,9 @@ class Call:
     """What one forward of the model routed.
 
     Attributes:
-        experts: ``(N, L, K)`` int64 ids in the router's order, N tokens of all rows one after the other.
-        gate_weights: ``(N, L, K)`` float32, in the same order.
+        experts: ``(N, L, K)`` int64 ids in the router's order, N tokens of all rows one after the other; -1 where a
+            slot holds none.
+        gate_weights: ``(N, L, K)`` float32, in the same order; 0 for none.
     """
 
     experts: npt.NDArray[np.int64]
@@ -74,9 +78,10 @@ class Recorder:
         self._experts: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
         self._weights: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
 
-    def _receive(self, layer: int, experts: Tensor, weights: Tensor) -> None:
-        self._experts[layer].append(experts.detach().reshape(-1, experts.shape[-1]))
-        self._weights[layer].append(weights.detach().reshape(-1, experts.shape[-1]).float())
+    def _receive(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
+        there = (experts < num_experts) & (weights != 0)
+        self._experts[layer].append(experts.detach().where(there, -1).reshape(-1, experts.shape[-1]))
+        self._weights[layer].append(weights.detach().where(there, 0).reshape(-1, experts.shape[-1]).float())
 
     def calls(self) -> list[Call]:
         """Return and forget what was recorded, a forward of the model each."""
@@ -95,7 +100,8 @@ class Recorder:
         """Return and forget what was recorded.
 
         Returns:
-            Expert ids and router weights, both ``(N, L, K)``, in the router's order; N counts tokens over all calls.
+            Expert ids (-1 for none) and router weights, both ``(N, L, K)``, in the router's order; N counts tokens over
+            all calls.
         """
         calls = self.calls()
         experts = np.concatenate([call.experts for call in calls]).astype(np.int64)
@@ -126,12 +132,18 @@ def find_experts(model: nn.Module) -> dict[int, Hooked]:
     """Find the module of each layer whose calls tell its routing.
 
     Raises:
-        UserError: There is none: the model is dense, or of a kind that transformers does not declare.
+        UserError: There is none: the model is dense, or of a kind that transformers does not declare. Or a layer has
+            two.
     """
     found: dict[int, Hooked] = {}
     for name, module in model.named_modules():
         names = tuple(inspect.signature(type(module).forward).parameters)[2:4]
         if names in SIGNATURES and (layer := LAYER.search(f"{name}.")):
+            if int(layer[1]) in found:
+                raise UserError(
+                    f"{type(model).__name__}: layer {layer[1]} has experts at {name} and elsewhere; record its "
+                    "language model alone"
+                )
             found[int(layer[1])] = Hooked(module, (names[0], names[1]), num_experts=_count(module))
     return found or _routers(model)
 
@@ -176,13 +188,19 @@ def _hook(recorder: Recorder, layer: int, hooked: Hooked) -> Any:
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             logits = output[hooked.index] if isinstance(output, tuple) else output
+            if logits.shape[-1] != hooked.num_experts:
+                raise UserError(
+                    f"{type(module).__name__}: its router has logits of {logits.shape[-1]} choices, not of its "
+                    f"{hooked.num_experts} experts; what it chooses cannot be recorded"
+                )
             experts = logits.topk(hooked.top_k).indices
-            recorder._receive(layer, experts, _weights(output, logits, experts))  # noqa: SLF001
+            weights = _weights(output, logits, experts)
+            recorder._receive(layer, hooked.num_experts, experts, weights)  # noqa: SLF001
 
         return hooked.module.register_forward_hook(after)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         received = dict(zip(("hidden_states", *names), args, strict=False)) | kwargs
-        recorder._receive(layer, received[names[0]], received[names[1]])  # noqa: SLF001
+        recorder._receive(layer, hooked.num_experts, received[names[0]], received[names[1]])  # noqa: SLF001
 
     return hooked.module.register_forward_pre_hook(before, with_kwargs=True)

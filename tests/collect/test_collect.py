@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import error_line
+from moe_architectures import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import moe_beyond as mb
 from moe_beyond.cli.main import main
 from moe_beyond.collect.collect import Collection, Rank, collect, measured_geometry
 from moe_beyond.collect.prompts import Prompt
@@ -22,6 +24,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import geometry_from_config
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.statistics import summarize
 from moe_beyond.traces.trace import Trace
 
 SMALL = checkpoints_folder() / "small-moe"
@@ -98,6 +101,28 @@ def test_an_answer_ends_where_the_model_ends_it(small: tuple, tmp_path: Path, mo
         expected = answer.index(end) if end in answer else 8
         assert len(one) - one.decode_start == expected
     assert len(alone[0]) - alone[0].decode_start <= 3
+
+
+def test_identity_experts_are_left_out_on_the_way_to_a_replay(small: tuple, tmp_path: Path) -> None:
+    """Their slots hold none, on disk and after, whether the model reads or writes."""
+    tokenizer = small[1]
+    model = tiny_model("LongcatFlashForCausalLM", vocab_size=len(tokenizer))
+    traces = collect(model, tokenizer, prompts(), tmp_path / "traces", Collection(4, batch_size=2), rank=Rank(0, 1))
+    assert traces is not None
+    assert (traces.geometry.num_experts, traces.geometry.top_k) == (8, 2)
+    real = 0
+    for trace in traces.traces():
+        with recording(model) as recorder, torch.inference_mode():
+            model(torch.from_numpy(trace.token_ids.astype(np.int64))[None])
+            experts, _ = recorder.take()
+        assert np.array_equal(np.sort(trace.experts.astype(np.int8)), np.sort(experts))  # -1 is 255 in a byte
+        assert trace.gate_weights is not None
+        assert np.array_equal(trace.gate_weights > 0, trace.experts < 8)
+        real += int((trace.experts < 8).sum())
+    assert 0 < real < traces.manifest.tokens * traces.geometry.demand_per_token
+    found = mb.replay(traces, budget=["50%"], policy=["lru"])
+    assert {result["accesses"] for result in found.to_json()["results"]} == {real}
+    assert sum(layer["unused_experts"] for layer in summarize(traces)["by_layer"]) < 16
 
 
 def test_the_geometry_is_read_off_the_modules(small: tuple) -> None:

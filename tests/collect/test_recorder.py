@@ -85,6 +85,13 @@ def test_hooks_are_gone_afterwards() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_two_towers_of_experts_are_refused() -> None:
+    """As of a model that also looks: which of them a layer's number means, nobody says."""
+    both = torch.nn.ModuleDict({"language": build("mixtral"), "vision": build("qwen3_moe")})
+    with pytest.raises(UserError, match=r"layer 0 has experts at vision\.model.* elsewhere"), recording(both):
+        pass
+
+
 def test_a_dense_model_is_refused() -> None:
     dense = {key: value for key, value in SIZES.items() if key != "num_experts_per_tok"}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**dense))
