@@ -99,7 +99,7 @@ class Predictor(nn.Module, ABC):
         link: How logits become probabilities: ``"sigmoid"``, each expert by itself; ``"softmax"``, K times the
             softmax over a layer's experts, at most 1 (at the optimum of the K-positive cross-entropy the softmax is
             1/K of each expert's probability to be chosen); or ``"subset"``, the sigmoid of logits shifted so that a
-            layer's add up to K.
+            layer's add up to K. Of a model whose tokens may have fewer than K experts the first alone is true.
         calibration: What makes those probabilities true, once it was fitted.
     """
 
