@@ -160,11 +160,12 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
     hooked = found[layers[0]]
     first, count = names[id(hooked.module)], hooked.num_experts
     block = modules[first[: LAYER_END.search(first).end() - 1]]  # type: ignore[union-attr]
-    if hooked.names is not None:
-        weights = list(hooked.module.parameters())
-    else:  # of a router's neighbours, the experts; or, where they are several linear maps, those that are of experts
-        beside = first.rpartition(".")[0]
-        weights = [w for w in modules.get(f"{beside}.experts", modules[beside]).parameters() if w.ndim == 3]
+    beside = modules[first.rpartition(".")[0]]  # where a router is hooked, experts are its neighbours
+    holder = hooked.module if hooked.names is not None else getattr(beside, "experts", None)
+    if holder is not None:
+        weights = list(holder.parameters())
+    else:  # JetMoE has no module for them: of all maps there, those with a row an expert are theirs
+        weights = [w for w in beside.parameters() if w.ndim == 3]
     inside = sum(w.numel() for w in weights)
     return Geometry(
         model=name,
@@ -172,7 +173,7 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
         num_experts=count,
         top_k=top_k,
         # Weights may have rows of identity experts too, which nobody moves.
-        params_per_expert=sum(w.numel() // (max(len(w), count) if w.ndim == 3 else count) for w in weights),
+        params_per_expert=max(1, sum(w.numel() // (max(len(w), count) if w.ndim == 3 else count) for w in weights)),
         other_params_per_layer=sum(w.numel() for w in block.parameters()) - inside,
     )
 

@@ -46,7 +46,7 @@ def k_positive_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None
         return -(logs * wanted[real]).sum(-1).mean() / batch.experts.shape[-1]
     chosen = batch.ids(logs.shape[-1])[real][:, None].expand(-1, logs.shape[1], -1, -1)
     there = chosen < logs.shape[-1]
-    return -(logs.gather(-1, chosen.where(there, 0)) * there).sum() / there.sum()
+    return -(logs.gather(-1, chosen.where(there, 0)) * there).sum() / there.sum().clamp(min=1)
 
 
 def binary_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
