@@ -50,7 +50,7 @@ RULES: dict[str, Any] = {
     r"(moe_)?n(um)?_shared_experts": 1,
     r"first_k_dense_replace|num_dense_layers": 1,
     r"max_position_embeddings|max_seq_len|model_max_length|rel_extent": 128,
-    r"initializer_range": 0.2,  # routers that tell tokens apart, whatever the bias
+    r"initializer_range": 0.1,  # tokens that differ
 }
 """What a field of a configuration is, by its name."""
 # What no rule on a field's name can know, by folder.
@@ -74,7 +74,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
         "indexer_compress_ratio": 4,
     },
-    "zaya": {"num_experts_per_tok": 1},  # it refuses others
+    # It refuses more than one; and its router is three maps deep.
+    "zaya": {"num_experts_per_tok": 1, "initializer_range": 0.5},
 }  # fmt: skip
 
 
@@ -118,9 +119,11 @@ def tiny_model(name: str, **more: Any) -> Any:
     torch.manual_seed(0)
     model = model_class(name)(config).eval()
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-        last, size = key.rpartition(".")[2], tensor.shape[-1] if tensor.ndim else 0
-        if "bias" in last and EXPERTS <= size <= EXPERTS + IDENTITIES and tensor.numel() == size:
-            # A router's: of selection, or of its logits. Zero in a fresh model, which hides what it does.
+        last, rows = key.rpartition(".")[2], len(tensor) if tensor.ndim else 0
+        names = {1: "bias", 2: "router|gate"}.get(tensor.ndim)
+        if EXPERTS <= rows <= EXPERTS + IDENTITIES and names and re.search(names, key) and ".experts." not in key:
+            # A router's weights, so that it tells tokens apart, and its biases, of logits or of the selection: some are
+            # zero in a fresh model, which hides what they do.
             nn.init.normal_(tensor.data, std=0.5)
         if last == "tid2eid":  # hash routing: which experts a token has; fresh, the first one TOP_K times
             tensor.copy_(torch.stack([torch.randperm(EXPERTS)[: tensor.shape[1]] for _ in tensor]))

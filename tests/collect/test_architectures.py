@@ -184,7 +184,8 @@ def test_it_records_what_the_experts_receive_and_use(architecture, monkeypatch: 
         experts, weights = recorder.take()
         assert recorder.moe_layers == tuple(sorted(seen))
         assert recorder.num_experts == EXPERTS
-        assert len(np.unique(experts)) > 2
+        varied = [len(np.unique(of_layer[of_layer >= 0])) for of_layer in experts.swapaxes(0, 1)]
+        assert max(varied) > experts.shape[2]  # otherwise, recordings of other tokens or places would pass as well
         for column, layer in enumerate(recorder.moe_layers):
             received, shares = seen[layer].experts.numpy(), seen[layer].weights.float().numpy()
             there = (received < EXPERTS) & (shares != 0)
@@ -192,7 +193,7 @@ def test_it_records_what_the_experts_receive_and_use(architecture, monkeypatch: 
             assert np.array_equal(experts[:, column], np.where(there, received, -1))
             assert np.array_equal(weights[:, column], np.where(there, shares, 0))
             found = mixture(folder, seen[layer], experts[:, column], weights[:, column])
-            torch.testing.assert_close(found, seen[layer].output.float(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, seen[layer].output.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_geometry_is_that_of_one_expert(architecture) -> None:
@@ -307,7 +308,7 @@ def test_identity_and_skip_experts_are_none(name: str, bias: int, monkeypatch: p
         assert weights[~none].all()
         for column, layer in enumerate(recorder.moe_layers):
             found = mixture(moes.architectures()[name], seen[layer], experts[:, column], weights[:, column])
-            torch.testing.assert_close(found, seen[layer].output, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, seen[layer].output, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", moes.REFUSED)
