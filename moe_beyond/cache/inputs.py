@@ -29,8 +29,9 @@ class Stream:
     def of_tokens(cls, geometry: Geometry, experts: npt.NDArray[np.integer]) -> "Stream":
         """List the demands of ``(T, L, K)`` experts, every (token, layer) an event."""
         ids = np.sort(expert_ids(experts, geometry.num_experts), axis=-1)
-        there = ids < geometry.num_experts
-        base = np.arange(geometry.num_layers)[:, None] * geometry.num_experts
+        there, base = ids < geometry.num_experts, np.arange(geometry.num_layers)[:, None] * geometry.num_experts
+        if there.all():  # as in most models, and much sooner
+            return cls((ids + base).ravel(), np.arange(ids[..., 0].size + 1) * geometry.top_k)
         return cls((ids + base)[there], np.concatenate([[0], there.sum(-1).cumsum()]))
 
     def events(self) -> Ints:

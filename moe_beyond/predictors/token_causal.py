@@ -59,7 +59,8 @@ class TokenCausal(GradientPredictor):
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
-        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.loss`).
+        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.loss`). Where tokens may have fewer than
+            K experts, sigmoid: probabilities of the others add up to K.
         remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
         known_tokens: Tokens with an own vector; 0 does without.
         min_count: Training occurrences that an own vector needs.

@@ -41,8 +41,7 @@ def expert_ids(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> npt.N
         (array([3, 8]), array([  3, 300]))
     """
     ids = experts.astype(np.int64)
-    ids[(ids < 0) | (ids >= num_experts)] = num_experts
-    return ids
+    return np.minimum(ids, num_experts) if experts.dtype == np.uint8 else np.where(ids < 0, num_experts, ids)
 
 
 def check_experts(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> str | None:
