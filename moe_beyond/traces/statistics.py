@@ -45,7 +45,8 @@ def reuse(traces: TraceSet, split: str | None = None) -> npt.NDArray[np.float64]
         there = now != none_id(now.dtype)
         shared += ((now[..., :, None] == before[..., None, :]) & there[..., None]).sum((0, 2, 3))
         used += there.sum((0, 2))
-    return np.divide(shared, used, out=np.full(layers, np.nan), where=used > 0)
+    shares: npt.NDArray[np.float64] = np.divide(shared, used, out=np.full(layers, np.nan), where=used > 0)
+    return shares
 
 
 def normalized_entropy(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
