@@ -1,7 +1,7 @@
 """What ``import moe_beyond as mb`` offers in a script or a notebook."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.collect.record import record as record
+from moe_beyond.collect.collect import Collection, Rank, collect
+from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.asked import Request, asked_combinations, asked_conditions, asked_strategies
 from moe_beyond.evaluation.evaluate import evaluate as measure_and_replay
@@ -27,6 +28,7 @@ from moe_beyond.traces.reader import TraceSet
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOTEBOOK_WIDTH = 120
 NOTEBOOK_CODE = '<pre style="font-family: ui-monospace, Menlo, Consolas, monospace; line-height: 1.2">{code}</pre>'
@@ -84,6 +86,31 @@ class Replayed:
             console.print(self.metrics_table())
         console.print(self.table())
         return console.export_html(inline_styles=True, code_format=NOTEBOOK_CODE)
+
+
+def record(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Iterable[str | Prompt],
+    out: str | Path,
+    **asked: Any,
+) -> TraceSet:
+    """Let a model read prompts, and perhaps answer them, and write its routing as a trace set.
+
+    Args:
+        model: A transformers mixture of experts, on any device.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or texts with names, sources and splits of their own.
+        out: The trace set to make.
+        **asked: Fields of `moe_beyond.collect.collect.Collection`: ``generate``, ``batch_size``, ``max_tokens``, ...
+
+    Raises:
+        UserError: The model is no mixture of experts, a prompt is empty or too long, or ``out`` exists.
+    """
+    named = [Prompt(one, f"prompt-{n}") if isinstance(one, str) else one for n, one in enumerate(prompts, start=1)]
+    traces = collect(model, tokenizer, named, out, Collection(**asked), rank=Rank(0, 1))
+    assert traces is not None
+    return traces
 
 
 def load_traces(folder: str | Path) -> TraceSet:

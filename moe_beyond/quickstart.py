@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from moe_beyond.callbacks import CacheReplay, ExportBest
-from moe_beyond.collect.record import Prompt, record
+from moe_beyond.collect.collect import Collection, Rank, collect
+from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder
@@ -90,18 +91,22 @@ def record_small_model(folder: Path) -> TraceSet:
     prompts = [json.loads(line) for line in (weights / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     # Whole files are held out: two excerpts of one file are too much alike.
     held_out = set(sorted({prompt["source"] for prompt in prompts})[::HELD_OUT_ONE_IN])
-    return record(
+    traces = collect(
         model,
         tokenizer,
-        (
+        [
             Prompt(one["text"], one["id"], one["source"], "validation" if one["source"] in held_out else "train")
             for one in prompts
-        ),
+        ],
         folder,
+        Collection(batch_size=1, shard_tokens=4096),
         name=MODEL,
         source="Python 3.11 documentation and library, files that the model never saw",
         quantization_bits=16.0,  # as the weights are stored
+        rank=Rank(0, 1),
     )
+    assert traces is not None
+    return traces
 
 
 class _EpochLines(L.Callback):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from helpers import there, with_holes
 from hypothesis import strategies as st
 from reference_cache import COUNTERS, ReferenceCache, Rules, split_slots, union_steps
 
@@ -70,6 +71,10 @@ class Case:
 
     def changed(self, **settings) -> "Case":
         return replace(self, settings=replace(self.settings, **settings))
+
+    def with_holes(self, share: float, seed: int) -> "Case":
+        rng = np.random.default_rng(seed)
+        return replace(self, sequences=[with_holes(experts, rng, share) for experts in self.sequences])
 
     def with_ticks(self, transfer: int, other: int, expert: int, flash: int = 0, host_slots: int = 0) -> "Case":
         device = ticking(transfer, other, expert, flash or None, (host_slots or 0.5) if flash else None)
@@ -151,7 +156,7 @@ class Case:
         parts = [
             union_steps(
                 rules,
-                [(self.sequences[i].tolist(), self.scores[i].tolist(), self.decode_starts[i]) for i in batch],
+                [(ragged(self.sequences[i]), self.scores[i].tolist(), self.decode_starts[i]) for i in batch],
             )
             for batch in self.batches
         ]
@@ -173,6 +178,11 @@ class Case:
                 for column, name in enumerate(COUNTERS):
                     row[column] += found[name]
         return Outcome(counts, spent, tokens, busy)
+
+
+def ragged(experts: np.ndarray) -> list[list[list[int]]]:
+    """Of every token and layer the experts that there are."""
+    return [[there(chosen).tolist() for chosen in layers] for layers in experts]
 
 
 @st.composite

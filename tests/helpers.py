@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import none_id
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
 
@@ -30,6 +32,16 @@ def tiny_trace(
     return Trace(name, "tests", token_ids.astype(np.int32), np.argsort(-gates)[..., :top_k].astype(np.uint8), length)
 
 
+def with_holes(experts: np.ndarray, rng: np.random.Generator, share: float = 0.3) -> np.ndarray:
+    """Let slots hold no expert, as where a model has identity experts."""
+    return np.where(rng.random(experts.shape) < share, none_id(experts.dtype), experts).astype(experts.dtype)
+
+
+def there(experts: np.ndarray) -> np.ndarray:
+    """The experts of one (token, layer) without such slots."""
+    return experts[experts != none_id(experts.dtype)]
+
+
 def tiny_traces(
     folder: Path,
     *,
@@ -38,6 +50,7 @@ def tiny_traces(
     geometry: Geometry = TINY,
     vocab: int = VOCAB,
     seed: int = 0,
+    holes: float = 0.0,
 ) -> TraceSet:
     """Write a trace set with a train and a validation split (every fourth sequence) and open it."""
     rng = np.random.default_rng(seed)
@@ -45,6 +58,8 @@ def tiny_traces(
     with writing(folder, manifest, shard_tokens=64) as writer:
         for i in range(sequences):
             trace = tiny_trace(f"s{i}", int(rng.integers(1, longest + 1)), rng, geometry, vocab)
+            if holes:
+                trace = replace(trace, experts=with_holes(trace.experts, rng, holes))
             writer.write(trace, "validation" if i % 4 == 3 else "train")
     return TraceSet(str(folder))
 

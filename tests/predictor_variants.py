@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import TINY, VOCAB
+from helpers import TINY, VOCAB, there
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Predictor, TrainingText
@@ -155,7 +155,7 @@ def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray],
             for trace in traces:
                 for experts in trace.experts[trace.token_ids == token_id]:
                     for layer, chosen in enumerate(experts):
-                        counts[row, layer, chosen] += 1
+                        counts[row, layer, there(chosen)] += 1
         return counts.reshape(len(token_ids), -1)
 
     return expert_counts

@@ -24,6 +24,7 @@ from moe_beyond.files import write_json
 from moe_beyond.predictors.folder import load_predictor
 from moe_beyond.published import find_predictor
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import none_id
 
 MICRO = 1e6
 
@@ -44,7 +45,8 @@ def main() -> None:
     starts, steps, wholes = [], [], []
     for number, trace in zip(range(args.sequences + 1), TraceSet(args.traces).traces(), strict=False):
         stepper.reset()
-        for token_id, experts in zip(trace.token_ids, trace.experts, strict=True):
+        for token_id, routed in zip(trace.token_ids, trace.experts, strict=True):
+            experts = [chosen[chosen != none_id(chosen.dtype)] for chosen in routed]
             began = now = time.perf_counter()
             stepper.observe_token(int(token_id))
             best(stepper.scores()[0], top_k)

@@ -17,6 +17,7 @@ from rich.progress import track
 from moe_beyond.lookahead import parse_lookahead
 from moe_beyond.predictors.scores import writing_scores
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import expert_ids
 
 
 def main() -> None:
@@ -48,11 +49,12 @@ def partly_known(
     chosen: npt.NDArray[np.integer], experts: int, share: float, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
     """Return scores ``(T, L, E)`` of choices ``(T, L, K)``."""
-    named = rng.random(chosen.shape) < share
-    known = np.zeros((*chosen.shape[:2], experts), bool)
-    np.put_along_axis(known, chosen.astype(np.int64), named, -1)
-    count = named.sum(-1, keepdims=True)
-    others = (chosen.shape[-1] - count) / np.maximum(experts - count, 1)
+    named, ids = rng.random(chosen.shape) < share, expert_ids(chosen, experts)
+    known = np.zeros((*chosen.shape[:2], experts + 1), bool)
+    np.put_along_axis(known, ids, named, -1)
+    known = known[..., :experts]  # the last one is none
+    count = known.sum(-1, keepdims=True)
+    others = ((ids < experts).sum(-1, keepdims=True) - count) / np.maximum(experts - count, 1)
     return np.where(known, 1.0, others).astype(np.float32)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from rich.progress import track
 
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import expert_ids, none_id
 from moe_beyond.traces.writer import writing
 
 
@@ -32,10 +33,10 @@ def permute(source: TraceSet, out: str, entries: float, seed: int) -> TraceSet:
     manifest = replace(source.manifest, source=f"{source.manifest.source}, {repeats} times under permuted expert ids")
     with writing(out, manifest) as writer:
         for number in track(range(repeats), description="repeating"):
-            permuted = np.stack([random.permutation(experts) for _ in range(layers)])
+            permuted = np.stack([np.append(random.permutation(experts), none_id(np.int64)) for _ in range(layers)])
             for split in source.manifest.splits:
                 for trace in source.traces(split):
-                    chosen = permuted[np.arange(layers)[:, None], trace.experts.astype(np.int64)]
+                    chosen = permuted[np.arange(layers)[:, None], expert_ids(trace.experts, experts)]
                     name = f"{trace.sequence_id}.{number}"
                     writer.write(replace(trace, sequence_id=name, experts=chosen, gate_weights=None), split)
     return TraceSet(out)

@@ -89,11 +89,11 @@ class Cache:
         """
         named, tokens = np.unique(np.asarray(experts, np.int64), return_counts=True)
         ids = self._ids(layer, named)
-        room = self.state.pools[self.state.experts[core.POOL, ids[0]], core.CAPACITY]
+        room = self.state.pools[layer if len(self.state.pools) > 1 else 0, core.CAPACITY]
         if len(ids) > room and not self._verbs.stages:
             raise UserError(f"layer {layer} demands {len(ids)} experts at once, more than the {room} slots it may have")
         missing = named[self.state.experts[core.PLACE, ids] < 0]
-        ready = core.demand(self.state, self._policy, self._verbs, ids, tokens)
+        ready = core.demand(self.state, self._policy, self._verbs, layer, ids, tokens)
         if scores is not None:
             self.know(scores)
         core.fetch(self.state, self._policy, self._verbs, ids, ready)

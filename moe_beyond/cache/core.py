@@ -219,14 +219,15 @@ def start_step(cache: CacheState, counted: bool) -> None:
 
 
 @jit
-def demand(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints, tokens: Ints) -> float:
+def demand(cache: CacheState, policy: Any, verbs: Verbs, layer: int, experts: Ints, tokens: Ints) -> float:
     """Begin an event: a layer is routed. Nothing moves yet: `fetch` follows, once what that tells is learned.
 
     Args:
         cache: A `CacheState`.
         policy: The policy's own arrays.
         verbs: What it does.
-        experts: ``(n,)`` int64, the distinct experts of a layer that are demanded; no more than a pool's capacity.
+        layer: The layer.
+        experts: ``(n,)`` int64, its distinct experts that are demanded, if any; no more than a pool's capacity.
         tokens: ``(n,)`` int64, how many tokens each is demanded for.
 
     Returns:
@@ -236,7 +237,6 @@ def demand(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints, tokens: 
     cache.now[EVENT] += 1
     cache.now[MOMENT] += 1
     _unshield_all(cache)
-    layer = cache.experts[IN_LAYER, experts[0]]
     cache.now[LAYER] = layer
     row = cache.counters[layer]
     ready = link.clock[NOW]

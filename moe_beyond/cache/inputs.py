@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.profile import Profile
+from moe_beyond.traces.schema import expert_ids
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -27,9 +28,11 @@ class Stream:
     @classmethod
     def of_tokens(cls, geometry: Geometry, experts: npt.NDArray[np.integer]) -> "Stream":
         """List the demands of ``(T, L, K)`` experts, every (token, layer) an event."""
-        length, layers, top_k = experts.shape
-        ids = np.sort(experts.astype(np.int64) + np.arange(layers)[:, None] * geometry.num_experts, axis=-1)
-        return cls(ids.ravel(), np.arange(length * layers + 1) * top_k)
+        ids = np.sort(expert_ids(experts, geometry.num_experts), axis=-1)
+        there, base = ids < geometry.num_experts, np.arange(geometry.num_layers)[:, None] * geometry.num_experts
+        if there.all():  # as in most models, and much sooner
+            return cls((ids + base).ravel(), np.arange(ids[..., 0].size + 1) * geometry.top_k)
+        return cls((ids + base)[there], np.concatenate([[0], there.sum(-1).cumsum()]))
 
     def events(self) -> Ints:
         """Return the number, from 1, of the event of each demand: ``(n,)``."""

@@ -194,7 +194,7 @@ def run(
                 if plan.kind == SCORED and plan.distance == 0 and (layer > 0 or plan.first_layers):
                     ask(cache, policy, verbs, cache.room[NAMED, : scored.names(cache, plan, layer, 0)])
             routed_at = link.clock[NOW]
-            ready = demand(cache, policy, verbs, experts, tokens)
+            ready = demand(cache, policy, verbs, layer, experts, tokens)
             if not steps.computed:
                 _learn_ahead(cache, policy, verbs, steps, step, layer)
             ready = fetch(cache, policy, verbs, experts, ready)

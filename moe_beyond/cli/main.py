@@ -12,6 +12,7 @@ from moe_beyond.version import __version__
 # help is instant.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Traces": {
+        "collect": ("collect", "run a mixture of experts over prompts and record its routing"),
         "import": ("import_traces", "turn another tool's recording into a trace set"),
         "inspect": ("inspect_traces", "describe a trace set: popularity, skew, reuse"),
     },

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console, RenderableType
-from rich.progress import Progress, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
@@ -128,14 +128,14 @@ class Output:
 
 
 @contextmanager
-def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Show a bar on standard error, and only on a terminal.
 
     Yields:
-        What to call with how much is done, and of how much.
+        What to call with how much is done, of how much, and perhaps what to say beside.
     """
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
+    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[beside]}"))
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(what, total=None, beside="")
+        yield lambda done, total, beside="": bar.update(task, completed=done, total=total, beside=beside)

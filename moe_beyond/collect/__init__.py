@@ -1,1 +1,1 @@
-"""Run a transformers MoE and record where it routes."""
+"""Recording a model's routing."""

@@ -2,13 +2,19 @@
 
 In transformers 5 the experts of nearly every mixture are a module whose forward takes the hidden states, the chosen
 experts and their weights, so that modules are found by their signature and what is recorded is what the experts
-received: the router's logits would miss selection biases and groups.
+received: the router's logits would miss selection biases and groups. Where no module is given the choice (Llama 4,
+JetMoE), the routers that transformers itself declares are hooked, and the choice is the top K of their logits, which is
+how those select.
+
+What is given to no expert is none: an id from the number of experts on (longcat_flash has identity experts there), and
+a weight of exactly 0, which adds nothing (a token of zaya that skips a layer is given to the first expert with it).
 """
 
 import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +27,42 @@ from moe_beyond.errors import UserError
 # The second and third parameter of an experts module's forward; two spellings are in use.
 SIGNATURES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
+ATTENTION = re.compile(r"attn|attention")
+EXPERTS = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
+"""What modules call how many experts they hold; longcat_flash counts its identity experts in the first of them."""
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """A module whose calls tell a layer's routing.
+
+    Attributes:
+        module: The experts module, or the router.
+        names: Of the parameters that hold the choice; None where a router's logits do.
+        index: Of the logits among what a router returns.
+        top_k: Experts that a router's top K are.
+        num_experts: Real experts of the layer; ids from there on stand for none (identity and skip experts).
+    """
+
+    module: nn.Module
+    names: tuple[str, str] | None
+    index: int = 0
+    top_k: int = 0
+    num_experts: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward of the model routed.
+
+    Attributes:
+        experts: ``(N, L, K)`` int64 ids in the router's order, N tokens of all rows one after the other; -1 where a
+            slot holds none.
+        gate_weights: ``(N, L, K)`` float32, in the same order; 0 for none.
+    """
+
+    experts: npt.NDArray[np.int64]
+    gate_weights: npt.NDArray[np.float32]
 
 
 class Recorder:
@@ -28,28 +70,42 @@ class Recorder:
 
     Attributes:
         moe_layers: Indices of the model's layers that hold experts, ascending.
+        num_experts: Experts of each such layer.
     """
 
-    def __init__(self, moe_layers: tuple[int, ...]) -> None:
-        self.moe_layers = moe_layers
+    def __init__(self, moe_layers: tuple[int, ...], num_experts: int) -> None:
+        self.moe_layers, self.num_experts = moe_layers, num_experts
         self._experts: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
         self._weights: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
 
-    def _receive(self, layer: int, experts: Tensor, weights: Tensor) -> None:
-        self._experts[layer].append(experts.detach().cpu())
-        self._weights[layer].append(weights.detach().float().cpu())
+    def _receive(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
+        there = (experts < num_experts) & (weights != 0)
+        self._experts[layer].append(experts.detach().where(there, -1).reshape(-1, experts.shape[-1]))
+        self._weights[layer].append(weights.detach().where(there, 0).reshape(-1, experts.shape[-1]).float())
+
+    def calls(self) -> list[Call]:
+        """Return and forget what was recorded, a forward of the model each."""
+        found = [
+            Call(
+                torch.stack([self._experts[layer][number] for layer in self.moe_layers], 1).cpu().numpy(),
+                torch.stack([self._weights[layer][number] for layer in self.moe_layers], 1).cpu().numpy(),
+            )
+            for number in range(len(self._experts[self.moe_layers[0]]))
+        ]
+        for calls in (*self._experts.values(), *self._weights.values()):
+            calls.clear()
+        return found
 
     def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return and forget what was recorded.
 
         Returns:
-            Expert ids and router weights, both ``(N, L, K)``, in the router's order; N counts tokens over all calls.
+            Expert ids (-1 for none) and router weights, both ``(N, L, K)``, in the router's order; N counts tokens over
+            all calls.
         """
-        experts = torch.stack([torch.cat(self._experts[layer]) for layer in self.moe_layers], 1)
-        weights = torch.stack([torch.cat(self._weights[layer]) for layer in self.moe_layers], 1)
-        for calls in (*self._experts.values(), *self._weights.values()):
-            calls.clear()
-        return experts.numpy().astype(np.int64), weights.numpy()
+        calls = self.calls()
+        experts = np.concatenate([call.experts for call in calls]).astype(np.int64)
+        return experts, np.concatenate([call.gate_weights for call in calls])
 
 
 @contextmanager
@@ -62,18 +118,9 @@ def recording(model: nn.Module) -> Iterator[Recorder]:
     Raises:
         UserError: No module of the model takes chosen experts.
     """
-    found: dict[int, tuple[nn.Module, tuple[str, str]]] = {}
-    for name, module in model.named_modules():
-        names = tuple(inspect.signature(type(module).forward).parameters)[2:4]
-        if names in SIGNATURES and (layer := LAYER.search(f"{name}.")):
-            found[int(layer[1])] = (module, names)
-    if not found:
-        raise UserError(f"{type(model).__name__}: no experts module found; is it a mixture of experts?")
-    recorder = Recorder(tuple(sorted(found)))
-    handles = [
-        module.register_forward_pre_hook(_hook(recorder, layer, names), with_kwargs=True)
-        for layer, (module, names) in found.items()
-    ]
+    found = find_experts(model)
+    recorder = Recorder(tuple(sorted(found)), max(hooked.num_experts for hooked in found.values()))
+    handles = [_hook(recorder, layer, hooked) for layer, hooked in found.items()]
     try:
         yield recorder
     finally:
@@ -81,9 +128,79 @@ def recording(model: nn.Module) -> Iterator[Recorder]:
             handle.remove()
 
 
-def _hook(recorder: Recorder, layer: int, names: tuple[str, str]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received = dict(zip(("hidden_states", *names), args, strict=False)) | kwargs
-        recorder._receive(layer, received[names[0]], received[names[1]])  # noqa: SLF001
+def find_experts(model: nn.Module) -> dict[int, Hooked]:
+    """Find the module of each layer whose calls tell its routing.
 
-    return hook
+    Raises:
+        UserError: There is none: the model is dense, or of a kind that transformers does not declare. Or a layer has
+            two.
+    """
+    found: dict[int, Hooked] = {}
+    for name, module in model.named_modules():
+        names = tuple(inspect.signature(type(module).forward).parameters)[2:4]
+        if names in SIGNATURES and (layer := LAYER.search(f"{name}.")):
+            if int(layer[1]) in found:
+                raise UserError(
+                    f"{type(model).__name__}: layer {layer[1]} has experts at {name} and elsewhere; record its "
+                    "language model alone"
+                )
+            found[int(layer[1])] = Hooked(module, (names[0], names[1]), num_experts=_count(module))
+    return found or _routers(model)
+
+
+def _routers(model: nn.Module) -> dict[int, Hooked]:
+    """Find the routers whose logits the model's own class declares; attention that is a mixture too is none."""
+    declared: list[Any] = []
+    for part in model.modules():
+        of_part = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", ())
+        declared += of_part if isinstance(of_part, list) else [of_part] if of_part else []
+    found: dict[int, Hooked] = {}
+    for one in declared:
+        kind, index = getattr(one, "target_class", one), getattr(one, "index", 0)
+        for name, module in model.named_modules():
+            layer, top_k = LAYER.search(f"{name}."), getattr(module, "top_k", None)
+            if isinstance(module, kind) and layer and top_k and not ATTENTION.search(name):
+                found[int(layer[1])] = Hooked(module, None, index, top_k, _count(module))
+    if not found:
+        raise UserError(f"{type(model).__name__}: no experts module found; is it a mixture of experts?")
+    return found
+
+
+def _count(module: nn.Module) -> int:
+    """Return how many real experts a module holds, or chooses from."""
+    counts = [count for name in EXPERTS if isinstance(count := getattr(module, name, None), int)]
+    if not counts:
+        raise UserError(f"{type(module).__name__}: does not say how many experts it has ({', '.join(EXPERTS)})")
+    return min(counts)
+
+
+def _weights(output: Any, logits: Tensor, experts: Tensor) -> Tensor:
+    """Return the gate weights of a router's choice: of scores that it returns beside its logits, else their softmax."""
+    for part in output if isinstance(output, tuple) else ():
+        if isinstance(part, Tensor) and part is not logits and part.shape == logits.shape:
+            return part.gather(-1, experts)
+    return logits.gather(-1, experts).softmax(-1)
+
+
+def _hook(recorder: Recorder, layer: int, hooked: Hooked) -> Any:
+    names = hooked.names
+    if names is None:
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            logits = output[hooked.index] if isinstance(output, tuple) else output
+            if logits.shape[-1] != hooked.num_experts:
+                raise UserError(
+                    f"{type(module).__name__}: its router has logits of {logits.shape[-1]} choices, not of its "
+                    f"{hooked.num_experts} experts; what it chooses cannot be recorded"
+                )
+            experts = logits.topk(hooked.top_k).indices
+            weights = _weights(output, logits, experts)
+            recorder._receive(layer, hooked.num_experts, experts, weights)  # noqa: SLF001
+
+        return hooked.module.register_forward_hook(after)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received = dict(zip(("hidden_states", *names), args, strict=False)) | kwargs
+        recorder._receive(layer, hooked.num_experts, received[names[0]], received[names[1]])  # noqa: SLF001
+
+    return hooked.module.register_forward_pre_hook(before, with_kwargs=True)

@@ -15,6 +15,7 @@ from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import expert_ids
 
 TOKENS_AT_ONCE = 4096
 
@@ -86,7 +87,7 @@ class TraceDataModule(L.LightningDataModule):
 
     def _expert_counts(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Count how often the training split routed tokens to each expert: ``(n, L*E)``."""
-        layers, experts, top_k = self.geometry.shape()
+        layers, experts, _ = self.geometry.shape()
         counts = np.zeros((len(token_ids), layers * experts), np.int32)
         row_of = np.full(self.vocab_size, -1)
         row_of[token_ids] = np.arange(len(token_ids))
@@ -97,8 +98,10 @@ class TraceDataModule(L.LightningDataModule):
             for start in range(0, len(rows), TOKENS_AT_ONCE):
                 part = slice(start, start + TOKENS_AT_ONCE)
                 known = rows[part] >= 0
-                used = (shard.experts[part][known] + base).reshape(-1, layers * top_k)
-                np.add.at(counts, (rows[part][known][:, None], used), 1)
+                ids = expert_ids(shard.experts[part][known], experts)
+                there = ids < experts
+                token = np.broadcast_to(rows[part][known][:, None, None], ids.shape)
+                np.add.at(counts, (token[there], (ids + base)[there]), 1)
         return counts
 
     def setup(self, stage: str) -> None:

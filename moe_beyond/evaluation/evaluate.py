@@ -13,6 +13,7 @@ from moe_beyond.cache.inputs import Stream
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.metrics import RoutingMetrics
+from moe_beyond.predictors.batch import collate
 from moe_beyond.profile import Profile
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
@@ -160,10 +161,8 @@ def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Score
 
 
 def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any) -> None:
-    chosen = torch.from_numpy(trace.experts.astype(np.int64))
-    targets = torch.zeros(*chosen.shape[:2], scores.shape[-1], dtype=torch.bool)
-    targets.scatter_(-1, chosen, True)
-    metrics.update(torch.from_numpy(scores)[None], targets[None], torch.ones(1, len(chosen), dtype=torch.bool))
+    targets = collate([trace]).targets(scores.shape[-1])
+    metrics.update(torch.from_numpy(scores)[None], targets, torch.ones(1, len(trace), dtype=torch.bool))
 
 
 def _add(replaying: Replay | Bound, sequences: Sequence[Steppable]) -> None:

@@ -15,6 +15,7 @@ from moe_beyond.evaluation.strategies import Quotas
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import expert_ids
 
 STEPS = 20
 """Budgets, evenly spread, that are tried first; between the last that fails and the first that does, halves are."""
@@ -189,8 +190,9 @@ def pins(
     uses = np.zeros((layers, experts)) if popularity is None else np.asarray(popularity, np.float64)
     if popularity is None:
         for trace in traces.traces(split):
-            ids = trace.experts.astype(np.int64) + np.arange(layers)[:, None] * experts
-            uses += np.bincount(ids.ravel(), minlength=layers * experts).reshape(layers, experts)
+            ids = expert_ids(trace.experts, experts)
+            demanded = (ids + np.arange(layers)[:, None] * experts)[ids < experts]
+            uses += np.bincount(demanded, minlength=layers * experts).reshape(layers, experts)
     chosen = most_used(uses.ravel(), pool_slots(geometry, slots, scope, quotas(slots)))
     return {
         str(geometry.moe_layers[layer]): [int(e) % experts for e in chosen if e // experts == layer]

@@ -10,6 +10,7 @@ from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.published import CARD_FILE
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import experts_dtype, none_id
 
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 """What `datasets` takes for the name of a split."""
@@ -100,7 +101,8 @@ Which experts every token of a text was routed to, layer by layer, in the router
 {splits}
 
 A row is a sequence: `sequence_id`, `source`, `token_ids`, `decode_start` (the first token that was decoded, not read),
-and `experts`, flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids from 0 to {geometry.num_experts - 1};
+and `experts`, flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids from 0 to {geometry.num_experts - 1},
+or {none_id(experts_dtype(geometry))} in a slot without an expert, as a model with identity or skip experts has them;
 where they were recorded, `gate_weights` lie likewise. `manifest.json` has every shard's sha256.
 """
 

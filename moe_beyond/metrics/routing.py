@@ -111,12 +111,13 @@ class RoutingMetrics(Metric):
         """Return each figure as a tensor ``(H, L)`` float64; NaN before any update."""
         tokens, labels = self.tokens.double(), self.num_experts
         true_positive = self.found.double()
-        missed, false_alarm = tokens * self.top_k - true_positive, tokens * self.k - true_positive
+        above, hit, chosen = self.above.double(), self.above_chosen.double(), self.chosen.double()
+        named = chosen.sum(-1)  # K a token, but where it has none in a slot
+        missed, false_alarm = named - true_positive, tokens * self.k - true_positive
         true_negative = tokens * labels - true_positive - missed - false_alarm
         f1 = _f1(true_positive, missed + false_alarm)
-        above, hit, chosen = self.above.double(), self.above_chosen.double(), self.chosen.double()
         figures = {
-            "recall_at_k": true_positive / (tokens * self.top_k),
+            "recall_at_k": true_positive / named.clamp(min=1),
             "f1": f1,
             "f1_two_class": (f1 + _f1(true_negative, missed + false_alarm)) / 2,
             "accuracy": (true_positive + true_negative) / (tokens * labels),

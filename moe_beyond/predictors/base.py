@@ -19,6 +19,7 @@ from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.link import LINKS, link_now
 from moe_beyond.predictors.loss import subset_shift
 from moe_beyond.published import find_pretrained
+from moe_beyond.traces.schema import none_id
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Stepper(ABC):
 
     @abstractmethod
     def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        """Learn the ``(K,)`` experts that ``layer`` of the current token was routed to.
+        """Learn which experts, K of them or fewer, ``layer`` of the current token was routed to.
 
         Args:
             layer: MoE layer, counted from 0.
-            experts: The K expert ids.
+            experts: Their ids, in any order.
             state: ``(hidden,)`` hidden state, for predictors whose information set has it.
         """
 
@@ -84,7 +85,7 @@ class Stepper(ABC):
         for token_id, layers in zip(np.asarray(token_ids), np.asarray(experts), strict=True):
             self.observe_token(int(token_id))
             for layer, chosen in enumerate(layers):
-                self.observe_layer(layer, chosen)
+                self.observe_layer(layer, chosen[chosen != none_id(chosen.dtype)])
 
 
 class Predictor(nn.Module, ABC):
@@ -98,7 +99,7 @@ class Predictor(nn.Module, ABC):
         link: How logits become probabilities: ``"sigmoid"``, each expert by itself; ``"softmax"``, K times the
             softmax over a layer's experts, at most 1 (at the optimum of the K-positive cross-entropy the softmax is
             1/K of each expert's probability to be chosen); or ``"subset"``, the sigmoid of logits shifted so that a
-            layer's add up to K.
+            layer's add up to K. Of a model whose tokens may have fewer than K experts the first alone is true.
         calibration: What makes those probabilities true, once it was fitted.
     """
 

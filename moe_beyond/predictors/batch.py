@@ -17,7 +17,7 @@ class Batch:
 
     Attributes:
         token_ids: ``(B, T)`` int64, 0 where padded.
-        experts: ``(B, T, L, K)`` uint8 or int16, 0 where padded; cast to int64 to index with it.
+        experts: ``(B, T, L, K)`` uint8 or int16, 0 where padded, as in a `Trace` elsewhere; `ids` is to index with.
         lengths: ``(B,)`` int64, tokens of each row.
         sequence_ids: One a row.
         starts: Position in its sequence at which each row starts; not 0 only for later pieces of a long sequence.
@@ -35,12 +35,17 @@ class Batch:
         positions = torch.arange(self.token_ids.shape[1], device=self.lengths.device)
         return positions < self.lengths[:, None]
 
+    def ids(self, num_experts: int) -> Tensor:
+        """``(B, T, L, K)`` int64 ids of experts, E where a slot holds none; 0 where padded."""
+        found = self.experts.long()
+        return found.masked_fill((found < 0) | (found >= num_experts), num_experts)
+
     def targets(self, num_experts: int) -> Tensor:
         """``(B, T, L, E)`` bool, true where the expert was chosen; false where padded."""
-        shape = (*self.experts.shape[:-1], num_experts)
+        shape = (*self.experts.shape[:-1], num_experts + 1)  # the last one is none
         chosen = torch.zeros(shape, dtype=torch.bool, device=self.experts.device)
-        chosen.scatter_(-1, self.experts.long(), True)
-        return chosen & self.mask[:, :, None, None]
+        chosen.scatter_(-1, self.ids(num_experts), True)
+        return chosen[..., :num_experts] & self.mask[:, :, None, None]
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
         """Move the tensors to a device."""

@@ -75,7 +75,7 @@ class LayerCopyingState:
         Args:
             routed: How many. Every count below L comes once a token, in order.
             state: ``(layer_width,)``, the recurrent one.
-            past: ``(t, L*K)``, what the t tokens before were routed to, as ``layer * E + expert``.
+            past: ``(t, L*K)``, what the t tokens before were routed to, as ``layer * E + expert``, -1 for none.
         """
         keys = self._keys[routed]
         coming = min(self._lookaheads, len(self._keys) - routed)
@@ -99,7 +99,7 @@ def copied(shares: Floats, chosen: Ids, weight: Floats, first: int = 0) -> Float
 
     Args:
         shares: ``(heads, t)``.
-        chosen: ``(t, m)``, ids of experts.
+        chosen: ``(t, m)``, ids of experts, -1 for none.
         weight: ``(heads, N)``, of the experts from ``first`` on.
         first: The id that the weights begin with.
     """
@@ -108,6 +108,8 @@ def copied(shares: Floats, chosen: Ids, weight: Floats, first: int = 0) -> Float
         for token in range(len(chosen)):
             share = shares[head, token]
             for expert in chosen[token]:
+                if expert < 0:
+                    continue
                 out[expert - first] += share * weight[head, expert - first]
     return out
 

@@ -40,7 +40,7 @@ class CrossLayer(TokenCausal):
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
-        objective: What is fitted (`moe_beyond.predictors.token_causal.OBJECTIVES`).
+        objective: What is fitted (`moe_beyond.predictors.token_causal.OBJECTIVES`; see there).
         layer_width: Features of the recurrent state over layers.
         layer_copies: Heads that pick earlier tokens after every layer.
         next_use: Whether lookahead ``"next"`` is predicted as well.
@@ -224,7 +224,7 @@ class _CrossLayerStepper(Stepper):
         return self._scores
 
     def _score(self, routed: int, experts: npt.NDArray[np.int64] | None = None) -> None:
-        """Score the layers within reach once so many are routed, the last of them to its ``(K,)``."""
+        """Score the layers within reach once so many are routed, the last of them to these experts."""
         ahead, targets = self._scored[routed]
         logits = self._logits[routed : routed + self._predictor.lookaheads]
         if len(logits):

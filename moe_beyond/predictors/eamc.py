@@ -103,8 +103,11 @@ class Eamc(CountingPredictor):
         """Return ``(B, T, L)``: the row of `_table` that holds once n layers of a token are routed, n = 0 .. L-1."""
         layers, experts, _ = self.geometry.shape()
         by_expert, so_far, overall = self._by_expert()
-        chosen = batch.experts.long() + torch.arange(layers, device=batch.experts.device)[:, None] * experts
-        # Sums of counts: exact also in single precision, which alone has a fast path here.
+        ids = batch.ids(experts)
+        chosen = ids + torch.arange(layers, device=ids.device)[:, None] * experts
+        chosen = chosen.masked_fill(ids == experts, layers * experts)
+        # Sums of counts: exact also in single precision, which alone has a fast path here. None counts nothing.
+        by_expert = functional.pad(by_expert, (0, 0, 0, 1))
         shared = functional.embedding_bag(chosen.flatten(0, 2), by_expert, mode="sum")
         dots = shared.view(len(chosen), -1, self.capacity).cumsum(1, dtype=torch.float64)
         first, others = dots[:, :layers], dots[:, layers:]

@@ -28,7 +28,7 @@ def wanted_of(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
 
 
 def k_positive_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
-    """Cross-entropy of a softmax over experts against 1/K on each chosen one, in nats.
+    """Cross-entropy of a softmax over experts against 1/K on each of K chosen ones, in nats.
 
     At its optimum the softmax is 1/K of each expert's probability of being chosen.
 
@@ -38,14 +38,15 @@ def k_positive_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None
         wanted: Of the logits' shape, what to fit in place of the choices: probabilities that add up to K.
 
     Returns:
-        A scalar, the mean over real tokens, layers and lookaheads.
+        A scalar, the mean over what real tokens chose, and over lookaheads.
     """
     real = batch.mask
     logs = logits[real].float().log_softmax(-1)
     if wanted is not None:
         return -(logs * wanted[real]).sum(-1).mean() / batch.experts.shape[-1]
-    chosen = batch.experts[real].long()[:, None].expand(-1, logs.shape[1], -1, -1)
-    return -logs.gather(-1, chosen).mean()
+    chosen = batch.ids(logs.shape[-1])[real][:, None].expand(-1, logs.shape[1], -1, -1)
+    there = chosen < logs.shape[-1]
+    return -(logs.gather(-1, chosen.where(there, 0)) * there).sum() / there.sum().clamp(min=1)
 
 
 def binary_cross_entropy(logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:

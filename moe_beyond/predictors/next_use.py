@@ -92,7 +92,7 @@ class NextUseState:
             token: ``(width,)``, its state.
             token_id: Its id.
             averages: ``(averages, L*E)``, of the tokens before.
-            past: ``(t, L*K)``, what they were routed to, as ``layer * E + expert``.
+            past: ``(t, L*K)``, what they were routed to, as ``layer * E + expert``, -1 for none.
         """
         known = self._from_token @ token + self._bias + (averages * self._from_history).sum(0)
         own = self._averaged
@@ -108,7 +108,7 @@ class NextUseState:
 
         Args:
             layer: The one that was routed.
-            experts: ``(K,)``.
+            experts: ``(K,)`` or fewer.
             state: ``(layer_width,)``, the recurrent one after it.
         """
         logits = self._known[layer] + self._from_expert[layer, experts].sum(0) + state @ self._from_state[layer]

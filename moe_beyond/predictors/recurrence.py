@@ -24,7 +24,7 @@ def one_more_layer(
 
     Args:
         state: ``(width,)``, before.
-        experts: ``(K,)``, what the layer was routed to.
+        experts: ``(K,)`` or fewer, what the layer was routed to.
         inputs: ``(E, 3 * width)``, what each expert of the layer adds to the gates.
         bias: ``(3 * width,)``, of the inputs.
         hidden: ``(width, 3 * width)``, from the state to the gates.

@@ -59,7 +59,8 @@ class TokenCausal(GradientPredictor):
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
-        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.loss`).
+        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.loss`). Where tokens may have fewer than
+            K experts, sigmoid: probabilities of the others add up to K.
         remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
         known_tokens: Tokens with an own vector; 0 does without.
         min_count: Training occurrences that an own vector needs.
@@ -194,7 +195,7 @@ class TokenState:
         model: The predictor.
 
     Attributes:
-        past: The last ``window - 1`` tokens' experts, as ``layer * E + expert``: rows ``(L*K,)``.
+        past: The last ``window - 1`` tokens' experts, as ``layer * E + expert``, -1 for none: rows ``(L*K,)``.
         averages: ``(averages, L*E)``, of the tokens before the present one.
     """
 
@@ -207,7 +208,7 @@ class TokenState:
         self._from_token, self._bias, self._from_history = (part.detach().numpy() for part in maps)
         self._from_memory = None if model.from_memory is None else model.from_memory.weight.detach().numpy()
         self.averages = np.zeros(self._from_history.shape, np.float32)
-        self._shape = layers, experts
+        self._shape, self._top_k = (layers, experts), top_k
         self.past = Recent(max(model.window - 1, 1), layers * top_k, dtype=np.int32)
         self._chosen: npt.NDArray[np.int32] | None = None
         self._copying = CopyingState(model.copying) if model.copying is not None else None
@@ -215,7 +216,8 @@ class TokenState:
     def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
         """Note a layer's experts."""
         assert self._chosen is not None
-        self._chosen[layer * len(experts) : (layer + 1) * len(experts)] = experts + layer * self._shape[1]
+        first = layer * self._top_k
+        self._chosen[first : first + len(experts)] = experts + layer * self._shape[1]
 
     def start(self, token_id: int) -> tuple[Tensor, npt.NDArray[np.float32]]:
         """Begin a token; return its state ``(width,)``, and logits ``(L, E)`` of that and the history."""
@@ -224,9 +226,10 @@ class TokenState:
         ids = torch.tensor([[token_id]])
         x = model.tokens(ids)
         if self._chosen is not None:  # the token before is an earlier one now
-            self.averages[:, self._chosen] += 1 - RETAINED
             self.past.append(self._chosen)
-            x = x + self._previous[torch.from_numpy(self._chosen)].sum(0)
+            chosen = self._chosen[self._chosen >= 0]
+            self.averages[:, chosen] += 1 - RETAINED
+            x = x + self._previous[torch.from_numpy(chosen)].sum(0)
         memory = None if model.memory is None else model.memory(ids)
         x = x if memory is None else x + memory
         for index, block in enumerate(model.blocks):
@@ -239,7 +242,7 @@ class TokenState:
             logits += self._from_memory @ memory[0, 0].numpy()
         if self._copying is not None:
             logits += copied(self._copying.start(token, token_id), self.past.rows, self._copying.weight)
-        self._chosen = np.zeros(self.past.rows.shape[1], np.int32)
+        self._chosen = np.full(self.past.rows.shape[1], -1, np.int32)
         return state, logits.reshape(self._shape)
 
 

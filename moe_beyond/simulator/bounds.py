@@ -45,8 +45,7 @@ class Bound:
             self._note(group)
 
     def _note(self, group: Group) -> None:
-        layers = self.geometry.num_layers
-        step = (group.stream.events() - 1) // (self.geometry.demand_per_token if self.settings.sequential else layers)
+        step = np.searchsorted(group.ends, group.stream.events() - 1, side="right")
         counted = group.first >= self.settings.warmup_tokens
         keep = counted[step]
         number = np.cumsum(counted) - 1

@@ -112,8 +112,7 @@ class Replay:
         self._check_room(group)
         spent = np.zeros((len(group.size), 2))
         if self.settings.sequential:
-            ends = np.cumsum(group.size) * self.geometry.demand_per_token
-            run_accesses(cache, self._state, self._policy.VERBS, steps.ids, ends, steps.counted)
+            run_accesses(cache, self._state, self._policy.VERBS, steps.ids, group.ends, steps.counted)
         else:
             known = self._stream if self.settings.carry_over and self._stream is not None else group.stream
             outlook = Outlook(np.zeros(self.geometry.num_layers), known.ids, known.offsets, self._event)

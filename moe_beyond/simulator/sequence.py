@@ -13,6 +13,7 @@ from moe_beyond.cache.steps import Steps
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.settings import ReplaySettings
+from moe_beyond.traces.schema import check_experts, expert_ids
 
 Ints = npt.NDArray[np.int64]
 
@@ -23,7 +24,7 @@ class Sequence:
 
     Attributes:
         geometry: The model.
-        experts: ``(T, L, K)`` expert ids.
+        experts: ``(T, L, K)`` expert ids, as in a `moe_beyond.traces.trace.Trace`.
         scores: ``(T, H, L, E)`` float32 probabilities, or None.
         decode_start: The first token that the model wrote itself.
     """
@@ -43,10 +44,8 @@ class Sequence:
         layers, experts, top_k = self.geometry.shape()
         if self.experts.ndim != 3 or self.experts.shape[1:] != (layers, top_k):
             raise UserError(f"experts have shape {self.experts.shape}, expected (T, {layers}, {top_k})")
-        if len(self.experts) and (self.experts.min() < 0 or self.experts.max() >= experts):
-            raise UserError(f"an expert id is out of range 0..{experts - 1}")
-        if not np.diff(np.sort(self.experts, axis=-1), axis=-1).all():
-            raise UserError("an expert is named twice in one event")
+        if wrong := check_experts(self.experts, experts):
+            raise UserError(wrong)
         if self.scores is not None:
             expected = (len(self.experts), self.scores.shape[1] if self.scores.ndim == 4 else -1, layers, experts)
             if self.scores.shape != expected:
@@ -62,9 +61,10 @@ class Sequence:
 
     @cached_property
     def ids(self) -> Ints:
-        """``(T, L, K)`` experts as ``layer * E + expert``, in the router's order."""
+        """``(T, L, K)`` experts as ``layer * E + expert``, in the router's order; -1 where a slot holds none."""
+        ids = expert_ids(self.experts, self.geometry.num_experts)
         base = np.arange(self.geometry.num_layers)[:, None] * self.geometry.num_experts
-        return self.experts.astype(np.int64) + base
+        return np.where(ids < self.geometry.num_experts, ids + base, -1)
 
     def steps_of_tokens(self, settings: ReplaySettings) -> Ints:
         """Return the number of the step that each token belongs to: ``(T,)``, from 0."""
@@ -91,6 +91,7 @@ class Group:
 
     Attributes:
         stream: Their demands.
+        ends: ``(S,)`` int64, how many events there are up to the end of each step.
         tokens: ``(n,)`` int64, for how many tokens each expert is demanded.
         first: ``(S,)`` int64, the place in its sequence of the first token of each step.
         size: ``(S,)`` int64, how many tokens each step has.
@@ -108,17 +109,20 @@ class Group:
         self.first = np.searchsorted(longest[1], np.arange(length))
         read = longest[0].decode_start if settings.prefill_chunk else 0
         self.decoding = self.first >= read
+        self.ends = np.arange(1, length + 1) * layers
         if settings.sequential:
-            ids = members[0].ids.ravel()
+            there = members[0].ids >= 0
+            ids = members[0].ids[there]
             self.stream = Stream(ids, np.arange(len(ids) + 1))
             self.tokens = np.ones(len(ids), np.int64)
+            self.ends = there.sum((1, 2)).cumsum()[np.cumsum(self.size) - 1]
         elif (self.size == 1).all():
             self.stream = Stream.of_tokens(geometry, members[0].experts)
             self.tokens = np.ones(len(self.stream.ids), np.int64)
         else:
             total = geometry.total_experts
             keys = np.concatenate(
-                [(s[:, None, None] * total + m.ids).ravel() for m, s in zip(members, self._step_of, strict=True)]
+                [(s[:, None, None] * total + m.ids)[m.ids >= 0] for m, s in zip(members, self._step_of, strict=True)]
             )
             keys, self.tokens = np.unique(keys, return_counts=True)
             events = np.bincount(keys // experts, minlength=length * layers)

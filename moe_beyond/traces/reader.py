@@ -19,7 +19,7 @@ from moe_beyond.download import download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
-from moe_beyond.traces.schema import arrow_schema
+from moe_beyond.traces.schema import arrow_schema, none_id
 from moe_beyond.traces.trace import Trace
 
 
@@ -33,7 +33,7 @@ class Shard:
         sources: One a row.
         offsets: ``(rows + 1,)`` int64, token offsets of the rows.
         token_ids: ``(tokens,)`` int32.
-        experts: ``(tokens, L, K)`` uint8 or int16.
+        experts: ``(tokens, L, K)`` uint8 or int16, as in a `Trace`.
         decode_starts: ``(rows,)`` int32.
         gate_weights: ``(tokens, L, K)`` float16, or None.
     """
@@ -215,7 +215,8 @@ def decode(table: pa.Table, geometry: Geometry, source: str) -> Shard:
     wrong = np.flatnonzero(np.diff(routed[0]) != np.diff(tokens[0]) * layers * top_k)
     if len(wrong):
         raise UserError(f"{source}: row {wrong[0]}: experts do not hold {layers} x {top_k} ids a token")
-    if len(routed[1]) and not 0 <= int(routed[1].min()) <= int(routed[1].max()) < experts:
+    ids = routed[1]
+    if (((ids < 0) | (ids >= experts)) & (ids != none_id(ids.dtype))).any():
         raise UserError(f"{source}: an expert id is out of range 0..{experts - 1}")
     gates = None
     if "gate_weights" in table.schema.names:

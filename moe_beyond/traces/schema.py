@@ -1,12 +1,17 @@
 """The Parquet columns of a trace set: one row a sequence, router order kept.
 
+A token may have fewer than K experts in a layer: where a model has identity or skip experts, a slot that such a one
+took holds none. Its id is -1, which in one byte is 255: ids that fit into one end at 254.
+
 Lists are flat (T*L*K) because that is what reads fastest and what no library corrupts; dictionary encoding stays on
 because Parquet has no 8-bit type and stores ids as 32-bit integers without it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from moe_beyond.geometry import Geometry
@@ -16,6 +21,39 @@ from moe_beyond.traces.trace import Trace
 def experts_dtype(geometry: Geometry) -> np.dtype[np.uint8] | np.dtype[np.int16]:
     """Return the smallest dtype that holds every expert id."""
     return np.dtype(np.uint8) if geometry.num_experts <= 255 else np.dtype(np.int16)
+
+
+def none_id(dtype: npt.DTypeLike) -> int:
+    """Return what a slot holds that holds no expert.
+
+    Example:
+        >>> none_id(np.uint8), none_id(np.int16)
+        (255, -1)
+    """
+    return 255 if np.dtype(dtype) == np.uint8 else -1
+
+
+def expert_ids(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> npt.NDArray[np.int64]:
+    """Return ids to count or to index with, E where a slot holds no expert.
+
+    Example:
+        >>> expert_ids(np.array([3, 255], np.uint8), 8), expert_ids(np.array([3, -1], np.int16), 300)
+        (array([3, 8]), array([  3, 300]))
+    """
+    ids = experts.astype(np.int64)
+    return np.minimum(ids, num_experts) if experts.dtype == np.uint8 else np.where(ids < 0, num_experts, ids)
+
+
+def check_experts(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> str | None:
+    """Say what is wrong with ids ``(..., K)``, if anything is: one that is no expert's, or one twice in an entry."""
+    none = none_id(experts.dtype)
+    outside = experts[((experts < 0) | (experts >= num_experts)) & (experts != none)]
+    if len(outside):
+        return f"expert id {outside[0]} is out of range 0..{num_experts - 1}"
+    ordered = np.sort(experts, axis=-1)
+    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != none)).any():
+        return "an expert is named twice by one token in one layer"
+    return None
 
 
 def arrow_schema(geometry: Geometry, *, gate_weights: bool = False) -> pa.Schema:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import expert_ids, none_id
 
 
 def activation_counts(traces: TraceSet, split: str | None = None) -> npt.NDArray[np.int64]:
@@ -21,9 +22,9 @@ def activation_counts(traces: TraceSet, split: str | None = None) -> npt.NDArray
     layers, experts, _ = traces.geometry.shape()
     counts = np.zeros((layers, experts), np.int64)
     for info in traces.shards(split):
-        chosen = traces.read(info).experts
+        chosen = expert_ids(traces.read(info).experts, experts)
         for layer in range(layers):
-            counts[layer] += np.bincount(chosen[:, layer].ravel(), minlength=experts)
+            counts[layer] += np.bincount(chosen[:, layer].ravel(), minlength=experts + 1)[:experts]
     return counts
 
 
@@ -37,13 +38,15 @@ def reuse(traces: TraceSet, split: str | None = None) -> npt.NDArray[np.float64]
     Returns:
         ``(L,)`` float64 in [0, 1], over all tokens but each sequence's first; NaN if there are none.
     """
-    layers, _, top_k = traces.geometry.shape()
-    shared, pairs = np.zeros(layers, np.int64), 0
+    layers = traces.geometry.num_layers
+    shared, used = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
     for trace in traces.traces(split):
         now, before = trace.experts[1:], trace.experts[:-1]
-        shared += (now[..., :, None] == before[..., None, :]).sum((0, 2, 3))
-        pairs += len(now)
-    return shared / (pairs * top_k) if pairs else np.full(layers, np.nan)
+        there = now != none_id(now.dtype)
+        shared += ((now[..., :, None] == before[..., None, :]) & there[..., None]).sum((0, 2, 3))
+        used += there.sum((0, 2))
+    shares: npt.NDArray[np.float64] = np.divide(shared, used, out=np.full(layers, np.nan), where=used > 0)
+    return shares
 
 
 def normalized_entropy(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -52,7 +55,7 @@ def normalized_entropy(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]
     Args:
         counts: ``(L, E)`` activations.
     """
-    shares = counts / counts.sum(1, keepdims=True)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
     entropy: npt.NDArray[np.float64] = -(shares * logs).sum(1)
     return entropy / np.log(counts.shape[1]) if counts.shape[1] > 1 else np.ones(len(counts))
@@ -70,7 +73,7 @@ def summarize(traces: TraceSet) -> dict[str, Any]:
     manifest = traces.manifest
     counts, reused = activation_counts(traces), reuse(traces)
     entropy = normalized_entropy(counts)
-    shares = counts / counts.sum(1, keepdims=True)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     entries = manifest.tokens * manifest.geometry.num_layers
     return {
         "sequences": sum(shard.sequences for shard in manifest.shards),

@@ -15,7 +15,8 @@ class Trace:
         sequence_id: Unique within its trace set.
         source: Where the text came from, such as a file name.
         token_ids: ``(T,)`` int32, ids of the model's tokenizer.
-        experts: ``(T, L, K)`` uint8 (int16 where E > 255), the expert ids in router order.
+        experts: ``(T, L, K)`` uint8 (int16 where E > 255), the expert ids in router order; 255 (-1) where a slot holds
+            none (`moe_beyond.traces.schema.none_id`).
         decode_start: The first position that the model wrote itself; T if it only read.
         gate_weights: ``(T, L, K)`` float16 in the same order, or None.
     """

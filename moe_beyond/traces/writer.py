@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from moe_beyond.errors import UserError
 from moe_beyond.files import replacing_folder, write_json
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
-from moe_beyond.traces.schema import experts_dtype, to_table
+from moe_beyond.traces.schema import check_experts, experts_dtype, to_table
 from moe_beyond.traces.trace import Trace
 
 # zstd level 9 stores 4.3 bytes an entry of six one-byte ids, level 1 stores 4.5; reading is as fast.
@@ -55,10 +55,8 @@ class TraceWriter:
                 f"sequence {trace.sequence_id!r}: experts have shape {trace.experts.shape}, "
                 f"expected {(length, layers, top_k)} for {geometry.describe_shape()}"
             )
-        if len(outside := trace.experts[(trace.experts < 0) | (trace.experts >= experts)]):
-            raise UserError(f"sequence {trace.sequence_id!r}: expert id {outside[0]} is out of range 0..{experts - 1}")
-        if (np.diff(np.sort(trace.experts, axis=-1), axis=-1) == 0).any():
-            raise UserError(f"sequence {trace.sequence_id!r}: an expert is named twice by one token in one layer")
+        if wrong := check_experts(trace.experts, experts):
+            raise UserError(f"sequence {trace.sequence_id!r}: {wrong}")
         vocab = self._manifest.tokenizer.vocab_size
         if len(outside := trace.token_ids[(trace.token_ids < 0) | (trace.token_ids >= vocab)]):
             raise UserError(f"sequence {trace.sequence_id!r}: token id {outside[0]} is out of range 0..{vocab - 1}")

@@ -27,6 +27,17 @@ def test_counters_have_the_names_of_the_design():
     assert core.COUNTERS == COUNTERS
 
 
+def test_an_event_that_demands_nothing_is_one():
+    cache = Cache(small_geometry(2, 4, 2), 4, "lru", "per-layer")
+    cache.start_token()
+    assert cache.demand(0, [0, 1]) == [0, 1]
+    cache.computed(0, [0, 1])
+    assert cache.demand(1, []) == []
+    cache.computed(1, [])
+    assert (cache.state.now[core.EVENT], cache.state.now[core.LAYER]) == (2, 1)
+    assert cache.state.counters[:, core.ACCESSES].tolist() == [2, 0]
+
+
 def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Do by hand what Replay does with a prefetch that asks for one layer at a time; return the counters."""
     config, layers = case.settings, case.geometry.num_layers

@@ -233,9 +233,12 @@ def test_a_damaged_shard_is_named_and_not_skipped(trace_set):
         list(module(trace_set).train_dataloader())
 
 
-def test_the_training_text_counts_the_experts_of_the_tokens_it_is_asked_for(trace_set, monkeypatch):
+@pytest.mark.parametrize("holes", [0.0, 0.4])
+def test_the_training_text_counts_the_experts_of_the_tokens_it_is_asked_for(tmp_path, monkeypatch, holes):
     monkeypatch.setattr("moe_beyond.datamodules.traces.TOKENS_AT_ONCE", 5)
+    trace_set = tiny_traces(tmp_path / "traces", holes=holes)
     text, traces = module(trace_set).training_text(), list(trace_set.traces("train"))
     asked = np.random.default_rng(0).permutation(VOCAB)[: VOCAB // 2]
     assert np.array_equal(text.expert_counts(asked), counted(traces, trace_set.geometry.num_experts)(asked))
-    assert text.expert_counts(np.flatnonzero(text.token_counts)).sum() == text.token_counts.sum() * 4 * 2
+    demanded = sum(int((trace.experts < 8).sum()) for trace in traces)
+    assert text.expert_counts(np.flatnonzero(text.token_counts)).sum() == demanded

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, tiny_traces
+from helpers import TINY, there, tiny_traces
 from scoring import seer
 
 from moe_beyond.errors import UserError
@@ -172,7 +172,7 @@ def counts(traces: TraceSet, split: str | None) -> Counter[tuple[int, int]]:
         for trace in traces.traces(split)
         for token in trace.experts
         for layer, row in enumerate(token)
-        for expert in row
+        for expert in there(row)
     )
 
 
@@ -184,6 +184,10 @@ def test_pins_are_the_most_used(traces: TraceSet, split: str | None, slots: int)
     chosen = sorted(every, key=lambda one: (-used[one], one))[:slots]
     found = pins(traces, split, slots, "global", evenly, None)
     assert found == {str(layer + 1): [e for one, e in chosen if one == layer] for layer in range(4)}
+
+
+def test_pins_are_no_slots_without_an_expert(tmp_path: Path) -> None:
+    test_pins_are_the_most_used(tiny_traces(tmp_path / "traces", holes=0.4), None, 11)
 
 
 def test_pins_keep_to_a_layers_slots_and_to_a_profile(traces: TraceSet) -> None:

@@ -194,6 +194,15 @@ def test_ties_go_to_the_lower_expert():
         assert found["f1_micro"].item() == 0
 
 
+def test_a_token_with_fewer_experts_is_asked_for_those():
+    scores = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.8, 0.1, 0.2], [0.9, 0.8, 0.1, 0.2]]).view(1, 3, 1, 1, 4)
+    targets = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).bool().view(1, 3, 1, 4)
+    found = measured((scores, targets, torch.ones(1, 3, dtype=torch.bool)), shape=(1, 1, 4, 2))
+    assert found["recall_at_k"].item() == 1 / 3  # of 0, 2 and 3 the first
+    assert found["f1"].item() == 2 / (6 + 3)  # six were named, three were chosen
+    assert found["accuracy"].item() == (12 - 5 - 2) / 12
+
+
 def test_naming_more_experts_than_the_router_finds_no_fewer():
     data = random_data(5, 12)
     recalls = [measured(data, k=k)["recall_at_k"] for k in range(1, EXPERTS + 1)]

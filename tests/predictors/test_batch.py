@@ -27,6 +27,13 @@ def test_targets_are_the_chosen_experts_and_nothing_where_padded():
     assert targets.int().tolist() == [[[[0, 1, 0, 1]], [[1, 0, 1, 0]]], [[[1, 0, 0, 1]], [[0, 0, 0, 0]]]]
 
 
+def test_a_slot_that_holds_none_chooses_nothing():
+    for experts in (np.array([[[255, 3]]], np.uint8), np.array([[[-1, 3]]], np.int16)):
+        batch = collate([Trace("a", "tests", np.array([7], np.int32), experts, 1), FIRST])
+        assert batch.ids(4)[0].tolist() == [[[4, 3]], [[0, 0]]]
+        assert batch.targets(4)[0].int().tolist() == [[[0, 0, 0, 1]], [[0, 0, 0, 0]]]
+
+
 def test_a_batch_does_not_share_memory_with_the_shard_it_came_from():
     experts = FIRST.experts.copy()
     batch = collate([Trace("a", "tests", FIRST.token_ids, experts, 2)])

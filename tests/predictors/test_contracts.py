@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB
+from helpers import TINY, VOCAB, there, with_holes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictor_variants import LONG, SEEN, VARIANTS, WIDE, Variant, fitted_once, probabilities, random_trace
@@ -61,7 +61,7 @@ def assert_steps(
         stepper.observe_token(int(trace.token_ids[token]))
         for routed in range(-1, scores.shape[2]):
             if routed >= 0:
-                stepper.observe_layer(routed, trace.experts[token, routed])
+                stepper.observe_layer(routed, there(trace.experts[token, routed]))
             now = stepper.scores()
             assert isinstance(now, np.ndarray)
             assert now.dtype == np.float32
@@ -108,6 +108,30 @@ def test_stepping_equals_the_batch(variant, geometry):
     trace = random_trace("a", LONG if geometry == TINY else 8, 0, geometry)
     scores = probabilities(predictor, collate([trace]))[0]
     assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+
+
+@pytest.mark.parametrize("geometry", [TINY, WIDE], ids=lambda g: g.model)
+@every(VARIANTS)
+def test_slots_without_an_expert(variant, geometry):
+    """Scores and loss do not depend on which slots those are, and stepping, which knows none, equals the batch."""
+    predictor, rng = fitted_once(variant, geometry), np.random.default_rng(0)
+    trace = random_trace("a", LONG if geometry == TINY else 8, 0, geometry)
+    trace = replace(trace, experts=with_holes(trace.experts, rng, 0.4))
+    other = replace(trace, experts=rng.permuted(trace.experts, axis=-1))
+    assert not np.array_equal(trace.experts, other.experts)
+    batch, others = collate([trace]), collate([other])
+    scores = probabilities(predictor, batch)[0]
+    np.testing.assert_allclose(probabilities(predictor, others)[0], scores, rtol=0, atol=1e-6)
+    if variant in CAUSAL:
+        assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+        stepper, last = predictor.stepper(), len(trace) - 2
+        stepper.observe_tokens(trace.token_ids[:last], trace.experts[:last])
+        assert_steps(stepper, trace, scores, predictor.information.lookaheads, first=last)
+    if isinstance(predictor, GradientPredictor):
+        with torch.inference_mode():
+            loss, other_loss = (predictor.loss(predictor(b), b) for b in (batch, others))
+        assert torch.isfinite(loss)
+        torch.testing.assert_close(loss, other_loss)
 
 
 @every(CAUSAL)

@@ -52,6 +52,13 @@ def test_the_cross_entropy_is_a_mean_over_real_tokens_layers_and_lookaheads():
     assert float(k_positive_cross_entropy(logits, chosen)) == pytest.approx(expected)
 
 
+def test_the_cross_entropy_is_a_mean_over_what_was_chosen():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(1, 2, 1, 2, 4)
+    # Expert 0 twice and 2 once: 1, 1 and 3 in units of ln 2; slots without an expert are left out.
+    chosen = batch([[[255, 0], [255, 255]], [[0, 2], [255, 255]]])
+    assert float(k_positive_cross_entropy(logits, chosen)) == pytest.approx(5 / 3 * math.log(2))
+
+
 def test_the_cross_entropy_is_least_where_the_softmax_is_a_kth_of_the_probability():
     # Three of four tokens chose experts 0 and 1, one chose 0 and 2.
     chosen = batch([[[0, 1]], [[1, 0]], [[0, 1]], [[0, 2]]])

@@ -8,6 +8,7 @@ import libcachesim
 import numpy as np
 import pytest
 from cache_cases import small_geometry
+from helpers import with_holes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ def requests(geometry: Geometry, sequences: list[np.ndarray]) -> list[int]:
         for token in experts.tolist()
         for layer, event in enumerate(token)
         for expert in event
+        if expert >= 0
     ]
 
 
@@ -96,6 +98,8 @@ def test_plain_simulators(simulate, seed: int, slots: int):
     geometry = small_geometry(2, 5, 2)
     rng = np.random.default_rng(seed)
     sequences = [np.argsort(rng.random((length, 2, 5)))[..., :2] for length in rng.integers(1, 12, 3)]
+    if seed % 2:
+        sequences = [with_holes(experts, rng) for experts in sequences]
     assert replayed(geometry, sequences, simulate.__name__, slots) == simulate(requests(geometry, sequences), slots)
 
 

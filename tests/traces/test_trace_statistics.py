@@ -95,6 +95,17 @@ def test_one_expert_a_layer_is_a_summary_without_warnings(tmp_path):
     json.dumps(summary, allow_nan=False)
 
 
+@pytest.mark.filterwarnings("error")
+def test_slots_without_an_expert_count_for_nothing(tmp_path):
+    # Layer 5: {0} {0,1} {}; layer 6 has none at all.
+    traces = write(tmp_path / "set", [[[[0, -1], [-1, -1]], [[1, 0], [-1, -1]], [[-1, -1], [-1, -1]]]])
+    assert activation_counts(traces).tolist() == [[2, 1, 0, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(reuse(traces), [0.5, np.nan])  # of the two that the second token uses, one
+    first, second = summarize(traces)["by_layer"]
+    assert (first["busiest_share"], first["unused_experts"]) == (round(2 / 3, 6), 2)
+    assert (second["busiest_share"], second["unused_experts"], second["token_to_token_reuse"]) == (0, 4, None)
+
+
 entries = st.permutations(range(6)).map(lambda ids: ids[:3])
 sequences = st.lists(st.lists(st.tuples(entries, entries), min_size=1, max_size=8), min_size=1, max_size=4)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY, tiny_trace, word_tokenizer
+from helpers import TINY, tiny_trace, with_holes, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +37,7 @@ def write_all(folder, traces):
 def random_trace(name, length, decode_start, geometry, rng, *, gates):
     layers, experts, top_k = geometry.shape()
     chosen = rng.permuted(np.tile(np.arange(experts), (length, layers, 1)), axis=-1)[..., :top_k]
+    chosen = with_holes(chosen, rng)  # -1 here, and 255 where ids are bytes
     weights = rng.random(chosen.shape).astype(np.float16) if gates else None
     token_ids = rng.integers(0, 1000, length).astype(np.int32)
     return Trace(name, f"from {name}", token_ids, chosen.astype(experts_dtype(geometry)), decode_start, weights)
@@ -170,7 +171,7 @@ def test_the_vocabulary_travels_with_the_set(tmp_path):
 
 GOOD = tiny_trace("bad", 3, np.random.default_rng(0))
 NEGATIVE = GOOD.experts.astype(np.int16)
-NEGATIVE[1, 2, 1] = -1
+NEGATIVE[1, 2, 1] = -2
 WEIGHTS = np.ones(GOOD.experts.shape, np.float16)
 
 
@@ -182,10 +183,11 @@ WEIGHTS = np.ones(GOOD.experts.shape, np.float16)
         (replace(GOOD, experts=GOOD.experts[:, :3]), r"shape \(3, 3, 2\), expected \(3, 4, 2\) for 4 MoE layers x 8"),
         (replace(GOOD, experts=GOOD.experts[..., :1]), r"shape \(3, 4, 1\), expected \(3, 4, 2\)"),
         (replace(GOOD, experts=GOOD.experts + np.uint8(8)), r"expert id \d+ is out of range 0\.\.7"),
-        (replace(GOOD, experts=NEGATIVE), r"expert id -1 is out of range 0\.\.7"),
+        (replace(GOOD, experts=NEGATIVE), r"expert id -2 is out of range 0\.\.7"),
+        (replace(GOOD, experts=np.full_like(GOOD.experts, 3)), "an expert is named twice by one token in one layer"),
         (replace(GOOD, gate_weights=WEIGHTS[:2]), "gate"),
     ],
-    ids=["empty", "lengths", "layers", "top_k", "beyond", "negative", "gates"],
+    ids=["empty", "lengths", "layers", "top_k", "beyond", "negative", "twice", "gates"],
 )
 def test_a_trace_that_does_not_fit_is_named_and_leaves_nothing(trace, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:

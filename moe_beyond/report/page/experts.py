@@ -25,7 +25,7 @@ def experts_section(
         geometry: The model.
         tokens: Of the traces.
     """
-    shares = counts / counts.sum(1, keepdims=True)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     entropy = normalized_entropy(counts)
     rows = []
     for n, layer in enumerate(geometry.moe_layers):

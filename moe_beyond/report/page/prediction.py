@@ -24,7 +24,7 @@ def fixed_recall(counts: npt.NDArray[np.int64], top_k: int) -> npt.NDArray[np.fl
         top_k: K.
     """
     best = np.sort(counts, axis=1)[:, -top_k:].sum(1)
-    found: npt.NDArray[np.float64] = best / counts.sum(1)
+    found: npt.NDArray[np.float64] = best / counts.sum(1).clip(min=1)
     return found
 
 

@@ -1,0 +1,225 @@
+"""Prompts in, a trace set out: batches, padding, generation, and going on after being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import error_line
+from moe_architectures import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_beyond as mb
+from moe_beyond.cli.main import main
+from moe_beyond.collect.collect import Collection, Rank, collect, measured_geometry
+from moe_beyond.collect.prompts import Prompt
+from moe_beyond.collect.recorder import recording
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import geometry_from_config
+from moe_beyond.published import checkpoints_folder
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.statistics import summarize
+from moe_beyond.traces.trace import Trace
+
+SMALL = checkpoints_folder() / "small-moe"
+TEXTS = ["def main():", "The list of arguments", "import numpy as np\n\n", "x", "Returns the number of items in a set."]
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple:
+    return AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32), AutoTokenizer.from_pretrained(SMALL)
+
+
+def prompts() -> list[Prompt]:
+    return [Prompt(text, f"p{n}", split="validation" if n == 3 else "train") for n, text in enumerate(TEXTS)]
+
+
+def collected(small: tuple, out: Path, **asked) -> list[Trace]:
+    traces = collect(*small, prompts(), out, Collection(**asked), rank=Rank(0, 1))
+    assert traces is not None
+    assert [path.name for path in out.parent.iterdir()] == [out.name]  # nothing beside it
+    return sorted(traces.traces(), key=lambda trace: trace.sequence_id)
+
+
+def same(one: Trace, other: Trace) -> None:
+    assert (one.sequence_id, one.source, one.decode_start) == (other.sequence_id, other.source, other.decode_start)
+    assert np.array_equal(one.token_ids, other.token_ids)
+    assert np.array_equal(one.experts, other.experts)
+    assert one.gate_weights is not None
+    assert other.gate_weights is not None
+    np.testing.assert_allclose(one.gate_weights, other.gate_weights, atol=2e-3)
+
+
+def test_a_trace_holds_what_the_model_did(small: tuple, tmp_path: Path) -> None:
+    model, tokenizer = small
+    model.train()
+    found = collected(small, tmp_path / "traces", batch_size=2)
+    assert model.training
+    model.eval()
+    for trace, text in zip(found, TEXTS, strict=True):
+        token_ids = tokenizer(text, return_tensors="pt").input_ids
+        assert trace.token_ids.tolist() == token_ids[0].tolist()
+        assert trace.decode_start == len(trace)
+        with recording(model) as recorder, torch.inference_mode():
+            model(token_ids)
+            experts, weights = recorder.take()
+        assert np.array_equal(trace.experts, experts)
+        np.testing.assert_allclose(trace.gate_weights, weights, atol=2e-3)
+    assert TraceSet(str(tmp_path / "traces")).manifest.splits == ("train", "validation")
+
+
+def test_what_is_written_is_routed_as_what_is_read(small: tuple, tmp_path: Path) -> None:
+    alone = collected(small, tmp_path / "one" / "traces", batch_size=1, generate=9)
+    together = collected(small, tmp_path / "all" / "traces", batch_size=8, generate=9)
+    model, tokenizer = small
+    for one, other, text in zip(alone, together, TEXTS, strict=True):
+        same(one, other)  # though padded at the left
+        assert one.decode_start == len(tokenizer(text).input_ids)
+        assert len(one) == one.decode_start + 8  # what was written last is not read
+        with recording(model) as recorder, torch.inference_mode():
+            model(torch.from_numpy(one.token_ids.astype(np.int64))[None])
+            experts, _ = recorder.take()
+        assert np.array_equal(np.sort(one.experts), np.sort(experts))
+
+
+def test_an_answer_ends_where_the_model_ends_it(small: tuple, tmp_path: Path, monkeypatch) -> None:
+    model, _ = small
+    whole = collected(small, tmp_path / "whole" / "traces", batch_size=8, generate=9)
+    end = int(whole[0].token_ids[whole[0].decode_start + 3])  # the fourth token of the first answer
+    monkeypatch.setattr(model.generation_config, "eos_token_id", end)
+    alone = collected(small, tmp_path / "one" / "traces", batch_size=1, generate=9)
+    together = collected(small, tmp_path / "all" / "traces", batch_size=8, generate=9)
+    for one, other, before in zip(alone, together, whole, strict=True):
+        same(one, other)
+        answer = before.token_ids[before.decode_start :].tolist()
+        expected = answer.index(end) if end in answer else 8
+        assert len(one) - one.decode_start == expected
+    assert len(alone[0]) - alone[0].decode_start <= 3
+
+
+def test_identity_experts_are_left_out_on_the_way_to_a_replay(small: tuple, tmp_path: Path) -> None:
+    """Their slots hold none, on disk and after, whether the model reads or writes."""
+    tokenizer = small[1]
+    model = tiny_model("LongcatFlashForCausalLM", vocab_size=len(tokenizer))
+    traces = collect(model, tokenizer, prompts(), tmp_path / "traces", Collection(4, batch_size=2), rank=Rank(0, 1))
+    assert traces is not None
+    assert (traces.geometry.num_experts, traces.geometry.top_k) == (8, 2)
+    real = 0
+    for trace in traces.traces():
+        with recording(model) as recorder, torch.inference_mode():
+            model(torch.from_numpy(trace.token_ids.astype(np.int64))[None])
+            experts, _ = recorder.take()
+        assert np.array_equal(np.sort(trace.experts.astype(np.int8)), np.sort(experts))  # -1 is 255 in a byte
+        assert trace.gate_weights is not None
+        assert np.array_equal(trace.gate_weights > 0, trace.experts < 8)
+        real += int((trace.experts < 8).sum())
+    assert 0 < real < traces.manifest.tokens * traces.geometry.demand_per_token
+    found = mb.replay(traces, budget=["50%"], policy=["lru"])
+    assert {result["accesses"] for result in found.to_json()["results"]} == {real}
+    assert sum(layer["unused_experts"] for layer in summarize(traces)["by_layer"]) < 16
+
+
+def test_the_geometry_is_read_off_the_modules(small: tuple) -> None:
+    model, _ = small
+    found, told = measured_geometry(model, "small", 3), geometry_from_config(model.config.to_dict())
+    assert (found.moe_layers, found.shape()) == (told.moe_layers, told.shape())
+    assert found.params_per_expert == told.params_per_expert
+
+
+def test_ranks_take_parts_and_the_first_puts_them_together(small: tuple, tmp_path: Path) -> None:
+    whole = collected(small, tmp_path / "whole" / "traces", batch_size=2)
+    out = tmp_path / "parts" / "traces"
+    asked = Collection(batch_size=2)
+    out.parent.mkdir()
+    (out.parent / ".traces.collecting").mkdir()
+    first = Rank(0, 2)
+    # The second rank waits for the first to begin; here the first begins, and is stopped before its batches.
+    with pytest.raises(KeyboardInterrupt):
+        collect(*small, prompts(), out, asked, rank=first, progress=interrupt)
+    assert collect(*small, prompts(), out, asked, rank=Rank(1, 2)) is None
+    traces = collect(*small, prompts(), out, asked, rank=first)
+    assert traces is not None
+    for one, other in zip(sorted(traces.traces(), key=lambda t: t.sequence_id), whole, strict=True):
+        same(one, other)
+
+
+def interrupt(done: int, total: int, tokens: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "traces"
+    with pytest.raises(KeyboardInterrupt):
+        collect(*small, prompts(), out, Collection(batch_size=2), rank=Rank(0, 1), progress=interrupt)
+    for told, asked, texts in (
+        ("asked", Collection(batch_size=3), prompts()),
+        ("prompts", Collection(batch_size=2), prompts()[:4]),
+    ):
+        with pytest.raises(UserError, match=f"was begun there with other {told}; go on with the same"):
+            collect(*small, texts, out, asked, rank=Rank(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["def", " \n"], "p1: is empty"),
+        ([], "holds no prompt"),
+        (["long " * 5000], r"p0: has [\d,]+ tokens, and the model [\d,]+ positions; --max-tokens N cuts it"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_named_and_nothing_is_left(small, tmp_path, texts, says) -> None:
+    given = [Prompt(text, f"p{n}") for n, text in enumerate(texts)]
+    with pytest.raises(UserError, match=says):
+        collect(*small, given, tmp_path / "traces", rank=Rank(0, 1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_collection_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{text} {n}", "id": f"q{n}"}) for n, text in enumerate(TEXTS * 8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    words = ["collect", "--model", str(SMALL), "--prompts", str(tmp_path / "prompts.jsonl"), "--batch-size", "4"]
+    whole, out = tmp_path / "whole", tmp_path / "traces"
+    assert main([*words, "--out", str(whole), "--quiet"]) == 0
+    pieces, killed = tmp_path / ".traces.collecting", 0
+    while not out.exists():
+        with subprocess.Popen([sys.executable, "-m", "moe_beyond", *words, "--out", str(out), "--quiet"]) as running:
+            before = len(list(pieces.glob("[0-9]*.parquet")))
+            while running.poll() is None and len(list(pieces.glob("[0-9]*.parquet"))) < before + 4:
+                time.sleep(0.01)
+            if running.poll() is None:
+                os.kill(running.pid, signal.SIGKILL)
+                killed += 1
+    assert killed >= 1
+    for one, other in zip(TraceSet(str(whole)).traces(), TraceSet(str(out)).traces(), strict=True):
+        same(one, other)
+
+
+def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("def main():\nimport os\n")
+    words = ["collect", "--model", SMALL, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "traces"]
+    assert main([str(word) for word in (*words, "--record", "experts", "--generate", 2, "--json", "-")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    traces = TraceSet(str(tmp_path / "traces"))
+    assert found["fingerprint"] == traces.manifest.fingerprint
+    assert traces.manifest.author == "mixed"
+    assert [trace.sequence_id for trace in traces.traces()] == ["prompts-1", "prompts-2"]
+    assert all(trace.gate_weights is None for trace in traces.traces())
+    assert "already exists" in error_line(capsys, words)
+    for bad, says in (
+        (["--record", "experts,weight"], "unknown --record 'weight'"),
+        (["--dtype", "int4"], "unknown --dtype 'int4'"),
+        (["--batch-size", "0"], "--batch-size 0 is less than 1"),
+    ):
+        assert says in error_line(capsys, [*words, *bad])
+    (tmp_path / "prompts.txt").write_text("def main():\n\nimport os\n")
+    assert error_line(capsys, words).endswith("prompts.txt: line 2 is empty; a line is a prompt")
+    assert "cannot be loaded" in error_line(
+        capsys, [*words[:2], tmp_path / "none", *words[3:4], SMALL / "prompts.jsonl", *words[5:]]
+    )
