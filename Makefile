@@ -17,7 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 # torch first and alone: where an index offers a CPU build of the pinned release, nothing may pull in another.
 $(INSTALLED): pyproject.toml constraints.txt

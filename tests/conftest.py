@@ -24,6 +24,11 @@ settings.load_profile("here")
 os.environ["WANDB_MODE"] = "disabled"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow ones: at the end they would keep one core busy and leave the others idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def trace_set(tmp_path: Path) -> TraceSet:
     """A small trace set with a train and a validation split."""

@@ -42,6 +42,7 @@ def desk(tmp_path: Path) -> Iterator[Path]:
     """A working folder as in a clone, with a release whose prompts are many, short and random."""
     for name in ("configs", "tools", "checkpoints"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "prompts.txt").write_text("import numpy as np\nThe arguments of a function\n")
     release(tmp_path / "RELEASE", [40, 12, *[3] * 210], missed=1)
     with chdir(tmp_path):
         yield tmp_path
@@ -65,9 +66,7 @@ def test_everything_in_the_readme_runs_in_its_order(desk: Path) -> None:
     assert {language for language in re.findall(r"^```(\S+)$", text, re.MULTILINE)} == {"sh", "python"}
     ran = 0
     for language, block in told:
-        if language == "python" and block.startswith("# "):  # a file of that name
-            Path(block.splitlines()[0].removeprefix("# ")).write_text(block)
-        elif language == "python":
+        if language == "python":
             exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
             ran += 1
         else:
