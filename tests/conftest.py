@@ -5,6 +5,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# A process a core runs the tests (pytest -n auto): threads of theirs, and of what they start, would fight over it.
+# Torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 
