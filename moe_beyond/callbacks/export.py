@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from moe_beyond.errors import UserError
+from moe_beyond.evaluation.runs import EXPORTED
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration, calibrate
@@ -71,7 +72,7 @@ class ExportBest(L.Callback):
 
 def export_folder(trainer: L.Trainer) -> Path:
     """Return where `ExportBest` writes the predictor of a run; all ranks must ask."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "predictor"
+    return Path(trainer.log_dir or trainer.default_root_dir) / EXPORTED
 
 
 def _lent(name: str, predictor: Predictor) -> Calibration:

@@ -12,6 +12,8 @@ from moe_beyond.evaluation.sources import ScoreSource, from_predictor
 from moe_beyond.predictors.checkpoint import load_checkpoint
 
 CONFIG_FILE = "config.yaml"
+EXPORTED = "predictor"
+"""Of a run's folder, where its predictor lies."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import yaml
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.runs import CONFIG_FILE as RUN_CONFIG
-from moe_beyond.evaluation.runs import is_run
+from moe_beyond.evaluation.runs import EXPORTED, is_run
 from moe_beyond.published import CONFIG_FILE, find_predictor
 
-EXPORTED = "predictor"
 METRICS_FILE = "metrics.csv"
 SECRET = re.compile(r"(?:.*_)?(?:key|token|password|secret)s?", re.IGNORECASE)
 """Names of what a run's configuration may hold and nobody else shall read."""
