@@ -13,6 +13,7 @@ from moe_beyond.version import __version__
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Traces": {
         "import": ("import_traces", "turn another tool's recording into a trace set"),
+        "export": ("export_traces", "write a trace set for another tool"),
         "inspect": ("inspect_traces", "describe a trace set: popularity, skew, reuse"),
     },
     "Predictors": {
