@@ -30,6 +30,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def creating(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path as `replacing` does, for a file that must not be there yet.
+
+    Raises:
+        UserError: ``path`` exists.
+    """
+    if Path(path).exists():
+        raise UserError(f"{path} already exists; choose another name or remove it")
+    with replacing(path) as temporary:
+        yield temporary
+
+
+@contextmanager
 def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; rename it to ``path`` on success, delete it on any error.
 

@@ -114,3 +114,11 @@ def error_line(capsys, arguments: Sequence[object]) -> str:
     assert err.count("\n") == 1
     assert err.endswith("\n")
     return err.removeprefix("moe-beyond: error: ").rstrip("\n")
+
+
+def failure(capsys, folder: Path, words: Sequence[object]) -> str:
+    """The line that ``words`` fail with, after which the folder must hold what it held before."""
+    before = sorted(folder.rglob("*"))
+    line = error_line(capsys, words)
+    assert sorted(folder.rglob("*")) == before
+    return line

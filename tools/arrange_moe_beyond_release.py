@@ -27,7 +27,7 @@ import numpy as np
 from moe_beyond.errors import UserError
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import PRESETS
-from moe_beyond.traces.importers.moe_beyond_csv import expert_ids, layer_order, read_csv
+from moe_beyond.traces.importers.moe_beyond_csv import column_ids, layer_order, read_csv
 
 FOLDERS = {
     "puffin": "prompt_{}_data.csv",
@@ -83,7 +83,7 @@ def experts_of(path: Path) -> bytes:
     """Return a prompt's activated experts in an order of their own: by layer, position and id."""
     table = read_csv(path)
     order, _, _ = layer_order(path, table, GEOMETRY)
-    return np.sort(expert_ids(path, table["Activated Expert IDs"], GEOMETRY)[order]).tobytes()
+    return np.sort(column_ids(path, table["Activated Expert IDs"], GEOMETRY)[order]).tobytes()
 
 
 def pair(recordings: dict[int, Path], predictions: dict[int, Path]) -> Pairing:

@@ -30,23 +30,13 @@ from moe_beyond.files import write_json
 from moe_beyond.published import find_predictor
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.traces.exporters.libcachesim import write_oracle_general
 from moe_beyond.traces.reader import TraceSet
 
 SEQUENTIAL = {"lru": "LRU", "lfu_in_cache": "LFU", "belady": "Belady"}
 LEAST = {"lru": 5.0, "belady": 2.0, "belief": 0.4}
 SWEEP_BUDGETS = [f"{share}%" for share in (5, 10, 15, 20, 25, 30, 40, 50, 60, 80)]
 SWEEP_POLICIES = ("lru", "lfu", "lfru", "class_lru", "belief", "belady")
-
-
-def write_oracle_general(path: Path, ids: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-    """Write a stream as libCacheSim's oracleGeneral file: time, object, size, and the next access of the same."""
-    order = np.argsort(ids, kind="stable")
-    following = np.full(len(ids), -1, np.int64)
-    same = ids[order[:-1]] == ids[order[1:]]
-    following[order[:-1][same]] = order[1:][same]
-    records = np.empty(len(ids), np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")]))
-    records["time"], records["id"], records["size"], records["next"] = np.arange(len(ids)), ids, 1, following
-    records.tofile(path)
 
 
 def time_libcachesim(name: str, path: Path, slots: int) -> tuple[float, float]:

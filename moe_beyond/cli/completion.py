@@ -13,6 +13,8 @@ from moe_beyond.evaluation.systems import SYSTEMS
 from moe_beyond.geometry import PRESETS
 from moe_beyond.published import published_predictors
 from moe_beyond.simulator.devices import DEVICES
+from moe_beyond.traces.exporters import EXPORTERS
+from moe_beyond.traces.importers import IMPORTERS
 
 SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
 """What each shell needs before the script."""
@@ -82,7 +84,14 @@ def completion_script(shell: str) -> str:
         "--scope": ["global", "per-layer"],
     }
     known = {verb: LIGHTNING if module == "lightning" else _options(module) for verb, (module, _) in VERBS.items()}
-    arguments = {"evaluate": predictors, "report": predictors, "push": predictors, "completion": list(SHELLS)}
+    arguments = {
+        "import": list(IMPORTERS),
+        "export": list(EXPORTERS),
+        "evaluate": predictors,
+        "report": predictors,
+        "push": predictors,
+        "completion": list(SHELLS),
+    }
     return SCRIPT.format(
         before=SHELLS[shell],
         verbs=" ".join(VERBS),

@@ -14,6 +14,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Traces": {
         "collect": ("collect", "run a mixture of experts over prompts and record its routing"),
         "import": ("import_traces", "turn another tool's recording into a trace set"),
+        "export": ("export_traces", "write a trace set for another tool"),
         "inspect": ("inspect_traces", "describe a trace set: popularity, skew, reuse"),
     },
     "Predictors": {

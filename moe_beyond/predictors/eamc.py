@@ -64,7 +64,7 @@ class Eamc(CountingPredictor):
     def information(self) -> Information:
         """Experts of earlier tokens, and of this one's earlier layers."""
         lookaheads: list[Lookahead] = [*range(1, self.ahead + 1), "token"]
-        return Information(tuple(lookaheads))
+        return Information(tuple(lookaheads), token_ids=False)
 
     def observe(self, batch: Batch) -> None:
         """Store the matrix of each sequence.

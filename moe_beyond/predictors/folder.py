@@ -17,7 +17,7 @@ from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.card import card
 from moe_beyond.predictors.registry import create
 from moe_beyond.published import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from moe_beyond.traces.manifest import Manifest
+from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
 from moe_beyond.version import __version__
 
 FORMAT_VERSION = 1
@@ -147,7 +147,7 @@ def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source:
 
 
 def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_sha256: str | None = None) -> None:
-    """Refuse traces of another model shape or another tokenizer.
+    """Refuse traces of another model shape or another tokenizer, or of none where the predictor reads token ids.
 
     Args:
         predictor: What is to score them.
@@ -163,6 +163,16 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
             f"{traces}: has {manifest.geometry.describe_shape()}, "
             f"but the predictor was fitted for {predictor.geometry.describe_shape()}"
         )
+    if not manifest.has_token_ids and predictor.information.token_ids:
+        raise UserError(
+            f"{traces}: its recording told no token ids, which {predictor.architecture} reads; popularity, history and "
+            "eamc do without"
+        )
+    if not predictor.information.token_ids and NO_TOKEN_IDS.vocab_size in (
+        predictor.vocab_size,
+        manifest.tokenizer.vocab_size,
+    ):
+        return  # one side knows no tokenizer, and neither needs it
     if predictor.vocab_size != manifest.tokenizer.vocab_size:
         raise UserError(
             f"{traces}: its tokenizer {manifest.tokenizer.name!r} has {manifest.tokenizer.vocab_size} ids, "

@@ -48,7 +48,7 @@ class History(Popularity):
     @property
     def information(self) -> Information:
         """Experts of earlier tokens."""
-        return Information(("token",))
+        return Information(("token",), token_ids=False)
 
     def observe(self, batch: Batch) -> None:
         """Count a batch."""

@@ -15,6 +15,7 @@ class Information:
         available: Whether a score exists once a layer is *routed*, or only once it is *computed* (predictors that
             read hidden states).
         causal: Whether every score ignores later tokens.
+        token_ids: Whether it reads token ids.
         hidden_states: Whether it reads hidden states.
         gate_weights: Whether it reads router weights.
     """
@@ -22,6 +23,7 @@ class Information:
     lookaheads: tuple[Lookahead, ...]
     available: Literal["routed", "computed"] = "routed"
     causal: bool = True
+    token_ids: bool = True
     hidden_states: bool = False
     gate_weights: bool = False
 

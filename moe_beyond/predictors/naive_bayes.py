@@ -80,7 +80,7 @@ class NaiveBayes(CountingPredictor):
     @property
     def information(self) -> Information:
         """Lookaheads 1 .. H, known when the layer is routed."""
-        return Information(tuple(range(1, self.lookaheads + 1)))
+        return Information(tuple(range(1, self.lookaheads + 1)), token_ids=self.token != 0)
 
     def prepare(self, text: TrainingText) -> None:
         """Take in the training split's vocabulary."""

@@ -38,7 +38,7 @@ class Popularity(CountingPredictor):
     @property
     def information(self) -> Information:
         """Nothing of the sequence, so known before the token."""
-        return Information(("token",))
+        return Information(("token",), token_ids=False)
 
     def observe(self, batch: Batch) -> None:
         """Count a batch."""

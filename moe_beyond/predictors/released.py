@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.scores import writing_scores
-from moe_beyond.traces.importers.moe_beyond_csv import expert_ids, layer_order, prompt_files, read_csv
+from moe_beyond.traces.importers.moe_beyond_csv import column_ids, layer_order, prompt_files, read_csv
 from moe_beyond.traces.reader import TraceSet
 
 
@@ -42,7 +42,7 @@ def import_released_predictions(source: str | Path, out: str | Path, traces: Tra
             table = read_csv(path, "Predicted Expert IDs")
             order, length, _ = layer_order(path, table, geometry)
             true, predicted = (
-                expert_ids(path, table[name], geometry)[order].reshape(layers, length, top_k).transpose(1, 0, 2)
+                column_ids(path, table[name], geometry)[order].reshape(layers, length, top_k).transpose(1, 0, 2)
                 for name in ("Activated Expert IDs", "Predicted Expert IDs")
             )
             if not np.array_equal(np.sort(true), np.sort(trace.experts)):

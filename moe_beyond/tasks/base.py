@@ -13,6 +13,7 @@ from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
+from moe_beyond.predictors.folder import check_fits
 
 
 class PredictorTask(L.LightningModule):
@@ -66,8 +67,13 @@ class PredictorTask(L.LightningModule):
         self.check_trainer(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Before a fit, take in the training split's vocabulary and note what the fit is on."""
+        """Before a fit, take in the training split's vocabulary and note what the fit is on.
+
+        Raises:
+            UserError: The traces are of another shape, or have no token ids where the predictor reads them.
+        """
         if stage == "fit":
+            check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
             self.predictor.prepare(self.data.training_text())
             self.trained_on = {**self.data.traces.describe(self.data.train_split), "recipe": self.recipe()}
 

@@ -29,6 +29,10 @@ class Tokenizer:
     sha256: str | None = None
 
 
+NO_TOKEN_IDS = Tokenizer("none", 1)
+"""Of trace sets whose recording tells no token ids: all are 0, and nothing that reads token ids is fitted on them."""
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One Parquet file of a trace set: name in the folder, split, counts, size in bytes and hash."""
@@ -51,7 +55,8 @@ class Manifest:
         model_id: Checkpoint that routed, as its publisher names it.
         revision: Revision of that checkpoint, if known.
         quantization_bits: Bits per parameter the model ran with.
-        author: Who wrote the text: ``"dataset"`` (read by the model), ``"model"`` (written by it), or ``"mixed"``.
+        author: Who wrote the text: ``"dataset"`` (read by the model), ``"model"`` (written by it), ``"mixed"``, or
+            ``"unknown"`` where the recording does not tell.
         source: Where the prompts came from.
         tool_version: Version of this package that wrote the set.
         shards: The shards, split by split.
@@ -71,6 +76,11 @@ class Manifest:
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, in the order of the shards."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
+
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether the token ids were recorded."""
+        return self.tokenizer != NO_TOKEN_IDS
 
     @property
     def tokens(self) -> int:

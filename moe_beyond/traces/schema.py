@@ -56,6 +56,11 @@ def check_experts(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> st
     return None
 
 
+def has_empty_slots(experts: npt.NDArray[np.integer[Any]]) -> bool:
+    """Tell whether any slot holds no expert."""
+    return bool((experts == none_id(experts.dtype)).any())
+
+
 def arrow_schema(geometry: Geometry, *, gate_weights: bool = False) -> pa.Schema:
     """Return the columns of a shard."""
     fields = [

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from helpers import error_line, prompt_csv, word_tokenizer
+from helpers import error_line, failure, prompt_csv, word_tokenizer
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
@@ -32,14 +32,6 @@ def command(*more, source="puffin", out="out", model="small.json", tokenizer="wo
     """The words of an import, complete unless told otherwise."""
     known = ["import", "moe-beyond-csv", source, "--out", out, "--model", model]
     return [*known, *(["--tokenizer", tokenizer] if tokenizer else []), *more]
-
-
-def failure(capsys, folder, words):
-    """The line that ``words`` fail with, after which the folder must hold what it held before."""
-    before = sorted(folder.rglob("*"))
-    line = error_line(capsys, words)
-    assert sorted(folder.rglob("*")) == before
-    return line
 
 
 def test_a_recording_becomes_a_trace_set(recording, capsys):

@@ -90,6 +90,12 @@ def test_logits_have_a_slice_a_lookahead(variant, geometry):
 
 
 @every(VARIANTS)
+def test_what_reads_token_ids_says_so(variant):
+    reads = bool(variant.reads & {"own id", "earlier ids", "later ids"})
+    assert fitted_once(variant).information.token_ids == reads
+
+
+@every(VARIANTS)
 def test_arguments_rebuild_the_predictor(variant):
     predictor = fitted_once(variant)
     arguments = json.loads(json.dumps(predictor.arguments()))

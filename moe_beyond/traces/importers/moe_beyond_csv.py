@@ -14,9 +14,9 @@ import pyarrow.csv
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
+from moe_beyond.traces.importers.experts import check_layers, checked_ids
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import experts_dtype
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.vocabulary import Vocabulary, load_vocabulary
 from moe_beyond.traces.writer import writing
@@ -34,6 +34,7 @@ def import_moe_beyond_csv(
     *,
     tokenizer: str | None = None,
     val_blocks: str | None = None,
+    quantization_bits: float = RECORDED_BITS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TraceSet:
     """Turn a folder of ``prompt_N_*.csv`` files into a trace set.
@@ -47,6 +48,7 @@ def import_moe_beyond_csv(
         preset: The model that routed; its geometry says which layers and experts a file must have.
         tokenizer: Tokenizer of the token strings; the preset's by default.
         val_blocks: ``SIZE:EVERY`` sends blocks of consecutive prompt numbers to a ``validation`` split.
+        quantization_bits: Bits per parameter that the model ran with.
         progress: Called with the files that were read, and how many there are.
 
     Returns:
@@ -65,7 +67,7 @@ def import_moe_beyond_csv(
         geometry=preset.geometry,
         tokenizer=vocabulary.describe(),
         model_id=preset.geometry.model,
-        quantization_bits=RECORDED_BITS,
+        quantization_bits=quantization_bits,
         author="dataset",
         source=f"MoE-Beyond release, {source.resolve().name}",
         tool_version=__version__,
@@ -114,7 +116,7 @@ def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabu
     if len(differ := np.argwhere(token_ids != token_ids[0])):
         layer, position = differ[0]
         raise UserError(f"{path}: token {position} of layer {found[layer]} is not that of layer {found[0]}")
-    experts = expert_ids(path, table["Activated Expert IDs"], geometry)[order]
+    experts = column_ids(path, table["Activated Expert IDs"], geometry)[order]
     folder = path.parent.resolve().name  # "." has no name
     trace = Trace(
         sequence_id=f"{folder}-{number}",
@@ -135,10 +137,7 @@ def layer_order(path: Path, table: pa.Table, geometry: Geometry) -> tuple[npt.ND
     layers = table["Layer ID"].to_numpy()
     order = np.argsort(layers, kind="stable")
     found, counts = np.unique(layers, return_counts=True)
-    if tuple(found) != geometry.moe_layers:
-        raise UserError(
-            f"{path}: has layers {_span(found)}, but {geometry.model}'s MoE layers are {_span(geometry.moe_layers)}"
-        )
+    check_layers(found, geometry, path)
     if len(ragged := np.flatnonzero(counts != counts[0])):
         layer = found[ragged[0]]
         raise UserError(
@@ -192,7 +191,7 @@ def _token_ids(path: Path, column: pa.ChunkedArray, vocabulary: Vocabulary) -> n
     return column_ids
 
 
-def expert_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.NDArray[Any]:
+def column_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.NDArray[Any]:
     """Parse ``"[8, 26, 56]"`` strings into ``(rows, K)`` ids.
 
     Raises:
@@ -209,16 +208,4 @@ def expert_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.N
         row, word = wrong[0] // geometry.top_k, words[int(wrong[0])].as_py()
         raise UserError(f"{path}: row {row + 2}: expert id {word!r} is not a whole number")
     ids = pc.cast(words, pa.int32()).to_numpy().reshape(-1, geometry.top_k)
-    if len(outside := np.argwhere((ids < 0) | (ids >= geometry.num_experts))):
-        row, place = outside[0]
-        raise UserError(
-            f"{path}: row {row + 2}: expert id {ids[row, place]} is out of range 0..{geometry.num_experts - 1}"
-        )
-    if len(twice := np.flatnonzero((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1))):
-        raise UserError(f"{path}: row {twice[0] + 2}: an expert is listed twice")
-    narrow: npt.NDArray[Any] = ids.astype(experts_dtype(geometry))
-    return narrow
-
-
-def _span(layers: Any) -> str:
-    return f"{layers[0]}..{layers[-1]} ({len(layers)})"
+    return checked_ids(ids, geometry, lambda row: f"{path}: row {row + 2}")

@@ -1,0 +1,82 @@
+"""What may lie beside a recorded sequence, as arrays of its name with an ending: token ids, and where writing began.
+
+``NAME.tokens`` are the ids, one a token; engines return one more, of the last token that was sampled, which no layer
+has seen. ``NAME.decode_start`` is a number: the tokens that the model read before it wrote.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_beyond.errors import UserError
+from moe_beyond.traces.importers.arrays import StoredArray, stored_array
+
+TOKENS, DECODE_START = ".tokens", ".decode_start"
+
+
+def beside(path: Path, ending: str) -> StoredArray | None:
+    """Look for the companion of a file: ``NAME.tokens.npy`` beside ``NAME.csv``.
+
+    Raises:
+        UserError: It is there, and is no array of whole numbers.
+    """
+    companion = path.with_name(f"{path.stem}{ending}.npy")
+    return stored_array(companion) if companion.exists() else None
+
+
+def read_token_ids(stored: StoredArray | None, length: int) -> npt.NDArray[np.int32]:
+    """Return a sequence's token ids ``(T,)``; zeros where there are none.
+
+    Raises:
+        UserError: They are not as many as the tokens, or no ids.
+    """
+    if stored is None:
+        return np.zeros(length, np.int32)
+    if stored.shape not in ((length,), (length + 1,)):
+        raise UserError(f"{stored.where}: has shape {stored.shape}, expected ({length},): an id a recorded token")
+    ids: npt.NDArray[Any] = stored.read()[:length]
+    if len(outside := ids[(ids < 0) | (ids > np.iinfo(np.int32).max)]):
+        raise UserError(f"{stored.where}: {outside[0]} is no token id")
+    return ids.astype(np.int32)
+
+
+def read_decode_start(stored: StoredArray | None, length: int) -> int:
+    """Return the first position that the model wrote; T, as if all was read, where nothing tells.
+
+    Raises:
+        UserError: It is no such position.
+    """
+    if stored is None:
+        return length
+    if stored.shape != ():
+        raise UserError(f"{stored.where}: has shape {stored.shape}; decode_start is one number")
+    if not 0 <= (start := int(stored.read())) <= length:
+        raise UserError(f"{stored.where}: {start} is not in 0..{length}")
+    return start
+
+
+def author_of(starts: Sequence[int], lengths: Sequence[int]) -> str:
+    """Say who wrote the text of sequences, as a manifest does."""
+    if list(starts) == list(lengths):
+        return "dataset"
+    return "mixed" if any(starts) else "model"
+
+
+def all_or_none(stored: Mapping[str, StoredArray | None], source: Path, what: str) -> bool:
+    """Tell whether all sequences have a companion, and not none.
+
+    Args:
+        stored: Each sequence's, by its name.
+        source: The recording.
+        what: What they are called.
+
+    Raises:
+        UserError: Some have it, and some do not.
+    """
+    without = [name for name, one in stored.items() if one is None]
+    if 0 < len(without) < len(stored):
+        raise UserError(f"{source}: {without[0]!r} has no {what}, and others do; give all of them, or none")
+    return not without

@@ -1,0 +1,31 @@
+"""The files of a recording, in the order that people count in."""
+
+import re
+from pathlib import Path
+
+from moe_beyond.errors import UserError
+
+
+def natural(name: str) -> list[str | int]:
+    """Return what sorts names as people count: ``q2`` before ``q10``."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def source_files(source: Path, suffix: str) -> list[Path]:
+    """List a recording's files: itself, or a folder's.
+
+    Args:
+        source: A file, or a folder.
+        suffix: What their names end in, such as ``.csv``.
+
+    Raises:
+        UserError: It is neither, or the folder has none.
+    """
+    if source.is_dir():
+        files = sorted(source.glob(f"*{suffix}"), key=lambda path: natural(path.name))
+        if not files:
+            raise UserError(f"{source}: holds no *{suffix} file")
+        return files
+    if not source.is_file() or source.suffix != suffix:
+        raise UserError(f"{source}: is neither a *{suffix} file nor a folder of them")
+    return [source]

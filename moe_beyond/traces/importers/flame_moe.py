@@ -1,0 +1,167 @@
+"""The router traces of FLAME-MoE (arXiv 2505.20225): a Parquet file a layer, a row a token.
+
+``actives/iter_N/layer_NN.parquet`` has ``indices`` and ``scores``, layers counted from one; ``samples/*.parquet``
+beside ``actives`` has the ``token_id`` of the same rows. Nothing there tells where a sequence ends: pre-training filled
+its sequences, which are all as long, and they are taken to lie one after the other.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.importers.experts import check_layers, checked_ids
+from moe_beyond.traces.importers.files import source_files
+from moe_beyond.traces.importers.recording import Progress, Recording
+from moe_beyond.traces.trace import Trace
+
+SEQUENCE_TOKENS = 2048
+"""What FLAME-MoE was trained on."""
+ROWS_AT_ONCE = 65536
+INTEGERS, FLOATS = "int16 int32 int64 uint8 uint16 uint32".split(), "halffloat float double".split()
+
+
+def read_flame_moe(
+    source: Path, geometry: Geometry, *, sequence_tokens: int = SEQUENCE_TOKENS, progress: Progress
+) -> Recording:
+    """Read the layers of one checkpoint, ``actives/iter_N``.
+
+    Args:
+        source: The folder.
+        geometry: The model's shape; its layers count from 0.
+        sequence_tokens: Rows that make a sequence; the last may have fewer.
+        progress: Told of the sequences that were read.
+
+    Raises:
+        UserError: A layer is missing, or a file has other columns or rows.
+    """
+    if sequence_tokens < 1:
+        raise UserError(f"--sequence-tokens {sequence_tokens}: a sequence has at least one token")
+    layers = _layer_files(source, geometry)
+    tokens = {path: _rows(path) for path in layers}
+    for path, rows in tokens.items():
+        if rows != tokens[layers[0]]:
+            raise UserError(f"{path}: has {rows} rows, but {layers[0].name} has {tokens[layers[0]]}; a layer is ragged")
+    if (total := tokens[layers[0]]) == 0:
+        raise UserError(f"{layers[0]}: has no rows")
+    samples_folder = source.resolve().parent.parent / "samples"
+    samples = source_files(samples_folder, ".parquet") if samples_folder.is_dir() else []
+    if samples and (told := sum(map(_rows, samples))) < total:
+        raise UserError(f"{samples_folder}: has {told} token ids, but the layers have {total} rows")
+    lengths = [min(sequence_tokens, total - start) for start in range(0, total, sequence_tokens)]
+    return Recording(
+        source=f"FLAME-MoE traces, {source.resolve().parent.parent.name} {source.resolve().name}",
+        lengths=lengths,
+        traces=_traces(source, layers, samples, lengths, geometry, progress),
+        author="dataset",
+        has_token_ids=bool(samples),
+    )
+
+
+def _layer_files(source: Path, geometry: Geometry) -> list[Path]:
+    files = source_files(source, ".parquet")
+    numbers = []
+    for path in files:
+        number = path.stem.removeprefix("layer_")
+        if not (path.stem.startswith("layer_") and number.isdecimal()):
+            raise UserError(f"{path}: is not named layer_<number>.parquet")
+        numbers.append(int(number) - 1)
+    check_layers(np.array(numbers), geometry, f"{source} (which counts from one)")
+    return files
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+
+
+def _rows(path: Path) -> int:
+    with _opened(path) as file:
+        rows: int = file.metadata.num_rows
+    return rows
+
+
+def _traces(
+    source: Path, layers: list[Path], samples: list[Path], lengths: list[int], geometry: Geometry, progress: Progress
+) -> Iterator[Trace]:
+    ids = [_pieces(_lists(path, "indices", INTEGERS, geometry), lengths) for path in layers]
+    scores = [_pieces(_lists(path, "scores", FLOATS, geometry), lengths) for path in layers]
+    token_ids = _pieces((part for path in samples for part in _token_ids(path)), lengths) if samples else None
+    start = 0
+    for number, length in enumerate(lengths):
+        experts = [
+            checked_ids(next(piece), geometry, lambda row, path=path, start=start: f"{path}: row {start + row}")
+            for path, piece in zip(layers, ids, strict=True)
+        ]
+        yield Trace(
+            sequence_id=f"{source.resolve().name}-{number}",
+            source=f"rows {start}..{start + length - 1}",
+            token_ids=np.zeros(length, np.int32) if token_ids is None else next(token_ids),
+            experts=np.stack(experts, axis=1),
+            decode_start=length,
+            gate_weights=np.stack([next(piece) for piece in scores], axis=1).astype(np.float16),
+        )
+        start += length
+        progress(number + 1, len(lengths))
+
+
+def _pieces(parts: Iterator[npt.NDArray[Any]], lengths: list[int]) -> Iterator[npt.NDArray[Any]]:
+    """Cut what comes in parts of any size into pieces of these lengths."""
+    held = next(parts)
+    for length in lengths:
+        while len(held) < length:
+            held = np.concatenate([held, next(parts)])
+        yield held[:length]
+        held = held[length:]
+
+
+def _lists(path: Path, name: str, types: list[str], geometry: Geometry) -> Iterator[npt.NDArray[Any]]:
+    """Read a column of lists, ``(rows, K)`` at a time."""
+    start = 0
+    for column in _columns(path, name):
+        listed = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
+        if not listed or str(column.type.value_type) not in types:
+            raise UserError(f"{path}: column {name!r} is {column.type}, not lists of {types[0]}")
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        if len(ragged := np.flatnonzero(lengths != geometry.top_k)):
+            raise UserError(
+                f"{path}: row {start + ragged[0]}: {name} holds {lengths[ragged[0]]:g}, but {geometry.model} routes to "
+                f"{geometry.top_k}"
+            )
+        values = column.flatten()
+        if values.null_count:
+            row = start + pc.index(pc.is_null(values), True).as_py() // geometry.top_k
+            raise UserError(f"{path}: row {row}: {name} has an empty place")
+        rows = values.to_numpy(zero_copy_only=False).reshape(-1, geometry.top_k)
+        if len(wrong := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
+            raise UserError(f"{path}: row {start + wrong[0]}: {name} are not all numbers")
+        yield rows
+        start += len(column)
+
+
+def _token_ids(path: Path) -> Iterator[npt.NDArray[Any]]:
+    for column in _columns(path, "token_id"):
+        if str(column.type) not in INTEGERS or column.null_count:
+            raise UserError(f"{path}: column 'token_id' is {column.type}, not whole numbers throughout")
+        yield column.to_numpy(zero_copy_only=False)
+
+
+def _columns(path: Path, name: str) -> Iterator[pa.Array]:
+    """Read one column, some rows at a time."""
+    with _opened(path) as file:
+        if name not in file.schema_arrow.names:
+            raise UserError(f"{path}: column {name!r} is missing; found {', '.join(file.schema_arrow.names)}")
+        try:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
+                yield batch.column(0)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: is damaged ({str(error).splitlines()[0]})") from error

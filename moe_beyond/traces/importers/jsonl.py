@@ -1,0 +1,154 @@
+"""JSON lines, an entry each: ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``.
+
+``layer_idx`` counts all layers of the model from 0, ``gate_weights`` may be left out, other fields are passed over, and
+the lines come in any order. A file is a sequence; token ids may lie beside it as ``NAME.tokens.npy``.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.importers.arrays import StoredArray
+from moe_beyond.traces.importers.companions import (
+    DECODE_START,
+    TOKENS,
+    all_or_none,
+    author_of,
+    beside,
+    read_decode_start,
+    read_token_ids,
+)
+from moe_beyond.traces.importers.experts import check_layers, checked_ids
+from moe_beyond.traces.importers.files import source_files
+from moe_beyond.traces.importers.recording import Progress, Recording
+from moe_beyond.traces.trace import Trace
+
+LARGEST_INDEX = 2**31 - 1
+LARGEST_WEIGHT = float(np.finfo(np.float16).max)
+
+
+@dataclass
+class Entries:
+    """The entries of a file, in its order, and the number of each one's line."""
+
+    layers: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    gate_weights: list[list[float]] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+
+
+def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recording:
+    """Read a ``.jsonl`` of one sequence, or a folder of them.
+
+    Args:
+        source: The recording.
+        geometry: The model's shape.
+        progress: Told of the files that were read.
+
+    Raises:
+        UserError: A line is no entry of the model's, or a token lacks a layer.
+    """
+    files = {path.stem: path for path in source_files(source, ".jsonl")}
+    tokens, starts = ({name: beside(path, ending) for name, path in files.items()} for ending in (TOKENS, DECODE_START))
+    has_token_ids = all_or_none(tokens, source, "token ids")
+    told = all_or_none(starts, source, "decode_start")
+    traces = []
+    for name, path in files.items():
+        traces.append(_trace(path, geometry, tokens[name], starts[name]))
+        progress(len(traces), len(files))
+    lengths = [len(trace) for trace in traces]
+    return Recording(
+        source=f"JSON lines, {source.resolve().name}",
+        lengths=lengths,
+        traces=traces,
+        author=author_of([trace.decode_start for trace in traces], lengths) if told else "unknown",
+        has_token_ids=has_token_ids,
+    )
+
+
+def _trace(path: Path, geometry: Geometry, tokens: StoredArray | None, start: StoredArray | None) -> Trace:
+    entries = _entries(path, geometry)
+    rows = _rows(path, entries, geometry)
+    experts = checked_ids(np.array(entries.ids), geometry, lambda place: f"{path}: line {entries.lines[place]}")
+    return Trace(
+        sequence_id=path.stem,
+        source=f"{path.parent.resolve().name}/{path.name}",
+        token_ids=read_token_ids(tokens, len(rows)),
+        experts=experts[rows],
+        decode_start=read_decode_start(start, len(rows)),
+        gate_weights=np.array(entries.gate_weights, np.float16)[rows] if entries.gate_weights else None,
+    )
+
+
+def _entries(path: Path, geometry: Geometry) -> Entries:
+    entries = Entries()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                _add(entries, line, number, f"{path}: line {number}", geometry)
+    if not entries.lines:
+        raise UserError(f"{path}: has no lines")
+    return entries
+
+
+def _add(entries: Entries, line: bytes, number: int, where: str, geometry: Geometry) -> None:
+    """Check a line's fields and add them."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: is no JSON object")
+    for name in ("layer_idx", "token_idx", "selected_ids"):
+        if name not in record:
+            raise UserError(f"{where}: {name} is missing")
+    layer, token, ids = record["layer_idx"], record["token_idx"], record["selected_ids"]
+    weights = record.get("gate_weights") or []
+    for name, index in (("layer_idx", layer), ("token_idx", token)):
+        if type(index) is not int or not 0 <= index <= LARGEST_INDEX:
+            raise UserError(f"{where}: {name} is {json.dumps(index)}, not a whole number from 0 on")
+    if not isinstance(ids, list) or any(type(one) is not int for one in ids):
+        raise UserError(f"{where}: selected_ids is not a list of whole numbers")
+    if len(ids) != geometry.top_k:
+        raise UserError(f"{where}: {len(ids)} expert ids, but {geometry.model} routes to {geometry.top_k}")
+    if not isinstance(weights, list) or not all(
+        type(one) in (int, float) and abs(one) <= LARGEST_WEIGHT for one in weights
+    ):
+        raise UserError(f"{where}: gate_weights is not a list of numbers up to {LARGEST_WEIGHT:g}")
+    if weights and len(weights) != len(ids):
+        raise UserError(f"{where}: {len(weights)} gate weights for {len(ids)} experts")
+    if bool(weights) != bool(entries.gate_weights) and entries.lines:
+        raise UserError(f"{where}: gate_weights come in all lines, or in none")
+    entries.layers.append(layer)
+    entries.tokens.append(token)
+    entries.ids.append(ids)
+    entries.lines.append(number)
+    if weights:
+        entries.gate_weights.append(weights)
+
+
+def _rows(path: Path, entries: Entries, geometry: Geometry) -> np.ndarray:
+    """Return for every token and layer the place of its entry: ``(T, L)``."""
+    layers, layer_of = np.unique(entries.layers, return_inverse=True)
+    check_layers(layers, geometry, path)
+    tokens, token_of = np.unique(entries.tokens, return_inverse=True)
+    if len(tokens) != tokens[-1] - tokens[0] + 1:
+        gap = tokens[np.flatnonzero(np.diff(tokens) > 1)[0]] + 1
+        raise UserError(f"{path}: has no line for token {gap}")
+    rows = np.full((len(tokens), len(layers)), -1)
+    for place, (token, layer) in enumerate(zip(token_of, layer_of, strict=True)):
+        if rows[token, layer] >= 0:
+            raise UserError(
+                f"{path}: line {entries.lines[place]}: token {tokens[token]} was routed in layer {layers[layer]} in "
+                f"line {entries.lines[rows[token, layer]]} already"
+            )
+        rows[token, layer] = place
+    if len(missing := np.argwhere(rows < 0)):
+        token, layer = missing[0]
+        raise UserError(f"{path}: token {tokens[token]} has no line for layer {layers[layer]}")
+    return rows

@@ -1,0 +1,224 @@
+"""The CSV traces of ``llama-moe-trace``, of which there are two.
+
+llama.cpp's own example (pull request 28544) writes ``layer,expert``, a row an expert. Forks that cache experts read and
+write ``position,layer,expert,expert,...``, a row an entry, where the prompt's positions are below zero. Neither has a
+header; layers count from 0, dense ones too. Each call of the model is a batch: all rows of its first layer, then all of
+the next.
+
+Of a prompt's tokens llama.cpp computes the last layer only where logits are wanted, which is after the last token: the
+ones before have no entry there. They are left out, since nothing says what they would have been routed to, and traces
+begin with the prompt's last token.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.importers.companions import TOKENS, all_or_none, author_of, beside, read_token_ids
+from moe_beyond.traces.importers.experts import check_layers, checked_ids
+from moe_beyond.traces.importers.files import source_files
+from moe_beyond.traces.importers.recording import Progress, Recording
+from moe_beyond.traces.trace import Trace
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a file holds, whichever its columns.
+
+    Attributes:
+        tokens: ``(R,)``, the token of each entry, numbered through the file.
+        layers: ``(R,)``, its layer, as the model counts.
+        ids: ``(R, K)``, its experts.
+        rows: ``(R,)``, the row of the file where it begins.
+        sequences: ``(T,)``, the sequence of each token.
+        written: ``(T,)`` bool, whether the model wrote it.
+    """
+
+    tokens: Ints
+    layers: Ints
+    ids: Ints
+    rows: Ints
+    sequences: Ints
+    written: npt.NDArray[np.bool_]
+
+
+def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> Recording:
+    """Read a ``.csv``, or a folder of them.
+
+    A file may hold several sequences, one after the other, as merged profiles do. Token ids may lie beside a file of
+    one: ``NAME.tokens.npy``.
+
+    Args:
+        source: The recording.
+        geometry: The model's shape.
+        progress: Told of the files that were read.
+
+    Raises:
+        UserError: A row is no entry of the model's, or a token lacks a layer.
+    """
+    files = {path.stem: path for path in source_files(source, ".csv")}
+    tokens = {name: beside(path, TOKENS) for name, path in files.items()}
+    has_token_ids = all_or_none(tokens, source, "token ids")
+    traces: list[Trace] = []
+    left_out = 0
+    for done, (name, path) in enumerate(files.items(), 1):
+        entries = _entries(path, geometry)
+        found = _sequences(path, entries, geometry)
+        if len(found) > 1 and has_token_ids:
+            raise UserError(f"{path}: holds {len(found)} sequences; token ids can lie beside a file of one")
+        for number, (first, experts, decode_start) in enumerate(found):
+            token_ids = read_token_ids(tokens[name], first + len(experts))[first:]
+            sequence_id = name if len(found) == 1 else f"{name}-{number}"
+            traces.append(
+                Trace(sequence_id, f"{path.parent.resolve().name}/{path.name}", token_ids, experts, decode_start)
+            )
+            left_out += first
+        progress(done, len(files))
+    lengths = [len(trace) for trace in traces]
+    without = f"; {left_out:,} tokens of prompts left out, whose last layer was not computed" if left_out else ""
+    return Recording(
+        source=f"llama.cpp trace, {source.resolve().name}{without}",
+        lengths=lengths,
+        traces=traces,
+        author=author_of([trace.decode_start for trace in traces], lengths),
+        has_token_ids=has_token_ids,
+    )
+
+
+def _entries(path: Path, geometry: Geometry) -> Entries:
+    numbers, first_row = _numbers(path)
+    if numbers.shape[1] == 2:
+        return _of_experts(path, numbers, first_row, geometry)
+    if numbers.shape[1] == 2 + geometry.top_k:
+        return _of_positions(path, numbers, first_row, geometry)
+    raise UserError(
+        f"{path}: has {numbers.shape[1]} columns; {geometry.model} routes to {geometry.top_k}, so that a trace has 2 "
+        f"(layer,expert) or {2 + geometry.top_k} (position,layer,experts)"
+    )
+
+
+def _numbers(path: Path) -> tuple[Ints, int]:
+    """Read a file's numbers ``(R, columns)``, and say in which row they begin: after a header, if there is one."""
+    with path.open("rb") as file:
+        lines = [file.readline(), file.readline()]
+    header = re.match(rb"\s*[A-Za-z\"]", lines[0]) is not None
+    if not (first := lines[int(header)]).strip():
+        raise UserError(f"{path}: has no rows")
+    names = [f"f{i}" for i in range(first.count(b",") + 1)]
+    try:
+        table = pa.csv.read_csv(
+            path,
+            # Without threads, for only then its errors name the row.
+            read_options=pa.csv.ReadOptions(column_names=names, skip_rows=int(header), use_threads=False),
+            convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.int64())),
+        )
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: cannot be read as rows of numbers ({str(error).splitlines()[0]})") from error
+    for column in table.columns:
+        if column.null_count:
+            row = np.flatnonzero(column.is_null().to_numpy())[0] + 1 + int(header)
+            raise UserError(f"{path}: row {row}: a number is missing")
+    return np.stack([column.to_numpy() for column in table.columns], axis=1), 1 + int(header)
+
+
+def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -> Entries:
+    """Understand ``layer,expert`` rows: what a batch's tokens are follows from how often it names a layer."""
+    layers, experts = numbers.T
+    top_k, count = geometry.top_k, geometry.num_layers
+    starts = np.flatnonzero(np.concatenate([[True], layers[1:] < layers[:-1]]))
+    tokens: list[int] = []
+    sequences: list[int] = []
+    written: list[bool] = []
+    done = sequence = 0
+    before = 0  # tokens of the batch before
+    for start, stop in pairwise([*starts, len(layers)]):
+        where = f"{path}: row {start + first_row}"
+        found, rows = np.unique(layers[start:stop], return_counts=True)
+        check_layers(found, geometry, where)
+        size, last = int(rows[0]) // top_k, int(rows[-1]) // top_k
+        if len(ragged := np.flatnonzero(rows != size * top_k)) and (
+            ragged.tolist() != [count - 1] or rows[-1] != top_k
+        ):
+            raise UserError(
+                f"{where}: in the batch that begins there layer {found[ragged[0]]} has {rows[ragged[0]]} experts, "
+                f"layer {found[0]} has {rows[0]}; {geometry.model} routes to {top_k}"
+            )
+        sequence += int(before == 1 and size > 1)
+        written += [before > 0 and size == 1] * size
+        sequences += [sequence] * size
+        tokens += [*np.tile(np.arange(done, done + size), count - 1), *range(done + size - last, done + size)]
+        done, before = done + size, size
+    return Entries(
+        tokens=np.array(tokens),
+        layers=layers[::top_k],
+        ids=experts.reshape(-1, top_k),
+        rows=np.arange(first_row, first_row + len(layers), top_k),
+        sequences=np.array(sequences),
+        written=np.array(written),
+    )
+
+
+def _of_positions(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -> Entries:
+    """Understand ``position,layer,experts`` rows; a sequence ends where positions fall after writing, or come again."""
+    positions, layers = numbers[:, 0], numbers[:, 1]
+    check_layers(np.unique(layers), geometry, path)
+    same, later = positions[1:] == positions[:-1], positions[1:] > positions[:-1]
+    onward = (layers[1:] > layers[:-1]) | ((layers[1:] == layers[:-1]) & later)
+    reading = (positions[1:] < 0) & (positions[:-1] < 0)
+    starts = np.flatnonzero(np.concatenate([[True], ~(onward & (same | reading))]))
+    tokens: list[int] = []
+    sequences: list[int] = []
+    written: list[bool] = []
+    known: dict[int, int] = {}  # of this sequence: position -> token
+    sequence = 0
+    for start, stop in pairwise([*starts, len(positions)]):
+        batch = positions[start:stop].tolist()
+        if start and (0 <= positions[start - 1] > batch[0] or not known.keys().isdisjoint(batch)):
+            sequence, known = sequence + 1, {}
+        for position in batch:
+            if position not in known:
+                known[position] = len(sequences)
+                sequences.append(sequence)
+                written.append(position >= 0)
+            tokens.append(known[position])
+    return Entries(
+        tokens=np.array(tokens),
+        layers=layers,
+        ids=numbers[:, 2:],
+        rows=np.arange(first_row, first_row + len(layers)),
+        sequences=np.array(sequences),
+        written=np.array(written),
+    )
+
+
+def _sequences(path: Path, entries: Entries, geometry: Geometry) -> list[tuple[int, npt.NDArray[Any], int]]:
+    """Return each sequence: how many tokens are left out before it, its experts ``(T, L, K)``, and its decode_start."""
+    ids = checked_ids(entries.ids, geometry, lambda entry: f"{path}: row {entries.rows[entry]}")
+    places = np.full((len(entries.sequences), geometry.num_layers), -1)  # of each token's entries
+    places[entries.tokens, np.searchsorted(geometry.moe_layers, entries.layers)] = np.arange(len(ids))
+    lacking = places < 0
+    wrong = lacking.copy()
+    wrong[~entries.written, -1] = False
+    if len(missing := np.argwhere(wrong)):
+        token, layer = missing[0]
+        row = entries.rows[np.flatnonzero(entries.tokens == token)[0]]
+        raise UserError(f"{path}: row {row}: the token has no experts of layer {geometry.moe_layers[layer]}")
+    found = []
+    for first, stop in pairwise([*np.flatnonzero(np.diff(entries.sequences, prepend=-1)), len(places)]):
+        left_out = int(np.flatnonzero(lacking[first:stop, -1])[-1]) + 1 if lacking[first:stop, -1].any() else 0
+        if first + left_out == stop:
+            raise UserError(f"{path}: no token of a sequence has experts of layer {geometry.moe_layers[-1]}")
+        kept = slice(first + left_out, stop)
+        found.append((left_out, ids[places[kept]], int((~entries.written[kept]).sum())))
+    return found

@@ -1,0 +1,106 @@
+"""What becomes of every recording that an importer has read: a trace set, with its tokenizer and its splits."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Preset
+from moe_beyond.traces.blocks import parse_blocks, validation_numbers
+from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.trace import Trace
+from moe_beyond.traces.vocabulary import Vocabulary, load_vocabulary
+from moe_beyond.traces.writer import writing
+from moe_beyond.version import __version__
+
+Progress = Callable[[int, int], None]
+"""Is called with how much is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Sequences that were recorded.
+
+    Attributes:
+        source: What they are, for the manifest.
+        lengths: Tokens of each.
+        traces: They themselves, in the same order; a generator where they are too many to hold.
+        author: Who wrote their text, as a manifest says it.
+        has_token_ids: Whether their token ids were recorded; otherwise all are 0.
+    """
+
+    source: str
+    lengths: Sequence[int]
+    traces: Iterable[Trace]
+    author: str
+    has_token_ids: bool
+
+
+def import_recording(
+    read: Callable[..., Recording],
+    source: str | Path,
+    out: str | Path,
+    preset: Preset,
+    *,
+    tokenizer: str | None = None,
+    val_blocks: str | None = None,
+    quantization_bits: float = 16.0,
+    progress: Progress = lambda done, total: None,
+    **how: Any,
+) -> TraceSet:
+    """Turn a recording into a trace set.
+
+    Without ``val_blocks`` there is one split, ``train``.
+
+    Args:
+        read: Reads recordings of the format: given ``source``, the geometry, ``progress`` and ``how``.
+        source: The recording.
+        out: The trace set to make.
+        preset: The model that routed; its geometry says which layers and experts there must be.
+        tokenizer: Tokenizer of the token ids; the preset's by default.
+        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive sequences to a ``validation`` split.
+        quantization_bits: Bits per parameter that the model ran with.
+        progress: Told of the reading.
+        **how: Options of the format.
+
+    Returns:
+        The finished trace set.
+
+    Raises:
+        UserError: Something of the recording does not fit; nothing is left behind.
+    """
+    blocks = None if val_blocks is None else parse_blocks(val_blocks)
+    recording = read(Path(source), preset.geometry, progress=progress, **how)
+    vocabulary = _vocabulary(recording, preset, tokenizer, source)
+    manifest = Manifest(
+        geometry=preset.geometry,
+        tokenizer=NO_TOKEN_IDS if vocabulary is None else vocabulary.describe(),
+        model_id=preset.geometry.model,
+        quantization_bits=quantization_bits,
+        author=recording.author,
+        source=recording.source,
+        tool_version=__version__,
+    )
+    held_out = set() if blocks is None else validation_numbers(dict(enumerate(recording.lengths)), *blocks)
+    with writing(out, manifest, vocabulary=None if vocabulary is None else vocabulary.path) as writer:
+        for number, trace in enumerate(recording.traces):
+            try:
+                writer.write(trace, "validation" if number in held_out else "train")
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from error
+        if writer.tokens != sum(recording.lengths):
+            raise UserError(f"{source}: {sum(recording.lengths)} tokens were found but {writer.tokens} written")
+    return TraceSet(str(out))
+
+
+def _vocabulary(recording: Recording, preset: Preset, tokenizer: str | None, source: str | Path) -> Vocabulary | None:
+    """Load the tokenizer of the token ids, if there are any."""
+    if recording.has_token_ids:
+        if (name := tokenizer or preset.tokenizer) is None:
+            raise UserError(f"{preset.geometry.model} names no tokenizer; give that of the token ids with --tokenizer")
+        return load_vocabulary(name)
+    if tokenizer is not None:
+        raise UserError(f"--tokenizer {tokenizer}: {source} tells no token ids; leave it out, or put them beside it")
+    return None
