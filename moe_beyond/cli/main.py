@@ -13,7 +13,7 @@ from moe_beyond.version import __version__
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Traces": {
         "import": ("import_traces", "turn another tool's recording into a trace set"),
-        "inspect": ("inspect_traces", "describe a trace set: popularity, skew, reuse"),
+        "inspect": ("inspect_traces", "describe a trace set, or contrast two: popularity, locality, dependence"),
     },
     "Predictors": {
         "fit": ("lightning", "fit a predictor, from a config"),
