@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import TINY, release
 from predictor_variants import Variant
 from predictors import test_contracts
+from recordings import random_experts
 
 from moe_beyond.cli.main import main
+from moe_beyond.geometry import load_preset
 from moe_beyond.predictors import registry
 from moe_beyond.simulator.devices import load_device
 
@@ -43,6 +46,9 @@ def desk(tmp_path: Path) -> Iterator[Path]:
     for name in ("configs", "tools", "checkpoints"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "prompts.txt").write_text("import numpy as np\nThe arguments of a function\n")
+    experts = random_experts(9, geometry=load_preset("deepseek-v2-lite").geometry)
+    (tmp_path / "engine").mkdir()
+    np.save(tmp_path / "engine" / "first.npy", experts)
     release(tmp_path / "RELEASE", [40, 12, *[3] * 210], missed=1)
     with chdir(tmp_path):
         yield tmp_path

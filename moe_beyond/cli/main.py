@@ -15,7 +15,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "collect": ("collect", "run a mixture of experts over prompts and record its routing"),
         "import": ("import_traces", "turn another tool's recording into a trace set"),
         "export": ("export_traces", "write a trace set for another tool"),
-        "inspect": ("inspect_traces", "describe a trace set: popularity, skew, reuse"),
+        "inspect": ("inspect_traces", "describe a trace set, or contrast two: popularity, locality, dependence"),
     },
     "Predictors": {
         "fit": ("lightning", "fit a predictor, from a config"),

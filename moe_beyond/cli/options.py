@@ -7,6 +7,7 @@ import sys
 from argparse import Action
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -84,6 +85,21 @@ def add_traces(options: ArgumentParser) -> None:
     """Add ``--traces DIR`` and ``--split S``."""
     options.add_argument("--traces", metavar="DIR", required=True, help=TRACES_HELP)
     options.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
+
+
+def add_plots(options: ArgumentParser) -> None:
+    """Add ``--plots DIR``."""
+    options.add_argument("--plots", metavar="DIR", help="also write pictures there")
+
+
+def check_plots(folder: str | None) -> None:
+    """Check, before anything takes long, that pictures have somewhere to go.
+
+    Raises:
+        UserError: ``--plots`` names a file.
+    """
+    if folder and Path(folder).exists() and not Path(folder).is_dir():
+        raise UserError(f"--plots {folder}: is a file; name a folder")
 
 
 def option_strings(options: ArgumentParser) -> list[str]:

@@ -1,10 +1,8 @@
 """``moe-beyond replay``."""
 
-from pathlib import Path
-
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, add_traces, parser
+from moe_beyond.cli.options import Output, add_plots, add_traces, check_plots, parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
@@ -13,7 +11,6 @@ from moe_beyond.cli.replay_options import (
     request_of,
     showing_progress,
 )
-from moe_beyond.errors import UserError
 from moe_beyond.evaluation.asked import asked_conditions, asked_strategies
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.strategies import beside
@@ -34,7 +31,7 @@ def options() -> ArgumentParser:
     add_budgets(known)
     add_strategies(known)
     add_conditions(known)
-    known.add_argument("--plots", metavar="DIR", help="also write pictures there")
+    add_plots(known)
     return known
 
 
@@ -42,8 +39,7 @@ def run(words: list[str]) -> None:
     """Replay."""
     args = options().parse_args(words[1:])
     output = Output(args)
-    if args.plots and Path(args.plots).exists() and not Path(args.plots).is_dir():
-        raise UserError(f"--plots {args.plots}: is a file; name a folder")
+    check_plots(args.plots)
     traces = TraceSet(args.traces)
     request = request_of(args)
     shared = asked_conditions(request, traces)

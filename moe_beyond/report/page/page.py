@@ -21,8 +21,9 @@ from moe_beyond.report.page.summary import keys
 from moe_beyond.report.page.worth import time_section, worth_section
 from moe_beyond.report.results import leaks_of
 from moe_beyond.simulator.devices import Device
+from moe_beyond.traces.counting import count_routing
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.statistics import activation_counts, reuse
+from moe_beyond.traces.statistics import reuse
 from moe_beyond.version import __version__
 
 TEMPLATE, STYLE = "page.html", "page.css"
@@ -63,8 +64,8 @@ def write_page(
     config = read_config(subject.folder) | known
     run_config = {} if subject.run is None else read_run_config(subject.run)
     curves = None if subject.run is None else read_curves(subject.run)
-    counts = activation_counts(traces, split)
-    fixed = fixed_recall(counts, geometry.top_k)
+    counts = count_routing(traces, split, layer_pairs=False)
+    fixed = fixed_recall(counts.activations, geometry.top_k)
     shards = traces.shards(split)
     tokens, sequences = sum(shard.tokens for shard in shards), sum(shard.sequences for shard in shards)
     names = [device.name for device in devices]
@@ -74,7 +75,7 @@ def write_page(
         prediction_section(found.metrics, fixed, geometry),
         worth_section(found.results),
         *([time_section(found.results, devices, geometry, bits)] if devices else []),
-        experts_section(counts, reuse(traces, split), geometry, tokens),
+        experts_section(counts.activations, reuse(counts.overlaps, counts.followers), geometry, tokens),
         limits_section(traces, config, warmup_tokens=warmup_tokens, devices=names, profile=profile),
     ]
     leaks = leaks_of(0 in config["lookaheads"], config["causal"])

@@ -1,0 +1,100 @@
+"""Differences of activation rates, by hand, and told from noise where tokens come in bursts."""
+
+import math
+from dataclasses import replace
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.contrast import contrast
+from moe_beyond.traces.manifest import Manifest, Tokenizer
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.trace import Trace
+from moe_beyond.traces.writer import writing
+
+GEOMETRY = Geometry("g", (3,), num_experts=3, top_k=1, params_per_expert=1000, other_params_per_layer=0)
+
+
+def write(folder, sequences, geometry=GEOMETRY, **manifest):
+    """A set of sequences whose tokens use an expert each, the same in every layer."""
+    about = Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "dataset", "tests", "0")
+    with writing(folder, replace(about, **manifest)) as writer:
+        for i, experts in enumerate(sequences):
+            ids = np.zeros(len(experts), np.int32)
+            chosen = np.tile(np.array(experts)[:, None, None], (1, geometry.num_layers, geometry.top_k))
+            writer.write(Trace(f"s{i}", "tests", ids, chosen, len(experts)), "train" if i == 0 else "validation")
+    return TraceSet(str(folder))
+
+
+def test_by_hand(tmp_path):
+    one = write(tmp_path / "one", [[0, 0, 0, 1], [0, 1, 1, 1]])
+    other = write(tmp_path / "other", [[0, 1, 1, 1], [1, 1, 0, 1]])
+    found = contrast(one, other)
+    assert found["other"]["traces"] == str(tmp_path / "other")
+    assert (found["other"]["tokens"], found["other"]["sequences"]) == (8, 2)
+    (row,) = found["by_layer"]
+    # Expert 0 has 4 of 8 tokens here, 2 of 8 there, 6 of 16 in both; 2 has none anywhere.
+    error = math.sqrt(0.375 * 0.625 / 4)
+    assert row["layer"] == 3
+    assert row["rate"] == [0.5, 0.5, 0]
+    assert row["other_rate"] == [0.25, 0.75, 0]
+    assert row["difference"] == [0.25, -0.25, 0]
+    assert row["standard_error"] == [round(error, 6), round(error, 6), 0]
+    assert row["z"] == [round(0.25 / error, 6), round(-0.25 / error, 6), None]
+    # Its sequences have 3 and 1 where 2 are expected: 2/1 * (1 + 1) / 8^2 = 1/16. There both are as expected.
+    assert row["z_of_sequences"] == [1, -1, None]
+    assert found["beyond_noise"] == {
+        "threshold": round(NormalDist().inv_cdf(1 - 0.05 / 6), 6),
+        "z": 0,
+        "z_of_sequences": 0,
+    }
+    # Of one sequence there is no telling how far sequences differ.
+    (row,) = contrast(one, other, "train")["by_layer"]
+    assert (row["rate"], row["z_of_sequences"]) == ([0.75, 0.25, 0], [None] * 3)
+
+
+def test_bursts_are_not_taken_for_a_difference(tmp_path):
+    # 40 sequences a set, whose 50 tokens all use one expert of three, drawn alike for both sets.
+    rng = np.random.default_rng(0)
+    one, other = (write(tmp_path / name, [[int(rng.integers(3))] * 50 for _ in range(40)]) for name in ("a", "b"))
+    noise = contrast(one, other)["beyond_noise"]
+    assert (noise["z"] > 0, noise["z_of_sequences"]) == (True, 0)
+    # And a difference that is there is found: expert 2 instead of 0 in every other sequence.
+    changed = write(tmp_path / "c", [[0, 1, 2 * (i % 2), 1] for i in range(40)])
+    plain = write(tmp_path / "d", [[0, 1, 2 * (i % 8 == 0), 1] for i in range(40)])
+    assert contrast(changed, plain)["beyond_noise"]["z_of_sequences"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_id": "h"}, "its model is h, that of"),
+        ({"revision": "2"}, "its revision is 2, that of"),
+        (
+            {"geometry": replace(GEOMETRY, num_experts=4)},
+            "its geometry is 1 MoE layers x 4 experts, top-1 in layers 3,",
+        ),
+        ({"geometry": replace(GEOMETRY, moe_layers=(4,))}, "its geometry is .* in layers 4, that of .* in layers 3;"),
+    ],
+    ids=["model", "revision", "experts", "layers"],
+)
+def test_experts_of_another_model_are_refused(changes, says, tmp_path):
+    one, other = write(tmp_path / "one", [[0]], revision="1"), write(tmp_path / "other", [[0]], **changes)
+    with pytest.raises(UserError, match=f"--contrast {tmp_path}/other: {says}"):
+        contrast(one, other)
+    contrast(one, write(tmp_path / "unknown", [[0]]))  # whose revision nobody wrote down
+
+
+def test_a_split_that_the_other_lacks_is_named(tmp_path):
+    one, other = write(tmp_path / "one", [[0], [0]]), write(tmp_path / "other", [[0]])
+    with pytest.raises(UserError, match=r"other"):
+        contrast(one, other, "validation")
+
+
+def test_slots_without_an_expert_activate_none(tmp_path):
+    one, other = write(tmp_path / "one", [[0, -1, 2, 2]]), write(tmp_path / "other", [[0, 1, 2, 2]])
+    (row,) = contrast(one, other)["by_layer"]
+    assert (row["rate"], row["other_rate"]) == ([0.25, 0, 0.5], [0.25, 0.25, 0.5])
