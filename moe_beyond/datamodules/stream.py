@@ -65,10 +65,14 @@ class ShardedTraces(Dataset[Batch]):
         traces: The trace set.
         shards: Its shards, in the order that pieces number them.
         window: Shards kept decoded.
+        hidden_states: Whether to read those too.
     """
 
-    def __init__(self, traces: TraceSet, shards: Sequence[ShardInfo], window: int) -> None:
+    def __init__(
+        self, traces: TraceSet, shards: Sequence[ShardInfo], window: int, *, hidden_states: bool = False
+    ) -> None:
         self._traces, self._shards, self._window = traces, shards, window
+        self._hidden_states = hidden_states
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
 
     def __getitem__(self, pieces: tuple[Piece, ...]) -> Batch:
@@ -78,12 +82,18 @@ class ShardedTraces(Dataset[Batch]):
     def _cut(self, piece: Piece) -> Trace:
         trace = self._shard(piece.shard).trace(piece.row)
         part = slice(piece.start, piece.stop)
-        return replace(trace, token_ids=trace.token_ids[part], experts=trace.experts[part], gate_weights=None)
+        return replace(
+            trace,
+            token_ids=trace.token_ids[part],
+            experts=trace.experts[part],
+            gate_weights=None if trace.gate_weights is None else trace.gate_weights[part],
+            hidden_states=None if trace.hidden_states is None else trace.hidden_states[part],
+        )
 
     def _shard(self, index: int) -> Shard:
         if index not in self._decoded:
             while len(self._decoded) >= self._window:
                 self._decoded.popitem(last=False)
-            self._decoded[index] = self._traces.read(self._shards[index])
+            self._decoded[index] = self._traces.read(self._shards[index], hidden_states=self._hidden_states)
         self._decoded.move_to_end(index)
         return self._decoded[index]

@@ -37,6 +37,9 @@ class TraceDataModule(L.LightningDataModule):
         window: Shards whose sequences are mixed in training, and held in memory.
         seed: Of the shuffling.
         num_workers: Processes that read.
+
+    Attributes:
+        hidden_states: Whether batches carry hidden states; a task turns it on for a predictor that reads them.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TraceDataModule(L.LightningDataModule):
         self.train_split, self.val_split = train_split, val_split
         self.token_budget, self.max_tokens, self.window = token_budget, max_tokens, window
         self.seed, self.num_workers = seed, num_workers
+        self.hidden_states = False
         self._resume_at: tuple[int, int] | None = None
         self.traces = TraceSet(traces)
         self.val_traces = self.traces if val_traces is None else self._agreeing(val_traces)
@@ -78,12 +82,17 @@ class TraceDataModule(L.LightningDataModule):
         """Token ids that a predictor must know."""
         return self.manifest.tokenizer.vocab_size
 
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the hidden states, where the traces have some."""
+        return self.manifest.hidden_size
+
     def training_text(self) -> TrainingText:
         """Count the training split's tokens, and name them."""
         counts = np.zeros(self.vocab_size, np.int64)
         for info in self.traces.shards(self.train_split):
             counts += np.bincount(self.traces.read(info).token_ids, minlength=self.vocab_size)
-        return TrainingText(counts, self.traces.token_strings, self._expert_counts)
+        return TrainingText(counts, self.traces.token_strings, self._expert_counts, self.traces.routers)
 
     def _expert_counts(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Count how often the training split routed tokens to each expert: ``(n, L*E)``."""
@@ -119,7 +128,7 @@ class TraceDataModule(L.LightningDataModule):
         if self._resume_at is not None:
             sampler.resume(*self._resume_at)
             self._resume_at = None
-        return self._loader(ShardedTraces(self.traces, self.traces.shards(self.train_split), self.window), sampler)
+        return self._loader(self.traces, self.train_split, self.window, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation split, whole sequences."""
@@ -158,11 +167,11 @@ class TraceDataModule(L.LightningDataModule):
     def _evaluation_loader(self, traces: TraceSet, split: str | None) -> DataLoader[Batch]:
         """Load a split as whole sequences, in order; every rank all of them."""
         sampler = PlannedBatches(traces.lengths(split), whole_in_order(self.token_budget))
-        return self._loader(ShardedTraces(traces, traces.shards(split), window=1), sampler)
+        return self._loader(traces, split, 1, sampler)
 
-    def _loader(self, reader: ShardedTraces, sampler: PlannedBatches) -> DataLoader[Batch]:
+    def _loader(self, traces: TraceSet, split: str | None, window: int, sampler: PlannedBatches) -> DataLoader[Batch]:
         return DataLoader(
-            reader,
+            ShardedTraces(traces, traces.shards(split), window, hidden_states=self.hidden_states),
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
@@ -182,13 +191,16 @@ class TraceDataModule(L.LightningDataModule):
         self._resume_at = state["epoch"], state["batches"]
 
 
-def whole_sequences(traces: TraceSet, split: str | None = None, *, token_budget: int = 2048) -> Iterator[Batch]:
+def whole_sequences(
+    traces: TraceSet, split: str | None = None, *, token_budget: int = 2048, hidden_states: bool = False
+) -> Iterator[Batch]:
     """Read a split, or all, as whole sequences, in the very batches that `test` reads at the same token budget.
 
     Args:
         traces: The trace set.
         split: The split, or None for all.
         token_budget: Padded tokens of a batch at most.
+        hidden_states: Whether batches carry those.
     """
-    reader = ShardedTraces(traces, traces.shards(split), window=1)
+    reader = ShardedTraces(traces, traces.shards(split), window=1, hidden_states=hidden_states)
     return (reader[pieces] for pieces in plan_batches(traces.lengths(split), whole_in_order(token_budget), epoch=0))

@@ -161,8 +161,8 @@ def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Score
 
 
 def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any) -> None:
-    targets = collate([trace]).targets(scores.shape[-1])
-    metrics.update(torch.from_numpy(scores)[None], targets, torch.ones(1, len(trace), dtype=torch.bool))
+    batch, experts = collate([trace]), scores.shape[-1]
+    metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
 
 
 def _add(replaying: Replay | Bound, sequences: Sequence[Steppable]) -> None:

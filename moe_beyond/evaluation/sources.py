@@ -56,8 +56,10 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
     def sequences(traces: TraceSet, split: str | None, in_order: bool = False) -> Iterator[Scored]:
         check_fits(predictor, traces.manifest, traces.folder, tokenizer_sha256)
         reading, read = traces.traces(split), dict[str, Trace]()
+        states = predictor.information.hidden_states is not None
         # By length within a shard, which pads least; or, where order matters, each alone.
-        batches = (collate([trace]) for trace in traces.traces(split)) if in_order else whole_sequences(traces, split)
+        alone = (collate([trace]) for trace in traces.traces(split, hidden_states=states))
+        batches = alone if in_order else whole_sequences(traces, split, hidden_states=states)
         with torch.inference_mode():
             for batch in batches:
                 probabilities = predictor.probabilities(predictor(batch)).numpy()

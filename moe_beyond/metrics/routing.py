@@ -26,7 +26,8 @@ class RoutingMetrics(Metric):
     scores cut at 0.5: micro F1, macro F1 (over a layer's experts), exact match. Of the scores as they are: average
     precision over all of a layer's labels. Of the scores as probabilities: negative log-likelihood, in nats an entry
     (the sum over a layer's labels), and expected calibration error, the mean distance over labels of how probable they
-    were to how many of them came, in 15 equal bins (Guo et al. 2017, arXiv 1706.04599).
+    were to how many of them came, in 15 equal bins (Guo et al. 2017, arXiv 1706.04599). Where gate weights are known,
+    gate mass@k, the mean share of a token's gate weights that the set of k has.
 
     Args:
         lookaheads: H.
@@ -55,6 +56,8 @@ class RoutingMetrics(Metric):
             "histogram": (*by_layer, 2, BINS),
         }.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("weighed", torch.zeros(num_layers, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("mass", torch.zeros(by_layer, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("nll", torch.zeros(by_layer, dtype=torch.float64), dist_reduce_fx="sum")
         # By bin: the labels that did not come and those that did; and the sum of scores less the number that came.
         labels = torch.zeros((*by_layer, 2, RELIABILITY_BINS), dtype=torch.int64)
@@ -68,17 +71,21 @@ class RoutingMetrics(Metric):
     above_chosen: Tensor
     chosen: Tensor
     histogram: Tensor
+    weighed: Tensor
+    mass: Tensor
     nll: Tensor
     labels: Tensor
     excess: Tensor
 
-    def update(self, probabilities: Tensor, targets: Tensor, mask: Tensor) -> None:
+    def update(self, probabilities: Tensor, targets: Tensor, mask: Tensor, gate_shares: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             probabilities: ``(B, T, H, L, E)`` float.
             targets: ``(B, T, L, E)`` bool.
             mask: ``(B, T)`` bool, true where there is a token.
+            gate_shares: ``(B, T, L, E)`` float, shares of a token's gate weights, where they are known; all 0 where a
+                token has none.
         """
         scores = probabilities[mask].transpose(0, 1).transpose(1, 2).float()  # (H, L, N, E)
         truth = targets[mask].transpose(0, 1)[None].expand_as(scores)
@@ -86,6 +93,10 @@ class RoutingMetrics(Metric):
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
         self.tokens += mask.sum()
         self.found += truth.gather(-1, best).sum((-2, -1))
+        if gate_shares is not None:
+            shares = gate_shares[mask].transpose(0, 1).double()  # (L, N, E)
+            self.weighed += (shares.sum(-1) > 0).sum(-1)
+            self.mass += shares[None].expand(len(scores), -1, -1, -1).gather(-1, best).sum((-2, -1))
         above = scores > THRESHOLD
         self.exact += (above == truth).all(-1).sum(-1)
         self.above += above.sum(-2)
@@ -108,7 +119,10 @@ class RoutingMetrics(Metric):
             self.excess[..., number] += torch.where(bins == number, excess, 0.0).sum((-2, -1), dtype=torch.float64)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return each figure as a tensor ``(H, L)`` float64; NaN before any update."""
+        """Return each figure as a tensor ``(H, L)`` float64; NaN before any update.
+
+        ``gate_mass_at_k`` is among them where gate weights were given.
+        """
         tokens, labels = self.tokens.double(), self.num_experts
         true_positive = self.found.double()
         above, hit, chosen = self.above.double(), self.above_chosen.double(), self.chosen.double()
@@ -128,6 +142,8 @@ class RoutingMetrics(Metric):
             "nll": self.nll / tokens,
             "calibration_error": self.excess.abs().sum(-1) / (tokens * labels),
         }
+        if self.weighed.any():
+            figures["gate_mass_at_k"] = self.mass / self.weighed.clamp(min=1)
         return {name: values if tokens > 0 else torch.full_like(values, torch.nan) for name, values in figures.items()}
 
     def to_rows(self, lookaheads: Sequence[Lookahead | None]) -> list[dict[str, Any]]:
@@ -137,7 +153,8 @@ class RoutingMetrics(Metric):
         error over all layers' labels: how many labels scored ``from`` to ``to``, how probable they were on average, and
         the share that was chosen (both None where a bin is empty).
         """
-        figures = {name: values.tolist() for name, values in self.compute().items()}
+        # torchmetrics makes a scalar of what has one element.
+        figures = {name: values.reshape(self.found.shape).tolist() for name, values in self.compute().items()}
         rows = []
         for index, lookahead in enumerate(lookaheads):
             by_layer = [

@@ -19,6 +19,7 @@ from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.link import LINKS, link_now
 from moe_beyond.predictors.loss import subset_shift
 from moe_beyond.published import find_pretrained
+from moe_beyond.traces.routers import Routers
 from moe_beyond.traces.schema import none_id
 
 
@@ -31,11 +32,13 @@ class TrainingText:
         token_strings: The string of every token id, or None where the trace set carries no tokenizer.
         expert_counts: Given ``(n,)`` token ids, counts how often the training split routed each to each expert:
             ``(n, L*E)`` int32.
+        routers: Those of the model, where the trace set holds them.
     """
 
     token_counts: npt.NDArray[np.int64]
     token_strings: Sequence[str] | None
     expert_counts: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]]
+    routers: Routers | None = None
 
     def most_frequent(self, most: int, least: int = 1) -> npt.NDArray[np.int64]:
         """Return the ids of the most frequent tokens, from the most frequent on, ties by id.
@@ -69,7 +72,8 @@ class Stepper(ABC):
         Args:
             layer: MoE layer, counted from 0.
             experts: Their ids, in any order.
-            state: ``(hidden,)`` hidden state, for predictors whose information set has it.
+            state: ``(D,)``, for predictors whose information set has hidden states: what the layer's router read; or,
+                where those are layer inputs, what the next MoE layer reads before its attention, None after the last.
         """
 
     @abstractmethod
@@ -81,7 +85,10 @@ class Stepper(ABC):
         """
 
     def observe_tokens(self, token_ids: npt.ArrayLike, experts: npt.ArrayLike) -> None:
-        """Take in a prefix at once: ``(T,)`` token ids and ``(T, L, K)`` experts."""
+        """Take in a prefix at once: ``(T,)`` token ids and ``(T, L, K)`` experts.
+
+        No hidden states of it: what reads some reads those of the present token alone.
+        """
         for token_id, layers in zip(np.asarray(token_ids), np.asarray(experts), strict=True):
             self.observe_token(int(token_id))
             for layer, chosen in enumerate(layers):

@@ -168,6 +168,11 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
             f"{traces}: its recording told no token ids, which {predictor.architecture} reads; popularity, history and "
             "eamc do without"
         )
+    if predictor.information.hidden_states and manifest.hidden_size is None:
+        raise UserError(
+            f"{traces}: holds no hidden states, which {predictor.architecture} reads; collect with --record "
+            "experts,gate_weights,hidden_states"
+        )
     if not predictor.information.token_ids and NO_TOKEN_IDS.vocab_size in (
         predictor.vocab_size,
         manifest.tokenizer.vocab_size,

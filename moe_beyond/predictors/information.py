@@ -16,7 +16,8 @@ class Information:
             read hidden states).
         causal: Whether every score ignores later tokens.
         token_ids: Whether it reads token ids.
-        hidden_states: Whether it reads hidden states.
+        hidden_states: Which hidden states of the present token it reads, if any: router inputs, which exist once a
+            layer is routed, or layer inputs, once the layer before is computed.
         gate_weights: Whether it reads router weights.
     """
 
@@ -24,13 +25,13 @@ class Information:
     available: Literal["routed", "computed"] = "routed"
     causal: bool = True
     token_ids: bool = True
-    hidden_states: bool = False
+    hidden_states: Literal["router_inputs", "layer_inputs"] | None = None
     gate_weights: bool = False
 
     def describe(self) -> str:
         """Say it in a line, for tables and cards."""
         words = ["lookahead " + ", ".join(map(str, self.lookaheads)), f"known when {self.available}"]
         words += [] if self.causal else ["sees later tokens"]
-        words += ["reads hidden states"] if self.hidden_states else []
+        words += [f"reads {self.hidden_states.replace('_', ' ')}"] if self.hidden_states else []
         words += ["reads gate weights"] if self.gate_weights else []
         return "; ".join(words)

@@ -11,8 +11,10 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.simulator import Result
 
+# Gate mass is there where gate weights are.
 FIGURES = {
     "recall_at_k": ("recall@k", ".1%"),
+    "gate_mass_at_k": ("gate mass@k", ".1%"),
     "f1_micro": ("micro F1", ".1%"),
     "f1_macro": ("macro F1", ".1%"),
     "average_precision": ("avg. precision", ".1%"),
@@ -28,14 +30,16 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay out what `RoutingMetrics.to_rows` returned, a line a lookahead."""
     table = Table(title=f"prediction over {rows[0]['tokens']:,} tokens, k = {rows[0]['k']}")
     table.add_column("lookahead")
-    for heading, _ in FIGURES.values():
+    shown = {name: how for name, how in FIGURES.items() if name in rows[0]}
+    for heading, _ in shown.values():
         table.add_column(heading, justify="right")
     for row in rows:
-        figures = (format(row[name], shape) for name, (_, shape) in FIGURES.items())
+        figures = (format(row[name], shape) for name, (_, shape) in shown.items())
         table.add_row(lookahead_words(row["lookahead"], row["causal"]), *figures)
+    mass = "gate mass: the share of a token's gate weights that is found; " if "gate_mass_at_k" in rows[0] else ""
     table.caption = (
-        "recall ranks the scores (where k = K it is F1); micro, macro and exact cut them at 0.5; NLL (nats a token and "
-        "layer) and calibration error take them as probabilities; two-class F1 and accuracy (per label) are "
+        f"recall ranks the scores (where k = K it is F1); {mass}micro, macro and exact cut them at 0.5; NLL (nats a "
+        "token and layer) and calibration error take them as probabilities; two-class F1 and accuracy (per label) are "
         "MoE-Beyond's, and high by construction: predicting nothing is mostly right"
     )
     return table

@@ -67,11 +67,12 @@ class PredictorTask(L.LightningModule):
         self.check_trainer(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Before a fit, take in the training split's vocabulary and note what the fit is on.
+        """Ask for what the predictor reads; before a fit, take in its vocabulary and note what the fit is on.
 
         Raises:
             UserError: The traces are of another shape, or have no token ids where the predictor reads them.
         """
+        self.data.hidden_states = self.predictor.information.hidden_states is not None
         if stage == "fit":
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
             self.predictor.prepare(self.data.training_text())
@@ -123,7 +124,8 @@ class PredictorTask(L.LightningModule):
 
     def _count(self, batch: Batch, metrics: RoutingMetrics) -> Tensor:
         probabilities = self.predictor.probabilities(self.predictor(batch))
-        metrics.update(probabilities, batch.targets(self.predictor.geometry.num_experts), batch.mask)
+        experts = self.predictor.geometry.num_experts
+        metrics.update(probabilities, batch.targets(experts), batch.mask, batch.gate_shares(experts))
         return probabilities
 
     def _log_metrics(self, stage: str, metrics: RoutingMetrics) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.traces.hidden_states import SUFFIX
 
 MANIFEST_FILE = "manifest.json"
 VOCABULARY_FILE = "tokenizer.json"
@@ -35,7 +36,12 @@ NO_TOKEN_IDS = Tokenizer("none", 1)
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One Parquet file of a trace set: name in the folder, split, counts, size in bytes and hash."""
+    """One Parquet file of a trace set: name in the folder, split, counts, size in bytes and hash.
+
+    Attributes:
+        states_bytes: Size of the file of hidden states beside it; 0 where there is none.
+        states_sha256: Its hash.
+    """
 
     file: str
     split: str
@@ -43,6 +49,13 @@ class ShardInfo:
     tokens: int
     bytes: int
     sha256: str
+    states_bytes: int = 0
+    states_sha256: str | None = None
+
+    @property
+    def states_file(self) -> str:
+        """Name of the file of hidden states."""
+        return self.file.removesuffix(".parquet") + SUFFIX
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class Manifest:
         tokenizer: The tokenizer of the token ids.
         model_id: Checkpoint that routed, as its publisher names it.
         revision: Revision of that checkpoint, if known.
+        hidden_size: Width of the hidden states; None where none were recorded.
+        routers_sha256: Hash of the file of the model's routers, if there is one.
         quantization_bits: Bits per parameter the model ran with.
         author: Who wrote the text: ``"dataset"`` (read by the model), ``"model"`` (written by it), ``"mixed"``, or
             ``"unknown"`` where the recording does not tell.
@@ -70,6 +85,8 @@ class Manifest:
     source: str
     tool_version: str
     revision: str | None = None
+    hidden_size: int | None = None
+    routers_sha256: str | None = None
     shards: tuple[ShardInfo, ...] = field(default=())
 
     @property
@@ -93,7 +110,7 @@ class Manifest:
         content = [
             self.geometry.to_json(),
             self.tokenizer.sha256,
-            [(shard.split, shard.sha256) for shard in self.shards],
+            [(shard.split, shard.sha256, *filter(None, [shard.states_sha256])) for shard in self.shards],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

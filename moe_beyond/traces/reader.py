@@ -5,7 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from moe_beyond.download import download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
+from moe_beyond.traces.hidden_states import HiddenStates, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
+from moe_beyond.traces.routers import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema, none_id
 from moe_beyond.traces.trace import Trace
 
@@ -36,6 +38,7 @@ class Shard:
         experts: ``(tokens, L, K)`` uint8 or int16, as in a `Trace`.
         decode_starts: ``(rows,)`` int32.
         gate_weights: ``(tokens, L, K)`` float16, or None.
+        hidden_states: Of all tokens, where they were asked for.
     """
 
     geometry: Geometry
@@ -46,6 +49,7 @@ class Shard:
     experts: npt.NDArray[Any]
     decode_starts: npt.NDArray[np.int32]
     gate_weights: npt.NDArray[np.float16] | None
+    hidden_states: HiddenStates | None = None
 
     def __len__(self) -> int:
         """Rows."""
@@ -61,6 +65,7 @@ class Shard:
             experts=self.experts[part],
             decode_start=int(self.decode_starts[row]),
             gate_weights=None if self.gate_weights is None else self.gate_weights[part],
+            hidden_states=None if self.hidden_states is None else self.hidden_states[part],
         )
 
 
@@ -126,21 +131,34 @@ class TraceSet:
             "tokens": sum(shard.tokens for shard in shards),
         }
 
-    def read(self, info: ShardInfo) -> Shard:
+    def read(self, info: ShardInfo, *, hidden_states: bool = False) -> Shard:
         """Read and verify one shard.
 
-        Raises:
-            UserError: The file is missing, damaged, or does not have the columns of a trace set.
-        """
-        return decode(pq.read_table(io.BytesIO(self._verified(info))), self.geometry, f"{self.folder}/{info.file}")
+        Args:
+            info: Which.
+            hidden_states: Whether to read those beside it as well.
 
-    def _verified(self, info: ShardInfo) -> bytes:
-        path = f"{self.folder}/{info.file}"
+        Raises:
+            UserError: A file is missing, damaged, or does not have the columns of a trace set.
+        """
+        table = pq.read_table(io.BytesIO(self._verified(info.file, info.sha256)))
+        shard = decode(table, self.geometry, f"{self.folder}/{info.file}")
+        return replace(shard, hidden_states=self._states(info)) if hidden_states else shard
+
+    def _states(self, info: ShardInfo) -> HiddenStates:
+        size, sha256 = self.manifest.hidden_size, info.states_sha256
+        if size is None or sha256 is None:
+            raise UserError(f"{self.folder}: holds no hidden states; collect it with --record hidden_states")
+        content = self._verified(info.states_file, sha256)
+        return load_states(content, (info.tokens, self.geometry.num_layers, size), f"{self.folder}/{info.states_file}")
+
+    def _verified(self, file: str, sha256: str) -> bytes:
+        path = f"{self.folder}/{file}"
         try:
-            content = self._read(info.file)
+            content = self._read(file)
         except FileNotFoundError as error:
             raise UserError(f"{path}: shard named in {MANIFEST_FILE} is missing") from error
-        if hashlib.sha256(content).hexdigest() != info.sha256:
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{path}: shard is damaged (its sha256 is not the one in {MANIFEST_FILE})")
         return content
 
@@ -152,16 +170,31 @@ class TraceSet:
         """
         found = []
         for info in self.shards(split):
-            table = pq.read_table(io.BytesIO(self._verified(info)), columns=["token_ids"])
+            content = self._verified(info.file, info.sha256)
+            table = pq.read_table(io.BytesIO(content), columns=["token_ids"])
             found.append(np.diff(_list_column(table, "token_ids")[0]))
         return found
 
-    def traces(self, split: str | None = None) -> Iterator[Trace]:
+    def traces(self, split: str | None = None, *, hidden_states: bool = False) -> Iterator[Trace]:
         """Iterate over the traces of a split, or of all splits, in stored order, one shard in memory at a time."""
         for info in self.shards(split):
-            shard = self.read(info)
+            shard = self.read(info, hidden_states=hidden_states)
             for row in range(len(shard)):
                 yield shard.trace(row)
+
+    @cached_property
+    def routers(self) -> Routers | None:
+        """The routers of the model, or None where they were not recorded or found.
+
+        Raises:
+            UserError: Their file is missing or damaged.
+        """
+        sha256, size = self.manifest.routers_sha256, self.manifest.hidden_size
+        if sha256 is None or size is None:
+            return None
+        layers, experts, _ = self.geometry.shape()
+        content = self._verified(ROUTERS_FILE, sha256)
+        return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
 
     @cached_property
     def token_strings(self) -> list[str] | None:
@@ -188,7 +221,7 @@ class TraceSet:
 def _downloaded(name: str) -> str:
     """Download a trace set and say which one it is."""
     hub_name = parse_hub_name(name)
-    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (VOCABULARY_FILE, "*.parquet"))
+    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (VOCABULARY_FILE, "*.parquet", "*.safetensors"))
     print(f"{hub_name} is {folder.name}", file=sys.stderr)
     return str(folder)
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_beyond.traces.hidden_states import HiddenStates
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -19,6 +21,7 @@ class Trace:
             none (`moe_beyond.traces.schema.none_id`).
         decode_start: The first position that the model wrote itself; T if it only read.
         gate_weights: ``(T, L, K)`` float16 in the same order, or None.
+        hidden_states: Those of its T tokens, where they were recorded and read.
     """
 
     sequence_id: str
@@ -27,6 +30,7 @@ class Trace:
     experts: npt.NDArray[np.integer[Any]]
     decode_start: int
     gate_weights: npt.NDArray[np.float16] | None = None
+    hidden_states: HiddenStates | None = None
 
     def __len__(self) -> int:
         """Tokens."""

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import replacing_folder, write_json
+from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
+from moe_beyond.traces.routers import ROUTERS_FILE, Routers
 from moe_beyond.traces.schema import check_experts, experts_dtype, to_table
 from moe_beyond.traces.trace import Trace
 
@@ -65,6 +67,7 @@ class TraceWriter:
         if trace.sequence_id in self._sequences:
             raise UserError(f"sequence {trace.sequence_id!r} was written already")
         self._check_gate_weights(trace)
+        self._check_hidden_states(trace)
         self._sequences.add(trace.sequence_id)
         trace = replace(
             trace,
@@ -73,7 +76,8 @@ class TraceWriter:
         )
         pending = self._pending.setdefault(split, [])
         pending.append(trace)
-        if sum(map(len, pending)) >= self._shard_tokens:
+        states = sum(one.hidden_states.nbytes for one in pending if one.hidden_states is not None)
+        if sum(map(len, pending)) >= self._shard_tokens or states >= SHARD_BYTES:
             self._flush(split)
 
     def _check_gate_weights(self, trace: Trace) -> None:
@@ -88,6 +92,20 @@ class TraceWriter:
                 f"sequence {trace.sequence_id!r}: gate weights have shape {trace.gate_weights.shape}, "
                 f"the experts {trace.experts.shape}"
             )
+
+    def _check_hidden_states(self, trace: Trace) -> None:
+        found, size = trace.hidden_states, self._manifest.hidden_size
+        if (found is None) != (size is None):
+            with_or_without = "without" if size is None else "with"
+            raise UserError(f"sequence {trace.sequence_id!r}: the set is one {with_or_without} hidden states")
+        if found is not None:
+            expected = (len(trace), self._manifest.geometry.num_layers, size)
+            for name, array in (("router", found.router_inputs), ("layer", found.layer_inputs)):
+                if array.shape != expected or array.dtype != np.float16:
+                    raise UserError(
+                        f"sequence {trace.sequence_id!r}: {name} inputs are {array.dtype} {array.shape}, "
+                        f"expected float16 {expected}"
+                    )
 
     def _flush(self, split: str) -> None:
         traces = self._pending.pop(split, [])
@@ -106,16 +124,26 @@ class TraceWriter:
         if not pq.read_table(path).equals(table):  # entries in = entries out
             raise OSError(f"{path}: what was read back is not what was written")
         content = path.read_bytes()
-        done.append(
-            ShardInfo(
-                file=path.name,
-                split=split,
-                sequences=len(traces),
-                tokens=sum(map(len, traces)),
-                bytes=len(content),
-                sha256=hashlib.sha256(content).hexdigest(),
-            )
+        info = ShardInfo(
+            file=path.name,
+            split=split,
+            sequences=len(traces),
+            tokens=sum(map(len, traces)),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
         )
+        states = [trace.hidden_states for trace in traces if trace.hidden_states is not None]
+        done.append(self._with_states(info, concatenate(states)) if states else info)
+
+    def _with_states(self, info: ShardInfo, states: HiddenStates) -> ShardInfo:
+        """Write a shard's hidden states beside it."""
+        path = self._folder / info.states_file
+        states.save(path)
+        content = path.read_bytes()
+        again = load_states(content, states.router_inputs.shape, str(path))
+        if not all(np.array_equal(getattr(again, n), getattr(states, n), equal_nan=True) for n in vars(states)):
+            raise OSError(f"{path}: what was read back is not what was written")
+        return replace(info, states_bytes=len(content), states_sha256=hashlib.sha256(content).hexdigest())
 
     def _finish(self) -> None:
         for split in list(self._pending):
@@ -128,7 +156,12 @@ class TraceWriter:
 
 @contextmanager
 def writing(
-    folder: str | Path, manifest: Manifest, *, vocabulary: str | Path | None = None, shard_tokens: int = 65536
+    folder: str | Path,
+    manifest: Manifest,
+    *,
+    vocabulary: str | Path | None = None,
+    routers: Routers | None = None,
+    shard_tokens: int = 65536,
 ) -> Iterator[TraceWriter]:
     """Write a trace set; the folder appears, whole, when the block ends without an error.
 
@@ -136,7 +169,8 @@ def writing(
         folder: The folder to make.
         manifest: Everything but the shards.
         vocabulary: The tokenizer's ``tokenizer.json``, copied into the set so that predictors can see token strings.
-        shard_tokens: A shard is closed once it holds this many tokens.
+        routers: Those of the model, if they are known.
+        shard_tokens: A shard is closed once it holds this many tokens, or hidden states of some hundred MB.
 
     Raises:
         UserError: The folder is already there, a trace does not fit, or nothing was written.
@@ -145,6 +179,10 @@ def writing(
         sha256 = hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest()
         manifest = replace(manifest, tokenizer=replace(manifest.tokenizer, sha256=sha256))
     with replacing_folder(folder) as temporary:
+        if routers is not None:
+            routers.save(temporary / ROUTERS_FILE)
+            sha256 = hashlib.sha256((temporary / ROUTERS_FILE).read_bytes()).hexdigest()
+            manifest = replace(manifest, routers_sha256=sha256)
         writer = TraceWriter(temporary, manifest, shard_tokens)
         yield writer
         if vocabulary is not None:

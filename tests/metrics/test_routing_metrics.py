@@ -340,3 +340,19 @@ def test_reliability_of_one_layer_is_its_calibration_error():
         assert labels == int(mask.sum()) * EXPERTS
         gaps = sum(bin["labels"] * abs(bin["mean_probability"] - bin["chosen_share"]) for bin in bins)
         assert row["calibration_error"] == pytest.approx(gaps / labels)
+
+
+def test_gate_mass_by_hand():
+    metrics = RoutingMetrics(1, 1, 4, 2)
+    scores = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.0, 0.1, 0.9, 0.8], [0.5, 0.4, 0.3, 0.2]]).view(1, 3, 1, 1, 4)
+    targets = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool).view(1, 3, 1, 4)
+    # Of the first token 3/4 is found and of the second all; the third has no weights.
+    shares = torch.tensor([[0.75, 0, 0, 0.25], [0, 0, 0.9, 0.1], [0, 0, 0, 0]]).view(1, 3, 1, 4)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    metrics.update(scores, targets, mask)
+    assert "gate_mass_at_k" not in metrics.compute()
+    metrics.reset()
+    metrics.update(scores, targets, mask, shares)
+    assert metrics.compute()["gate_mass_at_k"].item() == pytest.approx(0.875)
+    (row,) = metrics.to_rows([1])
+    assert (row["gate_mass_at_k"], row["by_layer"][0]["gate_mass_at_k"]) == (pytest.approx(0.875),) * 2

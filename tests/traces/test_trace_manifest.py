@@ -14,7 +14,7 @@ SHARDS = (
     ShardInfo("train-00001.parquet", "train", 2, 20, 300, "bb"),
     ShardInfo("validation-00000.parquet", "validation", 1, 7, 100, "cc"),
 )
-MANIFEST = Manifest(TINY, Tokenizer("words", 32, "dd"), "tiny", 16.0, "dataset", "tests", "0", "main", SHARDS)
+MANIFEST = Manifest(TINY, Tokenizer("words", 32, "dd"), "tiny", 16.0, "dataset", "tests", "0", "main", shards=SHARDS)
 
 
 def test_json_holds_the_counts_of_every_split_and_reads_back():

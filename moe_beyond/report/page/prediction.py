@@ -12,7 +12,16 @@ from moe_beyond.report.page.charts import SERIES, Line, axis, line_chart, number
 from moe_beyond.report.page.contents import NOTHING, Chart, Section, Table
 from moe_beyond.report.results import FIGURES, leaks_of, lookahead_words
 
-SHOWN = ("recall_at_k", "f1_micro", "f1_macro", "average_precision", "exact_match", "nll", "calibration_error")
+SHOWN = (
+    "recall_at_k",
+    "gate_mass_at_k",
+    "f1_micro",
+    "f1_macro",
+    "average_precision",
+    "exact_match",
+    "nll",
+    "calibration_error",
+)
 """Of the figures of a lookahead. Per-label accuracy and two-class F1 are high by construction, and left out."""
 
 
@@ -40,11 +49,12 @@ def prediction_section(
     """
     k, tokens = metrics[0]["k"], metrics[0]["tokens"]
     names = [lookahead_words(row["lookahead"], row["causal"]) for row in metrics]
+    shown = {name: how for name, how in FIGURES.items() if name in SHOWN and name in metrics[0]}
     figures = [
-        [name, *(format(row[figure], shape) for figure, (_, shape) in FIGURES.items() if figure in SHOWN)]
+        [name, *(format(row[figure], shape) for figure, (_, shape) in shown.items())]
         for name, row in zip(names, metrics, strict=True)
     ]
-    headings = ["lookahead", *(f"{heading}" for figure, (heading, _) in FIGURES.items() if figure in SHOWN)]
+    headings = ["lookahead", *(heading for heading, _ in shown.values())]
     by_lookahead = Table(
         f"Prediction by lookahead, over {tokens:,} tokens",
         f"k = {k}. Recall ranks the scores; micro, macro F1 and exact "

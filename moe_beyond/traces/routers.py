@@ -1,0 +1,62 @@
+"""The routers of the model that a trace set was recorded of: what scores experts, given what a router reads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
+
+from moe_beyond.errors import UserError
+
+ROUTERS_FILE = "routers.safetensors"
+OPTIONAL = ("bias", "selection_bias")
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Routers:
+    """The routers of all MoE layers. The K experts of the largest scores are chosen, where no groups limit the choice.
+
+    Attributes:
+        weight: ``(L, E, D)`` float32; a logit is its product with what the router reads.
+        scoring: What logits pass through, by a name of `moe_beyond.predictors.scoring.SCORINGS`.
+        bias: ``(L, E)`` float32, added to the logits, or None.
+        selection_bias: ``(L, E)`` float32, added to the scores for the choice alone, or None.
+    """
+
+    weight: Floats
+    scoring: str
+    bias: Floats | None = None
+    selection_bias: Floats | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write them as safetensors."""
+        arrays = {name: array for name in ("weight", *OPTIONAL) if (array := getattr(self, name)) is not None}
+        save_file({n: np.ascontiguousarray(a, np.float32) for n, a in arrays.items()}, path, {"scoring": self.scoring})
+
+
+def load_routers(content: bytes, shape: tuple[int, int, int], source: str) -> Routers:
+    """Read what `Routers.save` wrote.
+
+    Args:
+        content: The file.
+        shape: ``(L, E, D)`` that they must have.
+        source: Where it came from, for error messages.
+
+    Raises:
+        UserError: It is no such file.
+    """
+    try:
+        arrays = load(content)
+        scoring = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["scoring"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{source}: is not a safetensors file of routers ({error})") from error
+    shapes = {name: array.shape for name, array in arrays.items()}
+    expected = {"weight": shape} | {name: shape[:2] for name in OPTIONAL if name in arrays}
+    if shapes != expected:
+        raise UserError(f"{source}: holds {shapes}, not the routers of {shape}")
+    return Routers(**{name: np.asarray(array, np.float32) for name, array in arrays.items()}, scoring=scoring)
