@@ -11,8 +11,10 @@ from tokenizers.models import WordLevel
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
+from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.routers import Routers
 from moe_beyond.traces.schema import none_id
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
@@ -51,17 +53,36 @@ def tiny_traces(
     vocab: int = VOCAB,
     seed: int = 0,
     holes: float = 0.0,
+    hidden_states: bool = False,
 ) -> TraceSet:
     """Write a trace set with a train and a validation split (every fourth sequence) and open it."""
     rng = np.random.default_rng(seed)
     manifest = Manifest(geometry, Tokenizer("tests", vocab), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(folder, manifest, shard_tokens=64) as writer:
+    if hidden_states:
+        manifest = replace(manifest, hidden_size=geometry.num_experts)
+    with writing(
+        folder, manifest, shard_tokens=64, routers=plain_routers(geometry) if hidden_states else None
+    ) as writer:
         for i in range(sequences):
             trace = tiny_trace(f"s{i}", int(rng.integers(1, longest + 1)), rng, geometry, vocab)
             if holes:
                 trace = replace(trace, experts=with_holes(trace.experts, rng, holes))
+            if hidden_states:
+                trace = replace(trace, hidden_states=plain_states(trace.experts, geometry.num_experts))
             writer.write(trace, "validation" if i % 4 == 3 else "train")
     return TraceSet(str(folder))
+
+
+def plain_states(experts: np.ndarray, num_experts: int) -> HiddenStates:
+    """Hidden states that say what is chosen: 1 at each expert. What a layer reads tells its own choice as well."""
+    chosen = (experts[..., None] == np.arange(num_experts)).any(-2).astype(np.float16)
+    return HiddenStates(chosen, chosen)
+
+
+def plain_routers(geometry: Geometry) -> Routers:
+    """Routers that read such states."""
+    layers, experts, _ = geometry.shape()
+    return Routers(np.tile(np.eye(experts, dtype=np.float32), (layers, 1, 1)), "logits")
 
 
 def word_tokenizer(path: Path, words: Sequence[str]) -> Path:

@@ -13,6 +13,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Predictor, TrainingText
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import create
+from moe_beyond.traces.hidden_states import HiddenStates
+from moe_beyond.traces.routers import Routers
 from moe_beyond.traces.schema import experts_dtype
 from moe_beyond.traces.trace import Trace
 
@@ -20,6 +22,8 @@ from moe_beyond.traces.trace import Trace
 SEEN = 2 * VOCAB // 3
 # Longer than any window below, and than the blocks in which long sequences are computed.
 LONG = 40
+HIDDEN = 6
+"""Width of hidden states."""
 
 # More experts than a byte counts, and another number of layers; K > 2.
 WIDE = Geometry("wide", (0, 3, 5), num_experts=300, top_k=3, params_per_expert=10, other_params_per_layer=10)
@@ -30,7 +34,7 @@ class Variant:
     """A predictor's constructor arguments, a name for test ids, and what it reads.
 
     ``reads`` holds some of "own id", "earlier ids", "earlier experts" (of earlier tokens), "earlier layers" (of this
-    token) and "later ids". What ``jumps`` need not move with every change of what it reads.
+    token), "own states" and "later ids". What ``jumps`` need not move with every change of what it reads.
     """
 
     architecture: str
@@ -70,6 +74,10 @@ def _naive_bayes(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
 
 def _eamc(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     return Variant("eamc", name, arguments, frozenset(reads), jumps=True)
+
+
+def _from_states(architecture: str, name: str, **arguments: Any) -> Variant:
+    return Variant(architecture, name, {"hidden_size": HIDDEN, **arguments}, frozenset({"own states"}))
 
 
 ALL_EARLIER = ("earlier ids", "earlier experts", "earlier layers")
@@ -128,6 +136,13 @@ VARIANTS = [
     ),
     _cross_layer("next_alone", ALL_EARLIER, lookaheads=1, window=64, next_use=True),
     _cross_layer("alone", ["earlier experts", "earlier layers"], lookaheads=2, window=1),
+    _from_states("next_gate", "one_ahead", lookaheads=1),
+    _from_states("next_gate", "three_ahead"),
+    _from_states("next_gate", "six_ahead", lookaheads=6),
+    _from_states("layer_mlp", "one_ahead", width=8),
+    _from_states("layer_mlp", "three_ahead", stride=3, width=8),
+    _from_states("layer_mlp", "six_ahead", stride=6, width=8),
+    _from_states("pre_attention", "default", width=8),
 ]
 
 
@@ -136,13 +151,18 @@ def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, v
     rng = np.random.default_rng(seed)
     layers, experts, top_k = geometry.shape()
     chosen = rng.random((length, layers, experts)).argsort(-1)[..., :top_k].astype(experts_dtype(geometry))
-    return Trace(name, "tests", rng.integers(0, vocab, length).astype(np.int32), chosen, length)
+    token_ids = rng.integers(0, vocab, length).astype(np.int32)
+    states = HiddenStates(*rng.normal(size=(2, length, layers, HIDDEN)).astype(np.float16))
+    return Trace(name, "tests", token_ids, chosen, length, hidden_states=states)
 
 
 def training_text(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingText:
-    """Count the traces' ids; every id has a string of its own."""
+    """Count the traces' ids; every id has a string of its own, and there are routers."""
     counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB)
-    return TrainingText(counts, [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)], counted(traces, num_experts))
+    strings = [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)]
+    weight = np.random.default_rng(3).normal(size=(traces[0].experts.shape[1], num_experts, HIDDEN))
+    routers = Routers(weight.astype(np.float32), "logits")
+    return TrainingText(counts, strings, counted(traces, num_experts), routers)
 
 
 def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray], np.ndarray]:

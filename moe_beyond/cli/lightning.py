@@ -61,13 +61,15 @@ class PredictorCLI(LightningCLI):
     output: Output
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link geometry and vocabulary."""
+        """Link geometry, vocabulary and hidden size."""
         add_output(parser)
         # As a dictionary, since jsonargparse would want a dataclass's fields one by one.
         parser.link_arguments(
             "data.geometry", "model.init_args.geometry", compute_fn=Geometry.to_json, apply_on="instantiate"
         )
         parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
+        # Of predictors that read hidden states; jsonargparse passes over it where a class has no such argument.
+        parser.link_arguments("data.hidden_size", "model.init_args.hidden_size", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Settle where wandb's runs go before anything logs."""

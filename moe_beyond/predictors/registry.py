@@ -16,6 +16,9 @@ ARCHITECTURES: dict[str, str] = {
     "row_encoder": "RowEncoder",
     "token_causal": "TokenCausal",
     "cross_layer": "CrossLayer",
+    "next_gate": "NextGate",
+    "layer_mlp": "LayerMlp",
+    "pre_attention": "PreAttention",
 }
 """Name -> class, in the module of that name; a module is imported only when its predictor is asked for."""
 

@@ -22,7 +22,11 @@ TINY_SIZES = {
     "token_table": (),
     "eamc": ("--model.capacity=4",),
     "history": (),
+    "next_gate": (),
+    "layer_mlp": ("--model.width=8",),
+    "pre_attention": ("--model.width=8",),
 }
+READ_STATES = ("next_gate", "layer_mlp", "pre_attention")
 
 
 def architecture_of(path: Path) -> str:
@@ -54,8 +58,8 @@ RUNNABLE = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name !
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_a_config_runs(path: Path, tmp_path: Path) -> None:
     traces = tmp_path / "traces"
-    tiny_traces(traces)
     architecture = architecture_of(path)
+    tiny_traces(traces, hidden_states=architecture in READ_STATES)
     words = [word for part in composed(path) for word in ("-c", str(part))]
     run = fit(tmp_path, traces, *words, *TINY_SIZES[architecture], "--trainer.max_epochs=1")
     assert (run / "config.yaml").exists()

@@ -10,13 +10,14 @@ import torch
 from helpers import TINY, VOCAB, there, with_holes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictor_variants import LONG, SEEN, VARIANTS, WIDE, Variant, fitted_once, probabilities, random_trace
+from predictor_variants import HIDDEN, LONG, SEEN, VARIANTS, WIDE, Variant, fitted_once, probabilities, random_trace
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import GradientPredictor, Stepper
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
@@ -55,19 +56,28 @@ def assert_steps(
 ) -> None:
     """Step tokens from ``first`` on, and compare every moment with the batch's ``(T, H, L, E)`` scores."""
     found, expected = [], []
+    kind = stepper._predictor.information.hidden_states
     if beyond is None:
         beyond = len(trace) - ("next" in lookaheads)  # of the last no batch says what comes next
     for token in range(first, beyond):
         stepper.observe_token(int(trace.token_ids[token]))
         for routed in range(-1, scores.shape[2]):
             if routed >= 0:
-                stepper.observe_layer(routed, there(trace.experts[token, routed]))
+                stepper.observe_layer(routed, there(trace.experts[token, routed]), told(trace, kind, token, routed))
             now = stepper.scores()
             assert isinstance(now, np.ndarray)
             assert now.dtype == np.float32
             found.append(now.copy())
             expected.append(known_now(scores[token], scores[min(token + 1, len(scores) - 1)], lookaheads, routed))
     np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=0, atol=TOLERANCE)
+
+
+def told(trace: Trace, kind: str | None, token: int, layer: int) -> np.ndarray | None:
+    """The hidden state that comes with a layer of a token, if the predictor reads any."""
+    if kind is None or (kind == "layer_inputs" and layer + 1 == trace.experts.shape[1]):
+        return None
+    states = trace.hidden_states
+    return states.router_inputs[token, layer] if kind == "router_inputs" else states.layer_inputs[token, layer + 1]
 
 
 def test_the_variants_cover_the_registry():
@@ -93,6 +103,11 @@ def test_logits_have_a_slice_a_lookahead(variant, geometry):
 def test_what_reads_token_ids_says_so(variant):
     reads = bool(variant.reads & {"own id", "earlier ids", "later ids"})
     assert fitted_once(variant).information.token_ids == reads
+
+
+@every(VARIANTS)
+def test_what_reads_hidden_states_says_so(variant):
+    assert (fitted_once(variant).information.hidden_states is not None) == ("own states" in variant.reads)
 
 
 @every(VARIANTS)
@@ -236,6 +251,16 @@ def changed_experts(trace: Trace, tokens: slice, layers: slice, shift: int) -> T
     return replace(trace, experts=experts)
 
 
+def changed_states(trace: Trace, tokens: slice, layers: int, shift: int, kinds: str = "router layer") -> Trace:
+    """Change what the routers read from layer ``layers`` on, and what the layers after that read."""
+    router, layer = trace.hidden_states.router_inputs.copy(), trace.hidden_states.layer_inputs.copy()
+    if "router" in kinds:
+        router[tokens, layers:] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
+    if "layer" in kinds:
+        layer[tokens, layers + 1 if layers else 0 :] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
+    return replace(trace, hidden_states=HiddenStates(router, layer))
+
+
 positions = st.integers(1, LONG - 2)
 # A shift of half the experts maps {0, 4} to itself.
 shifts = st.integers(1, EXPERTS // 2 - 1)
@@ -254,6 +279,7 @@ def test_nothing_outside_the_information_set_moves_a_score(variant, at, shift, s
         # later tokens, which a predictor that is not causal may see.
         altered = changed_experts(trace, slice(at, at + 1), slice(routed + 1, None), shift)
         altered = changed_experts(altered, later, slice(None), shift)
+        altered = changed_states(changed_states(altered, slice(at, at + 1), routed + 1, shift), later, 0, shift)
         if predictor.information.causal:
             altered = changed_ids(altered, later, shift)
         after = probabilities(predictor, collate([altered]))[0]
@@ -264,6 +290,14 @@ def test_nothing_outside_the_information_set_moves_a_score(variant, at, shift, s
             if lookahead == "next":
                 now, then = after[at + 1, index, : routed + 1], before[at + 1, index, : routed + 1]
                 np.testing.assert_allclose(now, then, rtol=0, atol=1e-6)
+
+
+def one_state(trace: Trace, token: int, layer: int, shift: int) -> Trace:
+    """Change the states that are told with one layer of a token."""
+    router, inputs = trace.hidden_states.router_inputs.copy(), trace.hidden_states.layer_inputs.copy()
+    router[token, layer] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
+    inputs[token, layer + 1 : layer + 2] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
+    return replace(trace, hidden_states=HiddenStates(router, inputs))
 
 
 def movements(variant: Variant, at: int, shift: int, seed: int) -> dict[str, np.ndarray]:
@@ -282,12 +316,19 @@ def movements(variant: Variant, at: int, shift: int, seed: int) -> dict[str, np.
         [of_layers[layer - h][index, layer] if isinstance(h, int) and layer >= h else np.nan for layer in range(LAYERS)]
         for index, h in enumerate(predictor.information.lookaheads)
     ]
+    states_moved = [moved(one_state(trace, at, layer, shift)) for layer in range(LAYERS)]
+    of_states = [
+        [states_moved[layer - h][index, layer] if isinstance(h, int) and layer >= h else np.nan
+         for layer in range(LAYERS)]
+        for index, h in enumerate(predictor.information.lookaheads)
+    ]  # fmt: skip
     told_before = np.array([h == "next" for h in predictor.information.lookaheads])[:, None]
     return {
         "own id": np.where(told_before, np.nan, moved(changed_ids(trace, own, shift, SEEN))),
         "earlier ids": moved(changed_ids(trace, previous, shift, SEEN)),
         "earlier experts": moved(changed_experts(trace, previous, slice(None), shift)),
         "earlier layers": np.array(nearest),
+        "own states": np.array(of_states),
         "later ids": moved(changed_ids(trace, following, shift, SEEN)),
     }
 

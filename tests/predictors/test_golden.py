@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, VOCAB
-from predictor_variants import VARIANTS
+from predictor_variants import HIDDEN, VARIANTS
 from safetensors.numpy import load_file, save_file
 
 from moe_beyond.predictors.base import CountingPredictor, TrainingText
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 
 FOLDER = Path(__file__).parents[1] / "data" / "golden"
@@ -33,7 +34,9 @@ def golden_batch() -> Batch:
         first = (position[:, None] * step + np.arange(layers) * 5) % experts
         chosen = np.stack([first, (first + 1 + position[:, None] % 3) % experts], -1)
         ids = (position * step * 5 + step) % VOCAB
-        traces.append(Trace(name, "tests", ids.astype(np.int32), chosen.astype(np.uint8), length))
+        waves = np.sin(np.arange(2 * length * layers * HIDDEN)).reshape(2, length, layers, HIDDEN).astype(np.float16)
+        states = HiddenStates(*waves)
+        traces.append(Trace(name, "tests", ids.astype(np.int32), chosen.astype(np.uint8), length, hidden_states=states))
     return collate(traces)
 
 

@@ -28,5 +28,5 @@ def test_an_unknown_argument_is_named(name):
 
 def test_an_information_set_says_what_it_holds():
     assert Information((1, 2)).describe() == "lookahead 1, 2; known when routed"
-    text = Information(("token",), "computed", causal=False, hidden_states=True, gate_weights=True).describe()
-    assert text == ("lookahead token; known when computed; sees later tokens; reads hidden states; reads gate weights")
+    text = Information(("token",), "computed", causal=False, hidden_states="layer_inputs", gate_weights=True).describe()
+    assert text == ("lookahead token; known when computed; sees later tokens; reads layer inputs; reads gate weights")

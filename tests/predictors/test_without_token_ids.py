@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fitting import CONFIGS, fit
 from helpers import TINY, VOCAB, tiny_traces
-from predictor_variants import VARIANTS, Variant
+from predictor_variants import HIDDEN, VARIANTS, Variant
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
@@ -29,8 +29,9 @@ def without_token_ids(folder: Path, traces: TraceSet) -> TraceSet:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_predictor_that_reads_token_ids_is_not_used(variant: Variant, trace_set: TraceSet, tmp_path: Path) -> None:
     predictor = create(variant.architecture, TINY, VOCAB, **variant.arguments)
-    check_fits(predictor, trace_set.manifest, "traces")
-    manifest = replace(trace_set.manifest, tokenizer=NO_TOKEN_IDS)
+    manifest = replace(trace_set.manifest, hidden_size=HIDDEN)
+    check_fits(predictor, manifest, "traces")
+    manifest = replace(manifest, tokenizer=NO_TOKEN_IDS)
     if predictor.information.token_ids:
         with pytest.raises(UserError, match=f"^traces: its recording told no token ids, which {variant.architecture}"):
             check_fits(predictor, manifest, "traces")

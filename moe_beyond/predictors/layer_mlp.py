@@ -1,0 +1,64 @@
+"""layer_mlp: a two-layer perceptron a layer, on what the router s layers earlier read (ProMoE, arXiv 2410.22134)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import GradientPredictor
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.from_states import FromStates
+from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.loss import subset_cross_entropy
+
+
+class LayerMlp(FromStates, GradientPredictor):
+    """Predicts lookahead s, its stride.
+
+    States are scaled to unit root mean square, as the model's own norms would.
+
+    Args:
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        hidden_size: Width of what a router reads, D.
+        stride: s, at least 1; a larger one leaves more time for transfers.
+        width: Hidden units of each perceptron.
+    """
+
+    architecture: ClassVar[str] = "layer_mlp"
+    link = "subset"
+
+    def __init__(
+        self, geometry: Geometry, vocab_size: int, hidden_size: int, stride: int = 1, width: int = 256
+    ) -> None:
+        super().__init__(geometry, vocab_size, hidden_size, (stride,))
+        self.stride, self.width = stride, width
+        layers, experts, _ = geometry.shape()
+        reached = max(layers - stride, 0)
+        self.first = nn.Parameter(torch.zeros(min(stride, layers), experts))
+        self.into = nn.Parameter(torch.randn(reached, hidden_size, width) * hidden_size**-0.5)
+        self.into_bias = nn.Parameter(torch.zeros(reached, width))
+        self.out = nn.Parameter(torch.randn(reached, width, experts) * 0.5 * width**-0.5)
+        self.out_bias = nn.Parameter(torch.zeros(reached, experts))
+
+    @property
+    def information(self) -> Information:
+        """Router inputs, which exist when a layer is routed."""
+        return Information(self.ahead, token_ids=False, hidden_states="router_inputs")
+
+    def without_states(self) -> Tensor:
+        """Return what was learned for the first layers."""
+        return self.first
+
+    def of_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
+        """Run the layers' perceptrons."""
+        part = slice(layers.start - self.stride, layers.stop - self.stride)
+        scaled = functional.rms_norm(states, states.shape[-1:])
+        hidden = functional.silu(torch.einsum("nld,ldw->nlw", scaled, self.into[part]) + self.into_bias[part])
+        return torch.einsum("nlw,lwe->nle", hidden, self.out[part]) + self.out_bias[part]
+
+    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """Return the cross-entropy of each expert being chosen, given that K are."""
+        return subset_cross_entropy(logits, batch, wanted)

@@ -1,0 +1,95 @@
+"""next_gate: an earlier layer's router input, read by a later layer's router.
+
+What the residual stream holds changes slowly from layer to layer, so that a later router names much of what it will
+choose already now. Nothing is trained: FATE (arXiv 2502.12224) and AdapMoE (arXiv 2408.10284) do so one layer ahead.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.base import CountingPredictor, TrainingText
+from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.from_states import FromStates
+from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.scoring import SCORINGS
+
+
+class NextGate(FromStates, CountingPredictor):
+    """Predicts lookaheads 1 .. H by the model's own routers.
+
+    Layers before which no router has read are scored by popularity, which is all that is counted. Groups that limit a
+    router's choice are not known here.
+
+    Args:
+        geometry: The model's shape.
+        vocab_size: Ids of the tokenizer.
+        hidden_size: Width of what a router reads, D.
+        lookaheads: H.
+    """
+
+    architecture: ClassVar[str] = "next_gate"
+    link = "subset"
+
+    weight: Tensor
+    bias: Tensor
+    selection_bias: Tensor
+    scoring: Tensor
+    counts: Tensor
+    tokens: Tensor
+
+    def __init__(self, geometry: Geometry, vocab_size: int, hidden_size: int, lookaheads: int = 3) -> None:
+        super().__init__(geometry, vocab_size, hidden_size, tuple(range(1, lookaheads + 1)) or (0,))
+        self.lookaheads = lookaheads
+        layers, experts, _ = geometry.shape()
+        self.register_buffer("weight", torch.zeros(layers, experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(layers, experts))
+        self.register_buffer("selection_bias", torch.zeros(layers, experts))
+        self.register_buffer("scoring", torch.zeros((), dtype=torch.int64))  # its place in SCORINGS
+        self.register_buffer("counts", torch.zeros(min(lookaheads, layers), experts, dtype=torch.int64))
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def information(self) -> Information:
+        """Router inputs, which exist when a layer is routed."""
+        return Information(self.ahead, token_ids=False, hidden_states="router_inputs")
+
+    def prepare(self, text: TrainingText) -> None:
+        """Take in the routers.
+
+        Raises:
+            UserError: The traces hold none.
+        """
+        routers = text.routers
+        if routers is None or routers.scoring not in SCORINGS:
+            raise UserError(
+                "next_gate reads the model's routers, and the traces hold none: they are recorded with hidden states, "
+                "where one weight a layer explains the choice"
+            )
+        self.weight.copy_(torch.from_numpy(routers.weight))
+        for name in ("bias", "selection_bias"):
+            if (found := getattr(routers, name)) is not None:
+                getattr(self, name).copy_(torch.from_numpy(found))
+        self.scoring.fill_(list(SCORINGS).index(routers.scoring))
+
+    def observe(self, batch: Batch) -> None:
+        """Count a batch's first layers."""
+        chosen = batch.targets(self.geometry.num_experts)
+        self.counts += chosen[:, :, : len(self.counts)].sum((0, 1))
+        self.tokens += batch.lengths.sum()
+
+    def without_states(self) -> Tensor:
+        """Return the log-odds of the first layers' popularity."""
+        _, experts, top_k = self.geometry.shape()
+        return torch.logit((self.counts.double() + top_k / experts) / (self.tokens + 1), eps=1e-9).float()
+
+    def of_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
+        """Let the layers' routers read."""
+        logits = torch.einsum("nld,led->nle", states, self.weight[layers]) + self.bias[layers]
+        selection_bias = self.selection_bias[layers]
+        if not selection_bias.any():
+            return logits  # in the order of any scoring
+        return SCORINGS[list(SCORINGS)[int(self.scoring)]](logits) + selection_bias

@@ -1,0 +1,105 @@
+"""Predictors that read hidden states: what they make of them, by hand, and through the command line."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from fitting import CONFIGS, fit
+from helpers import TINY, VOCAB, error_line, plain_routers, plain_states, tiny_traces
+from predictor_variants import random_trace, training_text
+
+from moe_beyond.cli.main import main
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.base import TrainingText
+from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.next_gate import NextGate
+from moe_beyond.predictors.pre_attention import PreAttention
+from moe_beyond.traces.routers import Routers
+from moe_beyond.traces.trace import Trace
+
+LAYERS, EXPERTS, TOP_K = TINY.shape()
+
+
+def with_plain_states(name="a", length=6):
+    trace = random_trace(name, length, 0)
+    return Trace(
+        name, "tests", trace.token_ids, trace.experts, length, hidden_states=plain_states(trace.experts, EXPERTS)
+    )
+
+
+def text_of(routers):
+    counted = training_text([random_trace("a", 5, 0)])
+    return TrainingText(counted.token_counts, counted.token_strings, counted.expert_counts, routers)
+
+
+def test_next_gate_lets_each_router_read_what_an_earlier_one_read():
+    predictor, trace = NextGate(TINY, VOCAB, EXPERTS, lookaheads=2), with_plain_states()
+    predictor.prepare(text_of(plain_routers(TINY)))
+    predictor.observe(collate([trace]))
+    logits = predictor(collate([trace]))[0]
+    for ahead in (1, 2):
+        found = logits[:, ahead - 1, ahead:].topk(TOP_K, dim=-1).indices.sort(-1).values
+        earlier = np.sort(trace.experts[:, : LAYERS - ahead], axis=-1)
+        np.testing.assert_array_equal(found, earlier)
+        # Before there is anything to read: how often each was chosen, as log-odds.
+        share = ((trace.experts[:, 0] == 3).sum() + TOP_K / EXPERTS) / (len(trace) + 1)
+        np.testing.assert_allclose(logits[:, ahead - 1, 0, 3], math.log(share / (1 - share)), rtol=1e-5)
+
+
+def test_next_gate_adds_a_selection_bias_to_what_the_scoring_makes():
+    weight = np.zeros((LAYERS, EXPERTS, EXPERTS), np.float32)
+    bias = np.tile(np.arange(EXPERTS, dtype=np.float32), (LAYERS, 1))
+    predictor, trace = NextGate(TINY, VOCAB, EXPERTS), with_plain_states()
+    predictor.prepare(text_of(Routers(weight, "sigmoid", bias=-bias, selection_bias=bias / 8)))
+    logits = predictor(collate([trace]))[0, 0, 0]
+    expected = 1 / (1 + np.exp(np.arange(EXPERTS))) + np.arange(EXPERTS) / 8
+    np.testing.assert_allclose(logits[1], expected, rtol=1e-5)
+
+
+def test_next_gate_asks_for_routers_and_all_for_states():
+    with pytest.raises(UserError, match="next_gate reads the model's routers, and the traces hold none"):
+        NextGate(TINY, VOCAB, EXPERTS).prepare(text_of(None))
+    with pytest.raises(UserError, match="next_gate reads hidden states, and the traces hold none; collect them"):
+        NextGate(TINY, VOCAB, None)
+    with pytest.raises(UserError, match="lookahead 0 is less than 1"):
+        NextGate(TINY, VOCAB, EXPERTS, lookaheads=0)
+
+
+def test_the_loss_of_pre_attention_by_hand():
+    predictor, trace = PreAttention(TINY, VOCAB, EXPERTS), with_plain_states(length=1)
+    logits = torch.zeros(1, 1, 1, LAYERS, EXPERTS)
+    # All alike: the chosen two weigh 3 and the other six 1/2, each costs log 2; all pairs lack the margin of 0.1.
+    expected = (2 * 3 + 6 * 0.5) * math.log(2) + 0.3 * 0.1
+    assert float(predictor.loss(logits, collate([trace]))) == pytest.approx(expected)
+    logits[..., :].scatter_(
+        -1, torch.from_numpy(trace.experts.astype(np.int64))[:, None, None].view(1, 1, 1, LAYERS, TOP_K), 1.0
+    )
+    expected = 2 * 3 * math.log(1 + math.exp(-1)) + 6 * 0.5 * math.log(2)
+    assert float(predictor.loss(logits, collate([trace]))) == pytest.approx(expected)
+    with pytest.raises(UserError, match="give it no teachers"):
+        predictor.loss(logits, collate([trace]), logits.sigmoid())
+
+
+@pytest.mark.parametrize("name", ["layer_mlp", "pre_attention"])
+def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path, capsys):
+    """The layer's own choice is told before its attention, and nothing but it: one reads all, the other next to none."""
+    traces = tiny_traces(tmp_path / "traces", sequences=40, hidden_states=True)
+    words = ["-c", str(CONFIGS / "trainer/default.yaml"), "-c", str(CONFIGS / f"model/{name}.yaml"), "--model.width=32"]
+    run = fit(tmp_path, tmp_path / "traces", *words, "--trainer.max_epochs=30", "--model.lr=0.02")
+    capsys.readouterr()
+    asked = ["evaluate", str(run / "predictor"), "--traces", traces.folder, "--split", "validation", "--budget", "50%"]
+    assert main([*asked, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    by_layer = [row["recall_at_k"] for row in found["metrics"][0]["by_layer"]]
+    assert (min(by_layer[1:]) > 0.98) == (name == "pre_attention"), by_layer
+    tiny_traces(tmp_path / "without")
+    said = error_line(capsys, ["evaluate", run / "predictor", "--traces", tmp_path / "without"])
+    assert said == (
+        f"{tmp_path / 'without'}: holds no hidden states, which {name} reads; collect with --record "
+        "experts,gate_weights,hidden_states"
+    )
+    assert main(["fit", "-c", str(CONFIGS / "data/traces.yaml"), *words, f"--data.traces={tmp_path / 'without'}"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"moe-beyond: error: {name} reads hidden states, and the traces hold none")
