@@ -73,9 +73,7 @@ def test_the_loss_of_pre_attention_by_hand():
     # All alike: the chosen two weigh 3 and the other six 1/2, each costs log 2; all pairs lack the margin of 0.1.
     expected = (2 * 3 + 6 * 0.5) * math.log(2) + 0.3 * 0.1
     assert float(predictor.loss(logits, collate([trace]))) == pytest.approx(expected)
-    logits[..., :].scatter_(
-        -1, torch.from_numpy(trace.experts.astype(np.int64))[:, None, None].view(1, 1, 1, LAYERS, TOP_K), 1.0
-    )
+    logits.scatter_(-1, torch.from_numpy(trace.experts.astype(np.int64))[None, :, None], 1.0)
     expected = 2 * 3 * math.log(1 + math.exp(-1)) + 6 * 0.5 * math.log(2)
     assert float(predictor.loss(logits, collate([trace]))) == pytest.approx(expected)
     with pytest.raises(UserError, match="give it no teachers"):
@@ -84,9 +82,10 @@ def test_the_loss_of_pre_attention_by_hand():
 
 @pytest.mark.parametrize("name", ["layer_mlp", "pre_attention"])
 def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path, capsys):
-    """The layer's own choice is told before its attention, and nothing but it: one reads all, the other next to none."""
+    """What a layer reads tells its own choice here, which the one reads before, and the other after it was made."""
     traces = tiny_traces(tmp_path / "traces", sequences=40, hidden_states=True)
-    words = ["-c", str(CONFIGS / "trainer/default.yaml"), "-c", str(CONFIGS / f"model/{name}.yaml"), "--model.width=32"]
+    configs = str(CONFIGS / "trainer/default.yaml"), str(CONFIGS / f"model/{name}.yaml")
+    words = ["-c", configs[0], "-c", configs[1], "--model.width=32"]
     run = fit(tmp_path, tmp_path / "traces", *words, "--trainer.max_epochs=30", "--model.lr=0.02")
     capsys.readouterr()
     asked = ["evaluate", str(run / "predictor"), "--traces", traces.folder, "--split", "validation", "--budget", "50%"]
