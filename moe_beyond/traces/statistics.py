@@ -86,6 +86,7 @@ def summarize(traces: TraceSet) -> dict[str, Any]:
         "tokenizer": manifest.tokenizer.name,
         "author": manifest.author,
         "source": manifest.source,
+        "steering": manifest.steering and manifest.steering.to_json(),
         "fingerprint": manifest.fingerprint,
         "splits": manifest.to_json()["splits"],
         "token_to_token_reuse": _rounded(reused.mean()),
