@@ -67,7 +67,7 @@ class Steering:
             raise UserError(f'{source}: is no object {{"on": [[layer, expert], ...], "off": [[layer, expert], ...]}}')
         for key in content:
             if key not in ("on", "off"):
-                raise unknown(f"key in {source}", key, ("on", "off"))
+                raise UserError(f"{source}: {unknown('key', key, ('on', 'off'))}")
         on, off = (_experts(content.get(key, []), key, source) for key in ("on", "off"))
         if both := sorted(on & off):
             raise UserError(f"{source}: expert {both[0][1]} of layer {both[0][0]} is both on and off; choose one")

@@ -203,9 +203,10 @@ def test_another_steering_does_not_go_on_with_what_was_begun(small: tuple[Any, A
     [
         ("", "steer.json: is not JSON"),
         ("on: 3", "steer.json: is not JSON"),
+        ("[" * 100000, "steer.json: is not JSON"),
         ("[[1, 2]]", 'steer.json: is no object {"on": [[layer, expert], ...], "off": [[layer, expert], ...]}'),
         ("{}", "steer.json: names no expert"),
-        ('{"onn": [[1, 2]]}', "steer.json 'onn'; did you mean 'on'?"),
+        ('{"onn": [[1, 2]]}', "steer.json: unknown key 'onn'; did you mean 'on'?"),
         ('{"on": {"1": 2}}', "steer.json: 'on' is no list: {\"1\": 2}; an expert is a pair of whole numbers"),
         ('{"off": [[1, 2], [1]]}', "steer.json: 'off' holds [1]; an expert is a pair of whole numbers"),
         ('{"off": [[1, true]]}', "'off' holds [1, true]"),
