@@ -102,7 +102,8 @@ def record(
         tokenizer: Its tokenizer.
         prompts: Texts, or texts with names, sources and splits of their own.
         out: The trace set to make.
-        **asked: Fields of `moe_beyond.collect.collect.Collection`: ``generate``, ``batch_size``, ``max_tokens``, ...
+        **asked: Fields of `moe_beyond.collect.collect.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
+            ``steering``, ...
 
     Raises:
         UserError: The model is no mixture of experts, a prompt is empty or too long, or ``out`` exists.

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.traces.steering import read_steering
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RECORDED = ("experts", "gate_weights")
@@ -40,6 +41,12 @@ def options() -> ArgumentParser:
     known.add_argument("--max-tokens", type=int, metavar="M", help="cut longer prompts; they are refused without")
     known.add_argument("--max-prompts", type=int, metavar="N", help="take the first N prompts alone")
     known.add_argument("--shard-tokens", type=int, default=65536, metavar="S", help="tokens of a shard (65536)")
+    known.add_argument(
+        "--steer",
+        metavar="FILE",
+        help='force experts on or off in all that is read and written: a JSON file, {"on": [[layer, expert], ...], '
+        '"off": [[layer, expert], ...]}',
+    )
     known.add_argument("--load-in", metavar="BITS", help="8bit or 4bit, by bitsandbytes (not tested here)")
     return known
 
@@ -48,6 +55,7 @@ def run(words: list[str]) -> None:
     """Collect."""
     args = options().parse_args(words[1:])
     _check(args)
+    steering = None if args.steer is None else read_steering(args.steer)
     from itertools import islice
 
     from moe_beyond.collect.collect import Collection, collect
@@ -60,8 +68,9 @@ def run(words: list[str]) -> None:
         args.model, revision=args.revision, dtype=args.dtype, device=args.device, load_in=args.load_in
     )
     asked = Collection(
-        args.generate, "gate_weights" in args.record.split(","), args.batch_size, args.max_tokens, args.shard_tokens
-    )
+        args.generate, "gate_weights" in args.record.split(","), args.batch_size, args.max_tokens, args.shard_tokens,
+        steering,
+    )  # fmt: skip
     began, recorded = time.monotonic(), 0
     with progress_bar(f"collecting {args.out}", quiet=args.quiet) as bar:
 
@@ -80,6 +89,8 @@ def run(words: list[str]) -> None:
     splits: dict[str, Any] = manifest.to_json()["splits"]
     for split, counts in splits.items():
         output.show(f"{args.out}: {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
+    if steering is not None:
+        output.show(f"{args.out}: steered: {steering}")
     output.result({"traces": args.out, "fingerprint": manifest.fingerprint, "splits": splits})
 
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from moe_beyond.collect.forcing import forcing
 from moe_beyond.collect.prompts import Prompt, token_ids_of
 from moe_beyond.collect.recorder import Call, Recorder, find_experts, recording
 from moe_beyond.errors import UserError
@@ -31,6 +33,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet, decode
 from moe_beyond.traces.schema import experts_dtype, to_table
+from moe_beyond.traces.steering import Steering
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.vocabulary import load_vocabulary
 from moe_beyond.traces.writer import writing
@@ -59,6 +62,7 @@ class Collection:
         batch_size: Prompts at once.
         max_tokens: What is longer is cut to this many; None refuses what the model has no positions for.
         shard_tokens: A shard of the trace set is closed once it holds this many.
+        steering: Experts that are forced on or off in all that the model reads and writes; None lets it be.
     """
 
     generate: int = 0
@@ -66,6 +70,7 @@ class Collection:
     batch_size: int = 8
     max_tokens: int | None = None
     shard_tokens: int = 65536
+    steering: Steering | None = None
 
 
 @dataclass
@@ -109,8 +114,8 @@ def collect(
         The finished trace set; None on ranks other than the first.
 
     Raises:
-        UserError: The model is no mixture of experts, a prompt is empty or too long, ``out`` exists, or what is beside
-            it was begun with other prompts or settings.
+        UserError: The model is no mixture of experts, or cannot be steered so; a prompt is empty or too long, ``out``
+            exists, or what is beside it was begun with other prompts or settings.
     """
     out, rank = Path(out), rank or Rank()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -123,12 +128,13 @@ def collect(
     manifest = _manifest(model, tokenizer, asked, name, revision, source, quantization_bits)
     batches = [rows[begin : begin + asked.batch_size] for begin in range(0, len(rows), asked.batch_size)]
     pieces = out.parent / f".{out.name}.collecting"
-    _begin(pieces, manifest, rows, asked, rank)
-    _check_space(pieces, manifest.geometry, rows, asked)
     was_training = model.training
     model.train(False)
+    forced = nullcontext() if asked.steering is None else forcing(model, asked.steering, manifest.geometry)
     try:
-        with recording(model) as recorder, torch.inference_mode():
+        with forced, recording(model) as recorder, torch.inference_mode():
+            _begin(pieces, manifest, rows, asked, rank)
+            _check_space(pieces, manifest.geometry, rows, asked)
             for number, batch in enumerate(batches):
                 if number % rank.count == rank.number:
                     path, tokens = pieces / f"{number:06d}.parquet", 0
@@ -225,6 +231,7 @@ def _manifest(
         source=source,
         tool_version=__version__,
         revision=revision,
+        steering=asked.steering,
     )
 
 
@@ -300,6 +307,9 @@ def _collect_batch(
         _trace(prompt, token_ids, row, longest, calls, written[row].tolist(), _ends(model), asked, geometry)
         for row, (prompt, token_ids) in enumerate(batch)
     ]
+    if asked.steering is not None:
+        for trace in traces:
+            asked.steering.check_obeyed(trace.experts, geometry)
     with replacing(path) as temporary:
         pq.write_table(to_table(traces, geometry), temporary, compression="zstd")
     return sum(map(len, traces))

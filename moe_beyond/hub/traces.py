@@ -86,6 +86,8 @@ def traces_card(manifest: Manifest) -> str:
     revision = f", revision {manifest.revision}" if manifest.revision else ""
     hashed = f", `tokenizer.json` of sha256 `{tokenizer.sha256}`" if tokenizer.sha256 else ""
     named = f"{tokenizer.name}, {tokenizer.vocab_size:,} ids{hashed}"
+    steering = manifest.steering
+    steered = f"- Steered: {steering}, in all that it read and wrote; it would route otherwise.\n" if steering else ""
     splits = "\n".join(_split_row(manifest, split) for split in manifest.splits)
     return f"""# Where {manifest.model_id} routes: {manifest.source}
 
@@ -93,7 +95,7 @@ Which experts every token of a text was routed to, layer by layer, in the router
 
 - Model: {manifest.model_id}{revision}, {geometry.describe_shape()}, run with {manifest.quantization_bits:g} bits a
   parameter. Expert ids hold for this checkpoint alone.
-- Text: {manifest.source}; {_author(manifest)[0]}.
+{steered}- Text: {manifest.source}; {_author(manifest)[0]}.
 - Tokenizer: {named if manifest.has_token_ids else "none; no token ids were recorded, and all are 0"}.
 - Written by moe-beyond {manifest.tool_version}; fingerprint `{manifest.fingerprint}`.
 

@@ -5,6 +5,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from moe_beyond.traces.steering import Steering
+
 MOST_POPULAR = 3
 LARGEST = 20
 """Experts that a contrast's table shows."""
@@ -42,6 +44,7 @@ def _whole_table(summary: dict[str, Any]) -> Table:
         "geometry": f"{len(layers)} MoE layers ({layers[0]}..{layers[-1]}) x {geometry['num_experts']} experts, "
         f"top-{geometry['top_k']}",
         "text": f"{summary['source']} (author: {summary['author']})",
+        **({"steered": str(Steering.from_json(summary["steering"], source="steering"))} if summary["steering"] else {}),
         "sequences": f"{summary['sequences']:,}",
         "tokens": f"{summary['tokens']:,}",
         "entries": f"{summary['entries']:,}",

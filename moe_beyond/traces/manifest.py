@@ -9,6 +9,7 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX
+from moe_beyond.traces.steering import Steering
 
 MANIFEST_FILE = "manifest.json"
 VOCABULARY_FILE = "tokenizer.json"
@@ -75,6 +76,7 @@ class Manifest:
         source: Where the prompts came from.
         tool_version: Version of this package that wrote the set.
         shards: The shards, split by split.
+        steering: Which experts were forced while it was recorded; None where the model was let be.
     """
 
     geometry: Geometry
@@ -88,6 +90,7 @@ class Manifest:
     hidden_size: int | None = None
     routers_sha256: str | None = None
     shards: tuple[ShardInfo, ...] = field(default=())
+    steering: Steering | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -130,6 +133,7 @@ class Manifest:
             "splits": counts,
             "fingerprint": self.fingerprint,
             "shards": [asdict(shard) for shard in self.shards],
+            "steering": self.steering and self.steering.to_json(),
         }
 
     @classmethod
@@ -152,6 +156,7 @@ class Manifest:
         if not content.get("shards"):
             raise UserError(f"{source}: names no shards; the trace set is empty")
         fields = {k: v for k, v in content.items() if k not in ("format_version", "splits", "fingerprint")}
+        steering = fields.get("steering")
         try:
             return cls(
                 **{
@@ -159,6 +164,9 @@ class Manifest:
                     "geometry": Geometry.from_json(fields["geometry"], source=source),
                     "tokenizer": Tokenizer(**fields["tokenizer"]),
                     "shards": tuple(ShardInfo(**shard) for shard in fields["shards"]),
+                    "steering": None
+                    if steering is None
+                    else Steering.from_json(steering, source=f"{source}: steering"),
                 }
             )
         except (KeyError, TypeError) as error:

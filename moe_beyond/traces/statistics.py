@@ -208,6 +208,7 @@ def summarize(
         "tokenizer": manifest.tokenizer.name,
         "author": manifest.author,
         "source": manifest.source,
+        "steering": manifest.steering and manifest.steering.to_json(),
         "fingerprint": manifest.fingerprint,
         "splits": manifest.to_json()["splits"],
         "split": split,

@@ -8,6 +8,7 @@ from helpers import TINY
 
 from moe_beyond.errors import UserError
 from moe_beyond.traces.manifest import Manifest, ShardInfo, Tokenizer
+from moe_beyond.traces.steering import Steering
 
 SHARDS = (
     ShardInfo("train-00000.parquet", "train", 3, 30, 400, "aa"),
@@ -28,6 +29,27 @@ def test_json_holds_the_counts_of_every_split_and_reads_back():
     assert MANIFEST.splits == ("train", "validation")
     assert Manifest.from_json(content) == MANIFEST
     assert Manifest.from_json(content).fingerprint == content["fingerprint"]
+
+
+@pytest.mark.parametrize("steering", [Steering(((1, 2), (4, 0)), ((1, 3),)), Steering(off=((1, 3),)), None])
+def test_what_was_steered_reads_back(steering):
+    steered = replace(MANIFEST, steering=steering)
+    assert Manifest.from_json(json.loads(json.dumps(steered.to_json()))) == steered
+    content = MANIFEST.to_json()
+    del content["steering"]  # as of sets that know nothing of it
+    assert Manifest.from_json(content).steering is None
+
+
+@pytest.mark.parametrize(
+    ("steering", "says"),
+    [
+        (Steering(((1, 2),)), "1 expert on"),
+        (Steering(off=((1, 2), (1, 3))), "2 experts off"),
+        (Steering(((1, 2),), ((1, 3), (2, 0))), "1 expert on, 2 off"),
+    ],
+)
+def test_a_steering_is_told_in_words(steering, says):
+    assert str(steering) == says
 
 
 @pytest.mark.parametrize(
@@ -66,6 +88,8 @@ def test_another_format_version_is_refused(version):
         {"shards": [{"file": "x"}]},
         {"shards": 3},
         {"surprise": 1},
+        {"steering": []},
+        {"steering": {"on": [[1]]}},
     ],
     ids=str,
 )
