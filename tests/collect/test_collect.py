@@ -158,7 +158,7 @@ def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         collect(*small, prompts(), out, Collection(batch_size=2), rank=Rank(0, 1), progress=interrupt)
     for told, asked, texts in (
-        ("asked", Collection(batch_size=3), prompts()),
+        ("batch_size", Collection(batch_size=3), prompts()),
         ("prompts", Collection(batch_size=2), prompts()[:4]),
     ):
         with pytest.raises(UserError, match=f"was begun there with other {told}; go on with the same"):
