@@ -1,7 +1,9 @@
 """Writing files and folders so that nobody ever finds a half-written one."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,21 +14,31 @@ from typing import Any
 
 from moe_beyond.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file has no room: a full disk, a quota, a limit of file sizes."""
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries that are written in Rust tell it, such as safetensors."""
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` on success, delete it on any error."""
+    """Yield a temporary path beside ``path``; rename it to ``path`` on success, delete it on any error.
+
+    Raises:
+        UserError: There is no room for it.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _naming_what_has_no_room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -51,31 +63,33 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         overwrite: Replace a folder that is already there, instead of refusing.
 
     Raises:
-        UserError: ``path`` exists, is not an empty folder, and ``overwrite`` is off; or this process works inside it.
+        UserError: ``path`` exists, is not an empty folder, and ``overwrite`` is off; this process works inside it;
+            or there is no room.
     """
     path = Path(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another folder or remove it")
     if Path.cwd().is_relative_to(path.resolve()):
         raise UserError(f"{path}: the folder to make cannot be the present one or one above it; choose another")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for file in temporary.rglob("*"):  # libraries write some files for their owner alone
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-        if path.is_dir() and overwrite:
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.replace(aside)
-            temporary.replace(path)
-            shutil.rmtree(aside)
-        else:
-            if path.is_dir():
-                path.rmdir()  # empty, or somebody filled it meanwhile, and it stays
-            temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _naming_what_has_no_room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            for file in temporary.rglob("*"):  # libraries write some files for their owner alone
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+            if path.is_dir() and overwrite:
+                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                path.replace(aside)
+                temporary.replace(path)
+                shutil.rmtree(aside)
+            else:
+                if path.is_dir():
+                    path.rmdir()  # empty, or somebody filled it meanwhile, and it stays
+                temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_earlier_result(folder: str | Path, marker: str, *names: str) -> bool:
@@ -108,6 +122,20 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # the latter of brackets in brackets without end
         raise UserError(f"{path}: is not JSON ({error})") from error
+
+
+@contextmanager
+def _naming_what_has_no_room(path: Path) -> Iterator[None]:
+    """Turn what the system says of a full disk, naming no file, into a line that does."""
+    try:
+        yield
+    except Exception as error:
+        found = OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number not in FULL or isinstance(error, UserError):
+            raise
+        told = os.strerror(number)
+        raise UserError(f"{path}: cannot be written ({told}); make room, then run the same command again") from error
 
 
 def _umask() -> int:

@@ -1,5 +1,6 @@
 """Nobody finds a half-written file or folder."""
 
+import errno
 import os
 
 import pytest
@@ -151,3 +152,18 @@ def test_an_earlier_result_is_known_by_its_marker_and_by_holding_nothing_else(tm
     assert is_earlier_result(folder, "index.json", "part-*.bin")
     (folder / "thesis.txt").touch()
     assert not is_earlier_result(folder, "index.json", "part-*.bin")
+
+
+def test_what_has_no_room_is_named(tmp_path):
+    """However a library tells it: as an OSError without a file, or in the words of one in Rust."""
+    told = "cannot be written (No space left on device); make room, then run the same command again"
+    for error in (OSError(errno.ENOSPC, "Error writing bytes to file"), ValueError("I/O error: full (os error 28)")):
+        for making in (replacing, replacing_folder):
+            with pytest.raises(UserError) as raised, making(tmp_path / "made"):
+                raise error
+            assert str(raised.value) == f"{tmp_path / 'made'}: {told}"
+    for other in (OSError(errno.EACCES, "Permission denied"), ValueError("mine (os error 13)")):
+        with pytest.raises(type(other)) as raised, replacing(tmp_path / "made"):
+            raise other
+        assert raised.value is other
+    assert os.listdir(tmp_path) == []

@@ -2,7 +2,8 @@
 
 What a batch routed goes into a piece of its own, in a folder beside the trace set to be, by a rename: a piece is there
 as a whole or not at all. The same command finds the pieces there are and does the others; when all are there, they
-become the trace set, in the order of the prompts. Under torchrun or accelerate each rank does every so many-th batch,
+become the trace set, in the order of the prompts. That is made in the folder of pieces too, and moved out last, so that
+whatever a kill leaves lies there and goes with it. Under torchrun or accelerate each rank does every so many-th batch,
 and the first one waits for all and puts them together.
 """
 
@@ -17,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ from moe_beyond.collect.recorder import Call, Recorder, find_experts, recording
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.manifest import Manifest
+from moe_beyond.traces.manifest import MANIFEST_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet, decode
 from moe_beyond.traces.schema import experts_dtype, to_table
 from moe_beyond.traces.steering import Steering
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REQUEST_FILE = "request.json"
+WHOLE = "set"
+"""In the folder of pieces: the trace set, once all pieces are in it."""
 LAYER_END = re.compile(r"(?:layers|blocks)\.\d+\.")
 WAIT_SECONDS = 1.0
 SPARE = 1.1
@@ -118,8 +122,12 @@ def collect(
             exists, or what is beside it was begun with other prompts or settings.
     """
     out, rank = Path(out), rank or Rank()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists; choose another folder or remove it")
+    pieces = out.parent / f".{out.name}.collecting"
+    if _is_taken(out):
+        if rank.number:
+            return None  # the first rank tells
+        if not pieces.is_dir():
+            raise UserError(f"{out} already exists; choose another folder or remove it")
     rows = [(prompt, _cut(prompt, token_ids_of(prompt, tokenizer), model, asked)) for prompt in prompts]
     if not rows:
         raise UserError(f"{source}: holds no prompt")
@@ -127,28 +135,27 @@ def collect(
         raise UserError(f"{source}: two prompts are called {twice!r}")
     manifest = _manifest(model, tokenizer, asked, name, revision, source, quantization_bits)
     batches = [rows[begin : begin + asked.batch_size] for begin in range(0, len(rows), asked.batch_size)]
-    pieces = out.parent / f".{out.name}.collecting"
-    was_training = model.training
-    model.train(False)
-    forced = nullcontext() if asked.steering is None else forcing(model, asked.steering, manifest.geometry)
-    try:
-        with forced, recording(model) as recorder, torch.inference_mode():
-            _begin(pieces, manifest, rows, asked, rank)
-            _check_space(pieces, manifest.geometry, rows, asked)
-            for number, batch in enumerate(batches):
-                if number % rank.count == rank.number:
-                    path, tokens = pieces / f"{number:06d}.parquet", 0
-                    if not path.exists():
-                        tokens = _collect_batch(model, tokenizer, recorder, batch, manifest.geometry, asked, path)
-                    progress(number + 1, len(batches), tokens)
-    finally:
-        model.train(was_training)
-    if rank.number:
-        return None
-    paths = [pieces / f"{number:06d}.parquet" for number in range(len(batches))]
-    while not all(path.exists() for path in paths):
-        time.sleep(WAIT_SECONDS)  # other ranks are at it; if one fails, whoever started us stops us
-    _put_together(out, manifest, paths, tokenizer, asked, {prompt.sequence_id: prompt.split for prompt, _ in rows})
+    request = _request(manifest, rows, asked)
+    if _is_taken(out):
+        _check_finished(out, pieces, request)
+    else:
+        paths = [pieces / f"{number:06d}.parquet" for number in range(len(batches))]
+        forced = nullcontext() if asked.steering is None else forcing(model, asked.steering, manifest.geometry)
+        with forced:  # refuses before anything is written
+            if not _begin(pieces, request, rank, out):
+                return None
+            if not (pieces / WHOLE).exists():
+                _check_space(pieces, manifest.geometry, batches, paths, asked)
+                _collect_part(model, tokenizer, batches, paths, manifest.geometry, asked, rank, progress)
+        if rank.number:
+            return None
+        while not (pieces / WHOLE).exists() and not all(path.exists() for path in paths):
+            time.sleep(WAIT_SECONDS)  # other ranks are at it; if one fails, whoever started us stops us
+        if not (pieces / WHOLE).exists():
+            _put_together(pieces / WHOLE, manifest, batches, paths, tokenizer, asked)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        (pieces / WHOLE).replace(out)
     shutil.rmtree(pieces)
     return TraceSet(str(out))
 
@@ -235,44 +242,109 @@ def _manifest(
     )
 
 
-def _begin(pieces: Path, manifest: Manifest, rows: Sequence[Row], asked: Collection, rank: Rank) -> None:
+def _is_taken(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def _request(manifest: Manifest, rows: Sequence[Row], asked: Collection) -> dict[str, Any]:
+    """Say what a collection is of, so that the same command knows it again; plain values."""
+    texts = hashlib.sha256(json.dumps([(p.sequence_id, p.split, ids) for p, ids in rows]).encode()).hexdigest()
+    return _plain(_described(manifest) | {"prompts": texts} | asdict(asked))
+
+
+def _described(manifest: Manifest) -> dict[str, Any]:
+    return {name: value for name, value in asdict(manifest).items() if name != "shards"}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
+
+
+def _begin(pieces: Path, request: dict[str, Any], rank: Rank, out: Path) -> bool:
     """Make the folder of pieces, or see that the one there is was begun with the same.
+
+    Returns:
+        Whether there is something to do; nothing where the first rank has put all together meanwhile.
 
     Raises:
         UserError: It was begun with something else.
     """
-    texts = hashlib.sha256(json.dumps([(p.sequence_id, p.split, ids) for p, ids in rows]).encode()).hexdigest()
-    described = {name: value for name, value in asdict(manifest).items() if name != "shards"}
-    request = json.loads(json.dumps({"manifest": described, "prompts": texts, "asked": asdict(asked)}))
     path = pieces / REQUEST_FILE
-    if path.exists():
-        found = read_json(path)
-        if differ := [name for name in request if found.get(name) != request[name]]:
-            other = " and ".join(differ)
-            raise UserError(
-                f"{pieces}: a collection was begun there with other {other}; go on with the same, or remove it"
-            )
-    elif rank.number == 0:
+    while rank.number and not path.exists():
+        if _is_taken(out):
+            return False
+        time.sleep(WAIT_SECONDS)
+    if not path.exists():
         write_json(path, request)
-    else:
-        while not path.exists():
-            time.sleep(WAIT_SECONDS)
+    elif differ := _differences(read_json(path), request):
+        raise UserError(
+            f"{pieces}: a collection was begun there with other {differ}; go on with the same, or remove it"
+        )
+    return True
 
 
-def _check_space(pieces: Path, geometry: Geometry, rows: Sequence[Row], asked: Collection) -> None:
-    """Refuse to begin what the disk will not hold.
+def _differences(found: Any, request: dict[str, Any]) -> str:
+    if not isinstance(found, dict):
+        return "contents"
+    return " and ".join(name for name in request if found.get(name) != request[name])
+
+
+def _check_finished(out: Path, pieces: Path, request: dict[str, Any]) -> None:
+    """See that a set that is there is what the same command made, and was killed before it could remove the rest.
+
+    Raises:
+        UserError: It is something else.
+    """
+    left = sorted(path.name for path in pieces.iterdir() if not path.name.startswith("."))
+    ours = left in ([], [REQUEST_FILE]) and (out / MANIFEST_FILE).exists()
+    made = {**request, **_plain(_described(TraceSet(str(out)).manifest))} if ours else {}
+    if made != request or (left and read_json(pieces / REQUEST_FILE) != request):
+        raise UserError(f"{out} already exists; choose another folder or remove it")
+
+
+def _check_space(
+    pieces: Path, geometry: Geometry, batches: Sequence[Sequence[Row]], paths: Sequence[Path], asked: Collection
+) -> None:
+    """Refuse to begin what the disk will not hold: the pieces to come, and the set made of all.
 
     Raises:
         UserError: It will not.
     """
-    tokens = sum(len(token_ids) + asked.generate for _, token_ids in rows)
+    by_batch = [sum(len(token_ids) + asked.generate for _, token_ids in batch) for batch in batches]
+    to_come = sum(tokens for tokens, path in zip(by_batch, paths, strict=True) if not path.exists())
     an_expert = (1 if geometry.num_experts <= 255 else 2) + 2 * asked.gate_weights
-    needed = int(2 * SPARE * tokens * (4 + geometry.demand_per_token * an_expert))  # pieces, and the set made of them
+    needed = int(SPARE * (to_come + sum(by_batch)) * (4 + geometry.demand_per_token * an_expert))
     free = shutil.disk_usage(pieces).free
     if needed > free:
         raise UserError(
-            f"{pieces.parent}: {tokens:,} tokens need some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB "
+            "are free; make room, then run the same command again"
         )
+
+
+def _collect_part(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    batches: Sequence[Sequence[Row]],
+    paths: Sequence[Path],
+    geometry: Geometry,
+    asked: Collection,
+    rank: Rank,
+    progress: Callable[[int, int, int], None],
+) -> None:
+    """Write those of a rank's pieces that are not there."""
+    was_training = model.training
+    model.train(False)
+    try:
+        with recording(model) as recorder, torch.inference_mode():
+            for number in range(rank.number, len(batches), rank.count):
+                path, tokens = paths[number], 0
+                if not path.exists():
+                    tokens = _collect_batch(model, tokenizer, recorder, batches[number], geometry, asked, path)
+                progress(number + 1, len(batches), tokens)
+    finally:
+        model.train(was_training)
 
 
 def _collect_batch(
@@ -352,21 +424,33 @@ def _trace(
 
 
 def _put_together(
-    out: Path,
+    whole: Path,
     manifest: Manifest,
+    batches: Sequence[Sequence[Row]],
     paths: Sequence[Path],
     tokenizer: "PreTrainedTokenizerBase",
     asked: Collection,
-    splits: dict[str, str],
 ) -> None:
-    """Write the trace set out of all pieces."""
+    """Write the trace set out of all pieces; what kills left half-written goes first."""
+    for left in whole.parent.glob(".*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     vocabulary = load_vocabulary(tokenizer.name_or_path).path
-    with writing(out, manifest, vocabulary=vocabulary, shard_tokens=asked.shard_tokens) as writer:
-        for trace in _pieces(paths, manifest.geometry):
-            writer.write(trace, splits[trace.sequence_id])
+    with writing(whole, manifest, vocabulary=vocabulary, shard_tokens=asked.shard_tokens) as writer:
+        for path, batch in zip(paths, batches, strict=True):
+            for trace, (prompt, _) in zip(_read_piece(path, batch, manifest.geometry), batch, strict=True):
+                writer.write(trace, prompt.split)
 
 
-def _pieces(paths: Sequence[Path], geometry: Geometry) -> Iterator[Trace]:
-    for path in paths:
+def _read_piece(path: Path, batch: Sequence[Row], geometry: Geometry) -> Iterator[Trace]:
+    """Read what a batch routed.
+
+    Raises:
+        UserError: The piece is damaged, or of other prompts.
+    """
+    try:
         shard = decode(pq.read_table(path), geometry, str(path))
-        yield from (shard.trace(row) for row in range(len(shard)))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is damaged; remove it, and the same command collects it again") from error
+    if shard.sequence_ids != [prompt.sequence_id for prompt, _ in batch]:
+        raise UserError(f"{path}: is of other prompts; remove it, and the same command collects it again")
+    return (shard.trace(row) for row in range(len(shard)))

@@ -44,10 +44,11 @@ def read_prompts(named: str) -> Iterator[Prompt]:
         UserError: There is no such file or data set, or a record has no text; the line is named.
     """
     path = Path(named)
-    if path.suffix == ".txt" and path.exists():
-        yield from _lines(path)
-    elif path.suffix in (".jsonl", ".json") and path.exists():
-        yield from _records(path)
+    if path.suffix in (".txt", ".jsonl", ".json") and path.exists():
+        try:
+            yield from (_lines if path.suffix == ".txt" else _records)(path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text") from error
     elif path.is_file():
         raise UserError(f"{path}: is neither .txt (a line a prompt) nor .jsonl (a record a line)")
     elif path.suffix in (".txt", ".jsonl", ".json"):

@@ -1,4 +1,4 @@
-"""What is published of a trace set: shards, manifest and tokenizer, and a card by which `datasets` finds the splits."""
+"""What is published of a trace set: shards, manifest, tokenizer and card."""
 
 import re
 from pathlib import Path
@@ -8,20 +8,14 @@ from huggingface_hub import DatasetCard
 from moe_beyond.errors import UserError
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.published import CARD_FILE
+from moe_beyond.traces.card import author, configs, traces_card
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import experts_dtype, none_id
 
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 """What `datasets` takes for the name of a split."""
 SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 """The Hub's words for how many rows there are, by the number that is not reached."""
-AUTHORS: dict[str, tuple[str, list[str]]] = {
-    "dataset": ("read by the model; people or another program wrote it", ["found"]),
-    "model": ("written by the model itself", ["machine-generated"]),
-    "mixed": ("written by the model itself in part, and read by it in part", ["found", "machine-generated"]),
-}
-"""By a manifest's author: who wrote the text, in words and as the Hub says it."""
 
 
 def trace_files(folder: Path, repository: str) -> dict[str, Path | bytes]:
@@ -69,55 +63,11 @@ def hub_traces_card(text: str, manifest: Manifest, repository: str, *, source: s
     data, sequences = shown.data, sum(shard.sequences for shard in manifest.shards)
     add_tags(shown, "expert-routing", "traces")
     data["pretty_name"] = data.get("pretty_name") or f"Routing of {manifest.model_id} on {manifest.source}"
-    data["language_creators"] = _author(manifest)[1]
+    data["language_creators"] = author(manifest)[1]
     data["size_categories"] = next((words for limit, words in SIZES.items() if sequences < limit), "n>10M")
-    by_split = [
-        {"split": split, "path": [shard.file for shard in manifest.shards if shard.split == split]}
-        for split in manifest.splits
-    ]
-    data["configs"] = [{"config_name": "default", "data_files": by_split}]
+    data["configs"] = configs(manifest)
     add_usage(shown, _usage(manifest, repository))
     return str(shown)
-
-
-def traces_card(manifest: Manifest) -> str:
-    """Write a card for a trace set that has none: what routed, whose text, how much of it, in which columns."""
-    geometry, tokenizer = manifest.geometry, manifest.tokenizer
-    revision = f", revision {manifest.revision}" if manifest.revision else ""
-    hashed = f", `tokenizer.json` of sha256 `{tokenizer.sha256}`" if tokenizer.sha256 else ""
-    named = f"{tokenizer.name}, {tokenizer.vocab_size:,} ids{hashed}"
-    steering = manifest.steering
-    steered = f"- Steered: {steering}, in all that it read and wrote; it would route otherwise.\n" if steering else ""
-    splits = "\n".join(_split_row(manifest, split) for split in manifest.splits)
-    return f"""# Where {manifest.model_id} routes: {manifest.source}
-
-Which experts every token of a text was routed to, layer by layer, in the router's order.
-
-- Model: {manifest.model_id}{revision}, {geometry.describe_shape()}, run with {manifest.quantization_bits:g} bits a
-  parameter. Expert ids hold for this checkpoint alone.
-{steered}- Text: {manifest.source}; {_author(manifest)[0]}.
-- Tokenizer: {named if manifest.has_token_ids else "none; no token ids were recorded, and all are 0"}.
-- Written by moe-beyond {manifest.tool_version}; fingerprint `{manifest.fingerprint}`.
-
-| split | sequences | tokens | entries (a token at a layer) |
-|---|---|---|---|
-{splits}
-
-A row is a sequence: `sequence_id`, `source`, `token_ids`, `decode_start` (the first token that was decoded, not read),
-and `experts`, flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids from 0 to {geometry.num_experts - 1},
-or {none_id(experts_dtype(geometry))} in a slot without an expert, as a model with identity or skip experts has them;
-where they were recorded, `gate_weights` lie likewise. `manifest.json` has every shard's sha256.
-"""
-
-
-def _author(manifest: Manifest) -> tuple[str, list[str]]:
-    return AUTHORS.get(manifest.author, (f"author: {manifest.author}", ["other"]))
-
-
-def _split_row(manifest: Manifest, split: str) -> str:
-    shards = [shard for shard in manifest.shards if shard.split == split]
-    sequences, tokens = sum(shard.sequences for shard in shards), sum(shard.tokens for shard in shards)
-    return f"| {split} | {sequences:,} | {tokens:,} | {tokens * manifest.geometry.num_layers:,} |"
 
 
 def _usage(manifest: Manifest, repository: str) -> str:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import replacing_folder, write_json
+from moe_beyond.published import CARD_FILE
+from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
 from moe_beyond.traces.routers import ROUTERS_FILE, Routers
@@ -151,7 +153,9 @@ class TraceWriter:
         shards = tuple(shard for split in self._shards.values() for shard in split)
         if not shards:
             raise UserError("no sequence was written; the trace set would be empty")
-        write_json(self._folder / MANIFEST_FILE, replace(self._manifest, shards=shards).to_json())
+        manifest = replace(self._manifest, shards=shards)
+        write_json(self._folder / MANIFEST_FILE, manifest.to_json())
+        (self._folder / CARD_FILE).write_text(traces_card(manifest), encoding="utf-8")
 
 
 @contextmanager

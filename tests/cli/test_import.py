@@ -45,7 +45,7 @@ def test_a_recording_becomes_a_trace_set(recording, capsys):
     for trace in traces.traces():
         assert trace.token_ids.tolist() == [4, 1]
         assert trace.experts.tolist() == [[[3, 0], [0, 1]], [[1, 2], [2, 3]]]
-    assert sorted(os.listdir("out")) == ["manifest.json", "tokenizer.json", "train-00000.parquet"]
+    assert sorted(os.listdir("out")) == ["README.md", "manifest.json", "tokenizer.json", "train-00000.parquet"]
 
 
 def test_validation_blocks_are_told(recording, capsys):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -125,6 +126,20 @@ def test_identity_experts_are_left_out_on_the_way_to_a_replay(small: tuple, tmp_
     assert sum(layer["unused_experts"] for layer in summarize(traces)["by_layer"]) < 16
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_plain_datasets_reads_the_folder_as_it_is(small: tuple, tmp_path: Path, streaming: bool) -> None:
+    collected(small, tmp_path / "out" / "traces", batch_size=4, generate=3)
+    traces = TraceSet(str(tmp_path / "out" / "traces"))
+    loaded = datasets.load_dataset(traces.folder, cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    assert list(loaded) == ["train", "validation"]
+    for split, rows in loaded.items():
+        for row, trace in zip(rows, traces.traces(split), strict=True):
+            assert (row["sequence_id"], row["decode_start"]) == (trace.sequence_id, trace.decode_start)
+            assert row["token_ids"] == trace.token_ids.tolist()
+            assert row["experts"] == trace.experts.ravel().tolist()
+            assert row["gate_weights"] == trace.gate_weights.ravel().tolist()
+
+
 def test_the_geometry_is_read_off_the_modules(small: tuple) -> None:
     model, _ = small
     found, told = measured_geometry(model, "small", 3), geometry_from_config(model.config.to_dict())
@@ -158,7 +173,7 @@ def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         collect(*small, prompts(), out, Collection(batch_size=2), rank=Rank(0, 1), progress=interrupt)
     for told, asked, texts in (
-        ("asked", Collection(batch_size=3), prompts()),
+        ("batch_size", Collection(batch_size=3), prompts()),
         ("prompts", Collection(batch_size=2), prompts()[:4]),
     ):
         with pytest.raises(UserError, match=f"was begun there with other {told}; go on with the same"):

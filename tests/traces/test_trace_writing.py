@@ -157,7 +157,7 @@ def test_the_same_traces_are_the_same_bytes(tmp_path):
             writer.write(tiny_trace("a", 9, rng))
     for file in os.listdir(tmp_path / "one"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert sorted(os.listdir(tmp_path / "one")) == ["manifest.json", "train-00000.parquet"]
+    assert sorted(os.listdir(tmp_path / "one")) == ["README.md", "manifest.json", "train-00000.parquet"]
 
 
 def test_the_vocabulary_travels_with_the_set(tmp_path):

@@ -1,0 +1,182 @@
+"""What a collection cannot be made of is one line, exit code 2, and nothing half-written; what was collected stays."""
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import error_line, failure, tiny_traces
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moe_beyond.cli.main import main
+from moe_beyond.published import checkpoints_folder
+from moe_beyond.traces.reader import TraceSet
+
+SMALL = checkpoints_folder() / "small-moe"
+LINES = ["def main():", "import os", "x = 1", "The list of arguments. " * 100]
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[object]:
+    """A collection of four prompts, a batch each."""
+    (tmp_path / "prompts.txt").write_text("\n".join(LINES))
+    told = ["collect", "--model", SMALL, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "traces"]
+    return [*told, "--batch-size", 1, "--quiet"]
+
+
+def replaced(words: list[object], option: str, value: object) -> list[object]:
+    place = words.index(option) + 1
+    return [*words[:place], value, *words[place + 1 :]]
+
+
+@contextmanager
+def no_file_larger(most: int) -> Iterator[None]:
+    """What a full disk is: a write that the system refuses."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_what_is_whole_and_the_same_command_goes_on(words, tmp_path, capsys) -> None:
+    pieces = tmp_path / ".traces.collecting"
+    names = [f"{number:06d}.parquet" for number in range(4)]
+    says = "cannot be written (File too large); make room, then run the same command again"
+    with no_file_larger(16_000):  # the fourth prompt's piece is larger
+        assert error_line(capsys, words) == f"{pieces / names[3]}: {says}"
+    assert sorted(os.listdir(pieces)) == [*names[:3], "request.json"]
+    before = {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
+    with no_file_larger(100_000):  # the pieces fit, the tokenizer in the set does not
+        assert error_line(capsys, words) == f"{pieces / 'set'}: {says}"
+    assert sorted(os.listdir(pieces)) == [*names, "request.json"]
+    assert before == {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
+    assert main([str(word) for word in words]) == 0
+    assert main([str(word) for word in replaced(words, "--out", tmp_path / "other")]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["other", "prompts.txt", "traces"]
+    for name in os.listdir(tmp_path / "other"):
+        assert (tmp_path / "traces" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_pieces_that_are_not_whole_or_not_its_own_are_named(words, tmp_path, capsys) -> None:
+    pieces = tmp_path / ".traces.collecting"
+    with no_file_larger(100_000):
+        error_line(capsys, words)
+    content = (pieces / "000001.parquet").read_bytes()
+    again = "remove it, and the same command collects it again"
+    (pieces / "000001.parquet").write_bytes(content[: len(content) // 2])
+    assert error_line(capsys, words) == f"{pieces}/000001.parquet: is damaged; {again}"
+    shutil.copyfile(pieces / "000000.parquet", pieces / "000001.parquet")
+    assert error_line(capsys, words) == f"{pieces}/000001.parquet: is of other prompts; {again}"
+    assert not (tmp_path / "traces").exists()
+    (pieces / "000001.parquet").unlink()
+    (pieces / ".000001.parquet.half.parquet").write_bytes(content[:100])  # as a kill leaves it
+    assert main([str(word) for word in words]) == 0
+    assert [trace.sequence_id for trace in TraceSet(str(tmp_path / "traces")).traces()] == [
+        f"prompts-{number}" for number in (1, 2, 3, 4)
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["prompts.txt", "traces"]
+
+
+def test_a_kill_between_the_last_steps_is_gone_on_from(words, tmp_path, capsys) -> None:
+    pieces, out = tmp_path / ".traces.collecting", tmp_path / "traces"
+    with no_file_larger(100_000):
+        error_line(capsys, words)
+    request = (pieces / "request.json").read_bytes()
+    assert main([str(word) for word in words]) == 0
+    expected = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def same() -> bool:
+        return sorted(os.listdir(tmp_path)) == ["prompts.txt", "traces"] and expected == {
+            path.name: path.read_bytes() for path in out.iterdir()
+        }
+
+    pieces.mkdir()  # killed when the set was whole, and not all pieces were removed
+    out.rename(pieces / "set")
+    (pieces / "request.json").write_bytes(request)
+    assert main([str(word) for word in words]) == 0
+    assert same()
+    for left in (request, None):  # killed when the set had been moved out
+        pieces.mkdir()
+        if left:
+            (pieces / "request.json").write_bytes(left)
+        assert main([str(word) for word in words]) == 0
+        assert same()
+    pieces.mkdir()  # somebody else's set, and a collection that was only begun
+    (pieces / "request.json").write_bytes(request)
+    shutil.rmtree(out)
+    tiny_traces(out)
+    assert failure(capsys, tmp_path, words) == f"{out} already exists; choose another folder or remove it"
+
+
+def test_folders_of_another_model(words, tmp_path, capsys) -> None:
+    pieces, out = tmp_path / ".traces.collecting", tmp_path / "traces"
+    with no_file_larger(16_000):
+        error_line(capsys, words)
+    request = json.loads((pieces / "request.json").read_text())
+    (pieces / "request.json").write_text(json.dumps({**request, "model_id": "other/model", "quantization_bits": 4}))
+    assert failure(capsys, tmp_path, words) == (
+        f"{pieces}: a collection was begun there with other model_id and quantization_bits; go on with the same, or "
+        "remove it"
+    )
+    (pieces / "request.json").write_text("[]")
+    assert "begun there with other contents" in failure(capsys, tmp_path, words)
+    (pieces / "request.json").write_text("{")
+    assert "request.json: is not JSON" in failure(capsys, tmp_path, words)
+    shutil.rmtree(pieces)
+    tiny_traces(out)
+    assert failure(capsys, tmp_path, words) == f"{out} already exists; choose another folder or remove it"
+
+
+def test_prompts_that_cannot_be_read(words, tmp_path, capsys) -> None:
+    text, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("")
+    assert failure(capsys, tmp_path, words) == f"{text}: holds no prompt"
+    text.write_bytes("naïve".encode("latin-1"))
+    assert failure(capsys, tmp_path, words) == f"{text}: is not UTF-8 text"
+    text.write_text("long " * 3000)
+    line = failure(capsys, tmp_path, words)
+    assert line.startswith("prompts-1: has ")
+    assert line.endswith(" tokens, and the model 1,024 positions; --max-tokens N cuts it")
+    words = replaced(words, "--prompts", records)
+    for content, says in (
+        ('{"text": "x"}\n{"text": " "}\n', f"{records}: line 2: text is empty"),
+        (b"\xff", f"{records}: is not UTF-8 text"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}], "id": "c"}\n',
+            "c: is a chat, and the tokenizer has no chat template",
+        ),
+        ('{"text": "x", "id": "c"}\n{"text": "y", "id": "c"}\n', f"{records}: two prompts are called 'c'"),
+    ):
+        records.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert failure(capsys, tmp_path, words) == says
+
+
+def test_a_dense_model_is_refused(words, tmp_path, capsys) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=2048, **size)).save_pretrained(tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(SMALL / name, tmp_path / "dense" / name)
+    capsys.readouterr()
+    line = failure(capsys, tmp_path, replaced(words, "--model", tmp_path / "dense"))
+    assert line == "LlamaForCausalLM: no experts module found; is it a mixture of experts?"
+
+
+def test_a_folder_that_cannot_be_made(words, tmp_path, capsys) -> None:
+    line = failure(capsys, tmp_path, replaced(words, "--out", tmp_path / "prompts.txt" / "traces"))
+    assert str(tmp_path / "prompts.txt") in line
+    assert line.endswith(("Not a directory", "File exists"))
+
+
+def test_a_half_written_shard_is_not_read(tmp_path, capsys) -> None:
+    traces = tiny_traces(tmp_path / "traces")
+    shard = tmp_path / "traces" / traces.manifest.shards[0].file
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    for words in (["inspect", tmp_path / "traces"], ["replay", "--traces", tmp_path / "traces", "--budget", "50%"]):
+        line = failure(capsys, tmp_path, words)
+        assert line == f"{shard}: shard is damaged (its sha256 is not the one in manifest.json)"

@@ -1,0 +1,281 @@
+"""Kills a collection again and again, and compares what comes of it with one that was never stopped.
+
+    python tools/kill_collect.py [--kills 100] [--ranks 1] [--seed 0] [--prompts 24] [--json FILE]
+
+Each kill is SIGKILL to a real `moe-beyond collect` of the small model at a moment drawn at random: while it loads, in
+its batches, as a piece is written, as the set is put together, as the set is moved out. The same command is started
+again until it ends; the set must then equal the other byte for byte, and nothing may lie beside it. Then the next
+collection begins, until there were as many kills as asked for. Where a kill hit is told by what it left.
+
+With several ranks (processes with RANK and WORLD_SIZE, as torchrun starts them) a kill takes one of them, which is
+started again alone while the others go on, or all of them, as torchrun does when one fails. Exits with 1 if an entry
+was lost, repeated or changed, or a command failed.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_beyond.files import write_json
+from moe_beyond.published import checkpoints_folder
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.trace import Trace
+
+PHASES = ("loading", "in a batch", "writing a piece", "putting the set together", "moving it out", "after the end")
+SMALL = checkpoints_folder() / "small-moe"
+PATIENCE = 120.0
+"""Seconds after which a collection is thought to hang."""
+POLL = 0.0002
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a collection that nobody stops, in seconds since its start: when its first batch begins, and when it ends."""
+
+    first_batch: float
+    end: float
+
+
+class Collection:
+    """A collection, all its ranks, and what lies where it works.
+
+    Args:
+        words: The command, but for where to.
+        out: The set to make, in a folder of its own.
+        ranks: Processes.
+        batches: Pieces that it is made of.
+    """
+
+    def __init__(self, words: list[str], out: Path, ranks: int, batches: int) -> None:
+        out.parent.mkdir()
+        self.out, self.pieces = out, out.parent / f".{out.name}.collecting"
+        self._words = [sys.executable, "-m", "moe_beyond", "collect", *words, "--out", str(out), "--quiet"]
+        self._ranks, self._pieces = ranks, batches
+        self.running: dict[int, subprocess.Popen[str]] = {}
+        self._done: set[int] = set()
+
+    def start(self) -> None:
+        """Start every rank that neither runs nor is done."""
+        for rank in range(self._ranks):
+            if rank not in self.running and rank not in self._done:
+                told = {"RANK": str(rank), "WORLD_SIZE": str(self._ranks), "OMP_NUM_THREADS": "1"}
+                self.running[rank] = subprocess.Popen(
+                    self._words, env={**os.environ, **told}, stderr=subprocess.PIPE, text=True
+                )
+
+    def look(self) -> None:
+        """See which ranks have ended.
+
+        Raises:
+            SystemExit: One failed.
+        """
+        for rank, process in list(self.running.items()):
+            if process.poll() is not None:
+                told = process.communicate()[1]
+                if process.returncode:
+                    raise SystemExit(f"rank {rank} ended with {process.returncode}: {told}")
+                del self.running[rank]
+                self._done.add(rank)
+
+    def kill(self, ranks: list[int]) -> None:
+        """Kill ranks at once; if it is more than one, those that are done start again too, as under torchrun."""
+        for rank in ranks:
+            self.running[rank].kill()
+        for rank in ranks:
+            self.running.pop(rank).communicate()
+        if len(ranks) > 1:
+            self._done.clear()
+
+    def files(self) -> set[str]:
+        """Name what lies in the folder of pieces."""
+        try:
+            return set(os.listdir(self.pieces))
+        except FileNotFoundError:
+            return set()
+
+    def is_whole(self) -> bool:
+        """Tell whether the set is there and nothing is left to do."""
+        return self.out.is_dir() and not self.pieces.exists()
+
+    def wait(self, until: Callable[[], bool]) -> bool:
+        """Wait for something, and tell whether it came before the end.
+
+        Raises:
+            SystemExit: A rank failed, or nothing ends.
+        """
+        began = time.monotonic()
+        while not until():
+            self.look()
+            if not self.running:
+                return False
+            if time.monotonic() - began > PATIENCE:
+                raise SystemExit(f"{self.out}: nothing ended in {PATIENCE:.0f} s; ranks {list(self.running)} wait")
+            if len(self.files()) < self._pieces:  # near the end all goes too fast to sleep
+                time.sleep(POLL)
+        return True
+
+
+def phase(before: set[str], after: set[str], out: Path, elapsed: float, batches: int, times: Times) -> str:
+    """Tell where a kill hit, by the files in the folder of pieces before the start and after the kill."""
+    new = after - before
+    if out.is_dir():
+        return "moving it out" if after else "after the end"
+    if "set" in after:
+        return "moving it out"
+    if any(name.startswith(".set.") for name in new):
+        return "putting the set together"
+    if any(name.startswith(".0") for name in new):
+        return "writing a piece"
+    if any(name[0].isdigit() for name in new) or elapsed > times.first_batch:
+        whole = sum(name[0].isdigit() for name in after) == batches
+        return "putting the set together" if whole else "in a batch"
+    return "loading"
+
+
+def moment(aim: str, collection: Collection, batches: int, times: Times, chance: random.Random) -> bool:
+    """Start, and wait for a moment to kill at; tell whether it came before the end."""
+    before = collection.files()
+    collection.start()
+    began = time.monotonic()
+    spread = {"writing a piece": 0.0015, "putting the set together": 0.08, "moving it out": 0.0005}
+    if aim == "loading":
+        delay = chance.uniform(0, times.first_batch)
+    elif aim == "in a batch":
+        left = 1 - sum(name[0].isdigit() for name in before) / batches
+        delay = times.first_batch + chance.uniform(0, left) * (times.end - times.first_batch)
+    else:
+        mark = {"writing a piece": ".0", "putting the set together": ".set.", "moving it out": "set"}[aim]
+
+        def there() -> bool:
+            return any(name.startswith(mark) for name in collection.files() - before) or collection.out.is_dir()
+
+        skipped = chance.randrange(3) if aim == "writing a piece" else 0
+        for _ in range(skipped):  # not always the first piece
+            if not collection.wait(there) or not collection.wait(lambda: not there()):
+                return False
+        if not collection.wait(there):
+            return False
+        began, delay = time.monotonic(), chance.uniform(0, spread[aim])
+    return collection.wait(lambda: time.monotonic() - began >= delay) and not collection.is_whole()
+
+
+def differences(expected: TraceSet, found: TraceSet) -> dict[str, int]:
+    """Count entries (a token at a layer) that were lost, repeated or changed, and files that are not the same."""
+    layers = expected.geometry.num_layers
+    ours, theirs = ({trace.sequence_id: trace for trace in traces.traces()} for traces in (expected, found))
+    times = Counter(trace.sequence_id for trace in found.traces())
+    lost = sum(len(trace) for name, trace in ours.items() if name not in theirs)
+    repeated = sum((count - 1) * len(theirs[name]) for name, count in times.items())
+    changed = sum(len(trace) for name, trace in theirs.items() if name not in ours or not same(trace, ours[name]))
+    names = [{path.name: path.read_bytes() for path in Path(traces.folder).iterdir()} for traces in (expected, found)]
+    other = sum(names[0].get(name) != names[1].get(name) for name in {*names[0], *names[1]})
+    other += expected.manifest.fingerprint != found.manifest.fingerprint
+    return {"lost": lost * layers, "repeated": repeated * layers, "changed": changed * layers, "other files": other}
+
+
+def same(one: Trace, other: Trace) -> bool:
+    """Tell whether two traces are equal, weights to the last bit."""
+    return (
+        (one.source, one.decode_start) == (other.source, other.decode_start)
+        and np.array_equal(one.token_ids, other.token_ids)
+        and np.array_equal(one.experts, other.experts)
+        and np.array_equal(one.gate_weights, other.gate_weights)
+    )
+
+
+def main() -> None:
+    """Parse the options, kill, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    chance, began = random.Random(args.seed), time.monotonic()
+    with tempfile.TemporaryDirectory() as work:
+        found = run(Path(work), args, chance)
+    figures = {"kills": args.kills, "ranks": args.ranks, "seconds": time.monotonic() - began, **found}
+    of = "one process" if args.ranks == 1 else f"{args.ranks} ranks"
+    table = Table(title=f"{args.kills} kills, {of}")
+    table.add_column("killed while")
+    table.add_column("kills", justify="right")
+    for name in PHASES:
+        table.add_row(name, str(found["phases"][name]))
+    console = Console(width=120)
+    console.print(table)
+    if args.ranks > 1:
+        console.print(f"of them {found['alone']} hit one rank, which was started again alone")
+    console.print(
+        f"{found['collections']} collections of {found['entries']:,} entries each in {figures['seconds']:.0f} s: "
+        + ", ".join(f"{count:,} {what}" for what, count in found["differences"].items())
+    )
+    if args.json:
+        write_json(args.json, figures)
+    sys.exit(any(found["differences"].values()))
+
+
+def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str, object]:
+    """Collect once undisturbed, then kill collections until there were enough kills."""
+    rows = [json.loads(line) for line in (SMALL / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = work / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[: args.prompts]), encoding="utf-8")
+    words = ["--model", str(SMALL), "--prompts", str(prompts), "--generate", "4", "--batch-size", "2"]
+    words += ["--max-tokens", "24", "--shard-tokens", "200"]
+    batches = -(-args.prompts // 2)
+    undisturbed = Collection(words, work / "undisturbed" / "traces", 1, batches)
+    begun = time.monotonic()
+    undisturbed.start()
+    undisturbed.wait(lambda: "request.json" in undisturbed.files())
+    first_batch = time.monotonic() - begun
+    undisturbed.wait(lambda: False)
+    times = Times(first_batch, time.monotonic() - begun)
+    expected = TraceSet(str(undisturbed.out))
+
+    phases, differ = Counter({name: 0 for name in PHASES}), Counter()
+    collections = alone = 0
+    while sum(phases.values()) < args.kills or not collections:
+        collection = Collection(words, work / f"killed-{collections}" / "traces", args.ranks, batches)
+        while not collection.is_whole() or collection.running:
+            before, began = collection.files(), time.monotonic()
+            if sum(phases.values()) == args.kills:
+                collection.start()
+                collection.wait(lambda: False)
+                continue
+            if not moment(chance.choice(PHASES[:-1]), collection, batches, times, chance):
+                continue
+            victims = sorted(collection.running)
+            if len(victims) > 1 and chance.random() < 0.5:
+                victims = [chance.choice(victims)]
+            alone += len(victims) == 1 and args.ranks > 1
+            collection.kill(victims)
+            elapsed = time.monotonic() - began
+            phases[phase(before, collection.files(), collection.out, elapsed, batches, times)] += 1
+        left = sorted(path.name for path in collection.out.parent.iterdir())
+        differ.update(differences(expected, TraceSet(str(collection.out))))
+        differ["left beside it"] += len(left) - 1
+        collections += 1
+    return {
+        "phases": dict(phases),
+        "alone": alone,
+        "collections": collections,
+        "entries": expected.manifest.tokens * expected.geometry.num_layers,
+        "differences": dict(differ),
+    }
+
+
+if __name__ == "__main__":
+    main()
