@@ -10,7 +10,7 @@ from moe_beyond.errors import UserError, unknown
 from moe_beyond.traces.steering import read_steering
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-RECORDED = ("experts", "gate_weights")
+RECORDED = ("experts", "gate_weights", "hidden_states")
 
 
 def options() -> ArgumentParser:
@@ -33,7 +33,11 @@ def options() -> ArgumentParser:
     known.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
     known.add_argument("--generate", type=int, default=0, metavar="N", help="tokens to write after each prompt (0)")
     known.add_argument(
-        "--record", default="experts,gate_weights", metavar="WHAT", help=f"of {', '.join(RECORDED)} (default: both)"
+        "--record",
+        default="experts,gate_weights",
+        metavar="WHAT",
+        help=f"of {', '.join(RECORDED)}; by default the first two. Hidden states are some hundred times as large, and "
+        "bring the model's routers along",
     )
     known.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts at once (8)")
     known.add_argument("--dtype", default="auto", help=f"to compute in: {', '.join(DTYPES)} (as stored)")
@@ -67,10 +71,16 @@ def run(words: list[str]) -> None:
     model, tokenizer, bits = load_model(
         args.model, revision=args.revision, dtype=args.dtype, device=args.device, load_in=args.load_in
     )
+    record = args.record.split(",")
     asked = Collection(
-        args.generate, "gate_weights" in args.record.split(","), args.batch_size, args.max_tokens, args.shard_tokens,
-        steering,
-    )  # fmt: skip
+        generate=args.generate,
+        gate_weights="gate_weights" in record,
+        hidden_states="hidden_states" in record,
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        shard_tokens=args.shard_tokens,
+        steering=steering,
+    )
     began, recorded = time.monotonic(), 0
     with progress_bar(f"collecting {args.out}", quiet=args.quiet) as bar:
 

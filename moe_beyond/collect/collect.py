@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,11 +29,14 @@ from torch import nn
 from moe_beyond.collect.forcing import forcing
 from moe_beyond.collect.prompts import Prompt, token_ids_of
 from moe_beyond.collect.recorder import Call, Recorder, find_experts, recording
+from moe_beyond.collect.routers import find_routers, stored_routers
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
+from moe_beyond.traces.hidden_states import SUFFIX, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet, decode
+from moe_beyond.traces.routers import Routers
 from moe_beyond.traces.schema import experts_dtype, to_table
 from moe_beyond.traces.steering import Steering
 from moe_beyond.traces.trace import Trace
@@ -66,6 +69,8 @@ class Collection:
         batch_size: Prompts at once.
         max_tokens: What is longer is cut to this many; None refuses what the model has no positions for.
         shard_tokens: A shard of the trace set is closed once it holds this many.
+        hidden_states: Whether what routers and layers read is kept, some hundred times as much as the entries; and the
+            routers, where they are found.
         steering: Experts that are forced on or off in all that the model reads and writes; None lets it be.
     """
 
@@ -74,6 +79,7 @@ class Collection:
     batch_size: int = 8
     max_tokens: int | None = None
     shard_tokens: int = 65536
+    hidden_states: bool = False
     steering: Steering | None = None
 
 
@@ -133,7 +139,9 @@ def collect(
         raise UserError(f"{source}: holds no prompt")
     if twice := _first_twice([prompt.sequence_id for prompt, _ in rows]):
         raise UserError(f"{source}: two prompts are called {twice!r}")
-    manifest = _manifest(model, tokenizer, asked, name, revision, source, quantization_bits)
+    routers = find_routers(model) if asked.hidden_states else None
+    readers = None if routers is None else {layer: router.module for layer, router in routers.items()}
+    manifest = _manifest(model, tokenizer, asked, readers, name, revision, source, quantization_bits)
     batches = [rows[begin : begin + asked.batch_size] for begin in range(0, len(rows), asked.batch_size)]
     request = _request(manifest, rows, asked)
     if _is_taken(out):
@@ -145,16 +153,18 @@ def collect(
             if not _begin(pieces, request, rank, out):
                 return None
             if not (pieces / WHOLE).exists():
-                _check_space(pieces, manifest.geometry, batches, paths, asked)
-                _collect_part(model, tokenizer, batches, paths, manifest.geometry, asked, rank, progress)
+                _check_space(pieces, manifest, batches, paths, asked)
+                _collect_part(model, tokenizer, batches, paths, manifest.geometry, asked, readers, rank, progress)
         if rank.number:
             return None
         while not (pieces / WHOLE).exists() and not all(path.exists() for path in paths):
             time.sleep(WAIT_SECONDS)  # other ranks are at it; if one fails, whoever started us stops us
         if not (pieces / WHOLE).exists():
-            _put_together(pieces / WHOLE, manifest, batches, paths, tokenizer, asked)
+            known = None if routers is None else stored_routers(routers, manifest.geometry)
+            _put_together(pieces / WHOLE, manifest, batches, paths, tokenizer, known, asked)
         for path in paths:
             path.unlink(missing_ok=True)
+            _states_path(path).unlink(missing_ok=True)
         (pieces / WHOLE).replace(out)
     shutil.rmtree(pieces)
     return TraceSet(str(out))
@@ -218,15 +228,17 @@ def _manifest(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     asked: Collection,
+    readers: Mapping[int, nn.Module] | None,
     name: str | None,
     revision: str | None,
     source: str,
     quantization_bits: float | None,
 ) -> Manifest:
     """Describe the trace set to be; one token is read to see how many experts it is routed to."""
-    with recording(model) as recorder, torch.inference_mode():
+    with recording(model, readers) as recorder, torch.inference_mode():
         model(torch.zeros((1, 1), dtype=torch.int64, device=model.device))
-        top_k = recorder.calls()[0].experts.shape[-1]
+        (call,) = recorder.calls()
+        top_k = call.experts.shape[-1]
     model_id = name or model.config.name_or_path or type(model).__name__
     vocabulary = load_vocabulary(tokenizer.name_or_path)
     return Manifest(
@@ -238,8 +250,25 @@ def _manifest(
         source=source,
         tool_version=__version__,
         revision=revision,
+        hidden_size=None if call.hidden_states is None else _hidden_size(call.hidden_states, type(model).__name__),
         steering=asked.steering,
     )
+
+
+def _hidden_size(states: HiddenStates, model: str) -> int:
+    """Return the width of one token's states.
+
+    Raises:
+        UserError: They are not one of a token, or of two widths.
+    """
+    router, layer = states.router_inputs, states.layer_inputs
+    if router.shape != layer.shape:
+        read, before = (" x ".join(map(str, (len(states), states.shape[-1]))) for states in (router, layer))
+        raise UserError(
+            f"{model}: of a token its routers read {read} numbers, its layers {before}; hidden states of such a model "
+            "cannot be recorded"
+        )
+    return int(router.shape[-1])
 
 
 def _is_taken(out: Path) -> bool:
@@ -253,7 +282,7 @@ def _request(manifest: Manifest, rows: Sequence[Row], asked: Collection) -> dict
 
 
 def _described(manifest: Manifest) -> dict[str, Any]:
-    return {name: value for name, value in asdict(manifest).items() if name != "shards"}
+    return {name: value for name, value in asdict(manifest).items() if name not in ("shards", "routers_sha256")}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +333,7 @@ def _check_finished(out: Path, pieces: Path, request: dict[str, Any]) -> None:
 
 
 def _check_space(
-    pieces: Path, geometry: Geometry, batches: Sequence[Sequence[Row]], paths: Sequence[Path], asked: Collection
+    pieces: Path, manifest: Manifest, batches: Sequence[Sequence[Row]], paths: Sequence[Path], asked: Collection
 ) -> None:
     """Refuse to begin what the disk will not hold: the pieces to come, and the set made of all.
 
@@ -313,8 +342,10 @@ def _check_space(
     """
     by_batch = [sum(len(token_ids) + asked.generate for _, token_ids in batch) for batch in batches]
     to_come = sum(tokens for tokens, path in zip(by_batch, paths, strict=True) if not path.exists())
+    geometry = manifest.geometry
+    states = 2 * 2 * geometry.num_layers * (manifest.hidden_size or 0)
     an_expert = (1 if geometry.num_experts <= 255 else 2) + 2 * asked.gate_weights
-    needed = int(SPARE * (to_come + sum(by_batch)) * (4 + geometry.demand_per_token * an_expert))
+    needed = int(SPARE * (to_come + sum(by_batch)) * (4 + geometry.demand_per_token * an_expert + states))
     free = shutil.disk_usage(pieces).free
     if needed > free:
         raise UserError(
@@ -330,6 +361,7 @@ def _collect_part(
     paths: Sequence[Path],
     geometry: Geometry,
     asked: Collection,
+    readers: Mapping[int, nn.Module] | None,
     rank: Rank,
     progress: Callable[[int, int, int], None],
 ) -> None:
@@ -337,7 +369,7 @@ def _collect_part(
     was_training = model.training
     model.train(False)
     try:
-        with recording(model) as recorder, torch.inference_mode():
+        with recording(model, readers) as recorder, torch.inference_mode():
             for number in range(rank.number, len(batches), rank.count):
                 path, tokens = paths[number], 0
                 if not path.exists():
@@ -382,9 +414,18 @@ def _collect_batch(
     if asked.steering is not None:
         for trace in traces:
             asked.steering.check_obeyed(trace.experts, geometry)
+    states = [trace.hidden_states for trace in traces if trace.hidden_states is not None]
+    if states:  # first: a piece is there once its entries are
+        with replacing(_states_path(path)) as temporary:
+            concatenate(states).save(temporary)
     with replacing(path) as temporary:
         pq.write_table(to_table(traces, geometry), temporary, compression="zstd")
     return sum(map(len, traces))
+
+
+def _states_path(path: Path) -> Path:
+    """Return where the hidden states of a piece lie."""
+    return path.with_name(path.stem + SUFFIX)
 
 
 def _ends(model: "PreTrainedModel") -> set[int]:
@@ -411,8 +452,11 @@ def _trace(
     # What is written last is not read; nor is what comes after an end, of a row that others outlast.
     end = next((place for place, token in enumerate(written) if token in ends), len(written) - 1)
     steps = calls[1:][: max(end, 0)]
-    experts = np.concatenate([first.experts[read], *(call.experts[row : row + 1] for call in steps)])
-    weights = np.concatenate([first.gate_weights[read], *(call.gate_weights[row : row + 1] for call in steps)])
+    own = slice(row, row + 1)
+    experts = np.concatenate([first.experts[read], *(call.experts[own] for call in steps)])
+    weights = np.concatenate([first.gate_weights[read], *(call.gate_weights[own] for call in steps)])
+    states = [call.hidden_states[part] for call, part in ((first, read), *((call, own) for call in steps))
+              if call.hidden_states is not None]  # fmt: skip
     return Trace(
         sequence_id=prompt.sequence_id,
         source=prompt.source,
@@ -420,6 +464,7 @@ def _trace(
         experts=experts.astype(experts_dtype(geometry)),
         decode_start=len(token_ids),
         gate_weights=weights.astype(np.float16) if asked.gate_weights else None,
+        hidden_states=concatenate(states) if states else None,
     )
 
 
@@ -429,26 +474,31 @@ def _put_together(
     batches: Sequence[Sequence[Row]],
     paths: Sequence[Path],
     tokenizer: "PreTrainedTokenizerBase",
+    routers: Routers | None,
     asked: Collection,
 ) -> None:
     """Write the trace set out of all pieces; what kills left half-written goes first."""
     for left in whole.parent.glob(".*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     vocabulary = load_vocabulary(tokenizer.name_or_path).path
-    with writing(whole, manifest, vocabulary=vocabulary, shard_tokens=asked.shard_tokens) as writer:
+    with writing(whole, manifest, vocabulary=vocabulary, routers=routers, shard_tokens=asked.shard_tokens) as writer:
         for path, batch in zip(paths, batches, strict=True):
-            for trace, (prompt, _) in zip(_read_piece(path, batch, manifest.geometry), batch, strict=True):
+            for trace, (prompt, _) in zip(_read_piece(path, batch, manifest), batch, strict=True):
                 writer.write(trace, prompt.split)
 
 
-def _read_piece(path: Path, batch: Sequence[Row], geometry: Geometry) -> Iterator[Trace]:
+def _read_piece(path: Path, batch: Sequence[Row], manifest: Manifest) -> Iterator[Trace]:
     """Read what a batch routed.
 
     Raises:
         UserError: The piece is damaged, or of other prompts.
     """
+    geometry, size = manifest.geometry, manifest.hidden_size
     try:
         shard = decode(pq.read_table(path), geometry, str(path))
+        if size is not None:
+            shape, beside = (len(shard.token_ids), geometry.num_layers, size), _states_path(path)
+            shard = replace(shard, hidden_states=load_states(beside.read_bytes(), shape, str(beside)))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: is damaged; remove it, and the same command collects it again") from error
     if shard.sequence_ids != [prompt.sequence_id for prompt, _ in batch]:

@@ -12,7 +12,7 @@ a weight of exactly 0, which adds nothing (a token of zaya that skips a layer is
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_beyond.errors import UserError
+from moe_beyond.traces.hidden_states import HiddenStates
 
 # The second and third parameter of an experts module's forward; two spellings are in use.
 SIGNATURES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 ATTENTION = re.compile(r"attn|attention")
+LARGEST = torch.finfo(torch.float16).max
 EXPERTS = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
 """What modules call how many experts they hold; longcat_flash counts its identity experts in the first of them."""
 
@@ -38,6 +40,7 @@ class Hooked:
 
     Attributes:
         module: The experts module, or the router.
+        block: The model's layer that it is in.
         names: Of the parameters that hold the choice; None where a router's logits do.
         index: Of the logits among what a router returns.
         top_k: Experts that a router's top K are.
@@ -45,6 +48,7 @@ class Hooked:
     """
 
     module: nn.Module
+    block: nn.Module
     names: tuple[str, str] | None
     index: int = 0
     top_k: int = 0
@@ -59,10 +63,12 @@ class Call:
         experts: ``(N, L, K)`` int64 ids in the router's order, N tokens of all rows one after the other; -1 where a
             slot holds none.
         gate_weights: ``(N, L, K)`` float32, in the same order; 0 for none.
+        hidden_states: Of all N, where they were asked for.
     """
 
     experts: npt.NDArray[np.int64]
     gate_weights: npt.NDArray[np.float32]
+    hidden_states: HiddenStates | None = None
 
 
 class Recorder:
@@ -71,12 +77,15 @@ class Recorder:
     Attributes:
         moe_layers: Indices of the model's layers that hold experts, ascending.
         num_experts: Experts of each such layer.
+        with_states: Whether it keeps hidden states.
     """
 
-    def __init__(self, moe_layers: tuple[int, ...], num_experts: int) -> None:
-        self.moe_layers, self.num_experts = moe_layers, num_experts
+    def __init__(self, moe_layers: tuple[int, ...], num_experts: int, *, with_states: bool = False) -> None:
+        self.moe_layers, self.num_experts, self.with_states = moe_layers, num_experts, with_states
         self._experts: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
         self._weights: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
+        self._router_inputs: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
+        self._layer_inputs: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
 
     def _receive(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
         there = (experts < num_experts) & (weights != 0)
@@ -85,16 +94,25 @@ class Recorder:
 
     def calls(self) -> list[Call]:
         """Return and forget what was recorded, a forward of the model each."""
-        found = [
-            Call(
-                torch.stack([self._experts[layer][number] for layer in self.moe_layers], 1).cpu().numpy(),
-                torch.stack([self._weights[layer][number] for layer in self.moe_layers], 1).cpu().numpy(),
-            )
-            for number in range(len(self._experts[self.moe_layers[0]]))
-        ]
-        for calls in (*self._experts.values(), *self._weights.values()):
-            calls.clear()
+        kept = self._experts, self._weights, self._router_inputs, self._layer_inputs
+        found = [self._call(number) for number in range(len(self._experts[self.moe_layers[0]]))]
+        for by_layer in kept:
+            for calls in by_layer.values():
+                calls.clear()
         return found
+
+    def _call(self, number: int) -> Call:
+        def stacked(by_layer: dict[int, list[Tensor]]) -> npt.NDArray[Any]:
+            found: npt.NDArray[Any] = torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1).numpy()
+            return found
+
+        experts, weights = (
+            torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1).cpu().numpy()
+            for by_layer in (self._experts, self._weights)
+        )
+        if not self.with_states:
+            return Call(experts, weights)
+        return Call(experts, weights, HiddenStates(stacked(self._router_inputs), stacked(self._layer_inputs)))
 
     def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return and forget what was recorded.
@@ -109,18 +127,30 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Recorder]:
+def recording(model: nn.Module, readers: Mapping[int, nn.Module] | None = None) -> Iterator[Recorder]:
     """Record a model's routing while the block runs.
 
     Args:
         model: A transformers mixture of experts.
+        readers: Given, hidden states are recorded as well: by layer, the module whose first argument is what the
+            layer's router reads. Where it names none, that is what the experts get.
 
     Raises:
         UserError: No module of the model takes chosen experts.
     """
     found = find_experts(model)
-    recorder = Recorder(tuple(sorted(found)), max(hooked.num_experts for hooked in found.values()))
+    recorder = Recorder(
+        tuple(sorted(found)),
+        max(hooked.num_experts for hooked in found.values()),
+        with_states=readers is not None,
+    )
     handles = [_hook(recorder, layer, hooked) for layer, hooked in found.items()]
+    if readers is not None:
+        for layer, hooked in found.items():
+            handles += [
+                _keep_first(readers.get(layer, hooked.module), recorder._router_inputs[layer]),  # noqa: SLF001
+                _keep_first(hooked.block, recorder._layer_inputs[layer]),  # noqa: SLF001
+            ]
     try:
         yield recorder
     finally:
@@ -136,7 +166,8 @@ def find_experts(model: nn.Module) -> dict[int, Hooked]:
             two.
     """
     found: dict[int, Hooked] = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         names = tuple(inspect.signature(type(module).forward).parameters)[2:4]
         if names in SIGNATURES and (layer := LAYER.search(f"{name}.")):
             if int(layer[1]) in found:
@@ -144,7 +175,8 @@ def find_experts(model: nn.Module) -> dict[int, Hooked]:
                     f"{type(model).__name__}: layer {layer[1]} has experts at {name} and elsewhere; record its "
                     "language model alone"
                 )
-            found[int(layer[1])] = Hooked(module, (names[0], names[1]), num_experts=_count(module))
+            block = modules[name[: layer.end() - 1]]
+            found[int(layer[1])] = Hooked(module, block, (names[0], names[1]), num_experts=_count(module))
     return found or _routers(model)
 
 
@@ -160,7 +192,8 @@ def _routers(model: nn.Module) -> dict[int, Hooked]:
         for name, module in model.named_modules():
             layer, top_k = LAYER.search(f"{name}."), getattr(module, "top_k", None)
             if isinstance(module, kind) and layer and top_k and not ATTENTION.search(name):
-                found[int(layer[1])] = Hooked(module, None, index, top_k, _count(module))
+                block = model.get_submodule(name[: layer.end() - 1])
+                found[int(layer[1])] = Hooked(module, block, None, index, top_k, _count(module))
     if not found:
         raise UserError(f"{type(model).__name__}: no experts module found; is it a mixture of experts?")
     return found
@@ -180,6 +213,17 @@ def _weights(output: Any, logits: Tensor, experts: Tensor) -> Tensor:
         if isinstance(part, Tensor) and part is not logits and part.shape == logits.shape:
             return part.gather(-1, experts)
     return logits.gather(-1, experts).softmax(-1)
+
+
+def _keep_first(module: nn.Module, kept: list[Tensor]) -> Any:
+    """Keep what a module is given first, a row a token, in half precision; what is beyond it is at its largest."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = next(iter((*args, *kwargs.values())))
+        rows = state.detach().reshape(-1, state.shape[-1]).clamp(-LARGEST, LARGEST)
+        kept.append(rows.to("cpu", torch.float16, copy=True))
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _hook(recorder: Recorder, layer: int, hooked: Hooked) -> Any:

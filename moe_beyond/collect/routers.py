@@ -6,10 +6,11 @@ model reads a few random tokens while `Watch` keeps the products and the choices
 product whose scores choose what was recorded.
 
 For saving routers beside hidden states, so that scores can be computed of any layer's states; and for steering
-(`moe_beyond.collect.steering`).
+(`moe_beyond.collect.forcing`).
 """
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from moe_beyond.collect.recorder import Hooked, find_experts, recording
+from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.scoring import SCORINGS
+from moe_beyond.traces.routers import Routers
 
 LEAST_AGREEMENT = 0.9
 PROBE = (8, 16)
@@ -149,6 +152,33 @@ def find_routers(model: Any) -> dict[int, Router]:
         for column, layer in enumerate(recorder.moe_layers)
     }
     return {layer: router for layer, router in found.items() if router is not None}
+
+
+def stored_routers(found: Mapping[int, Router], geometry: Geometry) -> Routers | None:
+    """Return the routers as a trace set holds them; None where a layer has none, or one of its own kind.
+
+    Args:
+        found: What `find_routers` found.
+        geometry: The model's shape.
+    """
+    routers = [found.get(layer) for layer in geometry.moe_layers]
+    there = [router for router in routers if router is not None]
+    if len(there) < len(routers) or len({(router.scoring, router.weight.shape[1]) for router in there}) > 1:
+        return None
+    experts = geometry.num_experts
+
+    def stacked(tensors: Sequence[Tensor | None]) -> Any:
+        if all(tensor is None for tensor in tensors):
+            return None
+        rows = [torch.zeros(experts) if one is None else one[:experts].float().cpu() for one in tensors]
+        return torch.stack(rows).numpy()
+
+    return Routers(
+        weight=stacked([router.weight for router in there]),
+        scoring=there[0].scoring,
+        bias=stacked([router.bias for router in there]),
+        selection_bias=stacked([router.selection_bias for router in there]),
+    )
 
 
 def read_probe(model: Any) -> None:

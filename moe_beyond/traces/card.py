@@ -13,6 +13,10 @@ AUTHORS: dict[str, tuple[str, list[str]]] = {
     "mixed": ("written by the model itself in part, and read by it in part", ["found", "machine-generated"]),
 }
 """By a manifest's author: who wrote the text, in words and as the Hub says it."""
+STATES = """Beside a shard `NAME.parquet` lie its tokens' hidden states in
+`NAME.states.safetensors`, float16, tokens x {layers} layers x {size}: `router_inputs`, what each layer's router read,
+and `layer_inputs`, the residual stream before the layer's attention; in `routers.safetensors`, the routers' weights.
+"""
 
 
 def configs(manifest: Manifest) -> list[dict[str, Any]]:
@@ -37,6 +41,8 @@ def traces_card(manifest: Manifest) -> str:
     named = f"{tokenizer.name}, {tokenizer.vocab_size:,} ids{hashed}"
     steering = manifest.steering
     steered = f"- Steered: {steering}, in all that it read and wrote; it would route otherwise.\n" if steering else ""
+    size = manifest.hidden_size
+    states = "" if size is None else STATES.format(layers=geometry.num_layers, size=size)
     splits = "\n".join(_split_row(manifest, split) for split in manifest.splits)
     metadata = yaml.safe_dump({"configs": configs(manifest)}, sort_keys=False, allow_unicode=True)
     return f"""---
@@ -59,7 +65,7 @@ Which experts every token of a text was routed to, layer by layer, in the router
 A row is a sequence: `sequence_id`, `source`, `token_ids`, `decode_start` (the first token that was decoded, not read),
 and `experts`, flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids from 0 to {geometry.num_experts - 1},
 or {none_id(experts_dtype(geometry))} in a slot without an expert, as a model with identity or skip experts has them;
-where they were recorded, `gate_weights` lie likewise. `manifest.json` has every shard's sha256.
+where they were recorded, `gate_weights` lie likewise. {states}`manifest.json` has every shard's sha256.
 """
 
 
