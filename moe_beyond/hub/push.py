@@ -18,7 +18,10 @@ from moe_beyond.published import CONFIG_FILE
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.version import __version__
 
-REPLACED: dict[Kind, tuple[str, ...]] = {"model": (PICTURE_FILE,), "dataset": ("*.parquet", VOCABULARY_FILE)}
+REPLACED: dict[Kind, tuple[str, ...]] = {
+    "model": (PICTURE_FILE,),
+    "dataset": ("*.parquet", "*.safetensors", VOCABULARY_FILE),
+}
 """What an earlier push may have left in a repository and a new one need not have: it goes."""
 
 

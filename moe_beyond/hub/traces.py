@@ -11,6 +11,7 @@ from moe_beyond.published import CARD_FILE
 from moe_beyond.traces.card import author, configs, traces_card
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.routers import ROUTERS_FILE
 
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 """What `datasets` takes for the name of a split."""
@@ -36,11 +37,16 @@ def trace_files(folder: Path, repository: str) -> dict[str, Path | bytes]:
     for split in traces.manifest.splits:
         if not SPLIT_NAME.fullmatch(split):
             raise UserError(f"{folder}: split {split!r}: `datasets` takes letters, digits, _ and . between; rename it")
+    states = traces.manifest.hidden_size is not None
     for shard in traces.manifest.shards:
-        traces.read(shard)
+        traces.read(shard, hidden_states=states)
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.exists() else traces_card(traces.manifest)
     files: dict[str, Path | bytes] = {shard.file: folder / shard.file for shard in traces.manifest.shards}
+    if states:
+        files |= {shard.states_file: folder / shard.states_file for shard in traces.manifest.shards}
+    if traces.routers is not None:
+        files[ROUTERS_FILE] = folder / ROUTERS_FILE
     files[MANIFEST_FILE] = folder / MANIFEST_FILE
     if traces.token_strings is not None:
         files[VOCABULARY_FILE] = folder / VOCABULARY_FILE

@@ -36,6 +36,18 @@ def test_what_is_pulled_is_what_was_pushed(hub: Hub, tmp_path: Path):
         assert np.array_equal(ours.token_ids, theirs.token_ids)
 
 
+def test_hidden_states_and_routers_come_along(hub: Hub, tmp_path: Path):
+    traces = tiny_traces(tmp_path / "traces", hidden_states=True)
+    pushed(tmp_path / "traces")
+    pulled = TraceSet("hf:org/traces")
+    for ours, theirs in zip(traces.traces(hidden_states=True), pulled.traces(hidden_states=True), strict=True):
+        assert np.array_equal(ours.hidden_states.layer_inputs, theirs.hidden_states.layer_inputs)
+    assert np.array_equal(pulled.routers.weight, traces.routers.weight)
+    tiny_traces(tmp_path / "without")
+    pushed(tmp_path / "without")
+    assert not [name for name in hub.repositories["datasets", "org/traces"].files if name.endswith(".safetensors")]
+
+
 def test_plain_datasets_loads_the_splits(hub: Hub, tmp_path: Path):
     """In processes of their own, which HF_ENDPOINT and its like reach as they would anybody's."""
     traces = tiny_traces(tmp_path / "traces", sequences=24)
