@@ -1,0 +1,198 @@
+"""What hidden states buy: predictors that read them and predictors that read ids alone, on the same traces.
+
+    python tools/compare_predictors.py --out DIR [--text LIB] [--tokens N] [--epochs N] [--json FILE]
+    python tools/compare_predictors.py --out DIR --traces TRACES [--epochs N] [--json FILE]
+
+Without a trace set it makes one with the small model, from files of Python's library that the model never saw (one in
+twenty, by the hash of its name; the library of the Python that runs this by default); every fourth of them is held out.
+A trace set of one's own has hidden states and a validation split. Every predictor is fitted on the training split by
+the shipped configuration, and measured on the validation split, from which its best epoch and its calibration are
+taken too. A fit that is finished is not run again.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from train_small_moe import is_held_out
+
+from moe_beyond.collect.collect import Collection, Rank, collect
+from moe_beyond.collect.load import load_model
+from moe_beyond.collect.prompts import Prompt
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.sources import from_predictor_folder
+from moe_beyond.evaluation.strategies import beside, combinations
+from moe_beyond.files import read_json, write_json
+from moe_beyond.geometry import budget_slots
+from moe_beyond.predictors.base import CountingPredictor
+from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.registry import predictor_class
+from moe_beyond.published import checkpoints_folder
+from moe_beyond.simulator import ReplaySettings
+from moe_beyond.traces.reader import TraceSet
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = checkpoints_folder() / "small-moe"
+CONTEXT = 128  # tokens that the small model was trained on at once
+ONE_IN = 4  # of the files, held out
+BUDGET = "25%"
+ASKED = "asked.json"
+NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.lr=3e-3")
+PREDICTORS: dict[str, tuple[str, ...]] = {
+    "popularity": ("popularity",),
+    "history": ("history",),
+    "naive_bayes": ("naive_bayes",),
+    "token_causal": ("token_causal", *NARROW),
+    "cross_layer": ("cross_layer", *NARROW, "--model.layer_width=128"),
+    "next_gate": ("next_gate",),
+    "layer_mlp, stride 1": ("layer_mlp", "--model.lr=3e-3"),
+    "layer_mlp, stride 2": ("layer_mlp", "--model.lr=3e-3", "--model.stride=2"),
+    "layer_mlp, stride 3": ("layer_mlp", "--model.lr=3e-3", "--model.stride=3"),
+    "pre_attention": ("pre_attention", "--model.lr=3e-3"),
+}
+"""By name: the architecture, and options of its fit."""
+
+
+def excerpts(library: Path, tokenizer: Any, most: int) -> Iterator[Prompt]:
+    """Yield texts of one context each from files that the small model never saw, up to so many tokens, of all alike."""
+    files = {f"Lib/{path.relative_to(library)}": path for path in sorted(library.rglob("*.py"))}
+    apart = ("site-packages", "dist-packages", "test", "tests")
+    names = [name for name in files if is_held_out(name) and not set(Path(name).parts) & set(apart)]
+    if not names:
+        raise SystemExit(f"{library}: holds no library of Python that the small model left out; give --text")
+    share = most // len(names)
+    for number, name in enumerate(names):
+        text = files[name].read_text(encoding="utf-8", errors="replace")
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        pieces = [ids[begin : begin + CONTEXT - 1] for begin in range(0, min(len(ids), share), CONTEXT - 1)]
+        for place, piece in enumerate(pieces):
+            if len(piece) > 8:
+                split = "validation" if number % ONE_IN == 0 else "train"
+                yield Prompt(tokenizer.decode(piece), f"{name}:{place}", name, split)
+
+
+def record(folder: Path, library: Path, tokens: int) -> TraceSet:
+    """Run the small model over the excerpts, and keep its hidden states."""
+    model, tokenizer, _ = load_model(str(SMALL), dtype="float32")
+    prompts = list(excerpts(library, tokenizer, tokens))
+    asked = Collection(batch_size=8, max_tokens=CONTEXT, shard_tokens=8192, hidden_states=True)
+    source = "Python's library, files that the model never saw"
+    traces = collect(model, tokenizer, prompts, folder, asked, name="small-moe", source=source, rank=Rank(0, 1))
+    assert traces is not None
+    return traces
+
+
+def fit(traces: TraceSet, folder: Path, epochs: int, architecture: str, *words: str) -> Path:
+    """Fit a predictor, unless it is there; return its folder."""
+    counts = issubclass(predictor_class(architecture), CountingPredictor)
+    command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", "0"]
+    for config in (f"trainer/{'counting' if counts else 'default'}", f"model/{architecture}", "data/traces"):
+        command += ["-c", str(CONFIGS / f"{config}.yaml")]
+    command += [f"--data.traces={Path(traces.folder).absolute()}", "--data.token_budget=1024", *words]
+    if not counts:
+        command.append(f"--trainer.max_epochs={epochs}")
+    asked = {"fingerprint": traces.manifest.fingerprint, "words": command[3:]}
+    if (folder / ASKED).exists() and read_json(folder / ASKED) != asked:
+        raise SystemExit(f"{folder}: holds a fit of other data or settings; remove it, or choose another --out")
+    found = list(folder.glob("runs/*/*/predictor"))
+    if not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ASKED, asked)
+        with (folder / "log").open("w") as log:
+            quietly = {**os.environ, "WANDB_MODE": "disabled"}
+            done = subprocess.run(command, cwd=folder, stdout=log, stderr=log, env=quietly, check=False)
+        found = list(folder.glob("runs/*/*/predictor"))
+        if done.returncode or not found:
+            raise SystemExit(f"{folder / 'log'} says why the fit failed")
+    return found[0]
+
+
+def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
+    """Return what a predictor reads, its figures by lookahead, and what LRU with top-K prefetch makes of them."""
+    source, geometry = from_predictor_folder(predictor), traces.geometry
+    slots = budget_slots(BUDGET, geometry)
+    common = ReplaySettings(geometry.total_experts, bits=traces.manifest.quantization_bits)
+    prefetch = (f"top{geometry.top_k}",)
+    asked = combinations(common, [slots], ("lru",), prefetch, source, [h for h in source.lookaheads if h != "next"])
+    found = evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
+    information = load_predictor(predictor).information
+    return {
+        "reads": (information.hidden_states or "ids").replace("_", " "),
+        "known when": information.available,
+        "metrics": {str(row["lookahead"]): {n: row.get(n) for n in FIGURES} for row in found.metrics},
+        "tokens": found.metrics[0]["tokens"],
+        "replay": {
+            result.strategy if result.lookahead is None else str(result.lookahead): {
+                "hit_rate": result.hit_rate,
+                "bytes_ratio": result.bytes_ratio,
+            }
+            for result in found.results
+        },
+    }
+
+
+FIGURES = ("recall_at_k", "gate_mass_at_k", "nll")
+
+
+def main() -> None:
+    """Parse the options, record, fit, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="where traces and fits go, and are found again")
+    parser.add_argument("--traces", help="a trace set with hidden states and a validation split")
+    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="a library of Python")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of text, at most")
+    parser.add_argument("--epochs", type=int, default=20, help="of fits by gradient")
+    parser.add_argument("--only", nargs="+", choices=PREDICTORS, default=list(PREDICTORS), metavar="NAME")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    made = args.out / "traces"
+    if args.traces is None and not made.exists():
+        record(made, args.text, args.tokens)
+    traces = TraceSet(args.traces or str(made))
+    found = {}
+    for name in args.only:
+        folder = fit(traces, args.out / name.replace(", ", "-").replace(" ", "-"), args.epochs, *PREDICTORS[name])
+        found[name] = measure(traces, folder)
+    Console(width=130).print(table(found, traces))
+    if args.json:
+        write_json(args.json, {"traces": traces.describe(), "budget": BUDGET, "predictors": found})
+
+
+def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
+    """Lay out a line a predictor and lookahead, the policies without prefetch last."""
+    first, top_k = next(iter(found.values())), traces.geometry.top_k
+    shown = Table(title=f"{first['tokens']:,} held-out tokens, {traces.geometry.describe_shape()}, cache of {BUDGET}")
+    for name in ("predictor", "reads", "known when", "lookahead"):
+        shown.add_column(name)
+    for name in (f"recall@{top_k}", f"gate mass@{top_k}", "NLL", f"lru + top{top_k}\nhits @ bytes"):
+        shown.add_column(name, justify="right")
+    for name, one in found.items():
+        for lookahead, figures in one["metrics"].items():
+            mass, worth = figures["gate_mass_at_k"], one["replay"].get(lookahead)
+            shown.add_row(
+                *(name, one["reads"], one["known when"], lookahead),
+                f"{figures['recall_at_k']:.1%}",
+                "-" if mass is None else f"{mass:.1%}",
+                f"{figures['nll']:.2f}",
+                "-" if worth is None else f"{worth['hit_rate']:.1%} @ {worth['bytes_ratio']:.2f}",
+            )
+        shown.add_section()
+    for policy in ("lru", "belady"):
+        worth = first["replay"][policy]
+        shown.add_row(policy, "", "", "-", "", "", "", f"{worth['hit_rate']:.1%} @ {worth['bytes_ratio']:.2f}")
+    shown.caption = (
+        "lookahead 1, routed: once the layer before is routed; computed: once it is computed. Of the first layers, "
+        "before which no state is told, predictors that read states know popularity alone"
+    )
+    return shown
+
+
+if __name__ == "__main__":
+    main()
