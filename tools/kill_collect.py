@@ -36,6 +36,8 @@ from moe_beyond.traces.trace import Trace
 
 PHASES = ("loading", "in a batch", "writing a piece", "putting the set together", "moving it out", "after the end")
 SMALL = checkpoints_folder() / "small-moe"
+AIMS = {"loading": 3, "in a batch": 4, "writing a piece": 3, "putting the set together": 2, "moving it out": 1}
+"""How often each is aimed at; the last are soon over, and a kill that comes late hits the next."""
 PATIENCE = 120.0
 """Seconds after which a collection is thought to hang."""
 POLL = 0.0002
@@ -150,7 +152,7 @@ def moment(aim: str, collection: Collection, batches: int, times: Times, chance:
     before = collection.files()
     collection.start()
     began = time.monotonic()
-    spread = {"writing a piece": 0.0015, "putting the set together": 0.08, "moving it out": 0.0005}
+    spread = {"writing a piece": 0.0015, "putting the set together": 0.04, "moving it out": 0.0005}
     if aim == "loading":
         delay = chance.uniform(0, times.first_batch)
     elif aim == "in a batch":
@@ -255,7 +257,8 @@ def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str
                 collection.start()
                 collection.wait(lambda: False)
                 continue
-            if not moment(chance.choice(PHASES[:-1]), collection, batches, times, chance):
+            (aim,) = chance.choices(list(AIMS), list(AIMS.values()))
+            if not moment(aim, collection, batches, times, chance):
                 continue
             victims = sorted(collection.running)
             if len(victims) > 1 and chance.random() < 0.5:

@@ -310,7 +310,7 @@ def _check_space(
     free = shutil.disk_usage(pieces).free
     if needed > free:
         raise UserError(
-            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB "
+            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e6:,.1f} MB more, and {free / 1e6:,.1f} MB "
             "are free; make room, then run the same command again"
         )
 
