@@ -310,8 +310,8 @@ def _check_space(
     free = shutil.disk_usage(pieces).free
     if needed > free:
         raise UserError(
-            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e6:,.1f} MB more, and {free / 1e6:,.1f} MB "
-            "are free; make room, then run the same command again"
+            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e6:,.1f} MB more, and "
+            f"{free / 1e6:,.1f} MB are free; make room, then run the same command again"
         )
 
 

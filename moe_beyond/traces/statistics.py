@@ -41,12 +41,26 @@ def reuse(traces: TraceSet, split: str | None = None) -> npt.NDArray[np.float64]
     layers = traces.geometry.num_layers
     shared, used = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
     for trace in traces.traces(split):
-        now, before = trace.experts[1:], trace.experts[:-1]
-        there = now != none_id(now.dtype)
-        shared += ((now[..., :, None] == before[..., None, :]) & there[..., None]).sum((0, 2, 3))
-        used += there.sum((0, 2))
+        again, all_of_them = reuse_counts(trace.experts)
+        shared += again
+        used += all_of_them
     shares: npt.NDArray[np.float64] = np.divide(shared, used, out=np.full(layers, np.nan), where=used > 0)
     return shares
+
+
+def reuse_counts(experts: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Count, over all tokens but the first, the experts that the token before used in the same layer, and all.
+
+    Args:
+        experts: ``(T, L, K)`` ids of one sequence.
+
+    Returns:
+        ``(L,)`` int64 both.
+    """
+    now, before = experts[1:], experts[:-1]
+    there = now != none_id(now.dtype)
+    shared = ((now[..., :, None] == before[..., None, :]) & there[..., None]).sum((0, 2, 3))
+    return shared, there.sum((0, 2))
 
 
 def normalized_entropy(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
