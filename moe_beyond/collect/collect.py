@@ -28,7 +28,7 @@ from torch import nn
 from moe_beyond.collect.prompts import Prompt, token_ids_of
 from moe_beyond.collect.recorder import Call, Recorder, find_experts, recording
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing, write_json
+from moe_beyond.files import check_is_elsewhere, read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.manifest import MANIFEST_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet, decode
@@ -113,10 +113,11 @@ def collect(
         The finished trace set; None on ranks other than the first.
 
     Raises:
-        UserError: The model is no mixture of experts, a prompt is empty or too long, ``out`` exists, or what is beside
-            it was begun with other prompts or settings.
+        UserError: The model is no mixture of experts, a prompt is empty or too long, ``out`` exists, what is beside it
+            was begun with other prompts or settings or is damaged, or there is no room.
     """
     out, rank = Path(out), rank or Rank()
+    check_is_elsewhere(out)
     pieces = out.parent / f".{out.name}.collecting"
     if _is_taken(out):
         if rank.number:
