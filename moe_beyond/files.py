@@ -69,8 +69,7 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     path = Path(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another folder or remove it")
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise UserError(f"{path}: the folder to make cannot be the present one or one above it; choose another")
+    check_is_elsewhere(path)
     with _naming_what_has_no_room(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -90,6 +89,16 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
                 temporary.replace(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_is_elsewhere(path: Path) -> None:
+    """Refuse to make a folder that this process works inside.
+
+    Raises:
+        UserError: It does.
+    """
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path}: the folder to make cannot be the present one or one above it; choose another")
 
 
 def is_earlier_result(folder: str | Path, marker: str, *names: str) -> bool:

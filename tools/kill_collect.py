@@ -36,9 +36,11 @@ from moe_beyond.traces.trace import Trace
 
 PHASES = ("loading", "in a batch", "writing a piece", "putting the set together", "moving it out", "after the end")
 SMALL = checkpoints_folder() / "small-moe"
+AIMS = {"loading": 3, "in a batch": 4, "writing a piece": 3, "putting the set together": 2, "moving it out": 1}
+"""How often each is aimed at; the last are soon over, and a kill that comes late hits the next."""
 PATIENCE = 120.0
 """Seconds after which a collection is thought to hang."""
-POLL = 0.0002
+POLL = 0.0001
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,13 @@ class Collection:
         words: The command, but for where to.
         out: The set to make, in a folder of its own.
         ranks: Processes.
-        batches: Pieces that it is made of.
     """
 
-    def __init__(self, words: list[str], out: Path, ranks: int, batches: int) -> None:
+    def __init__(self, words: list[str], out: Path, ranks: int) -> None:
         out.parent.mkdir()
         self.out, self.pieces = out, out.parent / f".{out.name}.collecting"
         self._words = [sys.executable, "-m", "moe_beyond", "collect", *words, "--out", str(out), "--quiet"]
-        self._ranks, self._pieces = ranks, batches
+        self._ranks = ranks
         self.running: dict[int, subprocess.Popen[str]] = {}
         self._done: set[int] = set()
 
@@ -123,8 +124,7 @@ class Collection:
                 return False
             if time.monotonic() - began > PATIENCE:
                 raise SystemExit(f"{self.out}: nothing ended in {PATIENCE:.0f} s; ranks {list(self.running)} wait")
-            if len(self.files()) < self._pieces:  # near the end all goes too fast to sleep
-                time.sleep(POLL)
+            time.sleep(POLL)
         return True
 
 
@@ -145,24 +145,26 @@ def phase(before: set[str], after: set[str], out: Path, elapsed: float, batches:
     return "loading"
 
 
-def moment(aim: str, collection: Collection, batches: int, times: Times, chance: random.Random) -> bool:
+def moment(collection: Collection, batches: int, times: Times, chance: random.Random) -> bool:
     """Start, and wait for a moment to kill at; tell whether it came before the end."""
     before = collection.files()
+    to_come = batches - sum(name[0].isdigit() for name in before)
+    aims = {name: weight for name, weight in AIMS.items() if to_come or ("batch" not in name and "piece" not in name)}
+    (aim,) = chance.choices(list(aims), list(aims.values()))
     collection.start()
     began = time.monotonic()
-    spread = {"writing a piece": 0.0015, "putting the set together": 0.08, "moving it out": 0.0005}
+    spread = {"writing a piece": 0.0015, "putting the set together": 0.04, "moving it out": 0.0005}
     if aim == "loading":
         delay = chance.uniform(0, times.first_batch)
     elif aim == "in a batch":
-        left = 1 - sum(name[0].isdigit() for name in before) / batches
-        delay = times.first_batch + chance.uniform(0, left) * (times.end - times.first_batch)
+        delay = times.first_batch + chance.uniform(0, to_come / batches) * (times.end - times.first_batch)
     else:
         mark = {"writing a piece": ".0", "putting the set together": ".set.", "moving it out": "set"}[aim]
 
         def there() -> bool:
             return any(name.startswith(mark) for name in collection.files() - before) or collection.out.is_dir()
 
-        skipped = chance.randrange(3) if aim == "writing a piece" else 0
+        skipped = chance.randrange(min(3, to_come)) if aim == "writing a piece" else 0
         for _ in range(skipped):  # not always the first piece
             if not collection.wait(there) or not collection.wait(lambda: not there()):
                 return False
@@ -236,7 +238,7 @@ def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str
     words = ["--model", str(SMALL), "--prompts", str(prompts), "--generate", "4", "--batch-size", "2"]
     words += ["--max-tokens", "24", "--shard-tokens", "200"]
     batches = -(-args.prompts // 2)
-    undisturbed = Collection(words, work / "undisturbed" / "traces", 1, batches)
+    undisturbed = Collection(words, work / "undisturbed" / "traces", 1)
     begun = time.monotonic()
     undisturbed.start()
     undisturbed.wait(lambda: "request.json" in undisturbed.files())
@@ -248,14 +250,14 @@ def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str
     phases, differ = Counter({name: 0 for name in PHASES}), Counter()
     collections = alone = 0
     while sum(phases.values()) < args.kills or not collections:
-        collection = Collection(words, work / f"killed-{collections}" / "traces", args.ranks, batches)
+        collection = Collection(words, work / f"killed-{collections}" / "traces", args.ranks)
         while not collection.is_whole() or collection.running:
             before, began = collection.files(), time.monotonic()
             if sum(phases.values()) == args.kills:
                 collection.start()
                 collection.wait(lambda: False)
                 continue
-            if not moment(chance.choice(PHASES[:-1]), collection, batches, times, chance):
+            if not moment(collection, batches, times, chance):
                 continue
             victims = sorted(collection.running)
             if len(victims) > 1 and chance.random() < 0.5:

@@ -65,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 where the user gave something wrong.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(usage(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(f"moe-beyond {__version__}")
-        return 0
     try:
+        if not words or words[0] in ("-h", "--help"):
+            print(usage(), file=sys.stdout if words else sys.stderr)
+            return 0 if words else 2
+        if words[0] == "--version":
+            print(f"moe-beyond {__version__}")
+            return 0
         if words[0] not in VERBS:
             raise unknown("verb", words[0], VERBS)
         module = importlib.import_module(f"moe_beyond.cli.{VERBS[words[0]][0]}")

@@ -31,7 +31,7 @@ from moe_beyond.collect.prompts import Prompt, token_ids_of
 from moe_beyond.collect.recorder import Call, Recorder, find_experts, recording
 from moe_beyond.collect.routers import find_routers, stored_routers
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing, write_json
+from moe_beyond.files import check_is_elsewhere, read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, Manifest
@@ -124,10 +124,12 @@ def collect(
         The finished trace set; None on ranks other than the first.
 
     Raises:
-        UserError: The model is no mixture of experts, or cannot be steered so; a prompt is empty or too long, ``out``
-            exists, or what is beside it was begun with other prompts or settings.
+        UserError: The model is no mixture of experts, or cannot be steered so, or has no hidden states of one width; a
+            prompt is empty or too long, ``out`` exists, what is beside it was begun with other prompts or settings or
+            is damaged, or there is no room.
     """
     out, rank = Path(out), rank or Rank()
+    check_is_elsewhere(out)
     pieces = out.parent / f".{out.name}.collecting"
     if _is_taken(out):
         if rank.number:
@@ -349,8 +351,8 @@ def _check_space(
     free = shutil.disk_usage(pieces).free
     if needed > free:
         raise UserError(
-            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB "
-            "are free; make room, then run the same command again"
+            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e6:,.1f} MB more, and "
+            f"{free / 1e6:,.1f} MB are free; make room, then run the same command again"
         )
 
 

@@ -1,11 +1,6 @@
 """Prompts in, a trace set out: batches, padding, generation, and going on after being killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -193,27 +188,6 @@ def test_prompts_that_cannot_be_read_are_named_and_nothing_is_left(small, tmp_pa
     with pytest.raises(UserError, match=says):
         collect(*small, given, tmp_path / "traces", rank=Rank(0, 1))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_killed_collection_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"{text} {n}", "id": f"q{n}"}) for n, text in enumerate(TEXTS * 8)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    words = ["collect", "--model", str(SMALL), "--prompts", str(tmp_path / "prompts.jsonl"), "--batch-size", "4"]
-    whole, out = tmp_path / "whole", tmp_path / "traces"
-    assert main([*words, "--out", str(whole), "--quiet"]) == 0
-    pieces, killed = tmp_path / ".traces.collecting", 0
-    while not out.exists():
-        with subprocess.Popen([sys.executable, "-m", "moe_beyond", *words, "--out", str(out), "--quiet"]) as running:
-            before = len(list(pieces.glob("[0-9]*.parquet")))
-            while running.poll() is None and len(list(pieces.glob("[0-9]*.parquet"))) < before + 4:
-                time.sleep(0.01)
-            if running.poll() is None:
-                os.kill(running.pid, signal.SIGKILL)
-                killed += 1
-    assert killed >= 1
-    for one, other in zip(TraceSet(str(whole)).traces(), TraceSet(str(out)).traces(), strict=True):
-        same(one, other)
 
 
 def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

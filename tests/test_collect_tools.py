@@ -1,0 +1,76 @@
+"""The tools that prove and time a collection, and compare what it records, in miniature."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY, tiny_trace
+from test_tools import run
+
+import moe_beyond as mb
+from moe_beyond.traces.manifest import Manifest, Tokenizer
+from moe_beyond.traces.writer import writing
+
+
+@pytest.mark.slow
+def test_two_kills_lose_nothing(tmp_path: Path) -> None:
+    said = run(
+        "kill_collect.py", "--kills", "2", "--prompts", "4", "--seed", "1", "--json", str(tmp_path / "found.json")
+    )
+    assert "0 lost, 0 repeated, 0 changed" in said
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sum(found["phases"].values()) == 2
+    assert found["collections"] >= 1
+    assert found["entries"] > 0
+
+
+def test_recording_is_timed_beside_the_bare_model(tmp_path: Path) -> None:
+    words = [
+        "--batches",
+        "1",
+        "--repeats",
+        "2",
+        "--batch-size",
+        "2",
+        "--read",
+        "16",
+        "--answer",
+        "8",
+        "--generate",
+        "4",
+    ]
+    run("bench_collect.py", *words, "--dtype", "float32", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["reading"]["tokens"], found["generating"]["tokens"]) == (2 * 16, 2 * (8 + 3))
+    for part in (found["reading"], found["generating"]):
+        assert 0.5 < part["recorded_over_bare"] < 3
+        assert 0 < part["forward_ms"]
+        assert 0 < part["writing_ms"]
+
+
+def test_what_is_read_and_written_is_counted_alike(tmp_path: Path) -> None:
+    """Hits are those of a replay that leaves the beginnings out; of the written, what was written is counted alone."""
+    rng = np.random.default_rng(3)
+    manifest = Manifest(TINY, Tokenizer("tests", 32), "tiny", 16.0, "model", "tests", "0")
+    with writing(tmp_path / "read", manifest) as read, writing(tmp_path / "written", manifest) as written:
+        for number in range(6):
+            trace = tiny_trace(f"s{number}", 24, rng)
+            read.write(trace)
+            loop = np.concatenate([trace.token_ids[:8], np.tile(np.arange(4, dtype=np.int32), 4)])
+            written.write(replace(trace, token_ids=loop, decode_start=8))
+    words = ["--read", str(tmp_path / "read"), "--written", str(tmp_path / "written"), "--prompt-tokens", "8"]
+    run("own_text.py", *words, "--budget", "50%", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["tokens"], found["sequences"], found["paired"]) == ([96, 96], [6, 6], True)
+    replayed = mb.replay(tmp_path / "read", budget="50%", policy="lru", warmup_tokens=8)
+    for policy in ("lru", "belady"):
+        (expected,) = {result.hit_rate for result in replayed.results if result.policy == policy}
+        row = found["figures"][f"{policy} hits at 50%"]
+        assert row["read"][0] == row["written"][0] == pytest.approx(expected)
+        assert row["read"][1] <= expected <= row["read"][2]
+        assert row["difference"] == [0, 0, 0]
+    assert found["figures"]["repeated 4-grams"]["read"][0] < 0.1
+    # Of sixteen tokens written, the runs that end at the first seven are new, unless the prompt held them.
+    assert found["figures"]["repeated 4-grams"]["written"][0] == pytest.approx(9 / 16)
