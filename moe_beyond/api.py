@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.collect.collect import Collection, Rank, collect
+from moe_beyond.collect.asked import Collection, Rank
+from moe_beyond.collect.collect import collect
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.asked import Request, asked_combinations, asked_conditions, asked_strategies
@@ -102,7 +103,7 @@ def record(
         tokenizer: Its tokenizer.
         prompts: Texts, or texts with names, sources and splits of their own.
         out: The trace set to make.
-        **asked: Fields of `moe_beyond.collect.collect.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
+        **asked: Fields of `moe_beyond.collect.asked.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
             ``steering``, ...
 
     Raises:

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from moe_beyond.callbacks import CacheReplay, ExportBest
-from moe_beyond.collect.collect import Collection, Rank, collect
+from moe_beyond.collect.asked import Collection, Rank
+from moe_beyond.collect.collect import collect
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate

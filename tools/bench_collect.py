@@ -29,7 +29,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_beyond.collect.collect import Collection, Rank, collect
+from moe_beyond.collect.asked import Collection, Rank
+from moe_beyond.collect.collect import collect
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt, read_prompts
 from moe_beyond.collect.recorder import recording

@@ -62,7 +62,8 @@ def run(words: list[str]) -> None:
     steering = None if args.steer is None else read_steering(args.steer)
     from itertools import islice
 
-    from moe_beyond.collect.collect import Collection, collect
+    from moe_beyond.collect.asked import Collection
+    from moe_beyond.collect.collect import collect
     from moe_beyond.collect.load import load_model
     from moe_beyond.collect.prompts import read_prompts
 

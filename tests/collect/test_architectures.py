@@ -11,7 +11,7 @@ import torch
 from moe_architectures import EXPERTS, VOCAB
 from torch import Tensor, nn
 
-from moe_beyond.collect.collect import measured_geometry
+from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.recorder import LAYER, Call, recording
 from moe_beyond.errors import UserError
 

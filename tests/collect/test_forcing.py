@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_beyond.cli.main import main
 from moe_beyond.collect import collect as collecting
-from moe_beyond.collect.collect import Collection, Rank, collect, measured_geometry
+from moe_beyond.collect.asked import Collection, Rank
+from moe_beyond.collect.collect import collect
 from moe_beyond.collect.forcing import MARGIN, forcing
+from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import LAYER, recording
 from moe_beyond.collect.routers import find_routers

@@ -9,8 +9,8 @@ from moe_architectures import EXPERTS, HIDDEN, IDENTITIES
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_beyond.collect.collect import measured_geometry
 from moe_beyond.collect.forcing import forcing
+from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.routers import Router, find_routers
 from moe_beyond.traces.steering import Steering

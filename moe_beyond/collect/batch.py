@@ -1,0 +1,110 @@
+"""A batch of prompts through the model: what each token of each was routed to, in reading and in writing."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moe_beyond.collect.asked import Collection, Row
+from moe_beyond.collect.prompts import Prompt
+from moe_beyond.collect.recorder import Call, Recorder
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.hidden_states import concatenate
+from moe_beyond.traces.schema import experts_dtype
+from moe_beyond.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def record_batch(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    recorder: Recorder,
+    batch: Sequence[Row],
+    geometry: Geometry,
+    asked: Collection,
+) -> list[Trace]:
+    """Run the model over a batch.
+
+    Args:
+        model: A transformers mixture of experts, in evaluation mode.
+        tokenizer: Its tokenizer.
+        recorder: Of the model.
+        batch: Prompts and their token ids.
+        geometry: The model's shape.
+        asked: What to record, and how.
+
+    Returns:
+        A trace a prompt.
+
+    Raises:
+        UserError: The model did not do as it was steered.
+    """
+    longest = max(len(token_ids) for _, token_ids in batch)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    ids = torch.full((len(batch), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, (_, token_ids) in enumerate(batch):
+        # What goes on writing stands at the right; what only reads at the left, where positions are its own.
+        place = slice(longest - len(token_ids), None) if asked.generate else slice(len(token_ids))
+        ids[row, place], mask[row, place] = torch.tensor(token_ids), 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    written = ids[:, :0]
+    if asked.generate:
+        found = model.generate(  # type: ignore[operator]
+            ids, attention_mask=mask, max_new_tokens=asked.generate, do_sample=False, pad_token_id=pad
+        )
+        written = found[:, longest:]
+    else:
+        model(ids, attention_mask=mask, use_cache=False)
+    calls = recorder.calls()
+    traces = [
+        _trace(prompt, token_ids, row, longest, calls, written[row].tolist(), _ends(model), asked, geometry)
+        for row, (prompt, token_ids) in enumerate(batch)
+    ]
+    if asked.steering is not None:
+        for trace in traces:
+            asked.steering.check_obeyed(trace.experts, geometry)
+    return traces
+
+
+def _ends(model: "PreTrainedModel") -> set[int]:
+    """Return the tokens after which a model says nothing more."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+
+
+def _trace(
+    prompt: Prompt,
+    token_ids: list[int],
+    row: int,
+    longest: int,
+    calls: Sequence[Call],
+    written: list[int],
+    ends: set[int],
+    asked: Collection,
+    geometry: Geometry,
+) -> Trace:
+    """Put together what the calls routed of one row: its prompt, and each token it wrote and read again."""
+    first = calls[0]
+    begin = row * longest + (longest - len(token_ids) if asked.generate else 0)
+    read = slice(begin, begin + len(token_ids))
+    # What is written last is not read; nor is what comes after an end, of a row that others outlast.
+    end = next((place for place, token in enumerate(written) if token in ends), len(written) - 1)
+    steps = calls[1:][: max(end, 0)]
+    own = slice(row, row + 1)
+    experts = np.concatenate([first.experts[read], *(call.experts[own] for call in steps)])
+    weights = np.concatenate([first.gate_weights[read], *(call.gate_weights[own] for call in steps)])
+    states = [call.hidden_states[part] for call, part in ((first, read), *((call, own) for call in steps))
+              if call.hidden_states is not None]  # fmt: skip
+    return Trace(
+        sequence_id=prompt.sequence_id,
+        source=prompt.source,
+        token_ids=np.array([*token_ids, *written[: len(steps)]], np.int32),
+        experts=experts.astype(experts_dtype(geometry)),
+        decode_start=len(token_ids),
+        gate_weights=weights.astype(np.float16) if asked.gate_weights else None,
+        hidden_states=concatenate(states) if states else None,
+    )
