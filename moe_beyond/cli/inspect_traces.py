@@ -3,8 +3,10 @@
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, parser, progress_bar
+from moe_beyond.errors import UserError
+from moe_beyond.files import write_json
 from moe_beyond.report.inspection import inspection_tables
-from moe_beyond.traces.contrast import check_comparable, contrast
+from moe_beyond.traces.contrast import check_comparable, contrast, typical_experts
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.statistics import summarize
 
@@ -22,6 +24,14 @@ def options() -> ArgumentParser:
     known.add_argument(
         "--contrast", metavar="OTHER", help="another trace set of the same model: differences of activation rates"
     )
+    known.add_argument(
+        "--steer",
+        metavar="FILE",
+        help="write what `moe-beyond collect --steer FILE` reads: the --on N experts that DIR uses most beyond OTHER, "
+        "and the --off N that it uses least",
+    )
+    known.add_argument("--on", type=int, default=0, metavar="N", help="experts to force on (0)")
+    known.add_argument("--off", type=int, default=0, metavar="N", help="experts to force off (0)")
     add_plots(known)
     return known
 
@@ -31,6 +41,8 @@ def run(words: list[str]) -> None:
     args = options().parse_args(words[1:])
     output = Output(args)
     check_plots(args.plots)
+    if (args.steer is None) != (args.on <= 0 and args.off <= 0) or (args.steer and args.contrast is None):
+        raise UserError("--steer FILE goes with --contrast OTHER and with --on N, --off N or both")
     traces = TraceSet(args.traces)
     other = None if args.contrast is None else TraceSet(args.contrast)
     if other is not None:
@@ -40,7 +52,11 @@ def run(words: list[str]) -> None:
         summary = summarize(traces, args.split, progress=progress)
     if other is not None:
         summary["contrast"] = contrast(traces, other, args.split)
+    if args.steer:
+        write_json(args.steer, typical_experts(summary["contrast"], traces.geometry, args.on, args.off).to_json())
     output.show(*inspection_tables(summary))
+    if args.steer:
+        output.show(f"steering: {args.steer}")
     if args.plots:
         from moe_beyond.report.inspection_plots import inspection_figures
         from moe_beyond.report.pictures import write_pictures

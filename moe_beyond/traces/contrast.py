@@ -10,6 +10,7 @@ SteerMoE (arXiv 2509.09660) finds experts to steer. How far that is from noise i
   Sampling Techniques, 1977, on ratio estimates). Of a few sequences it is rough.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -18,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.rounding import rounded
 from moe_beyond.traces.schema import expert_ids
+from moe_beyond.traces.steering import Steering
 
 Floats = npt.NDArray[np.float64]
 
@@ -136,6 +139,40 @@ def contrast(traces: TraceSet, other: TraceSet, split: str | None = None) -> dic
             for layer, model_layer in enumerate(traces.geometry.moe_layers)
         ],
     }
+
+
+def typical_experts(found: dict[str, Any], geometry: Geometry, on: int, off: int) -> Steering:
+    """Choose experts to steer towards the one text: those that it uses most beyond the other on, the opposite ones off.
+
+    Args:
+        found: What `contrast` found.
+        geometry: The model's shape: of a layer at most K are on, and K are left.
+        on: How many.
+        off: How many.
+
+    Raises:
+        UserError: There are not so many that differ.
+    """
+    rows = [
+        (difference, (row["layer"], expert))
+        for row in found["by_layer"]
+        for expert, difference in enumerate(row["difference"])
+    ]
+    chosen = []
+    for word, sign, wanted, most in (
+        ("on", 1, on, geometry.top_k),
+        ("off", -1, off, geometry.num_experts - geometry.top_k),
+    ):
+        ranked = sorted((-sign * difference, expert) for difference, expert in rows if sign * difference > 0)
+        taken, by_layer = list[tuple[int, int]](), Counter[int]()
+        for _, (layer, expert) in ranked:
+            if len(taken) < wanted and by_layer[layer] < most:
+                taken.append((layer, expert))
+                by_layer[layer] += 1
+        if len(taken) < wanted:
+            raise UserError(f"--{word} {wanted}: no more than {len(taken)} experts can be chosen so; ask for fewer")
+        chosen.append(tuple(sorted(taken)))
+    return Steering(*chosen)
 
 
 def _over(difference: Floats, error: Floats) -> Floats:

@@ -15,6 +15,7 @@ from moe_beyond.traces.contrast import contrast
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.statistics import summarize
+from moe_beyond.traces.steering import read_steering
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
 
@@ -237,3 +238,16 @@ def test_a_set_with_slots_without_an_expert_has_its_tables_and_pictures(tmp_path
     assert main(["inspect", str(tmp_path / "set"), "--plots", str(tmp_path / "plots")]) == 0
     assert "nan" not in capsys.readouterr().out
     assert len(list((tmp_path / "plots").iterdir())) > 4
+
+
+def test_a_contrast_writes_what_collect_is_steered_by(tmp_path, capsys):
+    one, other = (str(tiny_traces(tmp_path / name, seed=seed).folder) for name, seed in (("one", 0), ("other", 1)))
+    path = tmp_path / "steer.json"
+    assert main(["inspect", one, "--contrast", other, "--steer", str(path), "--on", "2", "--off", "1"]) == 0
+    assert f"steering: {path}" in capsys.readouterr().out
+    found, rows = read_steering(path), contrast(TraceSet(one), TraceSet(other))["by_layer"]
+    ((layer, expert),) = found.off
+    assert min(min(row["difference"]) for row in rows) == rows[layer - 1]["difference"][expert]
+    assert len(found.on) == 2
+    for words in (["--steer", "x"], ["--contrast", other, "--on", "1"], ["--contrast", other, "--steer", "x"]):
+        assert "--steer FILE goes with --contrast OTHER" in error_line(capsys, ["inspect", one, *words])

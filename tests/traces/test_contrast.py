@@ -9,9 +9,10 @@ import pytest
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.contrast import contrast
+from moe_beyond.traces.contrast import contrast, typical_experts
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.steering import Steering
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
 
@@ -98,3 +99,16 @@ def test_slots_without_an_expert_activate_none(tmp_path):
     one, other = write(tmp_path / "one", [[0, -1, 2, 2]]), write(tmp_path / "other", [[0, 1, 2, 2]])
     (row,) = contrast(one, other)["by_layer"]
     assert (row["rate"], row["other_rate"]) == ([0.25, 0, 0.5], [0.25, 0.25, 0.5])
+
+
+def test_typical_experts_by_hand():
+    geometry = Geometry("g", (3, 5), num_experts=4, top_k=2, params_per_expert=10, other_params_per_layer=0)
+    found = {"by_layer": [
+        {"layer": 3, "difference": [0.5, 0.4, 0.3, -0.6]},
+        {"layer": 5, "difference": [0.1, -0.2, 0.0, -0.3]},
+    ]}  # fmt: skip
+    # Layer 3 has room for two that are on; what does not differ is not chosen.
+    assert typical_experts(found, geometry, 3, 2) == Steering(((3, 0), (3, 1), (5, 0)), ((3, 3), (5, 3)))
+    for on, off, said in ((4, 0, "--on 4: no more than 3"), (0, 4, "--off 4: no more than 3")):
+        with pytest.raises(UserError, match=said):
+            typical_experts(found, geometry, on, off)
