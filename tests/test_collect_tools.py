@@ -1,17 +1,30 @@
 """The tools that prove and time a collection, and compare what it records, in miniature."""
 
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, tiny_trace
-from test_tools import run
+from helpers import TINY, tiny_trace, tiny_traces
+from test_tools import TOOLS, run
 
 import moe_beyond as mb
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.writer import writing
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch):
+    """Run a tool in this process, which has loaded what takes seconds to load."""
+
+    def run_here(name: str, *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        runpy.run_path(str(TOOLS / name), run_name="__main__")
+
+    return run_here
 
 
 @pytest.mark.slow
@@ -26,7 +39,7 @@ def test_two_kills_lose_nothing(tmp_path: Path) -> None:
     assert found["entries"] > 0
 
 
-def test_recording_is_timed_beside_the_bare_model(tmp_path: Path) -> None:
+def test_recording_is_timed_beside_the_bare_model(tmp_path: Path, here) -> None:
     words = [
         "--batches",
         "1",
@@ -41,7 +54,7 @@ def test_recording_is_timed_beside_the_bare_model(tmp_path: Path) -> None:
         "--generate",
         "4",
     ]
-    run("bench_collect.py", *words, "--dtype", "float32", "--json", str(tmp_path / "found.json"))
+    here("bench_collect.py", *words, "--dtype", "float32", "--json", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["reading"]["tokens"], found["generating"]["tokens"]) == (2 * 16, 2 * (8 + 3))
     for part in (found["reading"], found["generating"]):
@@ -50,7 +63,7 @@ def test_recording_is_timed_beside_the_bare_model(tmp_path: Path) -> None:
         assert 0 < part["writing_ms"]
 
 
-def test_what_is_read_and_written_is_counted_alike(tmp_path: Path) -> None:
+def test_what_is_read_and_written_is_counted_alike(tmp_path: Path, here) -> None:
     """Hits are those of a replay that leaves the beginnings out; of the written, what was written is counted alone."""
     rng = np.random.default_rng(3)
     manifest = Manifest(TINY, Tokenizer("tests", 32), "tiny", 16.0, "model", "tests", "0")
@@ -61,7 +74,7 @@ def test_what_is_read_and_written_is_counted_alike(tmp_path: Path) -> None:
             loop = np.concatenate([trace.token_ids[:8], np.tile(np.arange(4, dtype=np.int32), 4)])
             written.write(replace(trace, token_ids=loop, decode_start=8))
     words = ["--read", str(tmp_path / "read"), "--written", str(tmp_path / "written"), "--prompt-tokens", "8"]
-    run("own_text.py", *words, "--budget", "50%", "--json", str(tmp_path / "found.json"))
+    here("own_text.py", *words, "--budget", "50%", "--json", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["tokens"], found["sequences"], found["paired"]) == ([96, 96], [6, 6], True)
     replayed = mb.replay(tmp_path / "read", budget="50%", policy="lru", warmup_tokens=8)
@@ -74,3 +87,10 @@ def test_what_is_read_and_written_is_counted_alike(tmp_path: Path) -> None:
     assert found["figures"]["repeated 4-grams"]["read"][0] < 0.1
     # Of sixteen tokens written, the runs that end at the first seven are new, unless the prompt held them.
     assert found["figures"]["repeated 4-grams"]["written"][0] == pytest.approx(9 / 16)
+
+
+def test_sets_of_two_models_are_not_compared(tmp_path: Path, here) -> None:
+    tiny_traces(tmp_path / "one")
+    tiny_traces(tmp_path / "other", geometry=replace(TINY, num_experts=16))
+    with pytest.raises(SystemExit, match="are of two models"):
+        here("own_text.py", "--read", str(tmp_path / "one"), "--written", str(tmp_path / "other"))
