@@ -1,11 +1,12 @@
 """What a model writes against what it reads: is it routed alike, and is a cache worth as much?
 
-    python tools/own_text.py [--prompt-tokens 16] [--tokens 112] [--out DIR] [--json FILE]
+    python tools/own_text.py [--prompt-tokens 16] [--tokens 112] [--temperature T] [--out DIR] [--json FILE]
     python tools/own_text.py --read TRACES --written TRACES [--predictor NAME] [--json FILE]
 
 Without trace sets it makes them with the small model, from texts that people wrote and it never saw: once it reads
-them, and once it reads their first tokens alone and goes on by itself, greedily, for as many. (Both stay within the
-length that it was trained on.) Trace sets of one's own are `moe-beyond collect` without and with `--generate`.
+them, and once it reads their first tokens alone and goes on by itself for as many, greedily or drawn. (Both stay
+within the length that it was trained on.) Trace sets of one's own are `moe-beyond collect` without and with
+`--generate`.
 
 Counted are, of what was written, the tokens from `decode_start` on, and of what was read those from `--prompt-tokens`
 on; where both sets have a sequence of one name, both are cut to the length of the shorter. A cache starts empty and
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--prompts", default=str(SMALL / "prompts.jsonl"), help="as of moe-beyond collect")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=112, help="tokens that follow")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of what is written; greedily by default")
     parser.add_argument("--budget", action="append", help="repeat for more; 10%% and 25%% by default")
     parser.add_argument("--out", type=Path, help="keeps the trace sets that are made")
     parser.add_argument("--json", type=Path)
@@ -83,20 +85,21 @@ def main() -> None:
     with ExitStack() as stack:
         if args.read is None:
             out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            read, written = make(out, args.prompts, args.prompt_tokens, args.tokens)
+            read, written = make(out, args)
         else:
             read, written = TraceSet(args.read), TraceSet(args.written)
         show(compare(read, written, args), args)
 
 
-def make(out: Path, prompts: str, prompt_tokens: int, tokens: int) -> tuple[TraceSet, TraceSet]:
+def make(out: Path, args: argparse.Namespace) -> tuple[TraceSet, TraceSet]:
     """Let the small model read texts, and go on from their beginnings."""
     model, tokenizer, _ = load_model(str(SMALL), dtype="float32")
-    given = list(read_prompts(prompts))
+    given, prompt_tokens, tokens = list(read_prompts(args.prompts)), args.prompt_tokens, args.tokens
     made = []
     for name, asked in (
         ("read", Collection(max_tokens=prompt_tokens + tokens)),
-        ("written", Collection(tokens + 1, max_tokens=prompt_tokens)),  # what is written last is not read
+        # What is written last is not read.
+        ("written", Collection(tokens + 1, args.temperature, max_tokens=prompt_tokens)),
     ):
         source = "excerpts that the model never saw" if name == "read" else f"their first {prompt_tokens} tokens"
         traces = collect(model, tokenizer, given, out / name, asked, name="small-moe", source=source, rank=Rank(0, 1))

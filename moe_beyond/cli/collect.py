@@ -1,5 +1,6 @@
 """``moe-beyond collect``."""
 
+import math
 import time
 from typing import Any
 
@@ -32,6 +33,16 @@ def options() -> ArgumentParser:
     )
     known.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
     known.add_argument("--generate", type=int, default=0, metavar="N", help="tokens to write after each prompt (0)")
+    known.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="draw them from the model's distribution at this temperature; 0 (default) takes the most probable",
+    )
+    known.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of drawing (0); what comes depends on the batches"
+    )
     known.add_argument(
         "--record",
         default="experts,gate_weights",
@@ -75,6 +86,8 @@ def run(words: list[str]) -> None:
     record = args.record.split(",")
     asked = Collection(
         generate=args.generate,
+        temperature=args.temperature,
+        seed=args.seed,
         gate_weights="gate_weights" in record,
         hidden_states="hidden_states" in record,
         batch_size=args.batch_size,
@@ -118,6 +131,10 @@ def _check(args: Namespace) -> None:
         raise unknown("--dtype", args.dtype, DTYPES)
     if args.load_in not in (None, "8bit", "4bit"):
         raise unknown("--load-in", args.load_in, ("8bit", "4bit"))
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature} is not a number from 0 on")
+    if args.temperature and not args.generate:
+        raise UserError("--temperature draws what --generate N writes; give it as well")
     for name, least in (("generate", 0), ("batch_size", 1), ("max_tokens", 1), ("max_prompts", 1), ("shard_tokens", 1)):
         if args[name] is not None and args[name] < least:
             raise UserError(f"--{name.replace('_', '-')} {args[name]} is less than {least}")

@@ -15,7 +15,9 @@ class Collection:
     """What is to be collected.
 
     Attributes:
-        generate: Tokens that the model writes after each prompt, greedily; 0 lets it read alone.
+        generate: Tokens that the model writes after each prompt; 0 lets it read alone.
+        temperature: Of the distribution that it draws them from; 0 takes the most probable.
+        seed: Of the drawing. What is drawn depends on the batch as well.
         gate_weights: Whether these are kept.
         batch_size: Prompts at once.
         max_tokens: What is longer is cut to this many; None refuses what the model has no positions for.
@@ -26,6 +28,8 @@ class Collection:
     """
 
     generate: int = 0
+    temperature: float = 0.0
+    seed: int = 0
     gate_weights: bool = True
     batch_size: int = 8
     max_tokens: int | None = None

@@ -1,5 +1,6 @@
 """A batch of prompts through the model: what each token of each was routed to, in reading and in writing."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,13 @@ def record_batch(
     ids, mask = ids.to(model.device), mask.to(model.device)
     written = ids[:, :0]
     if asked.generate:
-        found = model.generate(  # type: ignore[operator]
-            ids, attention_mask=mask, max_new_tokens=asked.generate, do_sample=False, pad_token_id=pad
-        )
+        drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
+        how = drawn if asked.temperature else {"do_sample": False}
+        with torch.random.fork_rng():
+            torch.manual_seed(_seed(batch, asked.seed))  # of the batch: one that is done again is drawn again
+            found = model.generate(  # type: ignore[operator]
+                ids, attention_mask=mask, max_new_tokens=asked.generate, pad_token_id=pad, **how
+            )
         written = found[:, longest:]
     else:
         model(ids, attention_mask=mask, use_cache=False)
@@ -68,6 +73,12 @@ def record_batch(
         for trace in traces:
             asked.steering.check_obeyed(trace.experts, geometry)
     return traces
+
+
+def _seed(batch: Sequence[Row], seed: int) -> int:
+    """Return a seed of its own for each batch."""
+    names = "\n".join([str(seed), *(prompt.sequence_id for prompt, _ in batch)])
+    return int.from_bytes(hashlib.sha256(names.encode()).digest()[:8], "little")
 
 
 def _ends(model: "PreTrainedModel") -> set[int]:

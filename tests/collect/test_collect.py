@@ -101,6 +101,21 @@ def test_an_answer_ends_where_the_model_ends_it(small: tuple, tmp_path: Path, mo
     assert len(alone[0]) - alone[0].decode_start <= 3
 
 
+def test_what_is_drawn_is_drawn_again_by_the_same_seed_alone(small: tuple, tmp_path: Path) -> None:
+    def written(name: str, **asked) -> list[list[int]]:
+        return [t.token_ids.tolist() for t in collected(small, tmp_path / name / "traces", generate=9, **asked)]
+
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    drawn = written("one", temperature=1.0, batch_size=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert written("again", temperature=1.0, batch_size=2) == drawn
+    assert written("other", temperature=1.0, batch_size=2, seed=1) != drawn
+    cold = written("cold", temperature=1e-6, batch_size=2)
+    assert cold == written("greedy", batch_size=2) != drawn
+
+
 def test_identity_experts_are_left_out_on_the_way_to_a_replay(small: tuple, tmp_path: Path) -> None:
     """Their slots hold none, on disk and after, whether the model reads or writes."""
     tokenizer = small[1]
