@@ -25,6 +25,8 @@ def card(summary: str, config: dict[str, Any]) -> str:
     amount = f" ({training['sequences']:,} sequences, {training['tokens']:,} tokens)" if "tokens" in training else ""
     recipe = ", ".join(f"{name} {value}" for name, value in training.get("recipe", {}).items())
     parameters = f"{config['parameters'] / 1e6:.1f} M" if config["parameters"] else "none, it counts"
+    states = config.get("hidden_states")
+    reads = f"hidden states of the token at hand ({states.replace('_', ' ')})" if states else "ids"
     bits = f"{training['quantization_bits']:g}-bit " if training.get("quantization_bits") else ""
     return f"""---
 library_name: moe-beyond
@@ -37,7 +39,7 @@ It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
 {summary}
 
 - Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer
-  is {config["available"]}.
+  is {config["available"]}. It reads {reads}.
 - Fitted on: {training.get("source", "unknown")}, split {training.get("split", "unknown")!r}{amount}, fingerprint
   `{training.get("fingerprint", "unknown")}`.
 - Recipe: {recipe or "unknown"}.

@@ -54,6 +54,7 @@ def save_predictor(
         "lookaheads": list(information.lookaheads),
         "available": information.available,
         "causal": information.causal,
+        "hidden_states": information.hidden_states,
         "link": predictor.link,
         "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),

@@ -110,6 +110,7 @@ def test_a_folder_holds_the_weights_the_configuration_and_a_card(folder: Path):
         "vocab_size": VOCAB,
         "lookaheads": [1],
         "available": "routed",
+        "hidden_states": None,
         "causal": True,
         "training": TRAINING,
         "sha256": hashlib.sha256(weights).hexdigest(),
