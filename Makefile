@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit slow clean
 
 demo: $(INSTALLED)
 	$(BIN)/moe-beyond quickstart --out demo
@@ -17,7 +17,10 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/pytest -n auto --dist worksteal -m slow
 
 # torch first and alone: where an index offers a CPU build of the pinned release, nothing may pull in another.
 $(INSTALLED): pyproject.toml constraints.txt
