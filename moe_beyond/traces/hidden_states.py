@@ -17,7 +17,7 @@ from moe_beyond.errors import UserError
 
 SUFFIX = ".states.safetensors"
 """Of the file beside a shard, in place of ``.parquet``."""
-SHARD_BYTES = 2**28
+SHARD_BYTES = 2**27
 """A shard with hidden states is closed once they take so much: it is in memory as a whole when it is read."""
 
 States = npt.NDArray[np.float16]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fitting import CONFIGS, fit
+from fitting import CONFIGS, TINY_CROSS_LAYER, fit
 from helpers import TINY, VOCAB, error_line, plain_routers, plain_states, tiny_traces
 from predictor_variants import random_trace, training_text
 
@@ -14,6 +14,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.folder import read_config
 from moe_beyond.predictors.next_gate import NextGate
 from moe_beyond.predictors.pre_attention import PreAttention
 from moe_beyond.traces.routers import Routers
@@ -102,3 +103,16 @@ def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path
     assert main(["fit", "-c", str(CONFIGS / "data/traces.yaml"), *words, f"--data.traces={tmp_path / 'without'}"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"moe-beyond: error: {name} reads hidden states, and the traces hold none")
+
+
+def test_a_teacher_may_read_states_that_its_pupil_does_not(tmp_path):
+    tiny_traces(tmp_path / "traces", hidden_states=True)
+    trainer = ["-c", str(CONFIGS / "trainer/default.yaml"), "--trainer.max_epochs=1"]
+    (tmp_path / "teacher").mkdir()
+    mlp = [*trainer, "-c", str(CONFIGS / "model/layer_mlp.yaml"), "--model.width=8"]
+    teacher = fit(tmp_path / "teacher", tmp_path / "traces", *mlp)
+    words = [*trainer, "-c", str(CONFIGS / "model/cross_layer.yaml"), *TINY_CROSS_LAYER]
+    words += ["--model.lookaheads=1", "--model.next_use=false", f"--model.teachers=[{teacher / 'predictor'}]"]
+    pupil = fit(tmp_path, tmp_path / "traces", *words) / "predictor"
+    assert read_config(pupil)["hidden_states"] is None
+    assert read_config(pupil)["training"]["recipe"]["teachers"] == 1
