@@ -44,6 +44,8 @@ SMALL = checkpoints_folder() / "small-moe"
 CONTEXT = 128  # tokens that the small model was trained on at once
 ONE_IN = 4  # of the files, held out
 BUDGET = "25%"
+FARTHEST = 3
+"""Largest lookahead of what reads states."""
 ASKED = "asked.json"
 NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.lr=3e-3")
 PREDICTORS: dict[str, tuple[str, ...]] = {
@@ -127,7 +129,7 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     return {
         "reads": (information.hidden_states or "ids").replace("_", " "),
         "known when": information.available,
-        "metrics": {str(row["lookahead"]): {n: row.get(n) for n in FIGURES} for row in found.metrics},
+        "metrics": {str(row["lookahead"]): _figures(row) for row in found.metrics},
         "tokens": found.metrics[0]["tokens"],
         "replay": {
             result.strategy if result.lookahead is None else str(result.lookahead): {
@@ -139,7 +141,11 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     }
 
 
-FIGURES = ("recall_at_k", "gate_mass_at_k", "nll")
+def _figures(row: dict[str, Any]) -> dict[str, float | None]:
+    """Return what is shown of a lookahead; beside all layers, those that have a state before them at any lookahead."""
+    reached = [layer["recall_at_k"] for layer in row["by_layer"][FARTHEST:]]
+    found = {name: row.get(name) for name in ("recall_at_k", "gate_mass_at_k", "nll")}
+    return found | {"recall_of_later_layers": sum(reached) / len(reached) if reached else None}
 
 
 def main() -> None:
@@ -172,27 +178,31 @@ def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
     shown = Table(title=f"{first['tokens']:,} held-out tokens, {traces.geometry.describe_shape()}, cache of {BUDGET}")
     for name in ("predictor", "reads", "known when", "lookahead"):
         shown.add_column(name)
-    for name in (f"recall@{top_k}", f"gate mass@{top_k}", "NLL", f"lru + top{top_k}\nhits @ bytes"):
+    later = f"of layers\nfrom no. {FARTHEST + 1} on"
+    for name in (f"recall@{top_k}", later, f"gate mass@{top_k}", "NLL", f"lru + top{top_k}\nhits @ bytes"):
         shown.add_column(name, justify="right")
     for name, one in found.items():
         for lookahead, figures in one["metrics"].items():
-            mass, worth = figures["gate_mass_at_k"], one["replay"].get(lookahead)
+            worth = one["replay"].get(lookahead)
             shown.add_row(
                 *(name, one["reads"], one["known when"], lookahead),
-                f"{figures['recall_at_k']:.1%}",
-                "-" if mass is None else f"{mass:.1%}",
+                *(_percent(figures[n]) for n in ("recall_at_k", "recall_of_later_layers", "gate_mass_at_k")),
                 f"{figures['nll']:.2f}",
                 "-" if worth is None else f"{worth['hit_rate']:.1%} @ {worth['bytes_ratio']:.2f}",
             )
         shown.add_section()
     for policy in ("lru", "belady"):
         worth = first["replay"][policy]
-        shown.add_row(policy, "", "", "-", "", "", "", f"{worth['hit_rate']:.1%} @ {worth['bytes_ratio']:.2f}")
+        shown.add_row(policy, "", "", "-", "", "", "", "", f"{worth['hit_rate']:.1%} @ {worth['bytes_ratio']:.2f}")
     shown.caption = (
         "lookahead 1, routed: once the layer before is routed; computed: once it is computed. Of the first layers, "
         "before which no state is told, predictors that read states know popularity alone"
     )
     return shown
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":
