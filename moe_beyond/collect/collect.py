@@ -105,7 +105,7 @@ def collect(
     readers = None if routers is None else {layer: router.module for layer, router in routers.items()}
     manifest = _manifest(model, tokenizer, asked, readers, name, revision, source, quantization_bits)
     batches = [rows[begin : begin + asked.batch_size] for begin in range(0, len(rows), asked.batch_size)]
-    request = request_of(manifest, rows, asked)
+    request = request_of(manifest, rows, asked) | {"dtype": str(model.dtype)}
     if is_taken(out):
         check_finished(out, pieces, request)
     else:

@@ -203,6 +203,14 @@ def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path:
             collect(*small, texts, out, asked, rank=Rank(0, 1))
 
 
+def test_another_dtype_of_as_many_bits_does_not_go_on(small: tuple, tmp_path: Path) -> None:
+    half, other = (AutoModelForCausalLM.from_pretrained(SMALL, dtype=kind) for kind in (torch.float16, torch.bfloat16))
+    with pytest.raises(KeyboardInterrupt):
+        collect(half, small[1], prompts(), tmp_path / "traces", rank=Rank(0, 1), progress=interrupt)
+    with pytest.raises(UserError, match="was begun there with other dtype; go on with the same"):
+        collect(other, small[1], prompts(), tmp_path / "traces", rank=Rank(0, 1))
+
+
 @pytest.mark.parametrize(
     ("texts", "says"),
     [
