@@ -203,6 +203,11 @@ def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path:
             collect(*small, texts, out, asked, rank=Rank(0, 1))
 
 
+def test_what_is_cut_to_more_than_the_positions_is_refused(small: tuple, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"p0: has 1,000 tokens and 25 to write, and the model 1,024 positions"):
+        collect(*small, [Prompt("long " * 5000, "p0")], tmp_path / "traces", Collection(generate=25, max_tokens=1000))
+
+
 def test_another_dtype_of_as_many_bits_does_not_go_on(small: tuple, tmp_path: Path) -> None:
     half, other = (AutoModelForCausalLM.from_pretrained(SMALL, dtype=kind) for kind in (torch.float16, torch.bfloat16))
     with pytest.raises(KeyboardInterrupt):
