@@ -14,6 +14,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.folder import check_fits
 from moe_beyond.predictors.next_gate import NextGate
 from moe_beyond.predictors.pre_attention import PreAttention
 from moe_beyond.traces.routers import Routers
@@ -78,6 +79,12 @@ def test_next_gate_asks_for_routers_and_all_for_states():
         NextGate(TINY, VOCAB, None)
     with pytest.raises(UserError, match="lookahead 0 is less than 1"):
         NextGate(TINY, VOCAB, EXPERTS, lookaheads=0)
+
+
+def test_states_of_another_width_are_refused(tmp_path):
+    manifest = tiny_traces(tmp_path / "traces", hidden_states=True).manifest
+    with pytest.raises(UserError, match=f"its hidden states are of {EXPERTS} numbers, .* was fitted for {EXPERTS + 1}"):
+        check_fits(PreAttention(TINY, VOCAB, EXPERTS + 1), manifest, "traces")
 
 
 def test_the_loss_of_pre_attention_by_hand():
