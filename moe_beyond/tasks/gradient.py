@@ -54,6 +54,7 @@ class GradientTask(PredictorTask):
         if stage == "fit":
             self._teachers = [self._teacher(folder) for folder in self._teacher_folders]
         super().setup(stage)
+        self.data.hidden_states |= any(teacher.information.hidden_states for teacher in self._teachers)
 
     def _teacher(self, name: str) -> Predictor:
         """Load a predictor to learn from.
