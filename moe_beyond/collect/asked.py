@@ -20,7 +20,7 @@ class Collection:
         seed: Of the drawing. What is drawn depends on the batch as well.
         gate_weights: Whether these are kept.
         batch_size: Prompts at once.
-        max_tokens: What is longer is cut to this many; None refuses what the model has no positions for.
+        max_tokens: What is longer is cut to this many; what the model has no positions for all the same is refused.
         shard_tokens: A shard of the trace set is closed once it holds this many.
         hidden_states: Whether what routers and layers read is kept, some hundred times as much as the entries; and the
             routers, where they are found.

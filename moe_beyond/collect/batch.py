@@ -1,7 +1,8 @@
 """A batch of prompts through the model: what each token of each was routed to, in reading and in writing."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,7 +57,7 @@ def record_batch(
     if asked.generate:
         drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
         how = drawn if asked.temperature else {"do_sample": False}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _plainly_generating(model):
             torch.manual_seed(_seed(batch, asked.seed))  # of the batch: one that is done again is drawn again
             found = model.generate(  # type: ignore[operator]
                 ids, attention_mask=mask, max_new_tokens=asked.generate, pad_token_id=pad, **how
@@ -73,6 +74,20 @@ def record_batch(
         for trace in traces:
             asked.steering.check_obeyed(trace.experts, geometry)
     return traces
+
+
+@contextmanager
+def _plainly_generating(model: "PreTrainedModel") -> Iterator[None]:
+    """Leave out what ``generation_config.json`` asks for beside ends: beams, whose rows are no prompt's, penalties."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ends = getattr(own, "eos_token_id", None)
+    model.generation_config = GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _seed(batch: Sequence[Row], seed: int) -> int:

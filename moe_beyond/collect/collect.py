@@ -105,7 +105,7 @@ def collect(
     readers = None if routers is None else {layer: router.module for layer, router in routers.items()}
     manifest = _manifest(model, tokenizer, asked, readers, name, revision, source, quantization_bits)
     batches = [rows[begin : begin + asked.batch_size] for begin in range(0, len(rows), asked.batch_size)]
-    request = request_of(manifest, rows, asked)
+    request = request_of(manifest, rows, asked) | {"dtype": str(model.dtype)}
     if is_taken(out):
         check_finished(out, pieces, request)
     else:
@@ -135,10 +135,9 @@ def _cut(prompt: Prompt, token_ids: list[int], model: "PreTrainedModel", asked: 
     """Cut a prompt to what is asked for.
 
     Raises:
-        UserError: It is longer than the model has positions, and nothing is said of cutting.
+        UserError: With what is to be written it is longer than the model has positions all the same.
     """
-    if asked.max_tokens is not None:
-        return token_ids[: asked.max_tokens]
+    token_ids = token_ids[: asked.max_tokens]
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and len(token_ids) + asked.generate > most:
         more = f" and {asked.generate} to write" if asked.generate else ""

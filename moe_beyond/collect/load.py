@@ -41,6 +41,6 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **more)
         if load_in is None:
             model = model.to(device)  # type: ignore[arg-type]
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:  # the last of torch without CUDA
         raise UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:240]})") from error
     return model, tokenizer, None if load_in is None else float(load_in.removesuffix("bit"))

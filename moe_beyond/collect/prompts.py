@@ -88,7 +88,7 @@ def _records(path: Path) -> Iterator[Prompt]:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error})") from error
             yield _prompt(record, f"{path.stem}-{number}", f"{path.name}:{number}", f"{path}: line {number}")
 

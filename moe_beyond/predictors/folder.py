@@ -148,7 +148,7 @@ def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source:
 
 
 def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_sha256: str | None = None) -> None:
-    """Refuse traces of another model shape or another tokenizer, or of none where the predictor reads token ids.
+    """Refuse traces of another model shape or another tokenizer, or without what the predictor reads.
 
     Args:
         predictor: What is to score them.
@@ -173,6 +173,11 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
         raise UserError(
             f"{traces}: holds no hidden states, which {predictor.architecture} reads; collect with --record "
             "experts,gate_weights,hidden_states"
+        )
+    if predictor.information.hidden_states and (size := predictor.hidden_size) != manifest.hidden_size:
+        raise UserError(
+            f"{traces}: its hidden states are of {manifest.hidden_size} numbers, "
+            f"but the predictor was fitted for {size}"
         )
     if not predictor.information.token_ids and NO_TOKEN_IDS.vocab_size in (
         predictor.vocab_size,

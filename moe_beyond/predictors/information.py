@@ -13,7 +13,7 @@ class Information:
     Attributes:
         lookaheads: What its H outputs are, in order.
         available: Whether a score exists once a layer is *routed*, or only once it is *computed* (predictors that
-            read hidden states).
+            read layer inputs).
         causal: Whether every score ignores later tokens.
         token_ids: Whether it reads token ids.
         hidden_states: Which hidden states of the present token it reads, if any: router inputs, which exist once a

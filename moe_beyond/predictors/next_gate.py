@@ -89,7 +89,6 @@ class NextGate(FromStates, CountingPredictor):
     def of_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
         """Let the layers' routers read."""
         logits = torch.einsum("nld,led->nle", states, self.weight[layers]) + self.bias[layers]
-        selection_bias = self.selection_bias[layers]
-        if not selection_bias.any():
+        if not self.selection_bias.any():  # of all layers: a layer scores alike, alone and with others
             return logits  # in the order of any scoring
-        return SCORINGS[list(SCORINGS)[int(self.scoring)]](logits) + selection_bias
+        return SCORINGS[list(SCORINGS)[int(self.scoring)]](logits) + self.selection_bias[layers]

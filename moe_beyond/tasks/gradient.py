@@ -54,8 +54,8 @@ class GradientTask(PredictorTask):
         if stage == "fit":
             self._teachers = [self._teacher(folder) for folder in self._teacher_folders]
         super().setup(stage)
-        if any(teacher.information.hidden_states for teacher in self._teachers):
-            self.data.hidden_states = True  # what is fitted may learn from states that it will not have
+        # What is fitted may learn from states that it will not have itself.
+        self.data.hidden_states |= any(teacher.information.hidden_states for teacher in self._teachers)
 
     def _teacher(self, name: str) -> Predictor:
         """Load a predictor to learn from.

@@ -15,7 +15,7 @@ AUTHORS: dict[str, tuple[str, list[str]]] = {
 """By a manifest's author: who wrote the text, in words and as the Hub says it."""
 STATES = """Beside a shard `NAME.parquet` lie its tokens' hidden states in
 `NAME.states.safetensors`, float16, tokens x {layers} layers x {size}: `router_inputs`, what each layer's router read,
-and `layer_inputs`, the residual stream before the layer's attention; in `routers.safetensors`, the routers' weights.
+and `layer_inputs`, the residual stream before the layer's attention{routers}.
 """
 
 
@@ -42,7 +42,8 @@ def traces_card(manifest: Manifest) -> str:
     steering = manifest.steering
     steered = f"- Steered: {steering}, in all that it read and wrote; it would route otherwise.\n" if steering else ""
     size = manifest.hidden_size
-    states = "" if size is None else STATES.format(layers=geometry.num_layers, size=size)
+    routers = "; in `routers.safetensors`, the routers' weights" if manifest.routers_sha256 else ""
+    states = "" if size is None else STATES.format(layers=geometry.num_layers, size=size, routers=routers)
     splits = "\n".join(_split_row(manifest, split) for split in manifest.splits)
     metadata = yaml.safe_dump({"configs": configs(manifest)}, sort_keys=False, allow_unicode=True)
     return f"""---

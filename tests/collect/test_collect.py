@@ -101,6 +101,17 @@ def test_an_answer_ends_where_the_model_ends_it(small: tuple, tmp_path: Path, mo
     assert len(alone[0]) - alone[0].decode_start <= 3
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_a_model_asks_of_generating_does_not_change_what_it_writes(small, tmp_path, monkeypatch, temperature):
+    plain = collected(small, tmp_path / "plain" / "traces", generate=6, temperature=temperature)
+    for name, value in {"num_beams": 3, "repetition_penalty": 1.9, "typical_p": 0.3, "top_k": 2}.items():
+        monkeypatch.setattr(small[0].generation_config, name, value)
+    asked = collected(small, tmp_path / "asked" / "traces", generate=6, temperature=temperature)
+    for one, other in zip(plain, asked, strict=True):
+        same(one, other)
+    assert small[0].generation_config.num_beams == 3  # it has its own again
+
+
 def test_what_is_drawn_is_drawn_again_by_the_same_seed_alone(small: tuple, tmp_path: Path) -> None:
     def written(name: str, **asked) -> list[list[int]]:
         return [t.token_ids.tolist() for t in collected(small, tmp_path / name / "traces", generate=9, **asked)]
@@ -190,6 +201,19 @@ def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path:
     ):
         with pytest.raises(UserError, match=f"was begun there with other {told}; go on with the same"):
             collect(*small, texts, out, asked, rank=Rank(0, 1))
+
+
+def test_what_is_cut_to_more_than_the_positions_is_refused(small: tuple, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"p0: has 1,000 tokens and 25 to write, and the model 1,024 positions"):
+        collect(*small, [Prompt("long " * 5000, "p0")], tmp_path / "traces", Collection(generate=25, max_tokens=1000))
+
+
+def test_another_dtype_of_as_many_bits_does_not_go_on(small: tuple, tmp_path: Path) -> None:
+    half, other = (AutoModelForCausalLM.from_pretrained(SMALL, dtype=kind) for kind in (torch.float16, torch.bfloat16))
+    with pytest.raises(KeyboardInterrupt):
+        collect(half, small[1], prompts(), tmp_path / "traces", rank=Rank(0, 1), progress=interrupt)
+    with pytest.raises(UserError, match="was begun there with other dtype; go on with the same"):
+        collect(other, small[1], prompts(), tmp_path / "traces", rank=Rank(0, 1))
 
 
 @pytest.mark.parametrize(

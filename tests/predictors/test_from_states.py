@@ -14,7 +14,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.folder import read_config
+from moe_beyond.predictors.folder import check_fits, read_config
 from moe_beyond.predictors.next_gate import NextGate
 from moe_beyond.predictors.pre_attention import PreAttention
 from moe_beyond.traces.routers import Routers
@@ -49,6 +49,19 @@ def test_next_gate_lets_each_router_read_what_an_earlier_one_read():
         np.testing.assert_allclose(logits[:, ahead - 1, 0, 3], math.log(share / (1 - share)), rtol=1e-5)
 
 
+def test_next_gate_scores_a_layer_without_selection_bias_as_the_others():
+    weight, bias = np.random.default_rng(0).normal(size=(2, LAYERS, EXPERTS, EXPERTS)).astype(np.float32)
+    bias[1] = 0
+    predictor, trace = NextGate(TINY, VOCAB, EXPERTS, lookaheads=1), with_plain_states()
+    predictor.prepare(text_of(Routers(weight, "sigmoid", selection_bias=bias[:, 0])))
+    predictor.observe(collate([trace]))
+    expected = predictor.probabilities(predictor(collate([trace])))[0, 0, 0]
+    stepper = predictor.stepper()
+    stepper.observe_token(0)
+    stepper.observe_layer(0, trace.experts[0, 0], trace.hidden_states.router_inputs[0, 0])
+    np.testing.assert_allclose(stepper.scores()[1], expected[1], atol=1e-6)
+
+
 def test_next_gate_adds_a_selection_bias_to_what_the_scoring_makes():
     weight = np.zeros((LAYERS, EXPERTS, EXPERTS), np.float32)
     bias = np.tile(np.arange(EXPERTS, dtype=np.float32), (LAYERS, 1))
@@ -66,6 +79,12 @@ def test_next_gate_asks_for_routers_and_all_for_states():
         NextGate(TINY, VOCAB, None)
     with pytest.raises(UserError, match="lookahead 0 is less than 1"):
         NextGate(TINY, VOCAB, EXPERTS, lookaheads=0)
+
+
+def test_states_of_another_width_are_refused(tmp_path):
+    manifest = tiny_traces(tmp_path / "traces", hidden_states=True).manifest
+    with pytest.raises(UserError, match=f"its hidden states are of {EXPERTS} numbers, .* was fitted for {EXPERTS + 1}"):
+        check_fits(PreAttention(TINY, VOCAB, EXPERTS + 1), manifest, "traces")
 
 
 def test_the_loss_of_pre_attention_by_hand():
