@@ -11,6 +11,7 @@ from moe_beyond.errors import UserError, unknown
 from moe_beyond.traces.steering import read_steering
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COLDEST = 0.001  # colder, numbers overflow
 RECORDED = ("experts", "gate_weights", "hidden_states")
 
 
@@ -55,6 +56,7 @@ def options() -> ArgumentParser:
     known.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, mps")
     known.add_argument("--max-tokens", type=int, metavar="M", help="cut longer prompts; they are refused without")
     known.add_argument("--max-prompts", type=int, metavar="N", help="take the first N prompts alone")
+    known.add_argument("--val-blocks", metavar="SIZE:EVERY", help="hold blocks of SIZE prompts out, one in EVERY")
     known.add_argument("--shard-tokens", type=int, default=65536, metavar="S", help="tokens of a shard (65536)")
     known.add_argument(
         "--steer",
@@ -83,11 +85,12 @@ def run(words: list[str]) -> None:
     model, tokenizer, bits = load_model(
         args.model, revision=args.revision, dtype=args.dtype, device=args.device, load_in=args.load_in
     )
-    record = args.record.split(",")
+    record = _recorded(args.record)
     asked = Collection(
         generate=args.generate,
         temperature=args.temperature,
-        seed=args.seed,
+        seed=args.seed if args.temperature else 0,
+        val_blocks=args.val_blocks,
         gate_weights="gate_weights" in record,
         hidden_states="hidden_states" in record,
         batch_size=args.batch_size,
@@ -118,21 +121,25 @@ def run(words: list[str]) -> None:
     output.result({"traces": args.out, "fingerprint": manifest.fingerprint, "splits": splits})
 
 
+def _recorded(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",")]
+
+
 def _check(args: Namespace) -> None:
     """Refuse what cannot be, before a model is loaded.
 
     Raises:
         UserError: An option cannot be read.
     """
-    for what in args.record.split(","):
+    for what in _recorded(args.record):
         if what not in RECORDED:
             raise unknown("--record", what, RECORDED)
     if args.dtype not in DTYPES:
         raise unknown("--dtype", args.dtype, DTYPES)
     if args.load_in not in (None, "8bit", "4bit"):
         raise unknown("--load-in", args.load_in, ("8bit", "4bit"))
-    if not 0 <= args.temperature < math.inf:
-        raise UserError(f"--temperature {args.temperature} is not a number from 0 on")
+    if args.temperature and not COLDEST <= args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature} is neither 0, for the most probable, nor {COLDEST} or more")
     if args.temperature and not args.generate:
         raise UserError("--temperature draws what --generate N writes; give it as well")
     for name, least in (("generate", 0), ("batch_size", 1), ("max_tokens", 1), ("max_prompts", 1), ("shard_tokens", 1)):

@@ -1,5 +1,7 @@
 """``moe-beyond inspect``."""
 
+from pathlib import Path
+
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, parser, progress_bar
@@ -41,8 +43,13 @@ def run(words: list[str]) -> None:
     args = options().parse_args(words[1:])
     output = Output(args)
     check_plots(args.plots)
-    if (args.steer is None) != (args.on <= 0 and args.off <= 0) or (args.steer and args.contrast is None):
+    for name in ("on", "off"):
+        if args[name] < 0:
+            raise UserError(f"--{name} {args[name]} is less than 0")
+    if (args.steer is None) == bool(args.on or args.off) or (args.steer and args.contrast is None):
         raise UserError("--steer FILE goes with --contrast OTHER and with --on N, --off N or both")
+    if args.steer and Path(args.steer).is_dir():
+        raise UserError(f"--steer {args.steer}: is a folder; name a file")
     traces = TraceSet(args.traces)
     other = None if args.contrast is None else TraceSet(args.contrast)
     if other is not None:

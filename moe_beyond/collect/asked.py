@@ -18,6 +18,7 @@ class Collection:
         generate: Tokens that the model writes after each prompt; 0 lets it read alone.
         temperature: Of the distribution that it draws them from; 0 takes the most probable.
         seed: Of the drawing. What is drawn depends on the batch as well.
+        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive prompts to a ``validation`` split.
         gate_weights: Whether these are kept.
         batch_size: Prompts at once.
         max_tokens: What is longer is cut to this many; what the model has no positions for all the same is refused.
@@ -30,6 +31,7 @@ class Collection:
     generate: int = 0
     temperature: float = 0.0
     seed: int = 0
+    val_blocks: str | None = None
     gate_weights: bool = True
     batch_size: int = 8
     max_tokens: int | None = None

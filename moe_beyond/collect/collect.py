@@ -26,9 +26,11 @@ from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.pieces import (
     WAIT_SECONDS,
     WHOLE,
+    alone,
     begin,
     check_finished,
     check_space,
+    digest,
     is_taken,
     put_together,
     remove_pieces,
@@ -41,6 +43,7 @@ from moe_beyond.collect.routers import find_routers, stored_routers
 from moe_beyond.errors import UserError
 from moe_beyond.files import check_is_elsewhere
 from moe_beyond.geometry import Geometry
+from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
@@ -101,11 +104,15 @@ def collect(
         raise UserError(f"{source}: holds no prompt")
     if twice := _first_twice([prompt.sequence_id for prompt, _ in rows]):
         raise UserError(f"{source}: two prompts are called {twice!r}")
+    if asked.val_blocks is not None:
+        held_out = validation_numbers({n: len(ids) for n, (_, ids) in enumerate(rows)}, *parse_blocks(asked.val_blocks))
+        splits = ("validation" if number in held_out else "train" for number in range(len(rows)))
+        rows = [(replace(prompt, split=split), ids) for (prompt, ids), split in zip(rows, splits, strict=True)]
     routers = find_routers(model) if asked.hidden_states else None
     readers = None if routers is None else {layer: router.module for layer, router in routers.items()}
     manifest = _manifest(model, tokenizer, asked, readers, name, revision, source, quantization_bits)
     batches = [rows[begin : begin + asked.batch_size] for begin in range(0, len(rows), asked.batch_size)]
-    request = request_of(manifest, rows, asked) | {"dtype": str(model.dtype)}
+    request = request_of(manifest, rows, asked) | {"dtype": str(model.dtype), "weights": digest(model)}
     if is_taken(out):
         check_finished(out, pieces, request)
     else:
@@ -114,19 +121,20 @@ def collect(
         with forced:  # refuses before anything is written
             if not begin(pieces, request, rank, out):
                 return None
-            if not (pieces / WHOLE).exists():
-                check_space(pieces, manifest, batches, paths, asked)
-                _collect_part(model, tokenizer, batches, paths, manifest.geometry, asked, readers, rank, progress)
-        if rank.number:
-            return None
-        while not (pieces / WHOLE).exists() and not all(path.exists() for path in paths):
-            time.sleep(WAIT_SECONDS)  # other ranks are at it; if one fails, whoever started us stops us
-        if not (pieces / WHOLE).exists():
-            known = None if routers is None else stored_routers(routers, manifest.geometry)
-            vocabulary = load_vocabulary(tokenizer.name_or_path).path
-            put_together(pieces / WHOLE, manifest, batches, paths, vocabulary, known, asked)
-        remove_pieces(paths)
-        (pieces / WHOLE).replace(out)
+            with alone(pieces, rank):
+                if not (pieces / WHOLE).exists():
+                    check_space(pieces, manifest, batches, paths, asked)
+                    _collect_part(model, tokenizer, batches, paths, manifest.geometry, asked, readers, rank, progress)
+                if rank.number:
+                    return None
+                while not (pieces / WHOLE).exists() and not all(path.exists() for path in paths):
+                    time.sleep(WAIT_SECONDS)  # other ranks are at it; if one fails, whoever started us stops us
+                if not (pieces / WHOLE).exists():
+                    known = None if routers is None else stored_routers(routers, manifest.geometry)
+                    vocabulary = load_vocabulary(tokenizer.name_or_path).path
+                    put_together(pieces / WHOLE, manifest, batches, paths, vocabulary, known, asked)
+                remove_pieces(paths)
+                (pieces / WHOLE).replace(out)
     shutil.rmtree(pieces)
     return TraceSet(str(out))
 
@@ -168,6 +176,8 @@ def _manifest(
         (call,) = recorder.calls()
         top_k = call.experts.shape[-1]
     model_id = name or model.config.name_or_path or type(model).__name__
+    if Path(model_id).is_dir():  # a folder is called alike from wherever it is named
+        model_id = Path(model_id).resolve().name
     vocabulary = load_vocabulary(tokenizer.name_or_path)
     return Manifest(
         geometry=measured_geometry(model, Path(model_id).name, top_k),
@@ -179,8 +189,17 @@ def _manifest(
         tool_version=__version__,
         revision=revision,
         hidden_size=None if call.hidden_states is None else _hidden_size(call.hidden_states, type(model).__name__),
+        generation=_generation(asked),
         steering=asked.steering,
     )
+
+
+def _generation(asked: Collection) -> dict[str, float] | None:
+    """Say how text is written, if any is."""
+    if not asked.generate:
+        return None
+    drawn = {"temperature": asked.temperature, "seed": asked.seed} if asked.temperature else {"temperature": 0.0}
+    return {"tokens": asked.generate, **drawn}
 
 
 def _hidden_size(states: HiddenStates, model: str) -> int:

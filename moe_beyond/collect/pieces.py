@@ -5,12 +5,15 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from torch import nn
 
 from moe_beyond.collect.asked import Collection, Rank, Row
 from moe_beyond.errors import UserError
@@ -27,6 +30,8 @@ from moe_beyond.traces.writer import writing
 REQUEST_FILE = "request.json"
 WHOLE = "set"
 """In the folder of pieces: the trace set, once all pieces are in it."""
+NUMBERS = 16
+"""Of each parameter, that a model is known again by."""
 WAIT_SECONDS = 1.0
 SPARE = 1.1
 """Of the space that a collection is thought to take."""
@@ -50,6 +55,33 @@ def _described(manifest: Manifest) -> dict[str, Any]:
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
+
+
+def digest(model: nn.Module) -> str:
+    """Return a hash of a model's configuration and of some numbers of each of its parameters."""
+    found = hashlib.sha256(str(getattr(model, "config", "")).encode())
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        found.update(parameter.detach().flatten()[:NUMBERS].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def alone(pieces: Path, rank: Rank) -> Iterator[None]:
+    """See that no other process does the same part at the same time; what is killed leaves nothing that would hold.
+
+    Raises:
+        UserError: One does.
+    """
+    lock = FileLock(pieces / f"rank-{rank.number}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{pieces}: another process is collecting there; wait for it, or stop it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def begin(pieces: Path, request: dict[str, Any], rank: Rank, out: Path) -> bool:
@@ -87,7 +119,7 @@ def check_finished(out: Path, pieces: Path, request: dict[str, Any]) -> None:
     Raises:
         UserError: It is something else.
     """
-    left = sorted(path.name for path in pieces.iterdir() if not path.name.startswith("."))
+    left = sorted(path.name for path in pieces.iterdir() if not path.name.startswith(".") and path.suffix != ".lock")
     ours = left in ([], [REQUEST_FILE]) and (out / MANIFEST_FILE).exists()
     made = {**request, **_plain(_described(TraceSet(str(out)).manifest))} if ours else {}
     if made != request or (left and read_json(pieces / REQUEST_FILE) != request):
@@ -167,8 +199,10 @@ def _read_piece(path: Path, batch: Sequence[Row], manifest: Manifest) -> Iterato
         if size is not None:
             shape, beside = (len(shard.token_ids), geometry.num_layers, size), _states_path(path)
             shard = replace(shard, hidden_states=load_states(beside.read_bytes(), shape, str(beside)))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is damaged; remove it, and the same command collects it again") from error
+    except (pa.ArrowException, OSError, UserError) as error:
+        either = ":" if size is None else f", or {_states_path(path).name} beside it,"
+        told = f"{path}{either} is damaged; remove {path.name}, and the same command collects it again"
+        raise UserError(told) from error
     if shard.sequence_ids != [prompt.sequence_id for prompt, _ in batch]:
         raise UserError(f"{path}: is of other prompts; remove it, and the same command collects it again")
     return (shard.trace(row) for row in range(len(shard)))

@@ -103,16 +103,14 @@ class Recorder:
 
     def _call(self, number: int) -> Call:
         def stacked(by_layer: dict[int, list[Tensor]]) -> npt.NDArray[Any]:
-            found: npt.NDArray[Any] = torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1).numpy()
-            return found
+            found = torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1)
+            array: npt.NDArray[Any] = found.cpu().numpy()
+            return array
 
-        experts, weights = (
-            torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1).cpu().numpy()
-            for by_layer in (self._experts, self._weights)
-        )
-        if not self.with_states:
-            return Call(experts, weights)
-        return Call(experts, weights, HiddenStates(stacked(self._router_inputs), stacked(self._layer_inputs)))
+        states = None
+        if self.with_states:
+            states = HiddenStates(stacked(self._router_inputs), stacked(self._layer_inputs))
+        return Call(stacked(self._experts), stacked(self._weights), states)
 
     def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return and forget what was recorded.

@@ -55,7 +55,7 @@ Which experts every token of a text was routed to, layer by layer, in the router
 
 - Model: {manifest.model_id}{revision}, {geometry.describe_shape()}, run with {manifest.quantization_bits:g} bits a
   parameter. Expert ids hold for this checkpoint alone.
-{steered}- Text: {manifest.source}; {author(manifest)[0]}.
+{steered}- Text: {manifest.source}; {author(manifest)[0]}{_written(manifest)}.
 - Tokenizer: {named if manifest.has_token_ids else "none; no token ids were recorded, and all are 0"}.
 - Written by moe-beyond {manifest.tool_version}; fingerprint `{manifest.fingerprint}`.
 
@@ -68,6 +68,15 @@ and `experts`, flat: tokens x {geometry.num_layers} layers x {geometry.top_k} id
 or {none_id(experts_dtype(geometry))} in a slot without an expert, as a model with identity or skip experts has them;
 where they were recorded, `gate_weights` lie likewise. {states}`manifest.json` has every shard's sha256.
 """
+
+
+def _written(manifest: Manifest) -> str:
+    """Say how the model wrote, where that is known."""
+    if manifest.generation is None:
+        return ""
+    tokens, temperature = manifest.generation["tokens"], manifest.generation["temperature"]
+    how = f"drawn at temperature {temperature:g}" if temperature else "the most probable ones"
+    return f", at most {tokens:,} tokens after each prompt, {how}"
 
 
 def _split_row(manifest: Manifest, split: str) -> str:

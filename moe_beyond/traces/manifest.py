@@ -68,6 +68,8 @@ class Manifest:
         tokenizer: The tokenizer of the token ids.
         model_id: Checkpoint that routed, as its publisher names it.
         revision: Revision of that checkpoint, if known.
+        generation: How the model wrote what it wrote: at most how many ``tokens`` after each prompt, at which
+            ``temperature`` (0: the most probable), drawn by which ``seed``; None where it wrote nothing.
         hidden_size: Width of the hidden states; None where none were recorded.
         routers_sha256: Hash of the file of the model's routers, if there is one.
         quantization_bits: Bits per parameter the model ran with.
@@ -87,6 +89,7 @@ class Manifest:
     source: str
     tool_version: str
     revision: str | None = None
+    generation: Mapping[str, float] | None = None
     hidden_size: int | None = None
     routers_sha256: str | None = None
     shards: tuple[ShardInfo, ...] = field(default=())

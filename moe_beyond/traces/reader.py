@@ -148,18 +148,20 @@ class TraceSet:
     def _states(self, info: ShardInfo) -> HiddenStates:
         size, sha256 = self.manifest.hidden_size, info.states_sha256
         if size is None or sha256 is None:
-            raise UserError(f"{self.folder}: holds no hidden states; collect it with --record hidden_states")
-        content = self._verified(info.states_file, sha256)
+            raise UserError(
+                f"{self.folder}: holds no hidden states; collect it with --record experts,gate_weights,hidden_states"
+            )
+        content = self._verified(info.states_file, sha256, "file")
         return load_states(content, (info.tokens, self.geometry.num_layers, size), f"{self.folder}/{info.states_file}")
 
-    def _verified(self, file: str, sha256: str) -> bytes:
+    def _verified(self, file: str, sha256: str, what: str = "shard") -> bytes:
         path = f"{self.folder}/{file}"
         try:
             content = self._read(file)
         except FileNotFoundError as error:
-            raise UserError(f"{path}: shard named in {MANIFEST_FILE} is missing") from error
+            raise UserError(f"{path}: {what} named in {MANIFEST_FILE} is missing") from error
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: shard is damaged (its sha256 is not the one in {MANIFEST_FILE})")
+            raise UserError(f"{path}: {what} is damaged (its sha256 is not the one in {MANIFEST_FILE})")
         return content
 
     def lengths(self, split: str | None = None) -> list[npt.NDArray[np.int64]]:
@@ -193,7 +195,7 @@ class TraceSet:
         if sha256 is None or size is None:
             return None
         layers, experts, _ = self.geometry.shape()
-        content = self._verified(ROUTERS_FILE, sha256)
+        content = self._verified(ROUTERS_FILE, sha256, "file")
         return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
 
     @cached_property

@@ -50,11 +50,11 @@ def test_a_full_disk_leaves_what_is_whole_and_the_same_command_goes_on(words, tm
     says = "cannot be written (File too large); make room, then run the same command again"
     with no_file_larger(16_000):  # the fourth prompt's piece is larger
         assert error_line(capsys, words) == f"{pieces / names[3]}: {says}"
-    assert sorted(os.listdir(pieces)) == [*names[:3], "request.json"]
+    assert sorted(os.listdir(pieces)) == [*names[:3], "rank-0.lock", "request.json"]
     before = {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
     with no_file_larger(100_000):  # the pieces fit, the tokenizer in the set does not
         assert error_line(capsys, words) == f"{pieces / 'set'}: {says}"
-    assert sorted(os.listdir(pieces)) == [*names, "request.json"]
+    assert sorted(os.listdir(pieces)) == [*names, "rank-0.lock", "request.json"]
     assert before == {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
     assert main([str(word) for word in words]) == 0
     assert main([str(word) for word in replaced(words, "--out", tmp_path / "other")]) == 0
@@ -70,7 +70,7 @@ def test_pieces_that_are_not_whole_or_not_its_own_are_named(words, tmp_path, cap
     content = (pieces / "000001.parquet").read_bytes()
     again = "remove it, and the same command collects it again"
     (pieces / "000001.parquet").write_bytes(content[: len(content) // 2])
-    assert error_line(capsys, words) == f"{pieces}/000001.parquet: is damaged; {again}"
+    assert error_line(capsys, words) == f"{pieces}/000001.parquet: is damaged; {again.replace('it', '000001.parquet', 1)}"
     shutil.copyfile(pieces / "000000.parquet", pieces / "000001.parquet")
     assert error_line(capsys, words) == f"{pieces}/000001.parquet: is of other prompts; {again}"
     assert not (tmp_path / "traces").exists()

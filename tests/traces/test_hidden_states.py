@@ -90,14 +90,14 @@ def test_what_is_damaged_is_named(tmp_path):
     traces = written(tmp_path / "set")
     path = tmp_path / "set" / traces.shards("train")[0].states_file
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"train-00000.states.safetensors: shard is damaged"):
+    with pytest.raises(UserError, match=r"train-00000.states.safetensors: file is damaged"):
         list(traces.traces("train", hidden_states=True))
     assert len(list(traces.traces("train"))) == 5  # the entries are whole
     path.unlink()
-    with pytest.raises(UserError, match=r"train-00000.states.safetensors: shard named in manifest.json is missing"):
+    with pytest.raises(UserError, match=r"train-00000.states.safetensors: file named in manifest.json is missing"):
         list(traces.traces("train", hidden_states=True))
     (tmp_path / "set" / "routers.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"routers.safetensors: shard is damaged"):
+    with pytest.raises(UserError, match=r"routers.safetensors: file is damaged"):
         _ = traces.routers
 
 
@@ -116,5 +116,5 @@ def test_states_that_do_not_fit_are_refused(tmp_path):
             writer.write(trace)
     with writing(tmp_path / "without", replace(MANIFEST, hidden_size=None)) as writer:
         writer.write(replace(trace, hidden_states=None))
-    with pytest.raises(UserError, match="holds no hidden states; collect it with --record hidden_states"):
+    with pytest.raises(UserError, match="holds no hidden states; collect it with --record experts,gate"):
         list(TraceSet(str(tmp_path / "without")).traces(hidden_states=True))
