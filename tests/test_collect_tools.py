@@ -94,3 +94,14 @@ def test_sets_of_two_models_are_not_compared(tmp_path: Path, here) -> None:
     tiny_traces(tmp_path / "other", geometry=replace(TINY, num_experts=16))
     with pytest.raises(SystemExit, match="are of two models"):
         here("own_text.py", "--read", str(tmp_path / "one"), "--written", str(tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_what_hidden_states_buy(tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path / "out"), "--tokens", "8000", "--epochs", "1", "--json", str(tmp_path / "found.json")]
+    run("compare_predictors.py", *words, "--only", "history", "next_gate", "layer_mlp, stride 2")
+    found = json.loads((tmp_path / "found.json").read_text())["predictors"]
+    recall = {name: one["metrics"] for name, one in found.items()}
+    assert recall["next_gate"]["1"]["recall_at_k"] > recall["history"]["token"]["recall_at_k"]
+    assert recall["next_gate"]["1"]["recall_of_later_layers"] > recall["next_gate"]["3"]["recall_of_later_layers"]
+    assert (found["layer_mlp, stride 2"]["reads"], found["history"]["reads"]) == ("router inputs", "ids")

@@ -94,6 +94,14 @@ def module_of(block: str, name: str, monkeypatch: pytest.MonkeyPatch, folder: Pa
     spec.loader.exec_module(module)
 
 
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_within_a_page_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= known
+
+
 @pytest.mark.slow
 def test_docstrings_render_without_a_warning(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), "moe_beyond"]
