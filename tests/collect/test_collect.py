@@ -73,6 +73,13 @@ def test_a_trace_holds_what_the_model_did(small: tuple, tmp_path: Path) -> None:
     assert TraceSet(str(tmp_path / "traces")).manifest.splits == ("train", "validation")
 
 
+def test_what_is_read_is_the_same_in_batches_of_one_and_of_eight(small: tuple, tmp_path: Path) -> None:
+    alone = collected(small, tmp_path / "one" / "traces", batch_size=1)
+    together = collected(small, tmp_path / "all" / "traces", batch_size=8)  # padded at the right
+    for one, other in zip(alone, together, strict=True):
+        same(one, other)
+
+
 def test_what_is_written_is_routed_as_what_is_read(small: tuple, tmp_path: Path) -> None:
     alone = collected(small, tmp_path / "one" / "traces", batch_size=1, generate=9)
     together = collected(small, tmp_path / "all" / "traces", batch_size=8, generate=9)
