@@ -98,8 +98,8 @@ def test_sets_of_two_models_are_not_compared(tmp_path: Path, here) -> None:
 
 @pytest.mark.slow
 def test_what_hidden_states_buy(tmp_path: Path) -> None:
-    words = ["--out", str(tmp_path / "out"), "--tokens", "8000", "--epochs", "1", "--json", str(tmp_path / "found.json")]
-    run("compare_predictors.py", *words, "--only", "history", "next_gate", "layer_mlp, stride 2")
+    few = ("--tokens", "8000", "--epochs", "1", "--only", "history", "next_gate", "layer_mlp, stride 2")
+    run("compare_predictors.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json"), *few)
     found = json.loads((tmp_path / "found.json").read_text())["predictors"]
     recall = {name: one["metrics"] for name, one in found.items()}
     assert recall["next_gate"]["1"]["recall_at_k"] > recall["history"]["token"]["recall_at_k"]
