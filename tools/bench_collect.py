@@ -1,6 +1,7 @@
 """What recording costs over a model's bare forward, and how fast `moe-beyond collect` is, part by part.
 
-    python tools/bench_collect.py [--model checkpoints/small-moe] [--batch-size 8] [--dtype auto] [--json FILE]
+    python tools/bench_collect.py [--model checkpoints/small-moe] [--batch-size 8] [--dtype auto] [--hidden-states]
+        [--json FILE]
 
 Batches of prompts of one length, so that nothing is padded, are read, and short ones are answered: in turn by the bare
 model and by the model with its hooks, what they received gathered. Told are medians over all batches and repeats, and
@@ -34,6 +35,7 @@ from moe_beyond.collect.collect import collect
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt, read_prompts
 from moe_beyond.collect.recorder import recording
+from moe_beyond.collect.routers import find_routers
 from moe_beyond.files import write_json
 from moe_beyond.published import checkpoints_folder
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=128, help="tokens of a prompt that is read")
     parser.add_argument("--answer", type=int, default=16, help="tokens of a prompt that is answered")
     parser.add_argument("--generate", type=int, default=32)
+    parser.add_argument("--hidden-states", action="store_true", help="record them too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model, tokenizer, _ = load_model(args.model, dtype=args.dtype)
@@ -62,9 +65,10 @@ def main() -> None:
         prompts = [p for p in read_prompts(args.prompts) if len(tokenizer(p.text).input_ids) >= length][:count]
         if len(prompts) < count:
             raise SystemExit(f"{args.prompts}: {len(prompts)} prompts of {length} tokens, {count} are needed")
-        asked = Collection(generate, batch_size=args.batch_size, max_tokens=length)
+        asked = Collection(generate, batch_size=args.batch_size, max_tokens=length, hidden_states=args.hidden_states)
         figures[name] = measure(model, tokenizer, prompts, asked, args.repeats)
-    table = Table(title=f"{Path(args.model).name}, {args.dtype}, batches of {args.batch_size}, one core")
+    states = ", hidden states" if args.hidden_states else ""
+    table = Table(title=f"{Path(args.model).name}, {args.dtype}, batches of {args.batch_size}, one core{states}")
     for column in ("", *figures):
         table.add_column(column, justify="right" if column else "left")
     for title, key, shown in (
@@ -79,8 +83,8 @@ def main() -> None:
         table.add_row(title, *(shown.format(found[key]) for found in figures.values()))
     Console(width=120).print(table)
     if args.json:
-        asked = {"model": Path(args.model).name, "dtype": args.dtype, "batch_size": args.batch_size}
-        write_json(args.json, {**asked, "repeats": args.repeats, **figures})
+        told = {"model": Path(args.model).name, "dtype": args.dtype, "batch_size": args.batch_size}
+        write_json(args.json, {**told, "hidden_states": args.hidden_states, "repeats": args.repeats, **figures})
 
 
 def measure(
@@ -93,6 +97,8 @@ def measure(
     """Time the bare and the recorded model in turn, and `collect`."""
     texts = [tokenizer(prompt.text).input_ids[: asked.max_tokens] for prompt in prompts]
     batches = torch.tensor(texts).split(asked.batch_size)
+    routers = find_routers(model) if asked.hidden_states else None
+    readers = None if routers is None else {layer: router.module for layer, router in routers.items()}
 
     def bare(ids: Tensor) -> float:
         with torch.inference_mode():
@@ -103,7 +109,7 @@ def measure(
             run(model, ids, asked.generate)
             recorder.calls()
 
-        with recording(model) as recorder, torch.inference_mode():
+        with recording(model, readers) as recorder, torch.inference_mode():
             return seconds(record)
 
     bare(batches[0]), recorded(batches[0])  # to warm up

@@ -107,9 +107,15 @@ class Recorder:
             array: npt.NDArray[Any] = found.cpu().numpy()
             return array
 
-        states = None
-        if self.with_states:
-            states = HiddenStates(stacked(self._router_inputs), stacked(self._layer_inputs))
+        def of_states(by_layer: dict[int, list[Tensor]]) -> npt.NDArray[np.float16]:
+            found = [by_layer[layer][number] for layer in self.moe_layers]
+            rows = torch.stack([state.reshape(-1, state.shape[-1]) for state in found], 1)
+            array: npt.NDArray[np.float16] = rows.clamp_(-LARGEST, LARGEST).numpy()  # what was beyond is infinite
+            return array
+
+        states = (
+            HiddenStates(of_states(self._router_inputs), of_states(self._layer_inputs)) if self.with_states else None
+        )
         return Call(stacked(self._experts), stacked(self._weights), states)
 
     def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -214,12 +220,11 @@ def _weights(output: Any, logits: Tensor, experts: Tensor) -> Tensor:
 
 
 def _keep_first(module: nn.Module, kept: list[Tensor]) -> Any:
-    """Keep what a module is given first, a row a token, in half precision; what is beyond it is at its largest."""
+    """Keep what a module is given first, in half precision: the one copy there has to be, since models add in place."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = next(iter((*args, *kwargs.values())))
-        rows = state.detach().reshape(-1, state.shape[-1]).clamp(-LARGEST, LARGEST)
-        kept.append(rows.to("cpu", torch.float16, copy=True))
+        state = args[0] if args else next(iter(kwargs.values()))
+        kept.append(state.detach().to("cpu", torch.float16, copy=True))
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
