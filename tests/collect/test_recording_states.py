@@ -1,5 +1,6 @@
 """Hidden states as recorded: what transformers itself says that layers read, and what routers choose by."""
 
+import copy
 import json
 import os
 import signal
@@ -60,6 +61,19 @@ def test_states_are_what_the_layers_read_and_the_routers_choose_by(name: str) ->
     chosen = torch.from_numpy(call.experts)
     shared = (top[..., None] == chosen[..., None, :]).any(-1)[chosen >= 0].float().mean()  # where holes are, less
     assert shared > (0.5 if groups(model) or model.config.model_type == "longcat_flash" else 0.97)
+
+
+def test_what_half_precision_cannot_hold_is_its_largest() -> None:
+    model = copy.deepcopy(moes.tiny_model("MixtralForCausalLM"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e9)
+    with recording(model, {}) as recorder, torch.inference_mode():
+        model(PROMPT)
+        (call,) = recorder.calls()
+    assert call.hidden_states is not None
+    first = call.hidden_states.layer_inputs[:, 0]
+    assert np.isfinite(first).all()
+    assert np.abs(first).max() == np.finfo(np.float16).max
 
 
 @pytest.mark.parametrize("name", OTHER_WIDTHS)
