@@ -27,6 +27,8 @@ def card(summary: str, config: dict[str, Any]) -> str:
     parameters = f"{config['parameters'] / 1e6:.1f} M" if config["parameters"] else "none, it counts"
     states = config.get("hidden_states")
     reads = f"hidden states of the token at hand ({states.replace('_', ' ')})" if states else "ids"
+    split = f"split {training.get('split', 'unknown')!r}{amount}"
+    split += ", routed by a model that was steered" if training.get("steering") else ""
     bits = f"{training['quantization_bits']:g}-bit " if training.get("quantization_bits") else ""
     return f"""---
 library_name: moe-beyond
@@ -40,7 +42,7 @@ It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
 
 - Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer
   is {config["available"]}. It reads {reads}.
-- Fitted on: {training.get("source", "unknown")}, split {training.get("split", "unknown")!r}{amount}, fingerprint
+- Fitted on: {training.get("source", "unknown")}, {split}, fingerprint
   `{training.get("fingerprint", "unknown")}`.
 - Recipe: {recipe or "unknown"}.
 - Parameters: {parameters}. Probabilities: {"" if config["calibration"] else "not "}calibrated.

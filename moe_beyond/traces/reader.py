@@ -120,7 +120,8 @@ class TraceSet:
             UserError: There is no such split.
         """
         manifest, shards = self.manifest, self.shards(split)
-        return {
+        steered = {} if manifest.steering is None else {"steering": manifest.steering.to_json()}
+        return steered | {
             "fingerprint": manifest.fingerprint,
             "split": split,
             "model_id": manifest.model_id,

@@ -335,3 +335,9 @@ def test_traces_of_the_same_shape_and_tokenizer_fit():
 def test_other_traces_do_not_fit(found: Manifest, said: str):
     with pytest.raises(UserError, match=f"^some/traces: .*{re.escape(said)}"):
         check_fits(fitted_once(ONE_EACH[0]), found, "some/traces", "a")
+
+
+def test_the_card_says_that_the_traces_were_steered(tmp_path: Path):
+    for name, more in (("steered", {"steering": {"on": [[1, 2]], "off": []}}), ("plain", {})):
+        save_predictor(fitted_once(ONE_EACH[0]), tmp_path / name, {"source": "tests", **more})
+        assert ("steered" in (tmp_path / name / "README.md").read_text()) == bool(more)
