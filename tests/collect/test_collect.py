@@ -297,7 +297,7 @@ def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     found = json.loads(capsys.readouterr().out)
     traces = TraceSet(str(tmp_path / "traces"))
     assert found["fingerprint"] == traces.manifest.fingerprint
-    assert traces.manifest.author == "mixed"
+    assert (traces.manifest.author, traces.manifest.source) == ("mixed", "prompts.txt")  # no folder of this machine
     assert [trace.sequence_id for trace in traces.traces()] == ["prompts-1", "prompts-2"]
     assert all(trace.gate_weights is None for trace in traces.traces())
     assert "already exists" in error_line(capsys, words)
@@ -305,6 +305,8 @@ def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--record", "experts,weight"], "unknown --record 'weight'"),
         (["--dtype", "int4"], "unknown --dtype 'int4'"),
         (["--batch-size", "0"], "--batch-size 0 is less than 1"),
+        (["--temperature", "1"], "--temperature draws what --generate N writes"),
+        (["--temperature", "1e-9", "--generate", "1"], "neither 0, for the most probable, nor 0.001 or more"),
     ):
         assert says in error_line(capsys, [*words, *bad])
     (tmp_path / "prompts.txt").write_text("def main():\n\nimport os\n")
