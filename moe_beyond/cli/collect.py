@@ -85,6 +85,8 @@ def run(words: list[str]) -> None:
     # A set that is published tells no folder of the machine that it was made on.
     source = Path(args.prompts).name if Path(args.prompts).is_file() else args.prompts
     prompts = list(islice(read_prompts(args.prompts), args.max_prompts))
+    if not prompts:
+        raise UserError(f"{args.prompts}: holds no prompt")
     model, tokenizer, bits = load_model(
         args.model, revision=args.revision, dtype=args.dtype, device=args.device, load_in=args.load_in
     )
