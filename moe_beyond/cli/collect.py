@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -82,11 +81,7 @@ def run(words: list[str]) -> None:
     from moe_beyond.collect.prompts import read_prompts
 
     output = Output(args)
-    # A set that is published tells no folder of the machine that it was made on.
-    source = Path(args.prompts).name if Path(args.prompts).is_file() else args.prompts
     prompts = list(islice(read_prompts(args.prompts), args.max_prompts))
-    if not prompts:
-        raise UserError(f"{args.prompts}: holds no prompt")
     model, tokenizer, bits = load_model(
         args.model, revision=args.revision, dtype=args.dtype, device=args.device, load_in=args.load_in
     )
@@ -112,7 +107,7 @@ def run(words: list[str]) -> None:
             bar(done, total, f"{recorded / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
 
         traces = collect(
-            model, tokenizer, prompts, args.out, asked, name=args.model, revision=args.revision, source=source,
+            model, tokenizer, prompts, args.out, asked, name=args.model, revision=args.revision, source=args.prompts,
             quantization_bits=bits, progress=progress,
         )  # fmt: skip
     if traces is None:

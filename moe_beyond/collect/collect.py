@@ -176,8 +176,10 @@ def _manifest(
         (call,) = recorder.calls()
         top_k = call.experts.shape[-1]
     model_id = name or model.config.name_or_path or type(model).__name__
-    if Path(model_id).is_dir():  # a folder is called alike from wherever it is named
+    if Path(model_id).is_dir():  # is called alike from wherever it is named, and tells nothing of this machine
         model_id = Path(model_id).resolve().name
+    if Path(source).is_file():
+        source = Path(source).name
     vocabulary = load_vocabulary(tokenizer.name_or_path)
     return Manifest(
         geometry=measured_geometry(model, Path(model_id).name, top_k),
