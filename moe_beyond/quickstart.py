@@ -83,22 +83,28 @@ def _replay(traces: TraceSet, predictor: Path) -> Evaluation:
     return evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
 
 
+def bundled_prompts() -> list[Prompt]:
+    """Read the small model's prompts, those of every fourth file held out."""
+    path = checkpoints_folder() / MODEL / "prompts.jsonl"
+    prompts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Whole files are held out: two excerpts of one file are too much alike.
+    held_out = set(sorted({prompt["source"] for prompt in prompts})[::HELD_OUT_ONE_IN])
+    return [
+        Prompt(one["text"], one["id"], one["source"], "validation" if one["source"] in held_out else "train")
+        for one in prompts
+    ]
+
+
 def record_small_model(folder: Path) -> TraceSet:
     """Run the small model over its bundled prompts, and write its routing as a trace set."""
     weights = checkpoints_folder() / MODEL
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    prompts = [json.loads(line) for line in (weights / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    # Whole files are held out: two excerpts of one file are too much alike.
-    held_out = set(sorted({prompt["source"] for prompt in prompts})[::HELD_OUT_ONE_IN])
     traces = collect(
         model,
         tokenizer,
-        [
-            Prompt(one["text"], one["id"], one["source"], "validation" if one["source"] in held_out else "train")
-            for one in prompts
-        ],
+        bundled_prompts(),
         folder,
         Collection(batch_size=1, shard_tokens=4096),
         name=MODEL,

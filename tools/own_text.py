@@ -1,6 +1,7 @@
 """What a model writes against what it reads: is it routed alike, and is a cache worth as much?
 
     python tools/own_text.py [--prompt-tokens 16] [--tokens 112] [--temperature T] [--out DIR] [--json FILE]
+    python tools/own_text.py --demo DIR [--temperature T]
     python tools/own_text.py --read TRACES --written TRACES [--predictor NAME] [--json FILE]
 
 Without trace sets it makes them with the small model, from texts that people wrote and it never saw: once it reads
@@ -40,6 +41,7 @@ from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.metrics.routing import RoutingMetrics
 from moe_beyond.predictors.batch import collate
 from moe_beyond.published import checkpoints_folder, find_predictor
+from moe_beyond.quickstart import bundled_prompts
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.replay import Replay
 from moe_beyond.traces.reader import TraceSet
@@ -73,6 +75,9 @@ def main() -> None:
     parser.add_argument("--written", help="trace set of text that it wrote itself")
     parser.add_argument("--predictor", help="folder or name; the published one of this model by default")
     parser.add_argument("--prompts", default=str(SMALL / "prompts.jsonl"), help="as of moe-beyond collect")
+    parser.add_argument(
+        "--demo", type=Path, help="folder of `make demo`: its predictor, on the texts that it was not fitted on"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=112, help="tokens that follow")
     parser.add_argument("--temperature", type=float, default=0.0, help="of what is written; greedily by default")
@@ -80,6 +85,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keeps the trace sets that are made")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.demo is not None:
+        args.predictor = str(args.demo / "predictor")
     if (args.read is None) != (args.written is None):
         raise SystemExit("--read and --written go together")
     with ExitStack() as stack:
@@ -95,6 +102,8 @@ def make(out: Path, args: argparse.Namespace) -> tuple[TraceSet, TraceSet]:
     """Let the small model read texts, and go on from their beginnings."""
     model, tokenizer, _ = load_model(str(SMALL), dtype="float32")
     given, prompt_tokens, tokens = list(read_prompts(args.prompts)), args.prompt_tokens, args.tokens
+    if args.demo is not None:
+        given = [prompt for prompt in bundled_prompts() if prompt.split == "validation"]
     made = []
     for name, asked in (
         ("read", Collection(max_tokens=prompt_tokens + tokens)),

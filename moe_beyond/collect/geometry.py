@@ -1,13 +1,9 @@
 """A model's geometry, measured on its modules."""
 
-import re
-
 from torch import nn
 
 from moe_beyond.collect.recorder import find_experts
 from moe_beyond.geometry import Geometry
-
-LAYER_END = re.compile(r"(?:layers|blocks)\.\d+\.")
 
 
 def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
@@ -18,13 +14,12 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
         name: What to call it.
         top_k: Experts that a token is routed to.
     """
-    found, modules = find_experts(model), dict(model.named_modules())
+    found = find_experts(model)
     layers = sorted(found)
-    names = {id(module): key for key, module in modules.items()}
     hooked = found[layers[0]]
-    first, count = names[id(hooked.module)], hooked.num_experts
-    block = modules[first[: LAYER_END.search(first).end() - 1]]  # type: ignore[union-attr]
-    beside = modules[first.rpartition(".")[0]]  # where a router is hooked, experts are its neighbours
+    count = hooked.num_experts
+    first = next(name for name, module in model.named_modules() if module is hooked.module)
+    beside = model.get_submodule(first.rpartition(".")[0])  # where a router is hooked, experts are its neighbours
     holder = hooked.module if hooked.names is not None else getattr(beside, "experts", None)
     if holder is not None:
         weights = list(holder.parameters())
@@ -38,5 +33,5 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
         top_k=top_k,
         # Weights may have rows of identity experts too, which nobody moves.
         params_per_expert=max(1, sum(w.numel() // (max(len(w), count) if w.ndim == 3 else count) for w in weights)),
-        other_params_per_layer=sum(w.numel() for w in block.parameters()) - inside,
+        other_params_per_layer=sum(w.numel() for w in hooked.block.parameters()) - inside,
     )

@@ -29,7 +29,7 @@ from moe_beyond.traces.hidden_states import HiddenStates
 SIGNATURES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 ATTENTION = re.compile(r"attn|attention")
-LARGEST = torch.finfo(torch.float16).max
+LARGEST = float(np.finfo(np.float16).max)
 EXPERTS = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
 """What modules call how many experts they hold; longcat_flash counts its identity experts in the first of them."""
 
@@ -107,15 +107,10 @@ class Recorder:
             array: npt.NDArray[Any] = found.cpu().numpy()
             return array
 
-        def of_states(by_layer: dict[int, list[Tensor]]) -> npt.NDArray[np.float16]:
-            found = [by_layer[layer][number] for layer in self.moe_layers]
-            rows = torch.stack([state.reshape(-1, state.shape[-1]) for state in found], 1)
-            array: npt.NDArray[np.float16] = rows.clamp_(-LARGEST, LARGEST).numpy()  # what was beyond is infinite
-            return array
-
-        states = (
-            HiddenStates(of_states(self._router_inputs), of_states(self._layer_inputs)) if self.with_states else None
-        )
+        states = None
+        if self.with_states:  # what was beyond half precision is infinite
+            kept = (stacked(by_layer) for by_layer in (self._router_inputs, self._layer_inputs))
+            states = HiddenStates(*(np.clip(array, -LARGEST, LARGEST, out=array) for array in kept))
         return Call(stacked(self._experts), stacked(self._weights), states)
 
     def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -224,7 +219,7 @@ def _keep_first(module: nn.Module, kept: list[Tensor]) -> Any:
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = args[0] if args else next(iter(kwargs.values()))
-        kept.append(state.detach().to("cpu", torch.float16, copy=True))
+        kept.append(state.detach().to("cpu", torch.float16, copy=True).view(-1, state.shape[-1]))
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_beyond.download import download, is_hub_name, parse_hub_name
+from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import HiddenStates, load_states
@@ -152,8 +152,15 @@ class TraceSet:
             raise UserError(
                 f"{self.folder}: holds no hidden states; collect it with --record experts,gate_weights,hidden_states"
             )
+        self._bring(info.states_file)
         content = self._verified(info.states_file, sha256, "file")
         return load_states(content, (info.tokens, self.geometry.num_layers, size), f"{self.folder}/{info.states_file}")
+
+    def _bring(self, file: str) -> None:
+        """Download a file that few want, where the set was downloaded."""
+        if is_hub_name(self.folder) and not self._files.exists(f"{self._root}/{file}"):
+            commit = self._root.rpartition("/")[2]
+            download(HubName(parse_hub_name(self.folder).repository, commit), "dataset", (file,))
 
     def _verified(self, file: str, sha256: str, what: str = "shard") -> bytes:
         path = f"{self.folder}/{file}"
@@ -196,6 +203,7 @@ class TraceSet:
         if sha256 is None or size is None:
             return None
         layers, experts, _ = self.geometry.shape()
+        self._bring(ROUTERS_FILE)
         content = self._verified(ROUTERS_FILE, sha256, "file")
         return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
 
@@ -224,7 +232,7 @@ class TraceSet:
 def _downloaded(name: str) -> str:
     """Download a trace set and say which one it is."""
     hub_name = parse_hub_name(name)
-    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (VOCABULARY_FILE, "*.parquet", "*.safetensors"))
+    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (VOCABULARY_FILE, "*.parquet"))
     print(f"{hub_name} is {folder.name}", file=sys.stderr)
     return str(folder)
 

@@ -40,6 +40,8 @@ def test_hidden_states_and_routers_come_along(hub: Hub, tmp_path: Path):
     traces = tiny_traces(tmp_path / "traces", hidden_states=True)
     pushed(tmp_path / "traces")
     pulled = TraceSet("hf:org/traces")
+    assert len(list(pulled.traces())) == len(list(traces.traces()))
+    assert not list(tmp_path.rglob("hub-cache/**/*.safetensors"))  # nobody has asked for them
     for ours, theirs in zip(traces.traces(hidden_states=True), pulled.traces(hidden_states=True), strict=True):
         assert np.array_equal(ours.hidden_states.layer_inputs, theirs.hidden_states.layer_inputs)
     assert np.array_equal(pulled.routers.weight, traces.routers.weight)
