@@ -1,23 +1,27 @@
 """Writing files and folders so that nobody ever finds a half-written one."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import is_plain_name, shown
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where a file has no room: a full disk, a quota, a limit of file sizes."""
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries that are written in Rust tell it, such as safetensors."""
+SEAL = "content_sha256"
+"""The field of a JSON object that holds a hash of all others."""
 
 
 @contextmanager
@@ -126,11 +130,79 @@ def read_json(path: str | Path) -> Any:
         UserError: The file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, source: str | Path) -> Any:
+    """Read JSON in UTF-8.
+
+    Args:
+        content: The file.
+        source: Where it came from, for error messages.
+
+    Raises:
+        UserError: It is not JSON.
+    """
+    try:
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # the latter of brackets in brackets without end
-        raise UserError(f"{path}: is not JSON ({error})") from error
+        raise UserError(f"{source}: is not JSON ({error})") from error
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a hash of all other fields to a JSON object, by which `check_seal` notices a change of any of them."""
+    return {**content, SEAL: _seal_of(content)}
+
+
+def check_seal(content: Mapping[str, Any], source: str | Path, remedy: str) -> None:
+    """See that an object is what `sealed` returned.
+
+    Args:
+        content: The object.
+        source: Where it came from, for error messages.
+        remedy: What to do about a change.
+
+    Raises:
+        UserError: A field was changed since.
+    """
+    if content.get(SEAL) != _seal_of(content):
+        raise UserError(f"{source}: {SEAL} and the other fields do not agree: one was damaged or edited; {remedy}")
+
+
+def _seal_of(content: Mapping[str, Any]) -> str:
+    others = {name: value for name, value in content.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def file_in(folder: str | Path, name: str) -> Path:
+    """Return the path of a file that lies in a folder.
+
+    A link that leads out of the folder is refused, but for one to the ``blobs`` of the Hub's cache, where the files of
+    a snapshot lie.
+
+    Args:
+        folder: The folder.
+        name: The file's name in it; a file that is not there is none of this function's business.
+
+    Raises:
+        UserError: It lies elsewhere, or is no regular file.
+    """
+    root, path = Path(folder).resolve(), Path(folder) / name
+    if not is_plain_name(name):
+        raise UserError(f"{folder}: {shown(name)} is not the name of a file in this folder")
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: is a link that leads nowhere") from error
+    if target.parent not in allowed:
+        raise UserError(f"{path}: is a link to a file outside of the folder; put the file itself there")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path}: is not a regular file")
+    return path
 
 
 @contextmanager

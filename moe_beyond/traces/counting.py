@@ -11,7 +11,6 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.reader import Shard, TraceSet
 from moe_beyond.traces.schema import expert_ids
@@ -132,21 +131,18 @@ def count_routing(
         progress: Called with how many tokens are done, and of how many.
 
     Raises:
-        UserError: There is no such split, it has no tokens, or a shard is damaged or holds what no router says: an
-            expert twice in one choice, or gate weights that are negative or not finite.
+        UserError: There is no such split, or a shard is damaged.
     """
     found = RoutingCounts.none(traces.geometry, layer_pairs=layer_pairs)
     shards = traces.shards(split)
     for info in shards:
-        _add(found, traces.read(info), f"{traces.folder}/{info.file}")
+        _add(found, traces.read(info))
         if progress is not None:
             progress(found.tokens, sum(shard.tokens for shard in shards))
-    if not found.tokens:
-        raise UserError(f"{traces.folder}: has no tokens to count; record some")
     return found
 
 
-def _add(found: RoutingCounts, shard: Shard, source: str) -> None:
+def _add(found: RoutingCounts, shard: Shard) -> None:
     lengths = np.diff(shard.offsets)
     found.sequences += len(shard)
     divided = (shard.decode_starts > 0) & (shard.decode_starts < lengths)
@@ -157,7 +153,7 @@ def _add(found: RoutingCounts, shard: Shard, source: str) -> None:
     found.distances = np.pad(found.distances, ((0, 0), (0, longer)))
     by_layer = shard.experts.transpose(1, 0, 2).copy()  # a layer's choices side by side are read fastest
     for layer, chosen in enumerate(by_layer):
-        twice = _follow(
+        _follow(
             chosen,
             shard.offsets,
             shard.decode_starts,
@@ -166,12 +162,10 @@ def _add(found: RoutingCounts, shard: Shard, source: str) -> None:
             found.phase_followers[:, layer],
             found.distances[layer],
         )
-        if twice >= 0:
-            raise UserError(f"{source}: row {_row(shard, twice)}: an expert is named twice by one token in one layer")
     for (first, second), counts in found.pairs.items():
         _pair(by_layer[first], by_layer[second], counts)
     if shard.gate_weights is not None:
-        _weigh(found, by_layer, shard, source)
+        _weigh(found, by_layer, shard.gate_weights)
 
 
 @numba.njit(cache=True)
@@ -183,7 +177,7 @@ def _follow(
     overlaps: Integers,
     followers: Integers,
     distances: Integers,
-) -> int:
+) -> None:
     """Follow a layer's experts through each sequence.
 
     Args:
@@ -194,9 +188,6 @@ def _follow(
         overlaps: ``(3, K + 1)``, added to.
         followers: ``(3,)``, added to.
         distances: ``(longest,)``, added to.
-
-    Returns:
-        The first token that names an expert twice, which ends the count; -1 if none does.
     """
     last = np.empty(activations.shape[1], np.int64)
     for row in range(len(offsets) - 1):
@@ -213,8 +204,6 @@ def _follow(
                 if not 0 <= expert < len(last):
                     continue  # the slot holds none
                 before = last[expert]
-                if before == token:
-                    return token
                 distance = 0 if before < 0 else token - before
                 distances[distance] += 1
                 shared += distance == 1
@@ -224,7 +213,6 @@ def _follow(
             if token > begin:
                 overlaps[phase, shared] += 1
                 followers[phase] += used
-    return -1
 
 
 @numba.njit(cache=True)
@@ -238,15 +226,8 @@ def _pair(first: npt.NDArray[np.integer], second: npt.NDArray[np.integer], count
                     counts[one, other] += 1
 
 
-def _weigh(found: RoutingCounts, by_layer: npt.NDArray[np.integer], shard: Shard, source: str) -> None:
+def _weigh(found: RoutingCounts, by_layer: npt.NDArray[np.integer], gates: npt.NDArray[np.float16]) -> None:
     """Add each token's gate weights, as shares of their sum: routers differ in what that is."""
-    gates = shard.gate_weights
-    assert gates is not None
-    if len(wrong := np.flatnonzero(~(np.isfinite(gates) & (gates >= 0)).all((1, 2)))):
-        raise UserError(
-            f"{source}: row {_row(shard, wrong[0])}: gate weights are negative or not finite; record them after the "
-            "router's softmax or sigmoid"
-        )
     for layer, chosen in enumerate(by_layer):
         weights = gates[:, layer].astype(np.float64)
         mass = weights.sum(1)
@@ -257,7 +238,3 @@ def _weigh(found: RoutingCounts, by_layer: npt.NDArray[np.integer], shard: Shard
         experts = found.gate_mass.shape[1]
         ids = expert_ids(chosen[weighed], experts)
         found.gate_mass[layer] += np.bincount(ids.ravel(), shares.ravel(), minlength=experts + 1)[:experts]
-
-
-def _row(shard: Shard, token: int) -> int:
-    return int(np.searchsorted(shard.offsets, token, side="right")) - 1

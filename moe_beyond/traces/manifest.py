@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import PLAIN_NAME, SHA256, TEXT, Kind, build, check_kinds, number, optional, shown, whole
+from moe_beyond.files import SEAL, check_seal, sealed
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX
 from moe_beyond.traces.steering import Steering
@@ -14,6 +17,32 @@ from moe_beyond.traces.steering import Steering
 MANIFEST_FILE = "manifest.json"
 VOCABULARY_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
+
+COUNT = whole(1, 2**48)
+TOKENIZER_FIELDS = {"name": TEXT, "vocab_size": whole(1, 2**24), "sha256": optional(SHA256)}
+SHARD_FIELDS = {
+    "file": PLAIN_NAME,
+    "split": PLAIN_NAME,
+    "sequences": COUNT,
+    "tokens": COUNT,
+    "bytes": COUNT,
+    "sha256": SHA256,
+    "states_bytes": whole(0, 2**48),
+    "states_sha256": optional(SHA256),
+}
+GENERATION_FIELDS = {"tokens": COUNT, "temperature": number(-1e-9, 1e6), "seed": whole(-(2**64), 2**64)}
+MANIFEST_FIELDS = {
+    "model_id": TEXT,
+    "quantization_bits": number(0, 64),
+    "author": TEXT,
+    "source": TEXT,
+    "tool_version": TEXT,
+    "revision": optional(TEXT),
+    "generation": optional(Kind("an object", lambda value: isinstance(value, Mapping))),
+    "hidden_size": optional(whole(1, 2**24)),
+    "routers_sha256": optional(SHA256),
+}
+"""What each field must be, of the classes below."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +58,10 @@ class Tokenizer:
     name: str
     vocab_size: int
     sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_kinds(TOKENIZER_FIELDS, vars(self), "tokenizer: ")
 
 
 NO_TOKEN_IDS = Tokenizer("none", 1)
@@ -52,6 +85,17 @@ class ShardInfo:
     sha256: str
     states_bytes: int = 0
     states_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        where = f"shard {shown(self.file)}: "
+        check_kinds(SHARD_FIELDS, vars(self), where)
+        if not self.file.endswith(".parquet"):
+            raise UserError(f"{where}the name does not end with .parquet")
+        if self.tokens < self.sequences:
+            raise UserError(f"{where}{self.tokens} tokens are fewer than its {self.sequences} sequences")
+        if (self.states_sha256 is None) != (self.states_bytes == 0):
+            raise UserError(f"{where}states_bytes and states_sha256 belong together")
 
     @property
     def states_file(self) -> str:
@@ -95,6 +139,24 @@ class Manifest:
     shards: tuple[ShardInfo, ...] = field(default=())
     steering: Steering | None = None
 
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            UserError: One is of a wrong type or out of bounds, or shards are doubled or do not agree with each other.
+        """
+        check_kinds({"model": TEXT}, vars(self.geometry), "geometry: ")
+        check_kinds(MANIFEST_FIELDS, vars(self))
+        if self.generation is not None:
+            _check_generation(self.generation)
+        for name in ("file", "sha256"):
+            if (twice := _first_twice(getattr(shard, name) for shard in self.shards)) is not None:
+                raise UserError(f"two shards have the {name} {twice}; a shard is listed twice")
+        for shard in self.shards:
+            if (shard.states_sha256 is None) != (self.hidden_size is None):
+                with_or_without = "without" if self.hidden_size is None else "with"
+                raise UserError(f"shard {shard.file}: the set is one {with_or_without} hidden states")
+
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, in the order of the shards."""
@@ -122,21 +184,26 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dictionary that `from_json` reads."""
-        counts = {
+        return sealed(
+            {
+                "format_version": FORMAT_VERSION,
+                **asdict(self),
+                "geometry": self.geometry.to_json(),
+                "splits": self.counts(),
+                "fingerprint": self.fingerprint,
+                "shards": [asdict(shard) for shard in self.shards],
+                "steering": self.steering and self.steering.to_json(),
+            }
+        )
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return the ``sequences`` and ``tokens`` of every split."""
+        return {
             split: {
                 "sequences": sum(s.sequences for s in self.shards if s.split == split),
                 "tokens": sum(s.tokens for s in self.shards if s.split == split),
             }
             for split in self.splits
-        }
-        return {
-            "format_version": FORMAT_VERSION,
-            **asdict(self),
-            "geometry": self.geometry.to_json(),
-            "splits": counts,
-            "fingerprint": self.fingerprint,
-            "shards": [asdict(shard) for shard in self.shards],
-            "steering": self.steering and self.steering.to_json(),
         }
 
     @classmethod
@@ -148,29 +215,55 @@ class Manifest:
             source: Where it came from, for error messages.
 
         Raises:
-            UserError: It is not a manifest of this format version.
+            UserError: It is not a manifest of this format version, a field is wrong, or the shards are not those whose
+                fingerprint and counts it holds.
         """
         if not isinstance(content, Mapping):
             raise UserError(f"{source}: is not a manifest; not a trace set?")
-        if content.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{source}: format version {content.get('format_version')!r}, not {FORMAT_VERSION}; not a trace set?"
-            )
+        version = content.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise UserError(f"{source}: format version {shown(version)}, not {FORMAT_VERSION}; not a trace set?")
         if not content.get("shards"):
             raise UserError(f"{source}: names no shards; the trace set is empty")
-        fields = {k: v for k, v in content.items() if k not in ("format_version", "splits", "fingerprint")}
-        steering = fields.get("steering")
+        derived = ("format_version", "splits", "fingerprint", SEAL)
+        geometry = Geometry.from_json(content.get("geometry", {}), source=source)
         try:
-            return cls(
-                **{
-                    **fields,
-                    "geometry": Geometry.from_json(fields["geometry"], source=source),
-                    "tokenizer": Tokenizer(**fields["tokenizer"]),
-                    "shards": tuple(ShardInfo(**shard) for shard in fields["shards"]),
-                    "steering": None
-                    if steering is None
-                    else Steering.from_json(steering, source=f"{source}: steering"),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{source}: fields are missing or unknown ({error})") from error
+            manifest = _manifest({name: value for name, value in content.items() if name not in derived}, geometry)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        for name, found in (("splits", manifest.counts()), ("fingerprint", manifest.fingerprint)):
+            if content.get(name) != found:
+                raise UserError(
+                    f"{source}: {name} and shards do not agree: a shard was left out, moved to another split or "
+                    "changed; restore the file, or write the set anew"
+                )
+        if SEAL in content:  # sets of the first version have none
+            check_seal(content, source, "restore the file; after an edit of your own, remove that field")
+        return manifest
+
+
+def _manifest(content: Mapping[str, Any], geometry: Geometry) -> Manifest:
+    if not isinstance(content["shards"], list):
+        raise UserError(f"shards must be a list (got {shown(content['shards'])})")
+    shards = tuple(build(ShardInfo, shard, f"shard {number}") for number, shard in enumerate(content["shards"]))
+    parts: dict[str, Any] = {"geometry": geometry, "shards": shards}
+    if "tokenizer" in content:
+        parts["tokenizer"] = build(Tokenizer, content["tokenizer"], "tokenizer")
+    if content.get("steering") is not None:
+        parts["steering"] = steering = Steering.from_json(content["steering"], source="steering")
+        steering.check_fits(geometry, "steering")
+    return build(Manifest, {**content, **parts}, "manifest")
+
+
+def _check_generation(generation: Mapping[str, Any]) -> None:
+    if unknown := set(generation) - set(GENERATION_FIELDS):
+        raise UserError(f"generation: unknown field {shown(min(unknown))}")
+    for name in ("tokens", "temperature"):
+        if name not in generation:
+            raise UserError(f"generation: field {name!r} is missing")
+    given = {name: kind for name, kind in GENERATION_FIELDS.items() if name in generation}
+    check_kinds(given, generation, "generation: ")
+
+
+def _first_twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)

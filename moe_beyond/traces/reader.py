@@ -1,27 +1,32 @@
 """Reading a trace set, from a folder or any storage that fsspec knows."""
 
 import hashlib
-import io
-import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import shown
+from moe_beyond.files import file_in, parse_json
 from moe_beyond.geometry import Geometry
+from moe_beyond.traces.checks import first_fault
+from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.hidden_states import HiddenStates, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
+from moe_beyond.traces.parquet import check_schema, read_columns
 from moe_beyond.traces.routers import ROUTERS_FILE, Routers, load_routers
-from moe_beyond.traces.schema import arrow_schema, none_id
+from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.trace import Trace
 
 
@@ -89,12 +94,12 @@ class TraceSet:
         except (ValueError, ImportError) as error:
             raise UserError(f"{self.folder}: cannot be opened ({error})") from error
         try:
-            content = json.loads(self._read(MANIFEST_FILE))
-        except (FileNotFoundError, NotADirectoryError) as error:
+            content = self._read(MANIFEST_FILE)
+        except FileNotFoundError as error:
             raise UserError(f"{path}: not found; is {self.folder} a trace set?") from error
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error})") from error
-        self.manifest = Manifest.from_json(content, source=path)
+        self.manifest = Manifest.from_json(parse_json(content, path), source=path)
+        self._file_of: dict[str, str] = {}  # sequence id -> file, of the shards read so far
+        self._gate_weights: tuple[bool, str] | None = None  # whether they have some, and the last one's file
 
     @property
     def geometry(self) -> Geometry:
@@ -140,11 +145,43 @@ class TraceSet:
             hidden_states: Whether to read those beside it as well.
 
         Raises:
-            UserError: A file is missing, damaged, or does not have the columns of a trace set.
+            UserError: A file is missing or damaged, is not what the manifest says, or holds what the writer refuses.
         """
-        table = pq.read_table(io.BytesIO(self._verified(info.file, info.sha256)))
-        shard = decode(table, self.geometry, f"{self.folder}/{info.file}")
+        path = f"{self.folder}/{info.file}"
+        table = self._table(info, arrow_schema(self.geometry, gate_weights=True).names)
+        shard = decode(table, self.geometry, path, self.manifest.tokenizer.vocab_size)
+        self._check_texts(info, shard.sequence_ids, shard.offsets)
+        has_gates, others = shard.gate_weights is not None, self._gate_weights
+        if others is not None and others[0] != has_gates:
+            with_or_without = "with" if others[0] else "without"
+            raise UserError(f"{path}: the shards of a set have gate weights all or none; {others[1]} is {with_or_without}")
+        self._gate_weights = has_gates, info.file
         return replace(shard, hidden_states=self._states(info)) if hidden_states else shard
+
+    def _table(self, info: ShardInfo, columns: list[str]) -> pa.Table:
+        """Verify a shard's file and read some of its columns."""
+        path, content = f"{self.folder}/{info.file}", self._verified(info.file, info.sha256)
+        if len(content) != info.bytes:
+            raise UserError(f"{path}: is {len(content)} bytes long, but {MANIFEST_FILE} says {info.bytes}")
+        return read_columns(content, columns, self.geometry, info.sequences, info.tokens, path)
+
+    def _check_texts(self, info: ShardInfo, sequence_ids: Sequence[str], offsets: npt.NDArray[np.int64]) -> None:
+        """Refuse other counts than the manifest's, and an id that is there twice, also in a shard that was read before.
+
+        Whatever reads a whole set so finds every id that is twice in it.
+        """
+        path, found = f"{self.folder}/{info.file}", (len(sequence_ids), int(offsets[-1]))
+        if found != (info.sequences, info.tokens):
+            raise UserError(
+                f"{path}: holds {found[0]} sequences of {found[1]} tokens, but {MANIFEST_FILE} says "
+                f"{info.sequences} of {info.tokens}"
+            )
+        if len(set(sequence_ids)) != len(sequence_ids):
+            twice = next(name for name, count in Counter(sequence_ids).items() if count > 1)
+            raise UserError(f"{path}: two sequences have the id {shown(twice)}; ids must be unique")
+        for sequence_id in sequence_ids:
+            if (file := self._file_of.setdefault(sequence_id, info.file)) != info.file:
+                raise UserError(f"{path}: sequence {shown(sequence_id)} is in {file} too; ids must be unique")
 
     def _states(self, info: ShardInfo) -> HiddenStates:
         size, sha256 = self.manifest.hidden_size, info.states_sha256
@@ -176,14 +213,36 @@ class TraceSet:
         """Return the tokens of every row, shard by shard, without decoding the experts.
 
         Raises:
-            UserError: A shard is missing or damaged.
+            UserError: A shard is missing or damaged, is not what the manifest says, or holds texts that the writer
+                refuses.
         """
-        found = []
+        return [np.diff(self._read_texts(info)[0]) for info in self.shards(split)]
+
+    def text_digests(self, split: str | None = None) -> list[bytes]:
+        """Return what exact copies share (`moe_beyond.traces.copies.text_digest`), of every sequence in stored order.
+
+        Raises:
+            UserError: A shard is missing or damaged, or is not what the manifest says.
+        """
+        digests = []
         for info in self.shards(split):
-            content = self._verified(info.file, info.sha256)
-            table = pq.read_table(io.BytesIO(content), columns=["token_ids"])
-            found.append(np.diff(_list_column(table, "token_ids")[0]))
-        return found
+            if self.manifest.has_token_ids:
+                offsets, content = self._read_texts(info)
+            else:
+                shard = self.read(info)
+                offsets, content = shard.offsets, shard.experts
+            digests += [text_digest(content[start:stop]) for start, stop in pairwise(offsets.tolist())]
+        return digests
+
+    def _read_texts(self, info: ShardInfo) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Read a shard's offsets and token ids, and verify all but its experts."""
+        path = f"{self.folder}/{info.file}"
+        table = self._table(info, ["sequence_id", "token_ids", "decode_start"])
+        sequence_ids, offsets, token_ids, decode_starts = _texts(table, path)
+        vocab_size = self.manifest.tokenizer.vocab_size
+        _refuse(first_fault(self.geometry, vocab_size, offsets, token_ids, decode_starts), sequence_ids, path)
+        self._check_texts(info, sequence_ids, offsets)
+        return offsets, token_ids
 
     def traces(self, split: str | None = None, *, hidden_states: bool = False) -> Iterator[Trace]:
         """Iterate over the traces of a split, or of all splits, in stored order, one shard in memory at a time."""
@@ -212,20 +271,36 @@ class TraceSet:
         """The string of every token id, ``vocab_size`` of them, or None where the set carries no tokenizer."""
         from tokenizers import Tokenizer
 
+        path, sha256 = f"{self.folder}/{VOCABULARY_FILE}", self.manifest.tokenizer.sha256
         try:
             content = self._read(VOCABULARY_FILE)
         except FileNotFoundError:
             return None
-        if hashlib.sha256(content).hexdigest() != self.manifest.tokenizer.sha256:
-            raise UserError(
-                f"{self.folder}/{VOCABULARY_FILE}: is not the tokenizer that {MANIFEST_FILE} names (sha256)"
-            )
-        tokenizer = Tokenizer.from_str(content.decode())
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{path}: is not the tokenizer that {MANIFEST_FILE} names (sha256)")
+        try:
+            tokenizer = Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path}: is not a tokenizer ({' '.join(str(error).split())})") from error
         strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
         return [string or "" for string in strings]
 
     def _read(self, name: str) -> bytes:
-        content: bytes = self._files.cat_file(f"{self._root}/{name}")
+        """Read a file of the set.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            UserError: It cannot be read, or lies elsewhere.
+        """
+        path = f"{self.folder}/{name}"
+        if isinstance(self._files, LocalFileSystem):
+            file_in(self._root, name)
+        try:
+            content: bytes = self._files.cat_file(f"{self._root}/{name}")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(path) from error
+        except Exception as error:  # every file system has errors of its own
+            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
         return content
 
 
@@ -237,50 +312,86 @@ def _downloaded(name: str) -> str:
     return str(folder)
 
 
-def decode(table: pa.Table, geometry: Geometry, source: str) -> Shard:
-    """Turn a table of rows into flat arrays.
+def decode(table: pa.Table, geometry: Geometry, source: str, vocab_size: int = 2**31) -> Shard:
+    """Turn a table of rows into flat arrays, once every row is known to be what `TraceWriter.write` takes.
 
     Args:
         table: Columns of `moe_beyond.traces.schema.arrow_schema`.
         geometry: The model's shape.
         source: Where it came from, for error messages.
+        vocab_size: One more than the largest token id there may be.
 
     Raises:
-        UserError: A column is missing or of another type, or a row's lists do not fit the geometry.
+        UserError: A column is missing or of another type, holds nulls, or a row does not fit the geometry or is none
+            that a model makes.
     """
-    for field in arrow_schema(geometry, gate_weights="gate_weights" in table.schema.names):
-        if field.name not in table.schema.names:
-            raise UserError(f"{source}: column {field.name!r} is missing")
-        if (found := table.schema.field(field.name).type) != field.type:
-            raise UserError(f"{source}: column {field.name!r} is {found}, not {field.type}")
-    layers, experts, top_k = geometry.shape()
-    tokens = _list_column(table, "token_ids")
-    routed = _list_column(table, "experts")
-    wrong = np.flatnonzero(np.diff(routed[0]) != np.diff(tokens[0]) * layers * top_k)
-    if len(wrong):
-        raise UserError(f"{source}: row {wrong[0]}: experts do not hold {layers} x {top_k} ids a token")
-    ids = routed[1]
-    if (((ids < 0) | (ids >= experts)) & (ids != none_id(ids.dtype))).any():
-        raise UserError(f"{source}: an expert id is out of range 0..{experts - 1}")
+    check_schema(table.schema, geometry, source)
+    layers, _, top_k = geometry.shape()
+    sequence_ids, offsets, token_ids, decode_starts = _texts(table, source)
+    routed, experts = _list_column(table, "experts", source)
+    _check_lengths(routed, offsets, layers * top_k, f"experts do not hold {layers} x {top_k} ids a token", source)
     gates = None
     if "gate_weights" in table.schema.names:
-        offsets, gates = _list_column(table, "gate_weights")
-        if len(wrong := np.flatnonzero(np.diff(offsets) != np.diff(routed[0]))):
-            raise UserError(f"{source}: row {wrong[0]}: there are not as many gate weights as experts")
-    return Shard(
+        weighed, gates = _list_column(table, "gate_weights", source)
+        _check_lengths(weighed, routed, 1, "there are not as many gate weights as experts", source)
+    shard = Shard(
         geometry=geometry,
-        sequence_ids=table["sequence_id"].to_pylist(),
-        sources=table["source"].to_pylist(),
-        offsets=tokens[0],
-        token_ids=tokens[1],
-        experts=routed[1].reshape(-1, layers, top_k),
-        decode_starts=table["decode_start"].to_numpy(),
+        sequence_ids=sequence_ids,
+        sources=_strings(table, "source", source),
+        offsets=offsets,
+        token_ids=token_ids,
+        experts=experts.reshape(-1, layers, top_k),
+        decode_starts=decode_starts,
         gate_weights=None if gates is None else gates.reshape(-1, layers, top_k),
     )
+    fault = first_fault(geometry, vocab_size, offsets, token_ids, decode_starts, shard.experts, shard.gate_weights)
+    _refuse(fault, sequence_ids, source)
+    return shard
 
 
-def _list_column(table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+def _texts(
+    table: pa.Table, source: str
+) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return sequence ids, offsets, token ids and decode starts, as in a `Shard`."""
+    offsets, token_ids = _list_column(table, "token_ids", source)
+    _refuse_nulls(table["decode_start"], "decode_start", source)
+    decode_starts = table["decode_start"].to_numpy()
+    return _strings(table, "sequence_id", source), offsets, token_ids, decode_starts
+
+
+def _check_lengths(
+    found: npt.NDArray[np.int64], expected: npt.NDArray[np.int64], times: int, fault: str, source: str
+) -> None:
+    wrong = np.flatnonzero(np.diff(found) != np.diff(expected) * times)
+    if len(wrong):
+        raise UserError(f"{source}: row {wrong[0]}: {fault}")
+
+
+def _refuse(fault: tuple[int, str] | None, sequence_ids: Sequence[str], source: str) -> None:
+    if fault is not None:
+        row, what = fault
+        raise UserError(f"{source}: row {row} (sequence {shown(sequence_ids[row])}): {what}")
+
+
+def _refuse_nulls(column: pa.ChunkedArray | pa.Array, name: str, source: str) -> None:
+    if column.null_count:
+        raise UserError(f"{source}: column {name!r} holds nulls")
+
+
+def _strings(table: pa.Table, name: str, source: str) -> list[str]:
+    _refuse_nulls(table[name], name, source)
+    try:
+        strings: list[str] = table[name].to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: column {name!r} holds bytes that are no UTF-8 text") from error
+    return strings
+
+
+def _list_column(table: pa.Table, name: str, source: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """Return the offsets of a column of lists, and what they hold, flat."""
     column = table[name].combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # an empty table
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    _refuse_nulls(column, name, source)
+    _refuse_nulls(column.values, name, source)
     return column.offsets.to_numpy().astype(np.int64), column.values.to_numpy(zero_copy_only=False)

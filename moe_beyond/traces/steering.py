@@ -75,8 +75,12 @@ class Steering:
             raise UserError(f"{source}: names no expert; leave it out, or name one")
         return cls(tuple(sorted(on)), tuple(sorted(off)))
 
-    def check_fits(self, geometry: Geometry) -> None:
+    def check_fits(self, geometry: Geometry, source: str = "--steer") -> None:
         """Refuse what a model of this shape cannot do.
+
+        Args:
+            geometry: The shape.
+            source: Where the steering came from, for error messages.
 
         Raises:
             UserError: It has no such layer or expert, routes to fewer than are on, or is left too few.
@@ -85,22 +89,22 @@ class Steering:
         for layer, expert in (*self.on, *self.off):
             if layer not in layers:
                 known = ", ".join(map(str, layers))
-                raise UserError(f"--steer: layer {layer} of {geometry.model} holds no experts; those that do: {known}")
+                raise UserError(f"{source}: layer {layer} of {geometry.model} holds no experts; those that do: {known}")
             if expert >= geometry.num_experts:
                 raise UserError(
-                    f"--steer: layer {layer} of {geometry.model} has no expert {expert}; its experts are "
+                    f"{source}: layer {layer} of {geometry.model} has no expert {expert}; its experts are "
                     f"0 to {geometry.num_experts - 1}"
                 )
         for layer in self.layers:
             on, off = self.of_layer(layer)
             if len(on) > geometry.top_k:
                 raise UserError(
-                    f"--steer: {len(on)} experts of layer {layer} are on, and a token is routed to {geometry.top_k}; "
+                    f"{source}: {len(on)} experts of layer {layer} are on, and a token is routed to {geometry.top_k}; "
                     f"leave {geometry.top_k} or fewer"
                 )
             if (left := geometry.num_experts - len(off)) < geometry.top_k:
                 raise UserError(
-                    f"--steer: {left} of the {geometry.num_experts} experts of layer {layer} are left, and a token is "
+                    f"{source}: {left} of the {geometry.num_experts} experts of layer {layer} are left, and a token is "
                     f"routed to {geometry.top_k}; turn fewer off"
                 )
 

@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import is_plain_name, shown
 from moe_beyond.files import replacing_folder, write_json
 from moe_beyond.published import CARD_FILE
 from moe_beyond.traces.card import traces_card
+from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
 from moe_beyond.traces.routers import ROUTERS_FILE, Routers
-from moe_beyond.traces.schema import check_experts, experts_dtype, to_table
+from moe_beyond.traces.schema import experts_dtype, to_table
 from moe_beyond.traces.trace import Trace
 
 # zstd level 9 stores 4.3 bytes an entry of six one-byte ids, level 1 stores 4.5; reading is as fast.
@@ -51,24 +53,31 @@ class TraceWriter:
             UserError: Its arrays do not fit the geometry.
         """
         geometry = self._manifest.geometry
-        length, (layers, experts, top_k) = len(trace), geometry.shape()
-        if length == 0:
-            raise UserError(f"sequence {trace.sequence_id!r} has no tokens")
+        length, (layers, _, top_k) = len(trace), geometry.shape()
         if trace.experts.shape != (length, layers, top_k):
             raise UserError(
                 f"sequence {trace.sequence_id!r}: experts have shape {trace.experts.shape}, "
                 f"expected {(length, layers, top_k)} for {geometry.describe_shape()}"
             )
-        if wrong := check_experts(trace.experts, experts):
-            raise UserError(f"sequence {trace.sequence_id!r}: {wrong}")
-        vocab = self._manifest.tokenizer.vocab_size
-        if len(outside := trace.token_ids[(trace.token_ids < 0) | (trace.token_ids >= vocab)]):
-            raise UserError(f"sequence {trace.sequence_id!r}: token id {outside[0]} is out of range 0..{vocab - 1}")
-        if not 0 <= trace.decode_start <= length:
-            raise UserError(f"sequence {trace.sequence_id!r}: decode_start {trace.decode_start} is not in 0..{length}")
+        self._check_gate_weights(trace)
+        if trace.gate_weights is not None:
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                trace = replace(trace, gate_weights=np.ascontiguousarray(trace.gate_weights, np.float16))
+        fault = first_fault(
+            geometry,
+            self._manifest.tokenizer.vocab_size,
+            np.array([0, length]),
+            trace.token_ids,
+            np.array([trace.decode_start]),
+            trace.experts,
+            trace.gate_weights,
+        )
+        if fault is not None:
+            raise UserError(f"sequence {trace.sequence_id!r}: {fault[1]}")
         if trace.sequence_id in self._sequences:
             raise UserError(f"sequence {trace.sequence_id!r} was written already")
-        self._check_gate_weights(trace)
+        if not is_plain_name(split):
+            raise UserError(f"sequence {trace.sequence_id!r}: split {shown(split)} is not a plain name")
         self._check_hidden_states(trace)
         self._sequences.add(trace.sequence_id)
         trace = replace(

@@ -131,7 +131,7 @@ def test_an_expert_that_does_not_exist_is_named():
     ids = TABLE["experts"].combine_chunks().values.to_numpy().copy()
     ids[7] = 8
     column = pa.ListArray.from_arrays(pa.array([0, 24, 40], pa.int32()), pa.array(ids))
-    with pytest.raises(UserError, match=r"here: an expert id is out of range 0\.\.7"):
+    with pytest.raises(UserError, match=r"here: row 0 \(sequence 'a'\): expert id 8 is out of range 0\.\.7"):
         decode(with_column("experts", column), TINY, "here")
 
 

@@ -1,0 +1,80 @@
+"""Opening a shard's Parquet file: what its footer says is compared with the manifest before anything is decoded."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_beyond.errors import UserError
+from moe_beyond.fields import printable
+from moe_beyond.geometry import Geometry
+from moe_beyond.traces.schema import arrow_schema
+
+BOMB_BYTES, BOMB_RATIO = 2**26, 100
+"""A file that decodes into more than so many bytes, and into so many times its size, is not decoded: routing that a
+model made compresses a few times at most."""
+
+
+def read_columns(
+    content: bytes, columns: list[str], geometry: Geometry, sequences: int, tokens: int, source: str
+) -> pa.Table:
+    """Read some columns of a shard.
+
+    Args:
+        content: The file.
+        columns: Which; ``gate_weights`` are read where they are there.
+        geometry: The model's shape.
+        sequences: Rows that it must have.
+        tokens: Tokens that it must have.
+        source: Where it came from, for error messages.
+
+    Raises:
+        UserError: It is no Parquet file, lacks a column, holds other counts, or would take the memory.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        _check_footer(file, len(content), geometry, sequences, tokens, source)
+        names = [name for name in columns if name in file.schema_arrow.names or name != "gate_weights"]
+        table = file.read(columns=names)
+        table.validate()
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise UserError(f"{source}: cannot be read as Parquet ({reason}); get the trace set anew") from error
+    return table
+
+
+def _check_footer(
+    file: pq.ParquetFile, size: int, geometry: Geometry, sequences: int, tokens: int, source: str
+) -> None:
+    """Compare the footer's counts with the manifest's, and what the file decodes into with its size."""
+    names, metadata = file.schema_arrow.names, file.metadata
+    check_schema(file.schema_arrow, geometry, source)
+    if metadata.num_rows != sequences:
+        raise UserError(f"{source}: holds {metadata.num_rows} sequences, but the manifest says {sequences}")
+    leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    values = {
+        leaf.path.partition(".")[0]: sum(group.column(index).num_values for group in groups)
+        for index, leaf in enumerate(leaves)
+    }
+    entries = tokens * geometry.demand_per_token
+    decoded = 4 * values.get("token_ids", 0) + 4 * sum(values.get(name, 0) for name in ("experts", "gate_weights"))
+    decoded += sum(group.column(index).total_uncompressed_size for group in groups for index in range(len(leaves)))
+    if decoded > max(BOMB_BYTES, BOMB_RATIO * size):
+        raise UserError(f"{source}: {size:,} bytes would decode into {decoded:,}; no recorded routing is so regular")
+    for name, expected in (("token_ids", tokens), ("experts", entries), ("gate_weights", entries)):
+        if name in names and values[name] != expected:
+            raise UserError(
+                f"{source}: column {name!r} holds {values[name]} values, but the manifest's {tokens} tokens make {expected}"
+            )
+
+
+def check_schema(schema: pa.Schema, geometry: Geometry, source: str) -> None:
+    """See that a shard has every column once and of its type.
+
+    Raises:
+        UserError: It does not.
+    """
+    for field in arrow_schema(geometry, gate_weights="gate_weights" in schema.names):
+        if (count := schema.names.count(field.name)) != 1:
+            raise UserError(f"{source}: column {field.name!r} is {'missing' if count == 0 else 'there twice'}")
+        if (found := schema.field(field.name).type) != field.type:
+            raise UserError(f"{source}: column {field.name!r} is {printable(str(found))}, not {field.type}")
