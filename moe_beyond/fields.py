@@ -61,7 +61,9 @@ def is_plain_name(value: Any) -> bool:
 
 TEXT = Kind(f"text of at most {LONGEST_TEXT} characters without control characters", _is_text)
 PLAIN_NAME = Kind("a plain name (no folders, no control characters)", is_plain_name)
-SHA256 = Kind("64 hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)))
+SHA256 = Kind(
+    "64 hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 
 
@@ -104,11 +106,11 @@ def build(made: Callable[..., Made], content: Any, what: str) -> Made:
 
 
 def shown(value: Any) -> str:
-    """Return a short form of any value, one line that a terminal can show.
+    r"""Return a short form of any value, one line that a terminal can show.
 
     Example:
-        >>> shown("a\\nb"), shown(-3)
-        ("'a\\\\nb'", '-3')
+        >>> shown("two\nlines"), shown(-3), shown({"on": []})
+        ("'two\\\\nlines'", '-3', 'an object of 1')
     """
     if isinstance(value, Mapping | list | tuple):  # which may be long, or too deep to write out
         return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"

@@ -33,9 +33,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
         }
         for split in by_split
     }
-    hashes = [
-        (shard["split"], shard["sha256"], *filter(None, [shard["states_sha256"]])) for shard in content["shards"]
-    ]
+    hashes = [(shard["split"], shard["sha256"], *filter(None, [shard["states_sha256"]])) for shard in content["shards"]]
     covered = [content["geometry"], content["tokenizer"]["sha256"], hashes]
     content["fingerprint"] = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(sealed(content)))
@@ -70,5 +68,3 @@ def with_column(table: pa.Table, name: str, values: pa.Array | list[Any]) -> pa.
     """A table with other values in a column."""
     array = values if isinstance(values, pa.Array) else pa.array(values, table.schema.field(name).type)
     return table.set_column(table.schema.get_field_index(name), name, array)
-
-

@@ -63,7 +63,7 @@ def _check_footer(
     for name, expected in (("token_ids", tokens), ("experts", entries), ("gate_weights", entries)):
         if name in names and values[name] != expected:
             raise UserError(
-                f"{source}: column {name!r} holds {values[name]} values, but the manifest's {tokens} tokens make {expected}"
+                f"{source}: column {name!r} holds {values[name]} values, not {expected}: the manifest says {tokens} tokens"
             )
 
 

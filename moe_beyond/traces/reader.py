@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import shown
+from moe_beyond.fields import printable, shown
 from moe_beyond.files import file_in, parse_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.checks import first_fault
@@ -154,7 +154,9 @@ class TraceSet:
         has_gates, others = shard.gate_weights is not None, self._gate_weights
         if others is not None and others[0] != has_gates:
             with_or_without = "with" if others[0] else "without"
-            raise UserError(f"{path}: the shards of a set have gate weights all or none; {others[1]} is {with_or_without}")
+            raise UserError(
+                f"{path}: the shards of a set have gate weights all or none; {others[1]} is {with_or_without}"
+            )
         self._gate_weights = has_gates, info.file
         return replace(shard, hidden_states=self._states(info)) if hidden_states else shard
 
@@ -281,7 +283,7 @@ class TraceSet:
         try:
             tokenizer = Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path}: is not a tokenizer ({' '.join(str(error).split())})") from error
+            raise UserError(f"{path}: is not a tokenizer ({printable(' '.join(str(error).split()))})") from error
         strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
         return [string or "" for string in strings]
 
@@ -300,7 +302,9 @@ class TraceSet:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(path) from error
         except Exception as error:  # every file system has errors of its own
-            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+            raise UserError(
+                f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+            ) from error
         return content
 
 

@@ -212,17 +212,10 @@ def test_a_manifest_that_does_not_agree_with_itself_is_refused(change, name):
         Manifest.from_json(edited(**change), source="here.json")
 
 
-def test_every_flipped_bit_is_noticed_or_changes_nothing():
+def test_a_flipped_bit_is_noticed():
     text = json.dumps(MANIFEST.to_json(), indent=2).encode()
-    unnoticed = 0
     for bit in range(0, 8 * len(text), 7):  # every byte, every bit of a byte in turn
         flipped = bytearray(text)
         flipped[bit // 8] ^= 1 << bit % 8
-        try:
-            found = Manifest.from_json(parse_json(bytes(flipped), "here.json"), source="here.json")
-        except UserError as error:
-            assert "\n" not in str(error)
-        else:
-            unnoticed += 1
-            assert found == MANIFEST
-    assert unnoticed == 0
+        with pytest.raises(UserError, match=r"^here\.json: .*\Z"):
+            Manifest.from_json(parse_json(bytes(flipped), "here.json"), source="here.json")

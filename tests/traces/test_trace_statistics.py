@@ -1,24 +1,19 @@
 """Popularity, locality, gate mass and phases against hand-worked numbers and plain loops."""
 
-import hashlib
 import itertools
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.counting import count_routing
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import to_table
 from moe_beyond.traces.statistics import (
     distance_percentiles,
     jaccard,
@@ -233,28 +228,6 @@ def test_slots_without_an_expert_count_for_nothing(tmp_path):
     assert first["gate_mass"] == {"by_rank": [0.75, 0.25], "popularity": [0.75, 0.25, 0, 0]}
     assert (first["next_layer"]["dependence"], first["reuse_distance"]["never_again"]) == (None, round(2 / 3, 6))
     json.dumps(summary, allow_nan=False)
-
-
-def test_no_router_says_an_expert_twice(tmp_path):
-    traces = write(tmp_path / "set", [[[[0, 1], [0, 1]]], HAND[0], HAND[1]], shard_tokens=99)
-    (_, info) = traces.manifest.shards
-    path = tmp_path / "set" / info.file
-    shard = traces.read(info)
-    twice = shard.trace(1).experts.copy()
-    twice[0, 1] = 3
-    rows = [shard.trace(0), replace(shard.trace(1), experts=twice)]
-    pq.write_table(to_table(rows, traces.geometry), path)
-    manifest = tmp_path / "set/manifest.json"
-    manifest.write_text(manifest.read_text().replace(info.sha256, hashlib.sha256(path.read_bytes()).hexdigest()))
-    with pytest.raises(UserError, match=r"validation-00000.parquet: row 1: an expert is named twice by one token"):
-        summarize(TraceSet(traces.folder))
-
-
-@pytest.mark.parametrize("bad", [-0.5, math.inf])
-def test_gate_weights_that_no_router_gives_are_named(bad, tmp_path):
-    gates = [[[[0.5, 0.5]] * 2] * 3, [[[0.5, 0.5], [0.5, bad]]]]
-    with pytest.raises(UserError, match=r"validation-00000.parquet: row 0: gate weights are negative or not finite"):
-        summarize(write(tmp_path / "set", HAND, gates_of=gates))
 
 
 entries = st.permutations(range(6)).map(lambda ids: ids[:3])
