@@ -1,5 +1,6 @@
-"""Scores on disk: a folder of safetensors shards, one tensor a sequence, and an index."""
+"""Scores on disk: a folder of safetensors shards, one tensor a sequence, and an index with the hash of every shard."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import is_earlier_result, read_json, replacing_folder, write_json
+from moe_beyond.fields import FLAG, PLAIN_NAME, SHA256, TEXT, Kind, check_kinds, printable, shown
+from moe_beyond.files import check_seal, file_in, is_earlier_result, read_json, replacing_folder, sealed, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 
 FORMAT_VERSION = 1
 INDEX_FILE = "scores.json"
 VALUES_PER_SHARD = 64 * 2**20
+INDEX_FIELDS = {
+    "predictor": TEXT,
+    "lookaheads": Kind("a list", lambda value: isinstance(value, list) and bool(value)),
+    "causal": FLAG,
+    "available": Kind("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
+    "geometry": Kind("an object", lambda value: isinstance(value, Mapping)),
+    "traces": TEXT,
+    "files": Kind("an object of plain file names", lambda value: _is_object_of(PLAIN_NAME, value)),
+    "sha256": Kind("an object of hashes, 64 hexadecimal digits each", lambda value: _is_object_of(SHA256, value)),
+}
+"""What each field of the index must be."""
 
 
 class ScoresWriter:
@@ -86,8 +99,9 @@ def writing_scores(
             "geometry": geometry.to_json(),
             "traces": traces,
             "files": writer.files,
+            "sha256": {name: _sha256(temporary / name) for name in dict.fromkeys(writer.files.values())},
         }
-        write_json(temporary / INDEX_FILE, index)
+        write_json(temporary / INDEX_FILE, sealed(index))
 
 
 class ScoresFolder:
@@ -104,24 +118,23 @@ class ScoresFolder:
         self.folder = Path(folder)
         if not (self.folder / INDEX_FILE).exists():
             raise UserError(f"{folder}: is not a scores folder (it has no {INDEX_FILE})")
-        path = self.folder / INDEX_FILE
+        path = file_in(self.folder, INDEX_FILE)
         index = read_json(path)
         try:
-            if index["format_version"] != FORMAT_VERSION:
-                raise UserError(f"scores format {index['format_version']!r}; this package reads {FORMAT_VERSION}")
-            self.predictor = str(index["predictor"])
-            self.lookaheads: tuple[Lookahead, ...] = tuple(parse_lookahead(h) for h in index["lookaheads"])
-            self.causal = bool(index["causal"])
-            self.available = str(index["available"])
-            if self.available not in ("routed", "computed"):
-                raise UserError(f"available is {self.available!r}, neither 'routed' nor 'computed'")
+            _check_index(index)
+            self.lookaheads: tuple[Lookahead, ...] = tuple(map(parse_lookahead, index["lookaheads"]))
+            if len(set(self.lookaheads)) != len(self.lookaheads):
+                raise UserError(f"lookaheads name one twice: {', '.join(map(str, self.lookaheads))}")
             self.geometry = Geometry.from_json(index["geometry"])
-            self.traces = str(index["traces"])
-            self._files: dict[str, str] = dict(index["files"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: a field is missing or wrong ({error})") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        check_seal(index, path, "restore the file, or predict again")
+        self.predictor: str = index["predictor"]
+        self.causal: bool = index["causal"]
+        self.available: str = index["available"]
+        self.traces: str = index["traces"]
+        self._files: dict[str, str] = index["files"]
+        self._unverified: dict[str, str] = dict(index["sha256"])  # file -> hash, of those not read so far
 
     def scores(self, sequence_id: str, tokens: int) -> npt.NDArray[np.float32]:
         """Read one sequence's ``(T, H, L, E)`` float32 scores.
@@ -135,15 +148,50 @@ class ScoresFolder:
         """
         if sequence_id not in self._files:
             raise UserError(f"{self.folder}: has no scores for sequence {sequence_id!r}")
-        path = self.folder / self._files[sequence_id]
+        name = self._files[sequence_id]
+        path = file_in(self.folder, name)
         try:
+            if name in self._unverified:
+                if _sha256(path) != self._unverified[name]:
+                    raise UserError(f"{path}: is damaged (its sha256 is not the one in {INDEX_FILE}); predict again")
+                del self._unverified[name]
             with safe_open(path, framework="numpy") as file:
-                found: npt.NDArray[np.float32] = file.get_tensor(sequence_id)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
+                found = file.get_tensor(sequence_id)
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({printable(str(error))})") from error
+        if found.dtype != np.float32:
+            raise UserError(f"{path}: scores of {shown(sequence_id)} are {found.dtype}, not float32")
         expected = (tokens, len(self.lookaheads), *self.geometry.shape()[:2])
         if found.shape != expected:
             raise UserError(f"{path}: scores of {sequence_id!r} have shape {found.shape}, expected {expected}")
         if not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
             raise UserError(f"{path}: scores of {sequence_id!r} are not all finite and within 0..1")
         return found
+
+
+def _check_index(index: Any) -> None:
+    """Refuse an index whose fields are missing or of wrong types, or whose files have no hash.
+
+    Raises:
+        UserError: One is.
+    """
+    if not isinstance(index, Mapping):
+        raise UserError("is not an object")
+    version = index.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(f"scores format {shown(version)}; this package reads {FORMAT_VERSION}")
+    for name in INDEX_FIELDS:
+        if name not in index:
+            raise UserError(f"field {name!r} is missing")
+    check_kinds(INDEX_FIELDS, index)
+    if set(index["files"].values()) != set(index["sha256"]):
+        raise UserError("files and sha256 do not name the same files")
+
+
+def _is_object_of(kind: Kind, value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(kind.accepts, value.values()))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -39,9 +39,7 @@ def without_copies(held_out: Collection[int], texts: Mapping[int, Hashable]) -> 
     training = {text for number, text in texts.items() if number not in held_out}
     kept = {number for number in held_out if texts[number] not in training}
     if held_out and not kept:
-        raise UserError(
-            "--val-blocks: every sequence chosen for validation is a copy of one in training; choose others"
-        )
+        raise UserError("--val-blocks: every sequence chosen for validation is a copy of one in training")
     return kept
 
 

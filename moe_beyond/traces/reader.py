@@ -154,9 +154,7 @@ class TraceSet:
         has_gates, others = shard.gate_weights is not None, self._gate_weights
         if others is not None and others[0] != has_gates:
             with_or_without = "with" if others[0] else "without"
-            raise UserError(
-                f"{path}: the shards of a set have gate weights all or none; {others[1]} is {with_or_without}"
-            )
+            raise UserError(f"{path}: either all shards have gate weights or none; {others[1]} is {with_or_without}")
         self._gate_weights = has_gates, info.file
         return replace(shard, hidden_states=self._states(info)) if hidden_states else shard
 
@@ -302,9 +300,8 @@ class TraceSet:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(path) from error
         except Exception as error:  # every file system has errors of its own
-            raise UserError(
-                f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
-            ) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{path}: cannot be read ({printable(reason)})") from error
         return content
 
 

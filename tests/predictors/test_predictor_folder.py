@@ -315,9 +315,9 @@ def test_traces_of_the_same_shape_and_tokenizer_fit():
     predictor = fitted_once(ONE_EACH[0])
     check_fits(predictor, manifest(), "traces")
     check_fits(predictor, manifest(replace(TINY, model="another name")), "traces")
-    check_fits(predictor, manifest(sha256="a"), "traces", "a")
+    check_fits(predictor, manifest(sha256="a" * 64), "traces", "a" * 64)
     # Where one side does not know its tokenizer there is nothing to compare.
-    check_fits(predictor, manifest(sha256="a"), "traces")
+    check_fits(predictor, manifest(sha256="a" * 64), "traces")
     check_fits(predictor, manifest(), "traces", "a")
 
 
@@ -328,7 +328,7 @@ def test_traces_of_the_same_shape_and_tokenizer_fit():
         (manifest(replace(TINY, num_experts=9)), "4 MoE layers x 9 experts, top-2"),
         (manifest(replace(TINY, top_k=3)), "4 MoE layers x 8 experts, top-3"),
         (manifest(vocab_size=VOCAB + 1), "'named' has 33 ids, but the predictor knows 32"),
-        (manifest(sha256="b"), "'named' is not the one"),
+        (manifest(sha256="b" * 64), "'named' is not the one"),
     ],
     ids=["layers", "experts", "top_k", "vocabulary", "tokenizer"],
 )

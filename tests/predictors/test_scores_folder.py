@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 import moe_beyond.predictors.scores as module
 from moe_beyond.errors import UserError
+from moe_beyond.files import sealed
 from moe_beyond.predictors.scores import ScoresFolder, writing_scores
 
 LAYERS, EXPERTS, _ = TINY.shape()
@@ -166,6 +168,24 @@ def test_an_index_that_is_none_is_named(tmp_path, content):
         {"geometry": {"model": "tiny"}},
         {"files": None},
         {"files": ["s"]},
+        {"files": {"s": 3}},
+        {"files": {"s": "../scores-00000.safetensors"}},
+        {"files": {"s": "other.safetensors"}},
+        {"sha256": {}},
+        {"sha256": {"scores-00000.safetensors": "aa"}},
+        {"causal": "no"},
+        {"causal": 0},
+        {"available": ["routed"]},
+        {"lookaheads": [1, 1]},
+        {"lookaheads": [3, "token"]},
+        {"lookaheads": [True, "token"]},
+        {"predictor": "a\x1b[31m"},
+        {"predictor": 5},
+        {"traces": 5},
+        {"geometry": 5},
+        {"geometry": {**TINY.to_json(), "top_k": 3}},
+        {"content_sha256": "0" * 64},
+        {"content_sha256": None},
     ],
     ids=str,
 )
@@ -174,3 +194,46 @@ def test_a_wrong_field_of_the_index_is_refused_by_the_folders_name(tmp_path, cha
     edit_index(folder, **changes)
     with pytest.raises(UserError, match=re.escape(str(folder))):
         ScoresFolder(folder)
+
+
+def test_an_index_whose_files_are_swapped_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "VALUES_PER_SHARD", 1)
+    folder = write(tmp_path / "scores", {"a": random_scores(3), "b": random_scores(3)})
+    files = json.loads((folder / "scores.json").read_text())["files"]
+    edit_index(folder, files={"a": files["b"], "b": files["a"]})
+    with pytest.raises(UserError, match="content_sha256 and the other fields do not agree"):
+        ScoresFolder(folder)
+
+
+def test_a_flipped_bit_of_any_file_is_noticed(tmp_path):
+    folder = write(tmp_path / "scores", {"s": random_scores(3)})
+    for path in folder.iterdir():
+        whole = path.read_bytes()
+        for bit in range(0, 8 * len(whole), 1 + 8 * (len(whole) // 100)):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            with pytest.raises(UserError, match=re.escape(str(path))):
+                ScoresFolder(folder).scores("s", 3)
+        path.write_bytes(whole)
+    assert np.array_equal(ScoresFolder(folder).scores("s", 3), random_scores(3))
+
+
+def test_scores_in_half_precision_are_named(tmp_path):
+    folder = write(tmp_path / "scores", {"s": random_scores(3)})
+    shard = folder / "scores-00000.safetensors"
+    save_file({"s": random_scores(3).astype(np.float16)}, shard)
+    content = json.loads((folder / "scores.json").read_text())
+    content["sha256"] = {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest()}
+    (folder / "scores.json").write_text(json.dumps(sealed(content)))
+    with pytest.raises(UserError, match=re.escape(f"{shard}: scores of 's' are float16, not float32")):
+        ScoresFolder(folder).scores("s", 3)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    folder = write(tmp_path / "scores", {"s": random_scores(3)})
+    shard = folder / "scores-00000.safetensors"
+    shard.rename(tmp_path / shard.name)
+    shard.symlink_to(tmp_path / shard.name)
+    with pytest.raises(UserError, match=re.escape(f"{shard}: is a link to a file outside of the folder")):
+        ScoresFolder(folder).scores("s", 3)

@@ -1,0 +1,241 @@
+"""A trace set is held to what it says: whatever is changed in one, every command names the file and the fault."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from damage import edit_json, edit_manifest, edit_shard, replace_shard, with_column
+from helpers import TINY, VOCAB, error_line, tiny_traces
+
+from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.predictors.popularity import Popularity
+
+FIRST = "train-00000.parquet"
+
+
+def changed(name: str, change: Callable[[list], list], number: int = 0) -> Callable[[Path], None]:
+    """Damage that changes a column of a shard, as a list of its rows' values."""
+
+    def damage(folder: Path) -> None:
+        edit_shard(folder, lambda table: with_column(table, name, change(table[name].to_pylist())), number)
+
+    return damage
+
+
+def first_value(value: object) -> Callable[[list], list]:
+    """A change of the first value of the first row, be that a list or not."""
+    return lambda rows: [[value, *rows[0][1:]] if isinstance(rows[0], list) else value, *rows[1:]]
+
+
+def cut(table: pa.Table) -> pa.Table:
+    return table.slice(0, table.num_rows - 1)
+
+
+def weighed(value: float) -> Callable[[Path], None]:
+    """Damage that gives every shard gate weights, all 0.5 but for the very first."""
+
+    def damage(folder: Path) -> None:
+        for number in range(len(json.loads((folder / "manifest.json").read_text())["shards"])):
+            edit_shard(folder, lambda table, number=number: with_gates(table, value if number == 0 else 0.5), number)
+
+    return damage
+
+
+def with_gates(table: pa.Table, first: float) -> pa.Table:
+    gates = [[0.5] * len(row) for row in table["experts"].to_pylist()]
+    gates[0][0] = first
+    column = pa.array([np.array(row, np.float16) for row in gates], pa.list_(pa.float16()))
+    return table.append_column("gate_weights", column)
+
+
+def moved_to_the_next_row(folder: Path) -> None:
+    for name in ("token_ids", "experts"):
+        changed(name, lambda rows: [[], [*rows[0], *rows[1]], *rows[2:]])(folder)
+
+
+def moved_tokens(folder: Path) -> None:
+    changed("decode_start", lambda rows: [0] * len(rows))(folder)
+    changed("token_ids", lambda rows: [rows[0][:-1], [rows[0][-1], *rows[1]], *rows[2:]])(folder)
+
+
+def link_out(folder: Path) -> None:
+    (folder / FIRST).rename(folder.parent / FIRST)
+    (folder / FIRST).symlink_to(folder.parent / FIRST)
+
+
+def fifo(folder: Path) -> None:
+    (folder / FIRST).unlink()
+    os.mkfifo(folder / FIRST)
+
+
+def same_id_in_two_shards(folder: Path) -> None:
+    taken = pq.read_table(folder / FIRST)["sequence_id"][0].as_py()
+    edit_shard(
+        folder, lambda table: with_column(table, "sequence_id", [taken, *table["sequence_id"].to_pylist()[1:]]), 1
+    )
+
+
+def bomb(folder: Path) -> None:
+    """A shard of some kB that would decode into half a GB, and whose counts the manifest tells."""
+    tokens = 2**24
+    ids = pa.ListArray.from_arrays(pa.array([0, tokens], pa.int32()), pa.array(np.zeros(tokens, np.int32)))
+    pair = np.tile(np.array([0, 1], np.uint8), tokens * TINY.num_layers)
+    experts = pa.ListArray.from_arrays(pa.array([0, len(pair)], pa.int32()), pa.array(pair))
+    columns = {"sequence_id": ["s"], "source": ["x"], "token_ids": ids, "decode_start": [0], "experts": experts}
+    schema = pq.read_schema(folder / FIRST)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
+    assert sink.tell() < 200_000
+    replace_shard(folder, sink.getvalue().to_pybytes(), sequences=1, tokens=tokens)
+
+
+def shards(change: Callable[[list], list]) -> Callable[[Path], None]:
+    """Damage of the list of shards in the manifest, all hashes made anew."""
+
+    def damage(folder: Path) -> None:
+        edit_manifest(folder, lambda manifest: manifest.update(shards=change(manifest["shards"])))
+
+    return damage
+
+
+def plain(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Damage of the manifest alone, its hashes left as they were."""
+    return lambda folder: edit_json(folder / "manifest.json", change)
+
+
+def swap(manifest: dict) -> None:
+    for shard in manifest["shards"]:
+        shard["split"] = {"train": "validation", "validation": "train"}[shard["split"]]
+
+
+def elsewhere(manifest: dict) -> None:
+    manifest["shards"][0]["file"] = f"../outside/{FIRST}"
+
+
+def bit_flipped_in_a_page(folder: Path) -> None:
+    content = bytearray((folder / FIRST).read_bytes())
+    content[40] ^= 0x10
+    replace_shard(folder, bytes(content))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "shard left out": (plain(lambda manifest: manifest["shards"].pop(0)), "manifest.json: splits and shards do not"),
+    "shard twice": (plain(lambda m: m["shards"].append(m["shards"][0])), "manifest.json: two shards have the file"),
+    "shard twice, hashes anew": (shards(lambda found: [*found, found[0]]), "manifest.json: two shards have the file"),
+    "splits swapped": (plain(swap), "manifest.json: splits and shards do not agree"),
+    "tokens edited": (plain(lambda m: m["shards"][0].update(tokens=99)), "manifest.json: splits and shards do not"),
+    "counts edited, hashes anew": (
+        shards(lambda found: [{**found[0], "sequences": 1}, *found[1:]]),
+        f"{FIRST}: holds 8 sequences, but the manifest says 1",
+    ),
+    "tokens edited, hashes anew": (
+        shards(lambda found: [{**found[0], "tokens": 9999}, *found[1:]]),
+        f"{FIRST}: column 'token_ids' holds",
+    ),
+    "bytes edited, hashes anew": (
+        shards(lambda found: [{**found[0], "bytes": 1}, *found[1:]]),
+        "bytes long, but manifest.json says 1",
+    ),
+    "brackets": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json: is not JSON"),
+    "path": (plain(elsewhere), "manifest.json: shard '../outside/train-00000.parquet': file must be a plain name"),
+    "link": (link_out, f"{FIRST}: is a link to a file outside of the folder"),
+    "fifo": (fifo, f"{FIRST}: is not a regular file"),
+    "rows cut": (lambda folder: edit_shard(folder, cut), f"{FIRST}: holds 7 sequences, but the manifest says 8"),
+    "not Parquet": (lambda folder: replace_shard(folder, b"PAR1 is not enough"), f"{FIRST}: cannot be read as Parquet"),
+    "nearly empty": (lambda folder: replace_shard(folder, b"x"), f"{FIRST}: cannot be read as Parquet"),
+    "cut": (
+        lambda folder: replace_shard(folder, (folder / FIRST).read_bytes()[:-30]),
+        f"{FIRST}: cannot be read as Parquet",
+    ),
+    "bit of a page": (bit_flipped_in_a_page, f"{FIRST}: "),
+    "empty shard": (lambda folder: edit_shard(folder, lambda table: table.slice(0, 0)), f"{FIRST}: holds 0 sequences"),
+    "column gone": (
+        lambda folder: edit_shard(folder, lambda table: table.drop_columns(["decode_start"])),
+        f"{FIRST}: column 'decode_start' is missing",
+    ),
+    "column twice": (
+        lambda folder: edit_shard(folder, lambda table: table.append_column("experts", table["experts"])),
+        f"{FIRST}: column 'experts' is there twice",
+    ),
+    "other type": (
+        lambda folder: edit_shard(
+            folder, lambda table: table.set_column(2, "token_ids", table["token_ids"].cast(pa.list_(pa.int64())))
+        ),
+        f"{FIRST}: column 'token_ids' is list",
+    ),
+    "token id -1": (changed("token_ids", first_value(-1)), "row 0 (sequence 's0'): token id -1 is out of range 0..31"),
+    "token id 32": (changed("token_ids", first_value(32)), "row 0 (sequence 's0'): token id 32 is out of range 0..31"),
+    "decode_start -5": (changed("decode_start", first_value(-5)), "row 0 (sequence 's0'): decode_start -5 is not in"),
+    "decode_start 99": (changed("decode_start", first_value(99)), "row 0 (sequence 's0'): decode_start 99 is not in"),
+    "decode_start null": (changed("decode_start", first_value(None)), f"{FIRST}: column 'decode_start' holds nulls"),
+    "expert 8": (changed("experts", first_value(8)), "row 0 (sequence 's0'): expert id 8 is out of range 0..7"),
+    "expert twice": (
+        changed("experts", lambda rows: [[3, 3, *rows[0][2:]], *rows[1:]]),
+        "row 0 (sequence 's0'): an expert is named twice by one token in one layer",
+    ),
+    "expert null": (changed("experts", first_value(None)), f"{FIRST}: column 'experts' holds nulls"),
+    "row null": (changed("experts", lambda rows: [None, *rows[1:]]), f"{FIRST}: "),
+    "id null": (changed("sequence_id", first_value(None)), f"{FIRST}: column 'sequence_id' holds nulls"),
+    "one id": (changed("sequence_id", lambda rows: ["s0"] * len(rows)), "two sequences have the id 's0'"),
+    "id in two shards": (same_id_in_two_shards, f"train-00001.parquet: sequence 's0' is in {FIRST} too"),
+    "no tokens": (moved_to_the_next_row, f"{FIRST}: row 0 (sequence 's0'): has no tokens"),
+    "tokens moved": (
+        moved_tokens,
+        f"{FIRST}: row 0: experts do not hold 4 x 2 ids a token",
+    ),
+    "gate weight nan": (weighed(float("nan")), "row 0 (sequence 's0'): gate weights are negative or not finite"),
+    "gate weight inf": (weighed(float("inf")), "row 0 (sequence 's0'): gate weights are negative or not finite"),
+    "gate weight -1": (weighed(-1.0), "row 0 (sequence 's0'): gate weights are negative or not finite"),
+    "gate weights in one shard": (
+        lambda folder: edit_shard(folder, lambda table: with_gates(table, 0.5)),
+        ".parquet: either all shards have gate weights or none; train-0000",
+    ),
+    "bomb": (bomb, "no recorded routing is so regular"),
+}
+
+
+@pytest.fixture(params=DAMAGE)
+def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """A damaged set, and what is said of it."""
+    damage, says = DAMAGE[request.param]
+    traces = tiny_traces(tmp_path / "traces", sequences=24, longest=12)
+    assert len(traces.shards("train")) > 1
+    assert traces.shards()[0].sequences == 8
+    damage(tmp_path / "traces")
+    return traces.folder, says
+
+
+def read_all(data: TraceDataModule) -> None:
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for _ in loader:
+            pass
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predictor") / "popularity"
+    save_predictor(Popularity(TINY, VOCAB), folder, {})
+    return folder
+
+
+def test_every_command_names_the_file_and_the_fault(damaged, predictor, capsys):
+    folder, says = damaged
+    for words in (
+        ["inspect", folder],
+        ["replay", "--traces", folder, "--budget", "50%", "--policy", "lru"],
+        ["evaluate", str(predictor), "--traces", folder],
+    ):
+        line = error_line(capsys, words)
+        assert says in line
+        assert line.startswith(f"{folder}/")
+    with pytest.raises(UserError) as error:
+        read_all(TraceDataModule(folder))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
