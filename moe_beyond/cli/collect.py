@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.steering import read_steering
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -116,9 +117,11 @@ def run(words: list[str]) -> None:
     splits: dict[str, Any] = manifest.to_json()["splits"]
     for split, counts in splits.items():
         output.show(f"{args.out}: {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
+    copies = traces.copies()
+    output.show(f"{args.out}: exact copies: {describe_copies(copies)}")
     if steering is not None:
         output.show(f"{args.out}: steered: {steering}")
-    output.result({"traces": args.out, "fingerprint": manifest.fingerprint, "splits": splits})
+    output.result({"traces": args.out, "fingerprint": manifest.fingerprint, "splits": splits, "copies": copies})
 
 
 def _recorded(words: str) -> list[str]:

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import load_preset
+from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.importers import IMPORTERS
 
 
@@ -83,6 +84,8 @@ def run(words: list[str]) -> None:
     output.show(f"{args.out}: {entries:,} entries in = {entries:,} entries out, {size / entries:.2f} bytes an entry")
     for split, counts in splits.items():
         output.show(f"  {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
+    copies = traces.copies()
+    output.show(f"  exact copies: {describe_copies(copies)}")
     output.show(f"  text: {manifest.source} (author: {manifest.author})")
     if not manifest.has_token_ids:
         output.show("  no token ids: the recording tells none, and nothing that reads them can be fitted on it")
@@ -96,6 +99,7 @@ def run(words: list[str]) -> None:
             "entries": entries,
             "bytes": size,
             "splits": splits,
+            "copies": copies,
             "token_ids": manifest.has_token_ids,
         }
     )

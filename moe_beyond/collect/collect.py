@@ -44,6 +44,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import check_is_elsewhere
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
+from moe_beyond.traces.copies import without_copies
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
@@ -105,7 +106,9 @@ def collect(
     if twice := _first_twice([prompt.sequence_id for prompt, _ in rows]):
         raise UserError(f"{source}: two prompts are called {twice!r}")
     if asked.val_blocks is not None:
-        held_out = validation_numbers({n: len(ids) for n, (_, ids) in enumerate(rows)}, *parse_blocks(asked.val_blocks))
+        texts = {number: tuple(ids) for number, (_, ids) in enumerate(rows)}
+        lengths = {number: len(ids) for number, ids in texts.items()}
+        held_out = without_copies(validation_numbers(lengths, *parse_blocks(asked.val_blocks)), texts)
         splits = ("validation" if number in held_out else "train" for number in range(len(rows)))
         rows = [(replace(prompt, split=split), ids) for (prompt, ids), split in zip(rows, splits, strict=True)]
     routers = find_routers(model) if asked.hidden_states else None

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import lightning as L
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moe_beyond.datamodules.plan import PlanSettings, plan_batches, whole_in_order
@@ -119,6 +120,8 @@ class TraceDataModule(L.LightningDataModule):
             self.traces.shards(self.train_split)
         if stage in ("fit", "validate") and self.val_split is not None:
             self._check_validation()
+        if stage == "fit" and self.val_split is not None:
+            self._note_copies(self.val_split)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled pieces of the training split."""
@@ -144,6 +147,17 @@ class TraceDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """What `test_dataloader` gives."""
         return self.test_dataloader()
+
+    def _note_copies(self, split: str) -> None:
+        """Note validation sequences that are exact copies of training ones, where token ids tell so cheaply."""
+        if not (self.manifest.has_token_ids and self.val_traces.manifest.has_token_ids):
+            return
+        training, validation = set(self.traces.text_digests(self.train_split)), self.val_traces.text_digests(split)
+        if copies := sum(text in training for text in validation):
+            rank_zero_info(
+                f"note: {copies:,} of {len(validation):,} validation sequences are exact copies of training sequences; "
+                "--val-blocks of `import` and `collect` leaves such copies out"
+            )
 
     def _check_validation(self) -> None:
         if self.val_split is None or self.val_split not in self.val_traces.manifest.splits:

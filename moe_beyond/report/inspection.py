@@ -5,6 +5,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.steering import Steering
 
 MOST_POPULAR = 3
@@ -50,6 +51,7 @@ def _whole_table(summary: dict[str, Any]) -> Table:
         "entries": f"{summary['entries']:,}",
         "bytes an entry": f"{summary['bytes_per_entry']:.2f}",
         "splits": ", ".join(f"{name}: {counts['tokens']:,} tokens" for name, counts in summary["splits"].items()),
+        "exact copies": describe_copies(summary["copies"]),
         "measured": summary["split"] or "all splits",
         "token-to-token reuse": _percent(summary["token_to_token_reuse"]),
         "gate mass of the top expert": f"{sum(heaviest) / len(heaviest):.1%}" if heaviest else "-",

@@ -61,3 +61,19 @@ def count_copies(texts: Mapping[str, Collection[bytes]]) -> dict[str, dict[str, 
         }
         for split, digests in texts.items()
     }
+
+
+def describe_copies(copies: Mapping[str, Mapping[str, int]]) -> str:
+    """Say what `count_copies` found.
+
+    Example:
+        >>> describe_copies({"train": {"within": 4, "of_other_splits": 0}})
+        '4 within train'
+        >>> describe_copies({"train": {"within": 0, "of_other_splits": 0}})
+        'none'
+    """
+    parts = []
+    for split, counts in copies.items():
+        parts += [f"{counts['within']:,} within {split}"] if counts["within"] else []
+        parts += [f"{counts['of_other_splits']:,} of {split} in other splits"] if counts["of_other_splits"] else []
+    return ", ".join(parts) or "none"

@@ -21,7 +21,7 @@ from moe_beyond.fields import printable, shown
 from moe_beyond.files import file_in, parse_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.checks import first_fault
-from moe_beyond.traces.copies import text_digest
+from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.hidden_states import HiddenStates, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
 from moe_beyond.traces.parquet import check_schema, read_columns
@@ -233,6 +233,14 @@ class TraceSet:
                 offsets, content = shard.offsets, shard.experts
             digests += [text_digest(content[start:stop]) for start, stop in pairwise(offsets.tolist())]
         return digests
+
+    def copies(self) -> dict[str, dict[str, int]]:
+        """Count the exact copies of every split (`moe_beyond.traces.copies.count_copies`).
+
+        Raises:
+            UserError: A shard is missing or damaged, or is not what the manifest says.
+        """
+        return count_copies({split: self.text_digests(split) for split in self.manifest.splits})
 
     def _read_texts(self, info: ShardInfo) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Read a shard's offsets and token ids, and verify all but its experts."""

@@ -157,7 +157,7 @@ def summarize(
 
     Returns:
         Counts (``sequences, tokens, entries, bytes_per_entry``), the ``geometry``, where the text came from, the
-        splits and the ``split`` that was measured, ``token_to_token_reuse`` over all layers; ``phases``, how many
+        splits and their exact ``copies``, the ``split`` that was measured, ``token_to_token_reuse`` over all layers; ``phases``, how many
         sequences have both a prefill and a decode phase and their tokens, None where none has; ``dependence``,
         ``(L, L)``, of every layer on every other, or on its neighbours alone where the model is so large that counts
         of all pairs would not fit; and ``by_layer``, for each MoE layer its index in the model and
@@ -211,6 +211,7 @@ def summarize(
         "steering": manifest.steering and manifest.steering.to_json(),
         "fingerprint": manifest.fingerprint,
         "splits": manifest.to_json()["splits"],
+        "copies": traces.copies(),
         "split": split,
         "token_to_token_reuse": rounded(known.mean() if len(known) else np.nan),
         "phases": {"sequences": counts.divided_sequences, "prefill_tokens": prefill, "decode_tokens": decode}

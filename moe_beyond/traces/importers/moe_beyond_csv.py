@@ -14,6 +14,7 @@ import pyarrow.csv
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
+from moe_beyond.traces.copies import text_digest, without_copies
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
@@ -47,7 +48,8 @@ def import_moe_beyond_csv(
         out: The trace set to make.
         preset: The model that routed; its geometry says which layers and experts a file must have.
         tokenizer: Tokenizer of the token strings; the preset's by default.
-        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive prompt numbers to a ``validation`` split.
+        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive prompt numbers to a ``validation`` split, but for exact
+            copies of training prompts.
         quantization_bits: Bits per parameter that the model ran with.
         progress: Called with the files that were read, and how many there are.
 
@@ -79,7 +81,8 @@ def import_moe_beyond_csv(
             progress(len(read), len(files))
         traces = {number: trace for number, (trace, _) in read.items()}
         tokens = {number: len(trace) for number, trace in traces.items()}
-        held_out = set() if blocks is None else validation_numbers(tokens, *blocks)
+        texts = {number: text_digest(trace.token_ids) for number, trace in traces.items()}
+        held_out = set() if blocks is None else without_copies(validation_numbers(tokens, *blocks), texts)
         for number, trace in traces.items():
             writer.write(trace, "validation" if number in held_out else "train")
         rows, entries = sum(rows for _, rows in read.values()), writer.tokens * preset.geometry.num_layers

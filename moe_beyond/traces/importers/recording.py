@@ -10,6 +10,7 @@ from moe_beyond.geometry import Preset
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.splitting import write_splits
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.vocabulary import Vocabulary, load_vocabulary
 from moe_beyond.traces.writer import writing
@@ -60,7 +61,8 @@ def import_recording(
         out: The trace set to make.
         preset: The model that routed; its geometry says which layers and experts there must be.
         tokenizer: Tokenizer of the token ids; the preset's by default.
-        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive sequences to a ``validation`` split.
+        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive sequences to a ``validation`` split, but for exact copies
+            of training sequences.
         quantization_bits: Bits per parameter that the model ran with.
         progress: Told of the reading.
         **how: Options of the format.
@@ -85,11 +87,7 @@ def import_recording(
     )
     held_out = set() if blocks is None else validation_numbers(dict(enumerate(recording.lengths)), *blocks)
     with writing(out, manifest, vocabulary=None if vocabulary is None else vocabulary.path) as writer:
-        for number, trace in enumerate(recording.traces):
-            try:
-                writer.write(trace, "validation" if number in held_out else "train")
-            except UserError as error:
-                raise UserError(f"{source}: {error}") from error
+        write_splits(writer, recording.traces, held_out, manifest=manifest, folder=Path(out).parent, source=str(source))
         if writer.tokens != sum(recording.lengths):
             raise UserError(f"{source}: {sum(recording.lengths)} tokens were found but {writer.tokens} written")
     return TraceSet(str(out))
