@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import printable
 
 SUFFIX = ".states.safetensors"
 """Of the file beside a shard, in place of ``.parquet``."""
@@ -75,9 +76,9 @@ def load_states(content: bytes, shape: tuple[int, int, int], source: str) -> Hid
     """
     try:
         arrays = load(content)
-    except SafetensorError as error:
-        raise UserError(f"{source}: is not a safetensors file ({error})") from error
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # the latter of types that numpy lacks
+        raise UserError(f"{source}: is not a safetensors file that numpy reads ({printable(str(error))})") from error
     found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     if found != dict.fromkeys(("router_inputs", "layer_inputs"), ("float16", shape)):
-        raise UserError(f"{source}: holds {found}, not router_inputs and layer_inputs of {shape} float16")
+        raise UserError(f"{source}: holds {printable(str(found))}, not router_inputs and layer_inputs of {shape} float16")
     return HiddenStates(arrays["router_inputs"], arrays["layer_inputs"])

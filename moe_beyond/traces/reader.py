@@ -190,8 +190,10 @@ class TraceSet:
                 f"{self.folder}: holds no hidden states; collect it with --record experts,gate_weights,hidden_states"
             )
         self._bring(info.states_file)
-        content = self._verified(info.states_file, sha256, "file")
-        return load_states(content, (info.tokens, self.geometry.num_layers, size), f"{self.folder}/{info.states_file}")
+        path, content = f"{self.folder}/{info.states_file}", self._verified(info.states_file, sha256, "file")
+        if len(content) != info.states_bytes:
+            raise UserError(f"{path}: is {len(content)} bytes long, but {MANIFEST_FILE} says {info.states_bytes}")
+        return load_states(content, (info.tokens, self.geometry.num_layers, size), path)
 
     def _bring(self, file: str) -> None:
         """Download a file that few want, where the set was downloaded."""

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import TEXT, printable, shown
 
 ROUTERS_FILE = "routers.safetensors"
 OPTIONAL = ("bias", "selection_bias")
@@ -53,10 +54,15 @@ def load_routers(content: bytes, shape: tuple[int, int, int], source: str) -> Ro
     try:
         arrays = load(content)
         scoring = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["scoring"]
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{source}: is not a safetensors file of routers ({error})") from error
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # the latter of types that numpy lacks
+        raise UserError(f"{source}: is not a safetensors file of routers ({printable(str(error))})") from error
     shapes = {name: array.shape for name, array in arrays.items()}
     expected = {"weight": shape} | {name: shape[:2] for name in OPTIONAL if name in arrays}
     if shapes != expected:
-        raise UserError(f"{source}: holds {shapes}, not the routers of {shape}")
+        raise UserError(f"{source}: holds {printable(str(shapes))}, not the routers of {shape}")
+    for name, array in arrays.items():
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise UserError(f"{source}: {name} is not all finite numbers")
+    if not TEXT.accepts(scoring):
+        raise UserError(f"{source}: scoring must be a name (got {shown(scoring)})")
     return Routers(**{name: np.asarray(array, np.float32) for name, array in arrays.items()}, scoring=scoring)

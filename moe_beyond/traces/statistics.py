@@ -157,10 +157,10 @@ def summarize(
 
     Returns:
         Counts (``sequences, tokens, entries, bytes_per_entry``), the ``geometry``, where the text came from, the
-        splits and their exact ``copies``, the ``split`` that was measured, ``token_to_token_reuse`` over all layers; ``phases``, how many
-        sequences have both a prefill and a decode phase and their tokens, None where none has; ``dependence``,
-        ``(L, L)``, of every layer on every other, or on its neighbours alone where the model is so large that counts
-        of all pairs would not fit; and ``by_layer``, for each MoE layer its index in the model and
+        splits and their exact ``copies``, the ``split`` that was measured, ``token_to_token_reuse`` over all layers;
+        ``phases``, how many sequences have both a prefill and a decode phase and their tokens, None where none has;
+        ``dependence``, ``(L, L)``, of every layer on every other, or on its neighbours alone where the model is so
+        large that counts of all pairs would not fit; and ``by_layer``, for each MoE layer its index in the model and
 
         - ``popularity`` (each expert's share of the layer's activations), ``busiest_share``, ``unused_experts``,
           ``normalized_entropy``;

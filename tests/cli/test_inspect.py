@@ -198,10 +198,9 @@ def change_manifest(**changes):
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: "),
         (change_manifest(format_version=2), "manifest.json: format version 2, not 1"),
         (change_manifest(geometry={}), "manifest.json: "),
-        (change_manifest(shards=[{"file": "x"}]), "manifest.json: fields are missing or unknown"),
+        (change_manifest(shards=[{"file": "x"}]), "manifest.json: shard 0: fields are missing or unknown"),
         (change_manifest(shards=[]), "manifest.json"),
-        (change_manifest(geometry={**TINY.to_json(), "top_k": 1}), "train-00000.parquet: row 0: experts do not hold"),
-        (change_manifest(geometry={**TINY.to_json(), "num_experts": 4}), "train-00000.parquet: an expert id is out of"),
+        (change_manifest(geometry={**TINY.to_json(), "top_k": 1}), "manifest.json: fingerprint and shards do not agree"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

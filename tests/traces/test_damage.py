@@ -143,6 +143,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         shards(lambda found: [{**found[0], "bytes": 1}, *found[1:]]),
         "bytes long, but manifest.json says 1",
     ),
+    "other K, hashes anew": (
+        lambda folder: edit_manifest(folder, lambda manifest: manifest["geometry"].update(top_k=1)),
+        f"{FIRST}: column 'experts' holds",
+    ),
+    "other E, hashes anew": (
+        lambda folder: edit_manifest(folder, lambda manifest: manifest["geometry"].update(num_experts=4)),
+        "is out of range 0..3",
+    ),
     "brackets": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json: is not JSON"),
     "path": (plain(elsewhere), "manifest.json: shard '../outside/train-00000.parquet': file must be a plain name"),
     "link": (link_out, f"{FIRST}: is a link to a file outside of the folder"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -134,10 +135,18 @@ def test_whole_blocks_go_to_validation(tmp_path):
     # where the tie goes to block 0, and (3, 2): 3 + 2 and 3 + 1 are both half a token from half of 9, so block 2.
     lengths = {0: 1, 1: 2, 2: 1, 3: 2, 4: 1, 6: 1, 7: 1}
     for number, length in lengths.items():
-        prompt_csv(tmp_path / "csv" / f"prompt_{number}_data.csv", rows_of(["NA"] * length, [[[0, 1]] * 3] * length))
-    traces = run(tmp_path, val_blocks="2:2")
+        tokens = [f"w{number}"] * length
+        prompt_csv(tmp_path / "csv" / f"prompt_{number}_data.csv", rows_of(tokens, [[[0, 1]] * 3] * length))
+    words = ["<unk>", *(f"w{number}" for number in range(8))]
+    traces = run(tmp_path, words=words, val_blocks="2:2")
     assert [trace.sequence_id for trace in traces.traces("validation")] == ["csv-0", "csv-1", "csv-4"]
     assert [trace.sequence_id for trace in traces.traces("train")] == ["csv-2", "csv-3", "csv-6", "csv-7"]
+    # Prompt 4 now repeats prompt 7, which is in training, and goes there.
+    prompt_csv(tmp_path / "csv" / "prompt_4_data.csv", rows_of(["w7"], [[[0, 1]] * 3]))
+    shutil.rmtree(tmp_path / "out")
+    traces = run(tmp_path, words=words, val_blocks="2:2")
+    assert [trace.sequence_id for trace in traces.traces("validation")] == ["csv-0", "csv-1"]
+    assert [trace.sequence_id for trace in traces.traces("train")] == ["csv-2", "csv-3", "csv-4", "csv-6", "csv-7"]
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)

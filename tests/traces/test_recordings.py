@@ -81,12 +81,12 @@ def test_token_ids_and_decode_start_lie_beside_an_array(sampled, tmp_path, words
 
 def test_an_npz_keeps_its_order_and_whole_blocks_go_to_validation(tmp_path, words):
     arrays = {}
-    for name, length in (("b", 3), ("a", 2), ("c", 3)):
-        arrays |= {name: random_experts(length), f"{name}.tokens": np.arange(length)}
+    for first, (name, length) in enumerate((("b", 3), ("a", 2), ("c", 3))):
+        arrays |= {name: random_experts(length), f"{name}.tokens": first + np.arange(length)}
     np.savez_compressed(tmp_path / "set.npz", **arrays)
     traces, found = imported("vllm", tmp_path / "set.npz", tokenizer=words, val_blocks="1:3")
     # A third of 8 tokens is nearest to 3, and b is the lower of those.
-    assert [trace.sequence_id for trace in found] == ["b", "a", "c"]
+    assert [trace.sequence_id for trace in found] == ["a", "c", "b"]
     assert [trace.sequence_id for trace in traces.traces("validation")] == ["b"]
 
 
@@ -161,12 +161,12 @@ def test_a_file_of_json_lines_is_a_sequence(tmp_path, words):
         np.save(folder / f"s{n}.decode_start.npy", 0)
     traces, found = imported("jsonl", folder, tokenizer=words, val_blocks="1:2")
     assert [(trace.sequence_id, len(trace), trace.gate_weights) for trace in found] == [
-        ("s2", 2, None),
         ("s10", 10, None),
+        ("s2", 2, None),
     ]
-    np.testing.assert_array_equal(found[1].experts, random_experts(10, 10))
+    np.testing.assert_array_equal(found[0].experts, random_experts(10, 10))
     assert traces.manifest.author == "model"
-    assert traces.manifest.splits == ("validation", "train")
+    assert traces.manifest.splits == ("train", "validation")
 
 
 # FLAME-MoE
