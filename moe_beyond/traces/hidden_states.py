@@ -80,5 +80,6 @@ def load_states(content: bytes, shape: tuple[int, int, int], source: str) -> Hid
         raise UserError(f"{source}: is not a safetensors file that numpy reads ({printable(str(error))})") from error
     found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     if found != dict.fromkeys(("router_inputs", "layer_inputs"), ("float16", shape)):
-        raise UserError(f"{source}: holds {printable(str(found))}, not router_inputs and layer_inputs of {shape} float16")
+        names = printable(str(found))
+        raise UserError(f"{source}: holds {names}, not router_inputs and layer_inputs of {shape} float16")
     return HiddenStates(arrays["router_inputs"], arrays["layer_inputs"])

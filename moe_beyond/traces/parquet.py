@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 from moe_beyond.errors import UserError
 from moe_beyond.fields import printable
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.schema import arrow_schema
+from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema
 
 BOMB_BYTES, BOMB_RATIO = 2**26, 100
 """A file that decodes into more than so many bytes, and into so many times its size, is not decoded: routing that a
@@ -33,7 +33,8 @@ def read_columns(
         file = pq.ParquetFile(pa.BufferReader(content))
         _check_footer(file, len(content), geometry, sequences, tokens, source)
         names = [name for name in columns if name in file.schema_arrow.names or name != "gate_weights"]
-        table = file.read(columns=names)
+        # A group at a time: a column as a whole, with the levels of its lists, takes several times the memory.
+        table = pa.Table.from_batches(list(file.iter_batches(ROWS_PER_GROUP, columns=names)))
         table.validate()
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         reason = printable(str(error).strip().partition("\n")[0])

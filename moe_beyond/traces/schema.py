@@ -17,6 +17,8 @@ import pyarrow as pa
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.trace import Trace
 
+ROWS_PER_GROUP = 64
+"""Rows that are stored, and decoded, together."""
 ENTRIES_AT_ONCE = 2**15
 """Entries that are checked together: their ids, some 200 kB, stay in a core's cache."""
 

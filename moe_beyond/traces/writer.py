@@ -19,12 +19,11 @@ from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
 from moe_beyond.traces.routers import ROUTERS_FILE, Routers
-from moe_beyond.traces.schema import experts_dtype, to_table
+from moe_beyond.traces.schema import ROWS_PER_GROUP, experts_dtype, to_table
 from moe_beyond.traces.trace import Trace
 
 # zstd level 9 stores 4.3 bytes an entry of six one-byte ids, level 1 stores 4.5; reading is as fast.
 COMPRESSION_LEVEL = 9
-ROWS_PER_GROUP = 64
 
 
 class TraceWriter:
