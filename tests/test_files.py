@@ -1,12 +1,23 @@
 """Nobody finds a half-written file or folder."""
 
 import errno
+import json
 import os
 
 import pytest
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import is_earlier_result, read_json, replacing, replacing_folder, write_json
+from moe_beyond.files import (
+    check_seal,
+    file_in,
+    is_earlier_result,
+    parse_json,
+    read_json,
+    replacing,
+    replacing_folder,
+    sealed,
+    write_json,
+)
 
 
 class Interrupted(Exception):
@@ -167,3 +178,50 @@ def test_what_has_no_room_is_named(tmp_path):
             raise other
         assert raised.value is other
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_a_folder_is_found_and_nothing_outside(tmp_path):
+    folder, outside = tmp_path / "folder", tmp_path / "outside.txt"
+    folder.mkdir()
+    outside.write_text("x")
+    (folder / "inside.txt").write_text("x")
+    (folder / "alias.txt").symlink_to("inside.txt")
+    (folder / "out.txt").symlink_to(outside)
+    (folder / "round.txt").symlink_to("round.txt")
+    (folder / "deeper").mkdir()
+    for name in ("inside.txt", "alias.txt", "not there"):
+        assert file_in(folder, name) == folder / name
+    for name in ("../outside.txt", str(outside), "", ".", "..", "a/b", "a\\b", "a\0b", "a\nb"):
+        with pytest.raises(UserError, match="is not the name of a file in this folder"):
+            file_in(folder, name)
+    for name, says in (("out.txt", "outside of the folder"), ("deeper", "not a regular file"), ("round.txt", "link")):
+        with pytest.raises(UserError, match=f"{name}: .*{says}"):
+            file_in(folder, name)
+
+
+def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs_alone(tmp_path):
+    for name in ("snapshots/commit", "blobs", "others"):
+        (tmp_path / name).mkdir(parents=True)
+    snapshot = tmp_path / "snapshots/commit"
+    for place in ("blobs", "others"):
+        (tmp_path / place / "hash").write_text("x")
+        (snapshot / place).symlink_to(f"../../{place}/hash")
+    assert file_in(snapshot, "blobs") == snapshot / "blobs"
+    with pytest.raises(UserError, match="others: is a link to a file outside of the folder"):
+        file_in(snapshot, "others")
+
+
+def test_a_seal_notices_any_change():
+    content = sealed({"a": 1, "b": [1.5, None], "c": "ü"})
+    check_seal(json.loads(json.dumps(content)), "here", "restore it")
+    for change in ({"a": 2}, {"b": [1.5]}, {"d": 0}, {"content_sha256": None}):
+        with pytest.raises(
+            UserError, match=r"^here: content_sha256 and the other fields do not agree: .*; restore it$"
+        ):
+            check_seal({**content, **change}, "here", "restore it")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000, b'{"a":' * 200_000], ids=len)
+def test_bytes_that_are_no_json_are_one_line(content):
+    with pytest.raises(UserError, match=r"^here\.json: is not JSON \(.*\)\Z"):
+        parse_json(content, "here.json")
