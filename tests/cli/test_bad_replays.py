@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import hash_scores
 from helpers import error_line, tiny_traces
 from safetensors.numpy import load_file, save_file
 from scoring import history_folder, scores_folder
@@ -195,6 +196,8 @@ def damaged(folder: Path, how: str) -> None:
         if how == "shape":
             tensors = {name: np.zeros((*scores.shape[:3], 9), np.float32) for name, scores in tensors.items()}
         save_file(tensors, shard)
+        hash_scores(folder)
+        return
     elif how == "cut":
         shard.write_bytes(shard.read_bytes()[:-10])
     elif how == "gone":
@@ -214,10 +217,10 @@ def damaged(folder: Path, how: str) -> None:
         ("nan", "are not all finite and within 0..1"),
         ("two", "are not all finite and within 0..1"),
         ("shape", "expected ("),
-        ("cut", "cannot be read"),
+        ("cut", "is damaged (its sha256 is not the one in scores.json)"),
         ("gone", "cannot be read"),
-        ("no field", "scores.json: a field is missing or wrong ('available')"),
-        ("no such time", "available is 'soon', neither 'routed' nor 'computed'"),
+        ("no field", "scores.json: field 'available' is missing"),
+        ("no such time", "available must be 'routed' or 'computed' (got 'soon')"),
         ("no such lookahead", "scores.json: lookahead"),
     ],
 )

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -7,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import hash_scores
 from helpers import TINY
 from safetensors.numpy import save_file
 
 import moe_beyond.predictors.scores as module
 from moe_beyond.errors import UserError
-from moe_beyond.files import sealed
 from moe_beyond.predictors.scores import ScoresFolder, writing_scores
 
 LAYERS, EXPERTS, _ = TINY.shape()
@@ -223,9 +222,7 @@ def test_scores_in_half_precision_are_named(tmp_path):
     folder = write(tmp_path / "scores", {"s": random_scores(3)})
     shard = folder / "scores-00000.safetensors"
     save_file({"s": random_scores(3).astype(np.float16)}, shard)
-    content = json.loads((folder / "scores.json").read_text())
-    content["sha256"] = {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest()}
-    (folder / "scores.json").write_text(json.dumps(sealed(content)))
+    hash_scores(folder)
     with pytest.raises(UserError, match=re.escape(f"{shard}: scores of 's' are float16, not float32")):
         ScoresFolder(folder).scores("s", 3)
 
