@@ -156,7 +156,7 @@ class ScoresFolder:
                     raise UserError(f"{path}: is damaged (its sha256 is not the one in {INDEX_FILE}); predict again")
                 del self._unverified[name]
             with safe_open(path, framework="numpy") as file:
-                found = file.get_tensor(sequence_id)
+                found: npt.NDArray[Any] = file.get_tensor(sequence_id)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: cannot be read ({printable(str(error))})") from error
         if found.dtype != np.float32:
