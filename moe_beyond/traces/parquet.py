@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 from moe_beyond.errors import UserError
 from moe_beyond.fields import printable
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema
+from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema, experts_dtype
 
-BOMB_BYTES, BOMB_RATIO = 2**26, 100
+BOMB_BYTES, BOMB_RATIO = 2**28, 100
 """A file that decodes into more than so many bytes, and into so many times its size, is not decoded: routing that a
 model made compresses a few times at most."""
 
@@ -57,7 +57,8 @@ def _check_footer(
         for index, leaf in enumerate(leaves)
     }
     entries = tokens * geometry.demand_per_token
-    decoded = 4 * values.get("token_ids", 0) + 4 * sum(values.get(name, 0) for name in ("experts", "gate_weights"))
+    widths = {"token_ids": 4, "experts": experts_dtype(geometry).itemsize, "gate_weights": 2}
+    decoded = sum(width * values.get(name, 0) for name, width in widths.items())
     decoded += sum(group.column(index).total_uncompressed_size for group in groups for index in range(len(leaves)))
     if decoded > max(BOMB_BYTES, BOMB_RATIO * size):
         raise UserError(f"{source}: {size:,} bytes would decode into {decoded:,}; no recorded routing is so regular")

@@ -1,21 +1,30 @@
 """A trace set is held to what it says: whatever is changed in one, every command names the file and the fault."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from damage import edit_json, edit_manifest, edit_shard, replace_shard, with_column
-from helpers import TINY, VOCAB, error_line, tiny_traces
+from helpers import TINY, VOCAB, error_line, tiny_trace, tiny_traces, word_tokenizer
+from safetensors.numpy import save_file
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.folder import save_predictor
 from moe_beyond.predictors.popularity import Popularity
+from moe_beyond.traces import parquet
+from moe_beyond.traces.manifest import Manifest
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.schema import arrow_schema
+from moe_beyond.traces.vocabulary import load_vocabulary
+from moe_beyond.traces.writer import writing
 
 FIRST = "train-00000.parquet"
 
@@ -80,20 +89,6 @@ def same_id_in_two_shards(folder: Path) -> None:
     edit_shard(
         folder, lambda table: with_column(table, "sequence_id", [taken, *table["sequence_id"].to_pylist()[1:]]), 1
     )
-
-
-def bomb(folder: Path) -> None:
-    """A shard of some kB that would decode into half a GB, and whose counts the manifest tells."""
-    tokens = 2**24
-    ids = pa.ListArray.from_arrays(pa.array([0, tokens], pa.int32()), pa.array(np.zeros(tokens, np.int32)))
-    pair = np.tile(np.array([0, 1], np.uint8), tokens * TINY.num_layers)
-    experts = pa.ListArray.from_arrays(pa.array([0, len(pair)], pa.int32()), pa.array(pair))
-    columns = {"sequence_id": ["s"], "source": ["x"], "token_ids": ids, "decode_start": [0], "experts": experts}
-    schema = pq.read_schema(folder / FIRST)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
-    assert sink.tell() < 200_000
-    replace_shard(folder, sink.getvalue().to_pybytes(), sequences=1, tokens=tokens)
 
 
 def shards(change: Callable[[list], list]) -> Callable[[Path], None]:
@@ -205,7 +200,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: edit_shard(folder, lambda table: with_gates(table, 0.5)),
         ".parquet: either all shards have gate weights or none; train-0000",
     ),
-    "bomb": (bomb, "no recorded routing is so regular"),
 }
 
 
@@ -247,3 +241,90 @@ def test_every_command_names_the_file_and_the_fault(damaged, predictor, capsys):
         read_all(TraceDataModule(folder))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["tokens", "id"])
+def test_a_small_file_that_would_take_the_memory_is_not_decoded(where, tmp_path, monkeypatch, capsys):
+    """Its counts are those of the manifest: what gives it away is that no routing compresses so well."""
+    monkeypatch.setattr(parquet, "BOMB_BYTES", 2**20)
+    tiny_traces(tmp_path / "traces")
+    tokens = 2**18 if where == "tokens" else 1
+    pair = np.tile(np.array([0, 1], np.uint8), tokens * TINY.num_layers)
+    columns = {
+        "sequence_id": ["s" * (2**21 if where == "id" else 1)],
+        "source": ["x"],
+        "token_ids": pa.ListArray.from_arrays(pa.array([0, tokens], pa.int32()), pa.array(np.zeros(tokens, np.int32))),
+        "decode_start": [0],
+        "experts": pa.ListArray.from_arrays(pa.array([0, len(pair)], pa.int32()), pa.array(pair)),
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=arrow_schema(TINY)), sink, compression="zstd")
+    assert sink.tell() < 10_000
+    replace_shard(tmp_path / "traces", sink.getvalue().to_pybytes(), sequences=1, tokens=tokens)
+    line = error_line(capsys, ["inspect", tmp_path / "traces"])
+    assert line.startswith(f"{tmp_path / 'traces' / FIRST}: ")
+    assert line.endswith("no recorded routing is so regular")
+
+
+@pytest.mark.parametrize("name", ["shard left out", "brackets", "not Parquet", "expert twice", "one id"])
+def test_a_set_in_other_storage_is_checked_alike(name, tmp_path):
+    damage, says = DAMAGE[name]
+    tiny_traces(tmp_path / "traces", sequences=24, longest=12)
+    damage(tmp_path / "traces")
+    fsspec.filesystem("memory").put(str(tmp_path / "traces"), f"/{tmp_path.name}", recursive=True)
+    with pytest.raises(UserError, match=f"^memory://{tmp_path.name}/") as error:
+        list(TraceSet(f"memory://{tmp_path.name}").traces())
+    assert says in str(error.value)
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path):
+    words = word_tokenizer(tmp_path / "words.json", ["<unk>", "a", "b"])
+    manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
+    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+        writer.write(tiny_trace("a", 2, np.random.default_rng(0), vocab=3))
+    (tmp_path / "set/tokenizer.json").write_text("garbage")
+    sha256 = hashlib.sha256(b"garbage").hexdigest()
+    edit_manifest(tmp_path / "set", lambda content: content["tokenizer"].update(sha256=sha256))
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer \(.*\)\Z"):
+        _ = TraceSet(str(tmp_path / "set")).token_strings
+
+
+def restated(folder: Path, arrays: dict[str, np.ndarray], file: str, field: str) -> None:
+    """Put other tensors in a safetensors file's place; its hash in the manifest is theirs."""
+    save_file(arrays, folder / file, {"scoring": "softmax"})
+    content = (folder / file).read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+
+    def change(manifest: dict) -> None:
+        if field == "routers_sha256":
+            manifest[field] = sha256
+        else:
+            manifest["shards"][0] |= {field: sha256, "states_bytes": len(content)}
+
+    edit_manifest(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.full((4, 8, 8), np.nan, np.float32), "weight is not all finite numbers"),
+        (np.ones((4, 8, 8), np.int32), "weight is not all finite numbers"),
+        (np.ones((4, 8, 7), np.float32), "holds .* not the routers of"),
+    ],
+)
+def test_routers_that_are_none_are_named(array, says, tmp_path):
+    tiny_traces(tmp_path / "set", hidden_states=True)
+    restated(tmp_path / "set", {"weight": array}, "routers.safetensors", "routers_sha256")
+    with pytest.raises(UserError, match=rf"routers\.safetensors: {says}"):
+        _ = TraceSet(str(tmp_path / "set")).routers
+
+
+def test_hidden_states_of_another_number_of_tokens_are_named(tmp_path):
+    traces = tiny_traces(tmp_path / "set", hidden_states=True)
+    (info, *_) = traces.shards()
+    one = np.zeros((1, 4, 8), np.float16)
+    restated(tmp_path / "set", {"router_inputs": one, "layer_inputs": one}, info.states_file, "states_sha256")
+    with pytest.raises(
+        UserError, match=r"states\.safetensors: holds .* not router_inputs and layer_inputs of \(\d+, 4"
+    ):
+        list(TraceSet(str(tmp_path / "set")).traces(hidden_states=True))

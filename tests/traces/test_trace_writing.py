@@ -186,12 +186,18 @@ WEIGHTS = np.ones(GOOD.experts.shape, np.float16)
         (replace(GOOD, experts=NEGATIVE), r"expert id -2 is out of range 0\.\.7"),
         (replace(GOOD, experts=np.full_like(GOOD.experts, 3)), "an expert is named twice by one token in one layer"),
         (replace(GOOD, gate_weights=WEIGHTS[:2]), "gate"),
+        (replace(GOOD, gate_weights=WEIGHTS * np.float16(np.inf)), "gate weights are negative or not finite"),
+        (replace(GOOD, gate_weights=np.full(GOOD.experts.shape, 1e6)), "gate weights are negative or not finite"),
+        (replace(GOOD, token_ids=np.array([0, 1, 1000])), r"token id 1000 is out of range 0\.\.999"),
+        (replace(GOOD, decode_start=4), r"decode_start 4 is not in 0\.\.3"),
     ],
-    ids=["empty", "lengths", "layers", "top_k", "beyond", "negative", "twice", "gates"],
+    ids=["empty", "lengths", "layers", "top_k", "beyond", "negative", "twice", "gates", "inf", "large", "id", "start"],
 )
 def test_a_trace_that_does_not_fit_is_named_and_leaves_nothing(trace, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:
-        write_all(tmp_path / "set", [tiny_trace("good", 3, np.random.default_rng(1)), trace])
+        write_all(
+            tmp_path / "set", [tiny_trace("good", 3, np.random.default_rng(1)), trace][trace.gate_weights is not None :]
+        )
     assert "'bad'" in str(error.value)
     assert os.listdir(tmp_path) == []
 
@@ -216,3 +222,13 @@ def test_an_existing_set_is_kept(trace_set, tmp_path):
         writer.write(GOOD)
     assert {path.name: path.read_bytes() for path in Path(trace_set.folder).iterdir()} == before
     assert os.listdir(tmp_path) == [Path(trace_set.folder).name]
+
+
+def test_an_id_is_written_once_and_a_split_is_a_plain_name(tmp_path):
+    with pytest.raises(UserError, match="'bad' was written already"):
+        write_all(tmp_path / "set", [GOOD, GOOD])
+    for split in ("", "..", "a/b", "a\nb"):
+        with pytest.raises(UserError, match=r"'bad': split .* is not a plain name"):
+            with writing(tmp_path / "set", manifest_of(TINY)) as writer:
+                writer.write(GOOD, split)
+    assert os.listdir(tmp_path) == []
