@@ -174,7 +174,10 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the geometry, the tokenizer and every shard's hash: two sets of equal content have equal ones."""
+        """Hash of the geometry, the tokenizer and every shard's split and hash: sets of equal content have equal ones.
+
+        The other fields, such as counts and names, are covered by the hash that `to_json` adds.
+        """
         content = [
             self.geometry.to_json(),
             self.tokenizer.sha256,

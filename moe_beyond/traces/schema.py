@@ -78,19 +78,19 @@ def _wrong_in(ranks: npt.NDArray[np.integer[Any]], num_experts: int) -> tuple[in
     """Find the first wrong one of ``(K, entries)`` ids, as `first_wrong_entry` does."""
     none = none_id(ranks.dtype)
     has_empty = not (ranks.min() >= 0 and ranks.max() < num_experts)
-    found: dict[int, str] = {}
+    faults: dict[int, str] = {}
     if has_empty:
         outside = ((ranks < 0) | (ranks >= num_experts)) & (ranks != none)
         if outside.any():
             entry = int(outside.any(0).argmax())
-            found[entry] = f"expert id {ranks[:, entry][outside[:, entry]][0]} is out of range 0..{num_experts - 1}"
+            faults[entry] = f"expert id {ranks[:, entry][outside[:, entry]][0]} is out of range 0..{num_experts - 1}"
     for shift in range(1, len(ranks)):
         same = ranks[shift:] == ranks[:-shift]
         if has_empty:
             same &= ranks[shift:] != none
         if same.any():
-            found.setdefault(int(same.any(0).argmax()), "an expert is named twice by one token in one layer")
-    return min(found.items(), default=None)
+            faults.setdefault(int(same.any(0).argmax()), "an expert is named twice by one token in one layer")
+    return min(faults.items(), default=None)
 
 
 def has_empty_slots(experts: npt.NDArray[np.integer[Any]]) -> bool:
