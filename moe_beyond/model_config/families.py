@@ -11,6 +11,7 @@ from moe_beyond.model_config.layers import (
     DENSE_INDEX,
     FIRST,
     FIRST_AND_FREQUENCY,
+    HASHED_TYPES,
     INTERLEAVED,
     LISTED,
     MASK,
@@ -113,7 +114,9 @@ def _with_double_layers(config: Config) -> Config:
 def _with_depth(config: Config) -> Config:
     """Nemotron-H: there are as many layers as the pattern has letters."""
     blocks = next((config.fields[name] for name in BLOCK_TYPES.fields if name in config), None)
-    return config.over({"num_hidden_layers": len(blocks)} if isinstance(blocks, list | str) else {})
+    if not isinstance(blocks, list | str):
+        raise config.error(f"does not say which layers hold experts (field {' or '.join(BLOCK_TYPES.fields[:2])})")
+    return config.over({"num_hidden_layers": len(blocks)})
 
 
 PART_FIELDS = ("moe_num_experts", "moe_top_k", "ffn_hidden_size", "ffn_act_fn", "kv_n_heads")
@@ -145,7 +148,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": _leading(0),
     "deepseek_v3": _leading(3),
     "deepseek_v32": _leading(3, TYPES),
-    "deepseek_v4": Family((TYPES, all_but(0)), width=(*NARROW, *WIDTH), always=NARROW),
+    "deepseek_v4": Family((HASHED_TYPES, all_but(0)), width=(*NARROW, *WIDTH), always=NARROW),
     "dots1": _leading(0),
     "dots3_note_text": _FREQUENT,
     "ernie4_5_moe": Family((RANGE,), {"moe_layer_start_index": 1}),

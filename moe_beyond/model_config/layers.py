@@ -1,6 +1,6 @@
 """The ways in which configurations say which layers hold experts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,18 @@ class Rule:
         return any(name in config for name in self.fields)
 
 
-SPARSE = {"sparse": True, "moe": True, "hash_moe": True, "dense": False}
+SPARSE = {"sparse": True, "dense": False}
+HASHED = {"moe": True, "hash_moe": True}
 LETTERS = {"M": False, "E": True, "*": False, "-": False}
 BLOCKS = {"moe": True} | dict.fromkeys(("linear_attention", "mamba", "full_attention", "attention", "mlp"), False)
 
 
 def _flagged(flags: Iterable[bool]) -> Iterable[int]:
     return (layer for layer, holds in enumerate(flags) if holds)
+
+
+def _type_rule(words: Mapping[str, bool]) -> Rule:
+    return Rule(("mlp_layer_types",), lambda config, depth: _flagged(config.per_layer("mlp_layer_types", depth, words)))
 
 
 def _all_but_first(name: str) -> Rule:
@@ -75,12 +80,17 @@ def _interleaved(config: Config, depth: int) -> Iterable[int]:
     return range(step - 1, depth, step)
 
 
-def _by_block(config: Config, depth: int) -> Iterable[int]:
-    kinds = {"hybrid_override_pattern": LETTERS, "layers_block_type": BLOCKS, "layer_types": BLOCKS}
-    layers = {name: tuple(_flagged(config.per_layer(name, depth, kinds[name]))) for name in kinds if name in config}
-    if len(set(layers.values())) != 1:
-        raise config.error(f"{' and '.join(layers or kinds)} must say which layers hold experts, and agree")
-    return next(iter(layers.values()))
+def _block_rule(*names: str) -> Rule:
+    """Return the rule of models whose layers are a mixer, an attention, a dense block or experts each."""
+
+    def layers(config: Config, depth: int) -> Iterable[int]:
+        kinds = {name: LETTERS if name == "hybrid_override_pattern" else BLOCKS for name in names if name in config}
+        ways = {name: tuple(_flagged(config.per_layer(name, depth, words))) for name, words in kinds.items()}
+        if len(set(ways.values())) != 1:
+            raise config.error(f"{' and '.join(ways or names[:2])} must say which layers hold experts, and agree")
+        return next(iter(ways.values()))
+
+    return Rule(names, layers)
 
 
 def _switched(config: Config, depth: int) -> Iterable[int]:
@@ -89,7 +99,7 @@ def _switched(config: Config, depth: int) -> Iterable[int]:
     return range(depth if switch else 0)
 
 
-TYPES = Rule(("mlp_layer_types",), lambda config, depth: _flagged(config.per_layer("mlp_layer_types", depth, SPARSE)))
+TYPES, HASHED_TYPES = _type_rule(SPARSE), _type_rule(HASHED)
 FIRST = _all_but_first("first_k_dense_replace")
 FIRST_AND_FREQUENCY = Rule(("first_k_dense_replace", "moe_layer_freq"), _multiples_after_first)
 MASK = Rule(("moe_layer_freq",), _masked)
@@ -99,8 +109,8 @@ RANGE = Rule(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interva
 PERIOD = Rule(("expert_layer_period", "expert_layer_offset"), _at_period)
 LISTED = Rule(("moe_layers",), lambda config, depth: config.layer_list("moe_layers", depth))
 INTERLEAVED = Rule(("interleave_moe_layer_step",), _interleaved)
-PATTERN = Rule(("hybrid_override_pattern", "layers_block_type"), _by_block)
-BLOCK_TYPES = Rule((*PATTERN.fields, "layer_types"), _by_block)  # elsewhere layer_types are kinds of attention
+PATTERN = _block_rule("hybrid_override_pattern", "layers_block_type")
+BLOCK_TYPES = _block_rule(*PATTERN.fields, "layer_types")  # elsewhere layer_types are kinds of attention
 SWITCH = Rule(("enable_moe_block",), _switched)
 ALL = (
     TYPES, FIRST_AND_FREQUENCY, DENSE_COUNT, DENSE_INDEX, STEP, RANGE, PERIOD, LISTED, INTERLEAVED, PATTERN, SWITCH,

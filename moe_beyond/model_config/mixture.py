@@ -131,10 +131,10 @@ def _common_family(config: Config, kind: str | None, depth: int) -> Family:
         raise config.error(f"{what}, and whether experts have biases (mlp_bias) is not understood; {BY_HAND}")
     layers = set(rules[0].layers(config, depth))
     if any(name in config for name in EXPERT_WIDTHS):
-        return Family(rules, width=EXPERT_WIDTHS)
+        return Family(rules[:1], width=EXPERT_WIDTHS)
     if len(layers) < depth:
         raise config.error(f"{what}, and no field says how wide an expert is (moe_intermediate_size); {BY_HAND}")
-    return Family(rules, width=WIDTH)
+    return Family(rules[:1], width=WIDTH)
 
 
 def _expert_width(config: Config, family: Family, depth: int) -> int:
@@ -159,8 +159,8 @@ def _moe_layers(config: Config, family: Family, depth: int) -> Layers:
         foreign = [name for name in foreign if config.fields[name] != ways.NEUTRAL.get(name)]
         if foreign and tuple(sorted(other.layers(config, depth))) != layers:
             raise config.error(
-                f"{foreign[0]} {shown(config.fields[foreign[0]])} is not understood here: the architecture does not "
-                f"read it, and would hold experts in other layers; remove it, or {BY_HAND}"
+                f"{foreign[0]} {shown(config.fields[foreign[0]])} is not understood here: it would put experts in "
+                f"other layers than {' and '.join(rule.fields) or 'the code of this architecture'}; {BY_HAND}"
             )
     if not layers:
         raise config.error("no layer holds experts; is this a mixture-of-experts model?")
