@@ -310,7 +310,7 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
     else:
         slots = math.floor(Fraction(number) * _BYTES[unit] * 8 / (geometry.params_per_expert * Fraction(bits)))
     if slots < 1:
-        share, size = 100 / geometry.total_experts, geometry.params_per_expert * bits / 8
+        share, size = Fraction(100, geometry.total_experts), geometry.params_per_expert * Fraction(bits) / 8
         raise UserError(
             f"{written} holds no expert of {geometry.model}; the smallest budget is 1 (slot), which is "
             f"{_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
@@ -335,13 +335,13 @@ def _what_to_write(number: str) -> str:
     return f"write {float(share):.15g}% for {what} of all experts, {slots} for slots, or 2.9GB for bytes"
 
 
-def _rounded_up(number: float) -> str:
+def _rounded_up(number: Fraction) -> str:
     """Write a number in three digits, never less than it is.
 
     Example:
-        >>> _rounded_up(0.06009), _rounded_up(17.301504), _rounded_up(1234.0)
-        ('0.0601', '17.4', '1240')
+        >>> _rounded_up(Fraction(100, 1664)), _rounded_up(Fraction(2, 1000)), _rounded_up(Fraction(1234))
+        ('0.0601', '0.00200', '1240')
     """
     digits = 2 - math.floor(math.log10(number))
-    up = math.ceil(Fraction(number) * Fraction(10) ** digits)
+    up = math.ceil(number * Fraction(10) ** digits)
     return f"{float(up / Fraction(10) ** digits):.{max(digits, 0)}f}"

@@ -363,12 +363,10 @@ def test_what_to_write_in_place_of_a_fraction_of_a_slot(budget, says):
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "budget", ["9" * 5000, "0." + "1" * 5000, "1" * 5000 + "%", "9" * 5000 + "GB", 10**5000, "1\n2"]
-)
+@pytest.mark.parametrize("budget", ["9" * 5000, "0." + "1" * 5000, "1" * 5000 + "%", "9" * 5000 + "GB", "1\n2", None])
 def test_an_endless_budget_is_one_short_line(budget):
     with pytest.raises(UserError) as error:
-        budget_slots(budget, shaped())
+        budget_slots(10**5000 if budget is None else budget, shaped())
     assert len(str(error.value)) < 200
     assert len(str(error.value).splitlines()) == 1
 
