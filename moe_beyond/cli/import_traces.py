@@ -1,6 +1,6 @@
 """``moe-beyond import``."""
 
-import dataclasses
+import json
 import shutil
 import textwrap
 
@@ -71,12 +71,12 @@ def describe_formats() -> list[str]:
 def describe_models() -> list[str]:
     """Return the lines of help about what ``--model`` takes."""
     names = textwrap.wrap(", ".join(PRESETS), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    fields = ", ".join(field.name for field in dataclasses.fields(Geometry))
+    example = Geometry("mine", (1, 2, 3), num_experts=64, top_k=6, params_per_expert=8650752, other_params_per_layer=0)
     return [
         "model presets:",
         *names,
-        "Any other model: its folder, or its config.json. A geometry file is a JSON object with the fields",
-        f"  {fields}",
+        "Any other model: its folder, or its config.json. A geometry file is a .json file such as",
+        f"  {json.dumps(example.to_json())}",
     ]
 
 

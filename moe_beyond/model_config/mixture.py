@@ -25,7 +25,7 @@ from moe_beyond.model_config.unread import check_nothing_else
 MOST_EXPERTS = 32_767
 """What 16-bit expert ids can name."""
 DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-BY_HAND = "write a geometry file by hand instead (README, 'Models')"
+BY_HAND = "write a geometry file by hand (`moe-beyond import --help` shows its fields)"
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
     sequences: list[int] = []
     written: list[bool] = []
     done = sequence = 0
-    previous, batch, ended = 0, 0, True  # tokens of the batch before and of this one; whether the last layer had rows
+    previous, batch, begin, ended = 0, 0, 0, True  # tokens of the batch before and of this one, where it begins
     for start, stop in pairwise([*starts, len(layers)]):
         where = f"{path}: row {start + first_row}"
         found, rows = np.unique(layers[start:stop], return_counts=True)
@@ -183,10 +183,10 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
             )
         sequence += int(ended and previous == 1 and (size > 1 or not ends))
         written += [ended and ends and previous > 0 and size == 1] * size
-        batch = size if ended else batch + size
+        batch, begin = (size, start) if ended else (batch + size, begin)
         if ends and 1 < previous < batch:
             raise UserError(
-                f"{where}: a batch of {batch} tokens follows one of {previous} that ends a prompt; layer,expert rows "
+                f"{path}: row {begin + first_row}: a batch of {batch} tokens follows one of {previous} that ends a prompt; layer,expert rows "
                 "do not say whether another sequence begins; give each sequence a file, or record positions"
             )
         sequences += [sequence] * size

@@ -53,7 +53,11 @@ def notes(tokens: int, requests: int) -> str:
 
     Example:
         >>> notes(3, 1)
-        '; 3 tokens left out, marked as missing (-1); 1 requests without tokens passed over'
+        '; 3 tokens left out, marked as missing (-1); 1 request without recorded tokens passed over'
     """
-    left_out = f"; {tokens:,} tokens left out, marked as missing (-1)" if tokens else ""
-    return left_out + (f"; {requests:,} requests without tokens passed over" if requests else "")
+    left_out = f"; {_counted(tokens, 'token')} left out, marked as missing (-1)" if tokens else ""
+    return left_out + (f"; {_counted(requests, 'request')} without recorded tokens passed over" if requests else "")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
