@@ -97,12 +97,10 @@ def test_token_ids_of_several_micro_batches_stay_aligned(tmp_path):
 def test_a_file_that_does_not_tell_where_a_prompt_ends_is_refused(tmp_path):
     experts = random_experts(12)
     (tmp_path / "run.csv").write_text(micro_batches(experts[:4], (4,)) + micro_batches(experts[4:], (6, 2)))
-    with pytest.raises(
-        UserError, match="row 47: a batch of 8 tokens follows one of 4 that ends a prompt; .* positions"
-    ):
+    with pytest.raises(UserError, match=r"row 19: a batch of 8 tokens follows one of 4 that ends .* positions"):
         imported("llama-cpp", tmp_path / "run.csv", tmp_path / "out")
     (tmp_path / "run.csv").write_text(micro_batches(experts, (8, 4))[: -4 * TOP_K])  # cut before the last layer
-    with pytest.raises(UserError, match="row 33: has layers 1..2"):
+    with pytest.raises(UserError, match=r"row 33: has layers 1\.\.2"):
         imported("llama-cpp", tmp_path / "run.csv", tmp_path / "out")
 
 
@@ -182,7 +180,7 @@ def test_what_is_missing_in_the_middle_is_refused_by_row(place, says, tmp_path):
 
 def test_nothing_recorded_at_all_is_refused(tmp_path):
     np.save(tmp_path / "q.npy", np.full((4, LAYERS, TOP_K), -1))
-    with pytest.raises(UserError, match="q.npy: no request has a recorded token"):
+    with pytest.raises(UserError, match=r"q\.npy: no request has a recorded token"):
         imported("vllm", tmp_path / "q.npy", tmp_path / "out")
 
 

@@ -186,8 +186,9 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
         batch, begin = (size, start) if ended else (batch + size, begin)
         if ends and 1 < previous < batch:
             raise UserError(
-                f"{path}: row {begin + first_row}: a batch of {batch} tokens follows one of {previous} that ends a prompt; layer,expert rows "
-                "do not say whether another sequence begins; give each sequence a file, or record positions"
+                f"{path}: row {begin + first_row}: a batch of {batch} tokens follows one of {previous} that ends a "
+                "prompt; layer,expert rows do not say whether another sequence begins; give each sequence a file, or "
+                "record positions"
             )
         sequences += [sequence] * size
         tokens += [*np.tile(np.arange(done, done + size), count - 1), *range(done + size - last, done + size)]
