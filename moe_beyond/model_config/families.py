@@ -82,7 +82,7 @@ def _without_parts(config: Config) -> Config:
     for part in ("attn_config", "ffn_config"):
         if not isinstance(inner := flat.pop(part, {}), Mapping):
             raise config.error(f"{part} must be an object (got {shown(inner)})")
-        flat |= {name: inner[name] for name in PART_FIELDS if inner.get(name) is not None}
+        flat = {name: value for name, value in inner.items() if value is not None} | flat
     if "ffn_act_fn" in flat:
         function = flat.pop("ffn_act_fn")
         flat["hidden_act"] = function.get("name") if isinstance(function, Mapping) else function
@@ -119,9 +119,6 @@ def _with_depth(config: Config) -> Config:
     return config.over({"num_hidden_layers": len(blocks)})
 
 
-PART_FIELDS = ("moe_num_experts", "moe_top_k", "ffn_hidden_size", "ffn_act_fn", "kv_n_heads")
-
-
 def _leading(count: int, *rules: Rule) -> Family:
     """Return the family whose first layers are dense by default, by ``first_k_dense_replace`` or other rules."""
     return Family((*rules, FIRST), {"first_k_dense_replace": count})
@@ -135,6 +132,7 @@ def _by_code(dense: int, *rules: Rule) -> Family:
 _FREQUENT = Family((TYPES, FIRST_AND_FREQUENCY), {"first_k_dense_replace": 1, "moe_layer_freq": 1})
 _STEPPED = Family((STEP,))
 _WIDE = Family(width=WIDTH)
+_MINIMAX = ("mlp_intermediate_size", "shared_moe_mode")  # of a shared expert that published files switch off
 
 FAMILIES: dict[str, Family] = {
     "afmoe": Family((DENSE_COUNT,), {"num_dense_layers": 1}),
@@ -164,7 +162,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoe_swa": _WIDE,
     "granitemoehybrid": Family(width=WIDTH, ignores=("layers_block_type",)),  # of attention and mamba
     "granitemoeshared": _WIDE,
-    "hunyuan_v1_moe": Family(width=WIDTH, always=WIDTH),
+    "hunyuan_v1_moe": Family(width=WIDTH, always=WIDTH, ignores=("dense_list", "use_mixed_mlp_moe")),  # of a classifier
     "hy_v3": _by_code(1, TYPES),
     "hy_v4": _by_code(1, TYPES),
     "inkling_text": Family((TYPES, DENSE_INDEX), {"dense_mlp_idx": 0}, prepare=_with_dense_width),
@@ -180,9 +178,9 @@ FAMILIES: dict[str, Family] = {
         width=(*LONGCAT, *NARROW), always=("ffn_hidden_size",) * 2, attentions=2, prepare=_with_double_layers
     ),
     "mellum": _by_code(0, TYPES),
-    "mimo_v2_flash": _by_code(1, TYPES),
-    "minimax": _WIDE,
-    "minimax_m2": _WIDE,
+    "mimo_v2_flash": Family((TYPES, all_but(1)), ignores=("hybrid_layer_pattern", "hybrid_block_size")),  # of attention
+    "minimax": Family(width=WIDTH, ignores=_MINIMAX),
+    "minimax_m2": Family(width=WIDTH, ignores=_MINIMAX),
     "minimax_m3_vl_text": Family((TYPES, MASK, all_but(0)), width=WIDTH),
     "mistral4": _leading(0),
     "mixtral": _WIDE,

@@ -127,8 +127,8 @@ def _common_family(config: Config, kind: str | None, depth: int) -> Family:
         raise config.error(
             f"{what}, and hidden_act {act} does not tell whether an expert has two or three matrices; {BY_HAND}"
         )
-    if config.fields.get("mlp_bias"):
-        raise config.error(f"{what}, and whether experts have biases (mlp_bias) is not understood; {BY_HAND}")
+    if biases := [name for name in ("mlp_bias", "use_bias") if config.fields.get(name)]:
+        raise config.error(f"{what}, and whether experts have biases ({biases[0]}) is not understood; {BY_HAND}")
     layers = set(rules[0].layers(config, depth))
     if any(name in config for name in EXPERT_WIDTHS):
         return Family(rules[:1], width=EXPERT_WIDTHS)

@@ -16,22 +16,25 @@ from moe_beyond.model_config.families import (
 )
 from moe_beyond.model_config.fields import Config, shown
 
-_ABOUT = re.compile(r"expert|moe|sparse|dense|mlp|ffn|feed_?forward|intermediate|hybrid|block_type|mixture")
-_OTHER_PARTS = re.compile(r"^(mtp|num_nextn|nextn|index|vision|audio|image|rope|quant)|attn|attention|mamba|sliding")
+_ABOUT = re.compile(
+    r"expert|moe|sparse|dense|mlp|ffn|feed_?forward|intermediate|hybrid|block_type|mixture|pattern|(^|_)glu|gated$"
+)
+_OTHER_PARTS = re.compile(
+    r"^(mtp|num_nextn|nextn|index|vision|audio|image|rope|quant)|attn|attention|mamba|sliding|layer_?norm"
+)
 _LAYOUT = re.compile(
-    r"layer|num|^n_|_n_|count|size|width|dim|freq|interval|step|period|offset|start|end|pattern|types|latent|hidden|"
-    r"matri|top_?k|every|skip|only|rank|bias"
+    r"layer|num|^n_|_n_|count|size|width|dim|freq|interval|(^|_)(step|period|offset|start|end|only|rank|bias|skip)|"
+    r"pattern|types|latent|hidden|matri|top_?k|every|glu|gated|(mlp|ffn|expert|experts)_type$"
 )
 _ROUTING = re.compile(
     r"rout|gat(e|ing)|aux|loss|coef|scal|norm|scor|jitter|dtype|drop|capacity|eps$|backend|kernel|impl|parallel|"
     r"dispatch|balanc|temperature|clamp|limit|alpha|beta|softcap|fp32|fp8|overlap|group|combin|selection|sink|weight"
 )
 HARMLESS = {
-    "aux_loss_alpha", "chunk_size_feed_forward", "enable_moe_fp32_combine", "ep_size",
-    "expert_selection_fn", "moe_layer_use_mod",
+    "aux_loss_alpha", "chunk_size_feed_forward", "enable_moe_fp32_combine", "ep_size", "expert_selection_fn",
     "moe_router_bias_update_rate", "moe_router_enable_expert_bias", "moe_router_topk_scaling_factor",
-    "moe_use_aux_free", "n_group", "num_expert_group", "num_experts_per_group", "router_hidden_size",
-    "sparse_mode", "use_double_wide_mlp", "use_expert_bias", "zero_expert_num", "zero_expert_type",
+    "moe_use_aux_free", "n_group", "num_expert_group", "num_expert_groups", "num_experts_per_group",
+    "router_hidden_size", "use_double_wide_mlp", "use_expert_bias", "zero_expert_num", "zero_expert_type",
 }  # fmt: skip
 """Fields whose names match `_LAYOUT` and that lay nothing out."""
 DENSE_WIDTHS = {
@@ -69,8 +72,8 @@ def lays_out(name: str) -> bool:
     """Tell whether a field's name looks as if it said which layers hold experts, how many, how wide or of what.
 
     Example:
-        >>> lays_out("moe_every_nth_layer"), lays_out("router_aux_loss_coef"), lays_out("moe_gate")
-        (True, False, False)
+        >>> [lays_out(name) for name in ("moe_every_nth_layer", "use_gated_mlp", "moe_gate", "router_aux_loss_coef")]
+        [True, True, False, False]
     """
     if not _ABOUT.search(name) or _OTHER_PARTS.search(name):
         return False
