@@ -322,8 +322,8 @@ def test_latent_experts_are_as_narrow_as_what_they_read():
         ({"use_bias": True}, "whether experts have biases"),
         ({"mlp_only_layers": [0], "moe_intermediate_size": None}, "no field says how wide an expert is"),
         (
-            {"first_k_dense_replace": 1},
-            "first_k_dense_replace 1 is not understood here: .* in other layers than decoder_sparse_step",
+            {"first_k_dense_replace": 1, "decoder_sparse_step": 2},
+            "decoder_sparse_step 2 is not understood here: .* in other layers than first_k_dense_replace",
         ),
     ],
 )

@@ -76,13 +76,21 @@ class Family:
     prepare: Callable[[Config], Config] = lambda config: config
 
 
+PARTS_OWN = ("hidden_size", "model_type")
+"""Fields of DBRX's parts that say nothing about the model."""
+
+
 def _without_parts(config: Config) -> Config:
     """Dbrx: sizes lie in configurations of their own."""
     flat = dict(config.fields)
     for part in ("attn_config", "ffn_config"):
         if not isinstance(inner := flat.pop(part, {}), Mapping):
             raise config.error(f"{part} must be an object (got {shown(inner)})")
-        flat = {name: value for name, value in inner.items() if value is not None} | flat
+        fields = {name: value for name, value in inner.items() if value is not None and name not in PARTS_OWN}
+        for name in ("ffn_hidden_size", *EXPERTS, *TOP_K):
+            if name in fields and config.fields.get(name, fields[name]) != fields[name]:
+                raise config.error(f"{name} {shown(config.fields[name])} and {part}.{name} contradict")
+        flat |= fields
     if "ffn_act_fn" in flat:
         function = flat.pop("ffn_act_fn")
         flat["hidden_act"] = function.get("name") if isinstance(function, Mapping) else function
