@@ -120,13 +120,13 @@ def _common_family(config: Config, kind: str | None, depth: int) -> Family:
     what = f"model_type {shown(kind)} is not known" if kind else "model_type is missing"
     rules = tuple(rule for rule in ways.ALL if rule.is_set(config))
     if not rules:
-        fields = ", ".join(("mlp_layer_types", "first_k_dense_replace"))
-        raise config.error(f"{what}, and no field says which layers hold experts ({fields} ...); {BY_HAND}")
-    if config.fields.get("hidden_act") != "silu":
-        act = shown(config.fields.get("hidden_act"))
         raise config.error(
-            f"{what}, and hidden_act {act} does not tell whether an expert has two or three matrices; {BY_HAND}"
+            f"{what}, and no field says which layers hold experts (such as first_k_dense_replace); {BY_HAND}"
         )
+    functions = {name: config.fields[name] for name in ACTIVATION if name in config} or {"hidden_act": None}
+    if any(function != "silu" for function in functions.values()):
+        told = ", ".join(f"{name} {shown(function)}" for name, function in functions.items())
+        raise config.error(f"{what}, and {told} does not tell whether an expert has two or three matrices; {BY_HAND}")
     if biases := [name for name in ("mlp_bias", "use_bias") if config.fields.get(name)]:
         raise config.error(f"{what}, and whether experts have biases ({biases[0]}) is not understood; {BY_HAND}")
     layers = set(rules[0].layers(config, depth))
