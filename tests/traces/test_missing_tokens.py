@@ -75,6 +75,31 @@ def test_micro_batches_of_any_sizes_make_one_prompt(prompt, tmp_path):
     assert trace.decode_start == 1
 
 
+def positions(experts, prompts, geometry=SMALL):
+    """The same run as `micro_batches` with rows of positions: in a prompt, minus the tokens that are left."""
+    rows, first, prompt = [], 0, sum(prompts)
+    for size in (*prompts, *[1] * (len(experts) - prompt)):
+        for row, layer in enumerate(geometry.moe_layers):
+            for token in range(first, first + size):
+                if layer != geometry.moe_layers[-1] or token >= prompt - 1:
+                    rows.append(",".join(map(str, [token - prompt, layer, *experts[token, row]])) + "\n")
+        first += size
+    return "".join(rows)
+
+
+@pytest.mark.parametrize("prompt", [(8, 4), (8, 8, 4), (8, 8, 1), (4, 8), (1, 1, 3)], ids=str)
+def test_both_forms_of_a_run_are_the_same(prompt, tmp_path):
+    experts = random_experts(sum(prompt) + 3, 1)
+    (tmp_path / "rows.csv").write_text(micro_batches(experts, prompt))
+    (tmp_path / "positions.csv").write_text(positions(experts, prompt))
+    (one,), (other,) = (
+        imported("llama-cpp", tmp_path / f"{name}.csv", tmp_path / name)[1] for name in ("rows", "positions")
+    )
+    np.testing.assert_array_equal(one.experts, other.experts)
+    np.testing.assert_array_equal(one.experts, experts[sum(prompt) - 1 :])
+    assert one.decode_start == other.decode_start == 1
+
+
 def test_merged_prompts_of_several_micro_batches_are_told_apart(tmp_path):
     prompts = [(8, 4), (8,), (1, 1, 2), (8, 8, 3)]
     runs = [random_experts(sum(prompt) + 2, number) for number, prompt in enumerate(prompts)]
