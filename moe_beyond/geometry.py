@@ -3,12 +3,19 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
+from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture, shown
+
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+MOST_PARAMS = 10**15
+"""Bound on parameters: a thousand times what a whole model has today."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +28,9 @@ class Geometry:
             this package counts along this list.
         num_experts: Routed experts per MoE layer, E.
         top_k: Experts a token is routed to in a layer, K.
-        params_per_expert: Parameters of one routed expert.
+        params_per_expert: Parameters of one routed expert: its matrices, and its biases where it has any.
         other_params_per_layer: Parameters that every token reads in an MoE layer besides its routed experts
-            (attention, router, shared experts).
+            (attention, router, shared experts). An estimate where it was read from a ``config.json``.
     """
 
     model: str
@@ -34,13 +41,35 @@ class Geometry:
     other_params_per_layer: int
 
     def __post_init__(self) -> None:
-        """Check that the numbers describe a mixture of experts."""
-        if not self.moe_layers or list(self.moe_layers) != sorted(set(self.moe_layers)):
-            raise UserError(f"geometry {self.model!r}: moe_layers must be ascending layer indices")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise UserError(f"geometry {self.model!r}: top_k {self.top_k} is not within 1..{self.num_experts}")
-        if self.params_per_expert < 1 or self.other_params_per_layer < 0:
-            raise UserError(f"geometry {self.model!r}: an expert has parameters, and other parameters are not negative")
+        """Check types and bounds.
+
+        Raises:
+            UserError: A field has another type, or the numbers describe no mixture of experts.
+        """
+        if not isinstance(self.model, str):
+            raise UserError(f"geometry: model must be a string (got {shown(self.model)})")
+        where = f"geometry {self.model!r}"
+        layers = self.moe_layers
+        if not isinstance(layers, tuple) or any(type(layer) is not int for layer in layers):
+            raise UserError(f"{where}: moe_layers must be whole numbers (got {shown(layers)})")
+        if (
+            not layers
+            or any(one >= other for one, other in pairwise(layers))
+            or not 0 <= layers[0] <= layers[-1] < MOST_LAYERS
+        ):
+            raise UserError(
+                f"{where}: moe_layers must be ascending layer indices below {MOST_LAYERS:,} (got {shown(layers)})"
+            )
+        bounds = {
+            "num_experts": (1, MOST_EXPERTS),
+            "params_per_expert": (1, MOST_PARAMS),
+            "other_params_per_layer": (0, MOST_PARAMS),
+        }
+        for name, (least, most) in bounds.items():
+            if type(number := getattr(self, name)) is not int or not least <= number <= most:
+                raise UserError(f"{where}: {name} must be a whole number of {least} to {most:,} (got {shown(number)})")
+        if type(self.top_k) is not int or not 1 <= self.top_k <= self.num_experts:
+            raise UserError(f"{where}: top_k {shown(self.top_k)} is not within 1..{self.num_experts}")
 
     @property
     def num_layers(self) -> int:
@@ -80,25 +109,34 @@ class Geometry:
         Raises:
             UserError: A field is missing, unknown, or no geometry's.
         """
+        if not isinstance(content, Mapping):
+            raise UserError(f"{source}: is not a geometry (got {shown(content)})")
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in content]:
+            raise UserError(f"{source}: {missing[0]} is missing; a geometry has {', '.join(names)}")
+        if strange := [name for name in content if name not in names]:
+            raise UserError(f"{source}: {shown(strange[0])} is no field of a geometry, which has {', '.join(names)}")
+        if not isinstance(layers := content["moe_layers"], list | tuple):
+            raise UserError(f"{source}: moe_layers must be a list of whole numbers (got {shown(layers)})")
         try:
-            return cls(**{**content, "moe_layers": tuple(content["moe_layers"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{source}: fields of the geometry are missing or unknown ({error})") from error
+            return cls(**{**content, "moe_layers": tuple(layers)})
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A known model: its geometry, and the tokenizer of its traces.
+    """A model: its geometry, and what is known about its tokens.
 
     Attributes:
         geometry: The shape.
-        tokenizer: A name that `moe_beyond.traces.vocabulary` can load, or None.
+        tokenizer: A name or folder that `moe_beyond.traces.vocabulary` can load, or None.
+        vocab_size: Rows of the model's embedding, which may be more than its tokenizer has tokens; None if unknown.
     """
 
     geometry: Geometry
     tokenizer: str | None = None
+    vocab_size: int | None = None
 
 
 def _preset(
@@ -111,6 +149,7 @@ def _preset(
     other: int,
     *,
     first: int = 0,
+    biases: int = 0,
     tokenizer: str | None = None,
 ) -> Preset:
     """Describe a model whose experts are three ``width x expert_width`` matrices and whose last ``layers`` are MoE."""
@@ -119,7 +158,7 @@ def _preset(
         moe_layers=tuple(range(first, first + layers)),
         num_experts=experts,
         top_k=top_k,
-        params_per_expert=3 * width * expert_width,
+        params_per_expert=3 * width * expert_width + biases,
         other_params_per_layer=other + width * experts,
     )
     return Preset(geometry, tokenizer)
@@ -153,10 +192,10 @@ PRESETS: dict[str, Preset] = {
     "mixtral-8x7b": _preset("Mixtral-8x7B", 32, 8, 2, 4096, 14336, _attention(4096, 32, 8, 128)),
     "olmoe-1b-7b": _preset("OLMoE-1B-7B", 16, 64, 8, 2048, 1024, _attention(2048, 16, 16, 128)),
     "gpt-oss-20b": _preset(
-        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64)
+        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64), biases=3 * 2880
     ),
     "gpt-oss-120b": _preset(
-        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64)
+        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64), biases=3 * 2880
     ),
     "phi-3.5-moe": _preset("Phi-3.5-MoE", 32, 16, 2, 4096, 6400, _attention(4096, 32, 8, 128)),
     "phi-mini-moe": _preset("Phi-mini-MoE", 32, 16, 2, 4096, 960, _attention(4096, 32, 8, 128)),
@@ -170,122 +209,69 @@ PRESETS: dict[str, Preset] = {
 
 
 def load_preset(name: str) -> Preset:
-    """Find a preset by name, or read a geometry from a JSON file or a Hugging Face ``config.json``.
+    """Find a preset by name, or read a model's folder, its ``config.json``, or a geometry file.
 
     Args:
-        name: A key of `PRESETS`, or the path of a JSON file that holds either `Geometry.to_json` fields or a Hugging
-            Face model configuration.
+        name: A key of `PRESETS`; a folder with a Hugging Face ``config.json``, whose ``tokenizer.json`` becomes the
+            tokenizer if there is one; or a JSON file that holds such a configuration or the fields of
+            `Geometry.to_json`.
 
     Raises:
-        UserError: No preset has that name and no such file can be read as either.
+        UserError: No preset has that name, and no such file can be read as either.
     """
     if name in PRESETS:
         return PRESETS[name]
-    if not name.endswith(".json"):
+    path = Path(name)
+    if folder := path if path.is_dir() else None:
+        if not (path := folder / CONFIG_FILE).is_file():
+            raise UserError(f"{folder}: holds no {CONFIG_FILE}; give a model's folder, a .json file or a preset")
+    elif path.suffix != ".json":
+        if path.exists() or len(path.parts) > 1:
+            raise UserError(f"{name}: is neither a folder with a {CONFIG_FILE}, a .json file, nor a model preset")
         raise unknown("model preset", name, PRESETS)
-    content = read_json(name)
+    content = read_json(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{name}: is neither a geometry nor a model's config.json")
+        raise UserError(f"{path}: is neither a geometry nor a model's {CONFIG_FILE}")
     if "params_per_expert" in content:
-        return Preset(Geometry.from_json(content, source=name))
-    return Preset(geometry_from_config(content, source=name))
-
-
-def _first(config: Mapping[str, Any], *names: str) -> Any:
-    """Return the first of ``names`` that the configuration sets; a dotted name looks inside."""
-    for name in names:
-        value: Any = config
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            return value
-    return None
+        return Preset(Geometry.from_json(content, source=str(path)))
+    preset = _preset_of(content, str(path))
+    if folder and (folder / TOKENIZER_FILE).is_file():
+        return replace(preset, tokenizer=str(folder))
+    return preset
 
 
 def geometry_from_config(config: Mapping[str, Any], *, source: str = "config.json") -> Geometry:
     """Read the geometry out of a Hugging Face model configuration.
-
-    The field names differ by architecture; those of the mixtures of experts in transformers 5 are covered.
 
     Args:
         config: The configuration as a dictionary.
         source: Where it came from, for error messages.
 
     Raises:
-        UserError: The configuration names no routed experts.
+        UserError: It names no routed experts; or a field about them is missing, wrong, or not understood
+            (`moe_beyond.model_config`).
     """
-    if isinstance(config.get("text_config"), Mapping):
-        config = config["text_config"]
-    experts = _first(
-        config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts"
-    )
-    top_k = _first(
-        config, "num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "ffn_config.moe_top_k"
-    )
-    if experts is None or top_k is None:
-        raise UserError(f"{source}: names no routed experts; is this a mixture-of-experts model?")
-    width = _first(config, "hidden_size", "d_model", "n_embd")
-    expert_width = _first(
-        config, "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_config.ffn_hidden_size", "intermediate_size"
-    )
-    depth = _first(config, "num_hidden_layers", "n_layers")
-    if None in (width, expert_width, depth):
-        raise UserError(f"{source}: hidden size, expert width or number of layers is missing")
-    numbers = {"experts": experts, "top-k": top_k, "hidden size": width, "expert width": expert_width, "layers": depth}
-    for what, number in numbers.items():
-        if not isinstance(number, int):
-            raise UserError(f"{source}: the number for {what} is {number!r}, not a whole number")
-    shared = _first(config, "shared_expert_intermediate_size", "shared_intermediate_size") or expert_width * (
-        _first(config, "n_shared_experts", "moe_num_shared_experts", "num_shared_experts") or 0
-    )
-    return Geometry(
-        model=str(_first(config, "_name_or_path", "name_or_path", "model_type") or source),
-        moe_layers=_moe_layers(config, depth),
-        num_experts=experts,
-        top_k=top_k,
-        params_per_expert=3 * width * expert_width,
-        other_params_per_layer=_attention_of(config, width) + 3 * width * shared + width * experts,
-    )
+    return _preset_of(config, source).geometry
 
 
-def _attention_of(config: Mapping[str, Any], width: int) -> int:
-    """Parameters of a layer's attention: grouped-query, or with DeepSeek's low-rank maps (arXiv 2405.04434, 2.1)."""
-    heads = _first(config, "num_attention_heads", "n_heads") or 1
-    rank = _first(config, "kv_lora_rank")
-    if rank is None:
-        head = _first(config, "head_dim") or width // heads
-        return _attention(width, heads, _first(config, "num_key_value_heads") or heads, head)
-    plain, rotary, value = (
-        _first(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    )
-    query_rank = _first(config, "q_lora_rank")
-    query = heads * (plain + rotary)
-    queries = width * query if query_rank is None else query_rank * (width + query)
-    keys_and_values = width * (rank + rotary) + rank * heads * (plain + value)
-    return int(queries + keys_and_values + heads * value * width)
-
-
-def _moe_layers(config: Mapping[str, Any], depth: int) -> tuple[int, ...]:
-    """Tell which layers hold experts, from whichever of the known fields the configuration uses."""
-    if (types := _first(config, "mlp_layer_types")) is not None:
-        return tuple(i for i, kind in enumerate(types) if kind == "sparse")
-    if (layers := _first(config, "moe_layers")) is not None:
-        return tuple(layers)
-    if isinstance(mask := _first(config, "moe_layer_freq"), list):
-        return tuple(layer for layer, sparse in enumerate(mask) if sparse)
-    if (every := _first(config, "interleave_moe_layer_step")) is not None:  # Llama 4 counts layers from one
-        return tuple(range(every - 1, depth, every))
-    first = _first(config, "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") or 0
-    step = _first(config, "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval", "expert_layer_period") or 1
-    dense = set(_first(config, "mlp_only_layers") or ())
-    if _first(config, "decoder_sparse_step"):  # Qwen counts layers from one
-        return tuple(i for i in range(depth) if (i + 1) % step == 0 and i not in dense)
-    offset = _first(config, "expert_layer_offset") or 0
-    return tuple(i for i in range(first, depth) if (i - offset) % step == 0)
+def _preset_of(config: Mapping[str, Any], source: str) -> Preset:
+    mixture = read_mixture(config, source)
+    try:
+        geometry = Geometry(
+            model=mixture.name,
+            moe_layers=mixture.moe_layers,
+            num_experts=mixture.num_experts,
+            top_k=mixture.top_k,
+            params_per_expert=mixture.params_per_expert,
+            other_params_per_layer=mixture.other_params_per_layer,
+        )
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return Preset(geometry, vocab_size=mixture.vocab_size)
 
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|[KMG]i?B)?", re.ASCII)
+_BUDGET = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>%|B|[KMG]i?B)?", re.ASCII)
 
 
 def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> int:
@@ -308,22 +294,54 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
         >>> [budget_slots(b, geometry) for b in ("10%", "166", "2.9GB", "2.7GiB")]
         [166, 166, 167, 167]
     """
-    match = _BUDGET.fullmatch(str(budget).strip())
+    written = f"budget {shown(budget)}"
+    match = _BUDGET.fullmatch(str(budget).strip()) if isinstance(budget, str) or abs(budget) < 10**18 else None
     if match is None:
-        raise UserError(f"budget {budget!r} cannot be read; write 10%, 166 (slots), 2.9GB or 2.7GiB")
+        raise UserError(f"{written} cannot be read; write 10%, 166 (slots), 2.9GB or 2.7GiB")
     number, unit = match["number"], match["unit"]
     if unit is None:
-        if "." in number:
-            raise UserError(f"budget {budget!r}: a number of slots is whole; write {number}% for a share")
-        slots = int(number)
+        if "." in number and Fraction(number) * geometry.total_experts >= 1:
+            raise UserError(f"{written}: a number of slots is whole; {_what_to_write(number)}")
+        slots = int(Fraction(number))
     elif unit == "%" and Fraction(number) > 100:
-        raise UserError(f"budget {budget!r} is more than all {geometry.total_experts} experts")
+        raise UserError(f"{written} is more than all {geometry.total_experts} experts")
     elif unit == "%":
         slots = math.floor(Fraction(number) * geometry.total_experts / 100)
     else:
         slots = math.floor(Fraction(number) * _BYTES[unit] * 8 / (geometry.params_per_expert * Fraction(bits)))
     if slots < 1:
-        raise UserError(f"budget {budget!r} holds no expert of {geometry.model}")
+        share, size = Fraction(100, geometry.total_experts), geometry.params_per_expert * Fraction(bits) / 8
+        raise UserError(
+            f"{written} holds no expert of {geometry.model}; the smallest budget is 1 (slot), which is "
+            f"{_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
+        )
     if slots > geometry.total_experts:
-        raise UserError(f"budget {budget!r} is {slots} slots, more than all {geometry.total_experts} experts")
+        raise UserError(f"{written} is {slots} slots, more than all {geometry.total_experts} experts")
     return slots
+
+
+def _what_to_write(number: str) -> str:
+    """Say what a number with a fraction most likely means, and what else can be written.
+
+    Example:
+        >>> _what_to_write("0.1")
+        'write 10% for that share of all experts, 166 for slots, or 2.9GB for bytes'
+        >>> _what_to_write("2.0")
+        'write 2% for a share of all experts, 2 for slots, or 2.9GB for bytes'
+    """
+    value = Fraction(number)
+    share, what = (value * 100, "that share") if value <= 1 else (value, "a share")
+    slots = int(value) if value.denominator == 1 else 166
+    return f"write {float(share):.15g}% for {what} of all experts, {slots} for slots, or 2.9GB for bytes"
+
+
+def _rounded_up(number: Fraction) -> str:
+    """Write a number in three digits, never less than it is.
+
+    Example:
+        >>> _rounded_up(Fraction(100, 1664)), _rounded_up(Fraction(2, 1000)), _rounded_up(Fraction(1234))
+        ('0.0601', '0.00200', '1240')
+    """
+    digits = 2 - math.floor(math.log10(number))
+    up = math.ceil(number * Fraction(10) ** digits)
+    return f"{float(up / Fraction(10) ** digits):.{max(digits, 0)}f}"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import PRESETS, Geometry, budget_slots, geometry_from_config, load_preset
 
-# L, E, K, parameters of an expert, all experts, slots of a 10 % budget, experts one token demands: the published table.
+# L, E, K, parameters of an expert, all experts, slots of a 10 % budget, experts one token demands: the published table,
+# and the 3 x 2,880 biases of an expert of gpt-oss.
 TABLE = {
     "deepseek-v2-lite": (26, 64, 6, 8_650_752, 1_664, 166, 156),
     "deepseek-moe-16b": (27, 64, 6, 8_650_752, 1_728, 172, 162),
@@ -22,8 +23,8 @@ TABLE = {
     "qwen2-57b-a14b": (28, 64, 8, 27_525_120, 1_792, 179, 224),
     "mixtral-8x7b": (32, 8, 2, 176_160_768, 256, 25, 64),
     "olmoe-1b-7b": (16, 64, 8, 6_291_456, 1_024, 102, 128),
-    "gpt-oss-20b": (24, 32, 4, 24_883_200, 768, 76, 96),
-    "gpt-oss-120b": (36, 128, 4, 24_883_200, 4_608, 460, 144),
+    "gpt-oss-20b": (24, 32, 4, 24_891_840, 768, 76, 96),
+    "gpt-oss-120b": (36, 128, 4, 24_891_840, 4_608, 460, 144),
     "phi-3.5-moe": (32, 16, 2, 78_643_200, 512, 51, 64),
     "phi-mini-moe": (32, 16, 2, 11_796_480, 512, 51, 64),
     "granite-3.1-3b-a800m": (32, 40, 8, 2_359_296, 1_280, 128, 256),
@@ -163,24 +164,6 @@ def test_a_config_json_gives_the_geometry_of_the_preset(name, tmp_path):
     assert load_preset(str(path)).geometry == expected
 
 
-@pytest.mark.parametrize(
-    ("changes", "moe_layers"),
-    [
-        ({}, (0, 1, 2, 3, 4, 5, 6, 7)),
-        ({"first_k_dense_replace": 3}, (3, 4, 5, 6, 7)),
-        ({"first_k_dense_replace": 1, "moe_layer_freq": 2}, (2, 4, 6)),  # DeepSeek counts layers from zero
-        ({"decoder_sparse_step": 2}, (1, 3, 5, 7)),  # Qwen counts them from one
-        ({"decoder_sparse_step": 1, "mlp_only_layers": [0, 5]}, (1, 2, 3, 4, 6, 7)),
-        ({"expert_layer_period": 2, "expert_layer_offset": 1}, (1, 3, 5, 7)),  # Jamba
-        ({"num_dense_layers": 2}, (2, 3, 4, 5, 6, 7)),  # LFM2
-        ({"mlp_layer_types": ["dense", "dense", *["sparse"] * 6]}, (2, 3, 4, 5, 6, 7)),  # transformers 5
-        ({"interleave_moe_layer_step": 2}, (1, 3, 5, 7)),  # Llama 4 Maverick
-    ],
-)
-def test_which_layers_hold_experts(changes, moe_layers):
-    assert geometry_from_config({**MIXTRAL, "num_hidden_layers": 8, **changes}).moe_layers == moe_layers
-
-
 def test_a_multimodal_config_is_read_from_its_text_part():
     nested = {"model_type": "both", "hidden_size": 7, "text_config": QWEN3, "vision_config": {"hidden_size": 3}}
     assert geometry_from_config(nested) == geometry_from_config(QWEN3)
@@ -188,6 +171,7 @@ def test_a_multimodal_config_is_read_from_its_text_part():
 
 def test_dbrx_nests_its_expert_fields():
     config = {
+        "model_type": "dbrx",
         "d_model": 6144,
         "n_heads": 48,
         "n_layers": 40,
@@ -250,6 +234,50 @@ def test_a_geometry_json_with_a_wrong_field_is_named(change, tmp_path):
     with pytest.raises(UserError) as error:
         load_preset(str(path))
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"moe_layers": "1234"}, {"moe_layers": [-1, 2]}, {"moe_layers": ["a"]}, {"moe_layers": [1.5]},
+        {"moe_layers": [True]}, {"moe_layers": {"0": 1}}, {"moe_layers": [10**9]}, {"moe_layers": []},
+        {"top_k": 2.0}, {"top_k": True}, {"num_experts": 8.0}, {"num_experts": 10**6}, {"num_experts": [8]},
+        {"num_experts": float("nan")}, {"params_per_expert": 0}, {"params_per_expert": -1},
+        {"params_per_expert": float("inf")}, {"params_per_expert": 10**4000}, {"other_params_per_layer": -1},
+        {"other_params_per_layer": "0"}, {"model": 5}, {"model": None},
+    ],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_a_geometry_has_whole_numbers_within_bounds(change):
+    with pytest.raises(UserError, match=f"mine.*{next(iter(change))}") as error:
+        Geometry.from_json({**shaped().to_json(), **change}, source="mine")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("content", [[], "x", 5, None, {}])
+def test_what_is_no_geometry_is_named(content):
+    with pytest.raises(UserError, match=r"^mine: "):
+        Geometry.from_json(content, source="mine")
+
+
+def test_the_folder_of_a_model_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL, "vocab_size": 32000}))
+    preset = load_preset(str(tmp_path))
+    assert preset.geometry.shape() == (32, 8, 2)
+    assert (preset.tokenizer, preset.vocab_size) == (None, 32000)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert load_preset(str(tmp_path)).tokenizer == str(tmp_path)
+
+
+def test_a_folder_without_a_config_json_is_named(tmp_path):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: holds no config.json; give a model's folder, a .json file or a pr"
+    ):
+        load_preset(str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"some/model: is neither a folder with a config\.json, a \.json file, nor a model"
+    ):
+        load_preset("some/model")
 
 
 @pytest.mark.parametrize("layers", [(), (2, 1), (1, 1)])
@@ -316,9 +344,31 @@ def test_a_budget_beyond_all_experts_is_an_error(budget):
         budget_slots(budget, shaped())
 
 
-def test_a_fraction_of_a_slot_is_an_error():
-    with pytest.raises(UserError, match=r"write 2\.5% for a share"):
-        budget_slots("2.5", shaped())
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ("0.1", "write 10% for that share of all experts, 166 for slots, or 2.9GB for bytes"),
+        ("0.25", "write 25% for that share"),
+        ("0.333", "write 33.3% for that share"),
+        ("1.0", "write 100% for that share of all experts, 1 for slots"),
+        ("2.5", "write 2.5% for a share of all experts, 166 for slots"),
+        ("12.0", "write 12% for a share of all experts, 12 for slots"),
+        ("0.01", "holds no expert of tiny; the smallest budget is 1 (slot), which is 3.13% or 0.00200MB"),
+        ("0.1%", "holds no expert of tiny; the smallest budget is 1 (slot), which is 3.13% or 0.00200MB"),
+    ],
+)
+def test_what_to_write_in_place_of_a_fraction_of_a_slot(budget, says):
+    with pytest.raises(UserError) as error:
+        budget_slots(budget, shaped())
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("budget", ["9" * 5000, "0." + "1" * 5000, "1" * 5000 + "%", "9" * 5000 + "GB", "1\n2", None])
+def test_an_endless_budget_is_one_short_line(budget):
+    with pytest.raises(UserError) as error:
+        budget_slots(10**5000 if budget is None else budget, shaped())
+    assert len(str(error.value)) < 200
+    assert len(str(error.value).splitlines()) == 1
 
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -28,7 +28,7 @@ def options() -> ArgumentParser:
         "--model",
         default="deepseek-v2-lite",
         metavar="M",
-        help="model preset, its config.json, or a geometry (default: deepseek-v2-lite)",
+        help="model preset, a folder with a config.json, that file, or a geometry file; default: deepseek-v2-lite",
     )
     known.add_argument("--quantization", type=float, default=16.0, metavar="BITS", help="bits per parameter (16)")
     return known

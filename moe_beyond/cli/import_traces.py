@@ -1,47 +1,84 @@
 """``moe-beyond import``."""
 
+import json
 import shutil
+import textwrap
 
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.geometry import load_preset
+from moe_beyond.geometry import PRESETS, Geometry, load_preset
 from moe_beyond.traces.copies import describe_copies
-from moe_beyond.traces.importers import IMPORTERS
+from moe_beyond.traces.importers import FORMATS, IMPORTERS
 
 
 def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
-    known = parser(
+    options = parser(
         "import",
         "Turn another tool's recording into a trace set.",
-        "moe-beyond import moe-beyond-csv puffin --out traces/puffin --model deepseek-v2-lite --val-blocks 20:10",
+        "moe-beyond import vllm engine --out traces/engine --model deepseek-v2-lite",
     )
-    known.add_argument("format", help=f"one of: {', '.join(IMPORTERS)}")
-    known.add_argument("source", metavar="SRC", help="the recording: a file, or a folder of files")
-    known.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
-    known.add_argument("--model", metavar="MODEL", required=True, help="a model preset, or a geometry or config.json")
-    known.add_argument("--tokenizer", metavar="FILE_OR_NAME", help="the model's tokenizer; the preset's by default")
-    known.add_argument(
+    options.epilog = "\n".join([str(options.epilog), "", *describe_formats(), "", *describe_models()])
+    options.add_argument("format", help=f"format of the recording: {', '.join(IMPORTERS)}; described below")
+    options.add_argument("source", metavar="SRC", help="recording: a file, or a folder of files")
+    options.add_argument("--out", metavar="DIR", required=True, help="trace set to write")
+    options.add_argument(
+        "--model",
+        metavar="MODEL",
+        required=True,
+        help="model that routed: a preset (below), a folder with a config.json, a config.json, or a geometry file",
+    )
+    options.add_argument(
+        "--tokenizer",
+        metavar="FILE_OR_NAME",
+        help="tokenizer of the token ids: a tokenizer.json, a folder with one, or a name on the Hub; default: the "
+        "preset's, or the one in the model's folder",
+    )
+    options.add_argument(
         "--quantization",
         type=float,
         metavar="BITS",
-        help="bits per parameter that the model ran with; 16 by default (moe-beyond-csv: 8)",
+        help="bits per parameter that the model ran with; default: 16 (moe-beyond-csv: 8)",
     )
-    known.add_argument(
-        "--val-blocks", metavar="SIZE:EVERY", help="blocks of SIZE consecutive prompts, one in EVERY for validation"
+    options.add_argument(
+        "--val-blocks",
+        metavar="SIZE:EVERY",
+        help="validation split: one in EVERY blocks of SIZE consecutive sequences; default: none",
     )
-    known.add_argument(
-        "--sequence-tokens", type=int, metavar="N", help="rows that make a sequence (flame-moe alone); 2048 by default"
+    options.add_argument(
+        "--sequence-tokens", type=int, metavar="N", help="tokens per sequence, for flame-moe only; default: 2048"
     )
-    known.add_argument(
+    options.add_argument(
         "--predictions",
         metavar="DIR",
-        help="MoE-Beyond's released predictions for the same prompts (moe-beyond-csv, with --scores)",
+        help="MoE-Beyond's released predictions for the same prompts, for moe-beyond-csv only, with --scores",
     )
-    known.add_argument("--scores", metavar="DIR", help="folder to write them to, for `moe-beyond replay --scores`")
-    return known
+    options.add_argument(
+        "--scores", metavar="DIR", help="folder for these predictions, which `moe-beyond replay --scores` reads"
+    )
+    return options
+
+
+def describe_formats() -> list[str]:
+    """Return the lines of help about the formats."""
+    lines = ["formats (K: experts per token and layer; NAME: the file's name without its ending):"]
+    for name, described in FORMATS.items():
+        lines += ["", *(f"  {line}" for line in described.describe(name))]
+    return lines
+
+
+def describe_models() -> list[str]:
+    """Return the lines of help about what ``--model`` takes."""
+    names = textwrap.wrap(", ".join(PRESETS), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    example = Geometry("mine", (1, 2, 3), num_experts=64, top_k=6, params_per_expert=8650752, other_params_per_layer=0)
+    return [
+        "model presets:",
+        *names,
+        "Any other model: its folder, or its config.json. A geometry file is a .json file such as",
+        f"  {json.dumps(example.to_json())}",
+    ]
 
 
 def run(words: list[str]) -> None:
@@ -53,7 +90,7 @@ def run(words: list[str]) -> None:
         raise UserError("--predictions and --scores belong together; give both or neither")
     for option, only in (("predictions", "moe-beyond-csv"), ("sequence_tokens", "flame-moe")):
         if args[option] is not None and args.format != only:
-            raise UserError(f"--{option.replace('_', '-')} is for {only} alone")
+            raise UserError(f"--{option.replace('_', '-')} is for {only} only")
     if args.quantization is not None and not args.quantization > 0:
         raise UserError(f"--quantization {args.quantization:g}: bits per parameter must be more than 0")
     named = {"quantization_bits": args.quantization, "sequence_tokens": args.sequence_tokens}
@@ -86,9 +123,12 @@ def run(words: list[str]) -> None:
         output.show(f"  {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
     copies = traces.copies()
     output.show(f"  exact copies: {describe_copies(copies)}")
-    output.show(f"  text: {manifest.source} (author: {manifest.author})")
+    text, *notes = manifest.source.split("; ")
+    output.show(f"  text: {text} (author: {manifest.author})")
+    for note in notes:
+        output.show(f"  {note}")
     if not manifest.has_token_ids:
-        output.show("  no token ids: the recording tells none, and nothing that reads them can be fitted on it")
+        output.show("  no token ids: the recording has none, and predictors that read them cannot be fitted on it")
     if args.scores is not None:
         output.show(f"{args.scores}: released predictions, lookahead 0")
     output.result(
@@ -100,6 +140,7 @@ def run(words: list[str]) -> None:
             "bytes": size,
             "splits": splits,
             "copies": copies,
+            "source": manifest.source,
             "token_ids": manifest.has_token_ids,
         }
     )

@@ -1,37 +1,62 @@
 """A model's geometry, measured on its modules."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from moe_beyond.collect.recorder import find_experts
+from moe_beyond.collect.recorder import Hooked, find_experts
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 
 
 def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
     """Read a model's geometry off its modules.
 
+    An expert's biases count, as its matrices do: both move with it. Other parameters are those of the first layer that
+    holds experts.
+
     Args:
         model: A transformers mixture of experts.
         name: What to call it.
         top_k: Experts that a token is routed to.
+
+    Raises:
+        UserError: It holds no experts, or experts that differ by layer in number or size.
     """
-    found = find_experts(model)
-    layers = sorted(found)
-    hooked = found[layers[0]]
-    count = hooked.num_experts
-    first = next(name for name, module in model.named_modules() if module is hooked.module)
-    beside = model.get_submodule(first.rpartition(".")[0])  # where a router is hooked, experts are its neighbours
-    holder = hooked.module if hooked.names is not None else getattr(beside, "experts", None)
-    if holder is not None:
-        weights = list(holder.parameters())
-    else:  # JetMoE has no module for them: of all maps there, those with a row an expert are theirs
-        weights = [w for w in beside.parameters() if w.ndim == 3]
-    inside = sum(w.numel() for w in weights)
+    hooked = find_experts(model)
+    layers = sorted(hooked)
+    first = layers[0]
+    sizes = {layer: (hooked[layer].num_experts, _params_per_expert(model, hooked[layer])) for layer in layers}
+    for layer, size in sizes.items():
+        if size != sizes[first]:
+            count, params = sizes[first]
+            raise UserError(
+                f"{type(model).__name__}: layer {layer} holds {size[0]} experts of {size[1]:,} parameters, layer "
+                f"{first} {count} of {params:,}; a geometry has one size for all layers"
+            )
+    inside = sum(weight.numel() for weight in _expert_weights(model, hooked[first]))
+    count, params = sizes[first]
     return Geometry(
         model=name,
         moe_layers=tuple(layers),
         num_experts=count,
         top_k=top_k,
-        # Weights may have rows of identity experts too, which nobody moves.
-        params_per_expert=max(1, sum(w.numel() // (max(len(w), count) if w.ndim == 3 else count) for w in weights)),
-        other_params_per_layer=sum(w.numel() for w in hooked.block.parameters()) - inside,
+        params_per_expert=params,
+        other_params_per_layer=sum(weight.numel() for weight in hooked[first].block.parameters()) - inside,
     )
+
+
+def _expert_weights(model: nn.Module, hooked: Hooked) -> list[Tensor]:
+    """Return the parameters of a layer's experts."""
+    inner = next(name for name, module in model.named_modules() if module is hooked.module)
+    mixture = model.get_submodule(inner.rpartition(".")[0])  # where a router is hooked, experts are its neighbours
+    holder = hooked.module if hooked.names is not None else getattr(mixture, "experts", None)
+    if holder is not None:
+        return list(holder.parameters())
+    return [weight for weight in mixture.parameters() if weight.ndim == 3]  # JetMoE has no module for its experts
+
+
+def _params_per_expert(model: nn.Module, hooked: Hooked) -> int:
+    count = hooked.num_experts
+    # Weights may have rows of identity experts too, which nobody moves.
+    rows = (max(len(weight), count) if weight.ndim == 3 else count for weight in _expert_weights(model, hooked))
+    weights = _expert_weights(model, hooked)
+    return max(1, sum(weight.numel() // number for weight, number in zip(weights, rows, strict=True)))

@@ -65,12 +65,13 @@ def test_block_sizes_are_not_read_as_a_time_of_day(recording, capsys):
 
 def test_a_hugging_face_config_serves_as_the_model(recording):
     config = {
-        "model_type": "mixtral",
+        "model_type": "dots1",
         "hidden_size": 8,
-        "intermediate_size": 16,
+        "moe_intermediate_size": 16,
         "num_hidden_layers": 3,
         "first_k_dense_replace": 1,
-        "num_local_experts": 4,
+        "n_routed_experts": 4,
+        "num_attention_heads": 2,
         "num_experts_per_tok": 2,
     }
     (recording / "config.json").write_text(json.dumps(config))

@@ -1,7 +1,7 @@
-"""What may lie beside a recorded sequence, as arrays of its name with an ending: token ids, and where writing began.
+"""Files next to a recorded sequence: its token ids, and where the model began to write.
 
-``NAME.tokens`` are the ids, one a token; engines return one more, of the last token that was sampled, which no layer
-has seen. ``NAME.decode_start`` is a number: the tokens that the model read before it wrote.
+``NAME.tokens`` holds one id per token; engines return one more, of the last token that was sampled, which no layer has
+seen. ``NAME.decode_start`` is one number: the tokens that the model read before it wrote.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,11 @@ from moe_beyond.errors import UserError
 from moe_beyond.traces.importers.arrays import StoredArray, stored_array
 
 TOKENS, DECODE_START = ".tokens", ".decode_start"
+FIELDS = (
+    "NAME.tokens.npy next to it: token ids, a whole number per token (T, or T + 1 with the last sampled one); optional",
+    "NAME.decode_start.npy next to it: one whole number, the first token that the model wrote; optional",
+)
+"""What help says about them."""
 
 
 def beside(path: Path, ending: str) -> StoredArray | None:
@@ -27,35 +32,46 @@ def beside(path: Path, ending: str) -> StoredArray | None:
     return stored_array(companion) if companion.exists() else None
 
 
-def read_token_ids(stored: StoredArray | None, length: int) -> npt.NDArray[np.int32]:
-    """Return a sequence's token ids ``(T,)``; zeros where there are none.
+def read_token_ids(stored: StoredArray | None, length: int, span: slice) -> npt.NDArray[np.int32]:
+    """Return the token ids of what was recorded; zeros where there are none.
+
+    Args:
+        stored: The ids of all tokens of the request.
+        length: Tokens of the request, T.
+        span: Those of them that were recorded.
 
     Raises:
         UserError: They are not as many as the tokens, or no ids.
     """
     if stored is None:
-        return np.zeros(length, np.int32)
+        return np.zeros(span.stop - span.start, np.int32)
     if stored.shape not in ((length,), (length + 1,)):
-        raise UserError(f"{stored.where}: has shape {stored.shape}, expected ({length},): an id a recorded token")
+        raise UserError(f"{stored.where}: has shape {stored.shape}, expected ({length},): an id per recorded token")
     ids: npt.NDArray[Any] = stored.read()[:length]
     if len(outside := ids[(ids < 0) | (ids > np.iinfo(np.int32).max)]):
         raise UserError(f"{stored.where}: {outside[0]} is no token id")
-    return ids.astype(np.int32)
+    return ids[span].astype(np.int32)
 
 
-def read_decode_start(stored: StoredArray | None, length: int) -> int:
-    """Return the first position that the model wrote; T, as if all was read, where nothing tells.
+def read_decode_start(stored: StoredArray | None, length: int, span: slice) -> int:
+    """Return the first recorded position that the model wrote; their number, as if all was read, where nothing tells.
+
+    Args:
+        stored: The first position of the request that the model wrote.
+        length: Tokens of the request, T.
+        span: Those of them that were recorded.
 
     Raises:
         UserError: It is no such position.
     """
+    recorded: int = span.stop - span.start
     if stored is None:
-        return length
+        return recorded
     if stored.shape != ():
         raise UserError(f"{stored.where}: has shape {stored.shape}; decode_start is one number")
     if not 0 <= (start := int(stored.read())) <= length:
         raise UserError(f"{stored.where}: {start} is not in 0..{length}")
-    return start
+    return min(max(start - int(span.start), 0), recorded)
 
 
 def author_of(starts: Sequence[int], lengths: Sequence[int]) -> str:

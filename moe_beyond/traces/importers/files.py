@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pyarrow as pa
+
 from moe_beyond.errors import UserError
 
 
@@ -29,3 +31,25 @@ def source_files(source: Path, suffix: str) -> list[Path]:
     if not source.is_file() or source.suffix != suffix:
         raise UserError(f"{source}: is neither a *{suffix} file nor a folder of them")
     return [source]
+
+
+def column_names(path: Path, schema: pa.Schema) -> list[str]:
+    """Return the names of a table's columns.
+
+    Raises:
+        UserError: One is not UTF-8.
+    """
+    try:
+        return list(schema.names)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a column's name is not UTF-8 ({first_line(error)})") from error
+
+
+def listed(names: list[str]) -> str:
+    """Write column names for an error message."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names)[:300]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

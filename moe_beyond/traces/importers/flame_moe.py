@@ -18,13 +18,29 @@ import pyarrow.parquet as pq
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import source_files
+from moe_beyond.traces.importers.files import column_names, first_line, listed, source_files
+from moe_beyond.traces.importers.format import Format
 from moe_beyond.traces.importers.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 SEQUENCE_TOKENS = 2048
 """What FLAME-MoE was trained on."""
 ROWS_AT_ONCE = 65536
+LARGEST_SCORE = float(np.finfo(np.float16).max)
+FORMAT = Format(
+    summary="FLAME-MoE's router traces: the folder actives/iter_N of a checkpoint",
+    fields=(
+        "layer_NN.parquet: a file per MoE layer, layers counted from one, a row per token",
+        "columns indices (lists of K expert ids) and scores (lists of K gate weights)",
+        "samples/*.parquet next to actives: column token_id, a row per token; optional",
+        "--sequence-tokens N: the length of every sequence, since rows do not say where one ends",
+    ),
+    example=(
+        "actives/iter_540/layer_02.parquet   indices: [44, 13, 5, 60, 2, 31]   scores: [0.31, 0.2, ...]",
+        "actives/iter_540/layer_03.parquet   indices: [7, 9, 12, 63, 1, 30]    scores: [0.28, 0.22, ...]",
+        "samples/000.parquet                 token_id: 1453",
+    ),
+)
 INTEGERS, FLOATS = "int16 int32 int64 uint8 uint16 uint32".split(), "halffloat float double".split()
 
 
@@ -61,7 +77,7 @@ def read_flame_moe(
         lengths=lengths,
         traces=_traces(source, layers, samples, lengths, geometry, progress),
         author="dataset",
-        has_token_ids=bool(samples),
+        token_ids=_largest_ids(samples, total) if samples else None,
     )
 
 
@@ -80,8 +96,8 @@ def _layer_files(source: Path, geometry: Geometry) -> list[Path]:
 def _opened(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from error
 
 
 def _rows(path: Path) -> int:
@@ -93,9 +109,10 @@ def _rows(path: Path) -> int:
 def _traces(
     source: Path, layers: list[Path], samples: list[Path], lengths: list[int], geometry: Geometry, progress: Progress
 ) -> Iterator[Trace]:
-    ids = [_pieces(_lists(path, "indices", INTEGERS, geometry), lengths) for path in layers]
-    scores = [_pieces(_lists(path, "scores", FLOATS, geometry), lengths) for path in layers]
-    token_ids = _pieces((part for path in samples for part in _token_ids(path)), lengths) if samples else None
+    ids = [_pieces(_lists(path, "indices", INTEGERS, geometry), lengths, path) for path in layers]
+    scores = [_pieces(_lists(path, "scores", FLOATS, geometry), lengths, path) for path in layers]
+    parts = (part for path in samples for part in _token_ids(path))
+    token_ids = _pieces(parts, lengths, samples[-1]) if samples else None
     start = 0
     for number, length in enumerate(lengths):
         experts = [
@@ -114,12 +131,25 @@ def _traces(
         progress(number + 1, len(lengths))
 
 
-def _pieces(parts: Iterator[npt.NDArray[Any]], lengths: list[int]) -> Iterator[npt.NDArray[Any]]:
+def _largest_ids(samples: list[Path], rows: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the largest token id of each file, of so many rows over all files."""
+    largest: dict[str, npt.NDArray[Any]] = {}
+    for path in samples:
+        for ids in _token_ids(path):
+            if len(ids := ids[:rows]):
+                largest[str(path)] = np.maximum(largest.get(str(path), ids[:1]), ids.max())
+            rows -= len(ids)
+    return largest
+
+
+def _pieces(parts: Iterator[npt.NDArray[Any]], lengths: list[int], where: object) -> Iterator[npt.NDArray[Any]]:
     """Cut what comes in parts of any size into pieces of these lengths."""
-    held = next(parts)
+    held: npt.NDArray[Any] | None = None
     for length in lengths:
-        while len(held) < length:
-            held = np.concatenate([held, next(parts)])
+        while held is None or len(held) < length:
+            if (part := next(parts, None)) is None:
+                raise UserError(f"{where}: is damaged (it ends before the rows that its footer counts)")
+            held = part if held is None else np.concatenate([held, part])
         yield held[:length]
         held = held[length:]
 
@@ -144,6 +174,12 @@ def _lists(path: Path, name: str, types: list[str], geometry: Geometry) -> Itera
         rows = values.to_numpy(zero_copy_only=False).reshape(-1, geometry.top_k)
         if len(wrong := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
             raise UserError(f"{path}: row {start + wrong[0]}: {name} are not all numbers")
+        if rows.dtype.kind == "f" and len(large := np.argwhere(np.abs(rows) > LARGEST_SCORE)):
+            row, place = large[0]
+            raise UserError(
+                f"{path}: row {start + row}: {name} are stored in half precision, which ends at {LARGEST_SCORE:g} (got "
+                f"{rows[row, place]:g})"
+            )
         yield rows
         start += len(column)
 
@@ -158,10 +194,10 @@ def _token_ids(path: Path) -> Iterator[npt.NDArray[Any]]:
 def _columns(path: Path, name: str) -> Iterator[pa.Array]:
     """Read one column, some rows at a time."""
     with _opened(path) as file:
-        if name not in file.schema_arrow.names:
-            raise UserError(f"{path}: column {name!r} is missing; found {', '.join(file.schema_arrow.names)}")
+        if name not in (names := column_names(path, file.schema_arrow)):
+            raise UserError(f"{path}: column {name!r} is missing; found {listed(names)}")
         try:
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
                 yield batch.column(0)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: is damaged ({str(error).splitlines()[0]})") from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{path}: is damaged ({first_line(error)})") from error

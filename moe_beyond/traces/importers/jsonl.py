@@ -1,7 +1,7 @@
 """JSON lines, an entry each: ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``.
 
 ``layer_idx`` counts all layers of the model from 0, ``gate_weights`` may be left out, other fields are passed over, and
-the lines come in any order. A file is a sequence; token ids may lie beside it as ``NAME.tokens.npy``.
+the lines come in any order. A file is a sequence; token ids may lie next to it as ``NAME.tokens.npy``.
 """
 
 import json
@@ -15,6 +15,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.importers.arrays import StoredArray
 from moe_beyond.traces.importers.companions import (
     DECODE_START,
+    FIELDS,
     TOKENS,
     all_or_none,
     author_of,
@@ -24,8 +25,27 @@ from moe_beyond.traces.importers.companions import (
 )
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
 from moe_beyond.traces.importers.files import source_files
+from moe_beyond.traces.importers.format import Format
+from moe_beyond.traces.importers.missing import notes, recorded_span
 from moe_beyond.traces.importers.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
+
+FORMAT = Format(
+    summary="JSON lines, one per token and MoE layer, in any order: a .jsonl per sequence, or a folder of them",
+    fields=(
+        "layer_idx: the layer, counted over all layers of the model from 0",
+        "token_idx: the token's place in the sequence; the first may be any number, and none is left out",
+        "selected_ids: the K expert ids, in the router's order; all -1 for a token that was not computed",
+        "gate_weights: the K gate weights in the same order; optional, in all lines or in none",
+        "other fields are passed over",
+        *FIELDS,
+    ),
+    example=(
+        '{"token_idx": 0, "layer_idx": 1, "selected_ids": [44, 13, 5, 60, 2, 31]}',
+        '{"token_idx": 0, "layer_idx": 2, "selected_ids": [7, 9, 12, 63, 1, 30]}',
+        '{"token_idx": 1, "layer_idx": 1, "selected_ids": [13, 9, 6, 2, 40, 44]}',
+    ),
+)
 
 LARGEST_INDEX = 2**31 - 1
 LARGEST_WEIGHT = float(np.finfo(np.float16).max)
@@ -58,31 +78,56 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
     has_token_ids = all_or_none(tokens, source, "token ids")
     told = all_or_none(starts, source, "decode_start")
     traces = []
-    for name, path in files.items():
-        traces.append(_trace(path, geometry, tokens[name], starts[name]))
-        progress(len(traces), len(files))
+    left_out = 0
+    for done, (name, path) in enumerate(files.items(), 1):
+        trace, missing = _trace(path, geometry, tokens[name], starts[name])
+        left_out += missing
+        if trace is not None:
+            traces.append(trace)
+        progress(done, len(files))
+    if not traces:
+        raise UserError(f"{source}: has no lines" if left_out == 0 else f"{source}: has no token that was recorded")
     lengths = [len(trace) for trace in traces]
     return Recording(
-        source=f"JSON lines, {source.resolve().name}",
+        source=f"JSON lines, {source.resolve().name}{notes(left_out, len(files) - len(traces))}",
         lengths=lengths,
         traces=traces,
         author=author_of([trace.decode_start for trace in traces], lengths) if told else "unknown",
-        has_token_ids=has_token_ids,
+        token_ids={_token_file(tokens[trace.sequence_id]): trace.token_ids for trace in traces}
+        if has_token_ids
+        else None,
     )
 
 
-def _trace(path: Path, geometry: Geometry, tokens: StoredArray | None, start: StoredArray | None) -> Trace:
+def _token_file(stored: StoredArray | None) -> str:
+    return stored.where if stored else ""
+
+
+def _trace(
+    path: Path, geometry: Geometry, tokens: StoredArray | None, start: StoredArray | None
+) -> tuple[Trace | None, int]:
+    """Return a file's trace, None where it has no token, and how many tokens were left out."""
     entries = _entries(path, geometry)
+    if not entries.lines:
+        return None, 0
     rows = _rows(path, entries, geometry)
-    experts = checked_ids(np.array(entries.ids), geometry, lambda place: f"{path}: line {entries.lines[place]}")
+    ids = np.array(entries.ids)
+    span = recorded_span(ids[rows], geometry.moe_layers, geometry.num_experts, str(path))
+    length, rows = len(rows), rows[span]
+    if len(rows) == 0:
+        return None, length
+
+    def line(token: int, layer: int) -> str:
+        return f"{path}: line {entries.lines[rows[token, layer]]}"
+
     return Trace(
         sequence_id=path.stem,
         source=f"{path.parent.resolve().name}/{path.name}",
-        token_ids=read_token_ids(tokens, len(rows)),
-        experts=experts[rows],
-        decode_start=read_decode_start(start, len(rows)),
+        token_ids=read_token_ids(tokens, length, span),
+        experts=checked_ids(ids[rows], geometry, line),
+        decode_start=read_decode_start(start, length, span),
         gate_weights=np.array(entries.gate_weights, np.float16)[rows] if entries.gate_weights else None,
-    )
+    ), length - len(rows)
 
 
 def _entries(path: Path, geometry: Geometry) -> Entries:
@@ -91,8 +136,6 @@ def _entries(path: Path, geometry: Geometry) -> Entries:
         for number, line in enumerate(file, 1):
             if line.strip():
                 _add(entries, line, number, f"{path}: line {number}", geometry)
-    if not entries.lines:
-        raise UserError(f"{path}: has no lines")
     return entries
 
 

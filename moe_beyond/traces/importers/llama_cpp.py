@@ -2,12 +2,12 @@
 
 llama.cpp's own example (pull request 28544) writes ``layer,expert``, a row an expert. Forks that cache experts read and
 write ``position,layer,expert,expert,...``, a row an entry, where the prompt's positions are below zero. Neither has a
-header; layers count from 0, dense ones too. Each call of the model is a batch: all rows of its first layer, then all of
-the next.
+header; layers count from 0, dense ones too. A prompt is computed in micro-batches (``--ubatch-size``), what is written
+token by token: all rows of a micro-batch's first layer, then all of the next.
 
 Of a prompt's tokens llama.cpp computes the last layer only where logits are wanted, which is after the last token: the
-ones before have no entry there. They are left out, since nothing says what they would have been routed to, and traces
-begin with the prompt's last token.
+ones before have no entry there, and a micro-batch that does not end the prompt has none at all. They are left out,
+since nothing says what they would have been routed to, and traces begin with the prompt's last token.
 """
 
 import re
@@ -25,9 +25,22 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.importers.companions import TOKENS, all_or_none, author_of, beside, read_token_ids
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import source_files
+from moe_beyond.traces.importers.files import first_line, source_files
+from moe_beyond.traces.importers.format import Format
+from moe_beyond.traces.importers.missing import notes
 from moe_beyond.traces.importers.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
+
+FORMAT = Format(
+    summary="llama.cpp's llama-moe-trace: a .csv, or a folder of them; begins at a prompt's last token",
+    fields=(
+        "layer,expert: a row per expert, K rows per token and layer, micro-batch by micro-batch; or",
+        "position,layer,expert,...: a row per token and layer, K experts; a prompt's positions are negative",
+        "layer counts all layers of the model from 0; a header line is optional",
+        "NAME.tokens.npy next to NAME.csv: token ids of all tokens of one sequence, optional",
+    ),
+    example=("-1,1,44,13,5,60,2,31", "0,1,44,7,9,12,63,1", "1,1,50,13,9,6,2,40"),
+)
 
 Ints = npt.NDArray[np.int64]
 
@@ -56,8 +69,8 @@ class Entries:
 def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> Recording:
     """Read a ``.csv``, or a folder of them.
 
-    A file may hold several sequences, one after the other, as merged profiles do. Token ids may lie beside a file of
-    one: ``NAME.tokens.npy``.
+    A file may hold several sequences, one after the other, as merged profiles do. Token ids may lie next to a file of
+    one: ``NAME.tokens.npy``. A file without rows is passed over and counted.
 
     Args:
         source: The recording.
@@ -71,33 +84,41 @@ def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> R
     tokens = {name: beside(path, TOKENS) for name, path in files.items()}
     has_token_ids = all_or_none(tokens, source, "token ids")
     traces: list[Trace] = []
-    left_out = 0
+    token_ids: dict[str, npt.NDArray[np.int32]] = {}
+    left_out = empty = 0
     for done, (name, path) in enumerate(files.items(), 1):
-        entries = _entries(path, geometry)
+        if (entries := _entries(path, geometry)) is None:
+            empty += 1
+            continue
         found = _sequences(path, entries, geometry)
         if len(found) > 1 and has_token_ids:
             raise UserError(f"{path}: holds {len(found)} sequences; token ids can lie beside a file of one")
         for number, (first, experts, decode_start) in enumerate(found):
-            token_ids = read_token_ids(tokens[name], first + len(experts))[first:]
+            length, stored = first + len(experts), tokens[name]
+            ids = read_token_ids(stored, length, slice(first, length))
             sequence_id = name if len(found) == 1 else f"{name}-{number}"
-            traces.append(
-                Trace(sequence_id, f"{path.parent.resolve().name}/{path.name}", token_ids, experts, decode_start)
-            )
+            traces.append(Trace(sequence_id, f"{path.parent.resolve().name}/{path.name}", ids, experts, decode_start))
+            token_ids[stored.where if stored else name] = ids
             left_out += first
         progress(done, len(files))
+    if not traces:
+        raise UserError(f"{source}: has no rows")
     lengths = [len(trace) for trace in traces]
     without = f"; {left_out:,} tokens of prompts left out, whose last layer was not computed" if left_out else ""
     return Recording(
-        source=f"llama.cpp trace, {source.resolve().name}{without}",
+        source=f"llama.cpp trace, {source.resolve().name}{without}{notes(0, empty)}",
         lengths=lengths,
         traces=traces,
         author=author_of([trace.decode_start for trace in traces], lengths),
-        has_token_ids=has_token_ids,
+        token_ids=token_ids if has_token_ids else None,
     )
 
 
-def _entries(path: Path, geometry: Geometry) -> Entries:
-    numbers, first_row = _numbers(path)
+def _entries(path: Path, geometry: Geometry) -> Entries | None:
+    """Read a file; None where it has no rows."""
+    if (read := _numbers(path)) is None:
+        return None
+    numbers, first_row = read
     if numbers.shape[1] == 2:
         return _of_experts(path, numbers, first_row, geometry)
     if numbers.shape[1] == 2 + geometry.top_k:
@@ -108,13 +129,13 @@ def _entries(path: Path, geometry: Geometry) -> Entries:
     )
 
 
-def _numbers(path: Path) -> tuple[Ints, int]:
-    """Read a file's numbers ``(R, columns)``, and say in which row they begin: after a header, if there is one."""
+def _numbers(path: Path) -> tuple[Ints, int] | None:
+    """Read a file's numbers ``(R, columns)``, and the row in which they begin: after a header, if there is one."""
     with path.open("rb") as file:
         lines = [file.readline(), file.readline()]
     header = re.match(rb"\s*[A-Za-z\"]", lines[0]) is not None
     if not (first := lines[int(header)]).strip():
-        raise UserError(f"{path}: has no rows")
+        return None
     names = [f"f{i}" for i in range(first.count(b",") + 1)]
     try:
         table = pa.csv.read_csv(
@@ -123,8 +144,8 @@ def _numbers(path: Path) -> tuple[Ints, int]:
             read_options=pa.csv.ReadOptions(column_names=names, skip_rows=int(header), use_threads=False),
             convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.int64())),
         )
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: cannot be read as rows of numbers ({str(error).splitlines()[0]})") from error
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as rows of numbers ({first_line(error)})") from error
     for column in table.columns:
         if column.null_count:
             row = np.flatnonzero(column.is_null().to_numpy())[0] + 1 + int(header)
@@ -133,7 +154,11 @@ def _numbers(path: Path) -> tuple[Ints, int]:
 
 
 def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -> Entries:
-    """Understand ``layer,expert`` rows: what a batch's tokens are follows from how often it names a layer."""
+    """Understand ``layer,expert`` rows: how many tokens a micro-batch has follows from how often it names a layer.
+
+    Only what ends a prompt has rows of the last layer; so what follows a micro-batch without them goes on with its
+    prompt, however small it is.
+    """
     layers, experts = numbers.T
     top_k, count = geometry.top_k, geometry.num_layers
     starts = np.flatnonzero(np.concatenate([[True], layers[1:] < layers[:-1]]))
@@ -141,24 +166,34 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
     sequences: list[int] = []
     written: list[bool] = []
     done = sequence = 0
-    before = 0  # tokens of the batch before
+    previous, batch, begin, ended = 0, 0, 0, True  # tokens of the batch before and of this one, where it begins
     for start, stop in pairwise([*starts, len(layers)]):
         where = f"{path}: row {start + first_row}"
         found, rows = np.unique(layers[start:stop], return_counts=True)
-        check_layers(found, geometry, where)
-        size, last = int(rows[0]) // top_k, int(rows[-1]) // top_k
+        ends = stop == len(layers) or tuple(found) != geometry.moe_layers[:-1]
+        if ends:
+            check_layers(found, geometry, where)
+        size, last = int(rows[0]) // top_k, int(rows[-1]) // top_k if ends else 0
         if len(ragged := np.flatnonzero(rows != size * top_k)) and (
-            ragged.tolist() != [count - 1] or rows[-1] != top_k
+            not ends or ragged.tolist() != [count - 1] or rows[-1] != top_k
         ):
             raise UserError(
                 f"{where}: in the batch that begins there layer {found[ragged[0]]} has {rows[ragged[0]]} experts, "
                 f"layer {found[0]} has {rows[0]}; {geometry.model} routes to {top_k}"
             )
-        sequence += int(before == 1 and size > 1)
-        written += [before > 0 and size == 1] * size
+        sequence += int(ended and previous == 1 and (size > 1 or not ends))
+        written += [ended and ends and previous > 0 and size == 1] * size
+        batch, begin = (size, start) if ended else (batch + size, begin)
+        if ends and 1 < previous < batch:
+            raise UserError(
+                f"{path}: row {begin + first_row}: a batch of {batch} tokens follows one of {previous} that ends a "
+                "prompt; layer,expert rows do not say whether another sequence begins; give each sequence a file, or "
+                "record positions"
+            )
         sequences += [sequence] * size
         tokens += [*np.tile(np.arange(done, done + size), count - 1), *range(done + size - last, done + size)]
-        done, before = done + size, size
+        done, ended = done + size, ends
+        previous = batch if ends else previous
     return Entries(
         tokens=np.array(tokens),
         layers=layers[::top_k],

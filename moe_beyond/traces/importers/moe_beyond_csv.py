@@ -16,6 +16,9 @@ from moe_beyond.geometry import Geometry, Preset
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import text_digest, without_copies
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
+from moe_beyond.traces.importers.files import column_names, first_line, listed
+from moe_beyond.traces.importers.format import Format
+from moe_beyond.traces.importers.recording import described
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
@@ -24,6 +27,20 @@ from moe_beyond.traces.writer import writing
 from moe_beyond.version import __version__
 
 COLUMNS = {"Layer ID": pa.int32(), "Token": pa.string(), "Activated Expert IDs": pa.string()}
+FORMAT = Format(
+    summary="the CSV files of the MoE-Beyond release: a folder of prompt_N_*.csv, a file per prompt",
+    fields=(
+        "Layer ID: the layer, counted over all layers of the model from 0; a row per token and MoE layer",
+        "Token: the token's string in the tokenizer's vocabulary",
+        "Activated Expert IDs: a list of K expert ids",
+        "tokens come in order, and all layers have the same; quantisation is 8 bits unless --quantization says another",
+    ),
+    example=(
+        "Layer ID,Token,Activated Expert IDs",
+        '1,Ġthe,"[44, 13, 5, 60, 2, 31]"',
+        '1,Ġcat,"[7, 9, 12, 63, 1, 30]"',
+    ),
+)
 # The release's traces were recorded with 8-bit weights (its collection script loads the model so).
 RECORDED_BITS = 8.0
 
@@ -67,7 +84,7 @@ def import_moe_beyond_csv(
     vocabulary = load_vocabulary(name)
     manifest = Manifest(
         geometry=preset.geometry,
-        tokenizer=vocabulary.describe(),
+        tokenizer=described(vocabulary, preset),
         model_id=preset.geometry.model,
         quantization_bits=quantization_bits,
         author="dataset",
@@ -166,13 +183,14 @@ def read_csv(path: Path, *more: str) -> pa.Table:
             parse_options=pa.csv.ParseOptions(newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(column_types=columns, strings_can_be_null=False),
         )
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: cannot be read as CSV ({str(error).splitlines()[0]})") from error
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({first_line(error)})") from error
+    names = column_names(path, table.schema)
     for name in columns:
-        if table.schema.names.count(name) > 1:
+        if names.count(name) > 1:
             raise UserError(f"{path}: column {name!r} is there twice")
-        if name not in table.schema.names:
-            raise UserError(f"{path}: column {name!r} is missing; found {', '.join(table.schema.names)}")
+        if name not in names:
+            raise UserError(f"{path}: column {name!r} is missing; found {listed(names)}")
         if table[name].null_count:
             raise UserError(f"{path}: row {pc.index(pc.is_null(table[name]), True).as_py() + 2}: {name} is empty")
     if table.num_rows == 0:

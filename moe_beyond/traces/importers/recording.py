@@ -1,14 +1,17 @@
 """What becomes of every recording that an importer has read: a trace set, with its tokenizer and its splits."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
-from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
+from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.splitting import write_splits
 from moe_beyond.traces.trace import Trace
@@ -29,14 +32,15 @@ class Recording:
         lengths: Tokens of each.
         traces: They themselves, in the same order; a generator where they are too many to hold.
         author: Who wrote their text, as a manifest says it.
-        has_token_ids: Whether their token ids were recorded; otherwise all are 0.
+        token_ids: By file, the token ids that were recorded, to check before anything is written; None where none were,
+            and all are 0.
     """
 
     source: str
     lengths: Sequence[int]
     traces: Iterable[Trace]
     author: str
-    has_token_ids: bool
+    token_ids: Mapping[str, npt.NDArray[np.integer[Any]]] | None
 
 
 def import_recording(
@@ -78,13 +82,15 @@ def import_recording(
     vocabulary = _vocabulary(recording, preset, tokenizer, source)
     manifest = Manifest(
         geometry=preset.geometry,
-        tokenizer=NO_TOKEN_IDS if vocabulary is None else vocabulary.describe(),
+        tokenizer=NO_TOKEN_IDS if vocabulary is None else described(vocabulary, preset),
         model_id=preset.geometry.model,
         quantization_bits=quantization_bits,
         author=recording.author,
         source=recording.source,
         tool_version=__version__,
     )
+    if recording.token_ids is not None:
+        check_token_ids(recording.token_ids, manifest.tokenizer)
     held_out = set() if blocks is None else validation_numbers(dict(enumerate(recording.lengths)), *blocks)
     with writing(out, manifest, vocabulary=None if vocabulary is None else vocabulary.path) as writer:
         write_splits(writer, recording.traces, held_out, manifest=manifest, folder=Path(out).parent, source=str(source))
@@ -93,12 +99,36 @@ def import_recording(
     return TraceSet(str(out))
 
 
+def described(vocabulary: Vocabulary, preset: Preset) -> Tokenizer:
+    """Return what a manifest says about a tokenizer: as many ids as it has, or as the model's embedding has rows.
+
+    Models sample ids in rows that pad their embedding, so that the larger of the two counts.
+    """
+    told = vocabulary.describe()
+    return replace(told, vocab_size=max(told.vocab_size, preset.vocab_size or 0))
+
+
+def check_token_ids(token_ids: Mapping[str, npt.NDArray[np.integer[Any]]], tokenizer: Tokenizer) -> None:
+    """Check that token ids are of a vocabulary.
+
+    Raises:
+        UserError: One is not.
+    """
+    for where, ids in token_ids.items():
+        if len(outside := ids[ids >= tokenizer.vocab_size]):
+            raise UserError(
+                f"{where}: token id {outside[0]} is out of range 0..{tokenizer.vocab_size - 1} of tokenizer "
+                f"{tokenizer.name}; give the tokenizer of the model, or the folder of the model as --model, whose "
+                "config.json says how many rows its embedding has"
+            )
+
+
 def _vocabulary(recording: Recording, preset: Preset, tokenizer: str | None, source: str | Path) -> Vocabulary | None:
     """Load the tokenizer of the token ids, if there are any."""
-    if recording.has_token_ids:
+    if recording.token_ids is not None:
         if (name := tokenizer or preset.tokenizer) is None:
             raise UserError(f"{preset.geometry.model} names no tokenizer; give that of the token ids with --tokenizer")
         return load_vocabulary(name)
     if tokenizer is not None:
-        raise UserError(f"--tokenizer {tokenizer}: {source} tells no token ids; leave it out, or put them beside it")
+        raise UserError(f"--tokenizer {tokenizer}: {source} has no token ids; leave it out, or add NAME.tokens.npy")
     return None

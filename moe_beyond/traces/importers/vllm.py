@@ -1,7 +1,7 @@
 """``routed_experts`` as vLLM and SGLang return it: an array of ``[tokens, MoE layers, top-k]`` expert ids a sequence.
 
 vLLM stores int16, or what is narrowest for the model; SGLang int32. Some versions have a row for every layer of the
-model, filled with one value where the layer is dense.
+model, filled with one value where the layer is dense. Tokens that were not computed are -1 in all layers.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.model_config import MOST_LAYERS
 from moe_beyond.traces.importers.arrays import StoredArray, find_arrays
 from moe_beyond.traces.importers.companions import (
     DECODE_START,
+    FIELDS,
     TOKENS,
     all_or_none,
     author_of,
@@ -24,15 +26,31 @@ from moe_beyond.traces.importers.companions import (
     read_token_ids,
 )
 from moe_beyond.traces.importers.experts import checked_ids
+from moe_beyond.traces.importers.format import Format
+from moe_beyond.traces.importers.missing import notes, recorded_span
 from moe_beyond.traces.importers.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
+FORMAT = Format(
+    summary="routed_experts of vLLM or SGLang: a .npy per request in a folder, or an .npz of them",
+    fields=(
+        "an array of whole numbers, (tokens, MoE layers, K): expert ids, tokens and layers in the model's order",
+        "a row of -1 in all layers: a token that was not computed, left out at both ends of a request",
+        *FIELDS,
+    ),
+    example=(
+        "np.save('engine/q1.npy', output.routed_experts)          # int16 (57, 26, 6)",
+        "np.save('engine/q1.tokens.npy', prompt_ids + output_ids) # 57 or 58 ids",
+        "np.save('engine/q1.decode_start.npy', len(prompt_ids))",
+    ),
+)
+
 
 def read_vllm(source: Path, geometry: Geometry, *, progress: Progress) -> Recording:
-    """Read a ``.npy`` of one sequence, a folder of them, or an ``.npz`` of several.
+    """Read a ``.npy`` of one request, a folder of them, or an ``.npz`` of several.
 
-    Beside a sequence ``NAME`` may lie its ``NAME.tokens`` and its ``NAME.decode_start``
-    (`moe_beyond.traces.importers.companions`).
+    Next to a request ``NAME`` may lie its ``NAME.tokens`` and its ``NAME.decode_start``
+    (`moe_beyond.traces.importers.companions`). A request without tokens is passed over and counted.
 
     Args:
         source: The recording.
@@ -58,33 +76,46 @@ def read_vllm(source: Path, geometry: Geometry, *, progress: Progress) -> Record
     )
     has_token_ids = all_or_none(tokens, source, "token ids")
     told = all_or_none(starts, source, "decode_start")
-    lengths = {name: array.shape[0] for name, array in stored.items()}
-    decode_starts = {name: read_decode_start(starts[name], length) for name, length in lengths.items()}
+    spans = {name: _span(array, geometry) for name, array in stored.items()}
+    recorded = {name: span for name, span in spans.items() if span.stop}
+    if not recorded:
+        raise UserError(f"{source}: no request has a recorded token ({len(spans)} requests)")
+    lengths = {name: stored[name].shape[0] for name in stored}
+    decode_starts = {name: read_decode_start(starts[name], lengths[name], span) for name, span in recorded.items()}
+    token_ids = {name: read_token_ids(tokens[name], lengths[name], span) for name, span in recorded.items()}
 
     def traces() -> Iterator[Trace]:
-        for done, (name, array) in enumerate(stored.items(), 1):
+        for done, (name, span) in enumerate(recorded.items(), 1):
             yield Trace(
                 sequence_id=name,
                 source=f"{source.resolve().name}: {name}",
-                token_ids=read_token_ids(tokens[name], lengths[name]),
-                experts=_experts(array, geometry),
+                token_ids=token_ids[name],
+                experts=_experts(stored[name], geometry, span),
                 decode_start=decode_starts[name],
             )
-            progress(done, len(stored))
+            progress(done, len(recorded))
 
+    kept = [span.stop - span.start for span in recorded.values()]
+    left_out = sum(lengths.values()) - sum(kept)
     return Recording(
-        source=f"routed experts of an engine, {source.resolve().name}",
-        lengths=list(lengths.values()),
+        source=f"routed experts of an engine, {source.resolve().name}{notes(left_out, len(spans) - len(recorded))}",
+        lengths=kept,
         traces=traces(),
-        author=author_of(list(decode_starts.values()), list(lengths.values())) if told else "unknown",
-        has_token_ids=has_token_ids,
+        author=author_of(list(decode_starts.values()), kept) if told else "unknown",
+        token_ids={_token_file(tokens[name]): ids for name, ids in token_ids.items()} if has_token_ids else None,
     )
+
+
+def _token_file(stored: StoredArray | None) -> str:
+    return stored.where if stored else ""
 
 
 def _check_shape(stored: StoredArray, geometry: Geometry) -> None:
     layers, top_k = geometry.num_layers, geometry.top_k
-    if len(stored.shape) == 3 and stored.shape[2] == top_k and stored.shape[0] > 0:
-        if stored.shape[1] == layers or stored.shape[1] > geometry.moe_layers[-1]:
+    if stored.shape and stored.shape[0] == 0:
+        return
+    if len(stored.shape) == 3 and stored.shape[2] == top_k:
+        if stored.shape[1] == layers or MOST_LAYERS > stored.shape[1] > geometry.moe_layers[-1]:
             return
     raise UserError(
         f"{stored.where}: has shape {stored.shape}, expected (tokens, {layers}, {top_k}) for {geometry.model}'s "
@@ -92,9 +123,19 @@ def _check_shape(stored: StoredArray, geometry: Geometry) -> None:
     )
 
 
-def _experts(stored: StoredArray, geometry: Geometry) -> npt.NDArray[Any]:
-    """Read the experts ``(T, L, K)``, without the rows of layers that have none."""
-    ids, layers = stored.read(), np.array(geometry.moe_layers)
+def _span(stored: StoredArray, geometry: Geometry) -> slice:
+    """Return which tokens of a request were recorded."""
+    if stored.shape[0] == 0:
+        return slice(0, 0)
+    ids = stored.read()
+    if ids.shape[1] != geometry.num_layers:
+        ids = ids[:, np.array(geometry.moe_layers)]
+    return recorded_span(ids, geometry.moe_layers, geometry.num_experts, stored.where)
+
+
+def _experts(stored: StoredArray, geometry: Geometry, span: slice) -> npt.NDArray[Any]:
+    """Read the experts of the recorded tokens, ``(T, L, K)``, without the rows of layers that have none."""
+    ids, layers = stored.read()[span], np.array(geometry.moe_layers)
     if ids.shape[1] != len(layers):
         dense = np.delete(ids, layers, axis=1)
         if len(filled := np.flatnonzero((dense != dense.flat[0]).any(axis=(0, 2)))):
@@ -103,4 +144,6 @@ def _experts(stored: StoredArray, geometry: Geometry) -> npt.NDArray[Any]:
                 f"{stored.where}: names experts of layer {layer}, which is none of {geometry.model}'s MoE layers"
             )
         ids = ids[:, layers]
-    return checked_ids(ids, geometry, lambda token, row: f"{stored.where}: token {token}, layer {layers[row]}")
+    return checked_ids(
+        ids, geometry, lambda token, row: f"{stored.where}: token {token + span.start}, layer {layers[row]}"
+    )
