@@ -1,17 +1,18 @@
 """What ``import moe_beyond as mb`` offers in a script or a notebook."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.prompts import Prompt
+from moe_beyond.collect.prompts import Prompt, as_prompts
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.asked import Request, asked_combinations, asked_conditions, asked_strategies
 from moe_beyond.evaluation.evaluate import evaluate as measure_and_replay
@@ -92,25 +93,42 @@ class Replayed:
 def record(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Iterable[str | Prompt],
+    prompts: "Iterable[str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Prompt]",
     out: str | Path,
     **asked: Any,
 ) -> TraceSet:
     """Let a model read prompts, and perhaps answer them, and write its routing as a trace set.
 
     Args:
-        model: A transformers mixture of experts, on any device.
+        model: A transformers mixture of experts, on any device, offloaded or not.
         tokenizer: Its tokenizer.
-        prompts: Texts, or texts with names, sources and splits of their own.
+        prompts: Texts; chats, each a list of messages with ``role`` and ``content``; records as a ``.jsonl`` file holds
+            them; or `Prompt` objects with names, sources and splits of their own.
         out: The trace set to make.
         **asked: Fields of `moe_beyond.collect.asked.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
             ``steering``, ...
 
     Raises:
-        UserError: The model is no mixture of experts, a prompt is empty or too long, or ``out`` exists.
+        UserError: The model is no mixture of experts, a prompt is empty or too long or no text, an option is not known,
+            or ``out`` exists.
+
+    Warns:
+        UserWarning: Something that was asked for cannot be recorded.
+
+    Example:
+        >>> import moe_beyond as mb
+        >>> chats = [[{"role": "user", "content": "hi"}]]
+        >>> mb.record(model, tokenizer, chats, "traces/mine", generate=64)  # doctest: +SKIP
     """
-    named = [Prompt(one, f"prompt-{n}") if isinstance(one, str) else one for n, one in enumerate(prompts, start=1)]
-    traces = collect(model, tokenizer, named, out, Collection(**asked), rank=Rank(0, 1))
+    names = [field.name for field in fields(Collection)]
+    for name in asked:
+        if name not in names:
+            raise unknown("option", name, names)
+    options = Collection(**asked)
+    notices: list[str] = []
+    traces = collect(model, tokenizer, as_prompts(prompts), out, options, rank=Rank(0, 1), notice=notices.append)
+    for line in notices:
+        warn(line, stacklevel=2)
     assert traces is not None
     return traces
 

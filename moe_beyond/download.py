@@ -3,6 +3,8 @@
 Files of known names come down; whatever else a repository holds stays there.
 """
 
+import difflib
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,12 @@ Kind = Literal["model", "dataset"]
 
 PREFIX = "hf:"
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+FILE_SUFFIXES = frozenset(
+    ".txt .json .jsonl .ndjson .csv .tsv .parquet .safetensors .gguf .bin .pt .pth .ckpt .yaml .yml .zip .gz .zst .md "
+    ".py .npz .npy".split()
+)
+"""Suffixes of files; a repository on the Hub is hardly ever called so."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +79,75 @@ def download(name: HubName, kind: Kind, needed: Sequence[str], wanted: Sequence[
     Raises:
         UserError: There is no such repository, or it lacks a needed file, or the Hub cannot be asked.
     """
-    with asking_hub(str(name)):
-        from huggingface_hub import snapshot_download
-
-        folder = Path(
-            snapshot_download(
-                name.repository, repo_type=kind, revision=name.revision, allow_patterns=[*needed, *wanted]
-            )
-        )
+    folder = snapshot(name, kind, [*needed, *wanted])
     for file in needed:
         if not (folder / file).is_file():
             raise UserError(f"{name}: has no {file}; is it a repository of this package?")
     return folder
+
+
+def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str | None = None) -> Path:
+    """Download the files of a repository whose names match, or find them in the Hub's local cache.
+
+    Args:
+        name: The repository.
+        kind: Of which kind.
+        patterns: Shell patterns of file names.
+        shown: What error messages call it, if not ``hf:ORG/REPO@REVISION``.
+
+    Returns:
+        The folder, named as the commit; it is the Hub's cache, not to be written to.
+
+    Raises:
+        UserError: There is no such repository, or the Hub cannot be asked.
+    """
+    with asking_hub(shown or str(name)):
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(name.repository, repo_type=kind, revision=name.revision, allow_patterns=list(patterns))
+        )
+
+
+def looks_local(name: str) -> bool:
+    """Tell whether a name means a path on this machine, so that the Hub need not be asked about it.
+
+    It does if it begins like a path (``/``, ``./``, ``../``, ``~``), has other than one ``/`` or a known suffix, or if
+    what is before its last ``/`` is a folder here.
+
+    Example:
+        >>> [looks_local(name) for name in ("./org/model", "a/b/c", "prompts.csv", "org/model")]
+        [True, True, True, False]
+    """
+    path = Path(name)
+    if name.startswith((".", "~", "/", os.sep)) or name.count("/") > 1 or path.suffix.lower() in FILE_SUFFIXES:
+        return True
+    return len(path.parts) > 1 and path.parent.is_dir()
+
+
+def no_such_file(name: str, what: str, *, hint: str = "") -> UserError:
+    """Build the error for a path that is not there, naming the entry beside it that is spelt most alike.
+
+    Args:
+        name: The path, as the user wrote it.
+        what: What it should be, such as ``"folder"``.
+        hint: What to do instead, where nothing is spelt alike.
+    """
+    if (near := near_path(name)) is not None:
+        return UserError(f"{name}: there is no such {what}; did you mean {near}?")
+    return UserError(f"{name}: there is no such {what}" + (f"; {hint}" if hint else ""))
+
+
+def near_path(name: str) -> Path | None:
+    """Return a path that exists and is spelt like one that does not, or None."""
+    path = Path(name).expanduser()
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    try:
+        near = difflib.get_close_matches(missing.name, os.listdir(missing.parent), n=1, cutoff=0.6)
+    except OSError:
+        return None
+    meant = missing.parent / near[0] / path.relative_to(missing) if near else None
+    return meant if meant is not None and meant.exists() else None
 
 
 @contextmanager

@@ -5,7 +5,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_beyond.download import PREFIX, REPOSITORY, HubName, download, is_hub_name, parse_hub_name
+from moe_beyond.download import (
+    PREFIX,
+    REPOSITORY,
+    HubName,
+    download,
+    is_hub_name,
+    near_path,
+    no_such_file,
+    parse_hub_name,
+)
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
 
@@ -61,10 +70,10 @@ def find_predictor(name: str) -> Path:
             return folder
         if folder.exists():
             raise UserError(f"{name}: is a file, not a predictor folder; make one of a checkpoint: moe-beyond package")
-        if REPOSITORY.fullmatch(name):
+        if REPOSITORY.fullmatch(name) and near_path(name) is None:
             raise UserError(f"{name}: there is no such folder; if it is on the Hub, write {PREFIX}{name}")
         if "/" in name:
-            raise UserError(f"{name}: there is no such folder")
+            raise no_such_file(name, "folder")
         raise unknown("predictor (neither a folder nor a published name)", name, names)
     published = checkpoints_folder() / name
     if folder.exists() and folder.resolve() != published.resolve():

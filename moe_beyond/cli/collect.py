@@ -1,18 +1,24 @@
 """``moe-beyond collect``."""
 
-import math
+import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
+from moe_beyond.collect.asked import Collection, Rank
+from moe_beyond.collect.out_folder import check_out, is_taken, pieces_folder
+from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.steering import read_steering
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-COLDEST = 0.001  # colder, numbers overflow
 RECORDED = ("experts", "gate_weights", "hidden_states")
 
 
@@ -24,14 +30,24 @@ def options() -> ArgumentParser:
         "moment, the same command goes on; under torchrun every rank takes its part.",
         "moe-beyond collect --model checkpoints/small-moe --prompts prompts.txt --out traces/mine --generate 64",
     )
-    known.add_argument("--model", metavar="M", required=True, help="a folder, or a name on the Hugging Face Hub")
-    known.add_argument("--revision", metavar="R", help="of the model: a branch, tag or commit")
+    known.add_argument(
+        "--model",
+        metavar="M",
+        required=True,
+        help="a folder, ORG/REPO on the Hugging Face Hub, or a model that ships with this package (small-moe). Code "
+        "that comes with a model is never run",
+    )
+    known.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit on the Hub, for all files of the model (main)"
+    )
     known.add_argument(
         "--prompts",
         metavar="P",
         required=True,
-        help="a .txt file (a line a prompt), a .jsonl file (a record a line; chat messages go through the model's own "
-        "template), or a data set: NAME[:SPLIT[:COLUMN]]",
+        help="a .txt file (one prompt per line; blank lines are passed over); records in a .jsonl, .json, .csv, .tsv "
+        f"or .parquet file, FILE[:COLUMN], with the text under one of {', '.join(COLUMNS)}; or a data set, "
+        "ORG/NAME[:SPLIT[:COLUMN]]. Chat messages (role and content, or from and value) go through the model's chat "
+        "template. The input of an Alpaca record follows its instruction after a blank line",
     )
     known.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
     known.add_argument("--generate", type=int, default=0, metavar="N", help="tokens to write after each prompt (0)")
@@ -54,7 +70,12 @@ def options() -> ArgumentParser:
     )
     known.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts at once (8)")
     known.add_argument("--dtype", default="auto", help=f"to compute in: {', '.join(DTYPES)} (as stored)")
-    known.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, mps")
+    known.add_argument(
+        "--device",
+        metavar="D",
+        help="cpu, cuda, cuda:1, mps; auto spreads a model that does not fit over GPUs, host memory and disk (with "
+        "accelerate), FILE.json as its device map says. Default: a GPU if there is one, or else cpu",
+    )
     known.add_argument("--max-tokens", type=int, metavar="M", help="cut longer prompts; they are refused without")
     known.add_argument("--max-prompts", type=int, metavar="N", help="take the first N prompts alone")
     known.add_argument("--val-blocks", metavar="SIZE:EVERY", help="hold blocks of SIZE prompts out, one in EVERY")
@@ -74,18 +95,6 @@ def run(words: list[str]) -> None:
     args = options().parse_args(words[1:])
     _check(args)
     steering = None if args.steer is None else read_steering(args.steer)
-    from itertools import islice
-
-    from moe_beyond.collect.asked import Collection
-    from moe_beyond.collect.collect import collect
-    from moe_beyond.collect.load import load_model
-    from moe_beyond.collect.prompts import read_prompts
-
-    output = Output(args)
-    prompts = list(islice(read_prompts(args.prompts), args.max_prompts))
-    model, tokenizer, bits = load_model(
-        args.model, revision=args.revision, dtype=args.dtype, device=args.device, load_in=args.load_in
-    )
     record = _recorded(args.record)
     asked = Collection(
         generate=args.generate,
@@ -99,29 +108,74 @@ def run(words: list[str]) -> None:
         shard_tokens=args.shard_tokens,
         steering=steering,
     )
-    began, recorded = time.monotonic(), 0
-    with progress_bar(f"collecting {args.out}", quiet=args.quiet) as bar:
+    out = Path(args.out)
+    if is_taken(out) and Rank().number:
+        return  # the first rank has made it, or says why it cannot
+    check_out(out)
+    from itertools import islice
 
-        def progress(done: int, total: int, tokens: int) -> None:
-            nonlocal recorded
-            recorded += tokens
-            bar(done, total, f"{recorded / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
+    from moe_beyond.collect.collect import collect
+    from moe_beyond.collect.devices import describe, placement
+    from moe_beyond.collect.load import bits, open_checkpoint
+    from moe_beyond.collect.tokenize import tokenize_prompts
 
-        traces = collect(
-            model, tokenizer, prompts, args.out, asked, name=args.model, revision=args.revision, source=args.prompts,
-            quantization_bits=bits, progress=progress,
-        )  # fmt: skip
+    output, notices = Output(args), list[str]()
+    device = placement(args.device)
+    prompts = list(islice(read_prompts(args.prompts, notices.append), args.max_prompts))
+    checkpoint = open_checkpoint(args.model, args.revision)
+    tokenize_prompts(prompts, checkpoint.tokenizer, checkpoint.config, asked, args.prompts)  # before weights are loaded
+    if checkpoint.has_code:
+        notices.append(f"{args.model}: its own code (auto_map) is not run; transformers' own model is used")
+    began, recorded, batches = time.monotonic(), 0, (0, 0)
+    with offloading(out, device) as folder:
+        model = checkpoint.load(dtype=args.dtype, device=device, load_in=args.load_in, offload_folder=folder)
+        place = describe(model)
+        with progress_bar(f"collecting {args.out} on {place}", quiet=args.quiet) as bar:
+
+            def progress(done: int, total: int, tokens: int) -> None:
+                nonlocal recorded, batches
+                recorded, batches = recorded + tokens, (done, total)
+                bar(done, total, f"{recorded / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
+
+            try:
+                traces = collect(
+                    model, checkpoint.tokenizer, prompts, out, asked, name=checkpoint.model_id,
+                    revision=checkpoint.revision, source=args.prompts, quantization_bits=bits(args.load_in),
+                    progress=progress, notice=notices.append,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                done, total = batches
+                print(
+                    f"moe-beyond: {done} of {total} batches are kept in {pieces_folder(out)}; the same command goes on",
+                    file=sys.stderr,
+                )
+                raise
     if traces is None:
-        return  # the first rank tells
+        return  # the first rank says so
     manifest = traces.manifest
     splits: dict[str, Any] = manifest.to_json()["splits"]
     for split, counts in splits.items():
-        output.show(f"{args.out}: {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
+        output.show(f"{args.out}: {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens, on {place}")
     copies = traces.copies()
     output.show(f"{args.out}: exact copies: {describe_copies(copies)}")
     if steering is not None:
         output.show(f"{args.out}: steered: {steering}")
+    output.show(*notices)
     output.result({"traces": args.out, "fingerprint": manifest.fingerprint, "splits": splits, "copies": copies})
+
+
+@contextmanager
+def offloading(out: Path, device: str | dict[str, Any]) -> Iterator[Path | None]:
+    """Yield a folder beside the trace set for weights that go to disk, if some may; it is removed at the end."""
+    if isinstance(device, str) and device != "auto":
+        yield None
+        return
+    folder = out.parent / f".{out.name}.offload"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _recorded(words: str) -> list[str]:
@@ -141,10 +195,5 @@ def _check(args: Namespace) -> None:
         raise unknown("--dtype", args.dtype, DTYPES)
     if args.load_in not in (None, "8bit", "4bit"):
         raise unknown("--load-in", args.load_in, ("8bit", "4bit"))
-    if args.temperature and not COLDEST <= args.temperature < math.inf:
-        raise UserError(f"--temperature {args.temperature} is neither 0, for the most probable, nor {COLDEST} or more")
-    if args.temperature and not args.generate:
-        raise UserError("--temperature draws what --generate N writes; give it as well")
-    for name, least in (("generate", 0), ("batch_size", 1), ("max_tokens", 1), ("max_prompts", 1), ("shard_tokens", 1)):
-        if args[name] is not None and args[name] < least:
-            raise UserError(f"--{name.replace('_', '-')} {args[name]} is less than {least}")
+    if args.max_prompts is not None and args.max_prompts < 1:
+        raise UserError(f"--max-prompts {args.max_prompts} is less than 1")

@@ -1,10 +1,18 @@
 """What is to be collected, and by which process."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
 from moe_beyond.collect.prompts import Prompt
+from moe_beyond.errors import UserError
+from moe_beyond.traces.blocks import parse_blocks
 from moe_beyond.traces.steering import Steering
+
+COLDEST = 0.001
+"""Least temperature to draw at; colder, numbers overflow."""
+LEAST = {"generate": 0, "batch_size": 1, "max_tokens": 1, "shard_tokens": 1}
+"""Least value of each whole number of a `Collection`."""
 
 Row = tuple[Prompt, list[int]]
 """A prompt and its token ids."""
@@ -38,6 +46,30 @@ class Collection:
     shard_tokens: int = 65536
     hidden_states: bool = False
     steering: Steering | None = None
+
+    def __post_init__(self) -> None:
+        """Check values.
+
+        Raises:
+            UserError: A number is out of range, or none.
+        """
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if name == "max_tokens" and value is None:
+                continue
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UserError(f"{option} {value!r} is no whole number; give {least} or more")
+            if value < least:
+                raise UserError(f"{option} {value} is less than {least}")
+        if self.temperature and not COLDEST <= self.temperature < math.inf:
+            raise UserError(
+                f"--temperature {self.temperature} is neither 0, for the most probable, nor {COLDEST} or more"
+            )
+        if self.temperature and not self.generate:
+            raise UserError("--temperature draws what --generate N writes; give it as well")
+        if self.val_blocks is not None:
+            parse_blocks(self.val_blocks)
 
 
 @dataclass

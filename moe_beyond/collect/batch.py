@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from moe_beyond.collect.asked import Collection, Row
+from moe_beyond.collect.devices import input_device
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import Call, Recorder
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import concatenate
-from moe_beyond.traces.schema import experts_dtype
+from moe_beyond.traces.manifest import Manifest
+from moe_beyond.traces.schema import check_experts, experts_dtype
 from moe_beyond.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -52,7 +55,8 @@ def record_batch(
         # What goes on writing stands at the right; what only reads at the left, where positions are its own.
         place = slice(longest - len(token_ids), None) if asked.generate else slice(len(token_ids))
         ids[row, place], mask[row, place] = torch.tensor(token_ids), 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    device = input_device(model)
+    ids, mask = ids.to(device), mask.to(device)
     written = ids[:, :0]
     if asked.generate:
         drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
@@ -66,14 +70,35 @@ def record_batch(
     else:
         model(ids, attention_mask=mask, use_cache=False)
     calls = recorder.calls()
+    ends = _ends(model) if asked.generate else set()
     traces = [
-        _trace(prompt, token_ids, row, longest, calls, written[row].tolist(), _ends(model), asked, geometry)
+        _trace(prompt, token_ids, row, longest, calls, written[row].tolist(), ends, asked, geometry)
         for row, (prompt, token_ids) in enumerate(batch)
     ]
     if asked.steering is not None:
         for trace in traces:
             asked.steering.check_obeyed(trace.experts, geometry)
     return traces
+
+
+def check_trace(trace: Trace, manifest: Manifest) -> None:
+    """Refuse at once what the trace set would not take when all batches are done.
+
+    Args:
+        trace: Of one prompt.
+        manifest: Of the set.
+
+    Raises:
+        UserError: Its token ids are outside the vocabulary, or its experts no choice of the model's.
+    """
+    most = manifest.tokenizer.vocab_size
+    if len(outside := trace.token_ids[(trace.token_ids < 0) | (trace.token_ids >= most)]):
+        raise UserError(
+            f"{trace.sequence_id}: token id {outside[0]:,} was read or written, and tokenizer and embedding have "
+            f"{most:,} ids; give the model's own tokenizer"
+        )
+    if wrong := check_experts(trace.experts, manifest.geometry.num_experts):
+        raise UserError(f"{trace.sequence_id}: {wrong}; such a model cannot be recorded")
 
 
 @contextmanager

@@ -9,20 +9,20 @@ and the first one waits for all and puts them together.
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from moe_beyond.collect.asked import Collection, Rank, Row
-from moe_beyond.collect.batch import record_batch
+from moe_beyond.collect.batch import check_trace, record_batch
+from moe_beyond.collect.devices import embedding_rows, input_device
 from moe_beyond.collect.forcing import forcing
 from moe_beyond.collect.geometry import measured_geometry
+from moe_beyond.collect.out_folder import check_out, is_taken, pieces_folder
 from moe_beyond.collect.pieces import (
     WAIT_SECONDS,
     WHOLE,
@@ -30,25 +30,21 @@ from moe_beyond.collect.pieces import (
     begin,
     check_finished,
     check_space,
-    digest,
-    is_taken,
     put_together,
     remove_pieces,
     request_of,
     write_piece,
 )
-from moe_beyond.collect.prompts import Prompt, token_ids_of
+from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
-from moe_beyond.collect.routers import find_routers, stored_routers
+from moe_beyond.collect.routers import Router, find_routers, stored_routers
+from moe_beyond.collect.tokenize import tokenize_prompts
+from moe_beyond.collect.vocabulary import RecordedTokenizer, recorded_tokenizer
 from moe_beyond.errors import UserError
-from moe_beyond.files import check_is_elsewhere
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.blocks import parse_blocks, validation_numbers
-from moe_beyond.traces.copies import without_copies
 from moe_beyond.traces.hidden_states import HiddenStates
-from moe_beyond.traces.manifest import Manifest
+from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.vocabulary import load_vocabulary
 from moe_beyond.version import __version__
 
 if TYPE_CHECKING:
@@ -68,6 +64,7 @@ def collect(
     quantization_bits: float | None = None,
     rank: Rank | None = None,
     progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> TraceSet | None:
     """Let a model read prompts, and perhaps answer them, and write its routing as a trace set.
 
@@ -83,6 +80,7 @@ def collect(
         quantization_bits: Bits per parameter of the experts; those of the model's dtype by default.
         rank: Which of several processes this is; as torchrun says by default.
         progress: Called with the batches done, all batches, and the tokens recorded since the last call.
+        notice: Called with one line about what is not recorded.
 
     Returns:
         The finished trace set; None on ranks other than the first.
@@ -93,29 +91,22 @@ def collect(
             is damaged, or there is no room.
     """
     out, rank, asked = Path(out), rank or Rank(), asked or Collection()
-    check_is_elsewhere(out)
-    pieces = out.parent / f".{out.name}.collecting"
-    if is_taken(out):
-        if rank.number:
-            return None  # the first rank tells
-        if not pieces.is_dir():
-            raise UserError(f"{out} already exists; choose another folder or remove it")
-    rows = [(prompt, _cut(prompt, token_ids_of(prompt, tokenizer), model, asked)) for prompt in prompts]
-    if not rows:
-        raise UserError(f"{source}: holds no prompt")
-    if twice := _first_twice([prompt.sequence_id for prompt, _ in rows]):
-        raise UserError(f"{source}: two prompts are called {twice!r}")
-    if asked.val_blocks is not None:
-        texts = {number: tuple(ids) for number, (_, ids) in enumerate(rows)}
-        lengths = {number: len(ids) for number, ids in texts.items()}
-        held_out = without_copies(validation_numbers(lengths, *parse_blocks(asked.val_blocks)), texts)
-        splits = ("validation" if number in held_out else "train" for number in range(len(rows)))
-        rows = [(replace(prompt, split=split), ids) for (prompt, ids), split in zip(rows, splits, strict=True)]
+    pieces = pieces_folder(out)
+    if is_taken(out) and rank.number:
+        return None  # the first rank says so
+    check_out(out)
+    check_can_write(model, asked)
+    rows = tokenize_prompts(prompts, tokenizer, model.config, asked, source)
+    _check_ids(rows, tokenizer, embedding_rows(model))
+    vocabulary = recorded_tokenizer(model, tokenizer)
     routers = find_routers(model) if asked.hidden_states else None
     readers = None if routers is None else {layer: router.module for layer, router in routers.items()}
-    manifest = _manifest(model, tokenizer, asked, readers, name, revision, source, quantization_bits)
+    manifest = _manifest(model, vocabulary, asked, readers, name, revision, source, quantization_bits)
+    known = None if routers is None else stored_routers(routers, manifest.geometry)
+    if routers is not None and known is None:
+        notice(_without_routers(routers, manifest.geometry))
     batches = [rows[begin : begin + asked.batch_size] for begin in range(0, len(rows), asked.batch_size)]
-    request = request_of(manifest, rows, asked) | {"dtype": str(model.dtype), "weights": digest(model)}
+    request = request_of(manifest, rows, asked, model)
     if is_taken(out):
         check_finished(out, pieces, request)
     else:
@@ -127,14 +118,12 @@ def collect(
             with alone(pieces, rank):
                 if not (pieces / WHOLE).exists():
                     check_space(pieces, manifest, batches, paths, asked)
-                    _collect_part(model, tokenizer, batches, paths, manifest.geometry, asked, readers, rank, progress)
+                    _collect_part(model, tokenizer, batches, paths, manifest, asked, readers, rank, progress)
                 if rank.number:
                     return None
                 while not (pieces / WHOLE).exists() and not all(path.exists() for path in paths):
                     time.sleep(WAIT_SECONDS)  # other ranks are at it; if one fails, whoever started us stops us
                 if not (pieces / WHOLE).exists():
-                    known = None if routers is None else stored_routers(routers, manifest.geometry)
-                    vocabulary = load_vocabulary(tokenizer.name_or_path).path
                     put_together(pieces / WHOLE, manifest, batches, paths, vocabulary, known, asked)
                 remove_pieces(paths)
                 (pieces / WHOLE).replace(out)
@@ -142,30 +131,49 @@ def collect(
     return TraceSet(str(out))
 
 
-def _cut(prompt: Prompt, token_ids: list[int], model: "PreTrainedModel", asked: Collection) -> list[int]:
-    """Cut a prompt to what is asked for.
+def check_can_write(model: Any, asked: Collection) -> None:
+    """Refuse to let a model answer that cannot.
 
     Raises:
-        UserError: With what is to be written it is longer than the model has positions all the same.
+        UserError: It has no head to write tokens with.
     """
-    token_ids = token_ids[: asked.max_tokens]
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and len(token_ids) + asked.generate > most:
-        more = f" and {asked.generate} to write" if asked.generate else ""
+    if asked.generate and not (hasattr(model, "can_generate") and model.can_generate()):
         raise UserError(
-            f"{prompt.sequence_id}: has {len(token_ids):,} tokens{more}, and the model {most:,} positions; "
-            "--max-tokens N cuts it"
+            f"--generate {asked.generate}: {type(model).__name__} has no head to write with; load it with "
+            "AutoModelForCausalLM, or let it read only (--generate 0)"
         )
-    return token_ids
 
 
-def _first_twice(names: Sequence[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)
+def _check_ids(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", most: int) -> None:
+    """Refuse token ids that a model has no embedding of.
+
+    Raises:
+        UserError: A prompt has one.
+    """
+    for prompt, ids in rows:
+        if most and max(ids) >= most:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"{prompt.sequence_id}: token {token!r} has id {max(ids):,}, and the model embeds ids below {most:,}; "
+                "give the model's own tokenizer, or resize its embeddings"
+            )
+
+
+def _without_routers(routers: Mapping[int, Router], geometry: Geometry) -> str:
+    """Say why a set with hidden states comes without the model's routers."""
+    missing = [str(layer) for layer in geometry.moe_layers if layer not in routers]
+    why = (
+        f"of layer{'s' if len(missing) > 1 else ''} {', '.join(missing)} no scores were found that choose the experts "
+        "(hash routing has none, an adapter on the router hides them)"
+        if missing
+        else "they differ in kind or width from layer to layer"
+    )
+    return f"the routers of {geometry.model} are not stored beside the hidden states: {why}"
 
 
 def _manifest(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    vocabulary: RecordedTokenizer,
     asked: Collection,
     readers: Mapping[int, nn.Module] | None,
     name: str | None,
@@ -175,7 +183,7 @@ def _manifest(
 ) -> Manifest:
     """Describe the trace set to be; one token is read to see how many experts it is routed to."""
     with recording(model, readers) as recorder, torch.inference_mode():
-        model(torch.zeros((1, 1), dtype=torch.int64, device=model.device))
+        model(torch.zeros((1, 1), dtype=torch.int64, device=input_device(model)))
         (call,) = recorder.calls()
         top_k = call.experts.shape[-1]
     model_id = name or model.config.name_or_path or type(model).__name__
@@ -183,10 +191,9 @@ def _manifest(
         model_id = Path(model_id).resolve().name
     if Path(source).is_file():
         source = Path(source).name
-    vocabulary = load_vocabulary(tokenizer.name_or_path)
     return Manifest(
         geometry=measured_geometry(model, Path(model_id).name, top_k),
-        tokenizer=replace(vocabulary.describe(), name=Path(model_id).name),
+        tokenizer=Tokenizer(Path(model_id).name, vocabulary.vocab_size, vocabulary.sha256),
         model_id=model_id,
         quantization_bits=quantization_bits or 8.0 * model.dtype.itemsize,
         author="mixed" if asked.generate else "dataset",
@@ -228,7 +235,7 @@ def _collect_part(
     tokenizer: "PreTrainedTokenizerBase",
     batches: Sequence[Sequence[Row]],
     paths: Sequence[Path],
-    geometry: Geometry,
+    manifest: Manifest,
     asked: Collection,
     readers: Mapping[int, nn.Module] | None,
     rank: Rank,
@@ -242,8 +249,10 @@ def _collect_part(
             for number in range(rank.number, len(batches), rank.count):
                 path, tokens = paths[number], 0
                 if not path.exists():
-                    traces = record_batch(model, tokenizer, recorder, batches[number], geometry, asked)
-                    write_piece(path, traces, geometry)
+                    traces = record_batch(model, tokenizer, recorder, batches[number], manifest.geometry, asked)
+                    for trace in traces:  # what the set would not take is no piece of it
+                        check_trace(trace, manifest)
+                    write_piece(path, traces, manifest.geometry)
                     tokens = sum(map(len, traces))
                 progress(number + 1, len(batches), tokens)
     finally:

@@ -87,8 +87,8 @@ def forcing(model: Any, steering: Steering, geometry: Geometry) -> Iterator[None
         for layer in steering.layers:
             if layer not in routers:
                 raise UserError(
-                    f"--steer: layer {layer} of {geometry.model} does not choose its experts by scores of what it "
-                    "reads (hash routing does not); it cannot be steered"
+                    f"--steer: layer {layer} of {geometry.model}: no scores of what it reads were found that choose "
+                    "its experts (hash routing has none, an adapter on the router hides them); it cannot be steered"
                 )
             forced = Forced(routers[layer], *steering.of_layer(layer))
             handles += within(Mixture.of(model, mixtures[layer]).block, forced)

@@ -13,14 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 
 from moe_beyond.collect.asked import Collection, Rank, Row
+from moe_beyond.collect.out_folder import is_taken
+from moe_beyond.collect.vocabulary import RecordedTokenizer
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX, concatenate, load_states
-from moe_beyond.traces.manifest import MANIFEST_FILE, Manifest
+from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet, decode
 from moe_beyond.traces.routers import Routers
 from moe_beyond.traces.schema import to_table
@@ -32,24 +34,25 @@ WHOLE = "set"
 """In the folder of pieces: the trace set, once all pieces are in it."""
 NUMBERS = 16
 """Of each parameter, that a model is known again by."""
+PLACES = ("weights", "parameters")
+"""What is compared as far as both runs know it."""
 WAIT_SECONDS = 1.0
 SPARE = 1.1
 """Of the space that a collection is thought to take."""
 
 
-def is_taken(out: Path) -> bool:
-    """Tell whether a trace set cannot be made there: something is there already."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
-
-
-def request_of(manifest: Manifest, rows: Sequence[Row], asked: Collection) -> dict[str, Any]:
+def request_of(manifest: Manifest, rows: Sequence[Row], asked: Collection, model: nn.Module) -> dict[str, Any]:
     """Say what a collection is of, so that the same command knows it again; plain values."""
     texts = hashlib.sha256(json.dumps([(p.sequence_id, p.split, ids) for p, ids in rows]).encode()).hexdigest()
-    return _plain(_described(manifest) | {"prompts": texts} | asdict(asked))
+    weights = {"dtype": str(getattr(model, "dtype", "")), "weights": digest(model), "parameters": digests(model)}
+    return _plain(_described(manifest) | {"prompts": texts} | asdict(asked) | weights)
 
 
 def _described(manifest: Manifest) -> dict[str, Any]:
-    return {name: value for name, value in asdict(manifest).items() if name not in ("shards", "routers_sha256")}
+    """Describe the trace set to be: all that a piece depends on, and nothing that another version would call so."""
+    left_out = ("shards", "routers_sha256", "tool_version", "tokenizer")
+    described = {name: value for name, value in asdict(manifest).items() if name not in left_out}
+    return described | {"tokenizer": manifest.tokenizer.sha256}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -57,13 +60,41 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def digest(model: nn.Module) -> str:
-    """Return a hash of a model's configuration and of some numbers of each of its parameters."""
+def digest(model: nn.Module) -> str | None:
+    """Return a hash of a model's configuration and of some numbers of each of its parameters.
+
+    None where some of them are not here (on disk, in another process): then `digests` tells of those that are.
+    """
     found = hashlib.sha256(str(getattr(model, "config", "")).encode())
     for name, parameter in model.named_parameters():
+        if (numbers := _numbers(parameter)) is None:
+            return None
         found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(parameter.detach().flatten()[:NUMBERS].float().cpu().numpy().tobytes())
+        found.update(numbers)
     return found.hexdigest()
+
+
+def digests(model: nn.Module) -> dict[str, list[Any]]:
+    """Return, by name, each parameter's shape, and a hash of some of its numbers: None where it is not here.
+
+    Where a parameter is may change from run to run: ``device_map="auto"`` goes by the memory that is free.
+    """
+    return {
+        name: [list(parameter.shape), None if (numbers := _numbers(parameter)) is None else _hash(numbers)]
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _numbers(parameter: Tensor) -> bytes | None:
+    """Return some numbers of a parameter; None of one without plain bytes here: offloaded, sharded, or packed."""
+    tensor = parameter.data
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return None
+    return tensor.flatten()[:NUMBERS].float().cpu().numpy().tobytes()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextmanager
@@ -110,7 +141,27 @@ def begin(pieces: Path, request: dict[str, Any], rank: Rank, out: Path) -> bool:
 def _differences(found: Any, request: dict[str, Any]) -> str:
     if not isinstance(found, dict):
         return "contents"
-    return " and ".join(name for name in request if found.get(name) != request[name])
+    names = [name for name in request if name not in PLACES and not _same(name, found, request)]
+    names += ["weights"] if not _same_weights(found, request) else []
+    return " and ".join(names)
+
+
+def _same(name: str, found: dict[str, Any], request: dict[str, Any]) -> bool:
+    value = found.get(name)
+    if name == "tokenizer" and isinstance(value, dict):  # as earlier versions told it
+        value = value.get("sha256")
+    return bool(value == request[name])
+
+
+def _same_weights(found: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Compare what both know of the weights: all, or those parameters that were here in both runs."""
+    if None not in (before := found.get("weights"), now := request["weights"]):
+        return bool(before == now)
+    known, here = found.get("parameters"), request["parameters"]
+    if not isinstance(known, dict) or known.keys() != here.keys():
+        return False
+    pairs = ((known[name], here[name]) for name in here)
+    return all(a[0] == b[0] and (a[1] == b[1] or None in (a[1], b[1])) for a, b in pairs)
 
 
 def check_finished(out: Path, pieces: Path, request: dict[str, Any]) -> None:
@@ -122,7 +173,7 @@ def check_finished(out: Path, pieces: Path, request: dict[str, Any]) -> None:
     left = sorted(path.name for path in pieces.iterdir() if not path.name.startswith(".") and path.suffix != ".lock")
     ours = left in ([], [REQUEST_FILE]) and (out / MANIFEST_FILE).exists()
     made = {**request, **_plain(_described(TraceSet(str(out)).manifest))} if ours else {}
-    if made != request or (left and read_json(pieces / REQUEST_FILE) != request):
+    if made != request or (left and _differences(read_json(pieces / REQUEST_FILE), request)):
         raise UserError(f"{out} already exists; choose another folder or remove it")
 
 
@@ -153,21 +204,30 @@ def put_together(
     manifest: Manifest,
     batches: Sequence[Sequence[Row]],
     paths: Sequence[Path],
-    vocabulary: str | Path,
+    tokenizer: RecordedTokenizer,
     routers: Routers | None,
     asked: Collection,
 ) -> None:
     """Write the trace set out of all pieces; what kills left half-written goes first.
 
     Raises:
-        UserError: A piece is damaged, or of other prompts; or there is no room.
+        UserError: A piece is damaged, or of other prompts, or does not fit the manifest; or there is no room.
     """
     for left in whole.parent.glob(".*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+    vocabulary = tokenizer.file or whole.parent / f".{VOCABULARY_FILE}"
+    if tokenizer.file is None:
+        vocabulary.write_bytes(tokenizer.content)
     with writing(whole, manifest, vocabulary=vocabulary, routers=routers, shard_tokens=asked.shard_tokens) as writer:
         for path, batch in zip(paths, batches, strict=True):
             for trace, (prompt, _) in zip(_read_piece(path, batch, manifest), batch, strict=True):
-                writer.write(trace, prompt.split)
+                try:
+                    writer.write(trace, prompt.split)
+                except UserError as error:
+                    raise UserError(
+                        f"{path}: {error}; remove {path.name}, and the same command collects it again; all other parts "
+                        "are kept"
+                    ) from error
 
 
 def write_piece(path: Path, traces: Sequence[Trace], geometry: Geometry) -> None:

@@ -1,19 +1,30 @@
 """The texts that a model is given: from a file, or from a data set."""
 
+import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe_beyond.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from moe_beyond.download import REPOSITORY, asking_hub, looks_local, no_such_file
+from moe_beyond.errors import UserError, unknown
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction")
-"""Where a record's text is looked for, in this order, if no column is named."""
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+"""Fields that a record's text is looked for in, in this order, if none is named."""
+ADDED = {"instruction": ("input", "context")}
+"""Fields whose text follows that of another after a blank line: the inputs of Alpaca's and Dolly's instructions."""
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+"""Roles that ShareGPT spells in its own way, and their names in chat templates."""
+TEXT_FILES = (".txt",)
+RECORD_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LONGEST_CELL = 2**31 - 1
+"""Characters of a cell of a table; the standard library stops at 131,072 by default."""
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""First bytes of UTF-16 text, and of little-endian UTF-32."""
+
+Notice = Callable[[str], None]
+"""Is called with one line about what was read, or was not."""
 
 
 @dataclass(frozen=True)
@@ -21,117 +32,290 @@ class Prompt:
     """A text to read, and perhaps to go on from.
 
     Attributes:
-        text: The text, or the messages of a chat, each with ``role`` and ``content``.
-        sequence_id: Its name; one of a kind in a trace set.
+        text: The text, or the messages of a chat as the model's chat template takes them: mappings with ``role``,
+            ``content``, and whatever else the template reads.
+        sequence_id: Its name, unique in a trace set.
         source: Where it is from.
-        split: Where its trace goes.
+        split: The split that its trace goes to.
     """
 
-    text: str | tuple[Mapping[str, str], ...]
+    text: str | tuple[Mapping[str, Any], ...]
     sequence_id: str
     source: str = "prompts"
     split: str = "train"
 
 
-def read_prompts(named: str) -> Iterator[Prompt]:
+def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Prompt]:
     """Read prompts, in their order.
 
     Args:
-        named: A ``.txt`` file, a line a prompt; a ``.jsonl`` file, a record a line (text under one of `COLUMNS`, or
-            chat messages, and perhaps ``id``); or a data set that ``datasets`` loads: ``NAME[:SPLIT[:COLUMN]]``.
+        named: A text file (``.txt``, one prompt per line), a file of records (`RECORD_FILES`; text under one of
+            `COLUMNS`, or chat messages, and perhaps ``id``), ``FILE:COLUMN``, or a data set that ``datasets`` loads:
+            a folder or ``ORG/NAME``, then ``[:SPLIT[:COLUMN]]``.
+        notice: Is called with lines about what was passed over.
 
     Raises:
         UserError: There is no such file or data set, or a record has no text; the line is named.
     """
-    path = Path(named)
-    if path.suffix in (".txt", ".jsonl", ".json") and path.exists():
-        try:
-            yield from (_lines if path.suffix == ".txt" else _records)(path)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text") from error
-    elif path.is_file():
-        raise UserError(f"{path}: is neither .txt (a line a prompt) nor .jsonl (a record a line)")
-    elif path.suffix in (".txt", ".jsonl", ".json"):
-        raise UserError(f"{path}: not found")
+    path, column = _file_and_column(named)
+    if path is None:
+        yield from _data_set(named, notice)
+    elif path.suffix in TEXT_FILES:
+        for number, line in _lines(path, notice):
+            yield Prompt(line, f"{path.stem}-{number}", f"{path.name}:{number}")
+    elif path.suffix in RECORD_FILES:
+        fields = _Fields(str(path), column, notice)
+        for number, where, record in _records(path, notice):
+            yield fields.prompt(record, f"{path.stem}-{number}", f"{path.name}:{number}", f"{path}: {where}")
+        fields.tell()
     else:
-        yield from _data_set(named)
+        raise UserError(
+            f"{path}: is not a kind of file that prompts are read from ({path.suffix or 'no suffix'}); "
+            f"known: {', '.join((*TEXT_FILES, *RECORD_FILES))}"
+        )
 
 
-def token_ids_of(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Tokenize a prompt; a chat goes through the model's own template, ready for its answer.
+def as_prompts(given: Any) -> list[Prompt]:
+    """Turn what a script gives into prompts: texts, chats (lists of messages), records, and `Prompt` alike.
 
     Raises:
-        UserError: It is empty, or the tokenizer has no template.
+        UserError: It is something else; the item is named.
     """
-    if isinstance(prompt.text, str):
-        found = list(tokenizer(prompt.text).input_ids) if prompt.text.strip() else []
-    elif tokenizer.chat_template is None:
-        raise UserError(f"{prompt.sequence_id}: is a chat, and the tokenizer has no chat template")
+    if isinstance(given, str | bytes | Mapping | Prompt) or not isinstance(given, Iterable):
+        raise UserError(f"prompts: is one {type(given).__name__}, not a list of prompts; write [...] around it")
+    prompts = []
+    for number, item in enumerate(given, start=1):
+        where = f"prompts[{number - 1}]"
+        if isinstance(item, Mapping) and "role" in item and "content" in item:
+            raise UserError(f"{where}: is a message; a chat is a list of messages, so give [[message, ...], ...]")
+        if isinstance(item, Prompt):
+            prompts.append(item)
+        elif isinstance(item, str):
+            prompts.append(Prompt(item, f"prompt-{number}"))
+        else:
+            record = list(item) if isinstance(item, tuple) else item
+            prompts.append(_Fields("prompts").prompt(record, f"prompt-{number}", "prompts", where))
+    return prompts
+
+
+class _Fields:
+    """Finds the text in each record of one source, and remembers which fields nothing was read from.
+
+    Args:
+        source: The file or data set, for notices.
+        column: The field that holds the text; the first of `COLUMNS` that a record has by default.
+        notice: Is called by `tell`.
+    """
+
+    def __init__(self, source: str, column: str = "", notice: Notice = lambda line: None) -> None:
+        self._source, self._column, self._notice = source, column, notice
+        self._read: dict[str, None] = {}
+        self._unread: dict[str, None] = {}
+
+    def prompt(self, record: Any, name: str, source: str, where: str) -> Prompt:
+        """Find a record's text.
+
+        Raises:
+            UserError: It has none, or an empty one.
+        """
+        if isinstance(record, list) and record and all(_is_message(item) for item in record):
+            return Prompt(tuple(_message(item, where) for item in record), name, source)
+        if not isinstance(record, Mapping):
+            raise UserError(
+                f"{where}: is not a record with a text under one of {', '.join(COLUMNS)} "
+                f"(got {json.dumps(record, default=str)[:60]})"
+            )
+        if self._column and self._column not in record:
+            raise unknown(f"column of {where}", self._column, map(str, record))
+        field = self._column or next((field for field in COLUMNS if record.get(field) is not None), None)
+        if field is None:
+            raise UserError(
+                f"{where}: has no {' or '.join(COLUMNS)}; it has {', '.join(map(str, record))}; "
+                "rename one, or name it: FILE:COLUMN"
+            )
+        text = record[field]
+        if isinstance(text, list):
+            text = tuple(_message(message, where) for message in text)
+        elif not isinstance(text, str):
+            raise UserError(f"{where}: {field} is {type(text).__name__}, not text or a list of messages")
+        if not text or (isinstance(text, str) and not text.strip()):
+            raise UserError(f"{where}: {field} is empty")
+        fields = [field]
+        if isinstance(text, str):
+            for added in ADDED.get(field, ()):
+                if isinstance(record.get(added), str) and record[added].strip():
+                    text, fields = f"{text}\n\n{record[added]}", [*fields, added]
+        self._read.update(dict.fromkeys(fields))
+        identity = record.get("id")
+        known = {*fields, *ADDED.get(field, ()), *([] if identity is None else ["id"])}
+        self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in known))
+        return Prompt(text, name if identity is None else str(identity), source)
+
+    def tell(self) -> None:
+        """Say which fields were read, where records have others that nothing was read from."""
+        if self._unread:
+            read, unread = (", ".join(fields) for fields in (self._read, self._unread))
+            self._notice(f"{self._source}: prompts are the text of {read}; not read: {unread}")
+
+
+def _file_and_column(named: str) -> tuple[Path | None, str]:
+    """Tell a file from a data set, and take the column off a file's name.
+
+    Returns:
+        The file, or None for a data set; and the column, ``""`` if none is named.
+
+    Raises:
+        UserError: It is neither a file, nor a folder, nor a name that the Hub could know.
+    """
+    before, colon, column = named.rpartition(":")
+    path = Path(named).expanduser()
+    if path.is_file():
+        return path, ""
+    if colon and Path(before).expanduser().is_file():
+        return Path(before).expanduser(), column
+    name = named.partition(":")[0]
+    if Path(name).is_dir():
+        return None, ""
+    if looks_local(name) or not REPOSITORY.fullmatch(name):
+        hint = "give a file of prompts (.txt, .jsonl, ...), or a data set of the Hub as ORG/NAME"
+        raise no_such_file(named, "file of prompts", hint=hint)
+    return None, ""
+
+
+def _lines(path: Path, notice: Notice) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file that are not blank, each with its number from 1.
+
+    Raises:
+        UserError: It is not UTF-8 text.
+    """
+    blank = 0
+    for number, line in _all_lines(path):
+        if line.strip():
+            yield number, line.removesuffix("\n").removesuffix("\r")
+        else:
+            blank += 1
+    if blank:
+        notice(f"{path}: {blank:,} blank line{'s' if blank > 1 else ''} passed over")
+
+
+def _all_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file with their ends, each with its number from 1; only a line feed ends a line.
+
+    Raises:
+        UserError: It is not UTF-8 text.
+    """
+    with path.open("rb") as file:
+        if file.read(2) in UTF_16:
+            raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if "\0" in line:
+                    raise UserError(f"{path}: line {number} holds NUL bytes; save it as UTF-8 text")
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (after line {number}); save it as UTF-8") from error
+
+
+def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
+    """Yield the records of a file, each with its number from 1, and where it stands in the file.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: is not a Parquet file ({_short(error)})") from error
+        yield from ((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
+    elif path.suffix in (".csv", ".tsv"):
+        csv.field_size_limit(LONGEST_CELL)
+        lines = (line for _, line in _all_lines(path))
+        try:
+            table = csv.DictReader(lines, delimiter="," if path.suffix == ".csv" else "\t", strict=True)
+            for number, row in enumerate(table, start=1):
+                if None in row or None in row.values():
+                    raise UserError(f"{path}: row {number} has not as many cells as the header")
+                yield number, f"row {number}", row
+        except csv.Error as error:
+            raise UserError(f"{path}: is not a table that can be read ({error})") from error
     else:
-        messages = [dict(message) for message in prompt.text]
-        answered = bool(messages) and messages[-1]["role"] == "assistant"
-        found = list(tokenizer.apply_chat_template(messages, add_generation_prompt=not answered, return_dict=False))
-    if not found:
-        raise UserError(f"{prompt.sequence_id}: is empty; the model has nothing to read")
-    return found
+        yield from _json_records(path, notice)
 
 
-def _lines(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            raise UserError(f"{path}: line {number} is empty; a line is a prompt")
-        yield Prompt(line, f"{path.stem}-{number}", f"{path.name}:{number}")
+def _json_records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
+    """Yield the records of JSON lines, or of one JSON value that may span lines: an array, or a single record."""
+    lines = _lines(path, notice)
+    first = next(lines, None)
+    if first is None:
+        return
+    if path.suffix == ".json" or first[1].lstrip().startswith("["):
+        text = "\n".join(line for _, line in _lines(path, lambda line: None))
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if not (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"):  # more values: JSON lines
+                raise UserError(f"{path}: is not JSON ({_short(error)})") from error
+        else:
+            records = whole if isinstance(whole, list) and not all(map(_is_message, whole)) else [whole]
+            yield from ((number, f"record {number}", record) for number, record in enumerate(records, start=1))
+            return
+    for number, line in (first, *lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON ({_short(error)})") from error
+        yield number, f"line {number}", record
 
 
-def _records(path: Path) -> Iterator[Prompt]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error})") from error
-            yield _prompt(record, f"{path.stem}-{number}", f"{path.name}:{number}", f"{path}: line {number}")
-
-
-def _data_set(named: str) -> Iterator[Prompt]:
+def _data_set(named: str, notice: Notice) -> Iterator[Prompt]:
+    """Stream a data set: a folder, or a name on the Hub, which is asked once before ``datasets`` asks it for long."""
     import datasets
 
     name, split, column = (*named.split(":"), "", "")[:3]
+    split = split or "train"
+    if not Path(name).is_dir():
+        with asking_hub(f"--prompts {name}"):
+            from huggingface_hub import HfApi
+
+            HfApi().dataset_info(name)
+    fields = _Fields(named, column, notice)
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        for number, record in enumerate(rows):
-            where = f"{name}:{split or 'train'}:{number}"
-            yield _prompt(record, f"{Path(name).name}-{number}", where, f"{named}: row {number}", column)
+        for number, record in enumerate(datasets.load_dataset(name, split=split, streaming=True)):
+            where = f"{name}:{split}:{number}"
+            yield fields.prompt(record, f"{Path(name).name}-{number}", where, f"{named}: row {number}")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"{named}: neither a .txt or .jsonl file nor a data set that can be loaded ({told})") from error
+        raise UserError(f"{named}: is not a data set that can be loaded ({_short(error)})") from error
+    fields.tell()
 
 
-def _prompt(record: Any, name: str, source: str, where: str, column: str = "") -> Prompt:
-    """Find a record's text.
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """Return a message as chat templates read it, from either spelling in use; what else it has stays.
 
     Raises:
-        UserError: It has none, or an empty one.
+        UserError: It has no role, or neither content nor tool calls.
     """
-    if not isinstance(record, Mapping):
-        raise UserError(f"{where}: is not a record with a text under one of {', '.join(COLUMNS)}")
-    named = [column] if column else [key for key in COLUMNS if key in record]
-    if not named or named[0] not in record:
-        raise UserError(f"{where}: has no {column or ' or '.join(COLUMNS)}; it has {', '.join(record)}")
-    text = record[named[0]]
-    if isinstance(text, list):
-        text = tuple(_message(message, where) for message in text)
-    elif not isinstance(text, str):
-        raise UserError(f"{where}: {named[0]} is {type(text).__name__}, not text or a list of messages")
-    if not text or (isinstance(text, str) and not text.strip()):
-        raise UserError(f"{where}: {named[0]} is empty")
-    return Prompt(text, str(record.get("id", name)), source)
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where}: a message is a record with role and content, or from and value")
+    rest = {key: value for key, value in message.items() if value is not None}  # a column of a table has Nones
+    role, content = rest.pop("role", rest.pop("from", None)), rest.pop("content", rest.pop("value", None))
+    if not isinstance(role, str):
+        raise UserError(f"{where}: a message has no role (or from); it has {', '.join(map(str, message)) or 'nothing'}")
+    if content is None and not rest.get("tool_calls"):
+        raise UserError(f"{where}: a message of role {role!r} has no content (or value)")
+    if content is not None and not isinstance(content, str | list):
+        raise UserError(f"{where}: the content of a message of role {role!r} is {type(content).__name__}, not text")
+    return {"role": SHAREGPT.get(role, role), "content": content, **rest}
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
-    """Return a message as chat templates read it, from either spelling in use."""
-    if isinstance(message, Mapping):
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role in ROLES and isinstance(content, str):
-            return {"role": ROLES[role], "content": content}
-    raise UserError(f"{where}: a message is a record with role ({', '.join(ROLES)}) and content")
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

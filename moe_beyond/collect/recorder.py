@@ -6,6 +6,10 @@ received: the router's logits would miss selection biases and groups. Where no m
 JetMoE), the routers that transformers itself declares are hooked, and the choice is the top K of their logits, which is
 how those select.
 
+A block that computes its experts in one fused kernel never calls that module (gpt-oss in its native MXFP4, and what the
+kernels library puts in place of a forward). What its router chooses is recorded then: of the router's call, or, where
+the kernel reads the router's weight without calling it, of a call of our own on what the block was given.
+
 What is given to no expert is none: an id from the number of experts on (longcat_flash has identity experts there), and
 a weight of exactly 0, which adds nothing (a token of zaya that skips a layer is given to the first expert with it).
 """
@@ -30,6 +34,7 @@ SIGNATURES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weig
 LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 ATTENTION = re.compile(r"attn|attention")
 LARGEST = float(np.finfo(np.float16).max)
+UNFUSED = "load it without fused kernels (use_kernels=False), or dequantized (Mxfp4Config(dequantize=True))"
 EXPERTS = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
 """What modules call how many experts they hold; longcat_flash counts its identity experts in the first of them."""
 
@@ -40,6 +45,7 @@ class Hooked:
 
     Attributes:
         module: The experts module, or the router.
+        name: Of that module in the model.
         block: The model's layer that it is in.
         names: Of the parameters that hold the choice; None where a router's logits do.
         index: Of the logits among what a router returns.
@@ -48,6 +54,7 @@ class Hooked:
     """
 
     module: nn.Module
+    name: str
     block: nn.Module
     names: tuple[str, str] | None
     index: int = 0
@@ -87,15 +94,30 @@ class Recorder:
         self._router_inputs: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
         self._layer_inputs: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
 
+    def count(self, layer: int) -> int:
+        """Return how often a layer has routed since the last `take`."""
+        return len(self._experts[layer])
+
     def _receive(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
         there = (experts < num_experts) & (weights != 0)
         self._experts[layer].append(experts.detach().where(there, -1).reshape(-1, experts.shape[-1]))
         self._weights[layer].append(weights.detach().where(there, 0).reshape(-1, experts.shape[-1]).float())
 
     def calls(self) -> list[Call]:
-        """Return and forget what was recorded, a forward of the model each."""
+        """Return and forget what was recorded, one `Call` per forward of the model.
+
+        Raises:
+            UserError: A layer did not route in each of them.
+        """
         kept = self._experts, self._weights, self._router_inputs, self._layer_inputs
-        found = [self._call(number) for number in range(len(self._experts[self.moe_layers[0]]))]
+        counts = {layer: len(calls) for layer, calls in self._experts.items()}
+        most = max(counts.values())
+        if few := [layer for layer, count in counts.items() if count < most or not count]:
+            raise UserError(
+                f"layer {few[0]} routed in {counts[few[0]]} of {most} forwards of the model; its experts were not "
+                f"called, and no router tells their choice; {UNFUSED}"
+            )
+        found = [self._call(number) for number in range(most)]
         for by_layer in kept:
             for calls in by_layer.values():
                 calls.clear()
@@ -143,7 +165,7 @@ def recording(model: nn.Module, readers: Mapping[int, nn.Module] | None = None) 
         max(hooked.num_experts for hooked in found.values()),
         with_states=readers is not None,
     )
-    handles = [_hook(recorder, layer, hooked) for layer, hooked in found.items()]
+    handles = [handle for layer, hooked in found.items() for handle in _hook(model, recorder, layer, hooked)]
     if readers is not None:
         for layer, hooked in found.items():
             handles += [
@@ -158,25 +180,61 @@ def recording(model: nn.Module, readers: Mapping[int, nn.Module] | None = None) 
 
 
 def find_experts(model: nn.Module) -> dict[int, Hooked]:
-    """Find the module of each layer whose calls tell its routing.
+    """Find the module of each layer whose calls tell its routing; of wrappers around one (LoRA's), what they wrap.
 
     Raises:
         UserError: There is none: the model is dense, or of a kind that transformers does not declare. Or a layer has
-            two.
+            two, or holds a part of its experts only.
     """
-    found: dict[int, Hooked] = {}
     modules = dict(model.named_modules())
+    names: dict[int, str] = {}
     for name, module in modules.items():
-        names = tuple(inspect.signature(type(module).forward).parameters)[2:4]
-        if names in SIGNATURES and (layer := LAYER.search(f"{name}.")):
-            if int(layer[1]) in found:
+        takes_choice = tuple(inspect.signature(type(module).forward).parameters)[2:4] in SIGNATURES
+        if takes_choice and (layer := LAYER.search(f"{name}.")):
+            outer = names.get(int(layer[1]))
+            if outer is not None and not name.startswith(f"{outer}."):
                 raise UserError(
                     f"{type(model).__name__}: layer {layer[1]} has experts at {name} and elsewhere; record its "
                     "language model alone"
                 )
-            block = modules[name[: layer.end() - 1]]
-            found[int(layer[1])] = Hooked(module, block, (names[0], names[1]), num_experts=_count(module))
-    return found or _routers(model)
+            names[int(layer[1])] = name
+    return {layer: _hooked(model, modules, name) for layer, name in names.items()} or _routers(model)
+
+
+def _hooked(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> Hooked:
+    """Describe an experts module.
+
+    Raises:
+        UserError: It holds a part of the experts only.
+    """
+    module = modules[name]
+    count = _count(module)
+    if getattr(module, "_is_expert_parallel", False):
+        raise UserError(
+            f"{type(model).__name__}: its experts are spread over several processes (expert parallelism), and {name} "
+            f"has {count} of them; load it with a device_map, or with tensor parallelism"
+        )
+    layer = LAYER.search(f"{name}.")
+    assert layer is not None
+    first, second = tuple(inspect.signature(type(module).forward).parameters)[2:4]
+    return Hooked(module, name, modules[name[: layer.end() - 1]], (first, second), num_experts=count)
+
+
+def mixture_name(model: nn.Module, hooked: Hooked) -> str:
+    """Return the name of the module around a layer's experts, or its router, whose forward routes.
+
+    Wrappers are climbed past: modules that pass on what they are given (``*args``), and those that hold a base layer.
+    """
+    name = hooked.name.rpartition(".")[0]
+    while name and _wraps(model.get_submodule(name)):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _wraps(module: nn.Module) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    return passes_on or isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def _routers(model: nn.Module) -> dict[int, Hooked]:
@@ -192,7 +250,7 @@ def _routers(model: nn.Module) -> dict[int, Hooked]:
             layer, top_k = LAYER.search(f"{name}."), getattr(module, "top_k", None)
             if isinstance(module, kind) and layer and top_k and not ATTENTION.search(name):
                 block = model.get_submodule(name[: layer.end() - 1])
-                found[int(layer[1])] = Hooked(module, block, None, index, top_k, _count(module))
+                found[int(layer[1])] = Hooked(module, name, block, None, index, top_k, _count(module))
     if not found:
         raise UserError(f"{type(model).__name__}: no experts module found; is it a mixture of experts?")
     return found
@@ -224,7 +282,7 @@ def _keep_first(module: nn.Module, kept: list[Tensor]) -> Any:
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _hook(recorder: Recorder, layer: int, hooked: Hooked) -> Any:
+def _hook(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked) -> list[Any]:
     names = hooked.names
     if names is None:
 
@@ -239,10 +297,63 @@ def _hook(recorder: Recorder, layer: int, hooked: Hooked) -> Any:
             weights = _weights(output, logits, experts)
             recorder._receive(layer, hooked.num_experts, experts, weights)  # noqa: SLF001
 
-        return hooked.module.register_forward_hook(after)
+        return [hooked.module.register_forward_hook(after)]
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         received = dict(zip(("hidden_states", *names), args, strict=False)) | kwargs
         recorder._receive(layer, hooked.num_experts, received[names[0]], received[names[1]])  # noqa: SLF001
 
-    return hooked.module.register_forward_pre_hook(before, with_kwargs=True)
+    called = hooked.module.register_forward_pre_hook(before, with_kwargs=True)
+    return [called, *_hook_fused(model, recorder, layer, hooked)]
+
+
+def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked) -> list[Any]:
+    """Record a layer's router in each forward of its mixture that did not call the experts module."""
+    mixture = model.get_submodule(mixture_name(model, hooked))
+    if mixture is hooked.block:  # the layer itself routes: there is no block that a kernel could stand for
+        return []
+    routers = [m for name, m in mixture.named_children() if re.search("router|gate", name)]
+    begun: list[int] = []
+    told: list[Any] = []
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun.append(recorder.count(layer))
+        told.clear()
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        told.append(output)
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if recorder.count(layer) > begun.pop():
+            return
+        outputs = list(told)
+        if not outputs:
+            states = args[0] if args else next(iter(kwargs.values()))
+            outputs = [router(states.reshape(-1, states.shape[-1])) for router in routers]
+        choice = next(filter(None, map(_choice, outputs)), None)
+        if choice is None:
+            raise UserError(
+                f"{type(model).__name__}: layer {layer} computes its experts without calling {hooked.name}, and its "
+                f"router does not tell which it chooses; {UNFUSED}"
+            )
+        recorder._receive(layer, hooked.num_experts, *choice)  # noqa: SLF001
+
+    return [
+        mixture.register_forward_pre_hook(begin, with_kwargs=True),
+        *(router.register_forward_hook(keep) for router in routers),
+        mixture.register_forward_hook(end, prepend=True, with_kwargs=True),  # before steering leaves the mixture
+    ]
+
+
+def _choice(output: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the ids and weights, both ``(N, K)``, of a router's output that holds them; None of another."""
+    tensors = [part for part in output if isinstance(part, Tensor)] if isinstance(output, tuple) else []
+    ids = next((tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32) and tensor.ndim > 1), None)
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if ids is None:
+        return None
+    weights = next((tensor for tensor in reversed(floating) if tensor.shape == ids.shape), None)
+    if weights is None:  # of all experts
+        every = next((t for t in reversed(floating) if t.ndim == ids.ndim and t.shape[:-1] == ids.shape[:-1]), None)
+        weights = None if every is None else every.gather(-1, ids.long())
+    return None if weights is None else (ids.long(), weights)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from moe_beyond.collect.recorder import Hooked, find_experts, recording
+from moe_beyond.collect.devices import embedding_rows, input_device
+from moe_beyond.collect.recorder import Hooked, find_experts, mixture_name, recording
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.scoring import SCORINGS
 from moe_beyond.traces.routers import Routers
@@ -37,7 +38,8 @@ class Router:
     """What scores a layer's experts.
 
     Attributes:
-        name: Of the weight's parameter in the model.
+        name: Of the weight's parameter in the model; of the mixture, where what is multiplied is no parameter itself
+            but made of some, as an adapter makes it.
         module: The module whose first argument is what the router reads: hook it to see that. The hidden states of the
             mixture in most; where a router norms or projects them first, what comes out of that.
         weight: ``(C, W)``, a row a choice: the experts, and identity or skip experts after them. W is the width of what
@@ -67,27 +69,41 @@ class Router:
 
 @dataclass(frozen=True)
 class Product:
-    """A product with a parameter: what was read, ``(N, W)``, the parameter's name, and the bias that was added."""
+    """A product with a weight.
+
+    Attributes:
+        read: What was multiplied, ``(N, W)`` float32.
+        name: Of the weight's parameter in the mixture; None where it is no parameter.
+        weight: The parameter, or else what took its place, ``(C, W)``.
+        bias: What was added, or None.
+    """
 
     read: Tensor
-    weight: str
+    name: str | None
+    weight: Tensor
     bias: Tensor | None
 
 
 class Watch(TorchFunctionMode):
-    """Keeps what a mixture's forward multiplies its parameters with, and what it chooses among.
+    """Keeps what a mixture's forward multiplies with a router's weight, and what it chooses among.
+
+    Weights are looked up at each call: an offloaded one is there only while its module runs.
+
+    Args:
+        mixture: Whose forward it is.
 
     Attributes:
-        weights: The parameters that may be a router's, by name.
-        products: With these, in the order of the calls.
+        products: With what may be a router's weight, in the order of the calls.
         chosen_from: What each `topk` was given, ``(N, C)``, and its k.
+        small: Small parameters and buffers, by name: what may be added to scores for the choice.
     """
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
+    def __init__(self, mixture: "Mixture") -> None:
         super().__init__()
-        self.weights = weights
+        self._mixture = mixture
         self.products: list[Product] = []
         self.chosen_from: list[tuple[Tensor, int]] = []
+        self.small: dict[str, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,13 +111,19 @@ class Watch(TorchFunctionMode):
         """Keep a call, and let it be."""
         kwargs = kwargs or {}
         if (product := product_of(func, args, kwargs)) is not None:
-            read, weight, bias = product
-            for name, known in self.weights.items():
-                if is_weight(weight, known):
-                    self.products.append(Product(read.reshape(-1, read.shape[-1]).float(), name, bias))
+            read, used, bias = product
+            weights = self._mixture.weights()
+            names = [name for name, known in weights.items() if is_weight(used, known)]
+            named: list[tuple[str | None, Tensor]] = [(name, weights[name]) for name in names]
+            named = named or [(None, used.detach())]
+            if names or self._mixture.may_route(used):
+                kept = read.reshape(-1, read.shape[-1]).float()
+                self.products += [Product(kept, name, weight, bias) for name, weight in named]
+                self.small |= self._mixture.small_tensors()
         elif func in CHOICES:
             k = args[1] if len(args) > 1 else kwargs["k"]
             self.chosen_from.append((args[0].reshape(-1, args[0].shape[-1]).float(), int(k)))
+            self.small |= self._mixture.small_tensors()
         return func(*args, **kwargs)
 
 
@@ -119,6 +141,7 @@ def is_weight(used: Tensor, known: Tensor) -> bool:
     """Tell whether what is used in a product is a parameter, or its first rows are; routers cast it to float32."""
     return (
         used.ndim == 2
+        and not known.is_meta
         and used.shape[1] == known.shape[1]
         and len(used) >= len(known)
         and (used.data_ptr() == known.data_ptr() or torch.equal(used[: len(known)].to(known.dtype), known))
@@ -139,7 +162,7 @@ def find_routers(model: Any) -> dict[int, Router]:
     """
     mixtures = {layer: Mixture.of(model, hooked) for layer, hooked in find_experts(model).items()}
     with recording(model) as recorder:
-        seen = {layer: Seen(Watch(mixture.weights())) for layer, mixture in mixtures.items()}
+        seen = {layer: Seen(Watch(mixture)) for layer, mixture in mixtures.items()}
         handles = [handle for layer, mixture in mixtures.items() for handle in seen[layer].watch(mixture)]
         try:
             read_probe(model)
@@ -183,13 +206,12 @@ def stored_routers(found: Mapping[int, Router], geometry: Geometry) -> Routers |
 
 def read_probe(model: Any) -> None:
     """Let a model read a few random tokens, as in evaluation; the same ones each time."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    token_ids = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(0))
+    token_ids = torch.randint(embedding_rows(model), PROBE, generator=torch.Generator().manual_seed(0))
     was_training = model.training
     model.train(False)
     try:
         with torch.inference_mode():
-            model(token_ids.to(model.device), use_cache=False)
+            model(token_ids.to(input_device(model)), use_cache=False)
     finally:
         model.train(was_training)
 
@@ -211,8 +233,7 @@ class Mixture:
     @classmethod
     def of(cls, model: nn.Module, hooked: Hooked) -> "Mixture":
         """Find it: what holds the experts module, or the router."""
-        inner = next(name for name, module in model.named_modules() if module is hooked.module)
-        name = inner.rpartition(".")[0]
+        name = mixture_name(model, hooked)
         return cls(name, model.get_submodule(name), hooked)
 
     def weights(self) -> dict[str, Tensor]:
@@ -223,14 +244,23 @@ class Mixture:
             if tensor.ndim == 2 and len(tensor) >= self.hooked.num_experts
         }
 
-    def selection_biases(self, choices: int, bias: Tensor | None) -> list[Tensor | None]:
-        """Return what may be added to the scores of so many choices, nothing first; the logits' own bias is none."""
-        tensors = (tensor.detach() for tensor in (*self.block.parameters(), *self.block.buffers()))
-        fit = (tensor.flatten() for tensor in tensors if tensor.numel() == choices and tensor.is_floating_point())
-        return [None, *(tensor.float() for tensor in fit if bias is None or tensor.data_ptr() != bias.data_ptr())]
+    def may_route(self, used: Tensor) -> bool:
+        """Tell whether what is multiplied may be a router's weight, though no parameter is: about a row an expert."""
+        return used.ndim == 2 and self.hooked.num_experts <= len(used) <= 2 * self.hooked.num_experts
 
-    def readers(self, weight: str) -> list[nn.Module]:
+    def small_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers that hold about a number an expert, and are here."""
+        tensors = itertools.chain(self.block.named_parameters(), self.block.named_buffers())
+        return {
+            name: tensor.detach().flatten()
+            for name, tensor in tensors
+            if self.may_route(tensor.flatten()[:, None]) and tensor.is_floating_point() and not tensor.is_meta
+        }
+
+    def readers(self, weight: str | None) -> list[nn.Module]:
         """Return the modules that may be given what a weight is multiplied with, the innermost first."""
+        if weight is None:
+            return [module for module in self.block.modules() if module is not self.block] + [self.block]
         path = weight.split(".")[:-1]
         return [self.block.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
 
@@ -244,8 +274,8 @@ class Seen:
 
     def watch(self, mixture: Mixture) -> list[Any]:
         """Hook a mixture; returns what removes the hooks."""
-        modules = {module for name in self.calls.weights for module in mixture.readers(name)}
-        kept = (module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in modules)
+        modules = (module for module in mixture.block.modules() if mixture.hooked.module not in module.modules())
+        kept = (module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in {mixture.block, *modules})
         return [*within(mixture.block, self.calls), *kept]
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -274,21 +304,26 @@ def _router(mixture: Mixture, seen: Seen, experts: Tensor) -> Router | None:
     chosen_from = among[-1] if among else None  # groups are chosen before; a router that takes maxima tells nothing
     best, found = (LEAST_AGREEMENT, -torch.inf), None
     for product in seen.calls.products:
-        parameter = mixture.block.get_parameter(product.weight).detach()
-        choices = len(parameter) if chosen_from is None else chosen_from.shape[-1]
-        reader = next((m for m in mixture.readers(product.weight) if _same(seen.given.get(m), product.read)), None)
-        if reader is None or len(product.read) != len(experts) or choices > len(parameter):
+        choices = len(product.weight) if chosen_from is None else chosen_from.shape[-1]
+        reader = next((m for m in mixture.readers(product.name) if _same(seen.given.get(m), product.read)), None)
+        if reader is None or len(product.read) != len(experts) or choices > len(product.weight):
             continue
-        weight, bias = parameter[:choices], None if product.bias is None else product.bias.detach()[:choices]
+        weight, bias = product.weight[:choices], None if product.bias is None else product.bias.detach()[:choices]
         logits = functional.linear(product.read, weight.float(), None if bias is None else bias.float())
-        for scoring, selection_bias in itertools.product(SCORINGS, mixture.selection_biases(choices, bias)):
+        for scoring, selection_bias in itertools.product(SCORINGS, _selection_biases(seen.calls.small, choices, bias)):
             scores = _scores(logits, scoring, selection_bias)
             kept, off = _kept(scores, chosen_from)
             if (how_good := (_agreement(kept, experts, count), -off)) > best:
                 best, agreement = how_good, _agreement(scores, experts, count)
-                name = f"{mixture.name}.{product.weight}"
+                name = mixture.name if product.name is None else f"{mixture.name}.{product.name}"
                 found = Router(name, reader, weight, bias, scoring, selection_bias, count, agreement)
     return found
+
+
+def _selection_biases(small: Mapping[str, Tensor], choices: int, bias: Tensor | None) -> list[Tensor | None]:
+    """Return what may be added to the scores of so many choices, nothing first; the logits' own bias is none."""
+    fit = (tensor for tensor in small.values() if len(tensor) == choices)
+    return [None, *(tensor.float() for tensor in fit if bias is None or tensor.data_ptr() != bias.data_ptr())]
 
 
 def _scores(logits: Tensor, scoring: str, selection_bias: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
+from moe_beyond.traces.vocabulary import same_tokenizer
 
 TOKENS_AT_ONCE = 4096
 
@@ -174,7 +175,7 @@ class TraceDataModule(L.LightningDataModule):
                 f"but {self.traces.folder} has {self.geometry.describe_shape()}"
             )
         theirs, ours = other.manifest.tokenizer, self.manifest.tokenizer
-        if (theirs.sha256, theirs.vocab_size) != (ours.sha256, ours.vocab_size):
+        if not same_tokenizer(theirs, ours):
             raise UserError(f"{folder}: its tokenizer is not that of {self.traces.folder}")
         return other
 

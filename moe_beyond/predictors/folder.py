@@ -184,12 +184,13 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
         manifest.tokenizer.vocab_size,
     ):
         return  # one side knows no tokenizer, and neither needs it
-    if predictor.vocab_size != manifest.tokenizer.vocab_size:
+    found = manifest.tokenizer.sha256
+    same = found is not None and found == tokenizer_sha256  # then more ids are padding and added tokens: all unknown
+    if predictor.vocab_size != manifest.tokenizer.vocab_size and not same:
         raise UserError(
             f"{traces}: its tokenizer {manifest.tokenizer.name!r} has {manifest.tokenizer.vocab_size} ids, "
             f"but the predictor knows {predictor.vocab_size}"
         )
-    found = manifest.tokenizer.sha256
     if tokenizer_sha256 is not None and found is not None and found != tokenizer_sha256:
         raise UserError(
             f"{traces}: its tokenizer {manifest.tokenizer.name!r} is not the one the predictor was fitted with"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_beyond.predictors.base import TrainingText
+from moe_beyond.predictors.tokens import look_up
 
 BACKOFF = 2.0  # occurrences that the popularity counts for
 FLOOR = 0.01  # added to shares before their logarithm is taken
@@ -66,7 +67,7 @@ class RoutingMemory(nn.Module):
             used: ``(B, T, L*E)``, 1 where a token was routed to an expert, 0 where padded: what training leaves out of
                 what is remembered.
         """
-        rows = self.rows[token_ids].long()
+        rows = look_up(self.rows, token_ids).long()
         if hidden is not None:
             rows = rows.masked_fill(hidden, 0)
         if not self.training or self._counts is None or used is None:

@@ -15,6 +15,15 @@ NGRAM_SIZES = (1, 2, 3, 4)
 NGRAMS_PER_TOKEN = 16
 
 
+def look_up(table: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the rows of a table of token ids, ``(V, ...)``; zeros, which mean unknown, for ids from V on.
+
+    A model may read more ids than a predictor was fitted with: padded rows of its embedding, and added tokens.
+    """
+    known = (token_ids < len(table)).reshape(*token_ids.shape, *(1,) * (table.ndim - 1))
+    return table[token_ids.clamp(max=len(table) - 1)].where(known, 0)
+
+
 class TokenEmbedding(nn.Module):
     """An own vector for each token known from training, plus the mean vector of the token's character n-grams.
 
@@ -71,13 +80,13 @@ class TokenEmbedding(nn.Module):
         Returns:
             ``(B, T, width)``.
         """
-        rows = self.rows[token_ids].long()
+        rows = look_up(self.rows, token_ids).long()
         if hidden is not None:
             rows = rows.masked_fill(hidden, 0)
         known = functional.embedding(rows, self.known.weight)
         if self.pieces is None:
             return known
-        pieces: Tensor = self.pieces(self.ngrams[token_ids].long().flatten(0, 1)).unflatten(0, token_ids.shape)
+        pieces: Tensor = self.pieces(look_up(self.ngrams, token_ids).long().flatten(0, 1)).unflatten(0, token_ids.shape)
         return known + pieces
 
 

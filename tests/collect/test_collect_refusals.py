@@ -139,7 +139,7 @@ def test_prompts_that_cannot_be_read(words, tmp_path, capsys) -> None:
     text.write_text("")
     assert failure(capsys, tmp_path, words) == f"{text}: holds no prompt"
     text.write_bytes("naïve".encode("latin-1"))
-    assert failure(capsys, tmp_path, words) == f"{text}: is not UTF-8 text"
+    assert failure(capsys, tmp_path, words) == f"{text}: is not UTF-8 text (after line 0); save it as UTF-8"
     text.write_text("long " * 3000)
     line = failure(capsys, tmp_path, words)
     assert line.startswith("prompts-1: has ")
@@ -147,10 +147,10 @@ def test_prompts_that_cannot_be_read(words, tmp_path, capsys) -> None:
     words = replaced(words, "--prompts", records)
     for content, says in (
         ('{"text": "x"}\n{"text": " "}\n', f"{records}: line 2: text is empty"),
-        (b"\xff", f"{records}: is not UTF-8 text"),
+        (b"\xff", f"{records}: is not UTF-8 text (after line 0); save it as UTF-8"),
         (
             '{"messages": [{"role": "user", "content": "x"}], "id": "c"}\n',
-            "c: is a chat, and the tokenizer has no chat template",
+            "c: is a chat, and the tokenizer has no chat template; give plain text, or the instruction-tuned model",
         ),
         ('{"text": "x", "id": "c"}\n{"text": "y", "id": "c"}\n', f"{records}: two prompts are called 'c'"),
     ):

@@ -132,7 +132,7 @@ def test_what_groups_do_keep_off_is_refused() -> None:
 
 
 def test_a_table_of_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--steer: layer 1 of tiny does not choose its experts by scores"):
+    with pytest.raises(UserError, match=r"--steer: layer 1 of tiny: no scores of what it reads were found that"):
         steered(moes.tiny_model("DeepseekV4ForCausalLM"), Steering(off=((1, 0), (3, 0))))
 
 

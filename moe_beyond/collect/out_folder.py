@@ -1,0 +1,33 @@
+"""Where a trace set is to be made, and where its parts lie until then."""
+
+import os
+from pathlib import Path
+
+from moe_beyond.errors import UserError
+from moe_beyond.files import check_is_elsewhere
+
+
+def is_taken(out: Path) -> bool:
+    """Tell whether a trace set cannot be made there: something is there already."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def pieces_folder(out: Path) -> Path:
+    """Return the folder beside a trace set to be that holds what was collected of it so far."""
+    return out.parent / f".{out.name}.collecting"
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that a trace set cannot be made at; one that was collected in part is fine.
+
+    Raises:
+        UserError: There is something already, or this process works inside it, or its parent cannot be written to.
+    """
+    check_is_elsewhere(out)
+    if is_taken(out) and not pieces_folder(out).is_dir():
+        raise UserError(f"{out} already exists; choose another folder or remove it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{out}: cannot be made, choose another folder; {above}: Not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be made, since {above} cannot be written to; choose another folder")

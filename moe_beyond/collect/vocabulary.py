@@ -1,0 +1,94 @@
+"""The tokenizer of a model that is recorded, as its trace set keeps it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_beyond.collect.devices import embedding_rows
+from moe_beyond.errors import UserError
+from moe_beyond.traces.manifest import VOCABULARY_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RecordedTokenizer:
+    """What a trace set keeps of a tokenizer.
+
+    Attributes:
+        content: Its ``tokenizer.json``.
+        file: The file that it was loaded from, which holds the same; None where there is none that agrees with it.
+        vocab_size: One more than the largest id that the model can read or write: tokens outside ``tokenizer.json``
+            and padded rows of the embedding included.
+    """
+
+    content: bytes
+    file: Path | None
+    vocab_size: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its ``tokenizer.json``."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def recorded_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> RecordedTokenizer:
+    """Describe the tokenizer that a model is recorded with; nothing is downloaded.
+
+    The file that the tokenizer was loaded from is kept as it is, so that sets of one model have one hash. Where there
+    is none, or another revision's, the tokenizer itself is written.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        UserError: It cannot be written as a ``tokenizer.json``.
+    """
+    ids = tokenizer.get_vocab()
+    size = max(max(ids.values(), default=-1) + 1, embedding_rows(model))
+    for file in _files(model, tokenizer):
+        content = file.read_bytes()
+        if _agrees(content, ids):
+            return RecordedTokenizer(content, file, size)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"{tokenizer.name_or_path or type(tokenizer).__name__}: has no {VOCABULARY_FILE}, and cannot be written as "
+            "one; give a tokenizer of the tokenizers library (AutoTokenizer loads it)"
+        )
+    return RecordedTokenizer(backend.to_str(pretty=True).encode(), None, size)
+
+
+def _files(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[Path]:
+    """Return the files that a tokenizer may have been loaded from: in a folder, or in the Hub's cache."""
+    name = tokenizer.name_or_path
+    if not name:
+        return []
+    if Path(name).is_dir():
+        return [file for file in [Path(name) / VOCABULARY_FILE] if file.is_file()]
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    found = []
+    for revision in (getattr(model.config, "_commit_hash", None), "main"):
+        try:
+            file = try_to_load_from_cache(name, VOCABULARY_FILE, revision=revision)
+        except HFValidationError:  # a name that is not on the Hub
+            return []
+        if revision is not None and isinstance(file, str):
+            found.append(Path(file))
+    return found
+
+
+def _agrees(content: bytes, ids: dict[str, int]) -> bool:
+    """Tell whether a ``tokenizer.json`` can be read, and gives its tokens the ids that they have."""
+    import tokenizers
+
+    try:
+        stored = tokenizers.Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
+    except Exception:  # the library raises bare Exception
+        return False
+    return stored.items() <= ids.items()
