@@ -38,6 +38,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "completion": ("completion", "print a script that completes verbs, options and names"),
     },
 }
+MEANT = {"train": "fit", "eval": "evaluate", "record": "collect", "simulate": "replay", "upload": "push", "ls": "list"}
+"""Verbs of other tools, and ours for the same."""
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
@@ -51,7 +53,7 @@ def usage() -> str:
     for group, verbs in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {verb:<11} {summary}" for verb, (_, summary) in verbs.items())]
     return "\n".join(
-        [*lines, "", "moe-beyond VERB --help tells a verb's options. moe-beyond --version tells the version."]
+        [*lines, "", "moe-beyond VERB --help lists a verb's options. moe-beyond --version prints the version."]
     )
 
 
@@ -66,13 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words[0:1] == ["help"]:
+            words = [*words[1:2], "--help"]
         if not words or words[0] in ("-h", "--help"):
             print(usage(), file=sys.stdout if words else sys.stderr)
             return 0 if words else 2
-        if words[0] == "--version":
+        if words[0] in ("--version", "-V", "version"):
             print(f"moe-beyond {__version__}")
             return 0
         if words[0] not in VERBS:
+            if words[0] in MEANT:
+                raise UserError(f"unknown verb {words[0]!r}; did you mean {MEANT[words[0]]!r}?")
             raise unknown("verb", words[0], VERBS)
         module = importlib.import_module(f"moe_beyond.cli.{VERBS[words[0]][0]}")
         module.run(words)
@@ -86,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a path that cannot be read or written
         where = f"{error.filename}: " if error.filename else ""
-        print(f"moe-beyond: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"moe-beyond: error: {where}{' '.join((error.strerror or str(error)).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moe-beyond: interrupted", file=sys.stderr)
