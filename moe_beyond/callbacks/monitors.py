@@ -49,4 +49,6 @@ def figures_of_fit(callbacks: list[L.Callback], task: PredictorTask, data: Trace
         for figure in FIGURES
         if figure not in EQUAL
     ]
-    return names + [name for one in callbacks if isinstance(one, CacheReplay) for name in one.figures("val")]
+    replays = [callback for callback in callbacks if isinstance(callback, CacheReplay)]
+    replayed = [found for callback in replays for found in callback.names("val", data.manifest)]
+    return [*names, *(name for found in replayed for name in found.values())]

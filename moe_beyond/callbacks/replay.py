@@ -8,7 +8,7 @@ import torch
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import from_predictor
 from moe_beyond.evaluation.strategies import REFERENCES, strategy
-from moe_beyond.geometry import budget_slots
+from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.metrics.names import of_budget
 from moe_beyond.predictors.batch import Batch
@@ -16,6 +16,7 @@ from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.tasks.base import PredictorTask
+from moe_beyond.traces.manifest import Manifest
 
 PREFIXES = ("", *(f"{policy}_" for policy in REFERENCES))
 """What the figures of the policy with prefetch, and of each reference, begin with."""
@@ -81,8 +82,7 @@ class CacheReplay(L.Callback):
             known = ", ".join(map(str, lookaheads))
             raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; it has {known}")
         bits = manifest.quantization_bits
-        budgets = dict.fromkeys((self.budget, *self.budgets))
-        slots = [budget_slots(budget, predictor.geometry, bits) for budget in budgets]
+        slots = list(self._budgets(predictor.geometry, bits))
         common = ReplaySettings(
             slots=slots[0],
             scope=self.scope,
@@ -158,18 +158,34 @@ class CacheReplay(L.Callback):
         found = self._known | {one: replaying.result() for one, replaying in self._replays.items()}
         self._known = {one: result for one, result in found.items() if one.predictor is None}
         self.results = [found[one] for one in self._strategies]
-        for names, result in zip(self._names(stage), self.results, strict=True):
+        assert isinstance(task, PredictorTask)
+        for names, result in zip(self.names(stage, task.data.manifest), self.results, strict=True):
             for figure, name in names.items():
                 value = torch.tensor(getattr(result, figure), device=task.device)
                 shown = result is self.results[0] and figure in SHOWN
                 task.log(name, value, prog_bar=shown, sync_dist=True)
 
-    def _names(self, stage: str) -> list[dict[str, str]]:
-        """Name the figures of each of the results."""
-        figures = SHOWN if self.device is None else (*SHOWN, "tokens_per_second")
-        starts = [(budget, prefix) for budget in dict.fromkeys((self.budget, *self.budgets)) for prefix in PREFIXES]
-        return [{figure: of_budget(stage, budget, prefix + figure) for figure in figures} for budget, prefix in starts]
+    def names(self, stage: str, manifest: Manifest) -> list[dict[str, str]]:
+        """Name what a stage logs.
 
-    def figures(self, stage: str) -> list[str]:
-        """List the names of what a stage logs."""
-        return [name for names in self._names(stage) for name in names.values()]
+        Args:
+            stage: ``val`` or ``test``.
+            manifest: Of the traces to replay.
+
+        Returns:
+            For each of `results`, the names by field of `Result`.
+        """
+        figures = SHOWN if self.device is None else (*SHOWN, "tokens_per_second")
+        budgets = self._budgets(manifest.geometry, manifest.quantization_bits).values()
+        return [
+            {figure: of_budget(stage, budget, prefix + figure) for figure in figures}
+            for budget in budgets
+            for prefix in PREFIXES
+        ]
+
+    def _budgets(self, geometry: Geometry, bits: float | None) -> dict[int, str]:
+        """Return the different budgets: slots, and the first text that means so many."""
+        budgets: dict[int, str] = {}
+        for text in (self.budget, *self.budgets):
+            budgets.setdefault(budget_slots(text, geometry, bits), str(text))
+        return budgets

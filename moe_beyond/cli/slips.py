@@ -117,7 +117,7 @@ def _owner(options: OneLineErrors) -> str:
 def _of_verb(options: OneLineErrors) -> OneLineErrors:
     """Return the parser of the verb's options, which may be one of several below this one."""
     below: list[dict[str, OneLineErrors]] = [
-        action.choices  # type: ignore[misc]
+        action.choices
         for action in options._actions  # noqa: SLF001
         if isinstance(action.choices, dict)
     ]

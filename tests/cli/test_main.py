@@ -45,7 +45,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_near_miss_of_an_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     said = error_line(capsys, ["replay", "--traces", "x", "--polcy", "lru"])
     assert said == "unrecognized arguments: --polcy lru; did you mean --policy?"
-    assert "--help tells the options" in error_line(capsys, ["replay", "--traces", "x", "--nothing-like-it", "1"])
+    assert "--help lists the options" in error_line(capsys, ["replay", "--traces", "x", "--nothing-like-it", "1"])
 
 
 def test_nothing_is_printed_when_quiet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
