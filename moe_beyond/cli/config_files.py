@@ -1,6 +1,7 @@
 """Configuration files: read without trusting them, and named where something in them is wrong."""
 
 import importlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from lightning.pytorch.strategies import Strategy
 from moe_beyond.cli.slips import OneLineErrors, one_line, option_strings, parsing_slip
 from moe_beyond.errors import UserError, unknown
 
-MOST_NODES = 100_000
-"""Nodes of a YAML text after its aliases are expanded; aliases of aliases can stand for billions."""
+MOST_VALUES = 100_000
+"""Values in a YAML text after its aliases are expanded; aliases of aliases can stand for billions."""
+DEEPEST = 100
+"""Values inside values; a thousand can overflow the stack."""
 NAMED = (
     *(L.LightningModule, L.LightningDataModule, L.Callback, Logger, Profiler, Strategy, Accelerator, Precision),
     *(CheckpointIO, ClusterEnvironment, LayerSync),
@@ -40,26 +43,35 @@ def read_yaml(text: str) -> Any:
     Raises:
         UserError: It does.
     """
-    try:
-        content = LOAD(text)
-        if "*" in text and _nodes(yaml.compose(text, yaml.SafeLoader), {}) > MOST_NODES:
-            raise UserError(f"its aliases stand for more than {MOST_NODES:,} values; write fewer")
-    except RecursionError as error:
-        raise UserError("holds brackets inside brackets without end") from error
+    _check_size(text)
+    content = LOAD(text)
     for name in _class_paths(content):
         _check_class(name)
     return content
 
 
-def _nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """Count the nodes under one, an alias as often as it is used."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in sizes:
-        sizes[id(node)] = MOST_NODES + 1  # what holds itself has no end
-        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-        sizes[id(node)] = 1 + sum(_nodes(part, sizes) for part in parts)
-    return sizes[id(node)]
+def _check_size(text: str) -> None:
+    """Refuse brackets inside brackets without end, and aliases of aliases, before anything is built from them."""
+    sizes: dict[str, float] = {}  # by anchor, with its aliases expanded; endless while it is still open
+    opened: list[tuple[str | None, float]] = [(None, 0)]
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((anchor, 1))
+            if anchor is not None:
+                sizes[anchor] = math.inf
+            if len(opened) > DEEPEST:
+                raise UserError(f"holds values inside values, more than {DEEPEST} deep")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = opened.pop()
+        else:
+            size = sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+        if anchor is not None:
+            sizes[anchor] = size
+        opened[-1] = opened[-1][0], opened[-1][1] + size
+    if opened[0][1] > MOST_VALUES:
+        raise UserError(f"its aliases stand for more than {MOST_VALUES:,} values; write fewer")
 
 
 def _class_paths(content: Any) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -33,6 +34,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
+from moe_beyond.tasks.gradient import GradientTask
 
 # Harmless on the machines this runs on, and not for the user to act on.
 QUIET = (
@@ -46,6 +48,7 @@ QUIET = (
     ".*your dataloader is not resumable.*",  # the data module is
 )
 SELF_PRAISE = "litlogger"
+NOTHING_FITTED = "nothing was fitted: no training step was made; raise trainer.max_epochs, max_steps, max_time or limit_train_batches"
 CHATTY = ("lightning.pytorch", "lightning.fabric")
 """Loggers of Lightning that write to the terminal."""
 RUNS = "runs", "predictor"
@@ -113,6 +116,7 @@ class PredictorCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Construct what the configuration names."""
+        check_trainer_options(self._get(self.config, "trainer"))
         with one_line(constructing=True):
             super().instantiate_classes()
 
@@ -138,6 +142,11 @@ class PredictorCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check the checkpoint to resume, if there is one, and that the fit can be what the options say."""
         self._check_checkpoint(needed=False)
+        trainer: Any = self.trainer
+        if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
+            raise UserError(NOTHING_FITTED)
+        if trainer.max_epochs == trainer.max_steps == -1 and isinstance(self.model, GradientTask):
+            raise UserError("the learning rate falls to zero at the fit's end; set trainer.max_epochs or max_steps")
         self.datamodule.setup("fit")
         self.model.check_trainer(self.trainer)
         check_monitors(self.trainer.callbacks, self.model, self.datamodule)  # type: ignore[attr-defined]
@@ -151,10 +160,7 @@ class PredictorCLI(LightningCLI):
             UserError: No step was made.
         """
         if not self.trainer.global_step:
-            raise UserError(
-                "nothing was fitted: no training step was made; raise trainer.max_epochs, max_steps, max_time or "
-                "limit_train_batches"
-            )
+            raise UserError(NOTHING_FITTED)
         predictor = export_folder(self.trainer)  # asks all ranks
         found = {"run": str(predictor.parent), "predictor": str(predictor) if predictor.exists() else None}
         self._say({name: path for name, path in found.items() if path}, found | {"metrics": self._metrics()})
@@ -218,6 +224,24 @@ class PredictorCLI(LightningCLI):
             raise UserError(f"{path}: was fitted with another tokenizer than that of {self.datamodule.traces.folder}")
 
 
+def check_trainer_options(options: Namespace) -> None:
+    """Refuse values that Lightning takes and then fails at, or silently misreads.
+
+    Raises:
+        UserError: There is one.
+    """
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"):
+        if isinstance(options[name], (int, float)) and options[name] <= 0:
+            raise UserError(f"--trainer.{name}: must be more than 0 (got {options[name]})")
+    if (options.gradient_clip_val or 0) < 0:
+        raise UserError(f"--trainer.gradient_clip_val: must not be less than 0 (got {options.gradient_clip_val})")
+    if str(options.precision) in ("16-true", "bf16-true", "64-true"):
+        raise UserError(
+            f"--trainer.precision: weights are kept in 32 bits; set 32-true, 16-mixed or bf16-mixed "
+            f"(got {options.precision})"
+        )
+
+
 @contextmanager
 def hushed() -> Iterator[None]:
     """Keep Lightning, wandb and warnings silent."""
@@ -265,6 +289,7 @@ def run(words: list[str]) -> None:
         lambda record: SELF_PRAISE not in record.getMessage()
     )
     guard_yaml()
+    Parser.verb, Parser.example = words[0], EXAMPLES[words[0]]  # also of the parsers that jsonargparse makes of it
     with finishing_wandb():
         PredictorCLI(
             PredictorTask,
@@ -277,7 +302,7 @@ def run(words: list[str]) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=type("VerbParser", (Parser,), {"verb": words[0], "example": EXAMPLES[words[0]]}),
+            parser_class=Parser,
             parser_kwargs={
                 "formatter_class": ExampleAsWritten,
                 **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},

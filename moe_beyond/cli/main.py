@@ -1,9 +1,12 @@
 """The command ``moe-beyond``: finds the verb, runs it, and turns a user's mistake into one line and exit code 2."""
 
+import atexit
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.version import __version__
@@ -98,3 +101,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("moe-beyond: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def console() -> NoReturn:
+    """Run this process's command line, and end the process without C++ destructors.
+
+    Arrow and torch keep native threads that nothing in Python can join. Where one of them still runs while static
+    objects are destroyed, the process aborts after its work is done, with exit code 134 for 0 or 2.
+    """
+    code = main()
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
+    atexit._run_exitfuncs()  # noqa: SLF001
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # the reader of a pipe has left
+        pass
+    os._exit(code)

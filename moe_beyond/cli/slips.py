@@ -189,9 +189,13 @@ def _value_slip(options: OneLineErrors, key: str, message: str, error: BaseExcep
     hint_of_type = getattr(action, "_typehint", None)
     if match := re.match(r"Expected a dot import path string: (.*)", reason):
         return f"{where}: {unknown('class', match[1], class_names(hint_of_type))}"
+    if match := re.search(r"- (\w+ (?:needs|has no argument) .*)", message):
+        return f"{where}: {match[1]}"
     reason, _, value = reason.partition(". Got value: ")
     if reason.startswith("Expected a") and hint_of_type is not None:
         given = value or _flat(message.rpartition("Given value: ")[2])
+        if (names := class_names(hint_of_type)) and re.fullmatch(r"[A-Za-z_][\w.]*", given):
+            return f"{where}: {unknown('class', given, names)}"
         return f"{where}: expects {' or '.join(kinds(hint_of_type))} (got {given!r})"
     reason = reason.removeprefix(f'Parser key "{key}": ')
     return f"{where}: {reason}" + (f" (got {value!r})" if value else "")
@@ -279,6 +283,7 @@ def _is_about_an_option(error: BaseException, constructing: bool) -> bool:
     if isinstance(error, ImportError):
         return not (error.name or "").startswith("moe_beyond")
     of_a_library = module.startswith(("lightning", "torch.", "torch._dynamo", "torch._inductor", "wandb"))
+    of_a_library |= isinstance(error, (ValueError, ArithmeticError)) and _raised_in(error, "lightning")
     rejects = constructing and PACKAGE not in files[-1].parents and isinstance(error, (ValueError, RuntimeError))
     return of_a_library or rejects or isinstance(error, MemoryError)
 

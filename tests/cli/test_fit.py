@@ -74,7 +74,13 @@ def test_validating_a_checkpoint_repeats_what_the_fit_saw(
     assert main(words_for(run, "validate")) == 0
     again, seen = columns(next(tmp_path.glob("runs/*/version_0"))), columns(run.folder)
     budget = "val_budget_50pct"
-    for name in ("val/recall_at_k", "val/loss", f"{budget}/hit_rate", f"{budget}/bytes_ratio", f"{budget}/belady_hit_rate"):
+    for name in (
+        "val/recall_at_k",
+        "val/loss",
+        f"{budget}/hit_rate",
+        f"{budget}/bytes_ratio",
+        f"{budget}/belady_hit_rate",
+    ):
         assert again[name] == pytest.approx([seen[name][-1]])
 
 
