@@ -183,7 +183,7 @@ class CacheReplay(L.Callback):
             for prefix in PREFIXES
         ]
 
-    def _budgets(self, geometry: Geometry, bits: float | None) -> dict[int, str]:
+    def _budgets(self, geometry: Geometry, bits: float) -> dict[int, str]:
         """Return the different budgets: slots, and the first text that means so many."""
         budgets: dict[int, str] = {}
         for text in (self.budget, *self.budgets):

@@ -66,7 +66,7 @@ def _check_size(text: str) -> None:
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = opened.pop()
         else:
-            size = sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+            size = sizes.get(str(anchor), 1) if isinstance(event, yaml.AliasEvent) else 1
         if anchor is not None:
             sizes[anchor] = size
         opened[-1] = opened[-1][0], opened[-1][1] + size

@@ -48,7 +48,10 @@ QUIET = (
     ".*your dataloader is not resumable.*",  # the data module is
 )
 SELF_PRAISE = "litlogger"
-NOTHING_FITTED = "nothing was fitted: no training step was made; raise trainer.max_epochs, max_steps, max_time or limit_train_batches"
+NOTHING_FITTED = (
+    "nothing was fitted: no training step was made; "
+    "raise trainer.max_epochs, max_steps, max_time or limit_train_batches"
+)
 CHATTY = ("lightning.pytorch", "lightning.fabric")
 """Loggers of Lightning that write to the terminal."""
 RUNS = "runs", "predictor"

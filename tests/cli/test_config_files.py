@@ -42,13 +42,14 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(
     assert failure(capsys, tmp_path, ["fit", "-c", "c.yaml"]) == line
 
 
+LAMBDA = "lightning.pytorch.callbacks.LambdaCallback"
 RUNS = "{class_path: subprocess.getoutput, init_args: {cmd: 'touch PWNED'}}"
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        f"trainer: {{callbacks: [{{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: {{setup: {RUNS}}}}}]}}",
+        f"trainer: {{callbacks: {{class_path: {LAMBDA}, init_args: {{setup: {RUNS}}}}}}}",
         f"trainer: {{callbacks: [{{class_path: LambdaCallback, init_args: {{on_fit_start: {RUNS}}}}}]}}",
         f"trainer: {{callbacks: [{{class_path: WeightAveraging, init_args: {{avg_fn: {RUNS}}}}}]}}",
         "trainer: {logger: {class_path: os.system, init_args: {command: 'touch PWNED'}}}",

@@ -129,7 +129,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with what `words` need."""
     tiny_traces(tmp_path / "traces")
     (tmp_path / "small.yaml").write_text(
-        "trainer: {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1}\ndata: {init_args: {token_budget: 64}}\n"
+        "trainer: {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1}\n"
+        "data: {class_path: TraceDataModule, init_args: {token_budget: 64}}\n"
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
