@@ -18,7 +18,6 @@ class EpochLines(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the line; the epoch's validation ran before."""
         if trainer.is_global_zero:
-            shown = sorted((trainer.progress_bar_metrics | trainer.callback_metrics).items())
-            names = {name for name in trainer.progress_bar_metrics if not name.endswith(("_step", "_epoch"))}
-            figures = ", ".join(f"{name} {float(value):.4f}" for name, value in shown if name in names)
+            shown = sorted(trainer.progress_bar_metrics.items())
+            figures = ", ".join(f"{name} {float(value):.4f}" for name, value in shown)
             self._show(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {figures or 'done'}")
