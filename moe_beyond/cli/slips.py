@@ -278,11 +278,13 @@ def _is_about_an_option(error: BaseException, constructing: bool) -> bool:
     module = type(error).__module__
     if "DataLoader worker process" in str(error) or any("autograd" in file.parts for file in files):
         return False
+    if module.startswith("wandb"):
+        return False  # `finishing_wandb` says it
     if not through_ours:
         return constructing or not isinstance(error, ABOUT_CODE)
     if isinstance(error, ImportError):
         return not (error.name or "").startswith("moe_beyond")
-    of_a_library = module.startswith(("lightning", "torch.", "torch._dynamo", "torch._inductor", "wandb"))
+    of_a_library = module.startswith(("lightning", "torch.", "torch._dynamo", "torch._inductor"))
     of_a_library |= isinstance(error, (ValueError, ArithmeticError)) and _raised_in(error, "lightning")
     rejects = constructing and PACKAGE not in files[-1].parents and isinstance(error, (ValueError, RuntimeError))
     return of_a_library or rejects or isinstance(error, MemoryError)

@@ -127,7 +127,7 @@ def words(*more: str) -> list[str]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with what `words` need."""
-    tiny_traces(tmp_path / "traces")
+    tiny_traces(tmp_path / "traces", sequences=24)
     (tmp_path / "small.yaml").write_text(
         "trainer: {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1}\n"
         "data: {class_path: TraceDataModule, init_args: {token_budget: 64}}\n"
