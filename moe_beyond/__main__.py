@@ -1,7 +1,5 @@
 """``python -m moe_beyond`` is ``moe-beyond``."""
 
-import sys
+from moe_beyond.cli.main import console
 
-from moe_beyond.cli.main import main
-
-sys.exit(main())
+console()

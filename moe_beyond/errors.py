@@ -20,8 +20,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         "unknown policy 'lro'; did you mean 'lru'?"
         >>> str(unknown("policy", "x", ["lru", "lfu"]))
         "unknown policy 'x'; known: lfu, lru"
+        >>> str(unknown("policy", "LRU", ["lru", "lfu"]))
+        "unknown policy 'LRU'; did you mean 'lru'?"
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = near or [other for other in known if other.lower() == name.lower()]
     hint = f"did you mean {' or '.join(map(repr, near[:1]))}?" if near else f"known: {', '.join(known)}"
     return UserError(f"unknown {kind} {name!r}; {hint}")

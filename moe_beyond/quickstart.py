@@ -26,6 +26,7 @@ from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
+from moe_beyond.metrics.names import of_budget
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.report.plots import budgets_figure, save
 from moe_beyond.report.results import metrics_table, results_table
@@ -126,7 +127,8 @@ class _EpochLines(L.Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.console.print(
             f"    epoch {trainer.current_epoch + 1:>2}/{trainer.max_epochs}: recall@k {logged['val/recall_at_k']:.1%}, "
-            f"hits at {BUDGETS[0]} {logged['val/hit_rate']:.1%} (LRU {logged['val/lru_hit_rate']:.1%})"
+            f"hits at {BUDGETS[0]} {logged[of_budget('val', BUDGETS[0], 'hit_rate')]:.1%} "
+            f"(LRU {logged[of_budget('val', BUDGETS[0], 'lru_hit_rate')]:.1%})"
         )
 
 

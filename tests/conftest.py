@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     more.write_text(
         "trainer:\n  callbacks:\n"
         "    - class_path: CacheReplay\n      init_args: {budget: '50%'}\n"
-        "    - class_path: ModelCheckpoint\n      init_args: {monitor: val/hit_rate, mode: max}\n"
+        "    - class_path: ModelCheckpoint\n      init_args: {monitor: val_budget_50pct/hit_rate, mode: max}\n"
         "    - class_path: ModelCheckpoint\n      init_args: {filename: last, enable_version_counter: false}\n"
         "    - class_path: ModelCheckpoint\n"
         "      init_args: {every_n_train_steps: 2, save_top_k: -1, filename: 'between-{step}'}\n"

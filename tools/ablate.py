@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.files import read_json, write_json
+from moe_beyond.metrics.names import of_lookahead
 from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.writer import writing
@@ -73,8 +74,9 @@ def fit(traces: str, folder: Path, epochs: int, seed: int, words: tuple[str, ...
     command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", str(seed)]
     for config in ("trainer/default", "model/cross_layer", "data/traces"):
         command += ["-c", str(CONFIGS / f"{config}.yaml")]
-    command += [f"--data.traces={Path(traces).absolute()}", f"--data.seed={seed}", f"--trainer.max_epochs={epochs}"]
-    command += ["--trainer.precision=bf16-mixed", "--trainer.enable_progress_bar=false", *words]
+    options = [f"--data.traces={Path(traces).absolute()}", f"--data.seed={seed}", f"--trainer.max_epochs={epochs}"]
+    options += ["--trainer.precision=bf16-mixed", "--trainer.enable_progress_bar=false", *words]
+    command += {word.partition("=")[0]: word for word in options}.values()  # fit takes an option once: the last
     asked = {"fingerprint": TraceSet(traces).manifest.fingerprint, "words": command[3:]}
     if (folder / ASKED).exists() and read_json(folder / ASKED) != asked:
         raise SystemExit(f"{folder}: holds a fit of other data or settings; remove it, or choose another --out")
@@ -116,17 +118,18 @@ def last_figures(metrics: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     with metrics.open() as lines:
         for row in csv.DictReader(lines):
-            found.update({name: float(value) for name, value in row.items() if name.startswith("val/") and value})
+            found.update({name: float(value) for name, value in row.items() if name.startswith("val") and value})
     return found
 
 
 def columns(figures: dict[str, float]) -> dict[str, str]:
     """Name the figures that the table shows."""
-    lookaheads = sorted(name.rsplit("_", 1)[1] for name in figures if name.startswith("val/recall_at_k/lookahead_"))
-    shown = {f"val/recall_at_k/lookahead_{h}": f"recall, {h}" for h in lookaheads}
-    first = lookaheads[0]
-    shown |= {f"val/nll/lookahead_{first}": "NLL", f"val/calibration_error/lookahead_{first}": "cal. error"}
-    return shown | {"val/hit_rate": "hits", "val/bytes_ratio": "bytes"}
+    sections = sorted(name.partition("/")[0] for name in figures if name.endswith("/nll"))
+    lookaheads = [section.rsplit("_", 1)[1] for section in sections]
+    shown = {of_lookahead("val", h, "recall_at_k", first=h == lookaheads[0]): f"recall, {h}" for h in lookaheads}
+    shown |= {f"{sections[0]}/nll": "NLL", f"{sections[0]}/calibration_error": "cal. error"}
+    budget = next(name.partition("/")[0] for name in figures if name.endswith("/hit_rate"))
+    return shown | {f"{budget}/hit_rate": "hits", f"{budget}/bytes_ratio": "bytes"}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from moe_beyond.callbacks.run import run_folder
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.runs import EXPORTED
 from moe_beyond.predictors.base import Predictor
@@ -48,9 +49,9 @@ class ExportBest(L.Callback):
             self._lent = _lent(str(self.calibration), pl_module.predictor)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export."""
+        """Export what was fitted; nothing where no step was made."""
         folder = export_folder(trainer)  # asks all ranks
-        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
+        if not trainer.global_step or not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -72,7 +73,7 @@ class ExportBest(L.Callback):
 
 def export_folder(trainer: L.Trainer) -> Path:
     """Return where `ExportBest` writes the predictor of a run; all ranks must ask."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / EXPORTED
+    return run_folder(trainer) / EXPORTED
 
 
 def _lent(name: str, predictor: Predictor) -> Calibration:

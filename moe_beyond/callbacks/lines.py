@@ -1,14 +1,12 @@
-"""A line an epoch, where no progress bar can be drawn."""
+"""One line per epoch, where no progress bar can be drawn."""
 
 from collections.abc import Callable
 
 import lightning as L
 
-SHOWN = ("train/loss", "val/recall_at_k", "val/hit_rate", "val/bytes_ratio")
-
 
 class EpochLines(L.Callback):
-    """Says after each epoch how the fit goes.
+    """Shows after each epoch the figures that a progress bar would.
 
     Args:
         show: Called with the line.
@@ -18,8 +16,8 @@ class EpochLines(L.Callback):
         self._show = show
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say it; validation has been there before."""
+        """Show the line; the epoch's validation ran before."""
         if trainer.is_global_zero:
-            found = trainer.callback_metrics
-            figures = ", ".join(f"{name} {float(found[name]):.4f}" for name in SHOWN if name in found)
+            shown = sorted(trainer.progress_bar_metrics.items())
+            figures = ", ".join(f"{name} {float(value):.4f}" for name, value in shown)
             self._show(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {figures or 'done'}")

@@ -8,29 +8,33 @@ import torch
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import from_predictor
 from moe_beyond.evaluation.strategies import REFERENCES, strategy
-from moe_beyond.geometry import budget_slots
+from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
+from moe_beyond.metrics.names import of_budget
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.tasks.base import PredictorTask
+from moe_beyond.traces.manifest import Manifest
 
-NAMES = ("", *(f"{policy}_" for policy in REFERENCES))
+PREFIXES = ("", *(f"{policy}_" for policy in REFERENCES))
 """What the figures of the policy with prefetch, and of each reference, begin with."""
+SHOWN = ("hit_rate", "bytes_ratio")
+"""Fields of a `Result` that are logged, and of the first budget shown on the progress bar."""
 
 
 class CacheReplay(L.Callback):
     """Replays the sequences of each validation (or test) through the cache under a budget.
 
-    Logs ``val/hit_rate`` and ``val/bytes_ratio`` of the policy with prefetch, and beside them those of LRU and Belady
-    without: ``val/lru_hit_rate``, ``val/lru_bytes_ratio``, ``val/belady_hit_rate``, ``val/belady_bytes_ratio``. A
-    `ModelCheckpoint` can monitor any of them. With a device also ``tokens_per_second`` of each. The sanity check is
-    skipped. What reads no scores is replayed at a fit's first validation alone: the sequences stay the same.
+    Logs, in one section per budget, ``hit_rate`` and ``bytes_ratio`` of the policy with prefetch, and those of LRU and
+    Belady without: ``val_budget_10pct/hit_rate``, ``val_budget_10pct/lru_hit_rate``. A `ModelCheckpoint` can monitor
+    any of them. With a device it also logs ``tokens_per_second`` of each. The sanity check is skipped. A strategy that
+    reads no scores is replayed at a fit's first validation only, as the sequences stay the same.
 
     Args:
         budget: Memory for experts: ``10%``, ``166`` (slots), ``2.9GB`` or ``2.7GiB``.
-        budgets: More of them; what comes of them is not logged, but in `results`, for curves.
+        budgets: Further budgets.
         policy: Eviction policy.
         prefetch: Prefetcher; ``top<K>`` by default, with the model's K.
         lookahead: Which of the predictor's lookaheads to ask by; its first by default.
@@ -78,7 +82,7 @@ class CacheReplay(L.Callback):
             known = ", ".join(map(str, lookaheads))
             raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; it has {known}")
         bits = manifest.quantization_bits
-        slots = [budget_slots(budget, predictor.geometry, bits) for budget in (self.budget, *self.budgets)]
+        slots = list(self._budgets(predictor.geometry, bits))
         common = ReplaySettings(
             slots=slots[0],
             scope=self.scope,
@@ -90,7 +94,7 @@ class CacheReplay(L.Callback):
         prefetch = self.prefetch or f"top{predictor.geometry.top_k}"
         source = from_predictor(predictor, predictor.architecture)
         self._strategies = []
-        for budget in dict.fromkeys(slots):
+        for budget in slots:
             self._strategies.append(strategy(common, budget, self.policy, prefetch, source, lookahead))
             self._strategies += [strategy(common, budget, name) for name in REFERENCES]
         self._known = {}
@@ -154,8 +158,34 @@ class CacheReplay(L.Callback):
         found = self._known | {one: replaying.result() for one, replaying in self._replays.items()}
         self._known = {one: result for one, result in found.items() if one.predictor is None}
         self.results = [found[one] for one in self._strategies]
-        for name, result in zip(NAMES, self.results, strict=False):
-            task.log(f"{stage}/{name}hit_rate", torch.tensor(result.hit_rate), prog_bar=not name)
-            task.log(f"{stage}/{name}bytes_ratio", torch.tensor(result.bytes_ratio), prog_bar=not name)
-            if result.tokens_per_second is not None:
-                task.log(f"{stage}/{name}tokens_per_second", torch.tensor(result.tokens_per_second))
+        assert isinstance(task, PredictorTask)
+        for names, result in zip(self.names(stage, task.data.manifest), self.results, strict=True):
+            for figure, name in names.items():
+                value = torch.tensor(getattr(result, figure), device=task.device)
+                shown = result is self.results[0] and figure in SHOWN
+                task.log(name, value, prog_bar=shown, sync_dist=True)
+
+    def names(self, stage: str, manifest: Manifest) -> list[dict[str, str]]:
+        """Name what a stage logs.
+
+        Args:
+            stage: ``val`` or ``test``.
+            manifest: Of the traces to replay.
+
+        Returns:
+            For each of `results`, the names by field of `Result`.
+        """
+        figures = SHOWN if self.device is None else (*SHOWN, "tokens_per_second")
+        budgets = self._budgets(manifest.geometry, manifest.quantization_bits).values()
+        return [
+            {figure: of_budget(stage, budget, prefix + figure) for figure in figures}
+            for budget in budgets
+            for prefix in PREFIXES
+        ]
+
+    def _budgets(self, geometry: Geometry, bits: float) -> dict[int, str]:
+        """Return the different budgets: slots, and the first text that means so many."""
+        budgets: dict[int, str] = {}
+        for text in (self.budget, *self.budgets):
+            budgets.setdefault(budget_slots(text, geometry, bits), str(text))
+        return budgets

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from moe_beyond.callbacks.run import run_folder
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.scores import ScoresWriter, writing_scores
 from moe_beyond.tasks.base import PredictorTask
@@ -33,7 +34,7 @@ class WriteScores(BasePredictionWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the folder."""
         assert isinstance(pl_module, PredictorTask)
-        folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "scores")
+        folder = Path(self.out or run_folder(trainer) / "scores")
         if not trainer.is_global_zero:  # every rank has all scores; one writes them
             return
         data, predictor = pl_module.data, pl_module.predictor

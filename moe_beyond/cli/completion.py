@@ -7,7 +7,8 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cli.main import VERBS
-from moe_beyond.cli.options import Output, option_strings, parser
+from moe_beyond.cli.options import Output, parser
+from moe_beyond.cli.slips import option_strings
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.systems import SYSTEMS
 from moe_beyond.geometry import PRESETS

@@ -2,13 +2,18 @@
 
 import logging
 import os
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
 import moe_beyond.callbacks
 import moe_beyond.datamodules
@@ -17,14 +22,19 @@ from moe_beyond.callbacks import TrackWandb
 from moe_beyond.callbacks.config import KeepConfig
 from moe_beyond.callbacks.export import export_folder
 from moe_beyond.callbacks.lines import EpochLines
+from moe_beyond.callbacks.monitors import check_monitors
+from moe_beyond.callbacks.run import run_folder
 from moe_beyond.callbacks.scores import WriteScores
-from moe_beyond.cli.options import ExampleAsWritten, OneLineErrors, Output, add_output, example_text
-from moe_beyond.cli.tracking import finishing_wandb, settle_wandb
+from moe_beyond.cli.config_files import ConfigFile, guard_yaml
+from moe_beyond.cli.options import ExampleAsWritten, Output, add_output, example_text
+from moe_beyond.cli.slips import OneLineErrors, one_line
+from moe_beyond.cli.tracking import discard_offline_run, finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
+from moe_beyond.tasks.gradient import GradientTask
 
 # Harmless on the machines this runs on, and not for the user to act on.
 QUIET = (
@@ -38,6 +48,14 @@ QUIET = (
     ".*your dataloader is not resumable.*",  # the data module is
 )
 SELF_PRAISE = "litlogger"
+NOTHING_FITTED = (
+    "nothing was fitted: no training step was made; "
+    "raise trainer.max_epochs, max_steps, max_time or limit_train_batches"
+)
+CHATTY = ("lightning.pytorch", "lightning.fabric")
+"""Loggers of Lightning that write to the terminal."""
+RUNS = "runs", "predictor"
+"""Where a run goes whose configuration has no logger, as in the shipped configurations."""
 
 EXAMPLES = {
     "fit": "moe-beyond fit -c configs/trainer/default.yaml -c configs/model/cross_layer.yaml "
@@ -52,13 +70,41 @@ EXAMPLES = {
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser, with our errors."""
+    """Lightning's parser, with our errors, and without abbreviations of options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
 
 class PredictorCLI(LightningCLI):
-    """Links the model's sizes to the data, asks for weights where they are needed, and says what came out."""
+    """Links the model's sizes to the data, asks for weights where they are needed, and shows the result."""
 
     output: Output
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.settings:  # what --quiet changes is undone at the end
+            super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Start a verb's parser with our ``-c FILE``."""
+        parser = self.parser_class(dump_header=[f"lightning.pytorch=={L.__version__}"], **kwargs)
+        about = "configuration file in YAML; repeats, and a later one overrides an earlier one"
+        parser.add_argument("-c", "--config", metavar="FILE", action=ConfigFile, help=about)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and settle what is printed: bars on a terminal, lines in a pipe, nothing when quiet."""
+        super().parse_arguments(parser, args)
+        options = self.config[str(self.config.subcommand)]
+        self.output = Output(options)
+        options.json, options.quiet = None, False  # of this call only: they are not for the run's config.yaml
+        if self.output.quiet or not self.output.console.is_terminal:
+            options.trainer.enable_progress_bar = False
+        if self.output.quiet:
+            self.settings.enter_context(hushed())
+            options.trainer.enable_model_summary = False
+            if "verbose" in options:
+                options.verbose = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link geometry, vocabulary and hidden size."""
@@ -71,36 +117,53 @@ class PredictorCLI(LightningCLI):
         # Of predictors that read hidden states; jsonargparse passes over it where a class has no such argument.
         parser.link_arguments("data.hidden_size", "model.init_args.hidden_size", apply_on="instantiate")
 
+    def instantiate_classes(self) -> None:
+        """Construct what the configuration names."""
+        check_trainer_options(self._get(self.config, "trainer"))
+        with one_line(constructing=True):
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Settle where wandb's runs go before anything logs."""
-        trainer = super().instantiate_trainer(**kwargs)
-        settle_wandb(trainer, self.subcommand or "", self._get(self.config, "trainer.logger"))
+        """Settle where runs go before anything logs: a run without a logger gets a folder like those with one."""
+        folder = self._get(self.config_init, "trainer").default_root_dir or CSVLogger(*RUNS).log_dir
+        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        configured = self._get(self.config, "trainer.logger")
+        settle_wandb(trainer, self.subcommand or "", configured, self.model, self.datamodule)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Keep to the configuration: Lightning would let a checkpoint's own arguments override it, unsaid."""
+        """Keep to the configuration: Lightning would let a checkpoint's own arguments override it silently."""
 
-    def before_instantiate_classes(self) -> None:
-        """Settle what is printed: bars on a terminal, lines in a pipe, nothing when quiet."""
-        options = self.config[str(self.subcommand)]
-        self.output = Output(options)
-        options.json, options.quiet = None, False  # of this call alone: they are not for the run's config.yaml
-        if self.output.quiet or not self.output.console.is_terminal:
-            options.trainer.enable_progress_bar = False
-        if self.output.quiet:
-            options.trainer.enable_model_summary = False
-            if "verbose" in options:
-                options.verbose = False
+    def _set_seed(self) -> None:
+        with one_line("--seed_everything", constructing=True):
+            super()._set_seed()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with one_line(), leaving_nothing(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Look at the checkpoint to resume, if there is one, and whether the model can be fitted so."""
+        """Check the checkpoint to resume, if there is one, and that the fit can be what the options say."""
         self._check_checkpoint(needed=False)
+        trainer: Any = self.trainer
+        if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
+            raise UserError(NOTHING_FITTED)
+        if trainer.max_epochs == trainer.max_steps == -1 and isinstance(self.model, GradientTask):
+            raise UserError("the learning rate falls to zero at the fit's end; set trainer.max_epochs or max_steps")
+        self.datamodule.setup("fit")
         self.model.check_trainer(self.trainer)
+        check_monitors(self.trainer.callbacks, self.model, self.datamodule)  # type: ignore[attr-defined]
         if not self.output.console.is_terminal:
             self.trainer.callbacks.append(EpochLines(self.output.show))  # type: ignore[attr-defined]
 
     def after_fit(self) -> None:
-        """Say where the run and its predictor lie."""
+        """Show where the run and its predictor are.
+
+        Raises:
+            UserError: No step was made.
+        """
+        if not self.trainer.global_step:
+            raise UserError(NOTHING_FITTED)
         predictor = export_folder(self.trainer)  # asks all ranks
         found = {"run": str(predictor.parent), "predictor": str(predictor) if predictor.exists() else None}
         self._say({name: path for name, path in found.items() if path}, found | {"metrics": self._metrics()})
@@ -164,6 +227,59 @@ class PredictorCLI(LightningCLI):
             raise UserError(f"{path}: was fitted with another tokenizer than that of {self.datamodule.traces.folder}")
 
 
+def check_trainer_options(options: Namespace) -> None:
+    """Refuse values that Lightning takes and then fails at, or silently misreads.
+
+    Raises:
+        UserError: There is one.
+    """
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"):
+        if isinstance(options[name], (int, float)) and options[name] <= 0:
+            raise UserError(f"--trainer.{name}: must be more than 0 (got {options[name]})")
+    if (options.gradient_clip_val or 0) < 0:
+        raise UserError(f"--trainer.gradient_clip_val: must not be less than 0 (got {options.gradient_clip_val})")
+    if str(options.precision) in ("16-true", "bf16-true", "64-true"):
+        raise UserError(
+            f"--trainer.precision: weights are kept in 32 bits; set 32-true, 16-mixed or bf16-mixed "
+            f"(got {options.precision})"
+        )
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep Lightning, wandb and warnings silent."""
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
+    os.environ["WANDB_SILENT"] = "true"  # `finishing_wandb` takes it back
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def leaving_nothing(trainer: L.Trainer) -> Iterator[None]:
+    """Remove the folder that a verb made for its run, if it fails before a training step was made."""
+    folder = run_folder(trainer)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if trainer.is_global_zero and not trainer.global_step:
+            discard_offline_run()
+            if folder in missing:
+                shutil.rmtree(folder, ignore_errors=True)
+            for path in missing:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+        raise
+
+
 def run(words: list[str]) -> None:
     """Run a Lightning verb.
 
@@ -175,30 +291,24 @@ def run(words: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: SELF_PRAISE not in record.getMessage()
     )
-    try:
-        with finishing_wandb():
-            PredictorCLI(
-                PredictorTask,
-                TraceDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=KeepConfig,
-                save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": TrackWandb()},
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                parser_class=Parser,
-                parser_kwargs={
-                    "formatter_class": ExampleAsWritten,
-                    **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},
-                },
-                args=words,
-            )
-    except ValueError as error:  # jsonargparse wraps what a constructor raises
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+    guard_yaml()
+    Parser.verb, Parser.example = words[0], EXAMPLES[words[0]]  # also of the parsers that jsonargparse makes of it
+    with finishing_wandb():
+        PredictorCLI(
+            PredictorTask,
+            TraceDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=KeepConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"callbacks": TrackWandb()},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=Parser,
+            parser_kwargs={
+                "formatter_class": ExampleAsWritten,
+                **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},
+            },
+            args=words,
+        )

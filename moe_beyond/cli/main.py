@@ -1,9 +1,12 @@
 """The command ``moe-beyond``: finds the verb, runs it, and turns a user's mistake into one line and exit code 2."""
 
+import atexit
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.version import __version__
@@ -38,6 +41,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "completion": ("completion", "print a script that completes verbs, options and names"),
     },
 }
+MEANT = {"train": "fit", "eval": "evaluate", "record": "collect", "simulate": "replay", "upload": "push", "ls": "list"}
+"""Verbs of other tools, and ours for the same."""
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
@@ -51,7 +56,7 @@ def usage() -> str:
     for group, verbs in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {verb:<11} {summary}" for verb, (_, summary) in verbs.items())]
     return "\n".join(
-        [*lines, "", "moe-beyond VERB --help tells a verb's options. moe-beyond --version tells the version."]
+        [*lines, "", "moe-beyond VERB --help lists a verb's options. moe-beyond --version prints the version."]
     )
 
 
@@ -66,13 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words[0:1] == ["help"]:
+            words = [*words[1:2], "--help"]
         if not words or words[0] in ("-h", "--help"):
             print(usage(), file=sys.stdout if words else sys.stderr)
             return 0 if words else 2
-        if words[0] == "--version":
+        if words[0] in ("--version", "-V", "version"):
             print(f"moe-beyond {__version__}")
             return 0
         if words[0] not in VERBS:
+            if words[0] in MEANT:
+                raise UserError(f"unknown verb {words[0]!r}; did you mean {MEANT[words[0]]!r}?")
             raise unknown("verb", words[0], VERBS)
         module = importlib.import_module(f"moe_beyond.cli.{VERBS[words[0]][0]}")
         module.run(words)
@@ -86,9 +95,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a path that cannot be read or written
         where = f"{error.filename}: " if error.filename else ""
-        print(f"moe-beyond: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"moe-beyond: error: {where}{' '.join((error.strerror or str(error)).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moe-beyond: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def console() -> NoReturn:
+    """Run this process's command line, and end the process without C++ destructors.
+
+    Arrow and torch keep native threads that nothing in Python can join. Where one of them still runs while static
+    objects are destroyed, the process aborts after its work is done, with exit code 134 for 0 or 2.
+    """
+    code = main()
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
+    atexit._run_exitfuncs()  # noqa: SLF001
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # the reader of a pipe has left
+        pass
+    os._exit(code)

@@ -1,19 +1,18 @@
 """Options that all verbs share, and where their output goes."""
 
-import difflib
 import json
-import re
 import sys
 from argparse import Action
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console, RenderableType
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+from moe_beyond.cli.slips import OneLineErrors
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 
@@ -22,19 +21,6 @@ PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe; on a terminal it fits the terminal."""
 
 EXAMPLE = "example:"
-
-
-class OneLineErrors(ArgumentParser):
-    """A parser whose complaints are one line, as all of the command's are."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a `UserError` instead of printing the usage; near misses of an option are named."""
-        program = self.prog.replace(" [options]", "")
-        told = " ".join(message.split("Given value type")[0].split())  # what follows is the whole configuration
-        unknown = re.findall(r"(?<!\S)--[\w.-]+", told) if "nrecognized arguments" in told else []
-        near = (difflib.get_close_matches(word, option_strings(self), n=1, cutoff=0.7) for word in unknown)
-        meant = "".join(f"; did you mean {found[0]}?" for found in near if found)
-        raise UserError(f"{told}{meant or f'; {program} --help tells the options'}") from ex
 
 
 class ExampleAsWritten(DefaultHelpFormatter):
@@ -66,6 +52,7 @@ def parser(verb: str, description: str, example: str) -> ArgumentParser:
         allow_abbrev=False,
         formatter_class=_Help,
     )
+    options.verb, options.example = verb, example
     add_output(options)
     return options
 
@@ -78,7 +65,7 @@ def example_text(example: str) -> str:
 def add_output(options: ArgumentParser) -> None:
     """Add ``--json FILE`` and ``--quiet``, which `Output` reads."""
     options.add_argument("--json", metavar="FILE", help="also write the result as JSON; - is standard output, alone")
-    options.add_argument("--quiet", action="store_true", help="print neither tables nor progress: errors alone")
+    options.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def add_traces(options: ArgumentParser) -> None:
@@ -100,16 +87,6 @@ def check_plots(folder: str | None) -> None:
     """
     if folder and Path(folder).exists() and not Path(folder).is_dir():
         raise UserError(f"--plots {folder}: is a file; name a folder")
-
-
-def option_strings(options: ArgumentParser) -> list[str]:
-    """List the long options of a parser, in the order that help tells them."""
-    return list(dict.fromkeys(_long_options(options)))
-
-
-def _long_options(options: ArgumentParser) -> Iterator[str]:
-    for action in options._actions:  # noqa: SLF001  (argparse has no public list)
-        yield from (word for word in action.option_strings if word.startswith("--") and not word.endswith("+"))
 
 
 class Output:

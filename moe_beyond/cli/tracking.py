@@ -1,9 +1,12 @@
-"""Weights & Biases around a Lightning verb: whether it runs, where its run goes, and that the run ends."""
+"""Weights & Biases around a Lightning verb: whether it runs, where its run goes, its name, and that the run ends."""
 
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,14 +14,19 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.tasks import PredictorTask
 
 MODE = "WANDB_MODE"
 WITHOUT_SERVER = ("offline", "dryrun")
 MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 
 
-def settle_wandb(trainer: L.Trainer, verb: str, configured: Any) -> None:
+LONGEST_TAG = 64
+
+
+def settle_wandb(trainer: L.Trainer, verb: str, configured: Any, task: PredictorTask, data: TraceDataModule) -> None:
     """Decide where the runs of a trainer's `WandbLogger` go, without ever asking on the terminal.
 
     ``WANDB_MODE`` or the logger's own mode says it, if set: ``online``, ``offline``, or ``disabled``, which leaves the
@@ -29,6 +37,8 @@ def settle_wandb(trainer: L.Trainer, verb: str, configured: Any) -> None:
         trainer: Not running yet.
         verb: What it will do.
         configured: What the configuration says of its loggers.
+        task: What it will do it with, for the run's name and tags, unless the user gives them.
+        data: The same of the traces.
 
     Raises:
         UserError: A server is asked for and nobody is logged in, the mode is not one, or the configuration, which is
@@ -37,6 +47,9 @@ def settle_wandb(trainer: L.Trainer, verb: str, configured: Any) -> None:
     others = [logger for logger in trainer.loggers if not isinstance(logger, WandbLogger)]
     if len(others) == len(trainer.loggers):
         return
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):  # wandb warns of this setting, whatever its value
+            logger._wandb_init.pop("anonymous", None)  # noqa: SLF001
     mode = os.environ.get(MODE)
     if mode is not None and mode not in MODES:
         raise unknown(MODE, mode, MODES)
@@ -49,6 +62,8 @@ def settle_wandb(trainer: L.Trainer, verb: str, configured: Any) -> None:
         trainer.loggers = others
     elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         os.environ.setdefault("WANDB_JOB_TYPE", verb)
+        os.environ.setdefault("WANDB_NAME", run_name(trainer, verb, task, data))
+        os.environ.setdefault("WANDB_TAGS", ",".join(run_tags(task, data)))
         os.environ.setdefault("WANDB_GIT_ROOT", os.getcwd())  # it would look where the logger saves
         if mode in WITHOUT_SERVER or logged_in():
             return
@@ -58,6 +73,21 @@ def settle_wandb(trainer: L.Trainer, verb: str, configured: Any) -> None:
                 f"{MODE}=offline"
             )
         os.environ |= {MODE: "offline", "WANDB_QUIET": "true"}  # nobody asked for it
+
+
+def run_name(trainer: L.Trainer, verb: str, task: PredictorTask, data: TraceDataModule) -> str:
+    """Name a run by its architecture, its trace set and the version of its folder: ``cross_layer-puffin-v3``."""
+    versions = [logger.version for logger in trainer.loggers if not isinstance(logger, WandbLogger)]
+    version = [f"v{text}" if isinstance(text, int) else str(text) for text in versions[:1] if text not in (None, "")]
+    traces = re.split(r"[/:]+", data.traces.folder.rstrip("/"))[-1]
+    parts = [] if verb == "fit" else [verb]
+    return "-".join([*parts, task.predictor.architecture, traces, *version])
+
+
+def run_tags(task: PredictorTask, data: TraceDataModule) -> list[str]:
+    """Tag a run with its architecture, the model it predicts, and the source of its traces."""
+    words = (task.predictor.architecture, data.geometry.model, data.manifest.source)
+    return [" ".join(word.replace(",", " ").split())[:LONGEST_TAG] for word in words if word.strip()]
 
 
 def _arguments(configured: Any) -> list[dict[str, Any]]:
@@ -105,6 +135,22 @@ def finishing_wandb() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             del os.environ[name]
         os.environ.update(before)
+
+
+def discard_offline_run() -> None:
+    """End the run that a failed verb started before it did anything, and delete its files where no server has it."""
+    wandb = sys.modules.get("wandb")
+    run = None if wandb is None else wandb.run
+    if run is None or not run.offline:
+        return
+    folder = Path(run.dir).parent
+    _finish(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    for link in folder.parent.iterdir():
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 def _finish(exit_code: int) -> None:

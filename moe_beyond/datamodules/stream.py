@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from moe_beyond.datamodules.plan import Piece, PlanSettings, plan_batches
 from moe_beyond.predictors.batch import Batch, collate
@@ -15,10 +15,11 @@ from moe_beyond.traces.reader import Shard, TraceSet
 from moe_beyond.traces.trace import Trace
 
 
-class PlannedBatches(DistributedSampler[Batch]):
+class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
     """Yields an epoch's batches as lists of pieces; each rank takes every n-th, all ranks equally many.
 
-    It is a `DistributedSampler` so that Lightning tells it the epoch and does not put one of its own around it.
+    It is a `DistributedSampler` so that Lightning gives it the epoch and does not put one of its own around it, and a
+    `SequentialSampler` so that ``overfit_batches`` keeps it: that option replaces any other sampler.
     """
 
     def __init__(

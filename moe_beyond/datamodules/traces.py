@@ -126,7 +126,9 @@ class TraceDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled pieces of the training split."""
-        settings = PlanSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=True)
+        # With overfit_batches the same batches come in every epoch.
+        shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        settings = PlanSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=shuffle)
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = PlannedBatches(self.traces.lengths(self.train_split), settings, ranks=ranks, rank=rank)
         if self._resume_at is not None:

@@ -92,7 +92,7 @@ def evaluate(
                     sequences = [Steppable(geometry, t.experts, s, t.decode_start) for t, s in block]
                     for _ in pool.map(lambda replaying, part=sequences: _add(replaying, part), share):
                         progress(sum(map(len, sequences)))
-    rows = [] if metrics is None or measure is None else metrics.to_rows(measure.lookaheads)
+    rows = [] if metrics is None or measure is None else metrics.to_rows(measure.lookaheads, traces.geometry.moe_layers)
     return Evaluation([{**row, "causal": measure.causal} for row in rows if measure is not None], _results(replays))
 
 

@@ -15,6 +15,11 @@ THRESHOLD = 0.5
 BINS = 2000
 LARGEST_LOGIT = 16.0
 RELIABILITY_BINS = 15
+FIGURES = (
+    *("recall_at_k", "f1", "f1_two_class", "accuracy", "f1_micro", "f1_macro", "average_precision", "exact_match"),
+    *("nll", "calibration_error", "gate_mass_at_k"),
+)
+"""What `RoutingMetrics.compute` returns; the last only where gate weights are known."""
 SURE = 1e-7  # a score of 0 or 1 counts as this far from it: one that was wrong would cost infinitely much
 
 
@@ -146,20 +151,27 @@ class RoutingMetrics(Metric):
             figures["gate_mass_at_k"] = self.mass / self.weighed.clamp(min=1)
         return {name: values if tokens > 0 else torch.full_like(values, torch.nan) for name, values in figures.items()}
 
-    def to_rows(self, lookaheads: Sequence[Lookahead | None]) -> list[dict[str, Any]]:
+    def to_rows(
+        self, lookaheads: Sequence[Lookahead | None], layers: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
         """Return one JSON-able object a lookahead: means over layers (micro F1: over all labels).
 
         Beside them stand ``by_layer``, the figures of each layer; and ``reliability``, the bins of the calibration
         error over all layers' labels: how many labels scored ``from`` to ``to``, how probable they were on average, and
         the share that was chosen (both None where a bin is empty).
+
+        Args:
+            lookaheads: H of them.
+            layers: Numbers of the MoE layers in their model; 0 to L-1 by default.
         """
+        layers = range(self.found.shape[1]) if layers is None else layers
         # torchmetrics makes a scalar of what has one element.
         figures = {name: values.reshape(self.found.shape).tolist() for name, values in self.compute().items()}
         rows = []
         for index, lookahead in enumerate(lookaheads):
             by_layer = [
-                {"layer": layer, **{name: values[index][layer] for name, values in figures.items()}}
-                for layer in range(self.found.shape[1])
+                {"layer": layer, **{name: values[index][number] for name, values in figures.items()}}
+                for number, layer in enumerate(layers)
             ]
             means = {name: sum(values[index]) / len(values[index]) for name, values in figures.items()}
             if self.tokens > 0:  # micro: over all labels alike, whichever their layer

@@ -10,7 +10,8 @@ from torch import Tensor
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.metrics import RoutingMetrics
-from moe_beyond.predictors.base import Predictor
+from moe_beyond.metrics.names import HEADLINE, lookahead_figures
+from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
 from moe_beyond.predictors.folder import check_fits
@@ -80,11 +81,11 @@ class PredictorTask(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Count a batch, and return its probabilities."""
-        return self._count(batch, self.val_metrics)
+        return self._count("val", batch, self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Count a batch, and return its probabilities."""
-        return self._count(batch, self.test_metrics)
+        return self._count("test", batch, self.test_metrics)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a batch's probabilities."""
@@ -122,17 +123,20 @@ class PredictorTask(L.LightningModule):
             )
         self.trained_on = noted
 
-    def _count(self, batch: Batch, metrics: RoutingMetrics) -> Tensor:
-        probabilities = self.predictor.probabilities(self.predictor(batch))
+    def _count(self, stage: str, batch: Batch, metrics: RoutingMetrics) -> Tensor:
+        logits = self.predictor(batch)
+        if isinstance(self.predictor, GradientPredictor):
+            loss, tokens = self.predictor.loss(logits, batch), int(batch.lengths.sum())
+            self.log(f"{stage}/loss", loss, batch_size=tokens, on_epoch=True, sync_dist=True)
+        probabilities = self.predictor.probabilities(logits)
         experts = self.predictor.geometry.num_experts
         metrics.update(probabilities, batch.targets(experts), batch.mask, batch.gate_shares(experts))
         return probabilities
 
     def _log_metrics(self, stage: str, metrics: RoutingMetrics) -> None:
-        self.measured = metrics.to_rows(self.predictor.information.lookaheads)
+        lookaheads, layers = self.predictor.information.lookaheads, self.predictor.geometry.moe_layers
+        self.measured = metrics.to_rows(lookaheads, layers)
         metrics.reset()
-        for row in self.measured:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.log(f"{stage}/{name}/lookahead_{row['lookahead']}", torch.tensor(value))
-        self.log(f"{stage}/recall_at_k", torch.tensor(self.measured[0]["recall_at_k"]), prog_bar=True)
+        for name, value in lookahead_figures(self.measured, stage).items():
+            headline = name == f"{stage}/{HEADLINE}"
+            self.log(name, torch.tensor(value, device=self.device), prog_bar=headline, sync_dist=True)

@@ -29,7 +29,8 @@ class CountingTask(PredictorTask):
         """Refuse a second pass, which would count twice, several processes, which count apart, and rounded counts.
 
         Raises:
-            UserError: The trainer is set to anything but one epoch, to several processes, or to half precision.
+            UserError: The trainer is set to anything but one epoch, to several processes, to half precision, or to
+                clip gradients.
         """
         if trainer.max_epochs != 1:
             raise UserError(
@@ -37,6 +38,11 @@ class CountingTask(PredictorTask):
             )
         if not trainer.precision.startswith(("32", "64")):
             raise UserError(f"a counting predictor counts; set trainer.precision to 32-true, not {trainer.precision}")
+        if trainer.gradient_clip_val:
+            raise UserError(
+                "a counting predictor has no gradients to clip; use configs/trainer/counting.yaml, "
+                "or set trainer.gradient_clip_val to null"
+            )
         if trainer.world_size > 1:
             raise UserError(
                 f"a counting predictor is fitted by one process, in seconds; set trainer.devices to 1, "

@@ -95,7 +95,8 @@ class GradientTask(PredictorTask):
             raise UserError(
                 f"loss is {loss.item()} at step {self.global_step}, on sequences {names}, ...; lower the lr"
             )
-        self.log("train/loss", loss, prog_bar=True, batch_size=int(batch.lengths.sum()))
+        self.log("train/loss", loss, prog_bar=True, batch_size=int(batch.lengths.sum()), sync_dist=True)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     @torch.no_grad()

@@ -71,8 +71,11 @@ def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
     assert [counts(result) for result in replay.results] == [counts(result) for result in found]
     ours, lru, belady = found[:3]
     for name, result in (("", ours), ("lru_", lru), ("belady_", belady)):
-        assert validated[f"val/{name}hit_rate"] == pytest.approx(result.hit_rate, rel=1e-6)
-        assert validated[f"val/{name}bytes_ratio"] == pytest.approx(result.bytes_ratio, rel=1e-6)
-        assert validated.get(f"val/{name}tokens_per_second") == (
+        assert validated[f"val_budget_50pct/{name}hit_rate"] == pytest.approx(result.hit_rate, rel=1e-6)
+        assert validated[f"val_budget_50pct/{name}bytes_ratio"] == pytest.approx(result.bytes_ratio, rel=1e-6)
+        assert validated.get(f"val_budget_50pct/{name}tokens_per_second") == (
             None if device is None else pytest.approx(result.tokens_per_second, rel=1e-6)
         )
+    sections = dict.fromkeys(name.partition("/")[0] for name in validated if "budget" in name)
+    assert list(sections) == ["val_budget_50pct", "val_budget_75pct"]  # which is 24 slots
+    assert validated["val_budget_75pct/hit_rate"] == pytest.approx(found[3].hit_rate, rel=1e-6)

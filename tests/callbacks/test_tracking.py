@@ -3,6 +3,7 @@
 import base64
 import csv
 import hashlib
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -92,29 +93,74 @@ def test_no_secret_is_written(tracked: Path, runs: list[OfflineRun]) -> None:
 def test_figures_are_those_of_the_csv_logger(tracked: Path, runs: list[OfflineRun]) -> None:
     for version, run in enumerate(runs):
         rows = list(csv.DictReader((tracked / f"runs/predictor/version_{version}/metrics.csv").open()))
-        for name in ("train/loss", "val/recall_at_k", "val/hit_rate", "val/belady_bytes_ratio", "val/nll/lookahead_2"):
+        budget = "val_budget_10pct"
+        names = ("train/loss", "train/lr", "val/loss", "val/recall_at_k", "val_lookahead_2/nll")
+        for name in (*names, f"{budget}/hit_rate", f"{budget}/belady_bytes_ratio"):
             kept = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
             seen = [(row["trainer/global_step"], row[name]) for row in run.history if name in row]
             assert seen == [(step, pytest.approx(value, rel=1e-6)) for step, value in kept]
         assert len([row for row in run.history if "val/recall_at_k" in row]) == 2 - version
 
 
+def test_each_number_stands_once_in_a_section_of_its_own(runs: list[OfflineRun]) -> None:
+    scalars = {name for row in runs[0].history for name, value in row.items() if isinstance(value, (int, float))}
+    sections: dict[str, set[str]] = {}
+    for name in scalars - {"_timestamp", "_runtime", "_step", "epoch", "trainer/global_step"}:
+        section, figure = name.split("/")
+        sections.setdefault(section, set()).add(figure)
+    assert all(re.fullmatch(r"[a-z_][a-z0-9_]*", section) for section in sections)  # as wandb's queries want names
+    lookaheads = {f"val_lookahead_{lookahead}" for lookahead in (1, 2, 3, "next")}
+    budgets = {f"val_budget_{share}pct" for share in (10, 20, 30, 50)}
+    assert set(sections) == {"train", "val", *lookaheads, *budgets}
+    assert sections["train"] == {"loss", "lr"}
+    assert sections["val"] == {"loss", "recall_at_k"}
+    assert sections["val_lookahead_2"] == sections["val_lookahead_1"] | {"recall_at_k"}
+    replayed = {f"{name}{figure}" for name in ("", "lru_", "belady_") for figure in ("hit_rate", "bytes_ratio")}
+    assert all(sections[budget] == replayed for budget in budgets)
+    # No two figures of the predictor are the same number under two names.
+    names = [f"{section}/{figure}" for section in lookaheads for figure in sections[section]]
+    values = [runs[0].last(name) for name in (*names, "val/loss", "val/recall_at_k")]
+    assert len({value for value in values if value}) == len([value for value in values if value])
+
+
+def test_a_run_has_a_name_and_tags(runs: list[OfflineRun]) -> None:
+    assert [run.run.display_name for run in runs] == ["cross_layer-traces-v0", "cross_layer-traces-v1"]
+    assert list(runs[0].run.tags) == ["cross_layer", "tiny", "tests"]
+
+
+def test_names_and_tags_of_the_user_stay(tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "mine")
+    more = tmp_path / "logger.yaml"
+    more.write_text("trainer: {logger: {class_path: WandbLogger, init_args: {save_dir: runs, name: ours}}}\n")
+    monkeypatch.chdir(tmp_path)
+    words = ("-c", str(CONFIGS / "data/traces.yaml"), f"--data.traces={tracked / 'traces'}")
+    assert main(["fit", *words, *WORDS, "-c", str(more), "--trainer.max_epochs=1"]) == 0
+    (run,) = offline_runs(tmp_path)
+    assert (run.run.display_name, list(run.run.tags)) == ("ours", ["mine"])
+    # Without a CSV logger the run's folder is that of its checkpoints, and not the working folder.
+    (folder,) = tmp_path.glob(f"runs/*/{run.run.run_id}")
+    assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.yaml", "predictor"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "logger.yaml"}
+
+
 def test_tables_and_curves_tell_layers_and_budgets(tracked: Path, runs: list[OfflineRun]) -> None:
     run = runs[0]
     by_layer = run.table("val/by_layer")
     assert [(row["lookahead"], row["layer"]) for row in by_layer] == [
-        (lookahead, layer) for lookahead in ("1", "2", "3", "next") for layer in range(4)
+        (lookahead, layer) for lookahead in ("1", "2", "3", "next") for layer in TINY.moe_layers
     ]
     for lookahead in ("1", "next"):
         recall = [row["recall_at_k"] for row in by_layer if row["lookahead"] == lookahead]
-        assert sum(recall) / 4 == pytest.approx(run.last(f"val/recall_at_k/lookahead_{lookahead}"))
+        section = "val" if lookahead == "1" else f"val_lookahead_{lookahead}"
+        assert sum(recall) / 4 == pytest.approx(run.last(f"{section}/recall_at_k"))
     replay = run.table("val/replay")
     assert [(row["budget_slots"], row["strategy"]) for row in replay] == [
         (slots, strategy) for slots in (3, 6, 9, 16) for strategy in STRATEGIES
     ]
-    for row, name in zip(replay, ("", "lru_", "belady_"), strict=False):
-        assert row["hit_rate"] == pytest.approx(run.last(f"val/{name}hit_rate"))
-        assert row["bytes_ratio"] == pytest.approx(run.last(f"val/{name}bytes_ratio"))
+    starts = [f"val_budget_{share}pct/{name}" for share in (10, 20, 30, 50) for name in ("", "lru_", "belady_")]
+    for row, start in zip(replay, starts, strict=True):
+        assert row["hit_rate"] == pytest.approx(run.last(f"{start}hit_rate"))
+        assert row["bytes_ratio"] == pytest.approx(run.last(f"{start}bytes_ratio"))
     for curve, x in (("hits_by_budget", "budget_share"), ("hits_by_bytes", "bytes_ratio")):
         points = run.table(f"Custom Chart Tables/val/{curve}_table")
         assert {(p["lineKey"], p["step"], p["lineVal"]) for p in points} == {

@@ -142,7 +142,9 @@ def test_fits_that_cannot_be(run: Run, tmp_path: Path, refused, monkeypatch: pyt
 def test_words_that_cannot_be_parsed(run: Run, refused) -> None:
     assert "unknown verb 'replya'; did you mean 'replay'?" in refused("replya")
     assert "--tracs" in refused("replay", "--tracs", "x")
-    assert "warmup_tokens" in refused("replay", "--traces", str(run.traces), "--warmup-tokens", "x")
+    assert "--warmup-tokens: expects a whole number" in refused(
+        "replay", "--traces", str(run.traces), "--warmup-tokens", "x"
+    )
     assert "nothere.yaml" in refused("fit", "-c", "nothere.yaml")
     assert "NoSuchTask" in refused("fit", "--model", "NoSuchTask")
 

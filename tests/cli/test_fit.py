@@ -25,15 +25,18 @@ def columns(run: Path) -> dict[str, list[float]]:
 
 def test_a_fit_learns_and_replays_at_every_validation(run: Run) -> None:
     figures = columns(run.folder)
-    assert len(figures["val/hit_rate"]) == 3
+    assert len(figures["val_budget_50pct/hit_rate"]) == 3
     assert figures["val/recall_at_k"][-1] > 2 / 8  # chance
     # What does not depend on the predictor stays the same from validation to validation.
-    for name in ("val/lru_hit_rate", "val/belady_hit_rate", "val/lru_bytes_ratio", "val/belady_bytes_ratio"):
-        assert len(set(figures[name])) == 1
-    assert figures["val/belady_hit_rate"][0] >= figures["val/lru_hit_rate"][0]
-    for stage in ("recall_at_k", "f1_micro", "average_precision"):
+    for name in ("lru_hit_rate", "belady_hit_rate", "lru_bytes_ratio", "belady_bytes_ratio"):
+        assert len(set(figures[f"val_budget_50pct/{name}"])) == 1
+    assert figures["val_budget_50pct/belady_hit_rate"][0] >= figures["val_budget_50pct/lru_hit_rate"][0]
+    for figure in ("f1_micro", "average_precision"):
         for lookahead in (1, 2, 3, "next"):
-            assert f"val/{stage}/lookahead_{lookahead}" in figures
+            assert f"val_lookahead_{lookahead}/{figure}" in figures
+    assert [name for name in figures if "recall_at_k" in name] == [
+        "val/recall_at_k", *(f"val_lookahead_{lookahead}/recall_at_k" for lookahead in (2, 3, "next"))
+    ]  # fmt: skip
 
 
 def test_the_best_checkpoint_is_exported(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +45,7 @@ def test_the_best_checkpoint_is_exported(run: Run, capsys: pytest.CaptureFixture
     assert config["lookaheads"] == [1, 2, 3, "next"]
     assert config["arguments"]["width"] == 16
     assert config["training"]["fingerprint"] == TraceSet(str(run.traces)).manifest.fingerprint
-    hits = columns(run.folder)["val/hit_rate"]
+    hits = columns(run.folder)["val_budget_50pct/hit_rate"]
     best = torch.load(next(run.folder.glob(f"checkpoints/epoch={hits.index(max(hits))}-*.ckpt")), weights_only=True)[
         "state_dict"
     ]
@@ -70,7 +73,14 @@ def test_validating_a_checkpoint_repeats_what_the_fit_saw(
     monkeypatch.chdir(tmp_path)
     assert main(words_for(run, "validate")) == 0
     again, seen = columns(next(tmp_path.glob("runs/*/version_0"))), columns(run.folder)
-    for name in ("val/recall_at_k", "val/hit_rate", "val/bytes_ratio", "val/belady_hit_rate"):
+    budget = "val_budget_50pct"
+    for name in (
+        "val/recall_at_k",
+        "val/loss",
+        f"{budget}/hit_rate",
+        f"{budget}/bytes_ratio",
+        f"{budget}/belady_hit_rate",
+    ):
         assert again[name] == pytest.approx([seen[name][-1]])
 
 
@@ -86,12 +96,15 @@ def test_test_agrees_with_evaluate(
     assert main(["evaluate", "p", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["lookahead"] for row in found["metrics"]] == [1, 2, 3, "next"]
-    for row in found["metrics"]:
-        for name in ("recall_at_k", "f1", "f1_micro", "f1_macro", "accuracy", "average_precision", "exact_match"):
-            assert math.isclose(tested[f"test/{name}/lookahead_{row['lookahead']}"][0], row[name], rel_tol=1e-6)
+    for number, row in enumerate(found["metrics"]):
+        section = f"test_lookahead_{row['lookahead']}"
+        for name in ("f1_micro", "f1_macro", "accuracy", "average_precision", "exact_match"):
+            assert math.isclose(tested[f"{section}/{name}"][0], row[name], rel_tol=1e-6)
+        recall = tested[f"{section if number else 'test'}/recall_at_k"][0]
+        assert math.isclose(recall, row["recall_at_k"], rel_tol=1e-6)
     replayed = next(r for r in found["results"] if r["prefetch"] == "top2" and r["lookahead"] == 1)
-    assert math.isclose(tested["test/hit_rate"][0], replayed["hit_rate"], rel_tol=1e-6)
-    assert math.isclose(tested["test/bytes_ratio"][0], replayed["bytes_ratio"], rel_tol=1e-6)
+    assert math.isclose(tested["test_budget_50pct/hit_rate"][0], replayed["hit_rate"], rel_tol=1e-6)
+    assert math.isclose(tested["test_budget_50pct/bytes_ratio"][0], replayed["bytes_ratio"], rel_tol=1e-6)
     assert {(r["policy"], r["prefetch"]) for r in found["results"]} == {
         ("lru", "top2"), ("lru", "none"), ("belady", "none"), ("static_hindsight", "none"),
     }  # fmt: skip

@@ -45,7 +45,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_near_miss_of_an_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     said = error_line(capsys, ["replay", "--traces", "x", "--polcy", "lru"])
     assert said == "unrecognized arguments: --polcy lru; did you mean --policy?"
-    assert "--help tells the options" in error_line(capsys, ["replay", "--traces", "x", "--nothing-like-it", "1"])
+    assert "--help lists the options" in error_line(capsys, ["replay", "--traces", "x", "--nothing-like-it", "1"])
 
 
 def test_nothing_is_printed_when_quiet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -106,3 +106,33 @@ def test_the_module_is_the_command() -> None:
     assert done.stdout == f"moe-beyond {moe_beyond.__version__}\n"
     done = subprocess.run([*words, "inspekt"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "moe-beyond: error: unknown verb 'inspekt'; did you mean 'inspect'?\n")
+
+
+@pytest.mark.parametrize("words", [["version"], ["-V"], ["--version"]])
+def test_the_version_is_printed_however_it_is_wanted(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert capsys.readouterr() == (f"moe-beyond {moe_beyond.__version__}\n", "")
+
+
+def test_help_takes_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for words in (["help", "list"], ["list", "--help"], ["help"], ["--help"]):
+        assert main(words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[2] == said[3]
+    assert "unknown verb 'lst'; did you mean 'list'?" in error_line(capsys, ["help", "lst"])
+
+
+def test_what_native_libraries_do_at_their_end_changes_no_exit_code() -> None:
+    # Let the C library abort when the process ends by exit(), as a native thread of Arrow or torch can make it do.
+    aborting = "import ctypes; libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.abort, None, None)"
+    done = subprocess.run([sys.executable, "-c", aborting], check=False)
+    assert done.returncode < 0
+    leaving = (
+        f"import atexit, sys; {aborting}; atexit.register(print, 'cleaned up'); sys.argv = ['moe-beyond', 'inspekt']; "
+        "from moe_beyond.cli.main import console; console()"
+    )
+    done = subprocess.run([sys.executable, "-c", leaving], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "cleaned up\n")
+    assert done.stderr == "moe-beyond: error: unknown verb 'inspekt'; did you mean 'inspect'?\n"

@@ -31,6 +31,7 @@ def test_two_ranks_fit_and_predict(tmp_path: Path) -> None:
     sizes = (*TINY_CROSS_LAYER, "--data.traces=traces", "--data.token_budget=64", "--trainer.max_epochs=1")
     done = command(tmp_path, "fit", *words, *sizes)
     assert done.returncode == 0, done.stderr
+    assert "sync_dist" not in done.stderr
     run = tmp_path / "runs/predictor/version_0"
     assert [path.name for path in (tmp_path / "runs/predictor").iterdir()] == ["version_0"]
     assert load_predictor(run / "predictor").architecture == "cross_layer"

@@ -166,7 +166,7 @@ def test_whatever_names_hold_is_text(run: Run, tmp_path: Path) -> None:
     kept = yaml.safe_load((folder / "config.yaml").read_text())
     kept |= {"more": {"tag": bad, "api_key": "hunter2", "token_budget": 17}}
     (folder / "config.yaml").write_text(yaml.safe_dump(kept))
-    curves = (folder / "metrics.csv").read_text().replace("val/nll/lookahead_1", "val/nll/lookahead_</svg><script>")
+    curves = (folder / "metrics.csv").read_text().replace("val_lookahead_1/nll", "val_lookahead_</svg><script>/nll")
     (folder / "metrics.csv").write_text(curves)
     device = tmp_path / "device.json"
     device.write_text(json.dumps({"base": "rtx3060", "name": f"</svg>{bad}", "source": bad}))
@@ -186,7 +186,7 @@ def test_a_predictor_folder_has_curves_if_it_lies_in_a_run(run: Run, tmp_path: P
     apart = shutil.copytree(run.folder / "predictor", tmp_path / "predictor")
     assert "a predictor folder outside a run" in report(apart, run.traces, tmp_path / "a.html", *words).text
     folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
-    (folder / "metrics.csv").write_text("epoch,step,train/loss,val/nll/lookahead_1\n0,19,2.5,\n0,20,,9.25\n1,39,1.5,\n")
+    (folder / "metrics.csv").write_text("epoch,step,train/loss,val_lookahead_1/nll\n0,19,2.5,\n0,20,,9.25\n1,39,1.5,\n")
     inside = report(folder / "predictor", run.traces, tmp_path / "b.html", *words).text
     assert "outside a run" not in inside
     assert all(said in inside for said in ("loss, step 19: 2.5", "loss, step 39: 1.5", "1, step 20: 9.25"))

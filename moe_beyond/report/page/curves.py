@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.metrics.names import of_budget, of_lookahead
 from moe_beyond.report.page.charts import SERIES, Line, axis, line_chart, number, percent
 from moe_beyond.report.page.contents import Chart, Section
 from moe_beyond.report.page.subject import replay_while_fitting
@@ -53,10 +54,12 @@ def _curves(curves: Curves, run_config: dict[str, Any], first: Lookahead) -> lis
         ("recall_at_k", "Recall in validation", "recall@k", percent),
         ("nll", "Likelihood in validation", "NLL, nats a token and layer", number),
     ):
-        found = {name: points for name, points in curves.items() if name.startswith(f"val/{figure}/lookahead_")}
+        lookaheads = [first, *_between(curves, "val_lookahead_", f"/{figure}")]
+        names = {str(h): of_lookahead("val", h, figure, first=str(h) == str(first)) for h in lookaheads}
+        found = {lookahead: curves[name] for lookahead, name in names.items() if name in curves}
         lines = [
-            _line(name.removeprefix(f"val/{figure}/lookahead_"), points, style, words)
-            for (name, points), style in zip(found.items(), itertools.cycle(SERIES), strict=False)
+            _line(lookahead, points, style, words)
+            for (lookahead, points), style in zip(found.items(), itertools.cycle(SERIES), strict=False)
         ]
         if lines:
             better = "Higher" if figure == "recall_at_k" else "Lower"
@@ -70,21 +73,28 @@ def _curves(curves: Curves, run_config: dict[str, Any], first: Lookahead) -> lis
         if replay
         else "the run's replay"
     )
+    logged = _between(curves, "val_budget_", "/hit_rate")
+    section = of_budget("val", replay["budget"], "") if replay.get("budget") else f"val_budget_{(*logged, '')[0]}/"
     for figure, title, unit, words in (
         ("hit_rate", "Hits in validation", "hit rate", percent),
         ("bytes_ratio", "Bytes in validation", "bytes moved / demanded", number),
     ):
         names = {"": "predictor", "lru_": "LRU", "belady_": "Belady"}
         lines = [
-            _line(names[prefix], curves[f"val/{prefix}{figure}"], style, words)
+            _line(names[prefix], curves[f"{section}{prefix}{figure}"], style, words)
             for prefix, style in REFERENCES.items()
-            if f"val/{prefix}{figure}" in curves
+            if f"{section}{prefix}{figure}" in curves
         ]
         if lines:
             charts.append(
                 _chart(title, unit, lines, f"Predictor: {what}; LRU and Belady at the same budget, no prefetch.")
             )
     return charts
+
+
+def _between(curves: Curves, before: str, after: str) -> list[str]:
+    """List what stands between a start and an end in the names of curves."""
+    return [name[len(before) : -len(after)] for name in curves if name.startswith(before) and name.endswith(after)]
 
 
 def _means(points: Sequence[tuple[float, float]], every: int) -> list[tuple[float, float]]:
