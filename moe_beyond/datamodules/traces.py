@@ -179,16 +179,19 @@ class TraceDataModule(L.LightningDataModule):
             multiprocessing_context="forkserver" if self.num_workers else None,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """Say, for a checkpoint, how far training has read."""
-        assert self.trainer is not None
-        epoch, done = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        over = done >= self.trainer.num_training_batches
-        return {"epoch": epoch + 1, "batches": 0} if over else {"epoch": epoch, "batches": done}
+    def plan(self) -> dict[str, int]:
+        """Return the settings that decide which sequences are in which batch of an epoch."""
+        return {"token_budget": self.token_budget, "max_tokens": self.max_tokens, "window": self.window,
+                "seed": self.seed}  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let training go on reading from there; by itself Lightning would begin with an epoch's first batches."""
-        self._resume_at = state["epoch"], state["batches"]
+    def resume(self, epoch: int, done: int) -> None:
+        """Let the next pass over the training split begin within an epoch.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            done: Batches of it to skip.
+        """
+        self._resume_at = epoch, done
 
 
 def whole_sequences(
