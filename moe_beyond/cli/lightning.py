@@ -19,6 +19,7 @@ from moe_beyond.callbacks.export import export_folder
 from moe_beyond.callbacks.lines import EpochLines
 from moe_beyond.callbacks.scores import WriteScores
 from moe_beyond.cli.options import ExampleAsWritten, OneLineErrors, Output, add_output, example_text
+from moe_beyond.cli.resuming import add_resume, check_names_a_file, saying_how_to_resume, with_resume
 from moe_beyond.cli.tracking import finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
@@ -63,6 +64,7 @@ class PredictorCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link geometry, vocabulary and hidden size."""
         add_output(parser)
+        add_resume(parser)
         # As a dictionary, since jsonargparse would want a dataclass's fields one by one.
         parser.link_arguments(
             "data.geometry", "model.init_args.geometry", compute_fn=Geometry.to_json, apply_on="instantiate"
@@ -84,7 +86,11 @@ class PredictorCLI(LightningCLI):
         """Settle what is printed: bars on a terminal, lines in a pipe, nothing when quiet."""
         options = self.config[str(self.subcommand)]
         self.output = Output(options)
-        options.json, options.quiet = None, False  # of this call alone: they are not for the run's config.yaml
+        options.json, options.quiet, options.resume = (
+            None,
+            False,
+            None,
+        )  # of this call alone: they are not for the run's config.yaml
         if self.output.quiet or not self.output.console.is_terminal:
             options.trainer.enable_progress_bar = False
         if self.output.quiet:
@@ -98,6 +104,11 @@ class PredictorCLI(LightningCLI):
         self.model.check_trainer(self.trainer)
         if not self.output.console.is_terminal:
             self.trainer.callbacks.append(EpochLines(self.output.show))  # type: ignore[attr-defined]
+
+    def fit(self, **arguments: Any) -> None:
+        """Fit; an interrupted fit says how to go on."""
+        with saying_how_to_resume(self.trainer):
+            self.trainer.fit(**arguments)
 
     def after_fit(self) -> None:
         """Say where the run and its predictor lie."""
@@ -147,6 +158,7 @@ class PredictorCLI(LightningCLI):
             if needed:
                 raise UserError(f"{verb} needs trained weights; give --ckpt_path FILE")
             return
+        check_names_a_file(verb, str(path))
         checkpoint = load_checkpoint(path)
         found, asked = checkpoint.predictor, self.model.predictor
         if (found.architecture, found.arguments()) != (asked.architecture, asked.arguments()):
@@ -193,7 +205,7 @@ def run(words: list[str]) -> None:
                     "formatter_class": ExampleAsWritten,
                     **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},
                 },
-                args=words,
+                args=with_resume(words),
             )
     except ValueError as error:  # jsonargparse wraps what a constructor raises
         cause = error.__cause__

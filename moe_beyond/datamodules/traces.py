@@ -1,5 +1,8 @@
 """The data module of trace sets."""
 
+import multiprocessing.forkserver
+import signal
+import threading
 from collections.abc import Iterator
 
 import lightning as L
@@ -170,6 +173,8 @@ class TraceDataModule(L.LightningDataModule):
         return self._loader(traces, split, 1, sampler)
 
     def _loader(self, traces: TraceSet, split: str | None, window: int, sampler: PlannedBatches) -> DataLoader[Batch]:
+        if self.num_workers:
+            _start_server_of_workers()
         return DataLoader(
             ShardedTraces(traces, traces.shards(split), window, hidden_states=self.hidden_states),
             sampler=sampler,
@@ -192,6 +197,21 @@ class TraceDataModule(L.LightningDataModule):
             done: Batches of it to skip.
         """
         self._resume_at = epoch, done
+
+
+def _start_server_of_workers() -> None:
+    """Start the process that workers fork from so that Ctrl-C, which a terminal sends to all, ends no worker.
+
+    Only the main process is to answer it, and then stops its workers. They inherit from their birth that it is ignored;
+    one that were to die of it would print a traceback, and end the fit before it saved a checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def whole_sequences(

@@ -46,6 +46,11 @@ def validation_data(run: str | Path) -> tuple[str, str]:
     return data.get("val_traces") or data["traces"], data["val_split"]
 
 
+def checkpoints_of(run: str | Path) -> list[Path]:
+    """List the checkpoints of a run; what is being written, under a hidden name, is none yet."""
+    return [path for path in Path(run).rglob("*.ckpt") if not path.name.startswith(".")]
+
+
 def evaluate_run(run: str | Path, evaluating: Callable[[ScoreSource], Evaluation]) -> Iterator[CheckpointEvaluation]:
     """Evaluate a run's checkpoints in the order of their steps.
 
@@ -56,7 +61,7 @@ def evaluate_run(run: str | Path, evaluating: Callable[[ScoreSource], Evaluation
     Raises:
         UserError: There is no checkpoint, or one cannot be read.
     """
-    files = list(Path(run).rglob("*.ckpt"))
+    files = checkpoints_of(run)
     if not files:
         raise UserError(f"{run}: holds no checkpoint (*.ckpt)")
     steps = {path: load_checkpoint(path).step for path in files}  # loaded twice, so that one at a time is in memory

@@ -19,6 +19,7 @@ from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
 from moe_beyond.predictors.folder import check_fits
 from moe_beyond.tasks.checkpoint_io import keep_checkpoints_whole
 from moe_beyond.tasks.resuming import (
+    RESUME_KEY,
     Progress,
     batches_to_skip,
     check_resumable,
@@ -28,9 +29,6 @@ from moe_beyond.tasks.resuming import (
     restore,
     seed_batch,
 )
-
-RESUME_KEY = "resume"
-"""Of what a task notes in a checkpoint, the part that only a resumed fit reads."""
 
 
 class PredictorTask(L.LightningModule):

@@ -24,6 +24,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moe_beyond.errors import UserError
 
+RESUME_KEY = "resume"
+"""Part of a task's notes in a checkpoint that only a resumed fit reads."""
 ALL_BATCHES = sys.maxsize
 """More batches than any epoch has: skipping them leaves none."""
 
