@@ -29,8 +29,8 @@ def add_resume(parser: ArgumentParser) -> None:
     parser.add_argument(
         OPTION,
         metavar="RUN",
-        help="go on with a run that was stopped: its folder, or one of its checkpoints; other options override its "
-        "config.yaml",
+        help="of fit only: go on with a run that was stopped: its folder, or one of its checkpoints; other options "
+        "override its config.yaml",
     )
 
 
