@@ -37,7 +37,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch closes its archive, and fails at that too
+                cause = error.__context__
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__context__
+                raise cause or error from None
 
 
 def keep_checkpoints_whole(trainer: L.Trainer) -> None:
