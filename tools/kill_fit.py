@@ -12,6 +12,7 @@ Exits with 1 where anything differs.
 """
 
 import argparse
+import logging
 import os
 import random
 import shutil
@@ -264,6 +265,8 @@ def main() -> None:
     args = parser.parse_args()
     chance, console = random.Random(args.seed), Console(width=120)
     torch.set_num_threads(1)
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_traces(work / "traces")

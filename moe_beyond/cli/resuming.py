@@ -81,7 +81,8 @@ def find_run(name: str) -> tuple[Path, Path]:
     place = Path(name)
     if not place.exists():
         raise UserError(f"{name}: run not found; name its folder, as runs/predictor/version_0, or a checkpoint of it")
-    folder = place if place.is_dir() else next((one for one in place.parents if (one / CONFIG_FILE).exists()), place)
+    nearby = (place.parent.parent, place.parent)  # Lightning keeps checkpoints in a folder of the run's
+    folder = place if place.is_dir() else next((one for one in nearby if (one / CONFIG_FILE).exists()), place.parent)
     config = folder / CONFIG_FILE
     if not config.exists():
         raise UserError(f"{name}: has no {CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")

@@ -98,7 +98,8 @@ class PredictorTask(L.LightningModule):
         self._lent_steps = int(is_finishing(progress, self.trainer))
         self.trainer.fit_loop.epoch_loop.max_steps += self._lent_steps  # until the end of the epoch
         stopping = [one for one in self.trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
-        if progress.batches == 0 and any(one.wait_count >= one.patience for one in stopping):
+        validated = progress.batches == 0 or progress.validated  # and so has looked at the figures
+        if validated and any(one.wait_count >= one.patience for one in stopping):
             self.trainer.should_stop = True
 
     def on_train_start(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_traces
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from moe_beyond.callbacks import ExportBest
@@ -84,6 +84,7 @@ def fit(
     model: dict[str, Any] | None = None,
     task: type[PredictorTask] = CrossLayer,
     saving: dict[str, Any] | None = None,
+    stopping: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> Fit:
     """Fit, with the shipped dropout, until the end or until it is killed."""
@@ -96,6 +97,7 @@ def fit(
         ModelCheckpoint(filename="last", enable_version_counter=False, **(saving or {"every_n_train_steps": 1})),
         ExportBest(),
         watch,
+        *([] if stopping is None else [EarlyStopping("val/recall_at_k", **stopping)]),
     ]
     loop = L.Trainer(
         logger=CSVLogger(folder, name="run"), callbacks=callbacks, accelerator="cpu", gradient_clip_val=1.0,
@@ -210,6 +212,21 @@ def test_as_many_steps_are_made_as_planned(how: dict[str, Any], steps: int, trac
 def test_an_endless_fit_is_refused(traces: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer\.max_epochs is -1, .* set trainer.max_epochs or trainer.max_steps"):
         fit(tmp_path, traces, max_epochs=-1)
+
+
+@pytest.mark.parametrize("epoch_end", [True, False])
+def test_a_fit_that_had_stopped_early_does_not_go_on(epoch_end: bool, traces: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {
+        "stopping": {"mode": "min", "patience": 1, "min_delta": 1.0, "check_on_train_epoch_end": epoch_end},
+        "saving": {"save_on_train_epoch_end": epoch_end}, "max_epochs": 5,
+    }  # fmt: skip
+    expected = fit(tmp_path / "undisturbed", traces, **how)
+    assert expected.steps == 2 * BATCHES
+    kill_at = nth(expected.events, "on_train_epoch_end" if epoch_end else "on_validation_end", -1)
+    fit(tmp_path / "killed", traces, kill_at=kill_at, **how)
+    resumed = fit(tmp_path / "resumed", traces, resume=newest_checkpoint(tmp_path / "killed"), **how)
+    assert resumed.steps == expected.steps
+    assert all(torch.equal(resumed.exported[name], tensor) for name, tensor in expected.exported.items())
 
 
 def test_counting_goes_on_where_it_stopped(traces: Path, tmp_path: Path) -> None:
