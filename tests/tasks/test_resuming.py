@@ -3,6 +3,7 @@
 import contextlib
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ def fit(
         *([] if stopping is None else [EarlyStopping("val/recall_at_k", **stopping)]),
     ]
     loop = L.Trainer(
-        logger=CSVLogger(folder, name="run"), callbacks=callbacks, accelerator="cpu", gradient_clip_val=1.0,
+        logger=CSVLogger(folder, name="run"), callbacks=callbacks, accelerator="cpu",
         num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
-        **{"max_epochs": 3, **trainer},
+        **{"max_epochs": 3, "gradient_clip_val": 1.0, **trainer},
     )  # fmt: skip
     # Lightning puts checkpoints last; the watch comes after them.
     loop.callbacks = [one for one in loop.callbacks if one is not watch] + [watch]
@@ -139,6 +140,19 @@ def assert_resumes(expected: Fit, kill_at: int, folder: Path, traces: Path, **ho
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), where
 
 
+@pytest.fixture(scope="module")
+def undisturbed(traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fit]:
+    """Fits that are never stopped, each kind once."""
+    done: dict[str, Fit] = {}
+
+    def fit_once(**how: Any) -> Fit:
+        if str(how) not in done:
+            done[str(how)] = fit(tmp_path_factory.mktemp("undisturbed"), traces, **how)
+        return done[str(how)]
+
+    return fit_once
+
+
 def nth(events: list[str], name: str, number: int) -> int:
     """Where an event comes for the n-th time; -1 for the last."""
     return [at for at, event in enumerate(events) if event == name][number]
@@ -157,9 +171,9 @@ def nth(events: list[str], name: str, number: int) -> int:
     ],
 )
 def test_a_killed_fit_ends_as_one_that_never_stopped(
-    event: str, number: int, how: dict[str, Any], traces: Path, tmp_path: Path
+    event: str, number: int, how: dict[str, Any], undisturbed: Callable[..., Fit], traces: Path, tmp_path: Path
 ) -> None:
-    expected = fit(tmp_path / "undisturbed", traces, **how)
+    expected = undisturbed(**how)
     assert_resumes(expected, nth(expected.events, event, number), tmp_path, traces, **how)
 
 
@@ -177,8 +191,10 @@ def test_a_killed_fit_ends_as_one_that_never_stopped(
     ],
     ids=str,
 )
-def test_a_fit_may_be_killed_anywhere(how: dict[str, Any], traces: Path, tmp_path: Path) -> None:
-    expected = fit(tmp_path / "undisturbed", traces, **how)
+def test_a_fit_may_be_killed_anywhere(
+    how: dict[str, Any], undisturbed: Callable[..., Fit], traces: Path, tmp_path: Path
+) -> None:
+    expected = undisturbed(**how)
     first = nth(expected.events, "on_train_batch_end", how.get("accumulate_grad_batches", 1) - 1)
     for kill_at in range(first, len(expected.events)):
         assert_resumes(expected, kill_at, tmp_path / str(kill_at), traces, **how)
@@ -258,11 +274,11 @@ def test_a_longer_plan_is_said(traces: Path, tmp_path: Path, capsys: pytest.Capt
     assert "planned for 6 steps, now for 12; from here on the learning rate follows" in capsys.readouterr().err
 
 
-def test_a_run_that_was_moved_keeps_its_best(traces: Path, tmp_path: Path) -> None:
-    expected = fit(tmp_path / "undisturbed", traces, max_epochs=2)
-    fit(tmp_path / "a", traces, max_epochs=2, kill_at=nth(expected.events, "on_train_batch_end", 7))
+def test_a_run_that_was_moved_keeps_its_best(undisturbed: Callable[..., Fit], traces: Path, tmp_path: Path) -> None:
+    expected = undisturbed()
+    fit(tmp_path / "a", traces, kill_at=nth(expected.events, "on_train_batch_end", 7))
     (tmp_path / "a").rename(tmp_path / "moved")
-    resumed = fit(tmp_path / "b", traces, max_epochs=2, resume=newest_checkpoint(tmp_path / "moved"))
+    resumed = fit(tmp_path / "b", traces, resume=newest_checkpoint(tmp_path / "moved"))
     assert all(torch.equal(resumed.exported[name], tensor) for name, tensor in expected.exported.items())
 
 
