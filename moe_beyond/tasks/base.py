@@ -63,7 +63,9 @@ class PredictorTask(L.LightningModule):
         self._seed: int | None = None
         self._resumed: Progress | None = None
         self._planned_before: int | None = None
+        self._figures_before: dict[str, Tensor] = {}
         self._lent_steps = 0
+        self._stop_at_epoch_end = False
 
     @property
     def data(self) -> TraceDataModule:
@@ -98,12 +100,13 @@ class PredictorTask(L.LightningModule):
         self._lent_steps = int(is_finishing(progress, self.trainer))
         self.trainer.fit_loop.epoch_loop.max_steps += self._lent_steps  # until the end of the epoch
         stopping = [one for one in self.trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
-        validated = progress.batches == 0 or progress.validated  # and so has looked at the figures
-        if validated and any(one.wait_count >= one.patience for one in stopping):
-            self.trainer.should_stop = True
+        if any(one.wait_count >= one.patience for one in stopping):
+            self.trainer.should_stop = progress.batches == 0
+            self._stop_at_epoch_end = progress.whole and progress.validated
 
     def on_train_start(self) -> None:
-        """Settle the seed of the fit's steps, one for all ranks."""
+        """Settle the seed of the fit's steps, one for all ranks; show callbacks the figures they would have seen."""
+        self.trainer.callback_metrics.update(self._figures_before)
         if self._seed is None:
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -122,7 +125,8 @@ class PredictorTask(L.LightningModule):
         seed_batch(self._seed, self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
 
     def on_train_epoch_end(self) -> None:
-        """Take back the step that `_go_on` lent."""
+        """Take back the step that `_go_on` lent, and stop where the fit had stopped early."""
+        self.trainer.should_stop |= self._stop_at_epoch_end
         self.trainer.fit_loop.epoch_loop.max_steps -= self._lent_steps
         self._lent_steps = 0
 
@@ -136,7 +140,8 @@ class PredictorTask(L.LightningModule):
         if stage == "fit":
             keep_checkpoints_whole(self.trainer)
             self._seed = self._resumed = self._planned_before = self.planned_steps = None
-            self._lent_steps = 0
+            self._figures_before = {}
+            self._lent_steps, self._stop_at_epoch_end = 0, False
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
             self.predictor.prepare(self.data.training_text())
             self.trained_on = {**self.data.traces.describe(self.data.train_split), "recipe": self.recipe()}
@@ -173,6 +178,7 @@ class PredictorTask(L.LightningModule):
                 "progress": progress_of(self.trainer).to_json(),
                 "seed": self._seed,
                 "planned_steps": self.planned_steps,
+                "figures": {name: value.detach().cpu() for name, value in self.trainer.callback_metrics.items()},
                 "plan": self._plan(),
             },
         }
@@ -206,6 +212,7 @@ class PredictorTask(L.LightningModule):
         check_resumable(checkpoint, noted, self._plan(), str(self.trainer.ckpt_path))
         progress = self._resumed = Progress(**noted["progress"])
         self._seed, self._planned_before = noted["seed"], noted["planned_steps"]
+        self._figures_before = noted["figures"]
         restore(progress, checkpoint["loops"]["fit_loop"], self.trainer)
         keep_best(checkpoint, self.trainer)
         self.data.resume(progress.epoch, batches_to_skip(progress, self.trainer))
