@@ -28,6 +28,9 @@ SEAL = "content_sha256"
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` on success, delete it on any error.
 
+    The file is flushed to the disk before it is renamed, and its folder after: even a power cut leaves the earlier file
+    or the later one.
+
     Raises:
         UserError: There is no room for it.
     """
@@ -40,7 +43,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o666 & ~_umask())
+            _flush(temporary)
             temporary.replace(path)
+            _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -217,6 +222,15 @@ def _naming_what_has_no_room(path: Path) -> Iterator[None]:
             raise
         told = os.strerror(number)
         raise UserError(f"{path}: cannot be written ({told}); make room, then run the same command again") from error
+
+
+def _flush(path: Path) -> None:
+    """Let the disk take a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

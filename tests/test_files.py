@@ -42,6 +42,14 @@ def test_replacing_puts_the_whole_file_in_place_and_leaves_nothing_beside_it(tmp
     assert os.listdir(path.parent) == ["file.bin"]
 
 
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    path, done = tmp_path / "file.txt", []
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append((os.fstat(handle).st_ino, path.exists())))
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert done == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
 def test_an_error_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")

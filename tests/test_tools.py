@@ -173,3 +173,15 @@ def test_training_is_timed_on_the_same_pieces(tmp_path: Path) -> None:
         name: pytest.approx(best[name] / best["row_encoder"]) for name in ("cross_layer", "cross_layer, small")
     }
     assert all(len(row["entries_per_s"]) == 1 and row["entries_per_s"][0] > 0 for row in found["runs"])
+
+
+@pytest.mark.slow
+def test_killed_fits_resume_exactly(tmp_path: Path) -> None:
+    names = ["two workers", "two ranks, accumulating 3", "eamc, which counts"]
+    run("kill_fit.py", "--kills", "2", "--only", *names, "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["configurations"]) == names
+    for row in found["configurations"].values():
+        assert row["kills"] == 2
+        assert row["planned"] in (None, row["made"])
+        assert (row["weights"], row["exported"], row["rates"], row["validations"], row["steps"]) == (0, 0, 0, 0, 0)

@@ -27,6 +27,7 @@ from moe_beyond.callbacks.run import run_folder
 from moe_beyond.callbacks.scores import WriteScores
 from moe_beyond.cli.config_files import ConfigFile, guard_yaml
 from moe_beyond.cli.options import ExampleAsWritten, Output, add_output, example_text
+from moe_beyond.cli.resuming import add_resume, check_names_a_file, saying_how_to_resume, with_resume
 from moe_beyond.cli.slips import OneLineErrors, one_line
 from moe_beyond.cli.tracking import discard_offline_run, finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
@@ -97,7 +98,8 @@ class PredictorCLI(LightningCLI):
         super().parse_arguments(parser, args)
         options = self.config[str(self.config.subcommand)]
         self.output = Output(options)
-        options.json, options.quiet = None, False  # of this call only: they are not for the run's config.yaml
+        # Of this call only: they are not for the run's config.yaml.
+        options.json, options.quiet, options.resume = None, False, None
         if self.output.quiet or not self.output.console.is_terminal:
             options.trainer.enable_progress_bar = False
         if self.output.quiet:
@@ -109,6 +111,7 @@ class PredictorCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link geometry, vocabulary and hidden size."""
         add_output(parser)
+        add_resume(parser)
         # As a dictionary, since jsonargparse would want a dataclass's fields one by one.
         parser.link_arguments(
             "data.geometry", "model.init_args.geometry", compute_fn=Geometry.to_json, apply_on="instantiate"
@@ -155,6 +158,11 @@ class PredictorCLI(LightningCLI):
         check_monitors(self.trainer.callbacks, self.model, self.datamodule)  # type: ignore[attr-defined]
         if not self.output.console.is_terminal:
             self.trainer.callbacks.append(EpochLines(self.output.show))  # type: ignore[attr-defined]
+
+    def fit(self, **arguments: Any) -> None:
+        """Fit; an interrupted fit says how to go on."""
+        with saying_how_to_resume(self.trainer):
+            self.trainer.fit(**arguments)
 
     def after_fit(self) -> None:
         """Show where the run and its predictor are.
@@ -210,6 +218,7 @@ class PredictorCLI(LightningCLI):
             if needed:
                 raise UserError(f"{verb} needs trained weights; give --ckpt_path FILE")
             return
+        check_names_a_file(verb, str(path))
         checkpoint = load_checkpoint(path)
         found, asked = checkpoint.predictor, self.model.predictor
         if (found.architecture, found.arguments()) != (asked.architecture, asked.arguments()):
@@ -310,5 +319,5 @@ def run(words: list[str]) -> None:
                 "formatter_class": ExampleAsWritten,
                 **{verb: {"epilog": example_text(example)} for verb, example in EXAMPLES.items()},
             },
-            args=words,
+            args=with_resume(words),
         )

@@ -89,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moe-beyond: error: {error}", file=sys.stderr)
         return 2
     except SystemExit as end:  # argument parsers end so, after their own message
+        if end.code == 1 and isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
+            print("moe-beyond: interrupted", file=sys.stderr)
+            return 130
         return end.code if isinstance(end.code, int) else 1
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,8 @@
 """Which pieces of which sequences make up each batch of an epoch: a pure function of lengths, seed and epoch.
 
-Because the plan is made before any worker starts, the batches are the same with any number of workers.
+Because the plan is made before any worker starts, the batches are the same with any number of workers. Every epoch has
+the same number of batches, so the steps of a fit are known before it starts, and Lightning, which reads that number
+once, neither cuts a longer epoch short nor passes over the validation of a shorter one.
 """
 
 from collections.abc import Sequence
@@ -27,8 +29,8 @@ class PlanSettings:
     Attributes:
         token_budget: Padded tokens of a batch (rows times longest) at most; a longer single piece is a batch alone.
         max_tokens: Longer sequences are cut into pieces of this many tokens; None keeps them whole.
-        window: Shards whose pieces are mixed; as many are in memory at once.
-        seed: Of the shuffling.
+        window: Largest number of shards whose pieces are mixed; as many are in memory at once.
+        seed: Seed of the shuffling.
         shuffle: Whether shards, pieces and batches are shuffled.
     """
 
@@ -49,8 +51,10 @@ def plan_batches(
 ) -> list[tuple[Piece, ...]]:
     """Plan an epoch.
 
-    Shards are visited in (shuffled) windows. Within a window the pieces are sorted by length, ties in random order,
-    and cut into batches of the token budget, so that little is padding; then the batches are shuffled.
+    The seed deals the shards into windows, the same ones in every epoch; the epoch shuffles the order of the windows.
+    Within a window the pieces are sorted by length, ties in random order, and cut into batches of the token budget, so
+    that little is padding; then the batches are shuffled. The cuts depend only on the window's lengths, so every epoch
+    has the same number of batches.
 
     Args:
         lengths: For each shard the tokens of its rows.
@@ -58,10 +62,11 @@ def plan_batches(
         epoch: Changes the shuffling.
     """
     random = np.random.default_rng((settings.seed, epoch))
-    order = random.permutation(len(lengths)) if settings.shuffle else np.arange(len(lengths))
+    windows = _windows(len(lengths), settings)
+    order = random.permutation(len(windows)) if settings.shuffle else np.arange(len(windows))
     batches: list[tuple[Piece, ...]] = []
-    for first in range(0, len(order), settings.window):
-        pieces = _pieces(lengths, order[first : first + settings.window], settings.max_tokens)
+    for window in order:
+        pieces = _pieces(lengths, windows[window], settings.max_tokens)
         sizes = pieces[:, 3] - pieces[:, 2]
         ties = random.permutation(len(pieces)) if settings.shuffle else np.arange(len(pieces))
         ranked = np.lexsort((ties, sizes))
@@ -71,6 +76,12 @@ def plan_batches(
             in_window = [in_window[i] for i in random.permutation(len(in_window))]
         batches += in_window
     return batches
+
+
+def _windows(shards: int, settings: PlanSettings) -> list[npt.NDArray[np.int64]]:
+    """Deal the shards into windows of equal size, up to one shard; a window of few shards would mix and pad badly."""
+    order = np.random.default_rng(settings.seed).permutation(shards) if settings.shuffle else np.arange(shards)
+    return np.array_split(order, -(-shards // settings.window))
 
 
 def _pieces(

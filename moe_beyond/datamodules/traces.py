@@ -1,5 +1,8 @@
 """The data module of trace sets."""
 
+import multiprocessing.forkserver
+import signal
+import threading
 from collections.abc import Iterator
 
 import lightning as L
@@ -187,6 +190,8 @@ class TraceDataModule(L.LightningDataModule):
         return self._loader(traces, split, 1, sampler)
 
     def _loader(self, traces: TraceSet, split: str | None, window: int, sampler: PlannedBatches) -> DataLoader[Batch]:
+        if self.num_workers:
+            _start_server_of_workers()
         return DataLoader(
             ShardedTraces(traces, traces.shards(split), window, hidden_states=self.hidden_states),
             sampler=sampler,
@@ -196,16 +201,34 @@ class TraceDataModule(L.LightningDataModule):
             multiprocessing_context="forkserver" if self.num_workers else None,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """Say, for a checkpoint, how far training has read."""
-        assert self.trainer is not None
-        epoch, done = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        over = done >= self.trainer.num_training_batches
-        return {"epoch": epoch + 1, "batches": 0} if over else {"epoch": epoch, "batches": done}
+    def plan(self) -> dict[str, int]:
+        """Return the settings that decide which sequences are in which batch of an epoch."""
+        return {"token_budget": self.token_budget, "max_tokens": self.max_tokens, "window": self.window,
+                "seed": self.seed}  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let training go on reading from there; by itself Lightning would begin with an epoch's first batches."""
-        self._resume_at = state["epoch"], state["batches"]
+    def resume(self, epoch: int, done: int) -> None:
+        """Let the next pass over the training split begin within an epoch.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            done: Batches of it to skip.
+        """
+        self._resume_at = epoch, done
+
+
+def _start_server_of_workers() -> None:
+    """Start the process that workers fork from so that Ctrl-C, which a terminal sends to all, ends no worker.
+
+    Only the main process is to answer it, and then stops its workers. They inherit from their birth that it is ignored;
+    one that were to die of it would print a traceback, and end the fit before it saved a checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def whole_sequences(

@@ -1,10 +1,13 @@
-"""What every task does: validate, test, predict, and say in its checkpoints what it fitted."""
+"""What every task does: validate, test, predict, note in its checkpoints what it fitted, and resume from them."""
 
 import os
+import sys
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moe_beyond.datamodules import TraceDataModule
@@ -15,10 +18,26 @@ from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
 from moe_beyond.predictors.folder import check_fits
+from moe_beyond.tasks.checkpoint_io import keep_checkpoints_whole
+from moe_beyond.tasks.resuming import (
+    RESUME_KEY,
+    Progress,
+    batches_to_skip,
+    check_resumable,
+    is_finishing,
+    keep_best,
+    progress_of,
+    restore,
+    seed_batch,
+)
 
 
 class PredictorTask(L.LightningModule):
     """Fits one predictor on what a `TraceDataModule` streams.
+
+    A fit that is resumed from one of its checkpoints makes the steps that it would have made without a stop: the same
+    batches, learning rates and dropout, to the same weights. `moe_beyond.tasks.resuming` says how. This holds for any
+    `lightning.Trainer`; checkpoints are written whole, see `moe_beyond.tasks.checkpoint_io`.
 
     Validation, test and prediction steps return ``(B, T, H, L, E)`` probabilities, so that callbacks can replay them
     without a second forward.
@@ -28,6 +47,7 @@ class PredictorTask(L.LightningModule):
 
     Attributes:
         measured: Figures of the last validation or test, as `RoutingMetrics.to_rows` gives them.
+        planned_steps: Optimiser steps of the whole fit, where a schedule needs them; None otherwise.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -40,6 +60,13 @@ class PredictorTask(L.LightningModule):
         self.training: bool
         self.trained_on: dict[str, Any] = {}
         self.measured: list[dict[str, Any]] = []
+        self.planned_steps: int | None = None
+        self._seed: int | None = None
+        self._resumed: Progress | None = None
+        self._planned_before: int | None = None
+        self._figures_before: dict[str, Tensor] = {}
+        self._lent_steps = 0
+        self._stop_at_epoch_end = False
 
     @property
     def data(self) -> TraceDataModule:
@@ -66,6 +93,43 @@ class PredictorTask(L.LightningModule):
     def on_fit_start(self) -> None:
         """Check the trainer, also where no command line did."""
         self.check_trainer(self.trainer)
+        if self._resumed is not None:
+            self._go_on(self._resumed)
+
+    def _go_on(self, progress: Progress) -> None:
+        """Let Lightning finish what it would hold for finished, and end what it would hold for unfinished."""
+        self._lent_steps = int(is_finishing(progress, self.trainer))
+        self.trainer.fit_loop.epoch_loop.max_steps += self._lent_steps  # until the end of the epoch
+        stopping = [one for one in self.trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+        if any(one.wait_count >= one.patience for one in stopping):
+            self.trainer.should_stop = progress.batches == 0
+            self._stop_at_epoch_end = progress.whole and progress.validated
+
+    def on_train_start(self) -> None:
+        """Settle the seed of the fit's steps, one for all ranks; show callbacks the figures they would have seen."""
+        self.trainer.callback_metrics.update(self._figures_before)
+        if self._seed is None:
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):  # which looks only when an epoch starts
+                callback.on_train_epoch_start(self.trainer)
+        if self._planned_before not in (None, self.planned_steps) and self.trainer.is_global_zero:
+            print(
+                f"moe-beyond: the fit was planned for {self._planned_before} steps, now for {self.planned_steps}; "
+                "from here on the learning rate follows the new schedule",
+                file=sys.stderr,
+            )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed the step."""
+        assert self._seed is not None
+        seed_batch(self._seed, self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
+
+    def on_train_epoch_end(self) -> None:
+        """Take back the step that `_go_on` lent, and stop where the fit had stopped early."""
+        self.trainer.should_stop |= self._stop_at_epoch_end
+        self.trainer.fit_loop.epoch_loop.max_steps -= self._lent_steps
+        self._lent_steps = 0
 
     def setup(self, stage: str) -> None:
         """Ask for what the predictor reads; before a fit, take in its vocabulary and note what the fit is on.
@@ -75,6 +139,10 @@ class PredictorTask(L.LightningModule):
         """
         self.data.hidden_states = self.predictor.information.hidden_states is not None
         if stage == "fit":
+            keep_checkpoints_whole(self.trainer)
+            self._seed = self._resumed = self._planned_before = self.planned_steps = None
+            self._figures_before = {}
+            self._lent_steps, self._stop_at_epoch_end = 0, False
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
             self.predictor.prepare(self.data.training_text())
             self.trained_on = {**self.data.traces.describe(self.data.train_split), "recipe": self.recipe()}
@@ -100,20 +168,36 @@ class PredictorTask(L.LightningModule):
         self._log_metrics("test", self.test_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the weights are, in plain values, so that `package` and `evaluate` need no config."""
+        """Note what the weights are, so that `package` and `evaluate` need no config, and how far the fit is."""
         checkpoint[CHECKPOINT_KEY] = {
             "architecture": self.predictor.architecture,
             "arguments": self.predictor.arguments(),
             "geometry": self.predictor.geometry.to_json(),
             "vocab_size": self.predictor.vocab_size,
             "training": self.trained_on,
+            RESUME_KEY: {
+                "progress": progress_of(self.trainer).to_json(),
+                "seed": self._seed,
+                "planned_steps": self.planned_steps,
+                "figures": {name: value.detach().cpu() for name, value in self.trainer.callback_metrics.items()},
+                "plan": self._plan(),
+            },
+        }
+
+    def _plan(self) -> dict[str, Any]:
+        """Return the settings that number the batches of an epoch."""
+        trainer = self.trainer
+        return self.data.plan() | {
+            "ranks": trainer.world_size,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "limit_train_batches": trainer.limit_train_batches,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what an earlier run noted.
+        """Take over what an earlier run noted; in a fit, go on from there.
 
         Raises:
-            UserError: A fit would go on with other traces than it began with.
+            UserError: A fit would go on with other traces than it began with, or cannot go on.
         """
         noted = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
         if self.trained_on and noted.get("fingerprint") != self.trained_on["fingerprint"]:
@@ -122,6 +206,17 @@ class PredictorTask(L.LightningModule):
                 f"({self.trained_on['source']}); resume with the same"
             )
         self.trained_on = noted
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._resume(checkpoint, checkpoint.get(CHECKPOINT_KEY, {}).get(RESUME_KEY, {}))
+
+    def _resume(self, checkpoint: dict[str, Any], noted: dict[str, Any]) -> None:
+        check_resumable(checkpoint, noted, self._plan(), str(self.trainer.ckpt_path))
+        progress = self._resumed = Progress(**noted["progress"])
+        self._seed, self._planned_before = noted["seed"], noted["planned_steps"]
+        self._figures_before = noted["figures"]
+        restore(progress, checkpoint["loops"]["fit_loop"], self.trainer)
+        keep_best(checkpoint, self.trainer)
+        self.data.resume(progress.epoch, batches_to_skip(progress, self.trainer))
 
     def _count(self, stage: str, batch: Batch, metrics: RoutingMetrics) -> Tensor:
         logits = self.predictor(batch)

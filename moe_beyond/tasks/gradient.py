@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from moe_beyond.errors import UserError
@@ -16,7 +18,7 @@ from moe_beyond.tasks.base import PredictorTask
 
 
 class GradientTask(PredictorTask):
-    """AdamW with a linear warm-up and a cosine to zero, stepped at every batch.
+    """AdamW with a linear warm-up and a cosine to zero, stepped at every optimiser step of the whole fit.
 
     Args:
         predictor: What is fitted.
@@ -113,7 +115,7 @@ class GradientTask(PredictorTask):
         vectors = [p for p in self.fitted.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, self.lr)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        self.planned_steps = steps = planned_steps(self.trainer)
         rising = max(1, round(self.warmup * steps))
 
         def rate(step: int) -> float:
@@ -123,3 +125,29 @@ class GradientTask(PredictorTask):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def planned_steps(trainer: L.Trainer) -> int:
+    """Return the optimiser steps that a fit makes, from its first epoch to its last; the same after a resume.
+
+    It is exact, but for a fit that ends early (early stopping, ``max_time``): every epoch has the same number of
+    batches, the last gradients of an epoch are stepped however few were accumulated.
+
+    Args:
+        trainer: Trainer whose training data are attached.
+
+    Raises:
+        UserError: The fit has no end.
+    """
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise UserError(
+            "trainer.max_epochs is -1, so the learning rate has no step to fall to zero at; set trainer.max_epochs or "
+            "trainer.max_steps"
+        )
+    steps = int(trainer.estimated_stepping_batches)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs != -1:
+            epochs = map(callback.get_accumulate_grad_batches, range(trainer.max_epochs or 0))
+            steps = sum(math.ceil(trainer.num_training_batches / accumulated) for accumulated in epochs)
+            steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    return max(1, steps)

@@ -72,15 +72,28 @@ def test_a_plan_follows_from_its_arguments_alone(lengths, plan, epoch):
 @given(lengths=shards, plan=plans, epoch=st.integers(0, 9))
 def test_no_more_shards_than_the_window_are_mixed(lengths, plan, epoch):
     """Walking through the plan, a shard that was left is never needed again."""
-    order = list(dict.fromkeys(piece.shard for batch in plan_batches(lengths, plan, epoch) for piece in batch))
-    windows = [set(order[first : first + plan.window]) for first in range(0, len(order), plan.window)]
-    at = 0
-    for batch in plan_batches(lengths, plan, epoch):
-        used = {piece.shard for piece in batch}
-        if not used <= windows[at]:
-            at += 1
-        assert used <= windows[at]
-    assert at == len(windows) - 1
+    batches = [{piece.shard for piece in batch} for batch in plan_batches(lengths, plan, epoch)]
+    first = {shard: min(at for at, used in enumerate(batches) if shard in used) for shard in range(len(lengths))}
+    last = {shard: max(at for at, used in enumerate(batches) if shard in used) for shard in range(len(lengths))}
+    for at in range(len(batches)):
+        assert sum(first[shard] <= at <= last[shard] for shard in first) <= plan.window
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=shards, plan=plans, epochs=st.lists(st.integers(0, 99), min_size=2, max_size=4))
+def test_every_epoch_has_the_same_number_of_batches(lengths, plan, epochs):
+    assert len({len(plan_batches(lengths, plan, epoch)) for epoch in epochs}) == 1
+
+
+def test_windows_are_of_equal_size():
+    """Nine shards of one batch each in windows of eight: five are mixed, and four."""
+    lengths = [np.full(4, 4)] * 9
+    batches = plan_batches(lengths, PlanSettings(16, None, 8, 0, True), epoch=3)
+    mixed = [{piece.shard for batch in part for piece in batch} for part in (batches[:5], batches[5:])]
+    if len(mixed[0]) != 5:
+        mixed = [{piece.shard for batch in part for piece in batch} for part in (batches[:4], batches[4:])]
+    assert sorted(map(len, mixed)) == [4, 5]
+    assert mixed[0].isdisjoint(mixed[1])
 
 
 def test_other_epochs_and_seeds_give_other_plans():

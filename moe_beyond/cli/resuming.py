@@ -1,0 +1,173 @@
+"""``moe-beyond fit --resume RUN``, and what an interrupted fit says."""
+
+import pickle
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentParser
+
+from moe_beyond.callbacks.interrupt import SaveOnInterrupt
+from moe_beyond.errors import UserError
+from moe_beyond.evaluation.runs import CONFIG_FILE, checkpoints_of
+from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
+from moe_beyond.tasks.resuming import RESUME_KEY, Progress
+
+OPTION = "--resume"
+NO_FILES = ("last", "best", "hpc", "registry")
+"""Words by which Lightning looks for a checkpoint of the run that is about to start, which has none."""
+
+
+def add_resume(parser: ArgumentParser) -> None:
+    """Add ``--resume RUN``, which `with_resume` replaces before anything is parsed."""
+    parser.add_argument(
+        OPTION,
+        metavar="RUN",
+        help="of fit only: go on with a run that was stopped: its folder, or one of its checkpoints; other options "
+        "override its config.yaml",
+    )
+
+
+def with_resume(words: Sequence[str]) -> list[str]:
+    """Replace ``--resume RUN`` by the run's configuration and its newest checkpoint.
+
+    The configuration is read as ``-c`` reads it, with the same checks.
+
+    Args:
+        words: The verb and its options.
+
+    Raises:
+        UserError: There is no such run, it has no checkpoint to go on from, or the options contradict each other.
+    """
+    kept, runs, rest = list[str](), list[str](), iter(words)
+    for word in rest:
+        option, joined, value = word.partition("=")
+        if option != OPTION:
+            kept.append(word)
+            continue
+        run = value if joined else next(rest, "")
+        if not run or run.startswith("-"):
+            raise UserError(f"{OPTION} needs a run; name its folder, as {OPTION} runs/predictor/version_0")
+        runs.append(run)
+    if not runs:
+        return kept
+    if kept[0] != "fit":
+        raise UserError(f"{kept[0]} has no {OPTION}; give --ckpt_path FILE")
+    if len(runs) > 1:
+        raise UserError(f"{OPTION} is given {len(runs)} times; name one run")
+    if any(word.partition("=")[0] == "--ckpt_path" for word in kept):
+        raise UserError(f"{OPTION} and --ckpt_path both name a checkpoint; give one of them")
+    config, checkpoint = find_run(runs[0])
+    return ["fit", "-c", str(config), f"--ckpt_path={checkpoint}", *kept[1:]]
+
+
+def find_run(name: str) -> tuple[Path, Path]:
+    """Return the configuration of a run, and the checkpoint to go on from.
+
+    What a killed process left half-written next to the checkpoints is removed.
+
+    Args:
+        name: The run's folder, which gives its newest checkpoint, or a checkpoint.
+
+    Raises:
+        UserError: There is no such run, or nothing in it to go on from.
+    """
+    place = Path(name)
+    if not place.exists():
+        raise UserError(f"{name}: run not found; name its folder, as runs/predictor/version_0, or a checkpoint of it")
+    nearby = (place.parent.parent, place.parent)  # Lightning keeps checkpoints in a folder of the run's
+    folder = place if place.is_dir() else next((one for one in nearby if (one / CONFIG_FILE).exists()), place.parent)
+    config = folder / CONFIG_FILE
+    if not config.exists():
+        raise UserError(f"{name}: has no {CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
+    if not place.is_dir():
+        return config, place
+    for half_written in folder.rglob(".*.ckpt.*.ckpt"):
+        half_written.unlink(missing_ok=True)
+    return config, newest_checkpoint(folder)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint of a run that is furthest, of those that a fit can go on from.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = [(_how_far(path), path) for path in checkpoints_of(folder)]
+    resumable = [(far, path.stat().st_mtime, path) for far, path in found if far is not None]
+    if not resumable:
+        raise UserError(f"{folder}: holds no checkpoint that a fit can go on from; fit again")
+    return max(resumable)[2]
+
+
+def _how_far(path: Path) -> tuple[int, int, bool] | None:
+    """Return steps, epochs and whether the last validation has run; None where a fit cannot go on from there."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        progress = Progress(**checkpoint[CHECKPOINT_KEY][RESUME_KEY]["progress"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError):
+        print(f"moe-beyond: warning: {path}: cannot be resumed; passed over", file=sys.stderr)
+        return None
+    return (progress.steps, progress.epoch, progress.validated) if "optimizer_states" in checkpoint else None
+
+
+def check_names_a_file(verb: str, path: str) -> None:
+    """Refuse Lightning's words for checkpoints.
+
+    Raises:
+        UserError: ``path`` is one of them.
+    """
+    if path.partition(":")[0] in NO_FILES and not Path(path).exists():
+        what = "moe-beyond fit --resume RUN goes on with the newest checkpoint of a run"
+        raise UserError(
+            f"--ckpt_path {path}: names no file; "
+            + (what if verb == "fit" else "give one, as runs/predictor/version_0/checkpoints/last.ckpt")
+        )
+
+
+@contextmanager
+def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
+    """Let a fit be interrupted at any time: it saves a checkpoint, and says where the run is and how to go on.
+
+    Args:
+        trainer: About to fit.
+
+    Raises:
+        SystemExit: It was interrupted; the code is 130 for Ctrl-C and 143 for SIGTERM.
+    """
+    interrupt = SaveOnInterrupt()
+    trainer.callbacks.append(interrupt)  # type: ignore[attr-defined]
+    try:
+        yield
+    except BaseException as error:
+        if interrupt.signal is None and not is_interrupt(error):
+            raise
+        if trainer.is_global_zero:
+            for line in _last_words(interrupt):
+                print(line, file=sys.stderr)
+        raise SystemExit(128 + (interrupt.signal or signal.SIGINT)) from None
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Tell whether an exception is Ctrl-C, which Lightning turns into an exit with code 1."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
+    )
+
+
+def _last_words(interrupt: SaveOnInterrupt) -> list[str]:
+    folder = interrupt.folder
+    if folder is None:
+        return ["moe-beyond: interrupted before the first step; nothing is lost"]
+    lines = [f"moe-beyond: interrupted; the run is in {folder}"]
+    if (folder / CONFIG_FILE).exists() and checkpoints_of(folder):
+        return [*lines, f"go on with: moe-beyond fit {OPTION} {shlex.quote(str(folder))}"]
+    if interrupt.saved is not None:
+        return [*lines, f"go on with the same command and --ckpt_path {shlex.quote(str(interrupt.saved))}"]
+    return [*lines, "it holds no checkpoint to go on from"]
