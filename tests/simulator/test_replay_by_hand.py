@@ -50,7 +50,7 @@ def one_layer(trace: list[int], policy: str, popularity: list[float]) -> tuple[i
         # classes: 0 has 0 (F < 2), 1 has 1 (F = 2.98). 2M: the ages are 4/1 and 1/2: drops 0 | 0M: 1 is 2/2 old and 2
         # is 1/1: a tie, 1 was used longer ago and goes | 2H 0H
         ("class_lru", 5),
-        # score * T, without the layers' part: last step + 2 uses. 2M: 0 has 2 + 4, 1 has 5 + 6: drops 0 |
+        # score * T, without the layers' part, which is the same for all: last step + 2 uses. 2M: 0 has 2 + 4, 1 has 5 + 6: drops 0 |
         # 0M: 1 has 11, 2 has 6 + 2: drops 2 | 2M: 0 has 7 + 6 = 13: drops 1 | 0H
         ("hobbit", 4),
         # 2M: 0 is needed at once, 1 never, so 1 goes | 0H 2H 0H
@@ -560,16 +560,42 @@ def test_adaptive_does_not_spoil_what_it_took_before():
     assert (log / [1, TICK, TICK, 1]).tolist() == [[0, 2, 5, 0], [9, 5, 8, 1], [10, 8, 11, 1], [5, 11, 14, 0]]
 
 
-def test_two_tiers():
+@pytest.mark.parametrize(
+    ("cold", "takes"),
+    [
+        # Host memory begins empty: 0 and 1 come from flash, 0 from host memory, 2 from flash (1 leaves host memory), 0
+        # from host memory, 1 from flash.
+        (True, [3, 3, 1, 3, 1, 3]),
+        # It begins with 0 and 1, of which 1 would leave: 0, 1 and 0 come from host memory, 2 from flash (1 leaves), 0
+        # from host memory, 1 from flash.
+        (False, [1, 1, 1, 3, 1, 3]),
+    ],
+)
+def test_two_tiers(cold: bool, takes: list[int]):
     # From host memory 1, from flash 2 more; host memory holds two, the most recently moved. One slot: 0 1 0 2 0 1.
-    # 0 and 1 come from flash, 0 from host memory, 2 from flash (1 leaves host memory), 0 from host memory, 1 from
-    # flash.
-    result, spans, log = clock(
-        1, [[[e]] for e in (0, 1, 0, 2, 0, 1)], slots=1, device=ticking(1, flash=2, host_memory_gb=2)
-    )
-    assert [ready - routed for routed, ready, _ in spans] == [3, 3, 1, 3, 1, 3]
-    assert [end - begin for _, begin, end, _ in log] == [3, 3, 1, 3, 1, 3]
-    assert result.link_ms_per_token == pytest.approx(14 / 6 * TICK * 1e3)
+    device = ticking(1, flash=2, host_memory_gb=2)
+    result, spans, log = clock(1, [[[e]] for e in (0, 1, 0, 2, 0, 1)], slots=1, device=device, cold_host=cold)
+    assert [ready - routed for routed, ready, _ in spans] == takes
+    assert [end - begin for _, begin, end, _ in log] == takes
+    assert result.link_ms_per_token == pytest.approx(sum(takes) / 6 * TICK * 1e3)
+
+
+def test_host_memory_begins_with_as_many_of_every_layer():
+    # Two layers of four experts, and host memory for three: expert 0 of both layers and expert 1 of the first come from
+    # it in 1 tick, all others from flash in 3.
+    geometry = small_geometry(2, 4, 1)
+    config = ReplaySettings(2, device=ticking(1, flash=2, host_memory_gb=3), bits=8.0)
+    for token, takes in (([[0], [0]], [1, 1]), ([[1], [1]], [1, 3]), ([[2], [3]], [3, 3])):
+        spans, _ = Replay(geometry, config).watch(Sequence(geometry, np.array([token])))
+        assert ((spans[:, 1] - spans[:, 0]) / TICK).tolist() == takes
+
+
+def test_host_memory_that_holds_all_never_reads_flash():
+    traces = [[[e]] for e in (0, 1, 2, 3, 0, 2)]
+    one, two = (clock(1, traces, slots=1, device=device) for device in (
+        ticking(1), ticking(1, flash=5, host_memory_gb=4)
+    ))  # fmt: skip
+    assert [row.tolist() for row in one[1]] == [row.tolist() for row in two[1]]
 
 
 def test_a_warm_start_takes_its_time_before_the_first_token():
