@@ -164,8 +164,8 @@ class ReferenceCache:
         self.now = self.free = self.busy = 0.0
         self.arrives: dict[Expert, float] = {}
         self.queue: list[Expert] = []
-        # Host memory, the most recently moved last. Unless it is cold it begins with expert 0 of every layer, which leave
-        # last, then expert 1, ...
+        # Host memory, the most recently moved last. Unless it is cold it begins with expert 0 of every layer, which
+        # leave last, then expert 1, ...
         every = [(layer, expert) for expert in range(rules.experts) for layer in range(rules.layers)]
         self.host: list[Expert] = [] if rules.cold_host else every[: rules.host_slots][::-1]
         self.need: list[float] = []

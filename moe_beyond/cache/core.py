@@ -124,8 +124,8 @@ class Verbs(NamedTuple):
         admits: ``(policy, cache, expert, victim)``: whether to let a prefetch in for this victim. Where ``stages``
             is set, it is asked about demanded experts too.
         stages: Whether demanded experts compute in slots of their own next to the pool (K for a token, as many as are
-            demanded for a batch or a chunk), and are retained, or not, when their event ends. These slots come on top of
-            the budget.
+            demanded for a batch or a chunk), and are retained, or not, when their event ends. These slots come on top
+            of the budget.
     """
 
     hit: Callable[[Any, CacheState, int], None]

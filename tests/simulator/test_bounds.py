@@ -96,8 +96,8 @@ def test_all_resident_moves_nothing_and_takes_the_resident_time():
 
 
 def test_static_hindsight_reads_flash_by_hand():
-    # One layer of six experts, K = 1, room for one: 0 is fixed. A transfer takes 1 tick, flash 2 more. Host memory holds
-    # two, at first 0 and 1, of which 1 would leave. Sequence 1: 0 hits | 1: 1 tick | 2: 3 ticks, 0 leaves |
+    # One layer of six experts, K = 1, room for one: 0 is fixed. A transfer takes 1 tick, flash 2 more. Host memory
+    # holds two, at first 0 and 1, of which 1 would leave. Sequence 1: 0 hits | 1: 1 tick | 2: 3 ticks, 0 leaves |
     # 1: 1 tick | 3: 3 ticks, 2 leaves | 0 hits | 0 hits. Sequence 2, begun alike: 3: 3 ticks | 0 hits.
     geometry = small_geometry(1, 6, 1)
     device = ticking(1, flash=2, host_memory_gb=2)

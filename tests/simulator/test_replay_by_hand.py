@@ -19,6 +19,9 @@ def counts(result) -> tuple[int, ...]:
     return tuple(getattr(result, name) for name in COLUMNS)
 
 
+NO_EXPERT = 255
+
+
 def profile(*popularity: list[float]) -> Profile:
     """Popularity by layer; every history means 1/2."""
     return Profile(np.array(popularity), np.full((8, 8), 0.5))
@@ -50,7 +53,7 @@ def one_layer(trace: list[int], policy: str, popularity: list[float]) -> tuple[i
         # classes: 0 has 0 (F < 2), 1 has 1 (F = 2.98). 2M: the ages are 4/1 and 1/2: drops 0 | 0M: 1 is 2/2 old and 2
         # is 1/1: a tie, 1 was used longer ago and goes | 2H 0H
         ("class_lru", 5),
-        # score * T, without the layers' part, which is the same for all: last step + 2 uses. 2M: 0 has 2 + 4, 1 has 5 + 6: drops 0 |
+        # score * T, without the layers' part: last step + 2 uses. 2M: 0 has 2 + 4, 1 has 5 + 6: drops 0 |
         # 0M: 1 has 11, 2 has 6 + 2: drops 2 | 2M: 0 has 7 + 6 = 13: drops 1 | 0H
         ("hobbit", 4),
         # 2M: 0 is needed at once, 1 never, so 1 goes | 0H 2H 0H
@@ -558,6 +561,17 @@ def test_adaptive_does_not_spoil_what_it_took_before():
     geometry = small_geometry(3, 4, 1)
     _, log = Replay(geometry, config).watch(Sequence(geometry, np.array([[[0], [1], [2]]]), scores))
     assert (log / [1, TICK, TICK, 1]).tolist() == [[0, 2, 5, 0], [9, 5, 8, 1], [10, 8, 11, 1], [5, 11, 14, 0]]
+
+
+def test_hobbit_breaks_ties_exactly():
+    # Three layers, four slots; a score times 12 T is 3 (R + 2 F) - a T, a + 1 the events until the layer runs.
+    # -- b0M c0M | a1M b0H c1M | a2M, in step 3: b0 has 18, c1 has 12 - 3 = 9, c0 (R = 1, F = 1, a = 1) has 9 - 3 = 6,
+    # a1 (R = 2, F = 1, a = 2) has 12 - 6 = 6: a tie, of which c0 was used longer ago and goes. As floats a1 has less:
+    # 4 / 3 + 1 - 2 / 3 < 3 / 3 + 1 - 1 / 3. b0H c1H | a1H b0H c1H
+    trace = [[[NO_EXPERT], [0], [0]], [[1], [0], [1]], [[2], [0], [1]], [[1], [0], [1]]]
+    assert 4 / 3 + 1 - 2 / 3 < 3 / 3 + 1 - 1 / 3
+    result = replay(small_geometry(3, 3, 1), ReplaySettings(4, policy="hobbit"), trace)
+    assert [row["hits"] for row in result.per_layer] == [1, 3, 2]
 
 
 @pytest.mark.parametrize(
