@@ -9,6 +9,7 @@ from moe_beyond.evaluation.runs import CheckpointEvaluation
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.report.conditions import conditions
 from moe_beyond.simulator import Result
 
 # Gate mass is there where gate weights are.
@@ -89,7 +90,7 @@ def _caption(results: Sequence[Result]) -> str:
     predictors = sorted({result.predictor for result in results if result.predictor})
     said = [
         f"{results[0].scope} cache{', scores of ' + ', '.join(predictors) if predictors else ''}",
-        "bytes: all transfers over accesses (1.00 moves one expert for every access)",
+        "bytes: all transfers over experts demanded (1.00 moves one expert for every one that a token demands)",
         "slots / demand: below 1 not even one token's experts fit",
     ]
     leaks = {
@@ -101,9 +102,9 @@ def _caption(results: Sequence[Result]) -> str:
     if leaks:
         said.append(f"LEAK: {', '.join(sorted(leaks))}, which no runtime could")
     if device := next((result.device for result in results if result.device), None):
-        said += [f"times on {device}", "late: asked for, and not there when needed"]
+        said += [f"times on {device}", "late: asked for, and not there when needed (in bytes, not in wasted)"]
     notes = {result.strategy: result.note for result in results if result.note}
-    return "; ".join([*said, *(f"{name}: {note}" for name, note in notes.items())])
+    return "; ".join([*said, conditions(results), *(f"{name}: {note}" for name, note in notes.items())])
 
 
 def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
