@@ -80,9 +80,9 @@ def time_section(results: Sequence[Result], devices: Sequence[Device], geometry:
         "What it is worth in time",
         prose=[
             "The same strategies with a clock. A prefetch takes time on the link, and what comes late is waited for, "
-            "so hits are fewer than above. Speeds are an upper bound: MoE layers only. An upright line stands where the "
-            "device's memory is full of experts (next to the MoE layers' other weights, and an eighth kept free), if it "
-            "is within the budgets shown; budgets beyond it are marked.",
+            "so hits are fewer than above. Speeds are an upper bound: MoE layers only. An upright line stands where "
+            "experts fill the device's memory (next to the MoE layers' other weights, and an eighth kept free), if it is "
+            "within the budgets shown; budgets beyond it are marked.",
             *verdicts(results),
         ],
         charts=charts,
@@ -248,7 +248,8 @@ def verdicts(results: Sequence[Result]) -> list[str]:
 
 
 def _verdict(best: Result, lru: Result) -> str:
-    assert best.tokens_per_second is not None and lru.tokens_per_second is not None
+    assert best.tokens_per_second is not None
+    assert lru.tokens_per_second is not None
     gain = best.tokens_per_second / lru.tokens_per_second - 1
     speeds = f"{best.strategy} makes {speed(best)} tokens/s where LRU makes {speed(lru)}"
     where = f"On {best.device}, with {best.budget_slots:,} slots, prefetching"
