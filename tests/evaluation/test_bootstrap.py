@@ -110,7 +110,7 @@ def test_against_plain_python(traces: TraceSet) -> None:
 
 
 def recalled(trace: Trace) -> list[tuple[int, int]]:
-    """Of every layer how many of the chosen experts are among the two best of `foresight`'s first slice, and how many."""
+    """Of every layer: the chosen experts among the two best of `foresight`'s first slice, and all chosen ones."""
     scores, sums = foresight(trace, 2, 8), []
     for layer in range(4):
         best = [sorted(range(8), key=lambda e, row=row: (-row[e], e))[:2] for row in scores[:, 0, layer].tolist()]
