@@ -58,8 +58,8 @@ def options() -> ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="also print 95 percent intervals over sequences, and of differences from LRU: a bootstrap of N draws with a "
-        "fixed seed; 10000 take seconds (default: 0, none)",
+        help="draws of a bootstrap, with a fixed seed, for 95 percent intervals over sequences of all figures and of "
+        "their differences from LRU; 10000 take seconds (default: 0, no intervals)",
     )
     known.add_argument(
         "--record", action="store_true", help="write the figures into the predictor folder's config and card"

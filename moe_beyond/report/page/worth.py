@@ -81,8 +81,8 @@ def time_section(results: Sequence[Result], devices: Sequence[Device], geometry:
         prose=[
             "The same strategies with a clock. A prefetch takes time on the link, and what comes late is waited for, "
             "so hits are fewer than above. Speeds are an upper bound: MoE layers only. An upright line stands where "
-            "experts fill the device's memory (next to the MoE layers' other weights, and an eighth kept free), if it is "
-            "within the budgets shown; budgets beyond it are marked.",
+            "experts fill the device's memory (next to the MoE layers' other weights, and an eighth kept free), if it "
+            "is within the budgets shown; budgets beyond it are marked.",
             *verdicts(results),
         ],
         charts=charts,
