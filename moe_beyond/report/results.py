@@ -49,7 +49,7 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
 def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
     """Lay out replay results, a line a strategy."""
     timed = any(result.device for result in results)
-    table = Table(title=f"replay over {results[0].accesses:,} accesses ({geometry.describe_shape()})")
+    table = Table(title=f"replay over {results[0].demanded:,} accesses ({geometry.describe_shape()})")
     table.add_column("slots (share)", justify="right", no_wrap=True)
     table.add_column("slots /\ndemand", justify="right", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
