@@ -90,7 +90,7 @@ def _caption(results: Sequence[Result]) -> str:
     predictors = sorted({result.predictor for result in results if result.predictor})
     said = [
         f"{results[0].scope} cache{', scores of ' + ', '.join(predictors) if predictors else ''}",
-        "bytes: all transfers over experts demanded (1.00 moves one expert for every one that a token demands)",
+        "bytes: all transfers over accesses (1.00 moves one expert for every access)",
         "slots / demand: below 1 not even one token's experts fit",
     ]
     leaks = {
