@@ -59,7 +59,11 @@ def add_combinations(options: ArgumentParser) -> None:
         "moe_infinity or oracle; repeat for more; with scores top<K>",
     )
     options.add_argument(
-        "--lookahead", action="append", metavar="H", help="which scores to ask by: token, 1, 2, ...; repeat for more"
+        "--lookahead",
+        action="append",
+        metavar="H",
+        help="scores to ask by: token, 1, 2, ... (default: the first); at a token's start, layers before which none runs "
+        "are asked by those of the smallest lookahead; repeat for more",
     )
 
 
