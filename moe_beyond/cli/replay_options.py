@@ -62,8 +62,8 @@ def add_combinations(options: ArgumentParser) -> None:
         "--lookahead",
         action="append",
         metavar="H",
-        help="scores to ask by: token, 1, 2, ... (default: the first); at a token's start, layers before which none runs "
-        "are asked by those of the smallest lookahead; repeat for more",
+        help="scores to ask by: token, 1, 2, ... (default: the first); at a token's start, layers before which none "
+        "runs are asked by those of the smallest lookahead; repeat for more",
     )
 
 
