@@ -146,6 +146,7 @@ class Case:
             transfer=transfer * TICK,
             flash=flash * TICK,
             host_slots=host_slots,
+            cold_host=settings.cold_host,
             other=other * TICK,
             expert=expert * TICK,
         )
@@ -267,6 +268,7 @@ def _unusual(draw: Callable, layers: int) -> dict:
         "prefill_chunk": draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
         "window": draw(st.sampled_from([1, 1, 1, 2, 6])),
         "batch_size": draw(st.sampled_from([1, 1, 1, 2, 3])),
+        "cold_host": draw(st.sampled_from([False, False, True])),
     }
 
 

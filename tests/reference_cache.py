@@ -55,6 +55,7 @@ class Rules:
     transfer: float = 0
     flash: float = 0
     host_slots: int = 0
+    cold_host: bool = False
     other: float = 0
     expert: float = 0
 
@@ -81,19 +82,21 @@ def split_slots(slots: int, layers: int, scope: str) -> list[int]:
     return [slots // layers + (1 if layer < slots % layers else 0) for layer in range(layers)]
 
 
-def chunks(length: int, decode_start: int, chunk: int, window: int) -> list[list[int]]:
-    """The tokens of every step of a sequence: prompt chunks if asked for, then windows."""
-    steps, read = [], min(decode_start, length) if chunk else 0
-    for begin in range(0, read, chunk or 1):
-        steps.append(list(range(begin, min(begin + chunk, read))))
-    for begin in range(read, length, window):
-        steps.append(list(range(begin, min(begin + window, length))))
+def chunks(length: int, decode_start: int, chunk: int, window: int, warmup: int) -> list[list[int]]:
+    """The tokens of every step of a sequence: prompt chunks if asked for, then windows; none goes past the warm-up."""
+    steps: list[list[int]] = []
+    read = min(decode_start, length) if chunk else 0
+    for token in range(length):
+        size = chunk if token < read else window
+        if not steps or len(steps[-1]) == size or token in (read, warmup):
+            steps.append([])
+        steps[-1].append(token)
     return steps
 
 
 def union_steps(rules: Rules, batch: list[tuple]) -> list[Step]:
     """Put sequences together, step by step; of each: [token][layer] -> experts, [token][slice] -> Scores, start."""
-    split = [chunks(len(experts), start, rules.chunk, rules.window) for experts, _, start in batch]
+    split = [chunks(len(experts), start, rules.chunk, rules.window, rules.warmup) for experts, _, start in batch]
     longest = max(split, key=len)
     steps = []
     for i in range(len(longest)):
@@ -161,7 +164,10 @@ class ReferenceCache:
         self.now = self.free = self.busy = 0.0
         self.arrives: dict[Expert, float] = {}
         self.queue: list[Expert] = []
-        self.host: list[Expert] = []  # the most recently moved last
+        # Host memory, the most recently moved last. Unless it is cold it begins with expert 0 of every layer, which
+        # leave last, then expert 1, ...
+        every = [(layer, expert) for expert in range(rules.experts) for layer in range(rules.layers)]
+        self.host: list[Expert] = [] if rules.cold_host else every[: rules.host_slots][::-1]
         self.need: list[float] = []
 
     # Pools and the policy.
@@ -212,8 +218,8 @@ class ReferenceCache:
             case "moe_spac":
                 worth, tie = self.level[expert] if expert[0] > self.layer else 0, last.moment
             case "hobbit":
-                used = (last.step + 2 * len(uses)) / self.step
-                worth, tie = used + 1 - (self.ahead(expert) - 1) / rules.layers, last.moment
+                used = Fraction(last.step + 2 * len(uses), self.step)
+                worth, tie = used + 1 - Fraction(self.ahead(expert) - 1, rules.layers), last.moment
             case "belief":
                 worth, tie = -self.wait(expert), last.moment
             case "belady" | "belady_bypass":

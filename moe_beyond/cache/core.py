@@ -6,6 +6,11 @@ the policy's to say, through compiled functions that are passed in (`Verbs`).
 
 Time passes in `advance`. Without a device every transfer takes none: what is asked for is there at once, as far as
 there is room.
+
+A prefetch that has to wait becomes a use when it goes on the link, not when it is asked for. One whose pool has no room
+is overtaken by those behind it. An expert that is still on the link may be evicted once the next event has begun: its
+transfer is paid for and wasted. Ties between victims go by the moment of the last use, then by the lower (layer,
+expert), unless a policy says otherwise.
 """
 
 from collections.abc import Callable
@@ -34,7 +39,8 @@ COUNTERS = (
 )
 
 # What `experts` tells of each, one row a fact: the pool whose slots it competes for; its layer; where in its pool's row
-# of `residents` it is, -1 if nowhere; its origin; its shield; the last moment that demanded or named it, 0 for never.
+# of `residents` it is, -1 if nowhere; its origin; its shield; the last moment that demanded it, named it while it was
+# resident, or sent it on the link, 0 for never.
 POOL, IN_LAYER, PLACE, ORIGIN, SHIELD, LAST = range(6)
 
 # Where a resident came from: demanded, or prefetched and not demanded since.
@@ -117,8 +123,9 @@ class Verbs(NamedTuple):
         learned: ``(policy, cache, layer)``: scores of a layer have become known.
         admits: ``(policy, cache, expert, victim)``: whether to let a prefetch in for this victim. Where ``stages``
             is set, it is asked about demanded experts too.
-        stages: Whether demanded experts compute in slots of their own beside the pool, and are retained, or not,
-            when their event ends.
+        stages: Whether demanded experts compute in slots of their own next to the pool (K for a token, as many as are
+            demanded for a batch or a chunk), and are retained, or not, when their event ends. These slots come on top
+            of the budget.
     """
 
     hit: Callable[[Any, CacheState, int], None]
@@ -419,7 +426,7 @@ def advance(cache: CacheState, policy: Any, verbs: Verbs, until: float) -> None:
 
 @jit
 def preload(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints) -> None:
-    """Fill a cold cache before the first step, the best last; counted as prefetched."""
+    """Fill a cold cache before the first step, the best last; counted as prefetched, also where a warm-up follows."""
     for expert in experts:
         if cache.pools[cache.experts[POOL, expert], USED] < cache.pools[cache.experts[POOL, expert], CAPACITY]:
             cache.now[MOMENT] += 1

@@ -1,4 +1,8 @@
-"""The link that experts cross, one at a time; two tiers where there is flash behind it."""
+"""The link that experts cross, one at a time; two tiers where there is flash behind it.
+
+A read from flash and the copy over the link follow each other: one expert occupies the link for both. Host memory keeps
+what was moved last, also what is in a slot; it begins with as many experts as fit (`first_hosted`).
+"""
 
 from typing import NamedTuple
 
@@ -45,6 +49,7 @@ def new_link(
     flash_seconds: float = 0.0,
     host_slots: int = 0,
     log_size: int = 0,
+    hosted: npt.ArrayLike = (),
 ) -> LinkState:
     """Return an idle link.
 
@@ -54,17 +59,39 @@ def new_link(
         flash_seconds: What it takes longer if host memory does not hold it.
         host_slots: Experts that host memory holds, the most recently moved; without meaning where flash takes no time.
         log_size: Transfers to keep a record of.
+        hosted: Experts that host memory holds at first, the last to leave first; at most ``host_slots``.
     """
+    ring = np.concatenate([[num_ids], np.asarray(hosted, np.int64)])  # from the head to ever older
     host = np.full((3, num_ids + 1), num_ids)
+    host[OLDER, ring], host[NEWER, ring] = np.roll(ring, -1), np.roll(ring, 1)
     host[HERE] = 0
+    host[HERE, ring[1:]] = 1
     return LinkState(
         clock=np.array([0.0, 0.0, 0.0, 0.0, transfer_seconds, flash_seconds]),
-        tally=np.array([0, 0, 0, host_slots]),
+        tally=np.array([0, 0, len(ring) - 1, host_slots]),
         arrives=np.zeros(num_ids),
         queue=np.zeros((2, num_ids), np.int64),
         host=host,
         log=np.zeros((log_size, 4)),
     )
+
+
+def first_hosted(num_layers: int, num_experts: int, host_slots: int) -> npt.NDArray[np.int64]:
+    """Choose the experts that host memory holds at first: the same number in each layer, the lowest ids.
+
+    No profile is consulted, so that every strategy begins alike. Where the slots do not divide, the first layers have
+    one more.
+
+    Args:
+        num_layers: L.
+        num_experts: E.
+        host_slots: Experts that host memory holds.
+
+    Returns:
+        ``(min(host_slots, L*E),)`` int64, the last to leave first: expert 0 of every layer, then expert 1, ...
+    """
+    ids = np.arange(num_layers * num_experts).reshape(num_layers, num_experts)
+    return ids.T.ravel()[:host_slots]
 
 
 @jit
@@ -123,3 +150,36 @@ def _keep_in_host(link: LinkState, expert: int) -> None:
 def _unlink(link: LinkState, expert: int) -> None:
     newer, older = link.host[NEWER, expert], link.host[OLDER, expert]
     link.host[OLDER, newer], link.host[NEWER, older] = older, newer
+
+
+@jit
+def load_seconds(
+    link: LinkState,
+    ids: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    resident: npt.NDArray[np.bool_],
+    loads: npt.NDArray[np.float64],
+    seconds: npt.NDArray[np.float64],
+) -> None:
+    """Time what each event has to move in, where no cache decides: everything that is not resident.
+
+    Args:
+        link: A `LinkState`, for the times and for host memory; its queue is not used.
+        ids: ``(n,)`` int64, the experts that every event demands.
+        offsets: ``(events + 1,)`` int64, where each event's begin.
+        resident: ``(L*E,)``, experts that never move.
+        loads: ``(W,)`` float64, room to work in: W links that share an event's experts in turn.
+        seconds: ``(events,)``, filled with the time that the slowest of these links takes.
+    """
+    for event in range(len(seconds)):
+        loads[:] = 0.0
+        sent = 0
+        for expert in ids[offsets[event] : offsets[event + 1]]:
+            if not resident[expert]:
+                loads[sent % len(loads)] += duration(link, expert)
+                send(link, expert, 0.0, False)
+                sent += 1
+        slowest = 0.0
+        for load in loads:
+            slowest = max(slowest, load)
+        seconds[event] = slowest

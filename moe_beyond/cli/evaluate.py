@@ -24,12 +24,13 @@ from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.card import around_figures, record_figures
 from moe_beyond.published import find_predictor
+from moe_beyond.report.intervals import intervals_tables
 from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.traces.reader import TraceSet
 
 RECORDED = (
     *("strategy", "predictor", "lookahead", "leaks", "causal"),
-    *("budget_slots", "budget_share", "hit_rate", "bytes_ratio"),
+    *("budget_slots", "budget_share", "hit_rate", "bytes_ratio", "intervals"),
 )
 """Of a replay's record, what a predictor's card shows."""
 TABLES = ("by_layer", "reliability")
@@ -53,6 +54,14 @@ def options() -> ArgumentParser:
     add_combinations(known)
     add_conditions(known)
     known.add_argument(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draws of a bootstrap, with a fixed seed, for 95 percent intervals over sequences of all figures and of "
+        "their differences from LRU; 10000 take seconds (default: 0, no intervals)",
+    )
+    known.add_argument(
         "--record", action="store_true", help="write the figures into the predictor folder's config and card"
     )
     return known
@@ -64,6 +73,8 @@ def run(words: list[str]) -> None:
     if is_run(args.predictor):
         if args.record:
             raise UserError(f"--record is for a predictor folder; {args.predictor} is a run")
+        if args.bootstrap:
+            raise UserError(f"--bootstrap is for one predictor; {args.predictor} is a run of several checkpoints")
         _run_folder(args)
     else:
         _predictor(args, words)
@@ -83,6 +94,8 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
     found = _evaluate(args, traces, args.split, source, asked_by)
     output = Output(args)
     output.show(metrics_table(found.metrics), results_table(found.results, traces.geometry))
+    if args.bootstrap:
+        output.show(*intervals_tables(found.metrics, found.results, args.bootstrap))
     output.result(found.to_json())
     if args.record:
         manifest = traces.manifest
@@ -135,4 +148,13 @@ def _evaluate(
     found = asked_combinations(request, traces, shared, source, lookaheads)
     asked = beside(found, shared.common, traces.geometry, shared.quotas)
     with showing_progress(traces, split, f"evaluating {source.name}", len(asked), quiet=args.quiet) as progress:
-        return evaluate(traces, asked, split, [source], measure=source, profile=shared.profile, progress=progress)
+        return evaluate(
+            traces,
+            asked,
+            split,
+            [source],
+            measure=source,
+            profile=shared.profile,
+            resamples=args.bootstrap,
+            progress=progress,
+        )

@@ -70,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 where the user gave something wrong.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Idle threads of torch shall sleep at a barrier, not spin: next to other busy processes the spinning takes the very
+    # cores that the last thread waits for (a training step on two shared cores was ten times slower). OpenMP reads this
+    # when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if words[0:1] == ["help"]:
             words = [*words[1:2], "--help"]

@@ -19,12 +19,13 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.asked import Conditions, asked_conditions, asked_slots, asked_strategies
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.planning import Answer, Target, parse_target, pins, plan
-from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, evenly, strategy
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, evenly, in_windows, strategy
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.files import write_json
 from moe_beyond.report.plans import plan_table
 from moe_beyond.report.results import unavailable_lines
 from moe_beyond.simulator import ReplaySettings, Result
+from moe_beyond.simulator.devices import device_slots
 from moe_beyond.traces.reader import TraceSet
 
 
@@ -32,7 +33,9 @@ def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "plan",
-        "Find the smallest budget at which each strategy reaches a target, or what binds; and the experts to pin.",
+        "Find the smallest budget at which each strategy reaches a target, or what binds; and the experts to pin. On a "
+        "device budgets stay within its memory, less its other weights and an eighth for the rest. The budget found is "
+        "the smallest where a larger one is never worse; lfu_in_cache can be worse with more.",
         "moe-beyond plan --traces traces/webglm --device rtx4060-laptop --target 10tok/s --strategy all",
     )
     add_traces(known)
@@ -110,6 +113,7 @@ def _answers(
         if line not in lines
     ]
     lines += [strategy(cold, geometry.total_experts, policy) for policy in REFERENCES]
+    lines += in_windows(lines, cold, geometry.total_experts)
     clairvoyant = strategy(cold, geometry.total_experts, "belady", "oracle", name=CLAIRVOYANT)
     if common.device is not None:
         lines.append(clairvoyant)
@@ -132,4 +136,5 @@ def _answers(
 
     fewest = geometry.top_k * (geometry.num_layers if common.scope == "per-layer" else 1)
     ladders = [partial(at, line) for line in dict.fromkeys(lines)]
-    return plan(geometry, target, ladders, replayed, fewest, bounds), missing
+    most = None if common.device is None else device_slots(common.device, geometry, common.bits)
+    return plan(geometry, target, ladders, replayed, fewest, bounds, most), missing

@@ -59,7 +59,11 @@ def add_combinations(options: ArgumentParser) -> None:
         "moe_infinity or oracle; repeat for more; with scores top<K>",
     )
     options.add_argument(
-        "--lookahead", action="append", metavar="H", help="which scores to ask by: token, 1, 2, ...; repeat for more"
+        "--lookahead",
+        action="append",
+        metavar="H",
+        help="scores to ask by: token, 1, 2, ... (default: the first); at a token's start, layers before which none "
+        "runs are asked by those of the smallest lookahead; repeat for more",
     )
 
 
@@ -73,13 +77,28 @@ def add_conditions(options: ArgumentParser) -> None:
         help="of --scope per-layer: even (default), proportional, or slots by layer: 10,8,8,...",
     )
     options.add_argument("--profile", metavar="P", help="a fitted history or popularity predictor, named likewise")
-    options.add_argument("--warm-start", action="store_true", help="start with the profile's most popular experts")
+    options.add_argument(
+        "--warm-start",
+        action="store_true",
+        help="each sequence starts with the profile's most popular experts, whose transfers count",
+    )
     options.add_argument("--carry-over", action="store_true", help="a sequence finds the cache as the last one left it")
-    options.add_argument("--prefill-chunk", type=int, default=0, metavar="N", help="read N prompt tokens a step")
-    options.add_argument("--batch-size", type=int, default=1, metavar="B", help="decode B sequences together")
+    options.add_argument(
+        "--cold-host",
+        action="store_true",
+        help="host memory of a device with flash begins empty (default: with as many experts as fit)",
+    )
+    options.add_argument(
+        "--prefill-chunk", type=int, default=0, metavar="N", help="prompt tokens of a step (default: each is a step)"
+    )
+    options.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences of a step (default: 1)")
     options.add_argument("--sequential", action="store_true", help="access by access, as other simulators do")
     options.add_argument(
-        "--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence that do not count (default: 0)"
+        "--warmup-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a sequence that do not count; a sequence with no more is left out (default: 0)",
     )
     options.add_argument(
         "--no-first-layer-prefetch",

@@ -36,6 +36,7 @@ class Request:
         profile: A fitted ``history`` or ``popularity`` predictor.
         warm_start: Start with the profile's most popular experts.
         carry_over: A sequence finds the cache as the one before left it.
+        cold_host: Host memory before flash begins empty.
         prefill_chunk: Prompt tokens that are read in a step.
         batch_size: Sequences that are decoded together.
         sequential: Access by access, as other simulators do.
@@ -55,6 +56,7 @@ class Request:
     profile: str | None = None
     warm_start: bool = False
     carry_over: bool = False
+    cold_host: bool = False
     prefill_chunk: int = 0
     batch_size: int = 1
     sequential: bool = False
@@ -107,6 +109,7 @@ def asked_conditions(request: Request, traces: TraceSet) -> Conditions:
         prefill_chunk=request.prefill_chunk,
         batch_size=request.batch_size,
         carry_over=request.carry_over,
+        cold_host=request.cold_host,
         device=None if request.device is None else load_device(request.device),
         bits=bits_of(request, traces),
     )

@@ -11,6 +11,7 @@ import torch
 
 from moe_beyond.cache.inputs import Stream
 from moe_beyond.errors import UserError
+from moe_beyond.evaluation.bootstrap import RecallSums, check_resamples, recall_intervals, result_intervals
 from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.predictors.batch import collate
@@ -34,14 +35,17 @@ class Evaluation:
     Attributes:
         metrics: One object a lookahead, as `RoutingMetrics.to_rows` gives them; empty where none were asked for.
         results: One record a strategy, in the order asked for.
+        resamples: Draws of sequences that ``intervals`` in both are of; 0 where there are none.
     """
 
     metrics: list[dict[str, Any]]
     results: list[Result]
+    resamples: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"metrics": self.metrics, "results": [result.to_json() for result in self.results]}
+        drawn = {"resamples": self.resamples} if self.resamples else {}
+        return {"metrics": self.metrics, "results": [result.to_json() for result in self.results], **drawn}
 
 
 def evaluate(
@@ -52,6 +56,7 @@ def evaluate(
     *,
     measure: ScoreSource | None = None,
     profile: Profile | None = None,
+    resamples: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
     """Measure scores, and replay every strategy, each on a core of its own.
@@ -65,6 +70,7 @@ def evaluate(
         sources: Of the scores, by the names that strategies call their predictors.
         measure: The one of them to measure.
         profile: What is known of training text.
+        resamples: Draws of sequences for 95 % intervals (`moe_beyond.evaluation.bootstrap`); 0 for none.
         progress: Called with the tokens that were gone over, times the share of the strategies that did.
 
     Raises:
@@ -72,11 +78,13 @@ def evaluate(
             warm-up leaves nothing to count.
     """
     _check_sources(strategies, sources)
+    check_resamples(resamples)
     geometry = traces.geometry
     streams: dict[tuple[int, ...], Stream] = {}
     replays = [_begin(traces, settings, split, profile, streams) for settings in strategies]
     passes = [source for source in sources if source is measure or source.name in {s.predictor for s in strategies}]
     metrics = None if measure is None else RoutingMetrics(len(measure.lookaheads), *geometry.shape())
+    recall = RecallSums()
     in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, source in enumerate(passes or [None]):
@@ -88,12 +96,18 @@ def evaluate(
                 for block in _blocks(found):
                     if metrics is not None and source is measure:
                         for trace, scores in block:
-                            _measure(metrics, trace, scores)
-                    sequences = [Steppable(geometry, t.experts, s, t.decode_start) for t, s in block]
+                            _measure(metrics, trace, scores, recall if resamples else None)
+                    sequences = [Steppable(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
                     for _ in pool.map(lambda replaying, part=sequences: _add(replaying, part), share):
                         progress(sum(map(len, sequences)))
-    rows = [] if metrics is None or measure is None else metrics.to_rows(measure.lookaheads, traces.geometry.moe_layers)
-    return Evaluation([{**row, "causal": measure.causal} for row in rows if measure is not None], _results(replays))
+    rows = [] if metrics is None or measure is None else metrics.to_rows(measure.lookaheads, geometry.moe_layers)
+    rows = [{**row, "causal": measure.causal} for row in rows if measure is not None]
+    results = _results(replays)
+    if resamples:
+        ends = recall_intervals(recall, resamples) if rows else []
+        rows = [{**row, "intervals": {"recall_at_k": found}} for row, found in zip(rows, ends, strict=True)]
+        results = result_intervals(results, [replaying.sums for replaying in replays], resamples)
+    return Evaluation(rows, results, resamples)
 
 
 def _check_sources(strategies: Sequence[ReplaySettings], sources: Sequence[ScoreSource]) -> None:
@@ -132,7 +146,9 @@ def _begin(
 def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None) -> Stream:
     """Return the demands of all sequences in a row, grouped as a replay groups them."""
     grouping = Grouping(settings)
-    sequences = (Steppable(traces.geometry, t.experts, decode_start=t.decode_start) for t in traces.traces(split))
+    sequences = (
+        Steppable(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
+    )
     groups = [group for sequence in sequences for group in grouping.add(sequence)]
     parts = [group.stream for group in (*groups, *grouping.rest())]
     if not parts:
@@ -160,9 +176,15 @@ def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Score
         yield block
 
 
-def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any) -> None:
+def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any, recall: RecallSums | None) -> None:
+    """Add a sequence to the metrics, and what it adds to recall's sums where those are asked for."""
     batch, experts = collate([trace]), scores.shape[-1]
+    found, named = metrics.found.clone(), metrics.chosen.sum(-1)
     metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
+    if recall is not None:
+        recall.names.append(trace.sequence_id)
+        recall.found.append((metrics.found - found).double().numpy())
+        recall.named.append((metrics.chosen.sum(-1) - named).double().numpy())
 
 
 def _add(replaying: Replay | Bound, sequences: Sequence[Steppable]) -> None:

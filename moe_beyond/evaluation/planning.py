@@ -91,11 +91,12 @@ def plan(
     replayed: Callable[[list[ReplaySettings]], list[Result]],
     fewest: int,
     bounds: Callable[[], dict[str, Result]],
+    most: int | None = None,
 ) -> list[Answer]:
     """Find the smallest budget of every strategy.
 
     A strategy is tried at evenly spread budgets; then the gap below the first that reaches the target is halved until
-    it is a single slot. Where a larger budget can be worse, a still smaller one might do.
+    it is a single slot. Where a larger budget can be worse, as with ``lfu_in_cache``, a still smaller one might do.
 
     Args:
         geometry: The model.
@@ -105,8 +106,14 @@ def plan(
         fewest: Slots at least, for one token's event: K, or K a layer; a strategy whose events demand more needs more.
         bounds: Gives, when asked, what is possible with all slots: results by the names ``"lru"`` (no first use is ever
             a hit), and on a device ``"all_resident"`` and ``"clairvoyant"``.
+        most: Slots at most, those that a device's memory has room for; all experts by default. A strategy that reaches
+            the target only beyond them is bound by memory.
+
+    Raises:
+        UserError: A strategy's events demand more than ``most`` slots.
     """
     total = geometry.total_experts
+    most = total if most is None else most
     tried: list[dict[int, Result]] = [{} for _ in strategies]
     grid: list[tuple[int, int]] = []
 
@@ -118,7 +125,12 @@ def plan(
 
     for index, strategy in enumerate(strategies):
         least = max(fewest, strategy(total).most_demanded(geometry) * (fewest // geometry.top_k))
-        grid += [(index, max(least, round(total * step / STEPS))) for step in range(STEPS + 1)]
+        if least > most:
+            raise UserError(
+                f"the device's memory has room for {most} experts, fewer than the {least} that an event may demand; "
+                "name one with more memory, or fewer bits (--quantization)"
+            )
+        grid += [(index, max(least, round(most * step / STEPS))) for step in range(STEPS + 1)]
     attempt(list(dict.fromkeys(grid)))
     while True:
         gaps = []
@@ -133,19 +145,22 @@ def plan(
         attempt(gaps)
     answers = []
     reference: dict[str, Result] = {}
-    for results in tried:
+    for index, results in enumerate(tried):
         good = min((slots for slots, result in results.items() if target.reached(result)), default=None)
         if good is not None:
             answers.append(Answer(results[good].strategy, results[good], None))
         else:
             reference = reference or bounds()
             best = max(results.values(), key=lambda result: (target.value(result), -result.budget_slots))
-            answers.append(Answer(best.strategy, best, _binds(target, best, reference)))
+            beyond = replayed([strategies[index](total)])[0] if most < total else None
+            answers.append(Answer(best.strategy, best, _binds(target, best, reference, most, beyond)))
     return answers
 
 
-def _binds(target: Target, best: Result, bounds: dict[str, Result]) -> str:
-    """Say what keeps a strategy from a target, whatever its budget."""
+def _binds(target: Target, best: Result, bounds: dict[str, Result], most: int, beyond: Result | None) -> str:
+    """Say what keeps a strategy from a target, whatever its budget; ``beyond`` is with more slots than a device has."""
+    if beyond is not None and target.reached(beyond):
+        return f"memory: room for {most:,} experts; with all {beyond.budget_slots:,} it makes {target.words(beyond)}"
     if target.tokens_per_second is not None:
         resident, clairvoyant = bounds["all_resident"], bounds["clairvoyant"]
         if not target.reached(resident):

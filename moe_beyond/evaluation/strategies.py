@@ -12,7 +12,8 @@ from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.settings import reads_scores
 
 REFERENCES = ("lru", "belady")
-"""Policies that stand beside every result, without prefetch: what is easy, and the optimum over whole sequences."""
+"""Policies that stand next to every result, without prefetch: what is easy, and the optimum over whole sequences of all
+that must take in what is demanded."""
 
 CLAIRVOYANT = "clairvoyant prefetch"
 
@@ -86,13 +87,27 @@ def combinations(
     return list(dict.fromkeys(found))
 
 
+def in_windows(
+    strategies: Iterable[ReplaySettings], cold: ReplaySettings, slots: int, quotas: Quotas = evenly
+) -> list[ReplaySettings]:
+    """Return LRU in the windows of each strategy whose windows are wider than those that all have.
+
+    A window loads an expert once for all its tokens, whatever the policy, so LRU token by token says nothing of it.
+    """
+    windows = dict.fromkeys(settings.window for settings in strategies if settings.window > cold.window)
+    return [
+        strategy(replace(cold, window=window), slots, "lru", quotas=quotas, name=f"lru, window {window}")
+        for window in windows
+    ]
+
+
 def beside(
     asked: Iterable[ReplaySettings], common: ReplaySettings, geometry: Geometry, quotas: Quotas = evenly
 ) -> list[ReplaySettings]:
-    """Set the references beside strategies, budget by budget.
+    """Set the references next to strategies, budget by budget.
 
-    LRU, Belady, and the best fixed choice in hindsight; on a device also clairvoyant prefetch over the same link, and,
-    once, all experts resident.
+    LRU, Belady, and the best fixed choice in hindsight; LRU in the same windows as a strategy that verifies drafted
+    tokens together; on a device also clairvoyant prefetch over the same link, and, once, all experts resident.
     """
     cold = replace(common, warm_start=False)
     by_budget: dict[int, list[ReplaySettings]] = {}
@@ -101,6 +116,7 @@ def beside(
     found = []
     for slots, lines in by_budget.items():
         references = [strategy(cold, slots, policy, quotas=quotas) for policy in (*REFERENCES, "static_hindsight")]
+        references += in_windows(lines, cold, slots, quotas)
         if common.device is not None:
             clairvoyant = strategy(cold, slots, "belady", "oracle", quotas=quotas, name=CLAIRVOYANT)
             references.append(replace(clairvoyant, note="brings in what is missing next; near the optimum, no bound"))

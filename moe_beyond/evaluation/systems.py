@@ -51,9 +51,7 @@ SYSTEMS: dict[str, System] = {
         architecture="cross_layer",
         note="cross_layer stands in for router scores of hidden states",
     ),
-    "moe-spac": System(
-        "moe_spac", "p>0", window=8, note="windows of 8 drafted tokens, all taken to be right; no CPU computes"
-    ),
+    "moe-spac": System("moe_spac", "p>0", window=8, note="drafting is free and always right; no CPU computes"),
     "od-moe": System("od_moe", needs_device=True),
     "llama.cpp": System("class_lru"),
 }

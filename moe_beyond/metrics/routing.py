@@ -10,8 +10,8 @@ from torchmetrics import Metric
 from moe_beyond.lookahead import Lookahead
 
 THRESHOLD = 0.5
-# Average precision comes from a histogram of scores. Half of its bins divide 0..1 evenly, the other half the logits
-# from -16 to 16, so that neither flat nor sharp scores fall into a few; it is within 2e-3 of the exact one for either.
+# Average precision's histogram: half of its bins divide 0..1 evenly, the other half the logits from -16 to 16, so that
+# neither flat nor sharp scores fall into a few.
 BINS = 2000
 LARGEST_LOGIT = 16.0
 RELIABILITY_BINS = 15
@@ -20,19 +20,29 @@ FIGURES = (
     *("nll", "calibration_error", "gate_mass_at_k"),
 )
 """What `RoutingMetrics.compute` returns; the last only where gate weights are known."""
-SURE = 1e-7  # a score of 0 or 1 counts as this far from it: one that was wrong would cost infinitely much
+SURE = 1e-7  # a score of 0 or 1 counts as this far from it: a wrong one would cost infinitely much
 
 
 class RoutingMetrics(Metric):
     """Counts, per (lookahead, layer), what all figures follow from.
 
     Of the set of the k best-scored experts, as published predictions are sets: recall@k and F1, and MoE-Beyond's two
-    (arXiv 2508.17137): per-label accuracy, and the mean of the F1 of the chosen and of the not chosen class. Of the
-    scores cut at 0.5: micro F1, macro F1 (over a layer's experts), exact match. Of the scores as they are: average
-    precision over all of a layer's labels. Of the scores as probabilities: negative log-likelihood, in nats an entry
-    (the sum over a layer's labels), and expected calibration error, the mean distance over labels of how probable they
-    were to how many of them came, in 15 equal bins (Guo et al. 2017, arXiv 1706.04599). Where gate weights are known,
-    gate mass@k, the mean share of a token's gate weights that the set of k has.
+    (arXiv 2508.17137): per-label accuracy, and the mean of the F1 of the chosen and of the not chosen class. Where gate
+    weights are known, gate mass@k, the mean share of a token's gate weights that the set of k has.
+
+    Of the scores cut at 0.5 (a score of 0.5 does not name): micro F1, macro F1 (over a layer's experts; an expert that
+    is neither chosen nor named counts 0, so that macro F1 of perfect scores is below 1 where an expert is never used),
+    exact match.
+
+    Of the scores as they are: average precision over all of a layer's labels, from a histogram of 2,000 bins, half of
+    them even in the score and half in its logit. Scores of one bin count as equal: the figure is up to 0.2 points off,
+    mostly low.
+
+    Of the scores as probabilities: negative log-likelihood, in nats a token and layer (the sum over a layer's labels),
+    of scores clipped to 1e-7 from 0 and 1, so that a chosen expert scored 0 costs 16 nats; and expected calibration
+    error, the mean distance over labels of how probable they were to how many of them came, in 15 equal bins (Guo et
+    al. 2017, arXiv 1706.04599). Most labels score near 0 and are right, which makes that error small for any scores:
+    naming K / E for every expert has none. ``reliability`` of `to_rows` shows the bins above.
 
     Args:
         lookaheads: H.

@@ -68,7 +68,8 @@ def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
 
     Args:
         folder: The predictor folder.
-        figures: ``source``, ``fingerprint``, ``split``, ``command``, ``metrics`` and ``replay``, as plain values.
+        figures: ``source``, ``fingerprint``, ``split``, ``command``, ``metrics`` and ``replay``, as plain values. Rows
+            of the last two may have ``intervals``, as `moe_beyond.evaluation.evaluate.Evaluation` has them.
 
     Raises:
         UserError: The card's marks are damaged.
@@ -112,17 +113,29 @@ def _evaluation(one: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['lookahead']} | {row['recall_at_k']:.1%} | {row['nll']:.2f} | {row['calibration_error']:.2%} "
+        f"| {row['lookahead']} | {_share(row, 'recall_at_k')} | {row['nll']:.2f} | {row['calibration_error']:.2%} "
         f"| {row['accuracy']:.1%} | {row['f1_two_class']:.3f} |"
         for row in one["metrics"]
     ]
     lines += ["\n| slots | strategy | lookahead | hits | bytes moved / demanded |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['budget_slots']:,} ({row['budget_share']:.0%}) | {row['strategy']} | {_lookahead(row)} "
-        f"| {row['hit_rate']:.1%} | {row['bytes_ratio']:.2f} |"
+        f"| {_share(row, 'hit_rate')} | {row['bytes_ratio']:.2f}{_ends(row, 'bytes_ratio', '.2f')} |"
         for row in one["replay"]
     ]
+    if any("intervals" in row for row in (*one["metrics"], *one["replay"])):
+        lines.append("\nIn brackets: 95 % intervals over the sequences measured (bootstrap).")
     return "\n".join(lines)
+
+
+def _share(row: dict[str, Any], name: str) -> str:
+    """Write a share in percent, with its interval if one was recorded."""
+    return f"{row[name]:.1%}{_ends(row, name, '.1%')}"
+
+
+def _ends(row: dict[str, Any], name: str, shape: str) -> str:
+    ends = (row.get("intervals") or {}).get(name)
+    return "" if ends is None else f" ({format(ends[0], shape)}..{format(ends[1], shape)})"
 
 
 def _lookahead(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from moe_beyond.evaluation.planning import Answer, Target
 from moe_beyond.geometry import Geometry
+from moe_beyond.report.conditions import conditions
 
 
 def plan_table(
@@ -22,8 +23,10 @@ def plan_table(
         geometry: The model.
         bytes_per_expert: Of memory.
     """
-    device = next((answer.result.device for answer in answers if answer.result.device), None)
-    table = Table(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}")
+    first = answers[0].result
+    device = first.device
+    room = "" if device is None else f" ({first.device_slots:,} slots at most)"
+    table = Table(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}{room}")
     for name in ("strategy", "slots (share)", "GB", "reaches", "bytes"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     table.add_column("what binds", overflow="fold")
@@ -33,5 +36,8 @@ def plan_table(
         size = "-" if answer.binds else f"{result.budget_slots * bytes_per_expert / 1e9:.2f}"
         reaches = f"{'at best ' if answer.binds else ''}{target.words(result)}"
         table.add_row(answer.strategy, slots, size, reaches, f"{result.bytes_ratio:.2f}", answer.binds or "")
-    table.caption = f"{geometry.describe_shape()}; bytes: all transfers over accesses; GB: 1e9 bytes"
+    table.caption = (
+        f"{geometry.describe_shape()}; bytes: all transfers over accesses; GB: 1e9 bytes, experts only; "
+        f"{conditions([answer.result for answer in answers])}"
+    )
     return table

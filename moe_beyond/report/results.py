@@ -9,6 +9,7 @@ from moe_beyond.evaluation.runs import CheckpointEvaluation
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.report.conditions import conditions
 from moe_beyond.simulator import Result
 
 # Gate mass is there where gate weights are.
@@ -48,7 +49,7 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
 def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
     """Lay out replay results, a line a strategy."""
     timed = any(result.device for result in results)
-    table = Table(title=f"replay over {results[0].accesses:,} accesses ({geometry.describe_shape()})")
+    table = Table(title=f"replay over {results[0].demanded:,} accesses ({geometry.describe_shape()})")
     table.add_column("slots (share)", justify="right", no_wrap=True)
     table.add_column("slots /\ndemand", justify="right", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
@@ -101,9 +102,9 @@ def _caption(results: Sequence[Result]) -> str:
     if leaks:
         said.append(f"LEAK: {', '.join(sorted(leaks))}, which no runtime could")
     if device := next((result.device for result in results if result.device), None):
-        said += [f"times on {device}", "late: asked for, and not there when needed"]
+        said += [f"times on {device}", "late: asked for, and not there when needed (in bytes, not in wasted)"]
     notes = {result.strategy: result.note for result in results if result.note}
-    return "; ".join([*said, *(f"{name}: {note}" for name, note in notes.items())])
+    return "; ".join([*said, conditions(results), *(f"{name}: {note}" for name, note in notes.items())])
 
 
 def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:

@@ -1,26 +1,43 @@
-"""What stands beside a replay and needs no cache: the best fixed choice, all resident, loading just in time."""
+"""What stands next to a replay and needs no cache: the best fixed choice, all resident, loading just in time."""
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache import core
+from moe_beyond.cache.jit import jit
+from moe_beyond.cache.link import BUSY, TRANSFER, LinkState, load_seconds
 from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
+from moe_beyond.simulator.links import idle_link
 from moe_beyond.simulator.result import Clock, Result, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, Sequence
 from moe_beyond.simulator.settings import ReplaySettings
+from moe_beyond.simulator.sums import SequenceSums
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 
 class Bound:
-    """Accumulates what every event of counted steps demands, and makes a record of it.
+    """Accumulates what every event demands, and makes a record of the steps that count.
 
-    ``static_hindsight``: the experts that these very traces demand most often, moved in once and never evicted; others
-    compute in K slots of staging. ``all_resident``: nothing is ever moved. ``od_moe`` (arXiv 2512.03927): no cache; G
-    groups of K workers take the layers in turn, each worker moves one expert in over a link of its own while the others
-    compute, which is in time if ``t_load <= G * t_moe + (G - 1) * t_rest``; its shadow model is taken to know the
-    demand.
+    ``static_hindsight``: the experts that these very traces demand most often, moved in once for all sequences and
+    never evicted; these transfers count. Others compute in K slots of staging next to the budget and cross the link on
+    demand; where there is flash they are read from it as in a replay, unless host memory holds them. The fixed experts
+    are in place before the first sequence begins, so at a large budget it can be faster than a strategy that starts
+    every sequence cold.
+
+    ``all_resident``: nothing is ever moved.
+
+    ``od_moe`` (OD-MoE, arXiv 2512.03927): no cache. G groups of K workers take the layers in turn, and each worker
+    moves one expert in over a link of its own. A group begins to load as soon as it has computed its layer before, so
+    layer i starts at ``max(end[i-1] + t_rest, end[i-G] + t_load)`` and ends ``t_moe`` later: nothing stalls while
+    ``t_load <= G * t_rest + (G - 1) * t_moe``, the paper's window. Its shadow model is taken to know the demand that
+    far ahead, the next token's too. A sequence begins with idle workers. Of an event with more than K experts (windows,
+    batches) a worker takes several, one after another. Where there is flash, the workers share one host memory.
 
     Args:
         geometry: The model.
@@ -36,94 +53,104 @@ class Bound:
         if settings.policy == "od_moe" and settings.device is None:
             raise UserError("od-moe is a matter of time alone; give --device")
         self._grouping = Grouping(settings)
-        self._demanded: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
-        self._shapes: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = []
+        self._groups: list[Group] = []
+        self.sums = SequenceSums()
 
     def add_sequence(self, sequence: Sequence) -> None:
         """Note one sequence, or put it aside until a batch is full."""
-        for group in self._grouping.add(sequence):
-            self._note(group)
-
-    def _note(self, group: Group) -> None:
-        step = np.searchsorted(group.ends, group.stream.events() - 1, side="right")
-        counted = group.first >= self.settings.warmup_tokens
-        keep = counted[step]
-        number = np.cumsum(counted) - 1
-        self._demanded.append((group.stream.ids[keep], number[step[keep]]))
-        self._shapes.append((group.size[counted], group.decoding[counted]))
+        self._groups += [group.without_scores() for group in self._grouping.add(sequence)]
 
     def result(self) -> Result:
         """Return the record of what was added so far."""
-        for group in self._grouping.rest():
-            self._note(group)
+        self._groups += [group.without_scores() for group in self._grouping.rest()]
         geometry, settings = self.geometry, self.settings
-        ids = np.concatenate([ids for ids, _ in self._demanded] or [np.zeros(0, np.int64)])
+        uses = np.zeros(geometry.total_experts, np.int64)
+        for group in self._groups:
+            uses += np.bincount(group.stream.ids[self._counted(group)], minlength=len(uses))
+        resident = np.full(len(uses), settings.policy == "all_resident")
         counts = np.zeros((geometry.num_layers, len(core.COUNTERS)), np.int64)
-        layers = geometry.num_layers
-        layer_of = np.arange(geometry.total_experts) // geometry.num_experts
-        uses = np.bincount(ids, minlength=geometry.total_experts)
-
-        def by_layer(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-            return np.bincount(layer_of, weights=values, minlength=layers).astype(np.int64)
-
-        counts[:, core.ACCESSES] = by_layer(uses)
-        resident = np.ones(geometry.total_experts, np.bool_)
-        just_in_time = settings.policy == "od_moe"
         if settings.policy == "static_hindsight":
-            resident = np.isin(np.arange(len(uses)), most_used(uses, self._pools))
-            counts[:, core.PREFETCH_TRANSFERS] = counts[:, core.USEFUL] = by_layer((resident & (uses > 0)).astype(int))
-        late = just_in_time and self._shortfall() > 0
-        counts[:, core.HITS] = 0 if late else by_layer(np.where(resident, uses, 0))
-        if just_in_time:
-            counts[:, core.PREFETCH_TRANSFERS] = counts[:, core.ACCESSES]
-            counts[:, core.LATE_HITS if late else core.USEFUL] = counts[:, core.ACCESSES]
-        else:
-            counts[:, core.MISSES] = counts[:, core.DEMAND_TRANSFERS] = counts[:, core.ACCESSES] - counts[:, core.HITS]
-        clock = Clock()
-        for (demanded, step), (size, decoding) in zip(self._demanded, self._shapes, strict=True):
-            clock.add(self._spent(demanded, step, len(size), resident), size, decoding)
-            clock.all_tokens += int(size.sum())
-        clock.busy = float(counts[:, [core.DEMAND_TRANSFERS, core.PREFETCH_TRANSFERS]].sum()) * self._transfer()
+            resident[most_used(uses, self._pools)] = True
+            moved = (resident & (uses > 0)).reshape(geometry.num_layers, -1).sum(1)
+            counts[:, core.PREFETCH_TRANSFERS] = counts[:, core.USEFUL] = moved
+        self.sums, clock = SequenceSums(once=int(counts[:, core.PREFETCH_TRANSFERS].sum())), Clock()
+        wire = idle_link(settings, geometry)
+        clock.busy = self.sums.once * float(wire.clock[TRANSFER])
+        for group in self._groups:
+            if not settings.carry_over:
+                wire = idle_link(settings, geometry)
+            busy = float(wire.clock[BUSY])
+            spent, waited = self._timed(group, resident, wire)
+            demanded = clock.add(group, spent, group.first >= settings.warmup_tokens)
+            clock.busy += float(wire.clock[BUSY]) - busy
+            added = self._counts(group, resident, waited)
+            self.sums.add(group.names, added, demanded, *clock.decoded())
+            counts += added
         notes = {
             "static_hindsight": "the best fixed choice, knowing these very traces",
             "all_resident": "nothing has to be moved",
             "od_moe": f"{settings.groups} groups of {geometry.top_k} workers; demand taken to be known",
         }
-        return make_result(geometry, settings, counts, clock, notes[settings.policy])
+        return make_result(geometry, settings, counts, clock, self._grouping, notes[settings.policy])
 
-    def _transfer(self) -> float:
-        if self.settings.device is None:
-            return 0.0
-        size = self.geometry.params_per_expert * self.settings.bits / 8
-        return devices.transfer_seconds(self.settings.device, size)
+    def _counted(self, group: Group) -> Bools:
+        """Return which of a group's demands count: ``(n,)``."""
+        by_event = (group.first >= self.settings.warmup_tokens)[group.step_of_events()]
+        return np.repeat(by_event, np.diff(group.stream.offsets))
 
-    def _shortfall(self) -> float:
-        """Return the seconds that a layer of ``od_moe`` waits for its experts."""
-        device, groups = self.settings.device, self.settings.groups
+    def _timed(self, group: Group, resident: Bools, wire: LinkState) -> tuple[Floats, Bools]:
+        """Return ``(S, 2)`` seconds of stall and computing, and whether each event waited: ``(events,)``."""
+        device, bits, workers = self.settings.device, self.settings.bits, self.geometry.top_k
+        offsets = group.stream.offsets
         if device is None:
-            return 0.0
-        moe = devices.expert_seconds(device, self.geometry, self.settings.bits)  # the K workers compute side by side
-        rest = devices.other_seconds(device, self.geometry, self.settings.bits)
-        return max(0.0, self._transfer() - groups * moe - (groups - 1) * rest)
+            return np.zeros((len(group.size), 2)), np.zeros(len(offsets) - 1, np.bool_)
+        rest = devices.other_seconds(device, self.geometry, bits)
+        experts, stalls = np.diff(offsets), np.zeros(len(offsets) - 1)
+        if just_in_time := self.settings.policy == "od_moe":
+            experts = -(-experts // workers)  # the workers compute side by side
+        computing = experts * devices.expert_seconds(device, self.geometry, bits)
+        load_seconds(wire, group.stream.ids, offsets, resident, np.zeros(workers if just_in_time else 1), stalls)
+        if just_in_time:
+            wait_for_workers(stalls, computing, rest, np.zeros(self.settings.groups))
+        step = group.step_of_events()
+        spent = [np.bincount(step, weights, len(group.size)) for weights in (stalls, computing + rest)]
+        return np.stack(spent, axis=1), stalls > 0
 
-    def _spent(
-        self,
-        ids: npt.NDArray[np.int64],
-        step: npt.NDArray[np.int64],
-        steps: int,
-        resident: npt.NDArray[np.bool_],
-    ) -> npt.NDArray[np.float64]:
-        """Return ``(S, 2)`` seconds of stall and computing."""
-        spent = np.zeros((steps, 2))
-        device, bits, layers = self.settings.device, self.settings.bits, self.geometry.num_layers
-        if device is None:
-            return spent
-        expert = devices.expert_seconds(device, self.geometry, bits)
-        demanded = np.bincount(step, minlength=steps)
+    def _counts(self, group: Group, resident: Bools, waited: Bools) -> Ints:
+        """Return the counts ``(L, 8)`` of a group's steps that count."""
+        layers, counted = self.geometry.num_layers, self._counted(group)
+        counts = np.zeros((layers, len(core.COUNTERS)), np.int64)
+        ids = group.stream.ids[counted]
+
+        def by_layer(those: Bools) -> Ints:
+            return np.bincount(ids[those] // self.geometry.num_experts, minlength=layers)
+
         if self.settings.policy == "od_moe":
-            spent[:, 0] = layers * self._shortfall()
-            demanded = np.full(steps, layers)
+            late = np.repeat(waited, np.diff(group.stream.offsets))[counted]
+            counts[:, core.LATE_HITS] = by_layer(late)
+            counts[:, core.HITS] = counts[:, core.USEFUL] = by_layer(~late)
+            counts[:, core.PREFETCH_TRANSFERS] = counts[:, core.LATE_HITS] + counts[:, core.HITS]
         else:
-            spent[:, 0] = np.bincount(step, weights=~resident[ids], minlength=steps) * self._transfer()
-        spent[:, 1] = layers * devices.other_seconds(device, self.geometry, bits) + demanded * expert
-        return spent
+            counts[:, core.HITS] = by_layer(resident[ids])
+            counts[:, core.MISSES] = counts[:, core.DEMAND_TRANSFERS] = by_layer(~resident[ids])
+        counts[:, core.ACCESSES] = counts[:, [core.HITS, core.LATE_HITS, core.MISSES]].sum(1)
+        return counts
+
+
+@jit
+def wait_for_workers(seconds: Floats, computing: Floats, rest: float, ends: Floats) -> None:
+    """Turn the time that each layer's load takes into the time that the layer waits for it.
+
+    Args:
+        seconds: ``(events,)``, of loading; on return, of waiting.
+        computing: ``(events,)``, of the workers' computing.
+        rest: Seconds of everything else in a layer.
+        ends: ``(G,)``, zeros: when each group has computed its last layer.
+    """
+    end = 0.0
+    for event in range(len(seconds)):
+        group = event % len(ends)
+        routed = end + rest
+        seconds[event] = max(0.0, ends[group] + seconds[event] - routed)
+        end = routed + seconds[event] + computing[event]
+        ends[group] = end

@@ -16,6 +16,10 @@ PINNED_US = 20.0
 FLASH_US = 100.0
 """What starting a read from flash takes: an assumption."""
 
+RESERVED_SHARE = Fraction(1, 8)
+"""Of a device's memory, kept for what a geometry does not know: the KV cache, the runtime's own context, embeddings,
+dense layers and the head; an assumption."""
+
 _TEXTS = ("name", "source")
 _FROM_ZERO = ("link_latency_us", "flash_latency_us")
 
@@ -29,10 +33,11 @@ class Device:
         link_gb_per_s: Bandwidth of the link that an expert crosses to be computed: PCIe from host memory to a discrete
             GPU, or the flash of a device whose memory is unified.
         link_latency_us: Time before the first byte of a transfer moves.
-        memory_gb: GPU or unified memory; for information.
+        memory_gb: GPU or unified memory; budgets that it cannot hold are marked, and `moe-beyond plan` keeps within it.
         memory_gb_per_s: Bandwidth at which computing reads weights.
         host_memory_gb: Host memory for experts behind the link, the others being on flash; None: one tier, every
-            expert waits right behind the link.
+            expert waits right behind the link. It begins with as many experts as fit, of each layer the same number,
+            and then keeps what was moved last.
         flash_gb_per_s: Bandwidth from flash to host memory; None with one tier.
         flash_latency_us: Time before the first byte of a flash read moves; 0 with one tier.
         other_ms: Measured time of a layer besides its routed experts, instead of the estimate.
@@ -317,3 +322,17 @@ def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
         return geometry.total_experts
     room = Fraction(str(device.host_memory_gb)) * 10**9 * 8
     return min(geometry.total_experts, math.floor(room / (geometry.params_per_expert * Fraction(bits))))
+
+
+def device_slots(device: Device, geometry: Geometry, bits: float) -> int:
+    """Count the experts that the device's own memory has room for.
+
+    Off its memory go `RESERVED_SHARE` and the MoE layers' other weights.
+
+    Returns:
+        From 0 to L * E.
+    """
+    room = Fraction(str(device.memory_gb)) * 10**9 * 8 * (1 - RESERVED_SHARE)
+    others = geometry.num_layers * geometry.other_params_per_layer * Fraction(bits)
+    slots = math.floor((room - others) / (geometry.params_per_expert * Fraction(bits)))
+    return min(geometry.total_experts, max(0, slots))

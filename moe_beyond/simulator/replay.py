@@ -15,9 +15,11 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.profile import Profile
 from moe_beyond.simulator import devices
+from moe_beyond.simulator.links import idle_link
 from moe_beyond.simulator.result import Clock, Result, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, Sequence
 from moe_beyond.simulator.settings import ReplaySettings
+from moe_beyond.simulator.sums import SequenceSums
 
 NO_SPANS = np.zeros((0, 3))
 LOGGED_PER_EVENT = 64
@@ -65,6 +67,7 @@ class Replay:
         self._counts = np.zeros((geometry.num_layers, len(core.COUNTERS)), np.int64)
         self.clock = Clock()
         self._grouping = Grouping(settings)
+        self.sums = SequenceSums()
         self._cache: core.CacheState | None = None
         self._state: Any = None
         self._event = np.zeros(1, np.int64)
@@ -107,6 +110,9 @@ class Replay:
     def _step(self, group: Group, spans: npt.NDArray[np.float64] = NO_SPANS) -> link.LinkState:
         if self._cache is None:
             self._start(group, LOGGED_PER_EVENT * len(spans))
+            before = np.zeros_like(self._counts)
+        else:
+            before = self._cache.counters.copy()
         cache, steps = self._cache, group.steps(self.settings)
         assert cache is not None
         self._check_room(group)
@@ -119,9 +125,8 @@ class Replay:
             begun = cache.link.clock[link.BUSY]
             run(cache, self._state, self._policy.VERBS, self._plan, steps, self.timing, outlook, spent, spans)
             self.clock.busy += cache.link.clock[link.BUSY] - begun
-        counted = steps.counted
-        self.clock.add(spent[counted], group.size[counted], group.decoding[counted])
-        self.clock.all_tokens += int(group.size.sum())
+        demanded = self.clock.add(group, spent, steps.counted)
+        self.sums.add(group.names, cache.counters - before, demanded, *self.clock.decoded())
         if not self.settings.carry_over:
             core.finish(cache)
             self._counts += cache.counters
@@ -146,19 +151,8 @@ class Replay:
 
     def _start(self, group: Group, log_size: int) -> None:
         """Make an empty cache, and fill it where it starts warm."""
-        geometry, device, bits = self.geometry, self._device, self.settings.bits
-        bytes_per_expert = geometry.params_per_expert * bits / 8
-        wire = (
-            link.new_link(geometry.total_experts, log_size=log_size)
-            if device is None
-            else link.new_link(
-                geometry.total_experts,
-                devices.transfer_seconds(device, bytes_per_expert),
-                devices.flash_seconds(device, bytes_per_expert),
-                devices.host_slots(device, geometry, bits),
-                log_size,
-            )
-        )
+        geometry = self.geometry
+        wire = idle_link(self.settings, geometry, log_size)
         self._cache = core.empty_cache(geometry.num_layers, geometry.num_experts, self._pools, wire)
         future = self._stream if self.settings.carry_over and self._stream is not None else group.stream
         inputs = PolicyInputs(geometry, self._pools, future, self._profile)
@@ -184,4 +178,4 @@ class Replay:
 
     def result(self) -> Result:
         """Return the record of what was added so far."""
-        return make_result(self.geometry, self.settings, self.counts(), self.clock)
+        return make_result(self.geometry, self.settings, self.counts(), self.clock, self._grouping)

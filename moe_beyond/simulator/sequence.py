@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,12 +28,14 @@ class Sequence:
         experts: ``(T, L, K)`` expert ids, as in a `moe_beyond.traces.trace.Trace`.
         scores: ``(T, H, L, E)`` float32 probabilities, or None.
         decode_start: The first token that the model wrote itself.
+        name: Its id in the trace set.
     """
 
     geometry: Geometry
     experts: npt.NDArray[np.integer]
     scores: npt.NDArray[np.float32] | None = None
     decode_start: int = 0
+    name: str = ""
     _made: dict[tuple[int, ...], "Group"] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,16 +70,26 @@ class Sequence:
         return np.where(ids < self.geometry.num_experts, ids + base, -1)
 
     def steps_of_tokens(self, settings: ReplaySettings) -> Ints:
-        """Return the number of the step that each token belongs to: ``(T,)``, from 0."""
-        chunk = settings.prefill_chunk
-        read = min(self.decode_start, len(self)) if chunk else 0
-        chunked = np.arange(read) // max(chunk, 1)
-        steps = -(-read // max(chunk, 1))
-        return np.concatenate([chunked, steps + np.arange(len(self) - read) // settings.window])
+        """Return the number of the step that each token belongs to: ``(T,)``, from 0.
+
+        Prompt tokens are stepped in chunks where there are any, other tokens in windows. A step ends where the prompt
+        does and where the warm-up does, so that the same tokens count whatever makes a step.
+        """
+        length, chunk = len(self), settings.prefill_chunk
+        read = min(self.decode_start, length) if chunk else 0
+        ends = sorted({read, min(settings.warmup_tokens, length), length} - {0})
+        parts, begins, steps = [np.zeros(0, np.int64)], 0, 0
+        for end in ends:
+            size = chunk if begins < read else settings.window
+            parts.append(steps + np.arange(end - begins) // size)
+            begins, steps = end, steps - (begins - end) // size
+        return np.concatenate(parts)
 
     def alone(self, settings: ReplaySettings) -> "Group":
         """Return the sequence by itself; replays that step it alike share the work."""
-        key = (settings.prefill_chunk, settings.window, settings.sequential)
+        chunked = settings.prefill_chunk > 0 or settings.window > 1
+        warmup = settings.warmup_tokens if chunked else 0  # where every token is a step it changes none
+        key = (settings.prefill_chunk, settings.window, warmup, settings.sequential)
         if key not in self._made:
             self._made[key] = Group([self], settings)
         return self._made[key]
@@ -90,16 +103,19 @@ class Group:
         settings: How they are stepped.
 
     Attributes:
+        names: Their ids.
         stream: Their demands.
         ends: ``(S,)`` int64, how many events there are up to the end of each step.
         tokens: ``(n,)`` int64, for how many tokens each expert is demanded.
         first: ``(S,)`` int64, the place in its sequence of the first token of each step.
         size: ``(S,)`` int64, how many tokens each step has.
+        in_turn: ``(S,)`` int64, how many of those follow one another in the longest sequence.
         decoding: ``(S,)`` bool, whether they were written by the model, or are treated as if.
     """
 
     def __init__(self, members: Many[Sequence], settings: ReplaySettings) -> None:
         self._members = members
+        self.names = tuple(member.name for member in members)
         geometry = members[0].geometry
         layers, experts, _ = geometry.shape()
         self._step_of = [member.steps_of_tokens(settings) for member in members]
@@ -107,6 +123,7 @@ class Group:
         self.size: Ints = np.sum([np.bincount(steps, minlength=length) for steps in self._step_of], axis=0)
         longest = max(zip(members, self._step_of, strict=True), key=lambda pair: pair[1][-1])
         self.first = np.searchsorted(longest[1], np.arange(length))
+        self.in_turn: Ints = np.bincount(longest[1], minlength=length)
         read = longest[0].decode_start if settings.prefill_chunk else 0
         self.decoding = self.first >= read
         self.ends = np.arange(1, length + 1) * layers
@@ -127,6 +144,21 @@ class Group:
             keys, self.tokens = np.unique(keys, return_counts=True)
             events = np.bincount(keys // experts, minlength=length * layers)
             self.stream = Stream(keys % total, np.concatenate([[0], np.cumsum(events)]))
+
+    def without_scores(self) -> "Group":
+        """Return the group with the same arrays and without its sequences, whose scores take memory."""
+        group = copy(self)
+        group._members, group._step_of = (), []  # noqa: SLF001
+        return group
+
+    def step_of_events(self) -> Ints:
+        """Return the step of each event: ``(events,)``."""
+        return np.searchsorted(self.ends, np.arange(len(self.stream.offsets) - 1), side="right")
+
+    def demanded(self) -> Ints:
+        """Return how many experts each step demands, token by token: ``(S,)`` int64."""
+        until = np.concatenate([[0], np.cumsum(self.tokens)])[self.stream.offsets[self.ends]]
+        return np.diff(until, prepend=0)
 
     def steps(self, settings: ReplaySettings) -> Steps:
         """Return the steps with what is known of them, and which count."""
@@ -172,16 +204,27 @@ class Grouping:
 
     Args:
         settings: How they are stepped.
+
+    Attributes:
+        taken: How many were stepped, or wait for a batch to be full.
+        too_short: How many the warm-up left out.
     """
 
     def __init__(self, settings: ReplaySettings) -> None:
         self._settings = settings
         self._waiting: list[Sequence] = []
+        self.taken = self.too_short = 0
 
     def add(self, sequence: Sequence) -> Iterator[Group]:
-        """Take a sequence, unless the warm-up is all of it; yield the group that it makes full, if it does."""
+        """Take a sequence and yield the group that it makes full, if it does.
+
+        A sequence no longer than the warm-up is left out: it has no place in a batch and leaves no trace in a cache
+        that is carried over.
+        """
         if len(sequence) <= self._settings.warmup_tokens:
+            self.too_short += 1
             return
+        self.taken += 1
         if self._settings.batch_size == 1:
             yield sequence.alone(self._settings)
             return

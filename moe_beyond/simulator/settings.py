@@ -38,19 +38,27 @@ class ReplaySettings:
         quotas: Slots of each layer for ``"per-layer"``; an even split where None.
         prefetch: As `parse_prefetch` reads it.
         lookahead: Of the scores that top<m> and p><t> ask by; None where there is no such prefetch.
-        lookaheads: That the scores have; all of them serve a policy that reads scores, and the other prefetchers.
+        lookaheads: That the scores have; all of them serve a policy that reads scores, and every prefetcher. A score is
+            used as soon as its lookahead makes it available: once a layer is through, top<m> and p><t> ask by the
+            scores of ``lookahead`` alone; at a token's start, layers before which no layer runs are asked by the scores
+            of the smallest lookahead that tells of them.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         predictor: What to call where the scores come from.
         causal: Whether the scores ignore later tokens.
-        warm_start: Whether the cache starts with the experts that were most popular in training, moved there first.
-        warmup_tokens: Tokens at a sequence's start that do not count.
+        warm_start: Whether the cache starts with the experts that were most popular in training. Moving them in counts,
+            at every sequence, with a warm-up too.
+        warmup_tokens: Tokens at a sequence's start that do not count. A sequence with no more tokens is left out.
         first_layer_prefetch: Whether layers whose scores exist when a token starts are prefetched then (at lookahead
             0: whether layer 0 is prefetched).
         sequential: Access by access in the router's order, not event by event: to compare with other simulators.
-        prefill_chunk: Tokens before `decode_start` that make a step together; 0 makes every token a step.
-        batch_size: Sequences that are decoded together.
-        window: Drafted tokens that are verified together, all taken to be right.
-        carry_over: Whether a sequence finds the cache as the one before left it.
+        prefill_chunk: Tokens before `decode_start` that make a step together; 0 makes every token a step. No step goes
+            past the end of the warm-up.
+        batch_size: Sequences that are decoded together. Their steps go side by side; the longest one's tell which of
+            them count.
+        window: Drafted tokens that are verified together, all taken to be right. No window goes past the end of the
+            warm-up.
+        carry_over: Whether a sequence finds the cache, and host memory, as the one before left them.
+        cold_host: Whether host memory before flash begins empty, instead of with as many experts as fit.
         device: For the clock; None counts without time.
         bits: Bits per parameter.
         name: Of the strategy, where it has one.
@@ -76,6 +84,7 @@ class ReplaySettings:
     batch_size: int = 1
     window: int = 1
     carry_over: bool = False
+    cold_host: bool = False
     device: Device | None = None
     bits: float = 16.0
     name: str | None = None

@@ -100,6 +100,16 @@ def test_help_and_import_are_there_at_once() -> None:
     assert seconds("-m", "moe_beyond", "--help") - plain <= 0.25
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_sleep_unless_told_otherwise(given: str | None, expected: str, monkeypatch) -> None:
+    """OpenMP reads it when torch is imported, which `main` has not done yet."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
 def test_the_module_is_the_command() -> None:
     words = [sys.executable, "-m", "moe_beyond"]
     done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True)

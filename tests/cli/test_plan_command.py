@@ -74,11 +74,22 @@ def test_tokens_a_second_on_a_device(capsys):
 
 
 @pytest.mark.usefixtures("_house")
+def test_a_plan_keeps_to_the_devices_memory(capsys):
+    # An eighth of 80 kB is kept and 40 kB are other weights: room for 15 experts of 2 kB.
+    plan("--target", "100tok/s", "--device", "mine.json,memory_gb=8e-5", "--json", "plan.json")
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(15 slots at most)" in said
+    assert "tok/s: an upper bound, MoE layers only" in said
+    for answer in json.loads(Path("plan.json").read_text())["answers"]:
+        assert answer["result"]["budget_slots"] <= answer["result"]["device_slots"] == 15
+
+
+@pytest.mark.usefixtures("_house")
 def test_systems_and_what_they_lack(capsys):
     plan("--target", "50%", "--strategy", "all", "--json", "-", "--device", "mine.json")
     found = json.loads(capsys.readouterr().out)
     assert [one["strategy"] for one in found["answers"]] == [
-        "moe-spac", "llama.cpp", "lru", "belady", "clairvoyant prefetch",
+        "moe-spac", "llama.cpp", "lru", "belady", "lru, window 8", "clairvoyant prefetch",
     ]  # fmt: skip
     missing = {one["strategy"]: one["why"] for one in found["unavailable"]}
     assert set(missing) == {"ours", "moe-beyond", "moe-infinity", "specmd", "od-moe"}

@@ -97,6 +97,7 @@ def test_only_a_predictor_folder_takes_figures(run, tmp_path, capsys):
     tiny_traces(tmp_path / "a")
     words = ["evaluate", run.folder, "--traces", tmp_path / "a", "--record"]
     assert "is a run" in error_line(capsys, words)
+    assert "is a run of several checkpoints" in error_line(capsys, [*words[:-1], "--bootstrap", "200"])
 
 
 def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch):

@@ -96,8 +96,13 @@ def test_it_holds_what_evaluate_says(run: Run, made: Path, capsys: pytest.Captur
         shown = [row["strategy"], f"{row['budget_slots']:,} ({row['budget_share']:.1%})"]
         figures = {f"{row['hit_rate']:.1%}", f"{row['bytes_ratio']:.2f}"}
         if "device" in row:
-            figures |= {f"{row['tokens_per_second']:.1f}", f"{row['stall_ms_per_token']:.1f}"}
+            speed = row["tokens_per_second"]  # of so small a model in the ten thousands
+            figures |= {f"{speed:,.0f}" if speed >= 1000 else f"{speed:.1f}", f"{row['stall_ms_per_token']:.1f}"}
         assert [r for r in page.rows if r[:2] == shown and figures <= set(r)], row
+    assert "On rtx3060, with 8 slots, prefetching " in page.text
+    assert "Replays: sequences start with an empty cache; prompt tokens are stepped one by one; " in page.text
+    short, counted = (said["results"][0][name] for name in ("too_short", "sequences"))
+    assert f"{short} of {short + counted} sequences are too short to count" in page.text
     # Beside every hit rate of the summary stand its bytes, LRU and Belady.
     ours, _, lru, belady, _ = (row for row in said["results"] if row["budget_slots"] == 8)
     assert f"LRU {lru['hit_rate']:.1%}, Belady {belady['hit_rate']:.1%}" in page.text

@@ -16,7 +16,7 @@ from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.planning import Answer, parse_target, pins, plan
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, evenly, strategy
 from moe_beyond.simulator import ReplaySettings, Result
-from moe_beyond.simulator.devices import Device, load_device
+from moe_beyond.simulator.devices import Device, device_slots, load_device
 from moe_beyond.traces.reader import TraceSet
 
 COMMON = ReplaySettings(TINY.total_experts)
@@ -38,7 +38,8 @@ class Planned:
         self.lines = [replace(strategy(self.common, 32, policy, prefetch, SOURCE)) for policy, prefetch in lines]
         ladders = [partial(self.at, line) for line in self.lines]
         self.target = parse_target(target)
-        self.answers: list[Answer] = plan(TINY, self.target, ladders, self.replayed, TINY.top_k, self.bounds)
+        most = None if device is None else device_slots(device, TINY, 16)
+        self.answers: list[Answer] = plan(TINY, self.target, ladders, self.replayed, TINY.top_k, self.bounds, most)
 
     def at(self, line: ReplaySettings, slots: int) -> ReplaySettings:
         return replace(line, slots=slots)
@@ -111,6 +112,30 @@ def test_the_policy_binds_time(traces: TraceSet) -> None:
     assert answer.binds == "policy: clairvoyant prefetch over the same link would do"
     assert answer.result.tokens_per_second == lru  # the best there is, and no more slots than for that
     assert answer.to_json(2000)["budget_slots"] is None
+
+
+@pytest.mark.parametrize("room", [12, 20])
+def test_a_plan_stays_within_the_devices_memory(traces: TraceSet, room: int) -> None:
+    # Of so many kB an eighth is kept, 4 layers take 10,000 bytes, and an expert 2,000.
+    device = replace(SLOW, memory_gb=(room * 2000 + 40_000) / 7 * 8 * 1e-9)
+    assert device_slots(device, TINY, 16) == room
+    speeds = {slots: result.tokens_per_second for slots, result in every_budget(traces, "lru", device).items()}
+    within = only(traces, f"{speeds[room] - 1e-3:.4f}tok/s", ("lru", "none"), device)
+    assert (within.binds, within.result.budget_slots) == (None, room)
+    beyond = only(traces, f"{speeds[room + 4] - 1e-3:.4f}tok/s", ("lru", "none"), device)
+    assert beyond.binds == f"memory: room for {room} experts; with all 32 it makes {speeds[32]:.2f} tok/s"
+    assert beyond.result.budget_slots == room  # the best that there is room for
+    assert beyond.result.tokens_per_second == speeds[room]
+    planned = Planned(traces, f"{speeds[room + 4] - 1e-3:.4f}tok/s", [("lru", "none"), ("belady", "none")], device)
+    assert {settings.slots for settings in planned.tried if settings.slots > room} == {32}
+    # What no memory would help with is still said first.
+    assert only(traces, "357tok/s", ("lru", "none"), device).binds.startswith("link: even clairvoyant prefetch")
+
+
+def test_a_device_that_holds_no_event_has_no_plan(traces: TraceSet) -> None:
+    device = replace(SLOW, memory_gb=42_000 / 7 * 8 * 1e-9)
+    with pytest.raises(UserError, match="room for 1 experts, fewer than the 2 that an event may demand"):
+        only(traces, "10tok/s", ("lru", "none"), device)
 
 
 def test_the_working_set_binds_hits(traces: TraceSet) -> None:

@@ -8,6 +8,7 @@ from scoring import seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, beside, combinations
+from moe_beyond.evaluation.systems import system_strategies
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES
 
@@ -55,6 +56,20 @@ def test_on_a_device_there_is_what_the_link_allows_and_all_resident_once() -> No
     assert words(found) == [(s, name, None) for s in (8, 16) for name in names] + [(32, "all_resident", None)]
     assert {s.device for s in found} == {TIMED.device}
     assert (found[3].policy, found[3].prefetch) == ("belady", "oracle")
+
+
+def test_lru_stands_next_to_a_window_in_the_same_windows() -> None:
+    [spac], _, _ = system_strategies(["moe-spac"], COMMON, [8], 2, None, lambda architecture: None)
+    plain = combinations(COMMON, [8, 16], ["lfu"])
+    found = beside([spac, *plain], COMMON, TINY)
+    windowed = [s for s in found if s.window > 1]
+    assert [(s.slots, s.strategy, s.policy, s.prefetch, s.window) for s in windowed] == [
+        (8, "moe-spac", "moe_spac", "p>0", 8),
+        (8, "lru, window 8", "lru", "none", 8),
+    ]
+    assert not any(s.window > 1 for s in beside(plain, COMMON, TINY))
+    wide = replace(COMMON, window=8)  # all have it: LRU does, too
+    assert [s.strategy for s in beside(combinations(wide, [8], ["lfu"]), wide, TINY)][:2] == ["lfu", "lru"]
 
 
 def test_references_share_the_conditions_but_start_cold() -> None:

@@ -10,6 +10,7 @@ from moe_beyond.geometry import PRESETS, Geometry
 from moe_beyond.simulator.devices import (
     DEVICES,
     Device,
+    device_slots,
     expert_seconds,
     flash_seconds,
     host_slots,
@@ -41,6 +42,19 @@ def test_measured_times_replace_the_estimates():
     assert other_seconds(measured, GEOMETRY, 8) == other_seconds(measured, GEOMETRY, 16) == pytest.approx(250e-6)
     assert expert_seconds(measured, GEOMETRY, 8) == pytest.approx(500e-6)
     assert resident_seconds(measured, GEOMETRY, 8) == pytest.approx(3 * (0.25e-3 + 2 * 0.5e-3))
+
+
+@pytest.mark.parametrize(
+    ("device", "slots"),
+    [
+        # (8 GB * 7/8 - 26 layers * 31.2 MB) / 8.65 MB, by hand: 7 - 0.811 = 6.189 GB.
+        ("rtx4060-laptop", 715),
+        ("rtx4060-laptop,memory_gb=0.9", 0),
+        ("rtx4090", 1664),  # 21 - 0.8 GB hold all 14.4
+    ],
+)
+def test_experts_that_a_device_holds(device, slots):
+    assert device_slots(load_device(device), PRESETS["deepseek-v2-lite"].geometry, 8) == slots
 
 
 @pytest.mark.parametrize(

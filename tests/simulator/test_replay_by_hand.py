@@ -19,6 +19,9 @@ def counts(result) -> tuple[int, ...]:
     return tuple(getattr(result, name) for name in COLUMNS)
 
 
+NO_EXPERT = 255
+
+
 def profile(*popularity: list[float]) -> Profile:
     """Popularity by layer; every history means 1/2."""
     return Profile(np.array(popularity), np.full((8, 8), 0.5))
@@ -560,16 +563,52 @@ def test_adaptive_does_not_spoil_what_it_took_before():
     assert (log / [1, TICK, TICK, 1]).tolist() == [[0, 2, 5, 0], [9, 5, 8, 1], [10, 8, 11, 1], [5, 11, 14, 0]]
 
 
-def test_two_tiers():
+def test_hobbit_breaks_ties_exactly():
+    # Three layers, four slots; a score times 12 T is 3 (R + 2 F) - a T, a + 1 the events until the layer runs.
+    # -- b0M c0M | a1M b0H c1M | a2M, in step 3: b0 has 18, c1 has 12 - 3 = 9, c0 (R = 1, F = 1, a = 1) has 9 - 3 = 6,
+    # a1 (R = 2, F = 1, a = 2) has 12 - 6 = 6: a tie, of which c0 was used longer ago and goes. As floats a1 has less:
+    # 4 / 3 + 1 - 2 / 3 < 3 / 3 + 1 - 1 / 3. b0H c1H | a1H b0H c1H
+    trace = [[[NO_EXPERT], [0], [0]], [[1], [0], [1]], [[2], [0], [1]], [[1], [0], [1]]]
+    assert 4 / 3 + 1 - 2 / 3 < 3 / 3 + 1 - 1 / 3
+    result = replay(small_geometry(3, 3, 1), ReplaySettings(4, policy="hobbit"), trace)
+    assert [row["hits"] for row in result.per_layer] == [1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("cold", "takes"),
+    [
+        # Host memory begins empty: 0 and 1 come from flash, 0 from host memory, 2 from flash (1 leaves host memory), 0
+        # from host memory, 1 from flash.
+        (True, [3, 3, 1, 3, 1, 3]),
+        # It begins with 0 and 1, of which 1 would leave: 0, 1 and 0 come from host memory, 2 from flash (1 leaves), 0
+        # from host memory, 1 from flash.
+        (False, [1, 1, 1, 3, 1, 3]),
+    ],
+)
+def test_two_tiers(cold: bool, takes: list[int]):
     # From host memory 1, from flash 2 more; host memory holds two, the most recently moved. One slot: 0 1 0 2 0 1.
-    # 0 and 1 come from flash, 0 from host memory, 2 from flash (1 leaves host memory), 0 from host memory, 1 from
-    # flash.
-    result, spans, log = clock(
-        1, [[[e]] for e in (0, 1, 0, 2, 0, 1)], slots=1, device=ticking(1, flash=2, host_memory_gb=2)
-    )
-    assert [ready - routed for routed, ready, _ in spans] == [3, 3, 1, 3, 1, 3]
-    assert [end - begin for _, begin, end, _ in log] == [3, 3, 1, 3, 1, 3]
-    assert result.link_ms_per_token == pytest.approx(14 / 6 * TICK * 1e3)
+    device = ticking(1, flash=2, host_memory_gb=2)
+    result, spans, log = clock(1, [[[e]] for e in (0, 1, 0, 2, 0, 1)], slots=1, device=device, cold_host=cold)
+    assert [ready - routed for routed, ready, _ in spans] == takes
+    assert [end - begin for _, begin, end, _ in log] == takes
+    assert result.link_ms_per_token == pytest.approx(sum(takes) / 6 * TICK * 1e3)
+
+
+def test_host_memory_begins_with_as_many_of_every_layer():
+    # Two layers of four experts, and host memory for three: expert 0 of both layers and expert 1 of the first come from
+    # it in 1 tick, all others from flash in 3.
+    geometry = small_geometry(2, 4, 1)
+    config = ReplaySettings(2, device=ticking(1, flash=2, host_memory_gb=3), bits=8.0)
+    for token, takes in (([[0], [0]], [1, 1]), ([[1], [1]], [1, 3]), ([[2], [3]], [3, 3])):
+        spans, _ = Replay(geometry, config).watch(Sequence(geometry, np.array([token])))
+        assert ((spans[:, 1] - spans[:, 0]) / TICK).tolist() == takes
+
+
+def test_host_memory_that_holds_all_never_reads_flash():
+    traces = [[[e]] for e in (0, 1, 2, 3, 0, 2)]
+    _, spans, log = clock(1, traces, slots=1, device=ticking(1))
+    _, two_tiers, two_log = clock(1, traces, slots=1, device=ticking(1, flash=5, host_memory_gb=4))
+    assert (two_tiers, two_log) == (spans, log)
 
 
 def test_a_warm_start_takes_its_time_before_the_first_token():

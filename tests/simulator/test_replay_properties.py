@@ -140,7 +140,9 @@ def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
     outcome = case.outcome()
     counts = np.array(outcome.counts).sum(0)
     spans, log = watched(case)
-    host: OrderedDict[int, None] = OrderedDict()
+    layers, experts, _ = case.geometry.shape()
+    at_first = [layer * experts + expert for expert in range(experts) for layer in range(layers)][:host_slots]
+    host: OrderedDict[int, None] = OrderedDict.fromkeys([] if case.settings.cold_host else at_first[::-1])
     free = 0.0
     for number, begins, ends, _ in log:
         assert begins >= free

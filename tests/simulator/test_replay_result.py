@@ -59,6 +59,16 @@ def test_keys_and_values(result: Result):
         "prefetch_transfers": 4,
         "useful_prefetches": 2,
         "wasted_prefetches": 2,
+        "demanded": 4,
+        "sequences": 1,
+        "too_short": 0,
+        "tokens": 2,
+        "warmup_tokens": 0,
+        "window": 1,
+        "batch_size": 1,
+        "prefill_chunk": 0,
+        "warm_start": False,
+        "carry_over": False,
     }
 
 
@@ -101,6 +111,7 @@ def test_rates_are_zero_where_nothing_was_counted():
     replaying = Replay(GEOMETRY, ReplaySettings(3, warmup_tokens=2))
     replaying.add(np.array(EXPERTS))
     written = replaying.result().to_json()
+    assert (written["sequences"], written["too_short"], written["tokens"], written["demanded"]) == (0, 1, 0, 0)
     assert written["accesses"] == written["hit_rate"] == written["bytes_ratio"] == 0
     assert [row["hit_rate"] for row in written["per_layer"]] == [0, 0]
 
@@ -153,3 +164,43 @@ def test_times(result: Result):
     counted = ("hits", "late_hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches")
     assert [written[name] for name in counted] == [1, 1, 2, 2, 4, 1]
     assert json.loads(json.dumps(written, allow_nan=False)) == written
+
+
+# One layer, K = 1, four slots, a transfer of 3 ticks and 1 for everything else. Windows of three.
+WINDOWED = ReplaySettings(4, window=3, device=ticking(3), bits=8.0)
+ONE_LAYER = small_geometry(1, 4, 1)
+
+
+def test_a_window_reports_by_token():
+    # {0 0 1}: 1 + 6 + 2 ticks, {2}: 1 + 3 + 1. Two accesses and one, but four experts demanded token by token.
+    written = replay(ONE_LAYER, WINDOWED, [[[e]] for e in (0, 0, 1, 2)]).to_json()
+    assert (written["accesses"], written["misses"], written["demanded"], written["tokens"]) == (3, 3, 4, 4)
+    assert written["bytes_ratio"] == 3 / 4
+    assert written["tokens_per_second"] == pytest.approx(4 / (14 * TICK))
+    # Of three tokens 3 ticks each, of one 5.
+    assert written["token_ms_p50"] == pytest.approx(3 * TICK * 1e3)
+    assert written["token_ms_p99"] == pytest.approx((3 + 0.97 * 2) * TICK * 1e3)
+    assert written["window"] == 3
+
+
+def test_a_window_ends_where_the_warm_up_does():
+    # Warm-up of two: {0 0} | {1 0 2} {3}. The same four tokens count as without windows.
+    written = replay(ONE_LAYER, replace(WINDOWED, warmup_tokens=2), [[[e]] for e in (0, 0, 1, 0, 2, 3)]).to_json()
+    assert (written["tokens"], written["demanded"], written["accesses"], written["hits"]) == (4, 4, 4, 1)
+    alone = replay(ONE_LAYER, replace(WINDOWED, window=1, warmup_tokens=2), [[[e]] for e in (0, 0, 1, 0, 2, 3)])
+    assert (alone.tokens, alone.demanded, alone.accesses) == (4, 4, 4)
+    # Prefill chunks end there too: {0 0} | {1 0} {2 3}.
+    chunked = replace(WINDOWED, window=1, prefill_chunk=4, warmup_tokens=2)
+    read = replay(ONE_LAYER, chunked, [[[e]] for e in (0, 0, 1, 0, 2, 3)], decode_start=5)
+    assert (read.tokens, read.demanded, read.accesses) == (4, 4, 4)
+
+
+def test_a_batchs_tokens_each_take_its_whole_step():
+    # Two sequences, step by step: {0 1}: 1 + 6 + 2 ticks, {0}: 1 + 0 + 1, of the longer one alone.
+    replaying = Replay(ONE_LAYER, replace(WINDOWED, window=1, batch_size=2))
+    replaying.add(np.array([[[0]], [[0]]]))
+    replaying.add(np.array([[[1]]]))
+    result = replaying.result()
+    assert (result.sequences, result.tokens, result.demanded, result.accesses) == (2, 3, 3, 3)
+    assert result.token_ms_p50 == pytest.approx((9 + 2) / 2 * TICK * 1e3)
+    assert result.tokens_per_second == pytest.approx(3 / (11 * TICK))

@@ -1,7 +1,8 @@
 """belady: evict what is used again farthest in the future (Belady 1966).
 
 No policy that must take in what is demanded, and does not prefetch, has more hits over a whole sequence from a cold
-cache. Where a warm-up is left out of the count, that holds for warm-up and count together.
+cache (`belady_bypass` need not take it in, and can have more). Where a warm-up is left out of the count, that holds for
+warm-up and count together. Ties go by the lower (layer, expert).
 """
 
 from typing import NamedTuple

@@ -1,7 +1,8 @@
 """belady_bypass: Belady, free to retain nothing of what is demanded: the optimum of all policies without prefetch.
 
-It assumes K slots of staging beside the pool: a demanded expert computes there, and is retained only if it is used
-again sooner than some resident (moe-cache-eval, arXiv 2608.07911).
+It assumes staging slots on top of the budget: K for a token, as many as a batch or a chunk demands. A demanded
+expert computes there, and is retained only if it is used again sooner than some resident (moe-cache-eval, arXiv
+2608.07911). So it can have more hits than `belady`, most with a pool for each layer.
 """
 
 from moe_beyond.cache.core import CacheState, Verbs

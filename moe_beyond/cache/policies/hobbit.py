@@ -1,8 +1,9 @@
 """hobbit: HOBBIT's score (arXiv 2411.01433, eq. 3): recency, frequency and layer distance, weighted evenly.
 
 score = R/4T + F/4T + H/4T + (1 - a/L)/4, with T steps so far, R the step of the last use, F uses, H uses at high
-precision, and a + 1 the events until the expert's layer runs. Traces do not tell precision: H is F here. The sequence
-is its memory: nothing is kept across sequences.
+precision, and a + 1 the events until the expert's layer runs. Traces do not tell precision: H is F here. Experts are
+ranked by the whole number (R + 2F) L - a T, which orders them as the score does, so that rounding breaks no tie. The
+sequence is its memory: nothing is kept across sequences.
 """
 
 from typing import NamedTuple
@@ -39,9 +40,9 @@ def use(policy: HobbitState, cache: CacheState, expert: int) -> None:
 
 @jit
 def worth(policy: HobbitState, cache: CacheState, expert: int) -> float:
-    """Return four times the score."""
-    used = (policy.step[expert] + 2 * policy.uses[expert]) / max(cache.now[STEP], 1)
-    return used + 1 - (events_ahead(cache, expert) - 1) / len(cache.counters)
+    """Return 4 L T times the score, less L T: a whole number, exact as a float below 2**53."""
+    used = policy.step[expert] + 2 * policy.uses[expert]
+    return float(used * len(cache.counters) - (events_ahead(cache, expert) - 1) * max(cache.now[STEP], 1))
 
 
 @jit

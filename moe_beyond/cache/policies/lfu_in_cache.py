@@ -1,4 +1,7 @@
-"""lfu_in_cache: evict what was used least often since it came in. Ties go by recency."""
+"""lfu_in_cache: evict what was used least often since it came in. Ties go by recency.
+
+A larger budget can have fewer hits: the counts that decide are of other stays.
+"""
 
 from moe_beyond.cache.core import CacheState, Verbs
 from moe_beyond.cache.inputs import PolicyInputs

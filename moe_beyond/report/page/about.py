@@ -97,13 +97,15 @@ def limits_section(
         "lookahead": f"when a score is there. {'; '.join(when)}",
         "the text": f"{WRITERS.get(manifest.author, manifest.author)}. Other text routes otherwise: on another domain, "
         "and on what the model writes itself, expect less",
-        "hits": "experts that were in the cache when their layer began. Every sequence starts with an empty cache. "
+        "hits": "experts that were in the cache when their layer began. Every sequence starts with an empty cache, "
+        "and every token is a step, those of a prompt too. "
         + (f"The first {warmup_tokens:,} tokens of each are replayed but not counted. " if warmup_tokens else "")
         + "Without a device there is no time: whatever is prefetched arrives before it is needed",
         "bytes": "all transfers, ahead of demand or on demand, over the experts demanded: 1.00 moves one expert for "
         "every access. A higher hit rate for more bytes can be the slower one",
         "clairvoyant": "belady, static_hindsight and clairvoyant prefetch know these very traces in advance, which no "
-        "runtime does. Belady is the optimum without prefetch over whole sequences; static_hindsight the best "
+        "runtime does. Belady is the optimum without prefetch over whole sequences of all that must take in what is "
+        "demanded; static_hindsight the best "
         "fixed choice of experts; clairvoyant prefetch brings in what is missing next, near the optimum and no bound",
         "belief": (
             f"it knows besides how experts were used in training text ({profile})"
@@ -112,8 +114,8 @@ def limits_section(
             "and all experts count as equally popular"
         ),
         "times": f"of a clock that was not measured on a machine ({', '.join(devices)}): one link with bandwidth, "
-        "latency and a queue, computing at the memory's bandwidth, MoE layers alone. It compares strategies; "
-        "it does not promise a speed",
+        "latency and a queue, computing at the memory's nominal bandwidth, MoE layers only: an upper bound. It "
+        "compares strategies; it does not promise a speed",
         "expert ids": "hold for this checkpoint of the model, its tokenizer and its quantisation alone",
         "harm": "none to the model's answers: the router chooses, a wrong prediction costs time alone",
     }

@@ -12,13 +12,14 @@ from moe_beyond.evaluation.evaluate import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
 from moe_beyond.predictors.folder import read_config
+from moe_beyond.report.conditions import conditions
 from moe_beyond.report.page.about import limits_section, predictor_section
 from moe_beyond.report.page.curves import curves_section
 from moe_beyond.report.page.experts import experts_section
 from moe_beyond.report.page.prediction import fixed_recall, prediction_section
 from moe_beyond.report.page.subject import Subject, read_curves, read_run_config
 from moe_beyond.report.page.summary import keys
-from moe_beyond.report.page.worth import time_section, worth_section
+from moe_beyond.report.page.worth import time_section, verdicts, worth_section
 from moe_beyond.report.results import leaks_of
 from moe_beyond.simulator.devices import Device
 from moe_beyond.traces.counting import count_routing
@@ -95,6 +96,8 @@ def write_page(
         "well, and what that is worth where not all experts fit into memory, is shown here.",
         warnings=_warnings(leaks, training, manifest.fingerprint, split),
         keys=keys(found.metrics, found.results, float(np.mean(fixed)), geometry, names),
+        verdict=next(iter(verdicts(found.results)), ""),
+        conditions=conditions(found.results),
         measured=measured,
         sections=sections,
     )

@@ -9,7 +9,7 @@ from moe_beyond.report.page.contents import NOTHING, Chart, Section, Table
 from moe_beyond.report.page.replays import at_headline
 from moe_beyond.report.results import scores_words
 from moe_beyond.simulator import Result
-from moe_beyond.simulator.devices import Device
+from moe_beyond.simulator.devices import Device, device_slots
 
 REFERENCES = {
     "lru": ("LRU", "lru"),
@@ -18,6 +18,9 @@ REFERENCES = {
     CLAIRVOYANT: ("clairvoyant", "clairvoyant"),
 }
 """Strategies that others stand beside: their name in a chart, and their line's style."""
+WHOLE_FROM = 1000
+WORTH_SAYING = 0.01
+"""Speeds less than this share apart count as equal."""
 SLOTS_BY_DEMAND = "Slots / demand: below 1 not even one token's experts fit."
 
 
@@ -60,7 +63,6 @@ def time_section(results: Sequence[Result], devices: Sequence[Device], geometry:
         bits: Bits per parameter.
     """
     charts, tables = [], []
-    all_bytes = geometry.total_experts * geometry.params_per_expert * bits / 8
     for device in devices:
         timed = [result for result in results if result.device == device.name]
         resident = next(result for result in timed if result.policy == "all_resident")
@@ -68,7 +70,7 @@ def time_section(results: Sequence[Result], devices: Sequence[Device], geometry:
             f"Link {device.link_gb_per_s:g} GB/s, memory {device.memory_gb:g} GB at {device.memory_gb_per_s:g} GB/s. "
             f"With all experts resident it would be {speed(resident)} tokens/s."
         )
-        full = (device.memory_gb * 1e9 / all_bytes, f"{device.memory_gb:g} GB full")
+        full = (device_slots(device, geometry, bits) / geometry.total_experts, f"{device.memory_gb:g} GB full")
         charts.append(
             _over_budgets(device.name, "tokens/s", timed, lambda r: r.tokens_per_second, number, caption, marks=[full])
         )
@@ -78,8 +80,10 @@ def time_section(results: Sequence[Result], devices: Sequence[Device], geometry:
         "What it is worth in time",
         prose=[
             "The same strategies with a clock. A prefetch takes time on the link, and what comes late is waited for, "
-            "so hits are fewer than above. Speeds are of the MoE layers alone. Where the experts alone would fill the "
-            "device's memory an upright line says so, if it is within the budgets shown."
+            "so hits are fewer than above. Speeds are an upper bound: MoE layers only. An upright line stands where "
+            "experts fill the device's memory (next to the MoE layers' other weights, and an eighth kept free), if it "
+            "is within the budgets shown; budgets beyond it are marked.",
+            *verdicts(results),
         ],
         charts=charts,
         tables=tables,
@@ -171,7 +175,8 @@ def _rows(results: Sequence[Result], every: bool, cells: Callable[[Result], list
 
 
 def _budget(result: Result) -> tuple[str, str]:
-    return f"{result.budget_slots:,} ({result.budget_share:.1%})", f"{result.demand_ratio:.2f}"
+    mark = "" if result.fits_device else ", too many"
+    return f"{result.budget_slots:,} ({result.budget_share:.1%}){mark}", f"{result.demand_ratio:.2f}"
 
 
 def _lookahead(result: Result) -> str:
@@ -216,10 +221,43 @@ def _times_table(results: Sequence[Result], device: Device, *, every: bool = Fal
     return Table(
         f"{device.name} {_where(results[0], every)}",
         "Stall and p95 in milliseconds a token; late: asked for, and not there when needed; all_resident has all "
-        f"slots. {SLOTS_BY_DEMAND} The device's numbers come from: {device.source or 'not said'}.",
+        f"slots. {_memory(results[0])}{SLOTS_BY_DEMAND} The device's numbers come from: {device.source or 'not said'}.",
         _headings(every, "hits", "bytes", "tokens/s", "stall, ms", "p95, ms", "late"),
         rows,
     )
+
+
+def _memory(result: Result) -> str:
+    """Say what a device has room for, where that is not all."""
+    return f"Room for {result.device_slots:,} experts; more are too many. " if result.device_slots else ""
+
+
+def verdicts(results: Sequence[Result]) -> list[str]:
+    """Say in a sentence for each device whether prefetching pays there, at the budget of the summary.
+
+    The fastest strategy that prefetches with the predictor is compared with LRU, which does not prefetch.
+    """
+    found = []
+    for device in dict.fromkeys(result.device for result in results if result.device is not None):
+        shown = at_headline([result for result in results if result.device == device])
+        lru = next(result for result in shown if result.strategy == "lru")
+        ours = [result for result in shown if result.predictor is not None and result.prefetch != "none"]
+        if ours and lru.tokens_per_second:
+            found.append(_verdict(max(ours, key=lambda result: result.tokens_per_second or 0.0), lru))
+    return found
+
+
+def _verdict(best: Result, lru: Result) -> str:
+    assert best.tokens_per_second is not None
+    assert lru.tokens_per_second is not None
+    gain = best.tokens_per_second / lru.tokens_per_second - 1
+    speeds = f"{best.strategy} makes {speed(best)} tokens/s where LRU makes {speed(lru)}"
+    where = f"On {best.device}, with {best.budget_slots:,} slots, prefetching"
+    if gain >= WORTH_SAYING:
+        return f"{where} pays: {speeds} ({gain:+.0%})."
+    if gain <= -WORTH_SAYING:
+        return f"{where} does not pay, it costs: {speeds} ({gain:+.0%})."
+    return f"{where} does not pay: {speeds}, within {WORTH_SAYING:.0%} of each other."
 
 
 def _where(result: Result, every: bool) -> str:
@@ -230,5 +268,6 @@ def _where(result: Result, every: bool) -> str:
 
 
 def speed(result: Result) -> str:
-    """Write tokens a second."""
-    return NOTHING if result.tokens_per_second is None else f"{result.tokens_per_second:.1f}"
+    """Write tokens a second, with no more digits than tell it apart: from 1,000 on, whole numbers."""
+    value = result.tokens_per_second
+    return NOTHING if value is None else f"{value:,.0f}" if value >= WHOLE_FROM else f"{value:.1f}"

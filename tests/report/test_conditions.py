@@ -1,0 +1,117 @@
+"""The line that says under which conditions replays were made."""
+
+from dataclasses import replace
+
+import pytest
+from helpers import TINY
+
+from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.strategies import beside, combinations
+from moe_beyond.report.conditions import conditions
+from moe_beyond.report.page.worth import speed, verdicts
+from moe_beyond.report.results import results_table
+from moe_beyond.simulator import ReplaySettings, Result
+from moe_beyond.simulator.devices import load_device
+from moe_beyond.traces.reader import TraceSet
+
+COMMON = ReplaySettings(32)
+DEVICE = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02")
+
+
+def replayed(traces: TraceSet, **changes: object) -> list[Result]:
+    common = replace(COMMON, **changes)
+    return evaluate(traces, beside(combinations(common, [8], ["lru"]), common, TINY)).results
+
+
+def test_by_default(trace_set: TraceSet) -> None:
+    tokens = sum(map(len, trace_set.traces()))
+    assert conditions(replayed(trace_set)) == (
+        "sequences start with an empty cache; prompt tokens are stepped one by one; "
+        f"12 sequences, {tokens} tokens count"
+    )
+
+
+def test_a_warm_up_says_what_it_leaves_out(trace_set: TraceSet) -> None:
+    lengths = [len(trace) for trace in trace_set.traces()]
+    short = sum(length <= 10 for length in lengths)
+    assert 0 < short < 12
+    results = replayed(trace_set, warmup_tokens=10)
+    assert (results[0].sequences, results[0].too_short) == (12 - short, short)
+    assert results[0].tokens == sum(max(length - 10, 0) for length in lengths)
+    assert {(r.sequences, r.too_short, r.tokens, r.demanded) for r in results} == {
+        (12 - short, short, results[0].tokens, results[0].tokens * 8)
+    }
+    assert f"{short} of 12 sequences are too short to count" in conditions(results)
+    assert results[0].to_json()["too_short"] == short
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"carry_over": True}, "sequences find the cache as the one before left it"),
+        ({"prefill_chunk": 4}, "prompt tokens are read 4 a step; hits there: of a step's distinct experts"),
+        ({"batch_size": 2}, "one by one, 2 sequences together; hits there"),
+        ({"device": DEVICE}, "tok/s: an upper bound, MoE layers only"),
+    ],
+)
+def test_they_follow_the_options(trace_set: TraceSet, changes: dict[str, object], words: str) -> None:
+    said = conditions(replayed(trace_set, **changes))
+    assert words in said
+    assert ("empty cache" in said) == ("carry_over" not in changes)
+    assert ("upper bound" in said) == ("device" in changes)
+
+
+def test_a_warm_start_is_of_those_that_have_one(trace_set: TraceSet) -> None:
+    cold = replayed(trace_set)
+    warm = replace(cold[0], warm_start=True)
+    assert conditions([warm, *cold]).startswith(
+        "sequences start with the most popular experts, references with an empty one; "
+    )
+    assert conditions([warm]).startswith("sequences start with the most popular experts; ")
+
+
+def test_budgets_that_the_device_cannot_hold_are_named(trace_set: TraceSet) -> None:
+    # Experts of 2,000 bytes, 4 layers of 10,000 bytes more; of 60 kB an eighth is kept: (52,500 - 40,000) / 2,000.
+    device = replace(DEVICE, name="small", memory_gb=60e-6)
+    results = replayed(trace_set, device=device)
+    assert {result.device_slots for result in results} == {6}
+    assert not any(result.fits_device for result in results)
+    assert "small has room for 6 experts" in conditions(results)
+    assert "8, 32 slots do not fit" in conditions(results)
+    caption = " ".join(str(results_table(results, TINY).caption).split())
+    assert "8, 32 slots do not fit" in caption
+    assert "do not fit" not in conditions(replayed(trace_set, device=DEVICE))
+    assert results[0].to_json()["device_slots"] == 6
+    assert "device_slots" not in replayed(trace_set)[0].to_json()
+
+
+@pytest.fixture
+def timed(trace_set: TraceSet) -> list[Result]:
+    """LRU, and a stand-in for it with a predictor's prefetch."""
+    results = [r for r in replayed(trace_set, device=DEVICE) if r.policy != "all_resident"]
+    ours = replace(results[0], strategy="lru + top2", prefetch="top2", predictor="p", lookahead=1)
+    return [ours, *results]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (1.2, "pays: lru + top2 makes 120.0 tokens/s where LRU makes 100.0 (+20%)."),
+        (0.9, "does not pay, it costs: lru + top2 makes 90.0 tokens/s where LRU makes 100.0 (-10%)."),
+        (0.999, "does not pay: lru + top2 makes 99.9 tokens/s where LRU makes 100.0, within 1% of each other."),
+    ],
+)
+def test_whether_prefetching_pays(timed: list[Result], ratio: float, words: str) -> None:
+    speeds = {"lru": 100.0, "lru + top2": 100 * ratio}
+    results = [replace(r, tokens_per_second=speeds.get(r.strategy, 150.0)) for r in timed]
+    assert verdicts(results) == [f"On {DEVICE.name}, with 8 slots, prefetching {words}"]
+
+
+def test_nothing_is_said_without_a_device_or_a_prefetch(trace_set: TraceSet, timed: list[Result]) -> None:
+    assert verdicts(replayed(trace_set)) == []
+    assert verdicts(timed[1:]) == []
+
+
+@pytest.mark.parametrize(("value", "words"), [(47259.04, "47,259"), (999.94, "999.9"), (1000.0, "1,000"), (None, "-")])
+def test_speeds_have_no_more_digits_than_they_need(timed: list[Result], value: float | None, words: str) -> None:
+    assert speed(replace(timed[0], tokens_per_second=value)) == words
