@@ -6,6 +6,7 @@ from rich.table import Table
 
 from moe_beyond.evaluation.planning import Answer, Target
 from moe_beyond.geometry import Geometry
+from moe_beyond.report.tables import FittedTable
 
 
 def plan_table(
@@ -23,7 +24,7 @@ def plan_table(
         bytes_per_expert: Of memory.
     """
     device = next((answer.result.device for answer in answers if answer.result.device), None)
-    table = Table(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}")
+    table = FittedTable(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}")
     for name in ("strategy", "slots (share)", "GB", "reaches", "bytes"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     table.add_column("what binds", overflow="fold")
