@@ -60,6 +60,7 @@ def writing_scores(
     traces: str,
     causal: bool = True,
     available: str = "routed",
+    training: Mapping[str, Any] | None = None,
 ) -> Iterator[ScoresWriter]:
     """Write a scores folder, which appears, whole, when the block ends without an error.
 
@@ -71,6 +72,7 @@ def writing_scores(
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        training: What is recorded of the predictor's training text, if anything.
     """
     ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
     with replacing_folder(folder, overwrite=ours) as temporary:
@@ -85,6 +87,7 @@ def writing_scores(
             "available": available,
             "geometry": geometry.to_json(),
             "traces": traces,
+            "training": training and dict(training),
             "files": writer.files,
         }
         write_json(temporary / INDEX_FILE, index)
@@ -117,6 +120,8 @@ class ScoresFolder:
                 raise UserError(f"available is {self.available!r}, neither 'routed' nor 'computed'")
             self.geometry = Geometry.from_json(index["geometry"])
             self.traces = str(index["traces"])
+            training = index.get("training")
+            self.training: dict[str, Any] | None = training if isinstance(training, dict) else None
             self._files: dict[str, str] = dict(index["files"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: a field is missing or wrong ({error})") from error
