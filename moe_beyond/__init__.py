@@ -1,4 +1,4 @@
-"""Predict, replay and run mixture-of-experts routing under a memory budget.
+"""Record, predict and replay mixture-of-experts routing under a memory budget.
 
 Example:
     >>> import moe_beyond as mb

@@ -1,30 +1,44 @@
 """What ``import moe_beyond as mb`` offers in a script or a notebook."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from functools import wraps
+from numbers import Integral, Number, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from warnings import warn
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
 from moe_beyond.collect.prompts import Prompt, as_prompts
-from moe_beyond.errors import unknown
-from moe_beyond.evaluation.asked import Request, asked_combinations, asked_conditions, asked_strategies
+from moe_beyond.errors import UserError, unknown
+from moe_beyond.evaluation.asked import (
+    Conditions,
+    Request,
+    asked_combinations,
+    asked_conditions,
+    asked_strategies,
+    text_to_measure,
+)
 from moe_beyond.evaluation.evaluate import evaluate as measure_and_replay
-from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
+from moe_beyond.evaluation.runs import find_source, find_trained, load_trained
+from moe_beyond.evaluation.sources import ScoreSource, from_predictor
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.folder import load_predictor as load_folder
-from moe_beyond.published import find_predictor
+from moe_beyond.predictors.training_text import MeasuredText
+from moe_beyond.published import CONFIG_FILE, published_predictors
 from moe_beyond.report.plots import budgets_figure, frontier_figure
 from moe_beyond.report.results import metrics_table, results_table
 from moe_beyond.simulator import Result
+from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
 
 if TYPE_CHECKING:
@@ -45,12 +59,14 @@ class Replayed:
         geometry: The model.
         title: What was replayed.
         metrics: Of the predictor by lookahead, where it was measured.
+        measured_on: The split, and what its text is to the predictor.
     """
 
     results: Sequence[Result]
     geometry: Geometry
     title: str
     metrics: Sequence[dict[str, Any]] = ()
+    measured_on: MeasuredText = field(default_factory=lambda: MeasuredText(None))
 
     def table(self) -> Table:
         """Return the replay as a table, as ``moe-beyond replay`` prints it."""
@@ -60,10 +76,10 @@ class Replayed:
         """Return the predictor's figures by lookahead, as ``moe-beyond evaluate`` prints them.
 
         Raises:
-            ValueError: Nothing was measured: `replay` does not, `evaluate` does.
+            UserError: Nothing was measured: `replay` does not, `evaluate` does.
         """
         if not self.metrics:
-            raise ValueError("nothing was measured; moe_beyond.evaluate does")
+            raise UserError("metrics_table: a replay measures no predictor; moe_beyond.evaluate does")
         return metrics_table(self.metrics)
 
     def plot(self) -> "Figure":
@@ -72,32 +88,63 @@ class Replayed:
         return (budgets_figure if several else frontier_figure)(self.results, self.title)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a data frame, a row a strategy, without the counts by layer."""
-        import pandas as pd
+        """Return a data frame, a row a strategy, without the counts by layer.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise UserError("to_pandas: pandas is not installed; pip install pandas") from error
 
         return pd.DataFrame(self.to_json()["results"]).drop(columns="per_layer")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as ``--json`` writes them."""
-        found: dict[str, Any] = {"metrics": list(self.metrics)} if self.metrics else {}
+        found: dict[str, Any] = {"measured_on": self.measured_on.to_json()}
+        found |= {"metrics": list(self.metrics)} if self.metrics else {}
         return found | {"results": [result.to_json() for result in self.results]}
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, width=NOTEBOOK_WIDTH, file=io.StringIO())
+        # In a notebook rich would display the tables by itself as well.
+        console = Console(record=True, width=NOTEBOOK_WIDTH, file=io.StringIO(), force_jupyter=False)
+        for line in self.measured_on.lines:
+            console.print(line, highlight=False, markup=False)
         if self.metrics:
             console.print(self.metrics_table())
         console.print(self.table())
         return console.export_html(inline_styles=True, code_format=NOTEBOOK_CODE)
 
 
+Options = ParamSpec("Options")
+Returned = TypeVar("Returned")
+
+
+def _one_line(function: Callable[Options, Returned]) -> Callable[Options, Returned]:
+    """Turn what the system says of a path that cannot be read or written into a `UserError`."""
+
+    @wraps(function)
+    def wrapped(*arguments: Options.args, **options: Options.kwargs) -> Returned:
+        try:
+            return function(*arguments, **options)
+        except OSError as error:
+            name = str(error.filename or "")
+            where = f"{name if len(name) < 100 else name[:100] + '...'}: " if name else ""
+            raise UserError(f"{function.__name__}: {where}{error.strerror or error}") from error
+
+    return wrapped
+
+
+@_one_line
 def record(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: "Iterable[str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Prompt]",
     out: str | Path,
-    **asked: Any,
+    **options: Any,
 ) -> TraceSet:
-    """Let a model read prompts, and perhaps answer them, and write its routing as a trace set.
+    """Run a model over prompts, and perhaps let it answer them, and write its routing as a trace set.
 
     Args:
         model: A transformers mixture of experts, on any device, offloaded or not.
@@ -105,12 +152,12 @@ def record(
         prompts: Texts; chats, each a list of messages with ``role`` and ``content``; records as a ``.jsonl`` file holds
             them; or `Prompt` objects with names, sources and splits of their own.
         out: The trace set to make.
-        **asked: Fields of `moe_beyond.collect.asked.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
+        **options: Fields of `moe_beyond.collect.asked.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
             ``steering``, ...
 
     Raises:
-        UserError: The model is no mixture of experts, a prompt is empty or too long or no text, an option is not known,
-            or ``out`` exists.
+        UserError: The model is no mixture of experts, a prompt is empty, too long or no text, an option is unknown, or
+            ``out`` exists.
 
     Warns:
         UserWarning: Something that was asked for cannot be recorded.
@@ -120,43 +167,46 @@ def record(
         >>> chats = [[{"role": "user", "content": "hi"}]]
         >>> mb.record(model, tokenizer, chats, "traces/mine", generate=64)  # doctest: +SKIP
     """
-    names = [field.name for field in fields(Collection)]
-    for name in asked:
-        if name not in names:
-            raise unknown("option", name, names)
-    options = Collection(**asked)
+    _check_names(options, (field.name for field in fields(Collection)))
     notices: list[str] = []
-    traces = collect(model, tokenizer, as_prompts(prompts), out, options, rank=Rank(0, 1), notice=notices.append)
+    traces = collect(
+        model, tokenizer, as_prompts(prompts), _path(out, "out"), Collection(**options), rank=Rank(0, 1),
+        notice=notices.append,
+    )  # fmt: skip
     for line in notices:
-        warn(line, stacklevel=2)
+        warnings.warn(line, stacklevel=3)
     assert traces is not None
     return traces
 
 
+@_one_line
 def load_traces(folder: str | Path) -> TraceSet:
     """Open a trace set.
 
     Args:
-        folder: A folder, or a URL that fsspec knows.
+        folder: A folder, ``hf:ORG/REPO``, or a URL that fsspec reads.
 
     Raises:
         UserError: It is not a trace set.
     """
-    return TraceSet(str(folder))
+    return TraceSet(_path(folder, "traces"))
 
 
+@_one_line
 def load_predictor(name: str | Path) -> Predictor:
     """Load a predictor, ready to score.
 
     Args:
-        name: A predictor folder, or a name that ``moe-beyond list`` shows.
+        name: A predictor folder, a name that ``moe-beyond list`` shows, ``hf:ORG/REPO``, or a run's folder: its
+            exported predictor, else its best checkpoint, else its last.
 
     Raises:
         UserError: It is none, or it is damaged.
     """
-    return load_folder(find_predictor(str(name)))
+    return load_trained(find_trained(_path(name, "predictor")))[0]
 
 
+@_one_line
 def replay(
     traces: TraceSet | str | Path,
     predictor: Predictor | str | Path | None = None,
@@ -164,15 +214,17 @@ def replay(
     split: str | None = None,
     **options: Any,
 ) -> Replayed:
-    """Replay traces through a cache under a memory budget; LRU, Belady and the best fixed choice stand beside.
+    """Replay traces through a cache under a memory budget, with LRU, Belady and the best fixed choice for comparison.
 
     Args:
         traces: A trace set.
-        predictor: Whose scores serve, if any.
-        split: One split of the trace set; all by default.
+        predictor: The predictor whose scores are used, if any; a loaded one, or a name as `load_predictor` takes it.
+        split: One split of the trace set. By default all; with a predictor, one that it was not fitted on, if there is
+            one. A warning says where the text may flatter the predictor.
         **options: The options of ``moe-beyond replay`` by their names, one value or several: ``budget="10%"``,
             ``policy=["lru", "belief"]``, ``prefetch="top6"``, ``device="rtx4060-laptop"``, ``strategy="all"``, ...
-            (`moe_beyond.evaluation.asked.Request` has them all).
+            (`moe_beyond.evaluation.asked.Request` has them all). A budget may be a number: a float up to 1.0 is a
+            share of all experts (0.1 and ``"10%"`` are the same, 1.0 is all of them), an int is slots (1 is one slot).
 
     Raises:
         UserError: An option cannot be read, or the predictor does not fit the traces.
@@ -180,16 +232,18 @@ def replay(
     Example:
         >>> import moe_beyond as mb
         >>> traces = mb.load_traces("traces/webglm")  # doctest: +SKIP
-        >>> mb.replay(traces, "cross_layer.deepseek-v2-lite-puffin", budget=["10%", "20%"]).plot()  # doctest: +SKIP
+        >>> mb.replay(traces, "cross_layer.deepseek-v2-lite-puffin", budget=[0.1, 0.2]).plot()  # doctest: +SKIP
     """
-    opened, source, request = _opened(traces), _source(predictor), _request(options)
+    opened, source, request = _opened(traces, "replay"), _source(predictor, "replay"), _request(options)
     conditions = asked_conditions(request, opened)
     asked = asked_strategies(request, opened, conditions, source)
+    text = _text(opened, split, conditions, asked.sources)
     lines = beside(asked.strategies, conditions.common, opened.geometry, conditions.quotas)
-    found = measure_and_replay(opened, lines, split, asked.sources, profile=conditions.profile)
-    return Replayed(found.results, opened.geometry, _title(opened))
+    found = measure_and_replay(opened, lines, text.split, asked.sources, profile=conditions.profile)
+    return Replayed(found.results, opened.geometry, _title(opened), measured_on=text)
 
 
+@_one_line
 def evaluate(
     traces: TraceSet | str | Path, predictor: Predictor | str | Path, *, split: str | None = None, **options: Any
 ) -> Replayed:
@@ -197,48 +251,145 @@ def evaluate(
 
     Args:
         traces: A trace set.
-        predictor: What to measure.
-        split: One split of the trace set; all by default.
-        **options: As of `replay`, but for ``strategy``.
+        predictor: The predictor to measure, as in `replay`.
+        split: As in `replay`.
+        **options: As in `replay`, but for ``strategy``.
 
     Raises:
         UserError: An option cannot be read, or the predictor does not fit the traces.
     """
-    opened, source, request = _opened(traces), _source(predictor), _request(options)
-    assert source is not None
+    opened, source = _opened(traces, "evaluate"), _source(predictor, "evaluate")
+    if source is None:
+        raise UserError("evaluate: a predictor is missing; write evaluate(traces, predictor), or use replay without")
+    if "strategy" in options:
+        raise UserError("evaluate: measures one predictor and takes no strategy; replay(traces, strategy=...) does")
+    request = _request(options)
     conditions = asked_conditions(request, opened)
     lookaheads = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
     asked = asked_combinations(request, opened, conditions, source, lookaheads)
+    text = _text(opened, split, conditions, [source])
     lines = beside(asked, conditions.common, opened.geometry, conditions.quotas)
-    found = measure_and_replay(opened, lines, split, [source], measure=source, profile=conditions.profile)
-    return Replayed(found.results, opened.geometry, _title(opened), found.metrics)
+    found = measure_and_replay(opened, lines, text.split, [source], measure=source, profile=conditions.profile)
+    return Replayed(found.results, opened.geometry, _title(opened), found.metrics, text)
 
 
-def _opened(traces: TraceSet | str | Path) -> TraceSet:
-    return traces if isinstance(traces, TraceSet) else load_traces(traces)
+def _opened(traces: TraceSet | str | Path, function: str) -> TraceSet:
+    """Open a trace set, and name the right order where a predictor stands in its place."""
+    if isinstance(traces, TraceSet):
+        return traces
+    order = f"write {function}(traces, predictor)"
+    if isinstance(traces, Predictor):
+        raise UserError(f"{function}: traces is a predictor ({traces.architecture}); {order}")
+    path = _path(traces, f"{function}: traces")
+    if path in published_predictors() or (Path(path) / CONFIG_FILE).is_file():
+        raise UserError(f"{function}: traces is a predictor ({path}); {order}")
+    return load_traces(path)
 
 
-def _source(predictor: Predictor | str | Path | None) -> ScoreSource | None:
+def _source(predictor: Predictor | str | Path | None, function: str) -> ScoreSource | None:
+    """Open a predictor as a source of scores, and name the right order where a trace set stands in its place."""
     if predictor is None:
         return None
     if isinstance(predictor, Predictor):
         return from_predictor(predictor, predictor.architecture)
-    return from_predictor_folder(find_predictor(str(predictor)))
+    order = f"write {function}(traces, predictor)"
+    if isinstance(predictor, TraceSet):
+        raise UserError(f"{function}: predictor is a trace set ({predictor.folder}); {order}")
+    path = _path(predictor, f"{function}: predictor")
+    if (Path(path) / MANIFEST_FILE).is_file():
+        raise UserError(f"{function}: predictor is a trace set ({path}); {order}")
+    return find_source(path)
 
 
-def _request(options: dict[str, Any]) -> Request:
-    """Take single values where several may stand; numbers where the command line has text."""
-    several = {field.name for field in fields(Request) if field.default == () or field.name == "budget"}
-    names = {field.name for field in fields(Request)}
+def _path(value: Any, what: str) -> str:
+    if not isinstance(value, str | Path):
+        raise UserError(f"{what} is a name or a path (got {_shown(value)})")
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    return shorten(f"{type(value).__name__}: {value!r}", 80)
+
+
+def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    names = list(known)
     for name in options:
         if name not in names:
             raise unknown("option", name, names)
-    given: dict[str, Any] = {
-        name: [value] if name in several and isinstance(value, str | int) else value for name, value in options.items()
-    }
-    if "budget" in given:
-        given["budget"] = [str(budget) for budget in given["budget"]]
+
+
+SEVERAL = frozenset(("budget", "strategy", "policy", "prefetch", "lookahead"))
+"""Options that take one value or several."""
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("warm_start", "carry_over", "sequential", "no_first_layer_prefetch"), (bool,)),
+    **dict.fromkeys(("prefill_chunk", "batch_size", "warmup_tokens"), (Integral,)),
+    "quantization": (Real,),
+    **dict.fromkeys(("device", "scope", "quotas", "profile", "strategy", "policy", "prefetch"), (str, Path)),
+    "lookahead": (str, Integral),
+}
+"""What the values of each option are, where the command line has text."""
+NAMES = {bool: "True or False", Integral: "a whole number", Real: "a number", str: "text"}
+
+
+def _request(options: dict[str, Any]) -> Request:
+    """Turn keyword arguments into a request.
+
+    Raises:
+        UserError: An option is unknown, or its value is of another kind.
+    """
+    _check_names(options, (field.name for field in fields(Request)))
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in SEVERAL:
+            one = isinstance(value, str | Path | Number) or not isinstance(value, Iterable)
+            values = [_value(name, each) for each in ([value] if one else value)]
+            if not values and name == "budget":
+                raise UserError("budget: names no budget; write 0.1 or '10%'")
+            given[name] = values
+        elif value is not None:  # None is what an option is without
+            given[name] = _value(name, value)
     return Request(**given)
+
+
+def _value(name: str, value: Any) -> Any:
+    """Check one value, and bring it into the form that the command line has."""
+    if name == "budget":
+        return _budget(value)
+    kinds = KINDS[name]
+    if isinstance(value, np.bool_):
+        value = bool(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f"{name}: is {' or '.join(NAMES[kind] for kind in kinds if kind in NAMES)} (got {value!r})")
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, bool | str):
+        return value
+    number: Any = value
+    return float(number) if Real in kinds else int(number)
+
+
+def _budget(value: Any) -> str:
+    """Write a budget as the command line has it: a float up to 1.0 is a share, an int is slots."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1:
+        return f"{Decimal(str(value)) * 100:f}%"
+    raise UserError(
+        f"budget: is a share (a float above 0 and up to 1.0), slots (an int), or text such as '10%' and '2.9GB' "
+        f"(got {value!r})"
+    )
+
+
+def _text(traces: TraceSet, split: str | None, conditions: Conditions, sources: Sequence[ScoreSource]) -> MeasuredText:
+    """Settle the split; warn in Python's way where its text may flatter a predictor."""
+    if not isinstance(split, str | None):
+        raise UserError(f"split: is the name of a split (got {_shown(split)})")
+    text = text_to_measure(traces, split, conditions, sources)
+    for line in text.lines:
+        warnings.warn(line, stacklevel=4)
+    return text
 
 
 def _title(traces: TraceSet) -> str:

@@ -47,6 +47,7 @@ def published_figures() -> list[dict[str, Any]]:
                 "parameters": config.get("parameters"),
                 "bytes": sum(path.stat().st_size for path in folder.iterdir()),
                 "lookaheads": config["lookaheads"],
+                "training": {name: config.get("training", {}).get(name) for name in ("source", "fingerprint", "split")},
                 "figures": config.get("figures", []),
             }
         )

@@ -1,8 +1,10 @@
 """The package as a script or a notebook uses it: the same answers as the command line's."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fitting import Run
 from matplotlib.figure import Figure
@@ -12,6 +14,9 @@ from scoring import history_folder
 import moe_beyond as mb
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
+from moe_beyond.geometry import budget_slots
+
+pytestmark = pytest.mark.filterwarnings("ignore:measured on split validation", "ignore:.*expect (less|a little less)")
 
 
 def said_by(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
@@ -37,7 +42,7 @@ def test_replay_answers_as_the_command_does(run: Run, capsys: pytest.CaptureFixt
     html = found._repr_html_()
     assert "belief + top2" in html
     assert "<script" not in html
-    with pytest.raises(ValueError, match=r"moe_beyond\.evaluate does"):
+    with pytest.raises(UserError, match=r"moe_beyond\.evaluate does"):
         found.metrics_table()
 
 
@@ -70,3 +75,119 @@ def test_what_is_not_there_is_named(trace_set, tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="has no attribute 'reply'"):
         _ = mb.reply
     assert {"replay", "load_traces"} <= set(dir(mb))
+
+
+@pytest.mark.parametrize(
+    ("number", "slots"),
+    [
+        (0.25, 8), (1.0, 32), (2, 2), (16, 16), (np.int64(16), 16), (np.float64(0.5), 16), (np.float32(0.1), 3),
+        (0.07, 2), ([0.25, 16, "50%"], [8, 16]), (np.array([8, 16]), [8, 16]), ((0.5,), 16), (range(8, 10), [8, 9]),
+    ],
+)  # fmt: skip
+def test_a_budget_may_be_a_number(trace_set, number, slots) -> None:
+    """A float up to 1.0 is a share of the 32 experts, an int is slots."""
+    results = mb.replay(trace_set, budget=number, policy="lru").results
+    found = list(dict.fromkeys(result.budget_slots for result in results))
+    assert found == (slots if isinstance(slots, list) else [slots])
+
+
+def test_a_share_is_exact() -> None:
+    from moe_beyond.api import _budget
+
+    assert [_budget(share) for share in (0.1, 0.07, 0.29, 1e-3)] == ["10.0%", "7.00%", "29.00%", "0.100%"]
+    assert budget_slots(_budget(0.29), mb.load_traces.__globals__["Geometry"]("g", (0,), 100, 2, 1, 1)) == 29
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"budget": 0.0}, "budget: is a share"),
+        ({"budget": -1.0}, "budget: is a share"),
+        ({"budget": 1.5}, "budget: is a share"),
+        ({"budget": float("nan")}, "budget: is a share"),
+        ({"budget": True}, "budget: is a share"),
+        ({"budget": None}, "budget: is a share"),
+        ({"budget": [[8]]}, "budget: is a share"),
+        ({"budget": []}, "budget: names no budget"),
+        ({"budget": -3}, "budget '-3'"),
+        ({"policy": 3}, "policy: is text (got 3)"),
+        ({"policy": ["lru", None]}, "policy: is text (got None)"),
+        ({"warmup_tokens": "ten"}, "warmup_tokens: is a whole number (got 'ten')"),
+        ({"warmup_tokens": 1.5}, "warmup_tokens: is a whole number (got 1.5)"),
+        ({"batch_size": True}, "batch_size: is a whole number (got True)"),
+        ({"carry_over": "yes"}, "carry_over: is True or False (got 'yes')"),
+        ({"quantization": "4"}, "quantization: is a number (got '4')"),
+        ({"device": 3}, "device: is text (got 3)"),
+        ({"device": "/"}, ""),
+        ({"profile": "/"}, ""),
+        ({"split": 3}, "split: is the name of a split (got int: 3)"),
+        ({"split": "tests"}, "unknown split"),
+    ],
+)
+def test_an_options_value_of_another_kind_is_one_line(trace_set, options, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        mb.replay(trace_set, **options)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None:
+    folder = run.folder / "predictor"
+    predictor = mb.load_predictor(folder)
+    name = "cross_layer.deepseek-v2-lite-puffin"
+    for arguments, line in (
+        ((predictor, run.traces), "evaluate: traces is a predictor (cross_layer); write evaluate(traces, predictor)"),
+        ((folder, run.traces), f"evaluate: traces is a predictor ({folder}); write evaluate(traces, predictor)"),
+        ((name, run.traces), f"evaluate: traces is a predictor ({name}); write evaluate(traces, predictor)"),
+        ((trace_set, trace_set), "evaluate: predictor is a trace set"),
+        ((trace_set, run.traces), f"evaluate: predictor is a trace set ({run.traces})"),
+        ((trace_set, None), "evaluate: a predictor is missing"),
+        ((trace_set, 3), "evaluate: predictor is a name or a path (got int: 3)"),
+        ((3, predictor), "evaluate: traces is a name or a path (got int: 3)"),
+        ((trace_set, "x" * 5000), "xxx...: File name too long"),
+        (("x" * 5000, predictor), "xxx...: File name too long"),
+    ):
+        with pytest.raises(UserError, match=re.escape(line)) as error:
+            mb.evaluate(*arguments)
+        assert len(str(error.value)) < 200
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"takes no strategy; replay\(traces, strategy="):
+        mb.evaluate(trace_set, predictor, strategy="all")
+
+
+def test_records_slips_are_one_line(tmp_path: Path) -> None:
+    for prompts, options, line in (
+        ("hi", {}, "record: prompts is a list of prompts (got str: 'hi'); write [prompt]"),
+        (3, {}, "record: prompts is a list of prompts (got int: 3)"),
+        ([3], {}, "record: prompt 1: is a text, a chat or a Prompt (got int: 3)"),
+        ([[{"role": "user"}]], {}, "record: prompt 1: a chat is a list of messages with role and content"),
+        (["hi"], {"generat": 3}, "unknown option 'generat'; did you mean 'generate'?"),
+    ):
+        with pytest.raises(UserError) as error:
+            mb.record(None, None, prompts, tmp_path / "out", **options)
+        assert line in str(error.value)
+
+
+def test_a_notebook_shows_one_table_and_one_picture(trace_set, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rich.console
+    import rich.jupyter
+
+    shown: list[object] = []
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    monkeypatch.setattr(rich.jupyter, "display", lambda *parts: shown.append(parts))
+    found = mb.replay(trace_set, budget=["25%", "50%"])
+    assert found._repr_html_().count("static_hindsight") == 3  # two rows and the caption
+    assert shown == []
+    for figure in (found.plot(), mb.replay(trace_set, budget="25%").plot()):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_training_text_is_left_out_or_warned_of(run: Run) -> None:
+    predictor = mb.load_predictor(run.folder)  # a run stands for the predictor that it exported
+    with pytest.warns(UserWarning, match="measured on split validation: split train is training text of cross_layer"):
+        found = mb.evaluate(run.traces, predictor, budget="25%")
+    assert found.measured_on.split == "validation"
+    with pytest.warns(UserWarning, match="cross_layer was fitted on split train of this set: expect less"):
+        found = mb.replay(run.traces, predictor, split="train", budget="25%")
+    assert found.to_json()["measured_on"]["relation"] == "training text"
+    assert "was fitted on split train of this set" in found._repr_html_()

@@ -9,6 +9,10 @@ from typing import TypeVar, cast
 
 import numba
 
+from moe_beyond.compiling import kept
+
+ANNOUNCEMENT = "compiling the cache simulator once: this takes about half a minute"
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -38,11 +42,13 @@ def _compile(function: Function, *, inline: bool) -> Function:
     dropped when any file of this package's folder does.
     """
     # Without the runtime for allocation: its counting of references costs more than all that these functions do.
-    dispatcher = numba.njit(function, cache=True, nogil=True, forceinline=inline, _nrt=False)  # type: ignore[call-overload]
+    dispatcher = numba.njit(function, nogil=True, forceinline=inline, _nrt=False)  # type: ignore[call-overload]
+    kept(dispatcher, function, ANNOUNCEMENT)
     stamp = _stamp(function.__code__.co_filename)
     name = f"{function.__module__}.{function.__qualname__} {stamp}"
     dispatcher._set_uuid(str(uuid.uuid5(uuid.NAMESPACE_OID, name)))  # noqa: SLF001
-    dispatcher._cache._cache_file._source_stamp = stamp  # noqa: SLF001
+    if (file := getattr(dispatcher._cache, "_cache_file", None)) is not None:  # noqa: SLF001
+        file._source_stamp = stamp  # noqa: SLF001
     return cast(Function, dispatcher)
 
 

@@ -10,12 +10,13 @@ from torch.utils.data import DataLoader
 
 from moe_beyond.callbacks.run import run_folder
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import EXPORTED
+from moe_beyond.evaluation.runs import EXPORTED, find_trained, load_trained
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration, calibrate
 from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.predictors.folder import load_predictor, save_predictor
+from moe_beyond.predictors.training_text import recorded_uses, seen_by
 from moe_beyond.published import find_predictor
 from moe_beyond.tasks.base import PredictorTask
 
@@ -39,6 +40,7 @@ class ExportBest(L.Callback):
     def __init__(self, half: bool = False, calibration: str | None = "validation") -> None:
         self.half, self.calibration = half, calibration
         self._lent: Calibration | None = None
+        self._lender: Predictor | None = None
         self.exported: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -46,7 +48,8 @@ class ExportBest(L.Callback):
         assert isinstance(pl_module, PredictorTask)
         self.exported = None
         if stage == "fit" and self.calibration not in (None, "validation"):
-            self._lent = _lent(str(self.calibration), pl_module.predictor)
+            self._lender = _lender(str(self.calibration), pl_module.predictor)
+            self._lent = self._lender.calibration
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export what was fitted; nothing where no step was made."""
@@ -61,12 +64,15 @@ class ExportBest(L.Callback):
             found = load_checkpoint(best)
             predictor, training = found.predictor, found.training
         predictor.calibration = self._lent
-        if self.calibration == "validation" and pl_module.data.val_split is not None:
+        calibrated = self.calibration == "validation" and pl_module.data.val_split is not None
+        if calibrated:
             was_training = predictor.training
             predictor.eval()
             batches = cast("DataLoader[Batch]", pl_module.data.val_dataloader())
             predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
             predictor.train(was_training)
+        uses = ["chose the epoch of"] * bool(best and monitored) + ["calibrated"] * calibrated
+        training = recorded_uses(training, uses, [] if self._lender is None else seen_by(self._lender))
         save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
         self.exported = folder
 
@@ -76,25 +82,28 @@ def export_folder(trainer: L.Trainer) -> Path:
     return run_folder(trainer) / EXPORTED
 
 
-def _lent(name: str, predictor: Predictor) -> Calibration:
-    """Return the calibration of another predictor."""
+def _lender(name: str, predictor: Predictor) -> Predictor:
+    """Load another predictor, whose calibration must fit."""
     lender = load_predictor(find_predictor(name))
     kinds = [(p.architecture, p.link, p.information, p.geometry.shape()) for p in (lender, predictor)]
     if lender.calibration is None or kinds[0] != kinds[1]:
         raise UserError(f"{name}: has no calibration that fits a {predictor.architecture} of this model")
-    return lender.calibration
+    return lender
 
 
 def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -> None:
-    """Make a predictor folder out of any checkpoint, not calibrated.
+    """Make a predictor folder out of any checkpoint, not calibrated; or out of a run, by what that stands for.
 
     Args:
-        checkpoint: A ``.ckpt`` of this package.
-        folder: The folder to write.
+        checkpoint: A ``.ckpt`` of this package, or a run's folder (`moe_beyond.evaluation.runs.find_trained`).
+        folder: The folder to write; it must not exist, unless it is empty.
         half: Store float16 weights.
 
     Raises:
-        UserError: The checkpoint cannot be read, or the folder is something else.
+        UserError: The checkpoint cannot be read, or the folder exists.
     """
-    found = load_checkpoint(checkpoint)
-    save_predictor(found.predictor, folder, found.training, dtype=torch.float16 if half else torch.float32)
+    folder, source = Path(folder), Path(checkpoint)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} already exists; choose another folder or remove it")
+    predictor, training = load_trained(find_trained(str(checkpoint)) if source.is_dir() else source)
+    save_predictor(predictor, folder, training, dtype=torch.float16 if half else torch.float32)

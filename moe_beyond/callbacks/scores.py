@@ -47,6 +47,7 @@ class WriteScores(BasePredictionWriter):
                 available=predictor.information.available,
                 predictor=predictor.architecture,
                 traces=(data.test_traces or data.val_traces).manifest.fingerprint,
+                training=pl_module.trained_on or None,
             )
         )
         self.folder = folder

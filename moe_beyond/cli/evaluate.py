@@ -2,11 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import TRACES_HELP, Output, parser
+from moe_beyond.cli.options import SPLIT_HELP, TRACES_HELP, Output, parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_combinations,
@@ -16,13 +17,14 @@ from moe_beyond.cli.replay_options import (
 )
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.asked import asked_combinations, asked_conditions
+from moe_beyond.evaluation.asked import asked_combinations, asked_conditions, text_to_measure
 from moe_beyond.evaluation.evaluate import Evaluation, evaluate
 from moe_beyond.evaluation.runs import evaluate_run, is_run, validation_data
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.card import around_figures, record_figures
+from moe_beyond.predictors.training_text import MeasuredText, Relation
 from moe_beyond.published import find_predictor
 from moe_beyond.report.intervals import intervals_tables
 from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
@@ -49,7 +51,7 @@ def options() -> ArgumentParser:
         "predictor", metavar="PREDICTOR", help="a predictor folder, a published name, hf:ORG/REPO, or a run's folder"
     )
     known.add_argument("--traces", metavar="DIR", help=TRACES_HELP)
-    known.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
+    known.add_argument("--split", metavar="S", help=SPLIT_HELP)
     add_budgets(known)
     add_combinations(known)
     add_conditions(known)
@@ -62,7 +64,14 @@ def options() -> ArgumentParser:
         "their differences from LRU; 10000 take seconds (default: 0, no intervals)",
     )
     known.add_argument(
-        "--record", action="store_true", help="write the figures into the predictor folder's config and card"
+        "--record",
+        action="store_true",
+        help="write the figures into the predictor folder's config and card; not of text that it was fitted on",
+    )
+    known.add_argument(
+        "--record-training-text",
+        action="store_true",
+        help="like --record, also of text that the predictor was, or may have been, fitted on; the figures are marked",
     )
     return known
 
@@ -70,6 +79,7 @@ def options() -> ArgumentParser:
 def run(words: list[str]) -> None:
     """Evaluate a predictor, or all checkpoints of a run."""
     args = options().parse_args(words[1:])
+    args.record = args.record or args.record_training_text
     if is_run(args.predictor):
         if args.record:
             raise UserError(f"--record is for a predictor folder; {args.predictor} is a run")
@@ -91,23 +101,39 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
         around_figures(folder)  # is there a place for them?
     source = from_predictor_folder(folder)
     asked_by = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
-    found = _evaluate(args, traces, args.split, source, asked_by)
+    shared = asked_conditions(request_of(args), traces)
+    text = text_to_measure(traces, args.split, shared, [source])
+    if args.record and not args.record_training_text:
+        _check_recordable(text)
+    found = _evaluate(args, traces, text.split, source, asked_by)
     output = Output(args)
-    output.show(metrics_table(found.metrics), results_table(found.results, traces.geometry))
+    output.show(*text.lines, metrics_table(found.metrics), results_table(found.results, traces.geometry))
     if args.bootstrap:
         output.show(*intervals_tables(found.metrics, found.results, args.bootstrap))
-    output.result(found.to_json())
+    output.result({"measured_on": text.to_json(), **found.to_json()})
     if args.record:
         manifest = traces.manifest
         figures = {
             "source": manifest.source,
             "fingerprint": manifest.fingerprint,
-            "split": args.split,
+            "split": text.split,
+            "relation": str(text.relation),
             "command": _command(words[1:], args.predictor, folder.name),
             "metrics": [{n: value for n, value in row.items() if n not in TABLES} for row in found.metrics],
             "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
         }
         record_figures(folder, figures)
+
+
+def _check_recordable(text: MeasuredText) -> None:
+    """Refuse to record figures of text that the predictor was fitted on, or may have been.
+
+    Raises:
+        UserError: It was, or may have been.
+    """
+    if text.relation in (Relation.TRAINING, Relation.UNKNOWN):
+        why = next(note.sentence for note in text.notes if note.relation is text.relation)
+        raise UserError(f"--record: {why}; measure other text, or add --record-training-text, which marks the figures")
 
 
 def _command(words: Sequence[str], predictor: str, name: str) -> str:
@@ -120,24 +146,32 @@ def _command(words: Sequence[str], predictor: str, name: str) -> str:
         if option in ("--traces", "--json"):
             if not joined:
                 next(rest, None)
-        elif word not in ("--record", "--quiet"):
+        elif word not in ("--record", "--record-training-text", "--quiet"):
             kept.append(Path(word).name if Path(word).is_dir() else word)
     return shlex.join(kept)
 
 
 def _run_folder(args: Namespace) -> None:
     folder, split = (args.traces, args.split) if args.traces else validation_data(args.predictor)
-    split = args.split or split
     traces = TraceSet(folder)
-    # One lookahead is enough to compare checkpoints by; --lookahead asks for others.
-    found = list(evaluate_run(args.predictor, lambda one: _evaluate(args, traces, split, one, one.lookaheads[:1])))
+    shared = asked_conditions(request_of(args), traces)
+    texts: list[MeasuredText] = []
+
+    def evaluated(source: ScoreSource) -> Evaluation:
+        if not texts:  # all checkpoints of a run were fitted on the same
+            of_run = replace(source, name="the run")
+            texts.append(text_to_measure(traces, args.split or split, shared, [of_run]))
+        # One lookahead is enough to compare checkpoints by; --lookahead asks for others.
+        return _evaluate(args, traces, texts[0].split, source, source.lookaheads[:1])
+
+    found = list(evaluate_run(args.predictor, evaluated))
     output = Output(args)
-    output.show(checkpoints_table(found, traces.geometry))
+    output.show(*texts[0].lines, checkpoints_table(found, traces.geometry))
     rows = [
         {"checkpoint": one.checkpoint, "epoch": one.epoch, "step": one.step, **one.evaluation.to_json()}
         for one in found
     ]
-    output.result({"checkpoints": rows})
+    output.result({"measured_on": texts[0].to_json(), "checkpoints": rows})
 
 
 def _evaluate(

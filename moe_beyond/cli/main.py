@@ -25,7 +25,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "validate": ("lightning", "validate a checkpoint"),
         "test": ("lightning", "test a checkpoint"),
         "predict": ("lightning", "write a checkpoint's scores, sequence by sequence"),
-        "package": ("package", "make a predictor folder out of a checkpoint"),
+        "package": ("package", "make a predictor folder out of a checkpoint or a run"),
         "push": ("push", "publish a predictor or a trace set on the Hugging Face Hub"),
         "list": ("list_predictors", "list the published predictors with their figures"),
     },
@@ -51,7 +51,7 @@ def usage() -> str:
     lines = [
         "usage: moe-beyond VERB [OPTIONS]",
         "",
-        "Predict, replay and run mixture-of-experts routing under a budget.",
+        "Record, predict and replay mixture-of-experts routing under a memory budget.",
     ]
     for group, verbs in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {verb:<11} {summary}" for verb, (_, summary) in verbs.items())]

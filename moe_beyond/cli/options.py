@@ -1,6 +1,7 @@
 """Options that all verbs share, and where their output goes."""
 
 import json
+import logging
 import sys
 from argparse import Action
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 
 TRACES_HELP = "trace set: a folder, hf:ORG/REPO, or a URL fsspec knows"
+SPLIT_HELP = "split of the trace set (default: all; with a predictor, one that it was not fitted on, if there is one)"
 PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe; on a terminal it fits the terminal."""
 
@@ -71,7 +73,7 @@ def add_output(options: ArgumentParser) -> None:
 def add_traces(options: ArgumentParser) -> None:
     """Add ``--traces DIR`` and ``--split S``."""
     options.add_argument("--traces", metavar="DIR", required=True, help=TRACES_HELP)
-    options.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
+    options.add_argument("--split", metavar="S", help=SPLIT_HELP)
 
 
 def add_plots(options: ArgumentParser) -> None:
@@ -101,6 +103,7 @@ class Output:
     def __init__(self, args: Namespace) -> None:
         self._json: str | None = args.json
         self.quiet: bool = args.quiet or args.json == "-"
+        logging.getLogger("moe_beyond").setLevel(logging.ERROR if args.quiet else logging.WARNING)
         console = Console(quiet=self.quiet)
         self.console = console if console.is_terminal else Console(quiet=self.quiet, width=PIPE_WIDTH)
 

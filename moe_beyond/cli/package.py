@@ -13,11 +13,14 @@ def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "package",
-        "Make a predictor folder (safetensors, config, card) out of a checkpoint.",
+        "Make a predictor folder (safetensors, config, card) out of a checkpoint, or out of a run: its exported "
+        "predictor, else its best checkpoint, else its last.",
         "moe-beyond package runs/predictor/version_0/checkpoints/last.ckpt --out my-predictor",
     )
-    known.add_argument("checkpoint", metavar="CKPT", help="a checkpoint that `moe-beyond fit` wrote")
-    known.add_argument("--out", metavar="DIR", required=True, help="the predictor folder to make")
+    known.add_argument(
+        "checkpoint", metavar="CKPT_OR_RUN", help="a checkpoint that `moe-beyond fit` wrote, or a run's folder"
+    )
+    known.add_argument("--out", metavar="DIR", required=True, help="predictor folder to make; it must not exist")
     known.add_argument("--half", action="store_true", help="store float16 weights, half the size")
     return known
 

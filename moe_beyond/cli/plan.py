@@ -16,12 +16,13 @@ from moe_beyond.cli.replay_options import (
     showing_progress,
 )
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.asked import Conditions, asked_conditions, asked_slots, asked_strategies
+from moe_beyond.evaluation.asked import Conditions, asked_conditions, asked_slots, asked_strategies, text_to_measure
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.planning import Answer, Target, parse_target, pins, plan
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, evenly, in_windows, strategy
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.files import write_json
+from moe_beyond.predictors.training_text import MeasuredText
 from moe_beyond.report.plans import plan_table
 from moe_beyond.report.results import unavailable_lines
 from moe_beyond.simulator import ReplaySettings, Result
@@ -64,12 +65,15 @@ def run(words: list[str]) -> None:
     if target is None:
         _write_pins(args, chosen, output)
         return
-    answers, missing = _answers(args, traces, shared, target)
+    answers, missing, text = _answers(args, traces, shared, target)
     _write_pins(args, chosen, output)
     bytes_per_expert = traces.geometry.params_per_expert * shared.common.bits / 8
-    output.show(plan_table(answers, target, traces.geometry, bytes_per_expert), *unavailable_lines(missing))
+    output.show(
+        *text.lines, plan_table(answers, target, traces.geometry, bytes_per_expert), *unavailable_lines(missing)
+    )
     content = {
         "target": target.text,
+        "measured_on": text.to_json(),
         "answers": [answer.to_json(bytes_per_expert) for answer in answers],
         "unavailable": [{"strategy": one.strategy, "why": one.why} for one in missing],
     }
@@ -99,11 +103,12 @@ def _write_pins(args: Namespace, chosen: dict[str, Any] | None, output: Output) 
 
 def _answers(
     args: Namespace, traces: TraceSet, shared: Conditions, target: Target
-) -> tuple[list[Answer], list[Unavailable]]:
+) -> tuple[list[Answer], list[Unavailable], MeasuredText]:
     """Plan for what is asked for, with LRU, Belady and, on a device, clairvoyant prefetch beside it."""
     geometry = traces.geometry
     request = replace(request_of(args), budget=[str(geometry.total_experts)])  # any: a strategy is the same at all
     asked = asked_strategies(request, traces, replace(shared, quotas=evenly), asked_source(args))
+    text = text_to_measure(traces, args.split, shared, asked.sources)
     common = shared.common
     cold = replace(common, warm_start=False)
     lines = [line for line in asked.strategies if line.policy != "od_moe"]
@@ -122,9 +127,9 @@ def _answers(
         return replace(line, slots=slots, quotas=shared.quotas(slots))
 
     def replayed(settings: list[ReplaySettings]) -> list[Result]:
-        with showing_progress(traces, args.split, "planning", len(settings), quiet=args.quiet) as progress:
+        with showing_progress(traces, text.split, "planning", len(settings), quiet=args.quiet) as progress:
             return evaluate(
-                traces, settings, args.split, asked.sources, profile=shared.profile, progress=progress
+                traces, settings, text.split, asked.sources, profile=shared.profile, progress=progress
             ).results
 
     def bounds() -> dict[str, Result]:
@@ -137,4 +142,4 @@ def _answers(
     fewest = geometry.top_k * (geometry.num_layers if common.scope == "per-layer" else 1)
     ladders = [partial(at, line) for line in dict.fromkeys(lines)]
     most = None if common.device is None else device_slots(common.device, geometry, common.bits)
-    return plan(geometry, target, ladders, replayed, fewest, bounds, most), missing
+    return plan(geometry, target, ladders, replayed, fewest, bounds, most), missing, text

@@ -1,5 +1,7 @@
 """``moe-beyond replay``."""
 
+from typing import Any
+
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, add_plots, add_traces, check_plots, parser
@@ -11,7 +13,7 @@ from moe_beyond.cli.replay_options import (
     request_of,
     showing_progress,
 )
-from moe_beyond.evaluation.asked import asked_conditions, asked_strategies
+from moe_beyond.evaluation.asked import asked_conditions, asked_strategies, text_to_measure
 from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.report.pictures import pictures, write_pictures
@@ -44,13 +46,14 @@ def run(words: list[str]) -> None:
     request = request_of(args)
     shared = asked_conditions(request, traces)
     asked = asked_strategies(request, traces, shared, asked_source(args))
+    text = text_to_measure(traces, args.split, shared, asked.sources)
     lines = beside(asked.strategies, shared.common, traces.geometry, shared.quotas)
-    with showing_progress(traces, args.split, "replaying", len(lines), quiet=args.quiet) as progress:
-        found = evaluate(traces, lines, args.split, asked.sources, profile=shared.profile, progress=progress)
-    output.show(results_table(found.results, traces.geometry), *unavailable_lines(asked.missing))
+    with showing_progress(traces, text.split, "replaying", len(lines), quiet=args.quiet) as progress:
+        found = evaluate(traces, lines, text.split, asked.sources, profile=shared.profile, progress=progress)
+    output.show(*text.lines, results_table(found.results, traces.geometry), *unavailable_lines(asked.missing))
     if args.plots:
-        drawn = pictures(traces, lines, found.results, asked.sources, shared.profile, args.split)
+        drawn = pictures(traces, lines, found.results, asked.sources, shared.profile, text.split)
         output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))
-    content = {"results": [result.to_json() for result in found.results]}
+    content: dict[str, Any] = {"measured_on": text.to_json(), "results": [result.to_json() for result in found.results]}
     unavailable = [{"strategy": one.strategy, "why": one.why} for one in asked.missing]
     output.result(content | ({"unavailable": unavailable} if unavailable else {}))

@@ -9,9 +9,9 @@ from jsonargparse import ArgumentParser, Namespace
 from moe_beyond.cli.options import progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.asked import DEFAULT_BUDGET, Request
-from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder, from_scores_folder
+from moe_beyond.evaluation.runs import find_source
+from moe_beyond.evaluation.sources import ScoreSource, from_scores_folder
 from moe_beyond.evaluation.systems import SYSTEMS
-from moe_beyond.published import find_predictor
 from moe_beyond.traces.reader import TraceSet
 
 
@@ -35,7 +35,10 @@ def add_strategies(options: ArgumentParser) -> None:
     )
     add_combinations(options)
     options.add_argument(
-        "--predictor", metavar="P", help="predictor whose scores serve: a folder, a published name, or hf:ORG/REPO"
+        "--predictor",
+        metavar="P",
+        help="predictor whose scores are used: a folder, a published name, hf:ORG/REPO, or a run's folder "
+        "(its exported predictor, else its best checkpoint, else its last)",
     )
     options.add_argument(
         "--scores", metavar="DIR", help="scores that `moe-beyond predict` wrote, instead of --predictor"
@@ -55,8 +58,8 @@ def add_combinations(options: ArgumentParser) -> None:
         "--prefetch",
         action="append",
         metavar="F",
-        help="none, top6, p>0.5, top6,p>0.1, each also with a distance for whole-token scores (top6@2); adaptive, "
-        "moe_infinity or oracle; repeat for more; with scores top<K>",
+        help="none, top6, 'p>0.5', 'top6,p>0.1' (in quotes: a shell takes > for a file), each also with a distance for "
+        "whole-token scores (top6@2); adaptive, moe_infinity or oracle; repeat for more (default with scores: top<K>)",
     )
     options.add_argument(
         "--lookahead",
@@ -119,7 +122,7 @@ def asked_source(args: Namespace) -> ScoreSource | None:
     if args.predictor and args.scores:
         raise UserError("--predictor and --scores exclude each other; give one")
     if args.predictor:
-        return from_predictor_folder(find_predictor(args.predictor))
+        return find_source(args.predictor)
     return from_scores_folder(args.scores) if args.scores else None
 
 

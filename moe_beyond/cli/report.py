@@ -11,6 +11,7 @@ from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.profiles import load_profile
 from moe_beyond.evaluation.sources import from_predictor_folder, published_for
 from moe_beyond.geometry import budget_slots
+from moe_beyond.predictors.training_text import measured_text
 from moe_beyond.report.page.page import write_page
 from moe_beyond.report.page.replays import DEVICES, SHARES, default_slots, page_strategies
 from moe_beyond.report.page.subject import find_subject
@@ -69,14 +70,16 @@ def _report(args: Namespace) -> None:
     lines = page_strategies(common, slots, source, geometry, devices)
     history = published_for("history", traces)
     profile = None if history is None else load_profile(history, traces)
-    with showing_progress(traces, args.split, f"replaying {source.name}", len(lines), quiet=args.quiet) as progress:
-        found = evaluate(traces, lines, args.split, [source], measure=source, profile=profile, progress=progress)
+    text = measured_text(traces, args.split, [(source.name, source.training)])
+    with showing_progress(traces, text.split, f"replaying {source.name}", len(lines), quiet=args.quiet) as progress:
+        found = evaluate(traces, lines, text.split, [source], measure=source, profile=profile, progress=progress)
     write_page(
         args.out,
         subject,
         traces,
-        args.split,
+        text.split,
         found,
+        notes=text.lines,
         source=source,
         devices=devices,
         bits=bits,
@@ -84,5 +87,5 @@ def _report(args: Namespace) -> None:
         profile=None if history is None else history.name,
     )
     output = Output(args)
-    output.show(f"page: {args.out}")
-    output.result(found.to_json())
+    output.show(*text.lines, f"page: {args.out}")
+    output.result({"measured_on": text.to_json(), **found.to_json()})

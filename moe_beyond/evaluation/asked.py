@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.errors import UserError
@@ -11,6 +12,8 @@ from moe_beyond.evaluation.strategies import Quotas, combinations, evenly
 from moe_beyond.evaluation.systems import Unavailable, system_names, system_strategies
 from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
+from moe_beyond.predictors.folder import read_config
+from moe_beyond.predictors.training_text import MeasuredText, Training, measured_text
 from moe_beyond.profile import Profile
 from moe_beyond.published import find_predictor
 from moe_beyond.simulator import ReplaySettings
@@ -85,11 +88,19 @@ def asked_slots(request: Request, traces: TraceSet) -> list[int]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all strategies share: settings but for slots and policy, the training text's profile, slots by layer."""
+    """What all strategies share.
+
+    Attributes:
+        common: Settings, but for slots and policy.
+        profile: What is known of training text, or None.
+        quotas: Slots by layer.
+        fitted: Name and training record of the profile's predictor, if there is one.
+    """
 
     common: ReplaySettings
     profile: Profile | None
     quotas: Quotas
+    fitted: tuple[tuple[str, Training | None], ...] = ()
 
 
 def asked_conditions(request: Request, traces: TraceSet) -> Conditions:
@@ -98,7 +109,9 @@ def asked_conditions(request: Request, traces: TraceSet) -> Conditions:
     Raises:
         UserError: One cannot be read, or needs another.
     """
-    profile = _profile(request, traces)
+    folder = _profile_folder(request, traces)
+    profile = None if folder is None else load_profile(folder, traces)
+    fitted = () if folder is None else ((f"profile {folder.name}", read_config(folder).get("training")),)
     common = ReplaySettings(
         slots=traces.geometry.total_experts,
         scope=request.scope,
@@ -113,15 +126,31 @@ def asked_conditions(request: Request, traces: TraceSet) -> Conditions:
         device=None if request.device is None else load_device(request.device),
         bits=bits_of(request, traces),
     )
-    return Conditions(common, profile, _quotas(request, traces, profile))
+    return Conditions(common, profile, _quotas(request, traces, profile), fitted)
 
 
-def _profile(request: Request, traces: TraceSet) -> Profile | None:
-    """Load the profile, if one is named; for named strategies else the published one, if there is one."""
+def _profile_folder(request: Request, traces: TraceSet) -> Path | None:
+    """Find the profile, if one is named; for named strategies else the published one, if there is one."""
     if request.profile is not None:
-        return load_profile(find_predictor(request.profile), traces)
-    folder = published_for("history", traces) if request.strategy else None
-    return None if folder is None else load_profile(folder, traces)
+        return find_predictor(request.profile)
+    return published_for("history", traces) if request.strategy else None
+
+
+def text_to_measure(
+    traces: TraceSet, split: str | None, conditions: Conditions, sources: Sequence[ScoreSource]
+) -> MeasuredText:
+    """Settle which split is measured, and say what its text is to the predictors whose scores or counts are used.
+
+    Args:
+        traces: The trace set.
+        split: The split that the user named; None chooses one that nothing was fitted on, where there is one.
+        conditions: What all strategies share.
+        sources: Of the scores.
+
+    Raises:
+        UserError: There is no such split.
+    """
+    return measured_text(traces, split, [*((one.name, one.training) for one in sources), *conditions.fitted])
 
 
 def _quotas(request: Request, traces: TraceSet, profile: Profile | None) -> Quotas:

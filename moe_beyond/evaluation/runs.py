@@ -1,15 +1,21 @@
 """All checkpoints of a run, those saved between validations too, on equal terms."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.evaluate import Evaluation
-from moe_beyond.evaluation.sources import ScoreSource, from_predictor
-from moe_beyond.predictors.checkpoint import load_checkpoint
+from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
+from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors.checkpoint import Checkpoint, load_checkpoint
+from moe_beyond.predictors.folder import load_predictor, read_config
+from moe_beyond.published import CONFIG_FILE as PREDICTOR_CONFIG
+from moe_beyond.published import find_predictor
 
 CONFIG_FILE = "config.yaml"
 EXPORTED = "predictor"
@@ -32,6 +38,66 @@ class CheckpointEvaluation:
 def is_run(folder: str | Path) -> bool:
     """Tell whether a folder is that of a run: it keeps a configuration or checkpoints."""
     return (Path(folder) / CONFIG_FILE).exists() or any(Path(folder).glob("checkpoints/*.ckpt"))
+
+
+def find_trained(name: str) -> Path:
+    """Find what a name stands for, and say on standard error which part of a run that is.
+
+    A run stands for the predictor that it exported; without one for the checkpoint that it found best, or else for
+    the last one.
+
+    Args:
+        name: A run's folder, a predictor folder, a published name, or ``hf:ORG/REPO``.
+
+    Returns:
+        A predictor folder, or a checkpoint of the run.
+
+    Raises:
+        UserError: It is none of them, or a run without a predictor and without checkpoints.
+    """
+    folder = Path(name)
+    if not is_run(folder) or (folder / PREDICTOR_CONFIG).exists():
+        return find_predictor(name)
+    found = folder / EXPORTED
+    if not (found / PREDICTOR_CONFIG).exists():
+        if not (files := checkpoints_of(folder)):
+            raise UserError(f"{name}: holds no checkpoint (*.ckpt)")
+        last = max(files, key=lambda path: (load_checkpoint(path).step, path.stem.startswith(COPIES), path.name))
+        best = load_checkpoint(last).best
+        found = next((path for path in files if path.name == best), last)
+    print(f"{name} is a run: its predictor is {found}", file=sys.stderr)
+    return found
+
+
+def load_trained(path: Path) -> tuple[Predictor, dict[str, Any]]:
+    """Load what `find_trained` found.
+
+    Returns:
+        The predictor, ready to score, and what is recorded of its training.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    if path.is_dir():
+        return load_predictor(path), read_config(path).get("training") or {}
+    checkpoint = load_checkpoint(path)
+    return checkpoint.predictor, checkpoint.training
+
+
+def find_source(name: str) -> ScoreSource:
+    """Score with what a name stands for (`find_trained`).
+
+    Raises:
+        UserError: There is no such predictor, or it is damaged.
+    """
+    path = find_trained(name)
+    return from_predictor_folder(path) if path.is_dir() else _of_checkpoint(load_checkpoint(path))
+
+
+def _of_checkpoint(checkpoint: Checkpoint, name: str | None = None) -> ScoreSource:
+    tokenizer = checkpoint.training.get("tokenizer", {}).get("sha256")
+    predictor = checkpoint.predictor
+    return from_predictor(predictor, name or predictor.architecture, tokenizer_sha256=tokenizer)
 
 
 def validation_data(run: str | Path) -> tuple[str, str]:
@@ -102,6 +168,5 @@ def evaluate_run(run: str | Path, evaluating: Callable[[ScoreSource], Evaluation
             continue
         seen.add(steps[path])
         checkpoint = load_checkpoint(path)
-        tokenizer = checkpoint.training.get("tokenizer", {}).get("sha256")
-        source = from_predictor(checkpoint.predictor, path.stem, tokenizer_sha256=tokenizer)
+        source = _of_checkpoint(checkpoint, path.stem)
         yield CheckpointEvaluation(path.name, checkpoint.epoch, checkpoint.step, evaluating(source))

@@ -17,6 +17,7 @@ from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.folder import check_fits, load_predictor, read_config
 from moe_beyond.predictors.scores import ScoresFolder
+from moe_beyond.predictors.training_text import Training
 from moe_beyond.published import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
@@ -35,6 +36,7 @@ class ScoreSource:
         causal: Whether the scores ignore later tokens.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         sequences: Yields every sequence of a split (None: of all) with its scores; given true, in the traces' order.
+        training: What is recorded of the text that the predictor was fitted on; None where nothing is.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ScoreSource:
     causal: bool
     available: str
     sequences: Callable[[TraceSet, str | None, bool], Iterator[Scored]]
+    training: Training | None = None
 
 
 def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | None = None) -> ScoreSource:
@@ -71,7 +74,7 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
                     yield trace, probabilities[row, : len(trace)]
 
     known = predictor.information
-    return ScoreSource(name, known.lookaheads, known.causal, known.available, sequences)
+    return ScoreSource(name, known.lookaheads, known.causal, known.available, sequences, predictor.fitted_on)
 
 
 def from_predictor_folder(folder: str | Path) -> ScoreSource:
@@ -106,7 +109,7 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         for trace in traces.traces(split):
             yield trace, stored.scores(trace.sequence_id, len(trace))
 
-    return ScoreSource(stored.predictor, stored.lookaheads, stored.causal, stored.available, sequences)
+    return ScoreSource(stored.predictor, stored.lookaheads, stored.causal, stored.available, sequences, stored.training)
 
 
 def published_for(architecture: str, traces: TraceSet) -> Path | None:

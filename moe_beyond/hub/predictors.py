@@ -12,6 +12,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.predictors.card import card
 from moe_beyond.predictors.folder import load_predictor, read_config
+from moe_beyond.predictors.training_text import marked, relation_of_figures
 from moe_beyond.published import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.report.plots import png
 from moe_beyond.report.recorded import recorded_figure, recorded_name
@@ -82,11 +83,12 @@ def predictor_card(text: str, config: dict[str, Any], repository: str, dataset: 
 def _results(config: dict[str, Any]) -> Iterator[EvalResult]:
     """Yield recorded figures as a model index has them: recall by lookahead, and the replay's hits and bytes."""
     for one in config.get("figures", []):
+        source = marked(one["source"], relation_of_figures(config.get("training"), one))
         about = {
             "task_type": TASK,
             "task_name": "Prediction of the experts that a mixture of experts routes to",
-            "dataset_type": re.sub(r"[^\w.-]+", "-", one["source"]).strip("-").lower() or "traces",
-            "dataset_name": f"{one['source']}, {one['metrics'][0]['tokens']:,} tokens",
+            "dataset_type": re.sub(r"[^\w.-]+", "-", source).strip("-").lower() or "traces",
+            "dataset_name": f"{source}, {one['metrics'][0]['tokens']:,} tokens",
             "dataset_split": one["split"],
             "dataset_revision": one["fingerprint"],
         }
@@ -129,4 +131,6 @@ moe-beyond evaluate hf:{repository} --traces TRACES --budget 10%
 
 def _picture(config: dict[str, Any], repository: str) -> bytes:
     title = f"{repository}: {config['architecture']} for {config['geometry']['model']}"
-    return png(recorded_figure(config["figures"], title))
+    training = config.get("training")
+    shown = [{**one, "source": marked(one["source"], relation_of_figures(training, one))} for one in config["figures"]]
+    return png(recorded_figure(shown, title))

@@ -2,8 +2,9 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -54,26 +55,43 @@ class TrainingText:
 class Stepper(ABC):
     """Scores one sequence as it is decoded, with state that does not grow with the sequence.
 
-    Call order for a token: `observe_token`, then `observe_layer` for l = 0 .. L-1; `scores` at any time between.
+    Call order for a token: `observe_token`, then `observe_layer` for l = 0 .. L-1, each once; `scores` at any time.
+    What is out of order or out of range is refused before anything changes.
+
+    A subclass implements `_reset`, `_start_token`, `_route` and `scores`; they receive checked arguments only.
+
+    Args:
+        predictor: The predictor whose probabilities are computed. `_reset` is called at once: a subclass sets up what
+            that needs first.
     """
 
+    _predictor: "Predictor"
+
+    def __init__(self, predictor: "Predictor") -> None:
+        self._predictor = predictor
+        information = predictor.information
+        self._shape = predictor.geometry.shape()
+        self._valid_experts = frozenset(range(self._shape[1]))
+        self._vocabulary = predictor.vocab_size if information.token_ids else None
+        self._state_size = None if information.hidden_states is None else int(predictor.hidden_size)  # type: ignore[arg-type]
+        self.reset()
+
     @abstractmethod
-    def reset(self) -> None:
+    def _reset(self) -> None:
         """Forget the sequence."""
 
     @abstractmethod
-    def observe_token(self, token_id: int) -> None:
-        """Start a token: its id is known, none of its layers is routed."""
+    def _start_token(self, token_id: int) -> None:
+        """Start a token with a valid id."""
 
     @abstractmethod
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        """Learn which experts, K of them or fewer, ``layer`` of the current token was routed to.
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
+        """Take in the next layer of the current token.
 
         Args:
-            layer: MoE layer, counted from 0.
-            experts: Their ids, in any order.
-            state: ``(D,)``, for predictors whose information set has hidden states: what the layer's router read; or,
-                where those are layer inputs, what the next MoE layer reads before its attention, None after the last.
+            layer: MoE layer, counted from 0; each comes once a token, in order.
+            experts: ``(n,)`` different ids, n <= K.
+            state: ``(D,)``, finite; None where none was given, or the predictor reads none.
         """
 
     @abstractmethod
@@ -84,15 +102,138 @@ class Stepper(ABC):
         routed is that by the next token, of which only lookahead ``"next"`` knows.
         """
 
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._layer_due = self._shape[0]  # a token is due
+        self._started = False
+        self._reset()
+
+    def observe_token(self, token_id: int) -> None:
+        """Start a token: its id is known, none of its layers is routed.
+
+        Raises:
+            UserError: Layers of the token before are not routed yet, or the id is not one of the vocabulary.
+        """
+        if self._layer_due != self._shape[0]:
+            raise UserError(
+                f"observe_token: layer {self._layer_due} of the token before is not observed yet; "
+                "observe all its layers, or reset"
+            )
+        token_id = self._checked_token(token_id)
+        self._layer_due, self._started = 0, True
+        self._start_token(token_id)
+
+    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+        """Learn which experts, K of them or fewer, ``layer`` of the current token was routed to.
+
+        Args:
+            layer: MoE layer, counted from 0.
+            experts: Their ids, in any order.
+            state: ``(D,)``, for predictors whose information set has hidden states: what the layer's router read; or,
+                where those are layer inputs, what the next MoE layer reads before its attention, None after the last.
+
+        Raises:
+            UserError: No token is started, the layer is not the next one, the experts are too many, twice the same or
+                out of range, or the state has another width or is not finite.
+        """
+        if layer != self._layer_due or layer >= self._shape[0]:
+            raise self._out_of_order(layer)
+        # These checks cost a microsecond: of so few experts, sets of Python are faster than numpy.
+        try:
+            chosen = np.asarray(experts)
+            ids = chosen.tolist()
+            different = set(ids)
+        except (TypeError, ValueError):
+            raise self._wrong_experts(experts) from None
+        if chosen.dtype.kind not in "iu" and ids:
+            raise self._wrong_experts(experts)
+        if not (len(different) == len(ids) <= self._shape[2] and different <= self._valid_experts):
+            raise self._wrong_experts(experts)
+        known = None if state is None or self._state_size is None else self._checked_state(state)
+        self._layer_due += 1
+        self._route(layer, chosen.astype(np.int64), known)
+
     def observe_tokens(self, token_ids: npt.ArrayLike, experts: npt.ArrayLike) -> None:
         """Take in a prefix at once: ``(T,)`` token ids and ``(T, L, K)`` experts.
 
         No hidden states of it: what reads some reads those of the present token alone.
+
+        Raises:
+            UserError: The shapes differ, or as `observe_token` and `observe_layer` do.
         """
-        for token_id, layers in zip(np.asarray(token_ids), np.asarray(experts), strict=True):
-            self.observe_token(int(token_id))
-            for layer, chosen in enumerate(layers):
+        ids, routed = _integers(token_ids, "observe_tokens: token_ids"), _integers(experts, "observe_tokens: experts")
+        layers, _, top_k = self._shape
+        if ids.ndim != 1 or (ids.size and routed.shape != (ids.size, layers, top_k)):
+            raise UserError(
+                f"observe_tokens: token ids of shape {ids.shape} with experts of shape {routed.shape}; "
+                f"write (T,) and (T, {layers}, {top_k})"
+            )
+        for token_id, by_layer in zip(ids.tolist(), routed, strict=True):
+            self.observe_token(token_id)
+            for layer, chosen in enumerate(by_layer):
                 self.observe_layer(layer, chosen[chosen != none_id(chosen.dtype)])
+
+    def _checked_token(self, token_id: int) -> int:
+        try:
+            number = index(token_id)
+        except TypeError as error:
+            raise UserError(f"observe_token: a token id is a whole number (got {token_id!r})") from error
+        if self._vocabulary is not None and not 0 <= number < self._vocabulary:
+            raise UserError(f"observe_token: token id {number} is not one of 0..{self._vocabulary - 1}")
+        return number
+
+    def _out_of_order(self, layer: int) -> UserError:
+        layers = self._shape[0]
+        if not self._started:
+            return UserError(f"observe_layer: layer {layer} comes before any token; call observe_token first")
+        if self._layer_due == layers:
+            return UserError(
+                f"observe_layer: all {layers} layers of the token are observed (got layer {layer}); "
+                "call observe_token for the next one"
+            )
+        return UserError(f"observe_layer: layer {self._layer_due} is next (got layer {layer}); layers come in order")
+
+    def _wrong_experts(self, experts: npt.ArrayLike) -> UserError:
+        """Say what is wrong with experts that `observe_layer` refuses."""
+        chosen = _integers(experts, "observe_layer: experts")
+        if chosen.ndim != 1:
+            return UserError(f"observe_layer: experts have shape {chosen.shape}, not (n,), the ids of one layer")
+        ids, (_, num_experts, top_k) = chosen.tolist(), self._shape
+        if len(ids) > top_k:
+            return UserError(f"observe_layer: {len(ids)} experts, but a token has at most {top_k} in a layer")
+        if wrong := [expert for expert in ids if not 0 <= expert < num_experts]:
+            return UserError(f"observe_layer: expert {wrong[0]} is not one of 0..{num_experts - 1}")
+        return UserError(f"observe_layer: an expert is named twice (got {ids})")
+
+    def _checked_state(self, state: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        try:
+            found = np.asarray(state, np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"observe_layer: the hidden state is not an array of numbers ({error})") from error
+        if found.shape != (self._state_size,):
+            raise UserError(
+                f"observe_layer: the hidden state has shape {found.shape}, not ({self._state_size},) as in training"
+            )
+        if not np.isfinite(found).all():
+            raise UserError("observe_layer: the hidden state is not finite")
+        return found
+
+
+def _integers(values: npt.ArrayLike, what: str) -> npt.NDArray[np.integer[Any]]:
+    """Return values as an array of integers, whatever its shape.
+
+    Raises:
+        UserError: They are not integers; ``what`` names them.
+    """
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} are not an array of whole numbers ({error})") from error
+    if found.dtype.kind not in "iu":
+        if found.size:
+            raise UserError(f"{what} are not whole numbers (got {found.dtype})")
+        found = found.astype(np.int64)
+    return found
 
 
 class Predictor(nn.Module, ABC):
@@ -108,6 +249,8 @@ class Predictor(nn.Module, ABC):
             1/K of each expert's probability to be chosen); or ``"subset"``, the sigmoid of logits shifted so that a
             layer's add up to K. Of a model whose tokens may have fewer than K experts the first alone is true.
         calibration: What makes those probabilities true, once it was fitted.
+        fitted_on: What its folder or checkpoint records of its training text
+            (`moe_beyond.predictors.training_text.Training`); None where nothing was recorded.
     """
 
     architecture: ClassVar[str]
@@ -118,6 +261,7 @@ class Predictor(nn.Module, ABC):
         self.geometry = geometry
         self.vocab_size = vocab_size
         self.calibration: Calibration | None = None
+        self.fitted_on: Mapping[str, Any] | None = None
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:

@@ -6,7 +6,15 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.training_text import Relation, Training, relation_of_figures
 from moe_beyond.published import CARD_FILE, CONFIG_FILE
+
+MARKS = {
+    Relation.TRAINING: ("**Training text**: the predictor was fitted on this text; expect less on other text.\n",),
+    Relation.UNKNOWN: ("**Unknown overlap**: the predictor may have been fitted on this text.\n",),
+    Relation.CHOSE: ("This text chose the epoch or calibrated the predictor; expect a little less on other text.\n",),
+}
+"""What a card says before figures of text that is not held out."""
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 """Between these stands what `record_figures` writes; the rest of a card may be edited by hand."""
@@ -50,7 +58,7 @@ It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
 ## Figures
 
 {BEGIN}
-{_figures(config.get("figures", []))}
+{_figures(config)}
 {END}
 
 ## Use and limits
@@ -68,8 +76,8 @@ def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
 
     Args:
         folder: The predictor folder.
-        figures: ``source``, ``fingerprint``, ``split``, ``command``, ``metrics`` and ``replay``, as plain values. Rows
-            of the last two may have ``intervals``, as `moe_beyond.evaluation.evaluate.Evaluation` has them.
+        figures: ``source``, ``fingerprint``, ``split``, ``relation``, ``command``, ``metrics`` and ``replay``, as plain
+            values. Rows of the last two may have ``intervals``, as an `Evaluation` has them.
 
     Raises:
         UserError: The card's marks are damaged.
@@ -81,7 +89,7 @@ def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
     config["figures"] = [*earlier, figures]
     before, after = around_figures(folder)
     with replacing(folder / CARD_FILE) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{_figures(config['figures'])}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{BEGIN}\n{_figures(config)}\n{END}{after}", encoding="utf-8")
     write_json(folder / CONFIG_FILE, config)
 
 
@@ -99,16 +107,19 @@ def around_figures(folder: str | Path) -> tuple[str, str]:
     return (before, rest.partition(END)[2]) if found else (f"{text.rstrip()}\n\n## Figures\n\n", "\n")
 
 
-def _figures(evaluations: list[dict[str, Any]]) -> str:
-    return "\n".join(_evaluation(one) for one in evaluations) if evaluations else "None recorded yet."
+def _figures(config: dict[str, Any]) -> str:
+    evaluations = config.get("figures", [])
+    training = config.get("training")
+    return "\n".join(_evaluation(one, training) for one in evaluations) if evaluations else "None recorded yet."
 
 
-def _evaluation(one: dict[str, Any]) -> str:
+def _evaluation(one: dict[str, Any], training: Training | None) -> str:
     first = one["metrics"][0]
     k, split = first["k"], "" if one["split"] is None else f", split {one['split']}"
     lines = [
         f"\nOn {one['source']}{split} ({first['tokens']:,} tokens), by",
         f"`{one['command']}`:\n",
+        *MARKS.get(relation_of_figures(training, one), ()),
         f"| lookahead | recall@{k} (all tokens) | NLL | calibration error | accuracy (per label) | two-class F1 |",
         "|---|---|---|---|---|---|",
     ]

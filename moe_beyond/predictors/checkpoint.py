@@ -2,7 +2,7 @@
 
 import pickle
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ class Checkpoint:
         training: What it was fitted on, as `PredictorTask.trained_on`.
         epoch: Finished or running epoch, from 0.
         step: Optimiser steps done (batches, for counting predictors).
+        best: File name of the checkpoint that the fit had found best by then; None where nothing was monitored.
     """
 
     predictor: Predictor
     training: dict[str, Any]
     epoch: int
     step: int
+    best: str | None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -57,4 +59,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     prefix = "predictor."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_weights(predictor, weights, str(path))
-    return Checkpoint(predictor.eval(), told["training"], checkpoint["epoch"], checkpoint["global_step"])
+    predictor.fitted_on = told["training"]
+    return Checkpoint(
+        predictor.eval(), told["training"], checkpoint["epoch"], checkpoint["global_step"], _best(checkpoint)
+    )
+
+
+def _best(checkpoint: dict[str, Any]) -> str | None:
+    """Return the name of the best checkpoint's file, as Lightning's `ModelCheckpoint` notes it."""
+    for state in (checkpoint.get("callbacks") or {}).values():
+        if isinstance(state, dict) and state.get("monitor") and state.get("best_model_path"):
+            return PurePath(state["best_model_path"]).name
+    return None

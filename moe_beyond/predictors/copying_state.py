@@ -3,11 +3,11 @@
 Experts are kept as ids, not as rows of zeros and ones: what a head copies is a sum over those few.
 """
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from moe_beyond.compiling import compiled
 from moe_beyond.predictors.copying import FEATURES, Copying, LayerCopying
 from moe_beyond.predictors.recent import Recent
 
@@ -93,7 +93,7 @@ def _mapped(found: Floats, heads: int) -> tuple[Floats, Floats, Floats]:
     return found[:size].reshape(heads, -1), found[size : 2 * size].reshape(heads, -1), found[2 * size :]
 
 
-@numba.njit(cache=True)
+@compiled
 def copied(shares: Floats, chosen: Ids, weight: Floats, first: int = 0) -> Floats:
     """Return ``(N,)``, the sum of heads' shares in tokens, times the weights of what those were routed to.
 
@@ -114,7 +114,7 @@ def copied(shares: Floats, chosen: Ids, weight: Floats, first: int = 0) -> Float
     return out
 
 
-@numba.njit(cache=True)
+@compiled
 def _shares(queries: Floats, keys: Floats, bias: Floats, gates: Floats, more: Floats) -> Floats:
     """Return ``(heads, t)``: gated softmaxes of queries ``(heads, F)`` times keys ``(t, heads, F)``, oldest first.
 

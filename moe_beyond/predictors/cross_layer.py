@@ -159,9 +159,11 @@ class CrossLayer(TokenCausal):
 class _CrossLayerStepper(Stepper):
     """Steps tokens in torch, and layers in numpy, which are so small that calling torch would take longer."""
 
+    _predictor: CrossLayer
+
     @torch.inference_mode()
     def __init__(self, predictor: CrossLayer) -> None:
-        self._predictor, recurrent = predictor, dict(predictor.recurrent.named_parameters())
+        recurrent = dict(predictor.recurrent.named_parameters())
         layers, lookaheads = predictor.geometry.num_layers, predictor.lookaheads
         # Laid out as a step reads them: of each layer, what its experts say of all later ones; and of each count of
         # routed layers, what the state says of those in reach.
@@ -185,9 +187,9 @@ class _CrossLayerStepper(Stepper):
             if predictor.next_use and routed:
                 ahead, targets = [*ahead, lookaheads], [*targets, routed - 1]
             self._scored.append((np.array(ahead, np.int64), np.array(targets, np.int64)))
-        self.reset()
+        super().__init__(predictor)
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self._tokens = TokenState(self._predictor)
         copying = self._predictor.layer_copying
         top_k = self._predictor.geometry.top_k
@@ -197,7 +199,7 @@ class _CrossLayerStepper(Stepper):
         self._scores = np.full(shape, np.nan, np.float32)
 
     @torch.inference_mode()
-    def observe_token(self, token_id: int) -> None:
+    def _start_token(self, token_id: int) -> None:
         token, self._logits = self._tokens.start(token_id)
         if self._following is not None:
             self._following.start(token.numpy(), token_id, self._tokens.averages, self._tokens.past.rows)
@@ -209,16 +211,15 @@ class _CrossLayerStepper(Stepper):
             self._scores = self._predictor.probabilities_now(first, ahead, layers)
         self._score(0)
 
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        chosen = np.asarray(experts, np.int64)
-        self._tokens.route(layer, chosen)
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
+        self._tokens.route(layer, experts)
         self._state = one_more_layer(
-            self._state, chosen, self._routed[layer], self._bias, self._hidden, self._hidden_bias,
+            self._state, experts, self._routed[layer], self._bias, self._hidden, self._hidden_bias,
             self._logits[layer + 1 :], self._from_expert[layer],
         )  # fmt: skip
         self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan
-        self._score(layer + 1, chosen)
+        self._score(layer + 1, experts)
 
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores

@@ -151,27 +151,28 @@ def _similarities(dots: Tensor, squared_norms: Tensor) -> Tensor:
 
 
 class _EamcStepper(Stepper):
+    _predictor: Eamc
+
     @torch.inference_mode()
     def __init__(self, predictor: Eamc) -> None:
-        self._predictor = predictor
         self._by_expert, self._so_far, self._overall = predictor._by_expert()  # noqa: SLF001
         table = predictor._table()[:, None].expand(-1, len(predictor.information.lookaheads), -1, -1)  # noqa: SLF001
         self._table = predictor.probabilities(table).numpy()  # (P + 1, H, L, E): lookaheads are calibrated apart
-        self.reset()
+        super().__init__(predictor)
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self._dots = torch.zeros(self._predictor.capacity, dtype=torch.float64)
         self._row, self._token = self._predictor.capacity, -1
         self._scores = np.full(self._table.shape[2:], np.nan, np.float32)
 
-    def observe_token(self, token_id: int) -> None:
+    def _start_token(self, token_id: int) -> None:
         self._token += 1
         layers = np.arange(len(self._scores))
         self._scores = self._table[self._row, np.minimum(layers, self._predictor.ahead), layers]
 
     @torch.inference_mode()
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        chosen = torch.from_numpy(np.asarray(experts, np.int64)) + layer * self._table.shape[3]
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
+        chosen = torch.from_numpy(experts) + layer * self._table.shape[3]
         self._dots = self._dots + self._by_expert[chosen].sum(0)
         norms = self._so_far[layer] if self._token == 0 else self._overall
         self._row = int(self._predictor._nearest(self._dots, norms))  # noqa: SLF001

@@ -131,6 +131,8 @@ def load_predictor(folder: str | Path) -> Predictor:
     if (found := config.get("calibration")) is not None:
         shape = len(predictor.information.lookaheads), geometry.num_layers
         predictor.calibration = Calibration.from_json(found, shape, source)
+    training = config.get("training")
+    predictor.fitted_on = training if isinstance(training, dict) else None
     return predictor.eval()
 
 

@@ -89,30 +89,28 @@ class FromStates(Predictor):
 
 
 class _FromStatesStepper(Stepper):
-    def __init__(self, predictor: FromStates) -> None:
-        self._predictor = predictor
-        self.reset()
+    _predictor: FromStates
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
 
     @torch.inference_mode()
-    def observe_token(self, token_id: int) -> None:
+    def _start_token(self, token_id: int) -> None:
         predictor, layers = self._predictor, self._predictor.geometry.num_layers
-        self.reset()
+        self._reset()
         for layer, logits in enumerate(predictor.without_states()):
             # Of the lookaheads that no layer is before, the smallest.
             index = next(i for i, ahead in enumerate(predictor.ahead) if ahead > layer or ahead >= layers)
             self._put(layer, index, logits)
 
     @torch.inference_mode()
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
         predictor = self._predictor
         self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan
         if state is None:
             return
-        told = torch.from_numpy(np.asarray(state, np.float32))[None, None]
+        told = torch.from_numpy(state)[None, None]
         for index, ahead in enumerate(predictor.ahead):
             if (target := layer + ahead) < len(self._scores):
                 self._put(target, index, predictor.of_states(told, ahead, slice(target, target + 1))[0, 0])

@@ -133,9 +133,9 @@ class HistoryStepper(WholeTokenStepper):
         self._table, self._popularity = predictor._table(), predictor._shares()  # noqa: SLF001
         super().__init__(predictor)
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         """Forget the sequence."""
-        super().reset()
+        super()._reset()
         self._past = [_Past(popularity.shape, popularity) for popularity in self._popularity]  # by layer
         self._next = self._table[torch.stack([past.buckets() for past in self._past])]
 
@@ -146,10 +146,14 @@ class HistoryStepper(WholeTokenStepper):
         """Return the logits ``(L, E)`` of the next run of every layer; not to be kept."""
         return self._next
 
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
         """Learn what a layer was routed to."""
-        super().observe_layer(layer, experts, state)
+        super()._route(layer, experts, state)
+        self.add(layer, torch.from_numpy(experts))
+
+    def add(self, layer: int, experts: Tensor) -> None:
+        """Take a layer's experts ``(n,)`` into their past; no scores change but those of `logits`."""
         used = torch.zeros(self._popularity.shape[1], dtype=torch.bool)
-        used[torch.from_numpy(np.asarray(experts, np.int64))] = True
+        used[experts] = True
         self._past[layer].add(used)
         self._next[layer] = self._table[self._past[layer].buckets()]

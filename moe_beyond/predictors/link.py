@@ -2,9 +2,10 @@
 
 import math
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from moe_beyond.compiling import compiled
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -13,7 +14,7 @@ LINKS = ("sigmoid", "softmax", "subset")
 MOST_STEPS, SMALL_STEP, SURELY = 60, 1e-4, 20.0
 
 
-@numba.njit(cache=True)
+@compiled
 def link_now(
     logits: Floats, scale: Floats, shift: Floats, lookaheads: Indices, layers: Indices, link: int, top_k: int
 ) -> Floats:

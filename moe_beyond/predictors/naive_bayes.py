@@ -136,26 +136,28 @@ class NaiveBayes(CountingPredictor):
 
 
 class _NaiveBayesStepper(Stepper):
-    def __init__(self, predictor: NaiveBayes) -> None:
-        self._predictor, self._ratios = predictor, predictor._ratios()  # noqa: SLF001
-        self._past = predictor.past.stepper()
-        self.reset()
+    _predictor: NaiveBayes
 
-    def reset(self) -> None:
+    def __init__(self, predictor: NaiveBayes) -> None:
+        self._ratios = predictor._ratios()  # noqa: SLF001
+        self._past = predictor.past.stepper()
+        super().__init__(predictor)
+
+    def _reset(self) -> None:
         self._past.reset()
         self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
 
     @torch.inference_mode()
-    def observe_token(self, token_id: int) -> None:
+    def _start_token(self, token_id: int) -> None:
         table, past = self._predictor.table.of_tokens(torch.tensor(token_id)), self._past.logits()
         base = self._predictor._base(table, past)  # noqa: SLF001
         self._logits = base[None].repeat(self._predictor.lookaheads, 1, 1)
         self._score(-1)
 
     @torch.inference_mode()
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        chosen = torch.from_numpy(np.asarray(experts, np.int64))
-        self._past.observe_layer(layer, experts)
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
+        chosen = torch.from_numpy(experts)
+        self._past.add(layer, chosen)
         for d in range(1, len(self._ratios) + 1):
             if layer + d < len(self._scores):
                 told = self._ratios[d - 1, layer + d, chosen].sum(0)

@@ -1,13 +1,14 @@
 """A step of a recurrent network over layers, sooner than torch or numpy can be called for its parts."""
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from moe_beyond.compiling import compiled
 
 Floats = npt.NDArray[np.float32]
 
 
-@numba.njit(cache=True)
+@compiled
 def one_more_layer(
     state: Floats,
     experts: npt.NDArray[np.int64],

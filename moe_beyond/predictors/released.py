@@ -9,6 +9,9 @@ from moe_beyond.predictors.scores import writing_scores
 from moe_beyond.traces.importers.moe_beyond_csv import column_ids, layer_order, prompt_files, read_csv
 from moe_beyond.traces.reader import TraceSet
 
+PUBLISHED_TRAINING_SOURCE = "MoE-Beyond release, puffin"
+"""What the paper's predictor was fitted on, by the name that `moe-beyond import moe-beyond-csv` gives that text."""
+
 
 def import_released_predictions(source: str | Path, out: str | Path, traces: TraceSet) -> None:
     """Turn ``prompt_N_data_predicted.csv`` files into scores: 1 for a predicted expert, 0 for others.
@@ -33,6 +36,7 @@ def import_released_predictions(source: str | Path, out: str | Path, traces: Tra
         causal=False,
         predictor="MoE-Beyond as released",
         traces=traces.manifest.fingerprint,
+        training={"source": PUBLISHED_TRAINING_SOURCE},
     ) as writer:
         for trace in traces.traces():
             number = int(trace.sequence_id.rsplit("-", 1)[1])

@@ -175,8 +175,8 @@ class _RowBlock(nn.Module):
 
 
 class _RowEncoderStepper(WholeTokenStepper):
-    def reset(self) -> None:
-        super().reset()
+    def _reset(self) -> None:
+        super()._reset()
         assert isinstance(self._predictor, RowEncoder)
         self._caches: list[tuple[Tensor, Tensor] | None] = [None] * self._predictor.depth
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import FLAG, PLAIN_NAME, SHA256, TEXT, Kind, check_kinds, printable, shown
+from moe_beyond.fields import FLAG, PLAIN_NAME, SHA256, TEXT, Kind, check_kinds, optional, printable, shown
 from moe_beyond.files import check_seal, file_in, is_earlier_result, read_json, replacing_folder, sealed, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
@@ -20,13 +20,15 @@ from moe_beyond.lookahead import Lookahead, parse_lookahead
 FORMAT_VERSION = 1
 INDEX_FILE = "scores.json"
 VALUES_PER_SHARD = 64 * 2**20
+OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
 INDEX_FIELDS = {
     "predictor": TEXT,
     "lookaheads": Kind("a list", lambda value: isinstance(value, list) and bool(value)),
     "causal": FLAG,
     "available": Kind("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
-    "geometry": Kind("an object", lambda value: isinstance(value, Mapping)),
+    "geometry": OBJECT,
     "traces": TEXT,
+    "training": optional(OBJECT),
     "files": Kind("an object of plain file names", lambda value: _is_object_of(PLAIN_NAME, value)),
     "sha256": Kind("an object of hashes, 64 hexadecimal digits each", lambda value: _is_object_of(SHA256, value)),
 }
@@ -73,6 +75,7 @@ def writing_scores(
     traces: str,
     causal: bool = True,
     available: str = "routed",
+    training: Mapping[str, Any] | None = None,
 ) -> Iterator[ScoresWriter]:
     """Write a scores folder, which appears, whole, when the block ends without an error.
 
@@ -84,6 +87,7 @@ def writing_scores(
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        training: What is recorded of the predictor's training text, if anything.
     """
     ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
     with replacing_folder(folder, overwrite=ours) as temporary:
@@ -98,6 +102,7 @@ def writing_scores(
             "available": available,
             "geometry": geometry.to_json(),
             "traces": traces,
+            "training": training and dict(training),
             "files": writer.files,
             "sha256": {name: _sha256(temporary / name) for name in dict.fromkeys(writer.files.values())},
         }
@@ -133,6 +138,7 @@ class ScoresFolder:
         self.causal: bool = index["causal"]
         self.available: str = index["available"]
         self.traces: str = index["traces"]
+        self.training: dict[str, Any] | None = index["training"]
         self._files: dict[str, str] = index["files"]
         self._unverified: dict[str, str] = dict(index["sha256"])  # file -> hash, of those not read so far
 

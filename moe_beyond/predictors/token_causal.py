@@ -247,14 +247,14 @@ class TokenState:
 
 
 class _TokenCausalStepper(WholeTokenStepper):
-    def reset(self) -> None:
-        super().reset()
+    def _reset(self) -> None:
+        super()._reset()
         assert isinstance(self._predictor, TokenCausal)
         self._state = TokenState(self._predictor)
 
     def _logits(self, token_id: int) -> Tensor:
         return torch.from_numpy(self._state.start(token_id)[1])
 
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
-        super().observe_layer(layer, experts, state)
-        self._state.route(layer, np.asarray(experts, np.int64))
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
+        super()._route(layer, experts, state)
+        self._state.route(layer, experts)

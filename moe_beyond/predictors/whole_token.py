@@ -7,34 +7,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_beyond.predictors.base import Predictor, Stepper
+from moe_beyond.predictors.base import Stepper
 
 
 class WholeTokenStepper(Stepper):
-    """A stepper of lookahead ``"token"``.
-
-    Args:
-        predictor: Whose probabilities are wanted.
-    """
-
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
-        self.reset()
+    """A stepper of lookahead ``"token"``."""
 
     @abstractmethod
     def _logits(self, token_id: int) -> Tensor:
         """Return the next token's logits ``(L, E)``."""
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         """Forget the sequence."""
         self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
 
     @torch.inference_mode()
-    def observe_token(self, token_id: int) -> None:
+    def _start_token(self, token_id: int) -> None:
         """Score all layers."""
         self._scores = self._predictor.probabilities(self._logits(token_id)[None])[0].numpy()
 
-    def observe_layer(self, layer: int, experts: npt.ArrayLike, state: npt.ArrayLike | None = None) -> None:
+    def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
         """Drop the layer's scores, which are history now."""
         self._scores = self._scores.copy()  # what `scores` returned before stays as it was
         self._scores[layer] = np.nan

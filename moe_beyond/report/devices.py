@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.report.tables import FittedTable
 from moe_beyond.simulator.devices import Device, flash_seconds, host_slots, resident_seconds, transfer_seconds
 
 
@@ -30,7 +31,7 @@ def device_rows(devices: Sequence[Device], geometry: Geometry, bits: float) -> l
 
 def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: float) -> list[Table]:
     """Lay out what `device_rows` returned: the numbers, then where they come from."""
-    numbers = Table(title=f"devices, and {escape(geometry.model)} at {bits:g} bits on them")
+    numbers = FittedTable(title=f"devices, and {escape(geometry.model)} at {bits:g} bits on them")
     numbers.add_column("device", min_width=22, overflow="fold")
     for name in (
         "link\nGB/s",
@@ -44,7 +45,7 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
         "tokens/s, all\nresident",
     ):
         numbers.add_column(name, justify="right")
-    sources = Table(title="sources")
+    sources = FittedTable(title="sources")
     sources.add_column("device", min_width=22, overflow="fold")
     sources.add_column("numbers from")
     for row in rows:

@@ -5,6 +5,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from moe_beyond.report.tables import FittedTable
 from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.steering import Steering
 
@@ -37,7 +38,7 @@ def inspection_tables(summary: dict[str, Any]) -> list[Table]:
 
 def _whole_table(summary: dict[str, Any]) -> Table:
     geometry, phases = summary["geometry"], summary["phases"]
-    whole = Table(title="trace set", show_header=False)
+    whole = FittedTable(title="trace set", show_header=False)
     layers = geometry["moe_layers"]
     heaviest = [row["gate_mass"]["by_rank"][0] for row in summary["by_layer"] if row["gate_mass"]]
     rows = {
@@ -68,7 +69,7 @@ def _whole_table(summary: dict[str, Any]) -> Table:
 
 def _popularity_table(summary: dict[str, Any]) -> Table:
     geometry = summary["geometry"]
-    table = Table(title="by layer")
+    table = FittedTable(title="by layer")
     for name in ("layer", "most popular (share)", "busiest", "unused", "entropy", "reuse"):
         table.add_column(name, justify="left" if name.startswith("most") else "right")
     for row in summary["by_layer"]:
@@ -188,7 +189,7 @@ def _contrast_table(found: dict[str, Any]) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title)
+    table = FittedTable(title=title)
     for heading in headings:
         table.add_column(heading, justify="right")
     return table

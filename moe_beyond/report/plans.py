@@ -7,6 +7,7 @@ from rich.table import Table
 from moe_beyond.evaluation.planning import Answer, Target
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.conditions import conditions
+from moe_beyond.report.tables import FittedTable
 
 
 def plan_table(
@@ -26,7 +27,7 @@ def plan_table(
     first = answers[0].result
     device = first.device
     room = "" if device is None else f" ({first.device_slots:,} slots at most)"
-    table = Table(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}{room}")
+    table = FittedTable(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}{room}")
     for name in ("strategy", "slots (share)", "GB", "reaches", "bytes"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     table.add_column("what binds", overflow="fold")

@@ -67,7 +67,7 @@ def budgets_figure(results: Sequence[Result], title: str) -> Figure:
         title: What the traces are.
     """
     timed = any(result.tokens_per_second for result in results)
-    figure = Figure(figsize=(15 if timed else 10, 5.0), layout="constrained")
+    figure = Picture(figsize=(15 if timed else 10, 5.0), layout="constrained")
     axes = figure.subplots(1, 3 if timed else 2)
     hits, bytes_moved = axes[0], axes[1]
     lines = lines_of(results)
@@ -110,7 +110,7 @@ def frontier_figure(results: Sequence[Result], title: str) -> Figure:
         results: Of one or several budgets.
         title: What the traces are.
     """
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Picture(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     lines = lines_of(results)
     for (name, line), style in zip(lines.items(), line_styles(lines).values(), strict=True):
@@ -141,7 +141,7 @@ def layers_figure(results: Sequence[Result], geometry: Geometry, title: str) -> 
     smallest = min(result.budget_slots for result in rows.values())
     rows = {name: result for name, result in rows.items() if result.budget_slots == smallest}
     rates = np.array([[100 * layer["hit_rate"] for layer in result.per_layer] for result in rows.values()])
-    figure = Figure(figsize=(11, 1.6 + 0.38 * len(rows)), layout="constrained")
+    figure = Picture(figsize=(11, 1.6 + 0.38 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(rates, aspect="auto", vmin=0, vmax=100, cmap="viridis")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
@@ -161,7 +161,7 @@ def timeline_figure(timeline: Timeline, geometry: Geometry, title: str) -> Figur
         geometry: The model.
         title: What it is.
     """
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    figure = Picture(figsize=(13, 3.4), layout="constrained")
     axes = figure.subplots()
     began = timeline.begins
     parts = {
@@ -193,6 +193,13 @@ def timeline_figure(timeline: Timeline, geometry: Geometry, title: str) -> Figur
 
 def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+
+class Picture(Figure):
+    """A figure that a notebook shows as one picture, with ``%matplotlib inline`` or without."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
 
 
 def png(figure: Figure) -> bytes:

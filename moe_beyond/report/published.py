@@ -5,6 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_beyond.predictors.training_text import marked, relation_of_figures
+from moe_beyond.report.tables import FittedTable
+
 NOTHING = "nothing recorded"
 
 
@@ -16,13 +19,14 @@ def published_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
         for figures in one["figures"]:
             recall = ", ".join(f"{row['lookahead']}: {100 * row['recall_at_k']:.1f}" for row in figures["metrics"])
             split = "" if figures["split"] is None else f", split {figures['split']}"
-            rows.setdefault(f"{figures['source']}{split}", []).append((name, size, recall, *_best(figures["replay"])))
+            source = marked(f"{figures['source']}{split}", relation_of_figures(one["training"], figures))
+            rows.setdefault(source, []).append((name, size, recall, *_best(figures["replay"])))
         if not one["figures"]:
             rows.setdefault(NOTHING, []).append((name, size, ", ".join(map(str, one["lookaheads"])), "-", "-"))
-    tables = []
+    tables: list[Table] = []
     for source, found in rows.items():
         what = source if source == NOTHING else f"on {source}"
-        table = Table(title=f"published predictors, {what}", min_width=len(what) + 24)
+        table = FittedTable(title=f"published predictors, {what}", min_width=len(what) + 24)
         table.add_column("name", no_wrap=True)
         table.add_column("MB", justify="right")
         table.add_column("lookahead: recall@k, %")

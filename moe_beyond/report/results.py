@@ -10,6 +10,7 @@ from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.report.conditions import conditions
+from moe_beyond.report.tables import FittedTable
 from moe_beyond.simulator import Result
 
 # Gate mass is there where gate weights are.
@@ -29,7 +30,7 @@ FIGURES = {
 
 def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay out what `RoutingMetrics.to_rows` returned, a line a lookahead."""
-    table = Table(title=f"prediction over {rows[0]['tokens']:,} tokens, k = {rows[0]['k']}")
+    table = FittedTable(title=f"prediction over {rows[0]['tokens']:,} tokens, k = {rows[0]['k']}")
     table.add_column("lookahead")
     shown = {name: how for name, how in FIGURES.items() if name in rows[0]}
     for heading, _ in shown.values():
@@ -49,10 +50,12 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
 def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
     """Lay out replay results, a line a strategy."""
     timed = any(result.device for result in results)
-    table = Table(title=f"replay over {results[0].demanded:,} accesses ({geometry.describe_shape()})")
+    table = FittedTable(
+        title=f"replay over {results[0].demanded:,} accesses ({geometry.describe_shape()})", keys=(0, 2, 3)
+    )
     table.add_column("slots (share)", justify="right", no_wrap=True)
     table.add_column("slots /\ndemand", justify="right", no_wrap=True)
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("strategy")
     table.add_column("look-\nahead")
     for name in ("hits", "late", "bytes", "wasted") if timed else ("hits", "bytes", "prefetched", "wasted"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -110,7 +113,7 @@ def _caption(results: Sequence[Result]) -> str:
 def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
     """Lay out a run's checkpoints, a line each: recall by lookahead, then hits @ bytes of every strategy."""
     first = rows[0].evaluation
-    table = Table(title=f"checkpoints over {first.metrics[0]['tokens']:,} tokens")
+    table = FittedTable(title=f"checkpoints over {first.metrics[0]['tokens']:,} tokens")
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("step", justify="right")
     for row in first.metrics:

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.datamodules.provenance import fitted_on
 from moe_beyond.errors import UserError
 from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.metrics.names import HEADLINE, lookahead_figures
@@ -145,7 +146,8 @@ class PredictorTask(L.LightningModule):
             self._lent_steps, self._stop_at_epoch_end = 0, False
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
             self.predictor.prepare(self.data.training_text())
-            self.trained_on = {**self.data.traces.describe(self.data.train_split), "recipe": self.recipe()}
+            self.trained_on = {**fitted_on(self.data), "recipe": self.recipe()}
+            self.predictor.fitted_on = self.trained_on
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Count a batch, and return its probabilities."""

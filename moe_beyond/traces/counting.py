@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from moe_beyond.compiling import compiled
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.reader import Shard, TraceSet
 from moe_beyond.traces.schema import expert_ids
@@ -168,7 +168,7 @@ def _add(found: RoutingCounts, shard: Shard) -> None:
         _weigh(found, by_layer, shard.gate_weights)
 
 
-@numba.njit(cache=True)
+@compiled
 def _follow(
     chosen: npt.NDArray[np.integer],
     offsets: Integers,
@@ -215,7 +215,7 @@ def _follow(
                 followers[phase] += used
 
 
-@numba.njit(cache=True)
+@compiled
 def _pair(first: npt.NDArray[np.integer], second: npt.NDArray[np.integer], counts: Integers) -> None:
     """Count which experts of two layers, each ``(tokens, K)``, tokens use together; add to ``(E, E)``."""
     experts = len(counts)

@@ -1,10 +1,16 @@
 """What was compiled is found again by later processes."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
+
+from moe_beyond import compiling
 
 SCRIPT = """
 import json
@@ -24,8 +30,8 @@ print(json.dumps(replay.result().to_json()))
 """
 
 
-def replay_in_a_process(cache: Path) -> tuple[list[int], str]:
-    """Return how often the compiled loop was found and not found on disk, and the result's bytes."""
+def replay_in_a_process(cache: Path) -> tuple[list[int], str, str]:
+    """Return how often the compiled loop was found and not found on disk, the result's bytes, and standard error."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
@@ -34,15 +40,77 @@ def replay_in_a_process(cache: Path) -> tuple[list[int], str]:
         check=True,
     )
     found, result = done.stdout.splitlines()
-    return json.loads(found), result
+    return json.loads(found), result, done.stderr
 
 
 def test_a_second_process_compiles_nothing(tmp_path: Path):
-    first, result = replay_in_a_process(tmp_path)
+    first, result, _ = replay_in_a_process(tmp_path)
     assert first == [0, 1]
     stored = {path: path.read_bytes() for path in tmp_path.rglob("*.nb*")}
     assert stored
-    second, again = replay_in_a_process(tmp_path)
+    second, again, _ = replay_in_a_process(tmp_path)
     assert second == [1, 0]
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.nb*")} == stored  # nothing else was compiled either
     assert again == result  # the same JSON, byte for byte, from another process
+
+
+ANNOUNCEMENT = "moe-beyond: compiling the cache simulator once: this takes about half a minute\n"
+
+
+def test_compiling_is_said_once_and_a_damaged_store_is_a_miss(tmp_path: Path):
+    _, result, said = replay_in_a_process(tmp_path)
+    assert said == ANNOUNCEMENT
+    _, _, said = replay_in_a_process(tmp_path)
+    assert said == ""
+    [index] = tmp_path.rglob("steps.run-*.nbi")
+    [data] = tmp_path.rglob("steps.run-*.nbc")
+    index.write_bytes(index.read_bytes()[:40])
+    data.write_bytes(b"")
+    for expected, line in (([0, 1], ANNOUNCEMENT), ([1, 0], "")):
+        assert replay_in_a_process(tmp_path) == (expected, result, line)
+
+
+def doubled(number: int) -> int:
+    return 2 * number
+
+
+def test_code_is_kept_under_tmpdir_or_nowhere_where_nothing_else_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As with a package that is installed read-only, for a user without a home folder."""
+    monkeypatch.setattr(compiling._Place, "_locator_classes", (compiling._PrivateFolder,))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    compiling._note_once.cache_clear()
+    assert compiling.compiled(doubled)(21) == 42
+    [stored] = tmp_path.rglob("*doubled*.nbc")
+    folder = compiling.private_folder()
+    assert stored.is_relative_to(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    again = compiling.compiled(doubled)
+    assert again(21) == 42
+    assert sum(again.stats.cache_hits.values()) == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert compiling.compiled(doubled)(21) == 42
+    assert [record.message.split(":")[1] for record in caplog.records] == [
+        f" compiled code goes to {folder}",
+        " no folder can be written for compiled code (set NUMBA_CACHE_DIR)",
+    ]
+
+
+def test_a_private_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"moe-beyond-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        compiling.private_folder()
+
+
+def test_what_cannot_be_stored_is_computed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compiling._Place, "_locator_classes", (compiling._PrivateFolder,))
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    assert compiling.compiled(doubled)(21) == 42
+    assert not list(tmp_path.rglob("*.nbc"))

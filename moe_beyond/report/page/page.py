@@ -37,6 +37,7 @@ def write_page(
     split: str | None,
     found: Evaluation,
     *,
+    notes: Sequence[str] = (),
     source: ScoreSource,
     devices: Sequence[Device] = (),
     bits: float,
@@ -51,6 +52,7 @@ def write_page(
         traces: What was measured on.
         split: One split of them, or all.
         found: What `evaluate` said of the strategies of `moe_beyond.report.page.replays.page_strategies`.
+        notes: What the measured text is to the predictor (`moe_beyond.predictors.training_text.MeasuredText.lines`).
         source: The predictor as `evaluate` was given it.
         devices: For which there are times.
         bits: Bits per parameter of the replays.
@@ -80,7 +82,6 @@ def write_page(
         limits_section(traces, config, warmup_tokens=warmup_tokens, devices=names, profile=profile),
     ]
     leaks = leaks_of(0 in config["lookaheads"], config["causal"])
-    training = config.get("training") or {}
     measured = {
         "traces": manifest.source,
         "split": split or "all",
@@ -94,7 +95,7 @@ def write_page(
         title=f"{source.name} for {geometry.model}",
         lead=f"It predicts which experts of {geometry.model} ({geometry.describe_shape()}) a token is routed to. How "
         "well, and what that is worth where not all experts fit into memory, is shown here.",
-        warnings=_warnings(leaks, training, manifest.fingerprint, split),
+        warnings=_warnings(leaks, notes),
         keys=keys(found.metrics, found.results, float(np.mean(fixed)), geometry, names),
         verdict=next(iter(verdicts(found.results)), ""),
         conditions=conditions(found.results),
@@ -105,18 +106,10 @@ def write_page(
         temporary.write_text(page, encoding="utf-8")
 
 
-def _warnings(leaks: Sequence[str], training: dict[str, Any], fingerprint: str, split: str | None) -> list[str]:
-    """Say what a reader must know before the first figure."""
-    found = [f"LEAK: this predictor {' and '.join(leaks)}. No runtime could."] if leaks else []
-    if training.get("fingerprint") == fingerprint:
-        if split is None or split == training.get("split"):
-            found.append("It was fitted on text that is measured on here: of other text, expect less.")
-        else:
-            found.append(
-                f"Split {split} is of the set that it was fitted on. Where that split chose the checkpoint or "
-                "calibrated it, its figures flatter."
-            )
-    return found
+def _warnings(leaks: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """Return what a reader must know before the first figure."""
+    leak = [f"LEAK: this predictor {' and '.join(leaks)}. No runtime could."] if leaks else []
+    return [*leak, *(f"{note}." for note in notes)]
 
 
 def _template() -> Any:

@@ -1,0 +1,153 @@
+"""Tables that fit the terminal without cutting a figure."""
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Columns of the terminal that a table's column takes, without padding.
+
+    Attributes:
+        natural: As it is.
+        cells: With its heading broken.
+        least: With its text broken as well.
+    """
+
+    natural: int
+    cells: int
+    least: int
+
+
+class FittedTable(Table):
+    """A table that never cuts a cell or a heading.
+
+    Where it does not fit as it is, headings are broken at spaces first, then cells of text. A figure is never broken.
+    Where that is not enough, columns are continued in tables below, in each of which the key columns are repeated.
+    Where not even the key columns fit with one other, every row is written as a list of names and values.
+
+    Args:
+        title: The title.
+        keys: Indices of the columns that name a row.
+        show_header: Whether columns have headings.
+        min_width: Columns of the terminal that the whole table takes at least, where there is room.
+    """
+
+    def __init__(
+        self,
+        title: str | None = None,
+        keys: Sequence[int] = (0,),
+        *,
+        show_header: bool = True,
+        min_width: int | None = None,
+    ) -> None:
+        super().__init__(title=title, show_header=show_header, min_width=min_width)
+        self.keys = tuple(keys)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as one table, as several, or as lists."""
+        widths = [self._width(console, options, column) for column in self.columns]
+        groups = self._groups([width.least for width in widths], options.max_width)
+        if groups is None:
+            yield from self._lists(console)
+            return
+        for number, group in enumerate(groups):
+            part = self._part(group, _shared([widths[index] for index in group], self._room(group, options.max_width)))
+            if len(groups) > 1:
+                part.title = self.title if number == 0 else "(continued)"
+                part.caption = None
+            yield from super(FittedTable, part).__rich_console__(console, options)
+        if len(groups) > 1 and self.caption:  # as wide as the terminal, not as the last part
+            yield console.render_str(str(self.caption), style="table.caption", highlight=False)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """Take the whole width: what fits is settled when it is rendered."""
+        return Measurement(min(1, options.max_width), options.max_width)
+
+    def _width(self, console: Console, options: ConsoleOptions, column: Column) -> _Width:
+        heading = _measured(console, options, column.header) if self.show_header else Measurement(0, 0)
+        cells = [_measured(console, options, cell) for cell in column._cells]  # noqa: SLF001  (the only way to them)
+        widest = max((cell.maximum for cell in cells), default=0)
+        word = max((cell.minimum for cell in cells), default=0)
+        unbroken = widest if column.justify == "right" or column.no_wrap else word
+        floor = column.min_width or 0
+        natural, whole = max(widest, heading.maximum, floor), max(widest, heading.minimum)
+        return _Width(natural, whole, max(unbroken, heading.minimum))
+
+    def _room(self, group: Sequence[int], width: int) -> int:
+        """Return what lines and padding leave for cells."""
+        return width - 3 * len(group) - 1
+
+    def _groups(self, least: Sequence[int], width: int) -> list[list[int]] | None:
+        """Share the columns among tables, in order; None where the key columns leave no room."""
+        everything, groups = range(len(least)), list[list[int]]()
+        if self._fits(everything, least, width):
+            return [list(everything)]
+        for index in sorted(set(everything) - set(self.keys)):
+            if groups and self._fits([*groups[-1], index], least, width):
+                groups[-1].append(index)
+            elif self._fits([*self.keys, index], least, width):
+                groups.append([*self.keys, index])
+            else:
+                return None
+        groups = [sorted(group) for group in groups]
+        return groups or None
+
+    def _fits(self, group: Sequence[int], least: Sequence[int], width: int) -> bool:
+        return sum(least[index] for index in group) <= self._room(group, width)
+
+    def _part(self, group: Sequence[int], widths: Sequence[int]) -> "FittedTable":
+        part = copy(self)
+        part.columns = [
+            replace(self.columns[index], _index=number, width=width, min_width=None, no_wrap=False, overflow="fold")
+            for number, (index, width) in enumerate(zip(group, widths, strict=True))
+        ]
+        room = sum(widths) + 3 * len(group) + 1
+        part.min_width = self.min_width if self.min_width and self.min_width <= room else None
+        return part
+
+    def _lists(self, console: Console) -> Iterable[Text]:
+        """Write each row as lines ``name: value``."""
+        if self.title:
+            yield _text(console, self.title)
+        names = [" ".join(_text(console, column.header).plain.split()) for column in self.columns]
+        for row in zip(*(column._cells for column in self.columns), strict=True):  # noqa: SLF001
+            lines = (
+                f"{name}: {cell}" if name else cell
+                for name, cell in zip(names, (_text(console, each).plain for each in row), strict=True)
+            )
+            yield Text("\n".join(["", *lines]), overflow="fold")
+        if self.caption:
+            yield Text("\n").append_text(_text(console, self.caption))
+
+
+def _measured(console: Console, options: ConsoleOptions, cell: object) -> Measurement:
+    """Measure a cell wherever the terminal ends: its longest line, and its longest word."""
+    text = _text(console, cell)
+    return (
+        Measurement.get(console, options.update(width=10**6, max_width=10**6), text)
+        if text.plain
+        else Measurement(0, 0)
+    )
+
+
+def _text(console: Console, cell: object) -> Text:
+    return console.render_str(cell, highlight=False) if isinstance(cell, str) else Text(str(cell))
+
+
+def _shared(widths: Sequence[_Width], room: int) -> list[int]:
+    """Break headings, then text, of the columns that have most to give, until the rest fits."""
+    shared = [width.natural for width in widths]
+    for bounds in ([width.cells for width in widths], [width.least for width in widths]):
+        while sum(shared) > room:
+            spare = [now - bound for now, bound in zip(shared, bounds, strict=True)]
+            if max(spare) <= 0:
+                break
+            shared[spare.index(max(spare))] -= 1
+    return shared

@@ -1,0 +1,117 @@
+"""What a decoding loop may get wrong is refused in one line, before a stepper's state changes."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, VOCAB
+from predictor_variants import HIDDEN, VARIANTS, Variant, fitted_once, random_trace
+
+from moe_beyond.errors import UserError
+from moe_beyond.predictors.base import Stepper
+
+LAYERS, EXPERTS, TOP_K = TINY.shape()
+CAUSAL = [variant for variant in VARIANTS if "later ids" not in variant.reads]
+every = pytest.mark.parametrize("variant", CAUSAL, ids=str)
+
+
+def refused(stepper: Stepper, call: str, *arguments: object) -> str:
+    """The one line that a call is refused with, which must leave the scores as they were."""
+    before = stepper.scores().copy()
+    with pytest.raises(UserError) as error:
+        getattr(stepper, call)(*arguments)
+    np.testing.assert_array_equal(stepper.scores(), before)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+@every
+def test_calls_out_of_order_are_refused_and_change_nothing(variant: Variant) -> None:
+    stepper, plain = fitted_once(variant).stepper(), fitted_once(variant).stepper()
+    trace = random_trace("a", 3, 0)
+    ids = trace.experts
+    assert "call observe_token first" in refused(stepper, "observe_layer", 0, ids[0, 0])
+    for token in range(3):
+        for each in (stepper, plain):
+            each.observe_token(int(trace.token_ids[token]))
+        for layer in range(LAYERS):
+            wrong = (layer + 1) % LAYERS
+            assert f"layer {layer} is next (got layer {wrong})" in refused(stepper, "observe_layer", wrong, ids[0, 0])
+            refused(stepper, "observe_layer", layer - LAYERS, ids[0, 0])
+            if layer:
+                assert f"layer {layer} of the token before is not" in refused(stepper, "observe_token", 0)
+            for each in (stepper, plain):
+                each.observe_layer(layer, ids[token, layer])
+        assert "call observe_token for the next one" in refused(stepper, "observe_layer", LAYERS, ids[0, 0])
+        assert "(got layer 0)" in refused(stepper, "observe_layer", 0, ids[0, 0])
+    np.testing.assert_array_equal(stepper.scores(), plain.scores())  # as if nothing wrong had been tried
+    stepper.reset()
+    assert "call observe_token first" in refused(stepper, "observe_layer", 0, ids[0, 0])
+
+
+@every
+@pytest.mark.parametrize(
+    ("experts", "line"),
+    [
+        ([0, EXPERTS], f"expert {EXPERTS} is not one of 0..{EXPERTS - 1}"),
+        ([-1, 0], "expert -1 is not one of"),
+        (np.array([255, 0], np.uint8), "expert 255 is not one of"),
+        (list(range(TOP_K + 1)), f"{TOP_K + 1} experts, but a token has at most {TOP_K}"),
+        ([3, 3], "an expert is named twice (got [3, 3])"),
+        ([[0, 1]], "experts have shape (1, 2)"),
+        (3, "experts have shape ()"),
+        ([0.0, 1.0], "not whole numbers (got float64)"),
+        ([True, False], "not whole numbers (got bool)"),
+        (["a"], "not whole numbers"),
+        ([[0], [0, 1]], "not an array of whole numbers"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(variant: Variant, experts: object, line: str) -> None:
+    stepper = fitted_once(variant).stepper()
+    stepper.observe_token(0)
+    assert line in refused(stepper, "observe_layer", 0, experts)
+    stepper.observe_layer(0, [1])  # fewer than K are right, and the layer is still the next one
+
+
+@every
+def test_token_ids_that_cannot_be_are_refused(variant: Variant) -> None:
+    predictor = fitted_once(variant)
+    stepper = predictor.stepper()
+    assert "a token id is a whole number (got 1.5)" in refused(stepper, "observe_token", 1.5)
+    assert "a token id is a whole number (got '1')" in refused(stepper, "observe_token", "1")
+    if predictor.information.token_ids:
+        for wrong in (VOCAB, 10**6, -1):
+            assert f"token id {wrong} is not one of 0..{VOCAB - 1}" in refused(stepper, "observe_token", wrong)
+    for right in (np.int32(3), torch.tensor(3)):
+        stepper.observe_token(right)
+        stepper.reset()
+
+
+@every
+def test_a_prefix_of_another_shape_is_refused(variant: Variant) -> None:
+    stepper = fitted_once(variant).stepper()
+    trace = random_trace("a", 4, 0)
+    for ids, experts in (
+        (trace.token_ids, trace.experts[:3]),
+        (trace.token_ids, trace.experts[:, :2]),
+        (trace.token_ids, trace.experts[0]),
+        (trace.token_ids[None], trace.experts),
+    ):
+        assert f"write (T,) and (T, {LAYERS}, {TOP_K})" in refused(stepper, "observe_tokens", ids, experts)
+    stepper.observe_tokens([], [])
+
+
+@pytest.mark.parametrize("variant", [v for v in CAUSAL if "own states" in v.reads], ids=str)
+def test_states_that_cannot_be_are_refused(variant: Variant) -> None:
+    stepper = fitted_once(variant).stepper()
+    stepper.observe_token(0)
+    right = np.linspace(-1, 1, HIDDEN, dtype=np.float16)
+    for wrong, line in (
+        (right[:-1], f"has shape ({HIDDEN - 1},), not ({HIDDEN},)"),
+        (right[None], f"has shape (1, {HIDDEN}), not ({HIDDEN},)"),
+        (np.where(right > 0.9, np.nan, right), "is not finite"),
+        (np.where(right > 0.9, np.inf, right), "is not finite"),
+        (["a"] * HIDDEN, "is not an array of numbers"),
+    ):
+        assert line in refused(stepper, "observe_layer", 0, [0, 1], wrong)
+    stepper.observe_layer(0, [0, 1], right)
