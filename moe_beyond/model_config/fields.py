@@ -5,26 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import shown
 
 MOST_LAYERS = 10_000
 MOST_UNITS = 2**24
 """Bound on widths, ranks, numbers of heads and vocabularies."""
 
 Layers = tuple[int, ...]
-
-
-def shown(value: Any) -> str:
-    r"""Write a value for an error message: one short line, whatever it is.
-
-    Example:
-        >>> shown("a\nb"), shown(10**5000)
-        ("'a\\nb'", 'an int')
-    """
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists without end
-        text = f"an {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_beyond.fields import shown
 from moe_beyond.model_config import layers as ways
 from moe_beyond.model_config.families import (
     ACTIVATION,
@@ -19,7 +20,7 @@ from moe_beyond.model_config.families import (
     WIDTH,
     Family,
 )
-from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers, shown
+from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers
 from moe_beyond.model_config.unread import check_nothing_else
 
 MOST_EXPERTS = 32_767

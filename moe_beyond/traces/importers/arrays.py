@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
-from moe_beyond.model_config import shown
+from moe_beyond.fields import shown
 from moe_beyond.traces.importers.files import source_files
 
 HEADERS = {
