@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -97,13 +96,11 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
     assert line.startswith("--model org/tiny at --revision v2: is not in the local cache, and HF_HUB_OFFLINE")
 
 
-def test_without_a_network_it_is_one_line_within_seconds(hub: Hub, tmp_path, capsys, monkeypatch) -> None:
+def test_without_a_network_it_is_one_line_after_one_request(hub: Hub, tmp_path, capsys, monkeypatch) -> None:
     hub.breaks("GET", "/api/models/", None)
     hub.breaks("HEAD", "/resolve/", None)
-    began = time.monotonic()
     line = error_line(capsys, command(tmp_path, "--model", "org/tiny"))
     assert line.startswith("--model org/tiny: the Hub cannot be reached at http://127.0.0.1")
-    assert time.monotonic() - began < 10
     assert len([path for path in hub.asked if "org/tiny" in path]) == 1
 
 
