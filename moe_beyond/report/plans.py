@@ -38,7 +38,7 @@ def plan_table(
         reaches = f"{'at best ' if answer.binds else ''}{target.words(result)}"
         table.add_row(answer.strategy, slots, size, reaches, f"{result.bytes_ratio:.2f}", answer.binds or "")
     table.caption = (
-        f"{geometry.describe_shape()}; bytes: all transfers over accesses; GB: 1e9 bytes, experts only; "
-        f"{conditions([answer.result for answer in answers])}"
+        f"{geometry.describe_shape()}; bytes: all transfers over accesses; GB: 1e9 bytes, experts only\n"
+        f"conditions: {conditions([answer.result for answer in answers])}"
     )
     return table

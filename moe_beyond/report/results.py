@@ -107,7 +107,8 @@ def _caption(results: Sequence[Result]) -> str:
     if device := next((result.device for result in results if result.device), None):
         said += [f"times on {device}", "late: asked for, and not there when needed (in bytes, not in wasted)"]
     notes = {result.strategy: result.note for result in results if result.note}
-    return "; ".join([*said, conditions(results), *(f"{name}: {note}" for name, note in notes.items())])
+    said += [f"{name}: {note}" for name, note in notes.items()]
+    return f"{'; '.join(said)}\nconditions: {conditions(results)}"
 
 
 def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
