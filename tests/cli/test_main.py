@@ -41,7 +41,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out
     assert "usage: " in said
     assert all(f"  {option}" in said or f", {option}" in said for option in ("--json", "--quiet"))
-    _, example = said.split("example:\n")
+    example = said.split("\nexample:\n")[1].split("\n\n")[0]
     assert f"moe-beyond {verb} " in f"{example.strip()} "
     assert "\n" not in example.strip()  # to be copied
 

@@ -92,7 +92,8 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
     stored = (tmp_path / "traces" / "tokenizer.json").read_bytes()
     assert stored == versions()["v1"]["tokenizer.json"]
     capsys.readouterr()
-    line = error_line(capsys, command(tmp_path, "--model", "org/tiny", "--revision", "v2", "--out", tmp_path / "o"))
+    (tmp_path / "traces").rename(tmp_path / "recorded")
+    line = error_line(capsys, command(tmp_path, "--model", "org/tiny", "--revision", "v2"))
     assert line.startswith("--model org/tiny at --revision v2: is not in the local cache, and HF_HUB_OFFLINE")
 
 
