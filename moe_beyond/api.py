@@ -8,7 +8,6 @@ from decimal import Decimal
 from functools import wraps
 from numbers import Integral, Number, Real
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -31,6 +30,7 @@ from moe_beyond.evaluation.evaluate import evaluate as measure_and_replay
 from moe_beyond.evaluation.runs import find_source, find_trained, load_trained
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor
 from moe_beyond.evaluation.strategies import beside
+from moe_beyond.fields import shown
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.training_text import MeasuredText
@@ -303,12 +303,8 @@ def _source(predictor: Predictor | str | Path | None, function: str) -> ScoreSou
 
 def _path(value: Any, what: str) -> str:
     if not isinstance(value, str | Path):
-        raise UserError(f"{what} is a name or a path (got {_shown(value)})")
+        raise UserError(f"{what} is a name or a path (got {shown(value)})")
     return str(value)
-
-
-def _shown(value: Any) -> str:
-    return shorten(f"{type(value).__name__}: {value!r}", 80)
 
 
 def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -359,7 +355,9 @@ def _value(name: str, value: Any) -> Any:
     if isinstance(value, np.bool_):
         value = bool(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(f"{name}: is {' or '.join(NAMES[kind] for kind in kinds if kind in NAMES)} (got {value!r})")
+        raise UserError(
+            f"{name}: is {' or '.join(NAMES[kind] for kind in kinds if kind in NAMES)} (got {shown(value)})"
+        )
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, bool | str):
@@ -378,14 +376,14 @@ def _budget(value: Any) -> str:
         return f"{Decimal(str(value)) * 100:f}%"
     raise UserError(
         f"budget: is a share (a float above 0 and up to 1.0), slots (an int), or text such as '10%' and '2.9GB' "
-        f"(got {value!r})"
+        f"(got {shown(value)})"
     )
 
 
 def _text(traces: TraceSet, split: str | None, conditions: Conditions, sources: Sequence[ScoreSource]) -> MeasuredText:
     """Settle the split; warn in Python's way where its text may flatter a predictor."""
     if not isinstance(split, str | None):
-        raise UserError(f"split: is the name of a split (got {_shown(split)})")
+        raise UserError(f"split: is the name of a split (got {shown(split)})")
     text = text_to_measure(traces, split, conditions, sources)
     for line in text.lines:
         warnings.warn(line, stacklevel=4)

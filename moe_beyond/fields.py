@@ -128,3 +128,18 @@ def printable(text: str) -> str:
         'a tab\\x09, red \\x1b[31m'
     """
     return UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def brief(message: object, most: int = 240) -> str:
+    r"""Write what a library says as one line that a terminal can show.
+
+    Args:
+        message: A text, or an exception; one without a text is named by its class.
+        most: Characters to show; what is cut off becomes ``...``.
+
+    Example:
+        >>> brief("no such key\n  at line 3"), brief(ValueError()), brief("too long a message", 8)
+        ('no such key at line 3', 'ValueError', 'too long...')
+    """
+    text = printable(" ".join(str(message).split())) or type(message).__name__
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -76,8 +76,8 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             or there is no room.
     """
     path = Path(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists; choose another folder or remove it")
+    if not overwrite:
+        check_is_free(path)
     check_is_elsewhere(path)
     with _naming_what_has_no_room(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,21 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_taken(folder: Path) -> bool:
+    """Tell whether a folder cannot be made at a path: something other than an empty folder is there already."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def check_is_free(folder: Path) -> None:
+    """Refuse to make a folder where there is something already.
+
+    Raises:
+        UserError: There is.
+    """
+    if is_taken(folder):
+        raise UserError(f"{folder} already exists; choose another folder or remove it")
+
+
 def check_is_elsewhere(path: Path) -> None:
     """Refuse to make a folder that this process works inside.
 
@@ -120,6 +135,12 @@ def is_earlier_result(folder: str | Path, marker: str, *names: str) -> bool:
     """
     found = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
     return marker in found and all(any(fnmatchcase(name, known) for known in (marker, *names)) for name in found)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the hash of a file, in hexadecimal digits, without reading it into memory as a whole."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -216,12 +237,12 @@ def _naming_what_has_no_room(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = OS_ERROR.search(str(error))
-        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        written = OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(written[1]) if written else None
         if number not in FULL or isinstance(error, UserError):
             raise
-        told = os.strerror(number)
-        raise UserError(f"{path}: cannot be written ({told}); make room, then run the same command again") from error
+        reason = os.strerror(number)
+        raise UserError(f"{path}: cannot be written ({reason}); make room, then run the same command again") from error
 
 
 def _flush(path: Path) -> None:

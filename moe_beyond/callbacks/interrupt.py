@@ -12,6 +12,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from moe_beyond.callbacks.run import run_folder
+
 INTERRUPTED = "interrupted.ckpt"
 
 
@@ -36,7 +38,7 @@ class SaveOnInterrupt(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self.folder = run_folder(trainer)
         numbers = [signal.SIGINT] if SLURMEnvironment.detect() else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is threading.main_thread():
             self._others = {number: signal.signal(number, self._receive) for number in numbers}

@@ -12,9 +12,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.collect.asked import Collection, Rank
-from moe_beyond.collect.out_folder import check_out, is_taken, pieces_folder
+from moe_beyond.collect.out_folder import check_out, pieces_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.files import is_taken
 from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.steering import read_steering
 

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import Strategy
 
 from moe_beyond.cli.slips import OneLineErrors, one_line, option_strings, parsing_slip
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 
 MOST_VALUES = 100_000
 """Values in a YAML text after its aliases are expanded; aliases of aliases can stand for billions."""
@@ -93,7 +94,7 @@ def _check_class(path: str) -> None:
     try:
         found = getattr(importlib.import_module(module), name, None) if module else None
     except (ImportError, ValueError) as error:
-        raise UserError(f"class_path {path}: cannot be imported ({' '.join(str(error).split())})") from error
+        raise UserError(f"class_path {path}: cannot be imported ({brief(error)})") from error
     wrong = module and not (isinstance(found, type) and issubclass(found, NAMED))
     if wrong or name == LambdaCallback.__name__:
         raise UserError(f"class_path {path}: is none of the classes that a configuration may name")
@@ -117,7 +118,7 @@ class ConfigFile(ActionConfigFile):
         except yaml.YAMLError as error:
             mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
             line = "" if mark is None else f", line {mark.line + 1}"
-            raise UserError(f"{values}{line}: is not YAML ({' '.join(str(problem or error).split())})") from error
+            raise UserError(f"{values}{line}: is not YAML ({brief(problem or error)})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{values}: is not text in UTF-8") from error
         except (TypeError, KeyError) as error:

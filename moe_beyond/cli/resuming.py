@@ -14,8 +14,9 @@ import torch
 from jsonargparse import ArgumentParser
 
 from moe_beyond.callbacks.interrupt import SaveOnInterrupt
+from moe_beyond.cli.main import is_interrupt
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import CONFIG_FILE, checkpoints_of
+from moe_beyond.evaluation.runs import CONFIG_FILE, checkpoints_of, run_of
 from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
 
@@ -81,8 +82,7 @@ def find_run(name: str) -> tuple[Path, Path]:
     place = Path(name)
     if not place.exists():
         raise UserError(f"{name}: run not found; name its folder, as runs/predictor/version_0, or a checkpoint of it")
-    nearby = (place.parent.parent, place.parent)  # Lightning keeps checkpoints in a folder of the run's
-    folder = place if place.is_dir() else next((one for one in nearby if (one / CONFIG_FILE).exists()), place.parent)
+    folder = place if place.is_dir() else run_of(place)
     config = folder / CONFIG_FILE
     if not config.exists():
         raise UserError(f"{name}: has no {CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
@@ -152,13 +152,6 @@ def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
             for line in _last_words(interrupt):
                 print(line, file=sys.stderr)
         raise SystemExit(128 + (interrupt.signal or signal.SIGINT)) from None
-
-
-def is_interrupt(error: BaseException) -> bool:
-    """Tell whether an exception is Ctrl-C, which Lightning turns into an exit with code 1."""
-    return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, SystemExit) and error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
-    )
 
 
 def _last_words(interrupt: SaveOnInterrupt) -> list[str]:

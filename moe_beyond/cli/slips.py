@@ -1,6 +1,5 @@
 """A mistake in an option as one line, whichever library noticed it."""
 
-import difflib
 import inspect
 import re
 import traceback
@@ -12,7 +11,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.errors import UserError, unknown
+from moe_beyond.errors import UserError, nearest, unknown
+from moe_beyond.fields import brief
 
 PACKAGE = Path(__file__).parents[1]
 LONGEST = 400
@@ -142,20 +142,20 @@ def _meant(options: OneLineErrors, words: list[str]) -> str:
         name = next(word.partition("=")[0] for word in words if word.partition("=")[0] in positional)
         return f"{options.verb} takes {positional[name].metavar} without {name}, as in: {options.example}"
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    near = [found for found in (_near(flag, known) for flag in flags) if found]
+    near = list(filter(None, (_near(flag, known) for flag in flags)))
     if not flags and "--traces" in known:
         return f"did you mean --traces {words[0]}?"
-    return "; ".join(f"did you mean {found}?" for found in near) or _or_help(None, options.verb)
+    return "; ".join(f"did you mean {option}?" for option in near) or _or_help(None, options.verb)
 
 
 def _near(flag: str, known: Iterable[str]) -> str | None:
     """Return the option nearest to a flag; of a dotted one, perhaps with another head."""
     known = list(known)
-    if found := difflib.get_close_matches(flag, known, n=1, cutoff=0.7):
-        return found[0]
+    if near := nearest(flag, known, cutoff=0.7):
+        return near
     head, dot, tail = flag.partition(".")
-    heads = difflib.get_close_matches(head, [name.partition(".")[0] for name in known], n=1, cutoff=0.7)
-    return f"{heads[0]}.{tail}" if dot and heads and heads[0] != head else None
+    other = nearest(head, (name.partition(".")[0] for name in known), cutoff=0.7)
+    return f"{other}.{tail}" if dot and other not in (None, head) else None
 
 
 def _or_help(near: str | None, verb: str) -> str:
@@ -164,8 +164,8 @@ def _or_help(near: str | None, verb: str) -> str:
 
 def _no_argument(options: OneLineErrors, name: str) -> str:
     names = [word.removeprefix("--") for word in option_strings(options) if word != "--help"]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    known = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names) or 'none'}"
+    near = nearest(name, names)
+    known = f"it has {', '.join(names) or 'none'}" if near is None else f"did you mean {near!r}?"
     return f"{_owner(options)} has no argument '{name}'; {known}"
 
 
@@ -267,9 +267,8 @@ def one_line(where: str = "", *, constructing: bool = False) -> Iterator[None]:
             raise UserError(text.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
         if isinstance(error, OSError) or not _is_about_an_option(cause, constructing):
             raise
-        who, what = where or _speaker(cause), _flat(str(cause)) or type(cause).__name__
-        what = what if len(what) <= LONGEST else f"{what[:LONGEST]}..."
-        raise UserError(f"{who + ': ' if who else ''}{what.rstrip('.')}") from error
+        who = where or _speaker(cause)
+        raise UserError(f"{who + ': ' if who else ''}{brief(cause, LONGEST).rstrip('.')}") from error
 
 
 def _is_about_an_option(error: BaseException, constructing: bool) -> bool:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 from moe_beyond.tasks import PredictorTask
 
 MODE = "WANDB_MODE"
@@ -126,8 +127,7 @@ def finishing_wandb() -> Iterator[None]:
         _finish(1)
         wandb = sys.modules.get("wandb")
         if wandb is not None and isinstance(error, wandb.Error):
-            told = " ".join(str(error).split()).rstrip(".")
-            raise UserError(f"wandb: {told}; {MODE}=offline does without its server") from error
+            raise UserError(f"wandb: {brief(error).rstrip('.')}; {MODE}=offline does without its server") from error
         raise
     else:
         _finish(0)

@@ -18,6 +18,7 @@ from moe_beyond.download import (
     snapshot,
 )
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 from moe_beyond.files import read_json
 from moe_beyond.published import CONFIG_FILE, WEIGHTS_FILE, checkpoints_folder
 
@@ -86,8 +87,8 @@ class Checkpoint:
         if load_in is not None:
             from transformers import BitsAndBytesConfig
 
-            told = {f"load_in_{load_in}": True}
-            more["quantization_config"] = BitsAndBytesConfig(**told)  # type: ignore[no-untyped-call]
+            width = {f"load_in_{load_in}": True}
+            more["quantization_config"] = BitsAndBytesConfig(**width)  # type: ignore[no-untyped-call]
         spread = not isinstance(device, str) or device == "auto"
         if spread or load_in is not None:
             more |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
@@ -242,5 +243,4 @@ def _one_line(name: str) -> Iterator[None]:
                 f"--model {name}: comes with code of its own ({CODE}), which is never run; only architectures that "
                 "transformers itself has are recorded"
             ) from error
-        told = " ".join(str(error).split())[:240]
-        raise UserError(f"--model {name}: cannot be loaded ({told})") from error
+        raise UserError(f"--model {name}: cannot be loaded ({brief(error)})") from error

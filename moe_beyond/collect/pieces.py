@@ -16,10 +16,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from moe_beyond.collect.asked import Collection, Rank, Row
-from moe_beyond.collect.out_folder import is_taken
 from moe_beyond.collect.vocabulary import RecordedTokenizer
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing, write_json
+from moe_beyond.files import is_taken, read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_beyond.download import REPOSITORY, asking_hub, looks_local, no_such_file
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction")
 """Fields that a record's text is looked for in, in this order, if none is named."""
@@ -231,7 +232,7 @@ def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
         try:
             rows = pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: is not a Parquet file ({_short(error)})") from error
+            raise UserError(f"{path}: is not a Parquet file ({brief(error)})") from error
         yield from ((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
     elif path.suffix in (".csv", ".tsv"):
         csv.field_size_limit(LONGEST_CELL)
@@ -260,7 +261,7 @@ def _json_records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
             whole = json.loads(text)
         except (ValueError, RecursionError) as error:
             if not (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"):  # more values: JSON lines
-                raise UserError(f"{path}: is not JSON ({_short(error)})") from error
+                raise UserError(f"{path}: is not JSON ({brief(error)})") from error
         else:
             records = whole if isinstance(whole, list) and not all(map(_is_message, whole)) else [whole]
             yield from ((number, f"record {number}", record) for number, record in enumerate(records, start=1))
@@ -269,7 +270,7 @@ def _json_records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON ({_short(error)})") from error
+            raise UserError(f"{path}: line {number} is not JSON ({brief(error)})") from error
         yield number, f"line {number}", record
 
 
@@ -290,7 +291,7 @@ def _data_set(named: str, notice: Notice) -> Iterator[Prompt]:
             where = f"{name}:{split}:{number}"
             yield fields.prompt(record, f"{Path(name).name}-{number}", where, f"{named}: row {number}")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{named}: is not a data set that can be loaded ({_short(error)})") from error
+        raise UserError(f"{named}: is not a data set that can be loaded ({brief(error)})") from error
     fields.tell()
 
 
@@ -315,7 +316,3 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if content is not None and not isinstance(content, str | list):
         raise UserError(f"{where}: the content of a message of role {role!r} is {type(content).__name__}, not text")
     return {"role": SHAREGPT.get(role, role), "content": content, **rest}
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

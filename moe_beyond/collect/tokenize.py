@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_beyond.collect.asked import Collection, Row
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
+from moe_beyond.fields import brief
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import without_copies
 
@@ -178,8 +179,7 @@ def _apply(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase",
         return tokenizer.apply_chat_template(messages, **how)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        told = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{name}: the chat template of the tokenizer refuses it (roles {roles}: {told}); change the messages, or "
-            "give plain text"
+            f"{name}: the chat template of the tokenizer refuses it (roles {roles}: {brief(error, 160)}); "
+            "change the messages, or give plain text"
         ) from error

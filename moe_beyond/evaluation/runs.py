@@ -120,6 +120,12 @@ def checkpoints_of(run: str | Path) -> list[Path]:
     return [path for path in Path(run).rglob("*.ckpt") if not path.name.startswith(".")]
 
 
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that wrote a checkpoint: Lightning keeps checkpoints in a folder of the run's."""
+    nearby = (checkpoint.parent.parent, checkpoint.parent)
+    return next((folder for folder in nearby if (folder / CONFIG_FILE).exists()), checkpoint.parent)
+
+
 def resumed_from(run: str | Path) -> Path | None:
     """Return the checkpoint that a run went on from, as its configuration names it; None for none, or none any more."""
     path = Path(run) / CONFIG_FILE
@@ -138,7 +144,7 @@ def checkpoints_of_fit(run: str | Path) -> dict[Path, int]:
     steps = {path: load_checkpoint(path).step for path in checkpoints_of(run)}
     seen, resumed = {Path(run).resolve()}, resumed_from(run)
     while resumed is not None:
-        earlier = resumed.parent.parent if resumed.parent.name == "checkpoints" else resumed.parent
+        earlier = run_of(resumed)
         if earlier.resolve() in seen:
             break
         last = load_checkpoint(resumed).step

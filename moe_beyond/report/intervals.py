@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_beyond.report.tables import FittedTable
 from moe_beyond.simulator import Result
 
 
@@ -19,14 +20,14 @@ def intervals_tables(metrics: Sequence[dict[str, Any]], results: Sequence[Result
     Returns:
         A table of recall, and one of replays: each figure with its interval, then that of its difference from LRU.
     """
-    recall = Table(title="recall with 95 % intervals over sequences")
+    recall = FittedTable(title="recall with 95 % intervals over sequences")
     recall.add_column("lookahead")
     recall.add_column(f"recall@{metrics[0]['k']}, %" if metrics else "recall, %", justify="right")
     for row in metrics:
         words = interval_words(row["recall_at_k"], row["intervals"]["recall_at_k"], shares=True)
         recall.add_row(str(row["lookahead"]), words)
     timed = any(result.tokens_per_second is not None for result in results)
-    replays = Table(title="replays with 95 % intervals over sequences")
+    replays = FittedTable(title="replays with 95 % intervals over sequences", keys=(0, 1, 2))
     for name in ("slots", "strategy", "ahead", "hits, %", "bytes", *(("tok/s",) if timed else ())):
         replays.add_column(name, justify="left" if name in ("strategy", "ahead") else "right")
     before = None

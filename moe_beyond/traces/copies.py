@@ -11,13 +11,14 @@ import numpy.typing as npt
 from moe_beyond.errors import UserError
 
 
-def text_digest(content: npt.NDArray[np.integer[Any]]) -> bytes:
-    """Return what sequences are compared by: equal for exact copies.
+def text_digest(content: npt.NDArray[np.integer[Any]], size: int = 16) -> bytes:
+    """Return the hash that sequences are compared by: equal for exact copies.
 
     Args:
         content: A sequence's token ids ``(T,)``; where none were recorded, its experts ``(T, L, K)``.
+        size: Bytes of the hash.
     """
-    return hashlib.blake2b(np.ascontiguousarray(content, np.int32).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(np.ascontiguousarray(content, "<i4").tobytes(), digest_size=size).digest()
 
 
 def without_copies(held_out: Collection[int], texts: Mapping[int, Hashable]) -> set[int]:

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import printable
+from moe_beyond.fields import brief, printable
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema, experts_dtype
 
@@ -37,8 +37,7 @@ def read_columns(
         table = pa.Table.from_batches(list(file.iter_batches(ROWS_PER_GROUP, columns=names)))
         table.validate()
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        reason = printable(str(error).strip().partition("\n")[0])
-        raise UserError(f"{source}: cannot be read as Parquet ({reason}); get the trace set anew") from error
+        raise UserError(f"{source}: cannot be read as Parquet ({brief(error)}); get the trace set again") from error
     return table
 
 

@@ -53,6 +53,18 @@ def read_token_ids(stored: StoredArray | None, length: int, span: slice) -> npt.
     return ids[span].astype(np.int32)
 
 
+def by_file(
+    tokens: Mapping[str, StoredArray | None], ids: Mapping[str, npt.NDArray[np.int32]]
+) -> dict[str, npt.NDArray[np.int32]] | None:
+    """Return token ids by the file that they were read from; None where no recording has any.
+
+    Args:
+        tokens: By recording, its file of token ids.
+        ids: By recording, what was read of it.
+    """
+    return {stored.where: ids[name] for name, stored in tokens.items() if stored is not None and name in ids} or None
+
+
 def read_decode_start(stored: StoredArray | None, length: int, span: slice) -> int:
     """Return the first recorded position that the model wrote; their number, as if all was read, where nothing tells.
 

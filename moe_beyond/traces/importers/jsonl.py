@@ -20,6 +20,7 @@ from moe_beyond.traces.importers.companions import (
     all_or_none,
     author_of,
     beside,
+    by_file,
     read_decode_start,
     read_token_ids,
 )
@@ -75,8 +76,8 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
     """
     files = {path.stem: path for path in source_files(source, ".jsonl")}
     tokens, starts = ({name: beside(path, ending) for name, path in files.items()} for ending in (TOKENS, DECODE_START))
-    has_token_ids = all_or_none(tokens, source, "token ids")
-    told = all_or_none(starts, source, "decode_start")
+    all_or_none(tokens, source, "token ids")
+    has_starts = all_or_none(starts, source, "decode_start")
     traces = []
     left_out = 0
     for done, (name, path) in enumerate(files.items(), 1):
@@ -92,15 +93,9 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
         source=f"JSON lines, {source.resolve().name}{notes(left_out, len(files) - len(traces))}",
         lengths=lengths,
         traces=traces,
-        author=author_of([trace.decode_start for trace in traces], lengths) if told else "unknown",
-        token_ids={_token_file(tokens[trace.sequence_id]): trace.token_ids for trace in traces}
-        if has_token_ids
-        else None,
+        author=author_of([trace.decode_start for trace in traces], lengths) if has_starts else "unknown",
+        token_ids=by_file(tokens, {trace.sequence_id: trace.token_ids for trace in traces}),
     )
-
-
-def _token_file(stored: StoredArray | None) -> str:
-    return stored.where if stored else ""
 
 
 def _trace(
