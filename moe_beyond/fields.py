@@ -110,7 +110,7 @@ def shown(value: Any) -> str:
 
     Example:
         >>> shown("two\nlines"), shown(-3), shown({"on": []})
-        ("'two\\\\nlines'", '-3', 'an object of 1')
+        ("'two\\nlines'", '-3', 'an object of 1')
     """
     if isinstance(value, Mapping | list | tuple):  # which may be long, or too deep to write out
         return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"
