@@ -52,14 +52,14 @@ NOTEBOOK_CODE = '<pre style="font-family: ui-monospace, Menlo, Consolas, monospa
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay found, a line a strategy; in a notebook it shows itself as a table.
+    """Results of a replay, one line per strategy; a notebook displays them as a table.
 
     Attributes:
-        results: One record a strategy, with LRU, Belady and the best fixed choice beside every budget.
+        results: One record per strategy, with LRU, Belady and the best fixed choice at every budget.
         geometry: The model.
-        title: What was replayed.
-        metrics: Of the predictor by lookahead, where it was measured.
-        measured_on: The split, and what its text is to the predictor.
+        title: Model and source of the traces.
+        metrics: Figures of the predictor, one row per lookahead; empty where none was measured.
+        measured_on: The split, and how its text relates to the training text of the predictor.
     """
 
     results: Sequence[Result]
@@ -88,7 +88,7 @@ class Replayed:
         return (budgets_figure if several else frontier_figure)(self.results, self.title)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a data frame, a row a strategy, without the counts by layer.
+        """Return a data frame with one row per strategy, without the counts by layer.
 
         Raises:
             UserError: pandas is not installed.
@@ -102,9 +102,9 @@ class Replayed:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as ``--json`` writes them."""
-        found: dict[str, Any] = {"measured_on": self.measured_on.to_json()}
-        found |= {"metrics": list(self.metrics)} if self.metrics else {}
-        return found | {"results": [result.to_json() for result in self.results]}
+        content: dict[str, Any] = {"measured_on": self.measured_on.to_json()}
+        content |= {"metrics": list(self.metrics)} if self.metrics else {}
+        return content | {"results": [result.to_json() for result in self.results]}
 
     def _repr_html_(self) -> str:
         # In a notebook rich would display the tables by itself as well.
@@ -122,7 +122,7 @@ Returned = TypeVar("Returned")
 
 
 def _one_line(function: Callable[Options, Returned]) -> Callable[Options, Returned]:
-    """Turn what the system says of a path that cannot be read or written into a `UserError`."""
+    """Turn the system's error about a path that cannot be read or written into a `UserError`."""
 
     @wraps(function)
     def wrapped(*arguments: Options.args, **options: Options.kwargs) -> Returned:
@@ -144,7 +144,7 @@ def record(
     out: str | Path,
     **options: Any,
 ) -> TraceSet:
-    """Run a model over prompts, and perhaps let it answer them, and write its routing as a trace set.
+    """Run a model over prompts, optionally let it answer, and write its routing as a trace set.
 
     Args:
         model: A transformers mixture of experts, on any device, offloaded or not.
@@ -160,7 +160,7 @@ def record(
             ``out`` exists.
 
     Warns:
-        UserWarning: Something that was asked for cannot be recorded.
+        UserWarning: Something that the options request cannot be recorded.
 
     Example:
         >>> import moe_beyond as mb
@@ -247,7 +247,7 @@ def replay(
 def evaluate(
     traces: TraceSet | str | Path, predictor: Predictor | str | Path, *, split: str | None = None, **options: Any
 ) -> Replayed:
-    """Measure a predictor by lookahead, and replay what it is worth at each under a memory budget.
+    """Measure a predictor by lookahead, and replay with each lookahead under a memory budget.
 
     Args:
         traces: A trace set.
@@ -274,7 +274,7 @@ def evaluate(
 
 
 def _opened(traces: TraceSet | str | Path, function: str) -> TraceSet:
-    """Open a trace set, and name the right order where a predictor stands in its place."""
+    """Open a trace set, and name the right order if a predictor was given instead."""
     if isinstance(traces, TraceSet):
         return traces
     order = f"write {function}(traces, predictor)"
@@ -287,7 +287,7 @@ def _opened(traces: TraceSet | str | Path, function: str) -> TraceSet:
 
 
 def _source(predictor: Predictor | str | Path | None, function: str) -> ScoreSource | None:
-    """Open a predictor as a source of scores, and name the right order where a trace set stands in its place."""
+    """Open a predictor as a source of scores, and name the right order if a trace set was given instead."""
     if predictor is None:
         return None
     if isinstance(predictor, Predictor):
@@ -323,7 +323,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("device", "scope", "quotas", "profile", "strategy", "policy", "prefetch"), (str, Path)),
     "lookahead": (str, Integral),
 }
-"""What the values of each option are, where the command line has text."""
+"""Types of the values of each option that the command line reads as text."""
 NAMES = {bool: "True or False", Integral: "a whole number", Real: "a number", str: "text"}
 
 
@@ -337,12 +337,12 @@ def _request(options: dict[str, Any]) -> Request:
     given: dict[str, Any] = {}
     for name, value in options.items():
         if name in SEVERAL:
-            one = isinstance(value, str | Path | Number) or not isinstance(value, Iterable)
-            values = [_value(name, each) for each in ([value] if one else value)]
+            single = isinstance(value, str | Path | Number) or not isinstance(value, Iterable)
+            values = [_value(name, each) for each in ([value] if single else value)]
             if not values and name == "budget":
                 raise UserError("budget: names no budget; write 0.1 or '10%'")
             given[name] = values
-        elif value is not None:  # None is what an option is without
+        elif value is not None:  # None means that the option is absent
             given[name] = _value(name, value)
     return Request(**given)
 

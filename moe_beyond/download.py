@@ -99,7 +99,7 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
         The folder, named as the commit; it is the Hub's cache, not to be written to.
 
     Raises:
-        UserError: There is no such repository, or the Hub cannot be asked.
+        UserError: There is no such repository, or the Hub cannot be reached.
     """
     with asking_hub(shown or str(name)):
         from huggingface_hub import snapshot_download
@@ -110,7 +110,7 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
 
 
 def looks_local(name: str) -> bool:
-    """Tell whether a name means a path on this machine, so that the Hub need not be asked about it.
+    """Tell whether a name means a path on this machine, so that no request to the Hub is needed.
 
     It does if it begins like a path (``/``, ``./``, ``../``, ``~``), has other than one ``/`` or a known suffix, or if
     what is before its last ``/`` is a folder here.
@@ -126,7 +126,7 @@ def looks_local(name: str) -> bool:
 
 
 def no_such_file(name: str, what: str, *, hint: str = "") -> UserError:
-    """Build the error for a path that is not there, naming the entry beside it that is spelt most alike.
+    """Build the error for a path that is not there, naming the entry of its folder that is spelt most alike.
 
     Args:
         name: The path, as the user wrote it.

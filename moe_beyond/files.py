@@ -17,16 +17,16 @@ from moe_beyond.errors import UserError
 from moe_beyond.fields import is_plain_name, shown
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where a file has no room: a full disk, a quota, a limit of file sizes."""
+"""Error numbers for a file without room: a full disk, a quota, a limit of file sizes."""
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries that are written in Rust tell it, such as safetensors."""
+"""The error number in messages of libraries written in Rust, such as safetensors."""
 SEAL = "content_sha256"
 """The field of a JSON object that holds a hash of all others."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` on success, delete it on any error.
+    """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on any error.
 
     The file is flushed to the disk before it is renamed, and its folder after: even a power cut leaves the earlier file
     or the later one.
@@ -65,7 +65,7 @@ def creating(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; rename it to ``path`` on success, delete it on any error.
+    """Yield an empty temporary folder next to ``path``; rename it to ``path`` on success, delete it on any error.
 
     Args:
         path: The folder to make.
@@ -204,17 +204,17 @@ def _seal_of(content: Mapping[str, Any]) -> str:
 
 
 def file_in(folder: str | Path, name: str) -> Path:
-    """Return the path of a file that lies in a folder.
+    """Return the path of a file in a folder.
 
-    A link that leads out of the folder is refused, but for one to the ``blobs`` of the Hub's cache, where the files of
-    a snapshot lie.
+    A link that leads out of the folder is refused, but for one to the ``blobs`` of the Hub's cache, which hold the
+    files of a snapshot.
 
     Args:
         folder: The folder.
-        name: The file's name in it; a file that is not there is none of this function's business.
+        name: Name of the file, which need not exist.
 
     Raises:
-        UserError: It lies elsewhere, or is no regular file.
+        UserError: The name is a path, the file is outside the folder, or it is not a regular file.
     """
     root, path = Path(folder).resolve(), Path(folder) / name
     if not is_plain_name(name):
@@ -233,7 +233,7 @@ def file_in(folder: str | Path, name: str) -> Path:
 
 @contextmanager
 def _naming_what_has_no_room(path: Path) -> Iterator[None]:
-    """Turn what the system says of a full disk, naming no file, into a line that does."""
+    """Turn the system's error about a full disk, which names no file, into a line that names it."""
     try:
         yield
     except Exception as error:

@@ -93,7 +93,7 @@ def _lender(name: str, predictor: Predictor) -> Predictor:
 
 
 def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -> None:
-    """Make a predictor folder out of any checkpoint, not calibrated; or out of a run, by what that stands for.
+    """Make a predictor folder out of a checkpoint, without calibration, or out of a run.
 
     Args:
         checkpoint: A ``.ckpt`` of this package, or a run's folder (`moe_beyond.evaluation.runs.find_trained`).

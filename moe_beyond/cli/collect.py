@@ -45,7 +45,7 @@ def options() -> ArgumentParser:
         "--prompts",
         metavar="P",
         required=True,
-        help="a .txt file (one prompt per line; blank lines are passed over); records in a .jsonl, .json, .csv, .tsv "
+        help="a .txt file (one prompt per line; blank lines are skipped); records in a .jsonl, .json, .csv, .tsv "
         f"or .parquet file, FILE[:COLUMN], with the text under one of {', '.join(COLUMNS)}; or a data set, "
         "ORG/NAME[:SPLIT[:COLUMN]]. Chat messages (role and content, or from and value) go through the model's chat "
         "template. The input of an Alpaca record follows its instruction after a blank line",
@@ -167,7 +167,7 @@ def run(words: list[str]) -> None:
 
 @contextmanager
 def offloading(out: Path, device: str | dict[str, Any]) -> Iterator[Path | None]:
-    """Yield a folder beside the trace set for weights that go to disk, if some may; it is removed at the end."""
+    """Yield a folder next to the trace set for weights that go to disk, None if none can; remove it at the end."""
     if isinstance(device, str) and device != "auto":
         yield None
         return

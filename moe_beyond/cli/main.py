@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 MEANT = {"train": "fit", "eval": "evaluate", "record": "collect", "simulate": "replay", "upload": "push", "ls": "list"}
-"""Verbs of other tools, and ours for the same."""
+"""Verbs of other tools, and the verbs here that do the same."""
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 

@@ -71,8 +71,6 @@ def with_resume(words: Sequence[str]) -> list[str]:
 def find_run(name: str) -> tuple[Path, Path]:
     """Return the configuration of a run, and the checkpoint to go on from.
 
-    What a killed process left half-written next to the checkpoints is removed.
-
     Args:
         name: The run's folder, which gives its newest checkpoint, or a checkpoint.
 
@@ -88,8 +86,6 @@ def find_run(name: str) -> tuple[Path, Path]:
         raise UserError(f"{name}: has no {CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
     if not place.is_dir():
         return config, place
-    for half_written in folder.rglob(".*.ckpt.*.ckpt"):
-        half_written.unlink(missing_ok=True)
     return config, newest_checkpoint(folder)
 
 
@@ -99,8 +95,8 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    found = [(_how_far(path), path) for path in checkpoints_of(folder)]
-    resumable = [(far, path.stat().st_mtime, path) for far, path in found if far is not None]
+    progress = [(_how_far(path), path) for path in checkpoints_of(folder)]
+    resumable = [(far, path.stat().st_mtime, path) for far, path in progress if far is not None]
     if not resumable:
         raise UserError(f"{folder}: holds no checkpoint that a fit can go on from; fit again")
     return max(resumable)[2]

@@ -169,7 +169,7 @@ def _without_routers(routers: Mapping[int, Router], geometry: Geometry) -> str:
         if missing
         else "they differ in kind or width from layer to layer"
     )
-    return f"the routers of {geometry.model} are not stored beside the hidden states: {why}"
+    return f"the routers of {geometry.model} are not stored next to the hidden states: {why}"
 
 
 def _manifest(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""Patterns of a model's files beside its weights: configurations, tokenizers, chat templates. No code, no pickle."""
+"""Patterns of a model's files other than weights: configurations, tokenizers, chat templates. No code, no pickle."""
 CODE = "auto_map"
 """The field of a configuration that names code of the model's own."""
 
@@ -38,9 +38,9 @@ class Checkpoint:
 
     Attributes:
         name: What the user calls it.
-        folder: Where its files lie; of a model on the Hub, its snapshot of one commit in the Hub's cache.
+        folder: Folder of its files; for a model on the Hub, the snapshot of one commit in the Hub's cache.
         repository: On the Hub, and at which revision; None for a folder.
-        revision: The one that was asked for, if any.
+        revision: Revision that the user named; None for none.
         config: Its configuration.
         tokenizer: Its tokenizer.
     """
@@ -59,7 +59,7 @@ class Checkpoint:
 
     @property
     def has_code(self) -> bool:
-        """Whether code of its own lies with it, which is not run."""
+        """Whether it comes with code of its own, which is not run."""
         return bool(getattr(self.config, CODE, None))
 
     def load(
@@ -204,7 +204,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, HubName | None]:
             raise UserError(f"--model {name}: names a revision, and so does --revision {revision}; give one")
         return _download(name, HubName(hub_name.repository, revision or hub_name.revision))
     if path.is_file():
-        raise UserError(f"--model {name}: is a file; name the folder that it lies in")
+        raise UserError(f"--model {name}: is a file; name its folder")
     if not path.is_dir() and name in (bundled := bundled_models()):
         path = checkpoints_folder() / name
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""Where a trace set is to be made, and where its parts lie until then."""
+"""The folder in which a trace set is to be made, and the folder of its parts until then."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from moe_beyond.files import check_is_elsewhere, check_is_free
 
 
 def pieces_folder(out: Path) -> Path:
-    """Return the folder beside a trace set to be that holds what was collected of it so far."""
+    """Return the folder of the parts of a trace set that are collected so far; it is next to the set."""
     return out.parent / f".{out.name}.collecting"
 
 

@@ -25,7 +25,7 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """First bytes of UTF-16 text, and of little-endian UTF-32."""
 
 Notice = Callable[[str], None]
-"""Is called with one line about what was read, or was not."""
+"""Called with one line about fields or lines that were not read."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Pro
         named: A text file (``.txt``, one prompt per line), a file of records (`RECORD_FILES`; text under one of
             `COLUMNS`, or chat messages, and perhaps ``id``), ``FILE:COLUMN``, or a data set that ``datasets`` loads:
             a folder or ``ORG/NAME``, then ``[:SPLIT[:COLUMN]]``.
-        notice: Is called with lines about what was passed over.
+        notice: Called with lines about blank lines and unread fields.
 
     Raises:
         UserError: There is no such file or data set, or a record has no text; the line is named.
@@ -68,7 +68,7 @@ def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Pro
         fields = _Fields(str(path), column, notice)
         for number, where, record in _records(path, notice):
             yield fields.prompt(record, f"{path.stem}-{number}", f"{path.name}:{number}", f"{path}: {where}")
-        fields.tell()
+        fields.report_unread()
     else:
         raise UserError(
             f"{path}: is not a kind of file that prompts are read from ({path.suffix or 'no suffix'}); "
@@ -105,7 +105,7 @@ class _Fields:
     Args:
         source: The file or data set, for notices.
         column: The field that holds the text; the first of `COLUMNS` that a record has by default.
-        notice: Is called by `tell`.
+        notice: Called by `report_unread` with a line.
     """
 
     def __init__(self, source: str, column: str = "", notice: Notice = lambda line: None) -> None:
@@ -152,7 +152,7 @@ class _Fields:
         self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in known))
         return Prompt(text, name if identity is None else str(identity), source)
 
-    def tell(self) -> None:
+    def report_unread(self) -> None:
         """Say which fields were read, where records have others that nothing was read from."""
         if self._unread:
             read, unread = (", ".join(fields) for fields in (self._read, self._unread))
@@ -160,7 +160,7 @@ class _Fields:
 
 
 def _file_and_column(named: str) -> tuple[Path | None, str]:
-    """Tell a file from a data set, and take the column off a file's name.
+    """Distinguish a file from a data set, and take the column off a file's name.
 
     Returns:
         The file, or None for a data set; and the column, ``""`` if none is named.
@@ -220,7 +220,7 @@ def _all_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
-    """Yield the records of a file, each with its number from 1, and where it stands in the file.
+    """Yield the records of a file, each with its number from 1, and its place in the file.
 
     Raises:
         UserError: The file cannot be read.
@@ -292,7 +292,7 @@ def _data_set(named: str, notice: Notice) -> Iterator[Prompt]:
             yield fields.prompt(record, f"{Path(name).name}-{number}", where, f"{named}: row {number}")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{named}: is not a data set that can be loaded ({brief(error)})") from error
-    fields.tell()
+    fields.report_unread()
 
 
 def _is_message(item: Any) -> bool:

@@ -31,7 +31,7 @@ def tokenize_prompts(
         prompts: What the model is given.
         tokenizer: Its tokenizer.
         config: Its configuration, which says how many positions it has.
-        asked: What to collect.
+        asked: Settings of the collection.
         source: Where the prompts are from, for error messages.
 
     Raises:
@@ -79,7 +79,7 @@ def token_ids_of(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
 
 
 def _cut(prompt: Prompt, token_ids: list[int], config: Any, asked: Collection) -> list[int]:
-    """Cut a prompt to what is asked for.
+    """Cut a prompt to ``max_tokens``.
 
     Raises:
         UserError: With what is to be written it is longer than the model has positions all the same.
@@ -103,7 +103,7 @@ def _chat_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]
     """
     name = prompt.sequence_id
     given = [dict(message) for message in prompt.text if isinstance(message, Mapping)]
-    if not given or len(given) < len(prompt.text) or not all({"role", "content"} <= one.keys() for one in given):
+    if not given or len(given) < len(prompt.text) or not all({"role", "content"} <= m.keys() for m in given):
         raise UserError(f"{name}: is not a chat: a list of messages, each with role and content")
     messages = _with_text(given, tokenizer, name)
     written = _written(messages, tokenizer, name)

@@ -164,7 +164,7 @@ class RoutingMetrics(Metric):
     def to_rows(
         self, lookaheads: Sequence[Lookahead | None], layers: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """Return one JSON-able object a lookahead: means over layers (micro F1: over all labels).
+        """Return one JSON-able object per lookahead: means over layers (micro F1: over all labels).
 
         Beside them stand ``by_layer``, the figures of each layer; and ``reliability``, the bins of the calibration
         error over all layers' labels: how many labels scored ``from`` to ``to``, how probable they were on average, and

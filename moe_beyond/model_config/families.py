@@ -53,13 +53,13 @@ class Family:
 
     Attributes:
         rules: Which layers hold experts: the first whose fields are set, else the last with ``defaults``.
-        defaults: Of the rules' fields.
+        defaults: Defaults of the rules' fields.
         width: The width of an expert. Where several names are set, they must agree.
         inner: The width of what an expert reads, where that may be another than the hidden size.
         matrices: Matrices of an expert: three with a gate, two without.
         biases: Biases of an expert, given its hidden size and its width.
-        always: Fields that are the widths of a dense block that runs beside the experts. Without them, the shared
-            experts' own fields are read.
+        always: Fields that are the widths of a dense block that runs in parallel to the experts. Without them, the
+            shared experts' own fields are read.
         attentions: Attention blocks in a layer of experts.
         ignores: Fields that look as if they mattered, and do not.
         prepare: Rewrites what only this architecture has into what others have.
@@ -82,7 +82,7 @@ PARTS_OWN = ("hidden_size", "model_type")
 
 
 def _without_parts(config: Config) -> Config:
-    """Dbrx: sizes lie in configurations of their own."""
+    """Dbrx: sizes are in configurations of their own."""
     flat = dict(config.fields)
     for part in ("attn_config", "ffn_config"):
         if not isinstance(inner := flat.pop(part, {}), Mapping):
@@ -106,7 +106,7 @@ def _with_dense_width(config: Config) -> Config:
 
 
 def _with_heads(config: Config) -> Config:
-    """JetMoE: its attention is a mixture too, of as many heads as keys have, an expert."""
+    """JetMoE: its attention is a mixture too; each expert has as many heads as there are key heads."""
     kv_heads, top_k = config.number("num_key_value_heads"), config.number(TOP_K)
     heads = {} if kv_heads is None or top_k is None else {"num_attention_heads": kv_heads * top_k}
     return config.over(heads)

@@ -126,8 +126,10 @@ def _common_family(config: Config, kind: str | None, depth: int) -> Family:
         )
     functions = {name: config.fields[name] for name in ACTIVATION if name in config} or {"hidden_act": None}
     if any(function != "silu" for function in functions.values()):
-        told = ", ".join(f"{name} {shown(function)}" for name, function in functions.items())
-        raise config.error(f"{what}, and {told} does not tell whether an expert has two or three matrices; {BY_HAND}")
+        activations = ", ".join(f"{name} {shown(function)}" for name, function in functions.items())
+        raise config.error(
+            f"{what}, and {activations} does not say whether an expert has two or three matrices; {BY_HAND}"
+        )
     if biases := [name for name in ("mlp_bias", "use_bias") if config.fields.get(name)]:
         raise config.error(f"{what}, and whether experts have biases ({biases[0]}) is not understood; {BY_HAND}")
     layers = set(rules[0].layers(config, depth))

@@ -1,4 +1,4 @@
-"""What holds for a whole table of replays, in one line: how sequences start, what counts, and what a time is worth."""
+"""The conditions of a table of replays in one line: how sequences start, what counts, and that times are bounds."""
 
 from collections.abc import Sequence
 

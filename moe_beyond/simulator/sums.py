@@ -1,4 +1,4 @@
-"""What each sequence contributes to a result: the sums that rates are quotients of, for intervals over sequences."""
+"""Contributions of each sequence to the sums behind the rates of a result, for intervals over sequences."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

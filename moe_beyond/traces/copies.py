@@ -65,7 +65,7 @@ def count_copies(texts: Mapping[str, Collection[bytes]]) -> dict[str, dict[str, 
 
 
 def describe_copies(copies: Mapping[str, Mapping[str, int]]) -> str:
-    """Say what `count_copies` found.
+    """Write the counts of `count_copies` in words.
 
     Example:
         >>> describe_copies({"train": {"within": 4, "of_other_splits": 0}})

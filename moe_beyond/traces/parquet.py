@@ -1,4 +1,4 @@
-"""Opening a shard's Parquet file: what its footer says is compared with the manifest before anything is decoded."""
+"""Opening a shard's Parquet file: its footer is compared with the manifest before anything is decoded."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,10 +20,10 @@ def read_columns(
 
     Args:
         content: The file.
-        columns: Which; ``gate_weights`` are read where they are there.
+        columns: Columns to read; ``gate_weights`` may be absent.
         geometry: The model's shape.
-        sequences: Rows that it must have.
-        tokens: Tokens that it must have.
+        sequences: Number of rows in the manifest.
+        tokens: Number of tokens in the manifest.
         source: Where it came from, for error messages.
 
     Raises:

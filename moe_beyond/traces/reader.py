@@ -221,7 +221,7 @@ class TraceSet:
         return [np.diff(self._read_texts(info)[0]) for info in self.shards(split)]
 
     def text_digests(self, split: str | None = None) -> list[bytes]:
-        """Return what exact copies share (`moe_beyond.traces.copies.text_digest`), of every sequence in stored order.
+        """Return the hash of every sequence, equal for exact copies (`text_digest`), in stored order.
 
         Raises:
             UserError: A shard is missing or damaged, or is not what the manifest says.
@@ -300,7 +300,7 @@ class TraceSet:
 
         Raises:
             FileNotFoundError: It is not there.
-            UserError: It cannot be read, or lies elsewhere.
+            UserError: It cannot be read, or is outside the folder.
         """
         path = f"{self.folder}/{name}"
         if isinstance(self._files, LocalFileSystem):

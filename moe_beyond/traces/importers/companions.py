@@ -19,7 +19,7 @@ FIELDS = (
     "NAME.tokens.npy next to it: token ids, a whole number per token (T, or T + 1 with the last sampled one); optional",
     "NAME.decode_start.npy next to it: one whole number, the first token that the model wrote; optional",
 )
-"""What help says about them."""
+"""Their description in help."""
 
 
 def beside(path: Path, ending: str) -> StoredArray | None:
@@ -66,7 +66,7 @@ def by_file(
 
 
 def read_decode_start(stored: StoredArray | None, length: int, span: slice) -> int:
-    """Return the first recorded position that the model wrote; their number, as if all was read, where nothing tells.
+    """Return the first recorded position that the model wrote; their number, as if all was read, where no file says it.
 
     Args:
         stored: The first position of the request that the model wrote.

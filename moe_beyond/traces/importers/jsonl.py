@@ -1,4 +1,4 @@
-"""JSON lines, an entry each: ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``.
+"""JSON lines, one entry each: ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``.
 
 ``layer_idx`` counts all layers of the model from 0, ``gate_weights`` may be left out, other fields are passed over, and
 the lines come in any order. A file is a sequence; token ids may lie next to it as ``NAME.tokens.npy``.
