@@ -314,19 +314,19 @@ def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked
         return []
     routers = [m for name, m in mixture.named_children() if re.search("router|gate", name)]
     begun: list[int] = []
-    told: list[Any] = []
+    returned: list[Any] = []
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begun.append(recorder.count(layer))
-        told.clear()
+        returned.clear()
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        told.append(output)
+        returned.append(output)
 
     def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if recorder.count(layer) > begun.pop():
             return
-        outputs = list(told)
+        outputs = list(returned)
         if not outputs:
             states = args[0] if args else next(iter(kwargs.values()))
             outputs = [router(states.reshape(-1, states.shape[-1])) for router in routers]
