@@ -543,8 +543,9 @@ class ReferenceCache:
             self.ask_ahead(-1)
             for layer, tokens in enumerate(step.demands):
                 self.advance(rules.other)
-                if 0 in step.scores:
-                    self.learn(layer, step.scores[0][layer])
+                if 0 in rules.lookaheads:  # a policy may offer scores where a window has none of its own
+                    if 0 in step.scores:
+                        self.learn(layer, step.scores[0][layer])
                     if rules.prefetch == "scored" and rules.distance == 0 and (layer > 0 or rules.first_layers):
                         self.ask(self.best(layer, rules.most, rules.threshold))
                 routed = self.now

@@ -157,10 +157,10 @@ def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None
 
 def test_records_slips_are_one_line(tmp_path: Path) -> None:
     for prompts, options, line in (
-        ("hi", {}, "record: prompts is a list of prompts (got str: 'hi'); write [prompt]"),
-        (3, {}, "record: prompts is a list of prompts (got int: 3)"),
-        ([3], {}, "record: prompt 1: is a text, a chat or a Prompt (got int: 3)"),
-        ([[{"role": "user"}]], {}, "record: prompt 1: a chat is a list of messages with role and content"),
+        ("hi", {}, "prompts: is one str, not a list of prompts; write [...] around it"),
+        (3, {}, "prompts: is one int, not a list of prompts; write [...] around it"),
+        ([3], {}, "prompts[0]: is not a record with a text under one of messages, "),
+        ([[{"role": "user"}]], {}, "prompts[0]: is not a record with a text under one of messages, "),
         (["hi"], {"generat": 3}, "unknown option 'generat'; did you mean 'generate'?"),
     ):
         with pytest.raises(UserError) as error:

@@ -10,7 +10,7 @@ from hub_stand_in import Hub, Repository
 from huggingface_hub import constants
 from publishing import edit_config, predictor_folder
 
-from moe_beyond.callbacks.export import _lent
+from moe_beyond.callbacks.export import _lender
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
@@ -148,7 +148,8 @@ def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder:
 def test_a_lender_and_a_teacher_may_be_on_the_hub(hub: Hub, run, tmp_path: Path, monkeypatch, capsys):
     put(hub, run.folder / "predictor")
     predictor = load_predictor(run.folder / "predictor")
-    assert _lent("hf:org/tiny", predictor).to_json() == predictor.calibration.to_json()
+    lender = _lender("hf:org/tiny", predictor)
+    assert lender.calibration.to_json() == predictor.calibration.to_json()
     monkeypatch.chdir(tmp_path)
     other = [*("-c", str(CONFIGS / "data/traces.yaml")), f"--data.traces={run.traces}", "--model=TokenCausal"]
     assert main(["fit", *other, "--model.teachers=[hf:org/tiny]", "--trainer.max_epochs=1"]) == 2

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.profiles import load_profile
-from moe_beyond.evaluation.sources import ScoreSource, published_for, published_source
+from moe_beyond.evaluation.sources import ScoreSource, name_of_folder, published_for, published_source
 from moe_beyond.evaluation.strategies import Quotas, combinations, evenly
 from moe_beyond.evaluation.systems import Unavailable, system_names, system_strategies
 from moe_beyond.geometry import budget_slots
@@ -111,7 +112,7 @@ def asked_conditions(request: Request, traces: TraceSet) -> Conditions:
     """
     folder = _profile_folder(request, traces)
     profile = None if folder is None else load_profile(folder, traces)
-    fitted = () if folder is None else ((f"profile {folder.name}", read_config(folder).get("training")),)
+    fitted = () if folder is None else (_fitted(folder),)
     common = ReplaySettings(
         slots=traces.geometry.total_experts,
         scope=request.scope,
@@ -127,6 +128,12 @@ def asked_conditions(request: Request, traces: TraceSet) -> Conditions:
         bits=bits_of(request, traces),
     )
     return Conditions(common, profile, _quotas(request, traces, profile), fitted)
+
+
+def _fitted(folder: Path) -> tuple[str, Any]:
+    """Return the name of a profile, and what is recorded of its training."""
+    config = read_config(folder)
+    return f"profile {name_of_folder(folder, config['architecture'])}", config.get("training")
 
 
 def _profile_folder(request: Request, traces: TraceSet) -> Path | None:

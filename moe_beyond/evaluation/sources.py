@@ -85,9 +85,14 @@ def from_predictor_folder(folder: str | Path) -> ScoreSource:
     """
     predictor = load_predictor(folder)
     tokenizer = read_config(folder).get("training", {}).get("tokenizer") or {}
-    published = Path(folder).resolve().parent == checkpoints_folder().resolve()
-    name = Path(folder).name if published else predictor.architecture
+    name = name_of_folder(folder, predictor.architecture)
     return from_predictor(predictor, name, tokenizer_sha256=tokenizer.get("sha256"))
+
+
+def name_of_folder(folder: str | Path, architecture: str) -> str:
+    """Return what tables call a predictor: its published name, or else its architecture."""
+    published = Path(folder).resolve().parent == checkpoints_folder().resolve()
+    return Path(folder).name if published else architecture
 
 
 def from_scores_folder(folder: str | Path) -> ScoreSource:

@@ -50,6 +50,12 @@ def test_a_recording_becomes_a_trace_set(recording, capsys):
 
 def test_validation_blocks_are_told(recording, capsys):
     prompt_csv(recording / "puffin" / "prompt_3_data.csv", GOOD[::2])
+    # Prompts 1 and 2 are copies, of which validation takes none while training holds the other.
+    assert "every sequence chosen for validation is a copy" in failure(
+        capsys, recording, command("--val-blocks", "1:3")
+    )
+    other = [(layer, {"NA": "Ġthe", "Ġthe": "NA"}[token], experts) for layer, token, experts in GOOD]
+    prompt_csv(recording / "puffin" / "prompt_2_data.csv", other)
     assert main(command("--val-blocks", "1:3")) == 0
     out = capsys.readouterr().out
     # Of the blocks of 2, 2 and 1 tokens, a third of 5 is nearest to 2, and prompt 1 is the lower of those.
@@ -213,7 +219,8 @@ def test_what_is_required_is_named(option, recording, capsys):
     assert main(words[:place] + words[place + 2 :]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"required: {option.strip('-')}" in err.splitlines()[-1]
+    assert err.startswith(f"moe-beyond: error: import needs {option} ")
+    assert err.count("\n") == 1
 
 
 def test_an_unknown_verb_is_one_line(capsys):

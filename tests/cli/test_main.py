@@ -41,9 +41,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out
     assert "usage: " in said
     assert all(f"  {option}" in said or f", {option}" in said for option in ("--json", "--quiet"))
-    example = said.split("\nexample:\n")[1].split("\n\n")[0]
-    assert f"moe-beyond {verb} " in f"{example.strip()} "
-    assert "\n" not in example.strip()  # to be copied
+    [example] = re.findall(r"^example:\n  (.*)\n(?:\n|$)", said, re.MULTILINE)  # one line, to be copied
+    assert f"moe-beyond {verb} " in f"{example} "
 
 
 def test_a_near_miss_of_an_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 
 def command(folder: Path, *more: object) -> list[str]:
+    folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text("def main():\nimport os\n")
     words = ["collect", "--prompts", folder / "prompts.txt", "--out", folder / "traces", "--quiet", *more]
     return [str(word) for word in words]
@@ -92,8 +93,7 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
     stored = (tmp_path / "traces" / "tokenizer.json").read_bytes()
     assert stored == versions()["v1"]["tokenizer.json"]
     capsys.readouterr()
-    (tmp_path / "traces").rename(tmp_path / "recorded")
-    line = error_line(capsys, command(tmp_path, "--model", "org/tiny", "--revision", "v2"))
+    line = error_line(capsys, command(tmp_path / "o", "--model", "org/tiny", "--revision", "v2"))
     assert line.startswith("--model org/tiny at --revision v2: is not in the local cache, and HF_HUB_OFFLINE")
 
 

@@ -234,7 +234,7 @@ def test_two_processes_do_not_do_one_part_at_once(small: tuple, tmp_path: Path) 
 
 
 def test_blocks_of_prompts_are_held_out(small: tuple, tmp_path: Path) -> None:
-    texts = [Prompt(text, f"p{n}") for n, text in enumerate(TEXTS * 2)]
+    texts = [Prompt(text, f"p{n}") for n, text in enumerate([*TEXTS, *(f"{text} again" for text in TEXTS)])]
     asked = Collection(val_blocks="2:3", batch_size=4)
     traces = collect(*small, texts, tmp_path / "traces", asked, rank=Rank(0, 1))
     assert traces is not None

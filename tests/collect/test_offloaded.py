@@ -84,7 +84,7 @@ def test_the_command_takes_a_device_map(tmp_path: Path, capsys) -> None:
     for device, said in ((tmp_path / "map.json", "on cpu, disk\n"), ("cpu", "on cpu\n"), ("auto", "on cpu\n")):
         out = tmp_path / f"traces-{Path(device).stem}"
         assert main([str(word) for word in (*words, "--out", out, "--device", device)]) == 0
-        assert capsys.readouterr().out.endswith(f"2 sequences, 9 tokens, {said}")
+        assert f"2 sequences, 9 tokens, {said}" in capsys.readouterr().out
     sets = [TraceSet(str(tmp_path / f"traces-{name}")) for name in ("map", "cpu", "auto")]
     check_same(sets[0], sets[1])
     check_same(sets[0], sets[2])

@@ -114,7 +114,7 @@ def test_two_ranks_share_training_and_each_read_all_of_evaluation(trace_set):
     loaders, validation = [], []
     for rank in range(2):
         data = module(trace_set)
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # what Lightning attaches
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, overfit_batches=0.0)  # what Lightning attaches
         loaders.append(data.train_dataloader())
         validation.append(list(data.val_dataloader()))
     parts = [list(loader) for loader in loaders]

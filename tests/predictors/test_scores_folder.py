@@ -37,7 +37,7 @@ def write_all(folder: Path, scores: Iterable[tuple[str, np.ndarray]]) -> None:
 
 def edit_index(folder: Path, **changes: Any) -> None:
     content = {**json.loads((folder / "scores.json").read_text()), **changes}
-    kept = {name: value for name, value in content.items() if value is not None}
+    kept = {name: value for name, value in content.items() if value is not None or name not in changes}
     (folder / "scores.json").write_text(json.dumps(kept))
 
 

@@ -29,7 +29,7 @@ def without_token_ids(folder: Path, traces: TraceSet) -> TraceSet:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_predictor_that_reads_token_ids_is_not_used(variant: Variant, trace_set: TraceSet, tmp_path: Path) -> None:
     predictor = create(variant.architecture, TINY, VOCAB, **variant.arguments)
-    manifest = replace(trace_set.manifest, hidden_size=HIDDEN)
+    manifest = replace(trace_set.manifest, hidden_size=HIDDEN, shards=())
     check_fits(predictor, manifest, "traces")
     manifest = replace(manifest, tokenizer=NO_TOKEN_IDS)
     if predictor.information.token_ids:

@@ -48,7 +48,8 @@ class Watch(L.Callback):
         if trainer.sanity_checking:
             return
         if name == "on_train_batch_start" and trainer.optimizers:
-            self.rates[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+            groups = trainer.optimizers[0].param_groups  # none where a predictor counts
+            self.rates[trainer.global_step] = groups[0]["lr"] if groups else 0.0
             self.logged[trainer.global_step] = trainer.fit_loop.epoch_loop._batches_that_stepped
         if name == "on_validation_end":
             self.recalls[trainer.global_step] = float(trainer.callback_metrics["val/recall_at_k"])

@@ -138,14 +138,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         shards(lambda found: [{**found[0], "bytes": 1}, *found[1:]]),
         "bytes long, but manifest.json says 1",
     ),
-    "other K, hashes anew": (
-        lambda folder: edit_manifest(folder, lambda manifest: manifest["geometry"].update(top_k=1)),
-        f"{FIRST}: column 'experts' holds",
-    ),
-    "other E, hashes anew": (
-        lambda folder: edit_manifest(folder, lambda manifest: manifest["geometry"].update(num_experts=4)),
-        "is out of range 0..3",
-    ),
     "brackets": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json: is not JSON"),
     "path": (plain(elsewhere), "manifest.json: shard '../outside/train-00000.parquet': file must be a plain name"),
     "link": (link_out, f"{FIRST}: is a link to a file outside of the folder"),
@@ -241,6 +233,23 @@ def test_every_command_names_the_file_and_the_fault(damaged, predictor, capsys):
         read_all(TraceDataModule(folder))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"), [("top_k", 1, "column 'experts' holds"), ("num_experts", 4, "is out of range 0..3")]
+)
+def test_shards_of_another_model_than_the_manifest_says(field, value, says, predictor, tmp_path, capsys):
+    folder = str(tmp_path / "traces")
+    tiny_traces(Path(folder))
+    edit_manifest(Path(folder), lambda manifest: manifest["geometry"].update({field: value}))
+    for words in (["inspect", folder], ["replay", "--traces", folder, "--budget", "100%", "--policy", "lru"]):
+        line = error_line(capsys, words)
+        assert line.startswith(f"{folder}/{FIRST}: ")
+        assert says in line
+    line = error_line(capsys, ["evaluate", str(predictor), "--traces", folder, "--budget", "100%"])
+    assert line.startswith(f"{folder}: has 4 MoE layers x {value if field == 'num_experts' else 8} experts, top-")
+    with pytest.raises(UserError, match=says):
+        read_all(TraceDataModule(folder))
 
 
 @pytest.mark.parametrize("where", ["tokens", "id"])
