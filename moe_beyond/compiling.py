@@ -1,4 +1,4 @@
-"""Where numba keeps compiled code: it compiles once on any machine, says so, and survives a damaged store."""
+"""The store of code that numba compiles: it compiles once per machine, says so, and rebuilds a damaged store."""
 
 import getpass
 import hashlib

@@ -69,7 +69,7 @@ def download(name: HubName, kind: Kind, needed: Sequence[str], wanted: Sequence[
 
     Args:
         name: The repository.
-        kind: Of which kind.
+        kind: Kind of the repository.
         needed: Files that must be there.
         wanted: Patterns of further files; no others are downloaded.
 
@@ -91,9 +91,9 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
 
     Args:
         name: The repository.
-        kind: Of which kind.
+        kind: Kind of the repository.
         patterns: Shell patterns of file names.
-        shown: What error messages call it, if not ``hf:ORG/REPO@REVISION``.
+        shown: Name in error messages, if not ``hf:ORG/REPO@REVISION``.
 
     Returns:
         The folder, named as the commit; it is the Hub's cache, not to be written to.
@@ -130,8 +130,8 @@ def no_such_file(name: str, what: str, *, hint: str = "") -> UserError:
 
     Args:
         name: The path, as the user wrote it.
-        what: What it should be, such as ``"folder"``.
-        hint: What to do instead, where nothing is spelt alike.
+        what: The expected kind, such as ``"folder"``.
+        hint: Advice where nothing is spelt alike; default: none.
     """
     if (near := near_path(name)) is not None:
         return UserError(f"{name}: there is no such {what}; did you mean {near}?")

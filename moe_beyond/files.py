@@ -167,7 +167,7 @@ def parse_json(content: bytes, source: str | Path) -> Any:
 
     Args:
         content: The file.
-        source: Where it came from, for error messages.
+        source: Path or name of the origin, for error messages.
 
     Raises:
         UserError: It is not JSON.
@@ -188,8 +188,8 @@ def check_seal(content: Mapping[str, Any], source: str | Path, remedy: str) -> N
 
     Args:
         content: The object.
-        source: Where it came from, for error messages.
-        remedy: What to do about a change.
+        source: Path or name of the origin, for error messages.
+        remedy: Advice for a changed file.
 
     Raises:
         UserError: A field was changed since.

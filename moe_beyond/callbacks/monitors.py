@@ -1,4 +1,4 @@
-"""Which figures a fit logs, so that a callback that monitors another is refused before the first epoch."""
+"""The figures that a fit logs; a callback that monitors another is refused before the first epoch."""
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint

@@ -170,7 +170,7 @@ class CacheReplay(L.Callback):
 
         Args:
             stage: ``val`` or ``test``.
-            manifest: Of the traces to replay.
+            manifest: Manifest of the traces to replay.
 
         Returns:
             For each of `results`, the names by field of `Result`.

@@ -38,7 +38,7 @@ def settle_wandb(trainer: L.Trainer, verb: str, configured: Any, task: Predictor
         trainer: Not running yet.
         verb: What it will do.
         configured: What the configuration says of its loggers.
-        task: What it will do it with, for the run's name and tags, unless the user gives them.
+        task: The task that runs, for the run's name and tags, unless the user gives them.
         data: The same of the traces.
 
     Raises:

@@ -37,12 +37,12 @@ class Checkpoint:
     """A model's files, before its weights are loaded.
 
     Attributes:
-        name: What the user calls it.
+        name: Name that the user gave.
         folder: Folder of its files; for a model on the Hub, the snapshot of one commit in the Hub's cache.
         repository: On the Hub, and at which revision; None for a folder.
         revision: Revision that the user named; None for none.
-        config: Its configuration.
-        tokenizer: Its tokenizer.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the model.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def model_id(self) -> str:
-        """What its publisher calls it: the repository on the Hub, or the folder."""
+        """Name of the repository on the Hub, or of the folder."""
         return str(self.folder) if self.repository is None else self.repository.repository
 
     @property
@@ -73,10 +73,10 @@ class Checkpoint:
         """Load the model.
 
         Args:
-            dtype: To compute in; ``"auto"`` as stored.
+            dtype: Type to compute in; default: ``"auto"``, the type of the stored weights.
             device: One device, ``"auto"``, or a device map.
             load_in: ``"8bit"`` or ``"4bit"``, which bitsandbytes does; not tested.
-            offload_folder: Where weights go that a device map sends to disk.
+            offload_folder: Folder for weights that a device map sends to disk.
 
         Raises:
             UserError: It cannot be loaded.
@@ -160,9 +160,9 @@ def load_model(
 
     Args:
         name: A folder, the name of a model that ships with this package, or ``ORG/REPO`` on the Hub.
-        revision: Of a model on the Hub.
+        revision: Branch, tag or commit of a model on the Hub; default: ``main``.
         dtype: To compute in; ``"auto"`` as stored.
-        device: Where to, as `moe_beyond.collect.devices.placement` reads it.
+        device: Device, as `moe_beyond.collect.devices.placement` reads it; default: ``cpu``.
         load_in: ``"8bit"`` or ``"4bit"``, which bitsandbytes does; not tested.
 
     Returns:

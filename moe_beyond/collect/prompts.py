@@ -35,7 +35,7 @@ class Prompt:
     Attributes:
         text: The text, or the messages of a chat as the model's chat template takes them: mappings with ``role``,
             ``content``, and whatever else the template reads.
-        sequence_id: Its name, unique in a trace set.
+        sequence_id: Name, unique in a trace set.
         source: Where it is from.
         split: The split that its trace goes to.
     """

@@ -45,7 +45,7 @@ class Hooked:
 
     Attributes:
         module: The experts module, or the router.
-        name: Of that module in the model.
+        name: Name of that module in the model.
         block: The model's layer that it is in.
         names: Of the parameters that hold the choice; None where a router's logits do.
         index: Of the logits among what a router returns.

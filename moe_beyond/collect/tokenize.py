@@ -28,11 +28,11 @@ def tokenize_prompts(
     """Tokenize prompts, cut them, and decide their splits: all that can be wrong with prompts is found here.
 
     Args:
-        prompts: What the model is given.
-        tokenizer: Its tokenizer.
-        config: Its configuration, which says how many positions it has.
+        prompts: Prompts of the model.
+        tokenizer: Tokenizer of the model.
+        config: Configuration of the model, for its number of positions.
         asked: Settings of the collection.
-        source: Where the prompts are from, for error messages.
+        source: File or data set of the prompts, for error messages.
 
     Raises:
         UserError: There is none, one is empty or too long or of a kind that the template does not write, or two have

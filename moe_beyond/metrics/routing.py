@@ -19,7 +19,7 @@ FIGURES = (
     *("recall_at_k", "f1", "f1_two_class", "accuracy", "f1_micro", "f1_macro", "average_precision", "exact_match"),
     *("nll", "calibration_error", "gate_mass_at_k"),
 )
-"""What `RoutingMetrics.compute` returns; the last only where gate weights are known."""
+"""Names of the figures of `RoutingMetrics.compute`; the last only where gate weights are known."""
 SURE = 1e-7  # a score of 0 or 1 counts as this far from it: a wrong one would cost infinitely much
 
 

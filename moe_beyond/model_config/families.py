@@ -1,4 +1,4 @@
-"""What the code of each architecture reads of its configuration, as transformers 5 builds the modules."""
+"""The fields that each architecture reads of its configuration, as transformers 5 builds the modules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ class Family:
     """How an architecture's code reads its configuration.
 
     Attributes:
-        rules: Which layers hold experts: the first whose fields are set, else the last with ``defaults``.
+        rules: Rules for which layers hold experts: the first whose fields are set, else the last with ``defaults``.
         defaults: Defaults of the rules' fields.
         width: The width of an expert. Where several names are set, they must agree.
         inner: The width of what an expert reads, where that may be another than the hidden size.

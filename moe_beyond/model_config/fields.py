@@ -20,7 +20,7 @@ class Config:
 
     Attributes:
         fields: The fields.
-        source: Where they came from, for error messages.
+        source: Path or name of the origin, for error messages.
     """
 
     fields: Mapping[str, Any]

@@ -13,7 +13,7 @@ class Rule:
     """One way in which configurations say which layers hold experts.
 
     Attributes:
-        fields: What it reads.
+        fields: Names of the fields that it reads.
         layers: Given these and the number of layers, the layers of experts; absent fields leave out no layer.
     """
 

@@ -128,7 +128,7 @@ class Stepper(ABC):
 
         Args:
             layer: MoE layer, counted from 0.
-            experts: Their ids, in any order.
+            experts: ``(n,)`` ids of the experts, in any order.
             state: ``(D,)``, for predictors whose information set has hidden states: what the layer's router read; or,
                 where those are layer inputs, what the next MoE layer reads before its attention, None after the last.
 
@@ -249,7 +249,7 @@ class Predictor(nn.Module, ABC):
             1/K of each expert's probability to be chosen); or ``"subset"``, the sigmoid of logits shifted so that a
             layer's add up to K. Of a model whose tokens may have fewer than K experts the first alone is true.
         calibration: What makes those probabilities true, once it was fitted.
-        fitted_on: What its folder or checkpoint records of its training text
+        fitted_on: Record of its training text in its folder or checkpoint
             (`moe_beyond.predictors.training_text.Training`); None where nothing was recorded.
     """
 

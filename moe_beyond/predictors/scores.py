@@ -40,7 +40,7 @@ INDEX_FIELDS = {
     "files": Kind("an object of plain file names", lambda value: _is_object_of(PLAIN_NAME, value)),
     "sha256": Kind("an object of hashes, 64 hexadecimal digits each", lambda value: _is_object_of(SHA256, value)),
 }
-"""What each field of the index must be."""
+"""Kinds of the fields of the index."""
 
 
 class ScoresWriter:
@@ -95,7 +95,7 @@ def writing_scores(
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
-        training: What is recorded of the predictor's training text, if anything.
+        training: Record of the predictor's training text, if there is one.
     """
     ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
     with replacing_folder(folder, overwrite=ours) as temporary:

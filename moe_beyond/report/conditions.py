@@ -11,7 +11,7 @@ def conditions(results: Sequence[Result]) -> str:
     """Say under which conditions replays were made.
 
     Args:
-        results: Of one command: they share all but policy, prefetcher, budget and window. At least one.
+        results: Results of one command, at least one. They share all but policy, prefetcher, budget and window.
     """
     first = results[0]
     said = [_start(results), _steps(results), counted_words(first)]

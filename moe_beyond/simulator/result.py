@@ -234,10 +234,10 @@ def make_result(
 
     Args:
         geometry: The model.
-        settings: What was replayed.
+        settings: Settings of the replay.
         counts: ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS`.
         clock: Times of the steps, and what they demanded.
-        grouping: Which sequences they are of.
+        grouping: Grouping of the sequences that were counted.
         note: What the result assumes, in words; default: the note of the settings.
     """
     total = dict(zip(COUNTERS, counts.sum(0).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What every task does: validate, test, predict, note in its checkpoints what it fitted, and resume from them."""
+"""The base of all tasks: validation, test, prediction, notes in checkpoints, and resuming from them."""
 
 import os
 import sys

@@ -108,7 +108,7 @@ def restore(progress: Progress, loops: dict[str, Any], trainer: L.Trainer) -> No
     one that was just made, and a validation whose first batch is not processed for one to begin.
 
     Args:
-        progress: How far the fit was.
+        progress: Progress of the fit.
         loops: ``fit_loop`` of the checkpoint's loops, which is changed.
         trainer: The resuming trainer.
     """

@@ -24,7 +24,7 @@ def read_columns(
         geometry: The model's shape.
         sequences: Number of rows in the manifest.
         tokens: Number of tokens in the manifest.
-        source: Where it came from, for error messages.
+        source: Path or name of the origin, for error messages.
 
     Raises:
         UserError: It is no Parquet file, lacks a column, holds other counts, or would take the memory.

@@ -38,7 +38,7 @@ def read_token_ids(stored: StoredArray | None, length: int, span: slice) -> npt.
     Args:
         stored: The ids of all tokens of the request.
         length: Tokens of the request, T.
-        span: Those of them that were recorded.
+        span: The tokens that were recorded.
 
     Raises:
         UserError: They are not as many as the tokens, or no ids.
@@ -71,7 +71,7 @@ def read_decode_start(stored: StoredArray | None, length: int, span: slice) -> i
     Args:
         stored: The first position of the request that the model wrote.
         length: Tokens of the request, T.
-        span: Those of them that were recorded.
+        span: The tokens that were recorded.
 
     Raises:
         UserError: It is no such position.

@@ -38,7 +38,7 @@ FORMAT = Format(
         "token_idx: the token's place in the sequence; the first may be any number, and none is left out",
         "selected_ids: the K expert ids, in the router's order; all -1 for a token that was not computed",
         "gate_weights: the K gate weights in the same order; optional, in all lines or in none",
-        "other fields are passed over",
+        "other fields are ignored",
         *FIELDS,
     ),
     example=(
