@@ -108,7 +108,7 @@ def _how_far(path: Path) -> tuple[int, int, bool] | None:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         progress = Progress(**checkpoint[CHECKPOINT_KEY][RESUME_KEY]["progress"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError):
-        print(f"moe-beyond: warning: {path}: cannot be resumed; passed over", file=sys.stderr)
+        print(f"moe-beyond: warning: {path}: cannot be resumed; skipped", file=sys.stderr)
         return None
     return (progress.steps, progress.epoch, progress.validated) if "optimizer_states" in checkpoint else None
 

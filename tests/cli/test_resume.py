@@ -138,7 +138,7 @@ def test_the_newest_readable_checkpoint_is_resumed_and_what_is_being_written_is_
     assert main(["fit", "--resume", str(copy), "--trainer.max_steps=5", "--quiet"]) == 0
     config = yaml.safe_load(next(tmp_path.glob("runs/*/version_0/config.yaml")).read_text())
     assert Path(config["ckpt_path"]).name == "between-step=4.ckpt"
-    assert "last.ckpt: cannot be resumed; passed over" in capsys.readouterr().err
+    assert "last.ckpt: cannot be resumed; skipped" in capsys.readouterr().err
     assert (copy / "checkpoints/.last.ckpt.abc.ckpt").read_bytes() == b"half"  # the run may still be alive
 
 
