@@ -7,7 +7,7 @@ the policy's to say, through compiled functions that are passed in (`Verbs`).
 Time passes in `advance`. Without a device every transfer takes none: what is asked for is there at once, as far as
 there is room.
 
-A prefetch that has to wait becomes a use when it goes on the link, not when it is requested. One whose pool has no room
+A prefetch that has to wait becomes a use when it goes on the link, not when it is asked for. One whose pool has no room
 is overtaken by those behind it. An expert that is still on the link may be evicted once the next event has begun: its
 transfer is paid for and wasted. Ties between victims go by the moment of the last use, then by the lower (layer,
 expert), unless a policy says otherwise.

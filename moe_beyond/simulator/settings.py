@@ -39,9 +39,9 @@ class ReplaySettings:
         prefetch: As `parse_prefetch` reads it.
         lookahead: Of the scores that top<m> and p><t> ask by; None where there is no such prefetch.
         lookaheads: Lookaheads of the scores; all of them serve a policy that reads scores, and every prefetcher. A
-            score is used as soon as its lookahead makes it available: once a layer is through, top<m> and p><t> ask by the
-            scores of ``lookahead`` only; at a token's start, layers before which no layer runs are prefetched by the
-            scores of the smallest lookahead that covers them.
+            score is used as soon as its lookahead makes it available. Once a layer is through, top<m> and p><t> ask
+            by the scores of ``lookahead`` only. At a token's start, layers before which no layer runs are prefetched
+            by the scores of the smallest lookahead that covers them.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         predictor: What to call where the scores come from.
         causal: Whether the scores ignore later tokens.
