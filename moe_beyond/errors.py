@@ -36,6 +36,10 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
         name: The name that was written.
         names: The names to choose from.
         cutoff: Least similarity, 0 to 1, as `difflib` counts it.
+
+    Example:
+        >>> nearest("lro", ["belady", "lru"]), nearest("LRU", ["lru"]), nearest("x", ["lru"])
+        ('lru', 'lru', None)
     """
     names = list(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
