@@ -8,7 +8,6 @@ from decimal import Decimal
 from functools import wraps
 from numbers import Integral, Number, Real
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -31,6 +30,7 @@ from moe_beyond.evaluation.evaluate import evaluate as measure_and_replay
 from moe_beyond.evaluation.runs import find_source, find_trained, load_trained
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor
 from moe_beyond.evaluation.strategies import beside
+from moe_beyond.fields import shown
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.training_text import MeasuredText
@@ -52,14 +52,14 @@ NOTEBOOK_CODE = '<pre style="font-family: ui-monospace, Menlo, Consolas, monospa
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay found, a line a strategy; in a notebook it shows itself as a table.
+    """Results of a replay, one line per strategy; a notebook displays them as a table.
 
     Attributes:
-        results: One record a strategy, with LRU, Belady and the best fixed choice beside every budget.
+        results: One record per strategy, with LRU, Belady and the best fixed choice at every budget.
         geometry: The model.
-        title: What was replayed.
-        metrics: Of the predictor by lookahead, where it was measured.
-        measured_on: The split, and what its text is to the predictor.
+        title: Model and source of the traces.
+        metrics: Figures of the predictor, one row per lookahead; empty where none was measured.
+        measured_on: The split, and how its text relates to the training text of the predictor.
     """
 
     results: Sequence[Result]
@@ -88,7 +88,7 @@ class Replayed:
         return (budgets_figure if several else frontier_figure)(self.results, self.title)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a data frame, a row a strategy, without the counts by layer.
+        """Return a data frame with one row per strategy, without the counts by layer.
 
         Raises:
             UserError: pandas is not installed.
@@ -102,9 +102,9 @@ class Replayed:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as ``--json`` writes them."""
-        found: dict[str, Any] = {"measured_on": self.measured_on.to_json()}
-        found |= {"metrics": list(self.metrics)} if self.metrics else {}
-        return found | {"results": [result.to_json() for result in self.results]}
+        content: dict[str, Any] = {"measured_on": self.measured_on.to_json()}
+        content |= {"metrics": list(self.metrics)} if self.metrics else {}
+        return content | {"results": [result.to_json() for result in self.results]}
 
     def _repr_html_(self) -> str:
         # In a notebook rich would display the tables by itself as well.
@@ -122,7 +122,7 @@ Returned = TypeVar("Returned")
 
 
 def _one_line(function: Callable[Options, Returned]) -> Callable[Options, Returned]:
-    """Turn what the system says of a path that cannot be read or written into a `UserError`."""
+    """Turn the system's error about a path that cannot be read or written into a `UserError`."""
 
     @wraps(function)
     def wrapped(*arguments: Options.args, **options: Options.kwargs) -> Returned:
@@ -144,7 +144,7 @@ def record(
     out: str | Path,
     **options: Any,
 ) -> TraceSet:
-    """Run a model over prompts, and perhaps let it answer them, and write its routing as a trace set.
+    """Run a model over prompts, optionally let it answer, and write its routing as a trace set.
 
     Args:
         model: A transformers mixture of experts, on any device, offloaded or not.
@@ -160,7 +160,7 @@ def record(
             ``out`` exists.
 
     Warns:
-        UserWarning: Something that was asked for cannot be recorded.
+        UserWarning: Something that the options request cannot be recorded.
 
     Example:
         >>> import moe_beyond as mb
@@ -247,7 +247,7 @@ def replay(
 def evaluate(
     traces: TraceSet | str | Path, predictor: Predictor | str | Path, *, split: str | None = None, **options: Any
 ) -> Replayed:
-    """Measure a predictor by lookahead, and replay what it is worth at each under a memory budget.
+    """Measure a predictor by lookahead, and replay with each lookahead under a memory budget.
 
     Args:
         traces: A trace set.
@@ -274,7 +274,7 @@ def evaluate(
 
 
 def _opened(traces: TraceSet | str | Path, function: str) -> TraceSet:
-    """Open a trace set, and name the right order where a predictor stands in its place."""
+    """Open a trace set, and name the right order if a predictor was given instead."""
     if isinstance(traces, TraceSet):
         return traces
     order = f"write {function}(traces, predictor)"
@@ -287,7 +287,7 @@ def _opened(traces: TraceSet | str | Path, function: str) -> TraceSet:
 
 
 def _source(predictor: Predictor | str | Path | None, function: str) -> ScoreSource | None:
-    """Open a predictor as a source of scores, and name the right order where a trace set stands in its place."""
+    """Open a predictor as a source of scores, and name the right order if a trace set was given instead."""
     if predictor is None:
         return None
     if isinstance(predictor, Predictor):
@@ -303,12 +303,8 @@ def _source(predictor: Predictor | str | Path | None, function: str) -> ScoreSou
 
 def _path(value: Any, what: str) -> str:
     if not isinstance(value, str | Path):
-        raise UserError(f"{what} is a name or a path (got {_shown(value)})")
+        raise UserError(f"{what} is a name or a path (got {shown(value)})")
     return str(value)
-
-
-def _shown(value: Any) -> str:
-    return shorten(f"{type(value).__name__}: {value!r}", 80)
 
 
 def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -327,7 +323,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("device", "scope", "quotas", "profile", "strategy", "policy", "prefetch"), (str, Path)),
     "lookahead": (str, Integral),
 }
-"""What the values of each option are, where the command line has text."""
+"""Types of the values of each option that the command line reads as text."""
 NAMES = {bool: "True or False", Integral: "a whole number", Real: "a number", str: "text"}
 
 
@@ -341,12 +337,12 @@ def _request(options: dict[str, Any]) -> Request:
     given: dict[str, Any] = {}
     for name, value in options.items():
         if name in SEVERAL:
-            one = isinstance(value, str | Path | Number) or not isinstance(value, Iterable)
-            values = [_value(name, each) for each in ([value] if one else value)]
+            single = isinstance(value, str | Path | Number) or not isinstance(value, Iterable)
+            values = [_value(name, each) for each in ([value] if single else value)]
             if not values and name == "budget":
                 raise UserError("budget: names no budget; write 0.1 or '10%'")
             given[name] = values
-        elif value is not None:  # None is what an option is without
+        elif value is not None:  # None means that the option is absent
             given[name] = _value(name, value)
     return Request(**given)
 
@@ -359,7 +355,9 @@ def _value(name: str, value: Any) -> Any:
     if isinstance(value, np.bool_):
         value = bool(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(f"{name}: is {' or '.join(NAMES[kind] for kind in kinds if kind in NAMES)} (got {value!r})")
+        raise UserError(
+            f"{name}: is {' or '.join(NAMES[kind] for kind in kinds if kind in NAMES)} (got {shown(value)})"
+        )
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, bool | str):
@@ -378,14 +376,14 @@ def _budget(value: Any) -> str:
         return f"{Decimal(str(value)) * 100:f}%"
     raise UserError(
         f"budget: is a share (a float above 0 and up to 1.0), slots (an int), or text such as '10%' and '2.9GB' "
-        f"(got {value!r})"
+        f"(got {shown(value)})"
     )
 
 
 def _text(traces: TraceSet, split: str | None, conditions: Conditions, sources: Sequence[ScoreSource]) -> MeasuredText:
     """Settle the split; warn in Python's way where its text may flatter a predictor."""
     if not isinstance(split, str | None):
-        raise UserError(f"split: is the name of a split (got {_shown(split)})")
+        raise UserError(f"split: is the name of a split (got {shown(split)})")
     text = text_to_measure(traces, split, conditions, sources)
     for line in text.lines:
         warnings.warn(line, stacklevel=4)

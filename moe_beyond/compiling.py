@@ -1,4 +1,4 @@
-"""Where numba keeps compiled code: it compiles once on any machine, says so, and survives a damaged store."""
+"""The store of code that numba compiles: it compiles once per machine, says so, and rebuilds a damaged store."""
 
 import getpass
 import hashlib
@@ -20,7 +20,7 @@ DAMAGE = (
     *(OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError),
     *(ImportError, RuntimeError, UnicodeDecodeError),
 )
-"""What pickle and LLVM make of a file that is cut short, or of one that cannot be read."""
+"""Errors of pickle and LLVM for a file that is cut short or cannot be read."""
 
 log = logging.getLogger("moe_beyond")
 
@@ -37,11 +37,11 @@ class _PrivateFolder(UserProvidedCacheLocator):
     def from_function(cls, function: Any, file: str) -> Any:
         """Return a place that can be written, or None."""
         try:
-            found = cls(function, file)
-            found.ensure_cache_path()  # type: ignore[no-untyped-call]
+            locator = cls(function, file)
+            locator.ensure_cache_path()  # type: ignore[no-untyped-call]
         except OSError:
             return None
-        return found
+        return locator
 
 
 def private_folder() -> Path:
@@ -80,13 +80,13 @@ class _Cache(FunctionCache):
     def load_overload(self, signature: Any, target: Any) -> Any:
         """Return what is stored; None where nothing is, or what is stored is damaged."""
         try:
-            found = super().load_overload(signature, target)  # type: ignore[no-untyped-call]
+            overload = super().load_overload(signature, target)  # type: ignore[no-untyped-call]
         except DAMAGE:
             self._drop()
-            found = None
-        if found is None and self.announcement:
+            overload = None
+        if overload is None and self.announcement:
             _note_once(self.announcement)
-        return found
+        return overload
 
     def save_overload(self, signature: Any, data: Any) -> None:
         """Store what was compiled, where there is room."""
@@ -96,7 +96,7 @@ class _Cache(FunctionCache):
             _note_once(f"compiled code is not kept ({error}): it is compiled again next time")
 
     def _drop(self) -> None:
-        """Remove a damaged index, by which alone the rest is found."""
+        """Remove a damaged index, without which nothing stored is found."""
         try:
             Path(self._cache_file._index_path).unlink(missing_ok=True)  # noqa: SLF001
         except OSError as error:
@@ -113,9 +113,9 @@ def kept(dispatcher: Any, function: Function, announcement: str = "") -> Functio
     """Keep what numba compiles of a function for later processes.
 
     Args:
-        dispatcher: What `numba.njit` made of it without ``cache=True``.
-        function: The function itself.
-        announcement: Line to print when it has to be compiled, once a process; nothing by default.
+        dispatcher: Result of `numba.njit` without ``cache=True``.
+        function: The function that was compiled.
+        announcement: Line to print when it has to be compiled, once per process; default: nothing.
     """
     try:
         dispatcher._cache = _Cache(function)  # type: ignore[no-untyped-call]  # noqa: SLF001

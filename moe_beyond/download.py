@@ -3,7 +3,6 @@
 Files of known names come down; whatever else a repository holds stays there.
 """
 
-import difflib
 import os
 import re
 import sys
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moe_beyond.errors import UserError
+from moe_beyond.errors import UserError, nearest
+from moe_beyond.fields import brief
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -69,7 +69,7 @@ def download(name: HubName, kind: Kind, needed: Sequence[str], wanted: Sequence[
 
     Args:
         name: The repository.
-        kind: Of which kind.
+        kind: Kind of the repository.
         needed: Files that must be there.
         wanted: Patterns of further files; no others are downloaded.
 
@@ -91,15 +91,15 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
 
     Args:
         name: The repository.
-        kind: Of which kind.
+        kind: Kind of the repository.
         patterns: Shell patterns of file names.
-        shown: What error messages call it, if not ``hf:ORG/REPO@REVISION``.
+        shown: Name in error messages, if not ``hf:ORG/REPO@REVISION``.
 
     Returns:
         The folder, named as the commit; it is the Hub's cache, not to be written to.
 
     Raises:
-        UserError: There is no such repository, or the Hub cannot be asked.
+        UserError: There is no such repository, or the Hub cannot be reached.
     """
     with asking_hub(shown or str(name)):
         from huggingface_hub import snapshot_download
@@ -110,7 +110,7 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
 
 
 def looks_local(name: str) -> bool:
-    """Tell whether a name means a path on this machine, so that the Hub need not be asked about it.
+    """Tell whether a name means a path on this machine, so that no request to the Hub is needed.
 
     It does if it begins like a path (``/``, ``./``, ``../``, ``~``), has other than one ``/`` or a known suffix, or if
     what is before its last ``/`` is a folder here.
@@ -126,12 +126,12 @@ def looks_local(name: str) -> bool:
 
 
 def no_such_file(name: str, what: str, *, hint: str = "") -> UserError:
-    """Build the error for a path that is not there, naming the entry beside it that is spelt most alike.
+    """Build the error for a path that is not there, naming the entry of its folder that is spelt most alike.
 
     Args:
         name: The path, as the user wrote it.
-        what: What it should be, such as ``"folder"``.
-        hint: What to do instead, where nothing is spelt alike.
+        what: The expected kind, such as ``"folder"``.
+        hint: Advice where nothing is spelt alike; default: none.
     """
     if (near := near_path(name)) is not None:
         return UserError(f"{name}: there is no such {what}; did you mean {near}?")
@@ -143,10 +143,10 @@ def near_path(name: str) -> Path | None:
     path = Path(name).expanduser()
     missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
     try:
-        near = difflib.get_close_matches(missing.name, os.listdir(missing.parent), n=1, cutoff=0.6)
+        near = nearest(missing.name, os.listdir(missing.parent))
     except OSError:
         return None
-    meant = missing.parent / near[0] / path.relative_to(missing) if near else None
+    meant = missing.parent / near / path.relative_to(missing) if near else None
     return meant if meant is not None and meant.exists() else None
 
 
@@ -190,9 +190,9 @@ def _reason(error: BaseException) -> str:
         if isinstance(behind, OfflineModeIsEnabled):
             return "is not in the local cache, and HF_HUB_OFFLINE keeps from asking the Hub; unset it"
         if isinstance(behind, TransportError):
-            return f"the Hub cannot be reached at {constants.ENDPOINT} ({_one_line(behind)}); try again"
+            return f"the Hub cannot be reached at {constants.ENDPOINT} ({brief(behind)}); try again"
         behind = behind.__cause__
-    return _one_line(error)
+    return brief(error)
 
 
 def _answer(error: "HfHubHTTPError") -> str:
@@ -200,7 +200,7 @@ def _answer(error: "HfHubHTTPError") -> str:
     from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    status, said = error.response.status_code, _one_line(error.server_message or "no reason given")
+    status, said = error.response.status_code, brief(error.server_message or "no reason given")
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
         return "there is no such revision; name a branch, a tag or a commit"
@@ -218,7 +218,3 @@ def _answer(error: "HfHubHTTPError") -> str:
     if status >= 500:
         return f"the Hub fails (status {status}); try again later"
     return f"the Hub refuses it (status {status}: {said})"
-
-
-def _one_line(told: BaseException | str) -> str:
-    return " ".join(str(told).split())[:240] or type(told).__name__

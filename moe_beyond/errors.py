@@ -24,7 +24,23 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         "unknown policy 'LRU'; did you mean 'lru'?"
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    near = near or [other for other in known if other.lower() == name.lower()]
-    hint = f"did you mean {' or '.join(map(repr, near[:1]))}?" if near else f"known: {', '.join(known)}"
+    near = nearest(name, known, cutoff=0.5)
+    hint = f"known: {', '.join(known)}" if near is None else f"did you mean {near!r}?"
     return UserError(f"unknown {kind} {name!r}; {hint}")
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the name that is spelt most like another, or like it but for capitals; None if none is.
+
+    Args:
+        name: The name that was written.
+        names: The names to choose from.
+        cutoff: Least similarity, 0 to 1, as `difflib` counts it.
+
+    Example:
+        >>> nearest("lro", ["belady", "lru"]), nearest("LRU", ["lru"]), nearest("x", ["lru"])
+        ('lru', 'lru', None)
+    """
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return next(iter(near or [other for other in names if other.lower() == name.lower()]), None)

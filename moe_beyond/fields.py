@@ -21,10 +21,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be.
+    """A condition on a value.
 
     Attributes:
-        words: It in words, for error messages.
+        words: The condition in words, for error messages.
         accepts: Whether a value is of this kind.
     """
 
@@ -71,9 +71,9 @@ def check_kinds(kinds: Mapping[str, Kind], values: Mapping[str, Any], where: str
     """Refuse values that are not of their kind.
 
     Args:
-        kinds: By name, what each value must be.
-        values: By name, the values.
-        where: What to put before a name in the message.
+        kinds: The kind of each value, by name.
+        values: The values, by name.
+        where: Text before the name in the message; default: none.
 
     Raises:
         UserError: One is of another kind.
@@ -89,7 +89,7 @@ def build(made: Callable[..., Made], content: Any, what: str) -> Made:
     Args:
         made: The dataclass.
         content: The object.
-        what: What it describes, for error messages.
+        what: Name of the object in error messages.
 
     Raises:
         UserError: It is no object, or its fields are missing or unknown.
@@ -128,3 +128,18 @@ def printable(text: str) -> str:
         'a tab\\x09, red \\x1b[31m'
     """
     return UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def brief(message: object, most: int = 240) -> str:
+    r"""Write what a library says as one line that a terminal can show.
+
+    Args:
+        message: A text, or an exception; one without a text is named by its class.
+        most: Characters to show; what is cut off becomes ``...``.
+
+    Example:
+        >>> brief("no such key\n  at line 3"), brief(ValueError()), brief("too long a message", 8)
+        ('no such key at line 3', 'ValueError', 'too long...')
+    """
+    text = printable(" ".join(str(message).split())) or type(message).__name__
+    return text if len(text) <= most else f"{text[:most]}..."

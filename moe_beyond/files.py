@@ -17,16 +17,16 @@ from moe_beyond.errors import UserError
 from moe_beyond.fields import is_plain_name, shown
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where a file has no room: a full disk, a quota, a limit of file sizes."""
+"""Error numbers for a file without room: a full disk, a quota, a limit of file sizes."""
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries that are written in Rust tell it, such as safetensors."""
+"""The error number in messages of libraries written in Rust, such as safetensors."""
 SEAL = "content_sha256"
 """The field of a JSON object that holds a hash of all others."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` on success, delete it on any error.
+    """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on any error.
 
     The file is flushed to the disk before it is renamed, and its folder after: even a power cut leaves the earlier file
     or the later one.
@@ -65,7 +65,7 @@ def creating(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; rename it to ``path`` on success, delete it on any error.
+    """Yield an empty temporary folder next to ``path``; rename it to ``path`` on success, delete it on any error.
 
     Args:
         path: The folder to make.
@@ -76,8 +76,8 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             or there is no room.
     """
     path = Path(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists; choose another folder or remove it")
+    if not overwrite:
+        check_is_free(path)
     check_is_elsewhere(path)
     with _naming_what_has_no_room(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,21 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_taken(folder: Path) -> bool:
+    """Tell whether a folder cannot be made at a path: something other than an empty folder is there already."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def check_is_free(folder: Path) -> None:
+    """Refuse to make a folder where there is something already.
+
+    Raises:
+        UserError: There is.
+    """
+    if is_taken(folder):
+        raise UserError(f"{folder} already exists; choose another folder or remove it")
+
+
 def check_is_elsewhere(path: Path) -> None:
     """Refuse to make a folder that this process works inside.
 
@@ -120,6 +135,12 @@ def is_earlier_result(folder: str | Path, marker: str, *names: str) -> bool:
     """
     found = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
     return marker in found and all(any(fnmatchcase(name, known) for known in (marker, *names)) for name in found)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the hash of a file, in hexadecimal digits, without reading it into memory as a whole."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -146,7 +167,7 @@ def parse_json(content: bytes, source: str | Path) -> Any:
 
     Args:
         content: The file.
-        source: Where it came from, for error messages.
+        source: Path or name of the origin, for error messages.
 
     Raises:
         UserError: It is not JSON.
@@ -167,8 +188,8 @@ def check_seal(content: Mapping[str, Any], source: str | Path, remedy: str) -> N
 
     Args:
         content: The object.
-        source: Where it came from, for error messages.
-        remedy: What to do about a change.
+        source: Path or name of the origin, for error messages.
+        remedy: Advice for a changed file.
 
     Raises:
         UserError: A field was changed since.
@@ -183,17 +204,17 @@ def _seal_of(content: Mapping[str, Any]) -> str:
 
 
 def file_in(folder: str | Path, name: str) -> Path:
-    """Return the path of a file that lies in a folder.
+    """Return the path of a file in a folder.
 
-    A link that leads out of the folder is refused, but for one to the ``blobs`` of the Hub's cache, where the files of
-    a snapshot lie.
+    A link that leads out of the folder is refused, but for one to the ``blobs`` of the Hub's cache, which hold the
+    files of a snapshot.
 
     Args:
         folder: The folder.
-        name: The file's name in it; a file that is not there is none of this function's business.
+        name: Name of the file, which need not exist.
 
     Raises:
-        UserError: It lies elsewhere, or is no regular file.
+        UserError: The name is a path, the file is outside the folder, or it is not a regular file.
     """
     root, path = Path(folder).resolve(), Path(folder) / name
     if not is_plain_name(name):
@@ -212,16 +233,16 @@ def file_in(folder: str | Path, name: str) -> Path:
 
 @contextmanager
 def _naming_what_has_no_room(path: Path) -> Iterator[None]:
-    """Turn what the system says of a full disk, naming no file, into a line that does."""
+    """Turn the system's error about a full disk, which names no file, into a line that names it."""
     try:
         yield
     except Exception as error:
-        found = OS_ERROR.search(str(error))
-        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        written = OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(written[1]) if written else None
         if number not in FULL or isinstance(error, UserError):
             raise
-        told = os.strerror(number)
-        raise UserError(f"{path}: cannot be written ({told}); make room, then run the same command again") from error
+        reason = os.strerror(number)
+        raise UserError(f"{path}: cannot be written ({reason}); make room, then run the same command again") from error
 
 
 def _flush(path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import shown
 from moe_beyond.files import read_json
-from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture, shown
+from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 MOST_PARAMS = 10**15

@@ -1,6 +1,5 @@
 """Where fitted predictors lie: those that ship with this package, the user's own, and those on the Hugging Face Hub."""
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from moe_beyond.download import (
     parse_hub_name,
 )
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.files import read_json
+from moe_beyond.files import file_sha256, read_json
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 """What a predictor folder holds."""
@@ -110,7 +109,6 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
 def _downloaded(name: HubName) -> Path:
     """Download a predictor and say which one it is."""
     folder = download(name, "model", (CONFIG_FILE, WEIGHTS_FILE), (CARD_FILE,))
-    with (folder / WEIGHTS_FILE).open("rb") as weights:
-        sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
+    sha256 = file_sha256(folder / WEIGHTS_FILE)
     print(f"{name} is {folder.name}, {WEIGHTS_FILE} has sha256 {sha256}", file=sys.stderr)
     return folder

@@ -120,7 +120,7 @@ def test_a_share_is_exact() -> None:
         ({"device": 3}, "device: is text (got 3)"),
         ({"device": "/"}, ""),
         ({"profile": "/"}, ""),
-        ({"split": 3}, "split: is the name of a split (got int: 3)"),
+        ({"split": 3}, "split: is the name of a split (got 3)"),
         ({"split": "tests"}, "unknown split"),
     ],
 )
@@ -142,8 +142,8 @@ def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None
         ((trace_set, trace_set), "evaluate: predictor is a trace set"),
         ((trace_set, run.traces), f"evaluate: predictor is a trace set ({run.traces})"),
         ((trace_set, None), "evaluate: a predictor is missing"),
-        ((trace_set, 3), "evaluate: predictor is a name or a path (got int: 3)"),
-        ((3, predictor), "evaluate: traces is a name or a path (got int: 3)"),
+        ((trace_set, 3), "evaluate: predictor is a name or a path (got 3)"),
+        ((3, predictor), "evaluate: traces is a name or a path (got 3)"),
         ((trace_set, "x" * 5000), "xxx...: File name too long"),
         (("x" * 5000, predictor), "xxx...: File name too long"),
     ):

@@ -316,12 +316,12 @@ def test_latent_experts_are_as_narrow_as_what_they_read():
     ("changes", "says"),
     [
         ({"decoder_sparse_step": None, "mlp_only_layers": None}, "no field says which layers hold experts"),
-        ({"hidden_act": None}, "does not tell whether an expert has two or three matrices"),
+        ({"hidden_act": None}, "does not say whether an expert has two or three matrices"),
         (
             {"mlp_hidden_act": "relu2"},
-            "mlp_hidden_act 'relu2' does not tell whether an expert has two or three matrices",
+            "mlp_hidden_act 'relu2' does not say whether an expert has two or three matrices",
         ),
-        ({"hidden_act": "relu"}, "does not tell whether an expert has two or three matrices"),
+        ({"hidden_act": "relu"}, "does not say whether an expert has two or three matrices"),
         ({"mlp_bias": True}, "whether experts have biases"),
         ({"use_bias": True}, "whether experts have biases"),
         ({"mlp_only_layers": [0], "moe_intermediate_size": None}, "no field says how wide an expert is"),

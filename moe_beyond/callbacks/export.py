@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from moe_beyond.callbacks.run import run_folder
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.runs import EXPORTED, find_trained, load_trained
+from moe_beyond.files import check_is_free
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration, calibrate
@@ -92,7 +93,7 @@ def _lender(name: str, predictor: Predictor) -> Predictor:
 
 
 def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -> None:
-    """Make a predictor folder out of any checkpoint, not calibrated; or out of a run, by what that stands for.
+    """Make a predictor folder out of a checkpoint, without calibration, or out of a run.
 
     Args:
         checkpoint: A ``.ckpt`` of this package, or a run's folder (`moe_beyond.evaluation.runs.find_trained`).
@@ -103,7 +104,6 @@ def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -
         UserError: The checkpoint cannot be read, or the folder exists.
     """
     folder, source = Path(folder), Path(checkpoint)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} already exists; choose another folder or remove it")
+    check_is_free(folder)
     predictor, training = load_trained(find_trained(str(checkpoint)) if source.is_dir() else source)
     save_predictor(predictor, folder, training, dtype=torch.float16 if half else torch.float32)

@@ -12,6 +12,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from moe_beyond.callbacks.run import run_folder
+
 INTERRUPTED = "interrupted.ckpt"
 
 
@@ -19,8 +21,8 @@ class SaveOnInterrupt(L.Callback):
     """Answers the first Ctrl-C (SIGINT) or SIGTERM of a fit with a checkpoint and its end; the second ends it at once.
 
     The checkpoint, ``interrupted.ckpt``, is saved after the present batch, next to the fit's other checkpoints, and
-    holds the last optimiser step. A fit without a `ModelCheckpoint` saves none. Of several ranks any may be asked.
-    Under SLURM, SIGTERM is left to Lightning.
+    holds the last optimiser step. A fit without a `ModelCheckpoint` saves none. With several ranks, a signal to any of
+    them is enough. Under SLURM, SIGTERM is left to Lightning.
 
     Attributes:
         signal: Number of the signal that was received; None for none.
@@ -36,7 +38,7 @@ class SaveOnInterrupt(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self.folder = run_folder(trainer)
         numbers = [signal.SIGINT] if SLURMEnvironment.detect() else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is threading.main_thread():
             self._others = {number: signal.signal(number, self._receive) for number in numbers}
@@ -49,23 +51,23 @@ class SaveOnInterrupt(L.Callback):
             os.write(2, b"moe-beyond: stopping after this batch; once more ends at once\n")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop, if asked to."""
-        self._stop_if_asked(trainer)
+        """Stop after the batch if a signal was received."""
+        self._stop_if_signalled(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Stop, if asked to; the validation starts again when the fit is resumed."""
+        """Stop if a signal was received; a resumed fit starts the validation again."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._stop_if_asked(trainer)
+            self._stop_if_signalled(trainer)
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        asked = self.signal is not None
+    def _stop_if_signalled(self, trainer: L.Trainer) -> None:
+        signalled = self.signal is not None
         if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if not asked:
+            signalled = trainer.strategy.reduce_boolean_decision(signalled, all=False)
+        if not signalled:
             return
-        keeping = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-        if keeping and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = Path(str(keeping[0].dirpath)) / INTERRUPTED
+        callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        if callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path = Path(str(callbacks[0].dirpath)) / INTERRUPTED
             trainer.save_checkpoint(path)
             self.saved = path
         self.signal = self.signal or signal.SIGINT

@@ -1,4 +1,4 @@
-"""Which figures a fit logs, so that a callback that monitors another is refused before the first epoch."""
+"""The figures that a fit logs; a callback that monitors another is refused before the first epoch."""
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,9 +15,9 @@ KNOWN = ("moe_beyond.", "lightning.")
 
 
 def check_monitors(callbacks: list[L.Callback], task: PredictorTask, data: TraceDataModule) -> None:
-    """Refuse a callback that monitors what the fit does not log.
+    """Refuse a callback that monitors a figure which the fit does not log.
 
-    Code from outside this package may log more, so that nothing is refused next to it. A `ModelCheckpoint` may monitor
+    Code from outside this package may log more, so a fit with such code is not checked. A `ModelCheckpoint` may monitor
     a figure of a validation that the fit does not have: it then keeps the last checkpoint.
 
     Raises:
@@ -50,5 +50,5 @@ def figures_of_fit(callbacks: list[L.Callback], task: PredictorTask, data: Trace
         if figure not in EQUAL
     ]
     replays = [callback for callback in callbacks if isinstance(callback, CacheReplay)]
-    replayed = [found for callback in replays for found in callback.names("val", data.manifest)]
-    return [*names, *(name for found in replayed for name in found.values())]
+    replayed = [by_field for callback in replays for by_field in callback.names("val", data.manifest)]
+    return [*names, *(name for by_field in replayed for name in by_field.values())]

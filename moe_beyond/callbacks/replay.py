@@ -170,7 +170,7 @@ class CacheReplay(L.Callback):
 
         Args:
             stage: ``val`` or ``test``.
-            manifest: Of the traces to replay.
+            manifest: Manifest of the traces to replay.
 
         Returns:
             For each of `results`, the names by field of `Result`.
@@ -184,7 +184,7 @@ class CacheReplay(L.Callback):
         ]
 
     def _budgets(self, geometry: Geometry, bits: float) -> dict[int, str]:
-        """Return the different budgets: slots, and the first text that means so many."""
+        """Return the different budgets by slots, each as the first text that means so many."""
         budgets: dict[int, str] = {}
         for text in (self.budget, *self.budgets):
             budgets.setdefault(budget_slots(text, geometry, bits), str(text))

@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""The folder of a run."""
 
 import os
 from pathlib import Path

@@ -12,9 +12,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.collect.asked import Collection, Rank
-from moe_beyond.collect.out_folder import check_out, is_taken, pieces_folder
+from moe_beyond.collect.out_folder import check_out, pieces_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.files import is_taken
 from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.steering import read_steering
 
@@ -44,7 +45,7 @@ def options() -> ArgumentParser:
         "--prompts",
         metavar="P",
         required=True,
-        help="a .txt file (one prompt per line; blank lines are passed over); records in a .jsonl, .json, .csv, .tsv "
+        help="a .txt file (one prompt per line; blank lines are skipped); records in a .jsonl, .json, .csv, .tsv "
         f"or .parquet file, FILE[:COLUMN], with the text under one of {', '.join(COLUMNS)}; or a data set, "
         "ORG/NAME[:SPLIT[:COLUMN]]. Chat messages (role and content, or from and value) go through the model's chat "
         "template. The input of an Alpaca record follows its instruction after a blank line",
@@ -166,7 +167,7 @@ def run(words: list[str]) -> None:
 
 @contextmanager
 def offloading(out: Path, device: str | dict[str, Any]) -> Iterator[Path | None]:
-    """Yield a folder beside the trace set for weights that go to disk, if some may; it is removed at the end."""
+    """Yield a folder next to the trace set for weights that go to disk, None if none can; remove it at the end."""
     if isinstance(device, str) and device != "auto":
         yield None
         return

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import Strategy
 
 from moe_beyond.cli.slips import OneLineErrors, one_line, option_strings, parsing_slip
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 
 MOST_VALUES = 100_000
 """Values in a YAML text after its aliases are expanded; aliases of aliases can stand for billions."""
@@ -85,16 +86,16 @@ def _class_paths(content: Any) -> Iterator[str]:
 
 
 def _check_class(path: str) -> None:
-    """Refuse an import path that is not a class which a configuration may name; a bare name jsonargparse looks up.
+    """Refuse an import path unless it is that of a class in `NAMED`; jsonargparse resolves bare names.
 
-    A callback that calls whatever it is given would let a configuration run any command.
+    `LambdaCallback`, which calls any function that it is given, would let a configuration run any command.
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name, None) if module else None
+        named = getattr(importlib.import_module(module), name, None) if module else None
     except (ImportError, ValueError) as error:
-        raise UserError(f"class_path {path}: cannot be imported ({' '.join(str(error).split())})") from error
-    wrong = module and not (isinstance(found, type) and issubclass(found, NAMED))
+        raise UserError(f"class_path {path}: cannot be imported ({brief(error)})") from error
+    wrong = module and not (isinstance(named, type) and issubclass(named, NAMED))
     if wrong or name == LambdaCallback.__name__:
         raise UserError(f"class_path {path}: is none of the classes that a configuration may name")
 
@@ -117,7 +118,7 @@ class ConfigFile(ActionConfigFile):
         except yaml.YAMLError as error:
             mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
             line = "" if mark is None else f", line {mark.line + 1}"
-            raise UserError(f"{values}{line}: is not YAML ({' '.join(str(problem or error).split())})") from error
+            raise UserError(f"{values}{line}: is not YAML ({brief(problem or error)})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{values}: is not text in UTF-8") from error
         except (TypeError, KeyError) as error:
@@ -128,11 +129,12 @@ class ConfigFile(ActionConfigFile):
 
 
 def _check_names(parser: OneLineErrors, content: dict[str, Any]) -> None:
-    """Refuse an option that there is not, at once: jsonargparse looks when it no longer knows the file."""
-    known = {word.removeprefix("--") for word in option_strings(parser)}
-    groups = {name.partition(".")[0] for name in known}
+    """Refuse an unknown option at once: when jsonargparse looks, it no longer knows the file."""
+    options = {word.removeprefix("--") for word in option_strings(parser)}
+    groups = {name.partition(".")[0] for name in options}
+    trainer = content.get("trainer")
     names = [str(name) for name in content]
-    names += [f"trainer.{name}" for name in content.get("trainer") or {} if isinstance(content["trainer"], dict)]
+    names += [f"trainer.{name}" for name in trainer] if isinstance(trainer, dict) else []
     for name in names:
-        if name not in known | groups:
-            raise unknown("option", name, known | groups)
+        if name not in options | groups:
+            raise unknown("option", name, options | groups)

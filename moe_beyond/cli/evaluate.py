@@ -66,12 +66,12 @@ def options() -> ArgumentParser:
     known.add_argument(
         "--record",
         action="store_true",
-        help="write the figures into the predictor folder's config and card; not of text that it was fitted on",
+        help="write the figures into the config and the card of the predictor folder; refused for its training text",
     )
     known.add_argument(
         "--record-training-text",
         action="store_true",
-        help="like --record, also of text that the predictor was, or may have been, fitted on; the figures are marked",
+        help="like --record, but also for text that the predictor was, or may have been, fitted on; marks the figures",
     )
     return known
 

@@ -56,7 +56,7 @@ NOTHING_FITTED = (
 CHATTY = ("lightning.pytorch", "lightning.fabric")
 """Loggers of Lightning that write to the terminal."""
 RUNS = "runs", "predictor"
-"""Where a run goes whose configuration has no logger, as in the shipped configurations."""
+"""Folder and name of a run whose configuration has no logger, as in the shipped configurations."""
 
 EXAMPLES = {
     "fit": "moe-beyond fit -c configs/trainer/default.yaml -c configs/model/cross_layer.yaml "
@@ -173,8 +173,8 @@ class PredictorCLI(LightningCLI):
         if not self.trainer.global_step:
             raise UserError(NOTHING_FITTED)
         predictor = export_folder(self.trainer)  # asks all ranks
-        found = {"run": str(predictor.parent), "predictor": str(predictor) if predictor.exists() else None}
-        self._say({name: path for name, path in found.items() if path}, found | {"metrics": self._metrics()})
+        paths = {"run": str(predictor.parent), "predictor": str(predictor) if predictor.exists() else None}
+        self._say({name: path for name, path in paths.items() if path}, paths | {"metrics": self._metrics()})
 
     def before_validate(self) -> None:
         """Refuse to score random weights."""
@@ -198,9 +198,9 @@ class PredictorCLI(LightningCLI):
         self.config_init["predict"]["return_predictions"] = False
 
     def after_predict(self) -> None:
-        """Say where the scores lie."""
+        """Show where the scores are."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        written = [str(one.folder) for one in callbacks if isinstance(one, WriteScores) and one.folder]
+        written = [str(writer.folder) for writer in callbacks if isinstance(writer, WriteScores) and writer.folder]
         self._say({"scores": ", ".join(written)} if written else {}, {"scores": written[0] if written else None})
 
     def _metrics(self) -> dict[str, float]:
@@ -237,7 +237,7 @@ class PredictorCLI(LightningCLI):
 
 
 def check_trainer_options(options: Namespace) -> None:
-    """Refuse values that Lightning takes and then fails at, or silently misreads.
+    """Refuse values that Lightning accepts and then fails on or misreads.
 
     Raises:
         UserError: There is one.

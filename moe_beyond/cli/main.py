@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 from moe_beyond.version import __version__
 
 # Group -> verb -> (module of this folder, what it does). A module is imported only when its verb is asked for, so that
@@ -42,7 +43,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 MEANT = {"train": "fit", "eval": "evaluate", "record": "collect", "simulate": "replay", "upload": "push", "ls": "list"}
-"""Verbs of other tools, and ours for the same."""
+"""Verbs of other tools, and the verbs here that do the same."""
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moe-beyond: error: {error}", file=sys.stderr)
         return 2
     except SystemExit as end:  # argument parsers end so, after their own message
-        if end.code == 1 and isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
+        if is_interrupt(end):
             print("moe-beyond: interrupted", file=sys.stderr)
             return 130
         return end.code if isinstance(end.code, int) else 1
@@ -102,12 +103,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a path that cannot be read or written
         where = f"{error.filename}: " if error.filename else ""
-        print(f"moe-beyond: error: {where}{' '.join((error.strerror or str(error)).split())}", file=sys.stderr)
+        print(f"moe-beyond: error: {where}{brief(error.strerror or error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moe-beyond: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Tell whether an exception is Ctrl-C, which Lightning turns into an exit with code 1."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
+    )
 
 
 def console() -> NoReturn:

@@ -66,7 +66,7 @@ def add_combinations(options: ArgumentParser) -> None:
         action="append",
         metavar="H",
         help="scores to ask by: token, 1, 2, ... (default: the first); at a token's start, layers before which none "
-        "runs are asked by those of the smallest lookahead; repeat for more",
+        "runs are prefetched by those of the smallest lookahead; repeat for more",
     )
 
 

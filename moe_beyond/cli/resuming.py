@@ -14,8 +14,9 @@ import torch
 from jsonargparse import ArgumentParser
 
 from moe_beyond.callbacks.interrupt import SaveOnInterrupt
+from moe_beyond.cli.main import is_interrupt
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import CONFIG_FILE, checkpoints_of
+from moe_beyond.evaluation.runs import CONFIG_FILE, checkpoints_of, run_of
 from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
 
@@ -70,8 +71,6 @@ def with_resume(words: Sequence[str]) -> list[str]:
 def find_run(name: str) -> tuple[Path, Path]:
     """Return the configuration of a run, and the checkpoint to go on from.
 
-    What a killed process left half-written next to the checkpoints is removed.
-
     Args:
         name: The run's folder, which gives its newest checkpoint, or a checkpoint.
 
@@ -81,15 +80,12 @@ def find_run(name: str) -> tuple[Path, Path]:
     place = Path(name)
     if not place.exists():
         raise UserError(f"{name}: run not found; name its folder, as runs/predictor/version_0, or a checkpoint of it")
-    nearby = (place.parent.parent, place.parent)  # Lightning keeps checkpoints in a folder of the run's
-    folder = place if place.is_dir() else next((one for one in nearby if (one / CONFIG_FILE).exists()), place.parent)
+    folder = place if place.is_dir() else run_of(place)
     config = folder / CONFIG_FILE
     if not config.exists():
         raise UserError(f"{name}: has no {CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
     if not place.is_dir():
         return config, place
-    for half_written in folder.rglob(".*.ckpt.*.ckpt"):
-        half_written.unlink(missing_ok=True)
     return config, newest_checkpoint(folder)
 
 
@@ -99,8 +95,8 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    found = [(_how_far(path), path) for path in checkpoints_of(folder)]
-    resumable = [(far, path.stat().st_mtime, path) for far, path in found if far is not None]
+    progress = [(_how_far(path), path) for path in checkpoints_of(folder)]
+    resumable = [(far, path.stat().st_mtime, path) for far, path in progress if far is not None]
     if not resumable:
         raise UserError(f"{folder}: holds no checkpoint that a fit can go on from; fit again")
     return max(resumable)[2]
@@ -112,7 +108,7 @@ def _how_far(path: Path) -> tuple[int, int, bool] | None:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         progress = Progress(**checkpoint[CHECKPOINT_KEY][RESUME_KEY]["progress"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError):
-        print(f"moe-beyond: warning: {path}: cannot be resumed; passed over", file=sys.stderr)
+        print(f"moe-beyond: warning: {path}: cannot be resumed; skipped", file=sys.stderr)
         return None
     return (progress.steps, progress.epoch, progress.validated) if "optimizer_states" in checkpoint else None
 
@@ -152,13 +148,6 @@ def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
             for line in _last_words(interrupt):
                 print(line, file=sys.stderr)
         raise SystemExit(128 + (interrupt.signal or signal.SIGINT)) from None
-
-
-def is_interrupt(error: BaseException) -> bool:
-    """Tell whether an exception is Ctrl-C, which Lightning turns into an exit with code 1."""
-    return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, SystemExit) and error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
-    )
 
 
 def _last_words(interrupt: SaveOnInterrupt) -> list[str]:

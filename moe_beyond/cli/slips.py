@@ -1,6 +1,5 @@
-"""A mistake in an option as one line, whichever library noticed it."""
+"""Mistakes in options as errors of one line, whichever library noticed them."""
 
-import difflib
 import inspect
 import re
 import traceback
@@ -12,14 +11,15 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.errors import UserError, unknown
+from moe_beyond.errors import UserError, nearest, unknown
+from moe_beyond.fields import brief
 
 PACKAGE = Path(__file__).parents[1]
 LONGEST = 400
 """Characters of a library's message that are shown."""
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 ABOUT_CODE = (AssertionError, AttributeError, LookupError, NameError)
-"""What a library raises when it was called wrongly, rather than with a wrong value."""
+"""Errors of a library that was called wrongly, in contrast to one that was given a wrong value."""
 
 
 class OneLineErrors(ArgumentParser):
@@ -82,12 +82,12 @@ def _repeats(options: OneLineErrors, name: str) -> bool:
 
 
 def parsing_slip(options: OneLineErrors, message: str, error: BaseException | None) -> str:
-    """Make one line of what a parser complains about.
+    """Make one line of a parser's complaint.
 
     Args:
-        options: The parser. One that jsonargparse makes for the arguments of a class does not exit on errors.
-        message: Its message.
-        error: What it came from.
+        options: The parser. One that jsonargparse makes for the arguments of a class has ``exit_on_error`` off.
+        message: The message of the parser.
+        error: The exception behind the message, or None.
     """
     text = _flat(message.split("Given value type")[0])  # what follows is the whole configuration
     verb, example = options.verb, options.example
@@ -115,7 +115,7 @@ def _owner(options: OneLineErrors) -> str:
 
 
 def _of_verb(options: OneLineErrors) -> OneLineErrors:
-    """Return the parser of the verb's options, which may be one of several below this one."""
+    """Return the parser of the verb's options, which may be a subparser of this one."""
     below: list[dict[str, OneLineErrors]] = [
         action.choices
         for action in options._actions  # noqa: SLF001
@@ -134,28 +134,28 @@ def _as_typed(options: OneLineErrors, name: str) -> str:
 
 
 def _meant(options: OneLineErrors, words: list[str]) -> str:
-    """Say what words that the parser does not know may have meant."""
-    known = option_strings(options)
+    """Say which options the words that the parser does not know may have meant."""
+    names = option_strings(options)
     actions = options._actions  # noqa: SLF001
     positional = {f"--{action.dest}": action for action in actions if not action.option_strings}
     if any(word.partition("=")[0] in positional for word in words):
         name = next(word.partition("=")[0] for word in words if word.partition("=")[0] in positional)
         return f"{options.verb} takes {positional[name].metavar} without {name}, as in: {options.example}"
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    near = [found for found in (_near(flag, known) for flag in flags) if found]
-    if not flags and "--traces" in known:
+    near = list(filter(None, (_near(flag, names) for flag in flags)))
+    if not flags and "--traces" in names:
         return f"did you mean --traces {words[0]}?"
-    return "; ".join(f"did you mean {found}?" for found in near) or _or_help(None, options.verb)
+    return "; ".join(f"did you mean {option}?" for option in near) or _or_help(None, options.verb)
 
 
-def _near(flag: str, known: Iterable[str]) -> str | None:
-    """Return the option nearest to a flag; of a dotted one, perhaps with another head."""
-    known = list(known)
-    if found := difflib.get_close_matches(flag, known, n=1, cutoff=0.7):
-        return found[0]
+def _near(flag: str, names: Iterable[str]) -> str | None:
+    """Return the option nearest to a flag; for a dotted flag, also one whose first part is misspelt."""
+    names = list(names)
+    if near := nearest(flag, names, cutoff=0.7):
+        return near
     head, dot, tail = flag.partition(".")
-    heads = difflib.get_close_matches(head, [name.partition(".")[0] for name in known], n=1, cutoff=0.7)
-    return f"{heads[0]}.{tail}" if dot and heads and heads[0] != head else None
+    other = nearest(head, (name.partition(".")[0] for name in names), cutoff=0.7)
+    return f"{other}.{tail}" if dot and other not in (None, head) else None
 
 
 def _or_help(near: str | None, verb: str) -> str:
@@ -164,9 +164,9 @@ def _or_help(near: str | None, verb: str) -> str:
 
 def _no_argument(options: OneLineErrors, name: str) -> str:
     names = [word.removeprefix("--") for word in option_strings(options) if word != "--help"]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    known = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names) or 'none'}"
-    return f"{_owner(options)} has no argument '{name}'; {known}"
+    near = nearest(name, names)
+    hint = f"it has {', '.join(names) or 'none'}" if near is None else f"did you mean {near!r}?"
+    return f"{_owner(options)} has no argument '{name}'; {hint}"
 
 
 def _value_slip(options: OneLineErrors, key: str, message: str, error: BaseException | None) -> str:
@@ -202,7 +202,7 @@ def _value_slip(options: OneLineErrors, key: str, message: str, error: BaseExcep
 
 
 def kinds(hint: Any) -> list[str]:
-    """Describe what a type hint takes, kind by kind."""
+    """Describe the values that a type hint takes, one entry per kind."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         several = [kind for part in inside for kind in kinds(part)]
@@ -217,17 +217,17 @@ def kinds(hint: Any) -> list[str]:
 
 
 def class_names(hint: Any) -> list[str]:
-    """List the classes that a type hint takes by name: each base's concrete subclasses, or itself."""
+    """List the names of the classes that a type hint takes: the concrete classes among each base and its subclasses."""
     if get_args(hint):
         return sorted({name for part in get_args(hint) for name in class_names(part)})
     if not isinstance(hint, type) or hint in KINDS:
         return []
     classes, waiting = set(), [hint]
     while waiting:
-        found = waiting.pop()
-        waiting += found.__subclasses__()
-        if not inspect.isabstract(found) and not found.__name__.startswith("_"):
-            classes.add(found.__name__)
+        base = waiting.pop()
+        waiting += base.__subclasses__()
+        if not inspect.isabstract(base) and not base.__name__.startswith("_"):
+            classes.add(base.__name__)
     return sorted(classes)
 
 
@@ -243,13 +243,13 @@ def _flat(text: str) -> str:
 
 @contextmanager
 def one_line(where: str = "", *, constructing: bool = False) -> Iterator[None]:
-    """Turn what a library raises about an option into one line, and leave a fault of this package a traceback.
+    """Turn an error of a library about an option into one line; a fault of this package keeps its traceback.
 
-    A library judges an option where none of this package's code stands between the command line and what raised. While
-    classes are constructed, it also does where it rejects a value that a class of this package hands through.
+    An error is about an option if no code of this package is between the command line and the code that raised it.
+    While classes are constructed, it also is if a library rejects a value that a class of this package passes on.
 
     Args:
-        where: What to name as the place of the fault, if not the class that raised.
+        where: Place of the fault to name; by default the class that raised the error.
         constructing: Whether the block constructs what the configuration names.
 
     Raises:
@@ -258,18 +258,16 @@ def one_line(where: str = "", *, constructing: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = next(
-            found for found in _causes(error) if found.__cause__ is None or not _raised_in(found, "jsonargparse")
-        )
-        ours = next((found for found in _causes(error) if isinstance(found, UserError)), None)
+        chain = list(_causes(error))
+        cause = next(link for link in chain if link.__cause__ is None or not _raised_in(link, "jsonargparse"))
+        ours = next((link for link in chain if isinstance(link, UserError)), None)
         if ours is not None:
-            text = str(ours).strip().splitlines()[-1]  # of a worker process, torch puts its traceback before
+            text = str(ours).strip().splitlines()[-1]  # torch puts the traceback of a worker process before it
             raise UserError(text.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
         if isinstance(error, OSError) or not _is_about_an_option(cause, constructing):
             raise
-        who, what = where or _speaker(cause), _flat(str(cause)) or type(cause).__name__
-        what = what if len(what) <= LONGEST else f"{what[:LONGEST]}..."
-        raise UserError(f"{who + ': ' if who else ''}{what.rstrip('.')}") from error
+        who = where or _speaker(cause)
+        raise UserError(f"{who + ': ' if who else ''}{brief(cause, LONGEST).rstrip('.')}") from error
 
 
 def _is_about_an_option(error: BaseException, constructing: bool) -> bool:
@@ -296,7 +294,7 @@ def _raised_in(error: BaseException, package: str) -> bool:
 
 
 def _speaker(error: BaseException) -> str:
-    """Return the class, among those that a configuration names, in which an error came up."""
+    """Return the name of the class in which an error was raised, among those that a configuration can name."""
     import lightning as L
     from lightning.pytorch.loggers import Logger
     from lightning.pytorch.profilers import Profiler
@@ -304,4 +302,4 @@ def _speaker(error: BaseException) -> str:
 
     named = (L.Trainer, L.Callback, L.LightningModule, L.LightningDataModule, Logger, Profiler, Strategy)
     speakers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((type(one).__name__ for one in reversed(speakers) if isinstance(one, named)), "")
+    return next((type(speaker).__name__ for speaker in reversed(speakers) if isinstance(speaker, named)), "")

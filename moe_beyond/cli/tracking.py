@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 from moe_beyond.tasks import PredictorTask
 
 MODE = "WANDB_MODE"
@@ -37,7 +38,7 @@ def settle_wandb(trainer: L.Trainer, verb: str, configured: Any, task: Predictor
         trainer: Not running yet.
         verb: What it will do.
         configured: What the configuration says of its loggers.
-        task: What it will do it with, for the run's name and tags, unless the user gives them.
+        task: The task that runs, for the run's name and tags, unless the user gives them.
         data: The same of the traces.
 
     Raises:
@@ -126,8 +127,7 @@ def finishing_wandb() -> Iterator[None]:
         _finish(1)
         wandb = sys.modules.get("wandb")
         if wandb is not None and isinstance(error, wandb.Error):
-            told = " ".join(str(error).split()).rstrip(".")
-            raise UserError(f"wandb: {told}; {MODE}=offline does without its server") from error
+            raise UserError(f"wandb: {brief(error).rstrip('.')}; {MODE}=offline does without its server") from error
         raise
     else:
         _finish(0)

@@ -85,8 +85,8 @@ def check_trace(trace: Trace, manifest: Manifest) -> None:
     """Refuse at once what the trace set would not take when all batches are done.
 
     Args:
-        trace: Of one prompt.
-        manifest: Of the set.
+        trace: Trace of one prompt.
+        manifest: Manifest of the trace set.
 
     Raises:
         UserError: Its token ids are outside the vocabulary, or its experts no choice of the model's.

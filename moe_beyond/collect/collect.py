@@ -22,7 +22,7 @@ from moe_beyond.collect.batch import check_trace, record_batch
 from moe_beyond.collect.devices import embedding_rows, input_device
 from moe_beyond.collect.forcing import forcing
 from moe_beyond.collect.geometry import measured_geometry
-from moe_beyond.collect.out_folder import check_out, is_taken, pieces_folder
+from moe_beyond.collect.out_folder import check_out, pieces_folder
 from moe_beyond.collect.pieces import (
     WAIT_SECONDS,
     WHOLE,
@@ -41,6 +41,7 @@ from moe_beyond.collect.routers import Router, find_routers, stored_routers
 from moe_beyond.collect.tokenize import tokenize_prompts
 from moe_beyond.collect.vocabulary import RecordedTokenizer, recorded_tokenizer
 from moe_beyond.errors import UserError
+from moe_beyond.files import is_taken
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
@@ -168,7 +169,7 @@ def _without_routers(routers: Mapping[int, Router], geometry: Geometry) -> str:
         if missing
         else "they differ in kind or width from layer to layer"
     )
-    return f"the routers of {geometry.model} are not stored beside the hidden states: {why}"
+    return f"the routers of {geometry.model} are not stored next to the hidden states: {why}"
 
 
 def _manifest(

@@ -1,4 +1,4 @@
-"""Where a model is computed: the devices of this machine, and models that are spread over several places."""
+"""The devices of this machine, and models that are spread over several of them, host memory and disk."""
 
 import os
 from importlib.util import find_spec

@@ -46,8 +46,7 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
 
 def _expert_weights(model: nn.Module, hooked: Hooked) -> list[Tensor]:
     """Return the parameters of a layer's experts."""
-    inner = next(name for name, module in model.named_modules() if module is hooked.module)
-    mixture = model.get_submodule(inner.rpartition(".")[0])  # where a router is hooked, experts are its neighbours
+    mixture = model.get_submodule(hooked.name.rpartition(".")[0])  # where a router is hooked, experts are next to it
     holder = hooked.module if hooked.names is not None else getattr(mixture, "experts", None)
     if holder is not None:
         return list(holder.parameters())
@@ -57,6 +56,10 @@ def _expert_weights(model: nn.Module, hooked: Hooked) -> list[Tensor]:
 def _params_per_expert(model: nn.Module, hooked: Hooked) -> int:
     count = hooked.num_experts
     # Weights may have rows of identity experts too, which nobody moves.
-    rows = (max(len(weight), count) if weight.ndim == 3 else count for weight in _expert_weights(model, hooked))
-    weights = _expert_weights(model, hooked)
-    return max(1, sum(weight.numel() // number for weight, number in zip(weights, rows, strict=True)))
+    return max(
+        1,
+        sum(
+            weight.numel() // (max(len(weight), count) if weight.ndim == 3 else count)
+            for weight in _expert_weights(model, hooked)
+        ),
+    )

@@ -18,6 +18,7 @@ from moe_beyond.download import (
     snapshot,
 )
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 from moe_beyond.files import read_json
 from moe_beyond.published import CONFIG_FILE, WEIGHTS_FILE, checkpoints_folder
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""Patterns of a model's files beside its weights: configurations, tokenizers, chat templates. No code, no pickle."""
+"""Patterns of a model's files other than weights: configurations, tokenizers, chat templates. No code, no pickle."""
 CODE = "auto_map"
 """The field of a configuration that names code of the model's own."""
 
@@ -36,12 +37,12 @@ class Checkpoint:
     """A model's files, before its weights are loaded.
 
     Attributes:
-        name: What the user calls it.
-        folder: Where its files lie; of a model on the Hub, its snapshot of one commit in the Hub's cache.
+        name: Name that the user gave.
+        folder: Folder of its files; for a model on the Hub, the snapshot of one commit in the Hub's cache.
         repository: On the Hub, and at which revision; None for a folder.
-        revision: The one that was asked for, if any.
-        config: Its configuration.
-        tokenizer: Its tokenizer.
+        revision: Revision that the user named; None for none.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the model.
     """
 
     name: str
@@ -53,12 +54,12 @@ class Checkpoint:
 
     @property
     def model_id(self) -> str:
-        """What its publisher calls it: the repository on the Hub, or the folder."""
+        """Name of the repository on the Hub, or of the folder."""
         return str(self.folder) if self.repository is None else self.repository.repository
 
     @property
     def has_code(self) -> bool:
-        """Whether code of its own lies with it, which is not run."""
+        """Whether it comes with code of its own, which is not run."""
         return bool(getattr(self.config, CODE, None))
 
     def load(
@@ -72,10 +73,10 @@ class Checkpoint:
         """Load the model.
 
         Args:
-            dtype: To compute in; ``"auto"`` as stored.
+            dtype: Type to compute in; default: ``"auto"``, the type of the stored weights.
             device: One device, ``"auto"``, or a device map.
             load_in: ``"8bit"`` or ``"4bit"``, which bitsandbytes does; not tested.
-            offload_folder: Where weights go that a device map sends to disk.
+            offload_folder: Folder for weights that a device map sends to disk.
 
         Raises:
             UserError: It cannot be loaded.
@@ -86,8 +87,8 @@ class Checkpoint:
         if load_in is not None:
             from transformers import BitsAndBytesConfig
 
-            told = {f"load_in_{load_in}": True}
-            more["quantization_config"] = BitsAndBytesConfig(**told)  # type: ignore[no-untyped-call]
+            width = {f"load_in_{load_in}": True}
+            more["quantization_config"] = BitsAndBytesConfig(**width)  # type: ignore[no-untyped-call]
         spread = not isinstance(device, str) or device == "auto"
         if spread or load_in is not None:
             more |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
@@ -159,9 +160,9 @@ def load_model(
 
     Args:
         name: A folder, the name of a model that ships with this package, or ``ORG/REPO`` on the Hub.
-        revision: Of a model on the Hub.
+        revision: Branch, tag or commit of a model on the Hub; default: ``main``.
         dtype: To compute in; ``"auto"`` as stored.
-        device: Where to, as `moe_beyond.collect.devices.placement` reads it.
+        device: Device, as `moe_beyond.collect.devices.placement` reads it; default: ``cpu``.
         load_in: ``"8bit"`` or ``"4bit"``, which bitsandbytes does; not tested.
 
     Returns:
@@ -203,7 +204,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, HubName | None]:
             raise UserError(f"--model {name}: names a revision, and so does --revision {revision}; give one")
         return _download(name, HubName(hub_name.repository, revision or hub_name.revision))
     if path.is_file():
-        raise UserError(f"--model {name}: is a file; name the folder that it lies in")
+        raise UserError(f"--model {name}: is a file; name its folder")
     if not path.is_dir() and name in (bundled := bundled_models()):
         path = checkpoints_folder() / name
     if path.is_dir():
@@ -242,5 +243,4 @@ def _one_line(name: str) -> Iterator[None]:
                 f"--model {name}: comes with code of its own ({CODE}), which is never run; only architectures that "
                 "transformers itself has are recorded"
             ) from error
-        told = " ".join(str(error).split())[:240]
-        raise UserError(f"--model {name}: cannot be loaded ({told})") from error
+        raise UserError(f"--model {name}: cannot be loaded ({brief(error)})") from error

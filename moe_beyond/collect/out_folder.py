@@ -1,19 +1,14 @@
-"""Where a trace set is to be made, and where its parts lie until then."""
+"""The folder in which a trace set is to be made, and the folder of its parts until then."""
 
 import os
 from pathlib import Path
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import check_is_elsewhere
-
-
-def is_taken(out: Path) -> bool:
-    """Tell whether a trace set cannot be made there: something is there already."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+from moe_beyond.files import check_is_elsewhere, check_is_free
 
 
 def pieces_folder(out: Path) -> Path:
-    """Return the folder beside a trace set to be that holds what was collected of it so far."""
+    """Return the folder of the parts of a trace set that are collected so far; it is next to the set."""
     return out.parent / f".{out.name}.collecting"
 
 
@@ -24,8 +19,8 @@ def check_out(out: Path) -> None:
         UserError: There is something already, or this process works inside it, or its parent cannot be written to.
     """
     check_is_elsewhere(out)
-    if is_taken(out) and not pieces_folder(out).is_dir():
-        raise UserError(f"{out} already exists; choose another folder or remove it")
+    if not pieces_folder(out).is_dir():
+        check_is_free(out)
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise UserError(f"{out}: cannot be made, choose another folder; {above}: Not a directory")

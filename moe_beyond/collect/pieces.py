@@ -16,10 +16,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from moe_beyond.collect.asked import Collection, Rank, Row
-from moe_beyond.collect.out_folder import is_taken
 from moe_beyond.collect.vocabulary import RecordedTokenizer
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing, write_json
+from moe_beyond.files import is_taken, read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
@@ -35,7 +34,7 @@ WHOLE = "set"
 NUMBERS = 16
 """Of each parameter, that a model is known again by."""
 PLACES = ("weights", "parameters")
-"""What is compared as far as both runs know it."""
+"""Fields that are compared as far as both runs have them."""
 WAIT_SECONDS = 1.0
 SPARE = 1.1
 """Of the space that a collection is thought to take."""
@@ -63,7 +62,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 def digest(model: nn.Module) -> str | None:
     """Return a hash of a model's configuration and of some numbers of each of its parameters.
 
-    None where some of them are not here (on disk, in another process): then `digests` tells of those that are.
+    None where some of them are not here (on disk, in another process): `digests` covers those that are.
     """
     found = hashlib.sha256(str(getattr(model, "config", "")).encode())
     for name, parameter in model.named_parameters():
@@ -148,7 +147,7 @@ def _differences(found: Any, request: dict[str, Any]) -> str:
 
 def _same(name: str, found: dict[str, Any], request: dict[str, Any]) -> bool:
     value = found.get(name)
-    if name == "tokenizer" and isinstance(value, dict):  # as earlier versions told it
+    if name == "tokenizer" and isinstance(value, dict):  # as earlier versions stored it
         value = value.get("sha256")
     return bool(value == request[name])
 
@@ -157,10 +156,10 @@ def _same_weights(found: dict[str, Any], request: dict[str, Any]) -> bool:
     """Compare what both know of the weights: all, or those parameters that were here in both runs."""
     if None not in (before := found.get("weights"), now := request["weights"]):
         return bool(before == now)
-    known, here = found.get("parameters"), request["parameters"]
-    if not isinstance(known, dict) or known.keys() != here.keys():
+    there, here = found.get("parameters"), request["parameters"]
+    if not isinstance(there, dict) or there.keys() != here.keys():
         return False
-    pairs = ((known[name], here[name]) for name in here)
+    pairs = ((there[name], here[name]) for name in here)
     return all(a[0] == b[0] and (a[1] == b[1] or None in (a[1], b[1])) for a, b in pairs)
 
 

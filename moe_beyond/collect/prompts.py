@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_beyond.download import REPOSITORY, asking_hub, looks_local, no_such_file
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction")
 """Fields that a record's text is looked for in, in this order, if none is named."""
@@ -24,7 +25,7 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """First bytes of UTF-16 text, and of little-endian UTF-32."""
 
 Notice = Callable[[str], None]
-"""Is called with one line about what was read, or was not."""
+"""Called with one line about fields or lines that were not read."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Prompt:
     Attributes:
         text: The text, or the messages of a chat as the model's chat template takes them: mappings with ``role``,
             ``content``, and whatever else the template reads.
-        sequence_id: Its name, unique in a trace set.
+        sequence_id: Name, unique in a trace set.
         source: Where it is from.
         split: The split that its trace goes to.
     """
@@ -52,7 +53,7 @@ def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Pro
         named: A text file (``.txt``, one prompt per line), a file of records (`RECORD_FILES`; text under one of
             `COLUMNS`, or chat messages, and perhaps ``id``), ``FILE:COLUMN``, or a data set that ``datasets`` loads:
             a folder or ``ORG/NAME``, then ``[:SPLIT[:COLUMN]]``.
-        notice: Is called with lines about what was passed over.
+        notice: Called with lines about blank lines and unread fields.
 
     Raises:
         UserError: There is no such file or data set, or a record has no text; the line is named.
@@ -67,7 +68,7 @@ def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Pro
         fields = _Fields(str(path), column, notice)
         for number, where, record in _records(path, notice):
             yield fields.prompt(record, f"{path.stem}-{number}", f"{path.name}:{number}", f"{path}: {where}")
-        fields.tell()
+        fields.report_unread()
     else:
         raise UserError(
             f"{path}: is not a kind of file that prompts are read from ({path.suffix or 'no suffix'}); "
@@ -104,7 +105,7 @@ class _Fields:
     Args:
         source: The file or data set, for notices.
         column: The field that holds the text; the first of `COLUMNS` that a record has by default.
-        notice: Is called by `tell`.
+        notice: Called by `report_unread` with a line.
     """
 
     def __init__(self, source: str, column: str = "", notice: Notice = lambda line: None) -> None:
@@ -151,7 +152,7 @@ class _Fields:
         self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in known))
         return Prompt(text, name if identity is None else str(identity), source)
 
-    def tell(self) -> None:
+    def report_unread(self) -> None:
         """Say which fields were read, where records have others that nothing was read from."""
         if self._unread:
             read, unread = (", ".join(fields) for fields in (self._read, self._unread))
@@ -159,7 +160,7 @@ class _Fields:
 
 
 def _file_and_column(named: str) -> tuple[Path | None, str]:
-    """Tell a file from a data set, and take the column off a file's name.
+    """Distinguish a file from a data set, and take the column off a file's name.
 
     Returns:
         The file, or None for a data set; and the column, ``""`` if none is named.
@@ -219,7 +220,7 @@ def _all_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
-    """Yield the records of a file, each with its number from 1, and where it stands in the file.
+    """Yield the records of a file, each with its number from 1, and its place in the file.
 
     Raises:
         UserError: The file cannot be read.
@@ -231,7 +232,7 @@ def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
         try:
             rows = pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: is not a Parquet file ({_short(error)})") from error
+            raise UserError(f"{path}: is not a Parquet file ({brief(error)})") from error
         yield from ((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
     elif path.suffix in (".csv", ".tsv"):
         csv.field_size_limit(LONGEST_CELL)
@@ -260,7 +261,7 @@ def _json_records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
             whole = json.loads(text)
         except (ValueError, RecursionError) as error:
             if not (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"):  # more values: JSON lines
-                raise UserError(f"{path}: is not JSON ({_short(error)})") from error
+                raise UserError(f"{path}: is not JSON ({brief(error)})") from error
         else:
             records = whole if isinstance(whole, list) and not all(map(_is_message, whole)) else [whole]
             yield from ((number, f"record {number}", record) for number, record in enumerate(records, start=1))
@@ -269,7 +270,7 @@ def _json_records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON ({_short(error)})") from error
+            raise UserError(f"{path}: line {number} is not JSON ({brief(error)})") from error
         yield number, f"line {number}", record
 
 
@@ -290,8 +291,8 @@ def _data_set(named: str, notice: Notice) -> Iterator[Prompt]:
             where = f"{name}:{split}:{number}"
             yield fields.prompt(record, f"{Path(name).name}-{number}", where, f"{named}: row {number}")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{named}: is not a data set that can be loaded ({_short(error)})") from error
-    fields.tell()
+        raise UserError(f"{named}: is not a data set that can be loaded ({brief(error)})") from error
+    fields.report_unread()
 
 
 def _is_message(item: Any) -> bool:
@@ -315,7 +316,3 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if content is not None and not isinstance(content, str | list):
         raise UserError(f"{where}: the content of a message of role {role!r} is {type(content).__name__}, not text")
     return {"role": SHAREGPT.get(role, role), "content": content, **rest}
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -45,7 +45,7 @@ class Hooked:
 
     Attributes:
         module: The experts module, or the router.
-        name: Of that module in the model.
+        name: Name of that module in the model.
         block: The model's layer that it is in.
         names: Of the parameters that hold the choice; None where a router's logits do.
         index: Of the logits among what a router returns.
@@ -79,7 +79,7 @@ class Call:
 
 
 class Recorder:
-    """What the hooked modules received since the last `take`; made by `recording`.
+    """What the hooked modules received since the last `calls`; made by `recording`.
 
     Attributes:
         moe_layers: Indices of the model's layers that hold experts, ascending.
@@ -95,7 +95,7 @@ class Recorder:
         self._layer_inputs: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
 
     def count(self, layer: int) -> int:
-        """Return how often a layer has routed since the last `take`."""
+        """Return how often a layer has routed since the last `calls`."""
         return len(self._experts[layer])
 
     def _receive(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
@@ -115,7 +115,7 @@ class Recorder:
         if few := [layer for layer, count in counts.items() if count < most or not count]:
             raise UserError(
                 f"layer {few[0]} routed in {counts[few[0]]} of {most} forwards of the model; its experts were not "
-                f"called, and no router tells their choice; {UNFUSED}"
+                f"called, and no router shows their choice; {UNFUSED}"
             )
         found = [self._call(number) for number in range(most)]
         for by_layer in kept:
@@ -180,7 +180,7 @@ def recording(model: nn.Module, readers: Mapping[int, nn.Module] | None = None) 
 
 
 def find_experts(model: nn.Module) -> dict[int, Hooked]:
-    """Find the module of each layer whose calls tell its routing; of wrappers around one (LoRA's), what they wrap.
+    """Find the module of each layer whose calls show its routing; wrappers (such as LoRA's) are unwrapped.
 
     Raises:
         UserError: There is none: the model is dense, or of a kind that transformers does not declare. Or a layer has
@@ -314,19 +314,19 @@ def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked
         return []
     routers = [m for name, m in mixture.named_children() if re.search("router|gate", name)]
     begun: list[int] = []
-    told: list[Any] = []
+    returned: list[Any] = []
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begun.append(recorder.count(layer))
-        told.clear()
+        returned.clear()
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        told.append(output)
+        returned.append(output)
 
     def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if recorder.count(layer) > begun.pop():
             return
-        outputs = list(told)
+        outputs = list(returned)
         if not outputs:
             states = args[0] if args else next(iter(kwargs.values()))
             outputs = [router(states.reshape(-1, states.shape[-1])) for router in routers]
@@ -334,7 +334,7 @@ def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked
         if choice is None:
             raise UserError(
                 f"{type(model).__name__}: layer {layer} computes its experts without calling {hooked.name}, and its "
-                f"router does not tell which it chooses; {UNFUSED}"
+                f"router does not show which it chooses; {UNFUSED}"
             )
         recorder._receive(layer, hooked.num_experts, *choice)  # noqa: SLF001
 

@@ -245,11 +245,11 @@ class Mixture:
         }
 
     def may_route(self, used: Tensor) -> bool:
-        """Tell whether what is multiplied may be a router's weight, though no parameter is: about a row an expert."""
+        """Tell whether a multiplied tensor that is no parameter may be a router's weight: about one row per expert."""
         return used.ndim == 2 and self.hooked.num_experts <= len(used) <= 2 * self.hooked.num_experts
 
     def small_tensors(self) -> dict[str, Tensor]:
-        """Return the parameters and buffers that hold about a number an expert, and are here."""
+        """Return the parameters and buffers in memory that hold about one number per expert."""
         tensors = itertools.chain(self.block.named_parameters(), self.block.named_buffers())
         return {
             name: tensor.detach().flatten()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_beyond.collect.asked import Collection, Row
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
+from moe_beyond.fields import brief
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import without_copies
 
@@ -27,11 +28,11 @@ def tokenize_prompts(
     """Tokenize prompts, cut them, and decide their splits: all that can be wrong with prompts is found here.
 
     Args:
-        prompts: What the model is given.
-        tokenizer: Its tokenizer.
-        config: Its configuration, which says how many positions it has.
-        asked: What to collect.
-        source: Where the prompts are from, for error messages.
+        prompts: Prompts of the model.
+        tokenizer: Tokenizer of the model.
+        config: Configuration of the model, for its number of positions.
+        asked: Settings of the collection.
+        source: File or data set of the prompts, for error messages.
 
     Raises:
         UserError: There is none, one is empty or too long or of a kind that the template does not write, or two have
@@ -78,7 +79,7 @@ def token_ids_of(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
 
 
 def _cut(prompt: Prompt, token_ids: list[int], config: Any, asked: Collection) -> list[int]:
-    """Cut a prompt to what is asked for.
+    """Cut a prompt to ``max_tokens``.
 
     Raises:
         UserError: With what is to be written it is longer than the model has positions all the same.
@@ -102,7 +103,7 @@ def _chat_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]
     """
     name = prompt.sequence_id
     given = [dict(message) for message in prompt.text if isinstance(message, Mapping)]
-    if not given or len(given) < len(prompt.text) or not all({"role", "content"} <= one.keys() for one in given):
+    if not given or len(given) < len(prompt.text) or not all({"role", "content"} <= m.keys() for m in given):
         raise UserError(f"{name}: is not a chat: a list of messages, each with role and content")
     messages = _with_text(given, tokenizer, name)
     written = _written(messages, tokenizer, name)
@@ -178,8 +179,7 @@ def _apply(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase",
         return tokenizer.apply_chat_template(messages, **how)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        told = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{name}: the chat template of the tokenizer refuses it (roles {roles}: {told}); change the messages, or "
-            "give plain text"
+            f"{name}: the chat template of the tokenizer refuses it (roles {roles}: {brief(error, 160)}); "
+            "change the messages, or give plain text"
         ) from error

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecordedTokenizer:
-    """What a trace set keeps of a tokenizer.
+    """A tokenizer as a trace set keeps it.
 
     Attributes:
-        content: Its ``tokenizer.json``.
+        content: Content of its ``tokenizer.json``.
         file: The file that it was loaded from, which holds the same; None where there is none that agrees with it.
         vocab_size: One more than the largest id that the model can read or write: tokens outside ``tokenizer.json``
             and padded rows of the embedding included.
@@ -42,7 +42,7 @@ def recorded_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
 
     Raises:
         UserError: It cannot be written as a ``tokenizer.json``.

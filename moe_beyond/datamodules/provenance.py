@@ -1,4 +1,4 @@
-"""What a fit reads, as a predictor's configuration records it."""
+"""The text that a fit reads, as a predictor's configuration records it."""
 
 from typing import Any
 

@@ -155,7 +155,7 @@ class TraceDataModule(L.LightningDataModule):
         return self.test_dataloader()
 
     def _note_copies(self, split: str) -> None:
-        """Note validation sequences that are exact copies of training ones, where token ids tell so cheaply."""
+        """Note validation sequences that are exact copies of training ones; without token ids that would take long."""
         if not (self.manifest.has_token_ids and self.val_traces.manifest.has_token_ids):
             return
         training, validation = set(self.traces.text_digests(self.train_split)), self.val_traces.text_digests(split)

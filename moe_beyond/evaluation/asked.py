@@ -89,11 +89,11 @@ def asked_slots(request: Request, traces: TraceSet) -> list[int]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all strategies share.
+    """The conditions that all strategies share.
 
     Attributes:
         common: Settings, but for slots and policy.
-        profile: What is known of training text, or None.
+        profile: Statistics of training text, or None.
         quotas: Slots by layer.
         fitted: Name and training record of the profile's predictor, if there is one.
     """
@@ -151,8 +151,8 @@ def text_to_measure(
     Args:
         traces: The trace set.
         split: The split that the user named; None chooses one that nothing was fitted on, where there is one.
-        conditions: What all strategies share.
-        sources: Of the scores.
+        conditions: Conditions that all strategies share.
+        sources: Sources of the scores.
 
     Raises:
         UserError: There is no such split.

@@ -1,7 +1,9 @@
-"""95 % intervals over sequences, by the paired bootstrap: sequences are drawn with replacement, and all figures anew.
+"""95 % intervals over sequences, by the paired bootstrap.
+
+Sequences are drawn with replacement, and all figures are computed for each draw.
 
 Every draw is used for all strategies, so that a difference between two is of the same sequences. What was fitted or
-tuned before is not drawn anew: the intervals say how far other sequences of the same kind would move a figure, not how
+tuned before stays as it is: the intervals say how far other sequences of the same kind would move a figure, not how
 far another fit would.
 """
 
@@ -40,10 +42,10 @@ def check_resamples(resamples: int) -> None:
 
 @dataclass
 class RecallSums:
-    """What recall@k is a quotient of, sequence by sequence.
+    """Numerators and denominators of recall@k, one of each per sequence.
 
     Attributes:
-        names: Their ids.
+        names: Ids of the sequences.
         found: ``(H, L)`` each, the chosen experts among the k best scored.
         named: ``(H, L)`` each, the chosen experts.
     """
@@ -56,7 +58,7 @@ class RecallSums:
 def resampled(rows: Floats, resamples: int) -> Floats:
     """Draw rows with replacement, as many as there are, and add them up; ``(n, C) -> (resamples, C)``.
 
-    The draws depend on n and the number of them alone, so that tables of the same sequences are drawn alike.
+    The draws depend only on n and on their number, so that tables of the same sequences are drawn alike.
 
     Raises:
         UserError: There is but one row.
@@ -88,22 +90,22 @@ def result_intervals(results: Sequence[Result], sums: Sequence[SequenceSums], re
     """Return the results with intervals of hit rate, bytes and speed, and of their differences from LRU's.
 
     Args:
-        results: A record a strategy.
-        sums: Of each, what its sequences contribute.
-        resamples: Draws.
+        results: One record per strategy.
+        sums: Contributions of the sequences, one object per result.
+        resamples: Number of draws.
     """
-    tables = [_by_name(one) for one in sums]
+    tables = [_by_name(part) for part in sums]
     drawn = np.split(resampled(np.concatenate(tables, axis=1), resamples), len(tables), axis=1)
-    figures = [_figures(result, table, one.once) for result, table, one in zip(results, drawn, sums, strict=True)]
+    figures = [_figures(result, table, part.once) for result, table, part in zip(results, drawn, sums, strict=True)]
     lru = {result.budget_slots: n for n, result in enumerate(results) if result.strategy == "lru"}
-    found = []
+    with_intervals = []
     for result, figure in zip(results, figures, strict=True):
         intervals: dict[str, Any] = {name: interval(values) for name, values in figure.items()}
         if result.strategy != "lru" and result.budget_slots in lru:
             reference = figures[lru[result.budget_slots]]
             intervals["minus_lru"] = {name: interval(figure[name] - reference[name]) for name in figure}
-        found.append(replace(result, intervals=intervals))
-    return found
+        with_intervals.append(replace(result, intervals=intervals))
+    return with_intervals
 
 
 def _by_name(sums: SequenceSums) -> Floats:

@@ -177,7 +177,7 @@ def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Score
 
 
 def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any, recall: RecallSums | None) -> None:
-    """Add a sequence to the metrics, and what it adds to recall's sums where those are asked for."""
+    """Add a sequence to the metrics, and its part to recall's sums, if there are any."""
     batch, experts = collate([trace]), scores.shape[-1]
     found, named = metrics.found.clone(), metrics.chosen.sum(-1)
     metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))

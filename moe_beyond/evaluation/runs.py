@@ -19,10 +19,10 @@ from moe_beyond.published import find_predictor
 
 CONFIG_FILE = "config.yaml"
 EXPORTED = "predictor"
-"""Of a run's folder, where its predictor lies."""
+"""Name of the predictor folder in the folder of a run."""
 
 COPIES = ("last", "interrupted")
-"""What the names of checkpoints begin with that may be second copies of others."""
+"""Beginnings of the names of checkpoints that may be second copies of others."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ def is_run(folder: str | Path) -> bool:
 
 
 def find_trained(name: str) -> Path:
-    """Find what a name stands for, and say on standard error which part of a run that is.
+    """Find the predictor that a name refers to; for a run, say on standard error which part of it that is.
 
-    A run stands for the predictor that it exported; without one for the checkpoint that it found best, or else for
-    the last one.
+    A run refers to the predictor that it exported, otherwise to its best checkpoint, otherwise to its last.
 
     Args:
         name: A run's folder, a predictor folder, a published name, or ``hf:ORG/REPO``.
@@ -58,15 +57,15 @@ def find_trained(name: str) -> Path:
     folder = Path(name)
     if not is_run(folder) or (folder / PREDICTOR_CONFIG).exists():
         return find_predictor(name)
-    found = folder / EXPORTED
-    if not (found / PREDICTOR_CONFIG).exists():
+    trained = folder / EXPORTED
+    if not (trained / PREDICTOR_CONFIG).exists():
         if not (files := checkpoints_of(folder)):
             raise UserError(f"{name}: holds no checkpoint (*.ckpt)")
         last = max(files, key=lambda path: (load_checkpoint(path).step, path.stem.startswith(COPIES), path.name))
         best = load_checkpoint(last).best
-        found = next((path for path in files if path.name == best), last)
-    print(f"{name} is a run: its predictor is {found}", file=sys.stderr)
-    return found
+        trained = next((path for path in files if path.name == best), last)
+    print(f"{name} is a run: its predictor is {trained}", file=sys.stderr)
+    return trained
 
 
 def load_trained(path: Path) -> tuple[Predictor, dict[str, Any]]:
@@ -85,7 +84,7 @@ def load_trained(path: Path) -> tuple[Predictor, dict[str, Any]]:
 
 
 def find_source(name: str) -> ScoreSource:
-    """Score with what a name stands for (`find_trained`).
+    """Score with the predictor that a name refers to (`find_trained`).
 
     Raises:
         UserError: There is no such predictor, or it is damaged.
@@ -116,8 +115,14 @@ def validation_data(run: str | Path) -> tuple[str, str]:
 
 
 def checkpoints_of(run: str | Path) -> list[Path]:
-    """List the checkpoints of a run; what is being written, under a hidden name, is none yet."""
+    """List the checkpoints of a run; hidden files, which are still being written, are left out."""
     return [path for path in Path(run).rglob("*.ckpt") if not path.name.startswith(".")]
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that wrote a checkpoint: Lightning keeps checkpoints in a folder of the run's."""
+    nearby = (checkpoint.parent.parent, checkpoint.parent)
+    return next((folder for folder in nearby if (folder / CONFIG_FILE).exists()), checkpoint.parent)
 
 
 def resumed_from(run: str | Path) -> Path | None:
@@ -138,7 +143,7 @@ def checkpoints_of_fit(run: str | Path) -> dict[Path, int]:
     steps = {path: load_checkpoint(path).step for path in checkpoints_of(run)}
     seen, resumed = {Path(run).resolve()}, resumed_from(run)
     while resumed is not None:
-        earlier = resumed.parent.parent if resumed.parent.name == "checkpoints" else resumed.parent
+        earlier = run_of(resumed)
         if earlier.resolve() in seen:
             break
         last = load_checkpoint(resumed).step

@@ -36,7 +36,7 @@ class ScoreSource:
         causal: Whether the scores ignore later tokens.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         sequences: Yields every sequence of a split (None: of all) with its scores; given true, in the traces' order.
-        training: What is recorded of the text that the predictor was fitted on; None where nothing is.
+        training: Record of the text that the predictor was fitted on; None where there is none.
     """
 
     name: str

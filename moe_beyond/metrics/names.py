@@ -1,7 +1,7 @@
-"""Names under which a fit logs its figures; wandb makes a section of what stands before the slash.
+"""Names under which a fit logs its figures; wandb makes a section of the part before the slash.
 
 Each number has one name. ``val/recall_at_k`` is that of the predictor's first lookahead, whichever that is, so that one
-configuration can monitor it for every predictor; the other figures of that lookahead stand in its section.
+configuration can monitor it for every predictor; the other figures of that lookahead are in its section.
 """
 
 import re

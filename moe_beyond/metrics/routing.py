@@ -19,7 +19,7 @@ FIGURES = (
     *("recall_at_k", "f1", "f1_two_class", "accuracy", "f1_micro", "f1_macro", "average_precision", "exact_match"),
     *("nll", "calibration_error", "gate_mass_at_k"),
 )
-"""What `RoutingMetrics.compute` returns; the last only where gate weights are known."""
+"""Names of the figures of `RoutingMetrics.compute`; the last only where gate weights are known."""
 SURE = 1e-7  # a score of 0 or 1 counts as this far from it: a wrong one would cost infinitely much
 
 
@@ -164,7 +164,7 @@ class RoutingMetrics(Metric):
     def to_rows(
         self, lookaheads: Sequence[Lookahead | None], layers: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """Return one JSON-able object a lookahead: means over layers (micro F1: over all labels).
+        """Return one JSON-able object per lookahead: means over layers (micro F1: over all labels).
 
         Beside them stand ``by_layer``, the figures of each layer; and ``reliability``, the bins of the calibration
         error over all layers' labels: how many labels scored ``from`` to ``to``, how probable they were on average, and

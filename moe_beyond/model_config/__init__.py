@@ -6,7 +6,7 @@ with the fields, as transformers 5 builds the modules; a test compares both for 
 changed one of these, and that the architecture is not known to read, is refused by name.
 """
 
-from moe_beyond.model_config.fields import MOST_LAYERS, shown
+from moe_beyond.model_config.fields import MOST_LAYERS
 from moe_beyond.model_config.mixture import MOST_EXPERTS, Mixture, read_mixture
 
-__all__ = ["MOST_EXPERTS", "MOST_LAYERS", "Mixture", "read_mixture", "shown"]
+__all__ = ["MOST_EXPERTS", "MOST_LAYERS", "Mixture", "read_mixture"]

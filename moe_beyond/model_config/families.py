@@ -1,10 +1,11 @@
-"""What the code of each architecture reads of its configuration, as transformers 5 builds the modules."""
+"""The fields that each architecture reads of its configuration, as transformers 5 builds the modules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_beyond.model_config.fields import MOST_LAYERS, Config, shown
+from moe_beyond.fields import shown
+from moe_beyond.model_config.fields import MOST_LAYERS, Config
 from moe_beyond.model_config.layers import (
     BLOCK_TYPES,
     DENSE_COUNT,
@@ -51,14 +52,14 @@ class Family:
     """How an architecture's code reads its configuration.
 
     Attributes:
-        rules: Which layers hold experts: the first whose fields are set, else the last with ``defaults``.
-        defaults: Of the rules' fields.
+        rules: Rules for which layers hold experts: the first whose fields are set, else the last with ``defaults``.
+        defaults: Defaults of the rules' fields.
         width: The width of an expert. Where several names are set, they must agree.
         inner: The width of what an expert reads, where that may be another than the hidden size.
         matrices: Matrices of an expert: three with a gate, two without.
         biases: Biases of an expert, given its hidden size and its width.
-        always: Fields that are the widths of a dense block that runs beside the experts. Without them, the shared
-            experts' own fields are read.
+        always: Fields that are the widths of a dense block that runs in parallel to the experts. Without them, the
+            shared experts' own fields are read.
         attentions: Attention blocks in a layer of experts.
         ignores: Fields that look as if they mattered, and do not.
         prepare: Rewrites what only this architecture has into what others have.
@@ -81,7 +82,7 @@ PARTS_OWN = ("hidden_size", "model_type")
 
 
 def _without_parts(config: Config) -> Config:
-    """Dbrx: sizes lie in configurations of their own."""
+    """Dbrx: sizes are in configurations of their own."""
     flat = dict(config.fields)
     for part in ("attn_config", "ffn_config"):
         if not isinstance(inner := flat.pop(part, {}), Mapping):
@@ -105,7 +106,7 @@ def _with_dense_width(config: Config) -> Config:
 
 
 def _with_heads(config: Config) -> Config:
-    """JetMoE: its attention is a mixture too, of as many heads as keys have, an expert."""
+    """JetMoE: its attention is a mixture too; each expert has as many heads as there are key heads."""
     kv_heads, top_k = config.number("num_key_value_heads"), config.number(TOP_K)
     heads = {} if kv_heads is None or top_k is None else {"num_attention_heads": kv_heads * top_k}
     return config.over(heads)

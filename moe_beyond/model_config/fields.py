@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import shown
 
 MOST_LAYERS = 10_000
 MOST_UNITS = 2**24
@@ -13,27 +14,13 @@ MOST_UNITS = 2**24
 Layers = tuple[int, ...]
 
 
-def shown(value: Any) -> str:
-    r"""Write a value for an error message: one short line, whatever it is.
-
-    Example:
-        >>> shown("a\nb"), shown(10**5000)
-        ("'a\\nb'", 'an int')
-    """
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists without end
-        text = f"an {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 @dataclass(frozen=True)
 class Config:
     """The fields of a configuration that are not null, read by name and checked.
 
     Attributes:
         fields: The fields.
-        source: Where they came from, for error messages.
+        source: Path or name of the origin, for error messages.
     """
 
     fields: Mapping[str, Any]

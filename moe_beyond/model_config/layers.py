@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_beyond.model_config.fields import Config, shown
+from moe_beyond.fields import shown
+from moe_beyond.model_config.fields import Config
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Rule:
     """One way in which configurations say which layers hold experts.
 
     Attributes:
-        fields: What it reads.
+        fields: Names of the fields that it reads.
         layers: Given these and the number of layers, the layers of experts; absent fields leave out no layer.
     """
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_beyond.fields import shown
 from moe_beyond.model_config import layers as ways
 from moe_beyond.model_config.families import (
     ACTIVATION,
@@ -19,21 +20,21 @@ from moe_beyond.model_config.families import (
     WIDTH,
     Family,
 )
-from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers, shown
+from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers
 from moe_beyond.model_config.unread import check_nothing_else
 
 MOST_EXPERTS = 32_767
-"""What 16-bit expert ids can name."""
+"""Most experts that 16-bit ids can name."""
 DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 BY_HAND = "write a geometry file by hand (`moe-beyond import --help` shows its fields)"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a configuration says about a mixture of experts.
+    """The mixture of experts of a configuration.
 
     Attributes:
-        name: What the configuration calls the model.
+        name: Name of the model in the configuration.
         moe_layers: Indices of the layers that hold experts, ascending.
         num_experts: Routed experts per such layer, E; identity and skip experts are not counted.
         top_k: Experts per token and layer, K.
@@ -57,7 +58,7 @@ def read_mixture(content: Mapping[str, Any], source: str = "config.json") -> Mix
     Args:
         content: The configuration as JSON holds it. That of a model that also reads pictures may hold its language
             model's under ``text_config``.
-        source: Where it came from, for error messages.
+        source: Path or name of the origin, for error messages.
 
     Raises:
         UserError: It names no routed experts; or a field that says which layers hold experts, how many, how wide or of
@@ -125,8 +126,10 @@ def _common_family(config: Config, kind: str | None, depth: int) -> Family:
         )
     functions = {name: config.fields[name] for name in ACTIVATION if name in config} or {"hidden_act": None}
     if any(function != "silu" for function in functions.values()):
-        told = ", ".join(f"{name} {shown(function)}" for name, function in functions.items())
-        raise config.error(f"{what}, and {told} does not tell whether an expert has two or three matrices; {BY_HAND}")
+        activations = ", ".join(f"{name} {shown(function)}" for name, function in functions.items())
+        raise config.error(
+            f"{what}, and {activations} does not say whether an expert has two or three matrices; {BY_HAND}"
+        )
     if biases := [name for name in ("mlp_bias", "use_bias") if config.fields.get(name)]:
         raise config.error(f"{what}, and whether experts have biases ({biases[0]}) is not understood; {BY_HAND}")
     layers = set(rules[0].layers(config, depth))

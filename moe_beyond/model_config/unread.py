@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moe_beyond.fields import shown
 from moe_beyond.model_config import layers
 from moe_beyond.model_config.families import (
     ACTIVATION,
@@ -14,7 +15,7 @@ from moe_beyond.model_config.families import (
     TOP_K,
     Family,
 )
-from moe_beyond.model_config.fields import Config, shown
+from moe_beyond.model_config.fields import Config
 
 _ABOUT = re.compile(
     r"expert|moe|sparse|dense|mlp|ffn|feed_?forward|intermediate|hybrid|block_type|mixture|pattern|(^|_)glu|gated$"

@@ -56,7 +56,7 @@ class Stepper(ABC):
     """Scores one sequence as it is decoded, with state that does not grow with the sequence.
 
     Call order for a token: `observe_token`, then `observe_layer` for l = 0 .. L-1, each once; `scores` at any time.
-    What is out of order or out of range is refused before anything changes.
+    Calls out of order and values out of range are refused before anything changes.
 
     A subclass implements `_reset`, `_start_token`, `_route` and `scores`; they receive checked arguments only.
 
@@ -89,7 +89,7 @@ class Stepper(ABC):
         """Take in the next layer of the current token.
 
         Args:
-            layer: MoE layer, counted from 0; each comes once a token, in order.
+            layer: MoE layer, counted from 0; each comes once per token, in order.
             experts: ``(n,)`` different ids, n <= K.
             state: ``(D,)``, finite; None where none was given, or the predictor reads none.
         """
@@ -128,7 +128,7 @@ class Stepper(ABC):
 
         Args:
             layer: MoE layer, counted from 0.
-            experts: Their ids, in any order.
+            experts: ``(n,)`` ids of the experts, in any order.
             state: ``(D,)``, for predictors whose information set has hidden states: what the layer's router read; or,
                 where those are layer inputs, what the next MoE layer reads before its attention, None after the last.
 
@@ -149,14 +149,14 @@ class Stepper(ABC):
             raise self._wrong_experts(experts)
         if not (len(different) == len(ids) <= self._shape[2] and different <= self._valid_experts):
             raise self._wrong_experts(experts)
-        known = None if state is None or self._state_size is None else self._checked_state(state)
+        read = None if state is None or self._state_size is None else self._checked_state(state)
         self._layer_due += 1
-        self._route(layer, chosen.astype(np.int64), known)
+        self._route(layer, chosen.astype(np.int64), read)
 
     def observe_tokens(self, token_ids: npt.ArrayLike, experts: npt.ArrayLike) -> None:
         """Take in a prefix at once: ``(T,)`` token ids and ``(T, L, K)`` experts.
 
-        No hidden states of it: what reads some reads those of the present token alone.
+        Hidden states are not taken: predictors read only those of the present token.
 
         Raises:
             UserError: The shapes differ, or as `observe_token` and `observe_layer` do.
@@ -207,16 +207,16 @@ class Stepper(ABC):
 
     def _checked_state(self, state: npt.ArrayLike) -> npt.NDArray[np.float32]:
         try:
-            found = np.asarray(state, np.float32)
+            values = np.asarray(state, np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"observe_layer: the hidden state is not an array of numbers ({error})") from error
-        if found.shape != (self._state_size,):
+        if values.shape != (self._state_size,):
             raise UserError(
-                f"observe_layer: the hidden state has shape {found.shape}, not ({self._state_size},) as in training"
+                f"observe_layer: the hidden state has shape {values.shape}, not ({self._state_size},) as in training"
             )
-        if not np.isfinite(found).all():
+        if not np.isfinite(values).all():
             raise UserError("observe_layer: the hidden state is not finite")
-        return found
+        return values
 
 
 def _integers(values: npt.ArrayLike, what: str) -> npt.NDArray[np.integer[Any]]:
@@ -226,14 +226,14 @@ def _integers(values: npt.ArrayLike, what: str) -> npt.NDArray[np.integer[Any]]:
         UserError: They are not integers; ``what`` names them.
     """
     try:
-        found = np.asarray(values)
+        array = np.asarray(values)
     except (TypeError, ValueError) as error:
         raise UserError(f"{what} are not an array of whole numbers ({error})") from error
-    if found.dtype.kind not in "iu":
-        if found.size:
-            raise UserError(f"{what} are not whole numbers (got {found.dtype})")
-        found = found.astype(np.int64)
-    return found
+    if array.dtype.kind not in "iu":
+        if array.size:
+            raise UserError(f"{what} are not whole numbers (got {array.dtype})")
+        array = array.astype(np.int64)
+    return array
 
 
 class Predictor(nn.Module, ABC):
@@ -249,7 +249,7 @@ class Predictor(nn.Module, ABC):
             1/K of each expert's probability to be chosen); or ``"subset"``, the sigmoid of logits shifted so that a
             layer's add up to K. Of a model whose tokens may have fewer than K experts the first alone is true.
         calibration: What makes those probabilities true, once it was fitted.
-        fitted_on: What its folder or checkpoint records of its training text
+        fitted_on: Record of its training text in its folder or checkpoint
             (`moe_beyond.predictors.training_text.Training`); None where nothing was recorded.
     """
 

@@ -14,7 +14,7 @@ MARKS = {
     Relation.UNKNOWN: ("**Unknown overlap**: the predictor may have been fitted on this text.\n",),
     Relation.CHOSE: ("This text chose the epoch or calibrated the predictor; expect a little less on other text.\n",),
 }
-"""What a card says before figures of text that is not held out."""
+"""Text of a card before figures of text that is not held out."""
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 """Between these stands what `record_figures` writes; the rest of a card may be edited by hand."""

@@ -23,10 +23,10 @@ class Checkpoint:
 
     Attributes:
         predictor: Ready to score.
-        training: What it was fitted on, as `PredictorTask.trained_on`.
+        training: Record of its training text, as `PredictorTask.trained_on`.
         epoch: Finished or running epoch, from 0.
         step: Optimiser steps done (batches, for counting predictors).
-        best: File name of the checkpoint that the fit had found best by then; None where nothing was monitored.
+        best: File name of the best checkpoint of the fit so far; None where nothing was monitored.
     """
 
     predictor: Predictor

@@ -110,10 +110,10 @@ class _FromStatesStepper(Stepper):
         self._scores[layer] = np.nan
         if state is None:
             return
-        told = torch.from_numpy(state)[None, None]
+        states = torch.from_numpy(state)[None, None]
         for index, ahead in enumerate(predictor.ahead):
             if (target := layer + ahead) < len(self._scores):
-                self._put(target, index, predictor.of_states(told, ahead, slice(target, target + 1))[0, 0])
+                self._put(target, index, predictor.of_states(states, ahead, slice(target, target + 1))[0, 0])
 
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores

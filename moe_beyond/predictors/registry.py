@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 
@@ -56,5 +57,4 @@ def create(
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # whatever torch makes of a wrong size
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: {architecture}: {reason}") from error
+        raise UserError(f"{source}: {architecture}: {brief(error)}") from error

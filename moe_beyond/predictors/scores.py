@@ -1,6 +1,5 @@
 """Scores on disk: a folder of safetensors shards, one tensor a sequence, and an index with the hash of every shard."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,16 @@ from safetensors.numpy import save_file
 
 from moe_beyond.errors import UserError
 from moe_beyond.fields import FLAG, PLAIN_NAME, SHA256, TEXT, Kind, check_kinds, optional, printable, shown
-from moe_beyond.files import check_seal, file_in, is_earlier_result, read_json, replacing_folder, sealed, write_json
+from moe_beyond.files import (
+    check_seal,
+    file_in,
+    file_sha256,
+    is_earlier_result,
+    read_json,
+    replacing_folder,
+    sealed,
+    write_json,
+)
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 
@@ -32,7 +40,7 @@ INDEX_FIELDS = {
     "files": Kind("an object of plain file names", lambda value: _is_object_of(PLAIN_NAME, value)),
     "sha256": Kind("an object of hashes, 64 hexadecimal digits each", lambda value: _is_object_of(SHA256, value)),
 }
-"""What each field of the index must be."""
+"""Kinds of the fields of the index."""
 
 
 class ScoresWriter:
@@ -87,7 +95,7 @@ def writing_scores(
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
-        training: What is recorded of the predictor's training text, if anything.
+        training: Record of the predictor's training text, if there is one.
     """
     ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
     with replacing_folder(folder, overwrite=ours) as temporary:
@@ -104,7 +112,7 @@ def writing_scores(
             "traces": traces,
             "training": training and dict(training),
             "files": writer.files,
-            "sha256": {name: _sha256(temporary / name) for name in dict.fromkeys(writer.files.values())},
+            "sha256": {name: file_sha256(temporary / name) for name in dict.fromkeys(writer.files.values())},
         }
         write_json(temporary / INDEX_FILE, sealed(index))
 
@@ -158,7 +166,7 @@ class ScoresFolder:
         path = file_in(self.folder, name)
         try:
             if name in self._unverified:
-                if _sha256(path) != self._unverified[name]:
+                if file_sha256(path) != self._unverified[name]:
                     raise UserError(f"{path}: is damaged (its sha256 is not the one in {INDEX_FILE}); predict again")
                 del self._unverified[name]
             with safe_open(path, framework="numpy") as file:
@@ -196,8 +204,3 @@ def _check_index(index: Any) -> None:
 
 def _is_object_of(kind: Kind, value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(kind.accepts, value.values()))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Whether text that a predictor is measured on is text that it was fitted on: decided here, for every command."""
+"""How the text that a predictor is measured on relates to its training text: decided here, for every command."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.texts import count_shared, text_hashes
 
 Training = Mapping[str, Any]
-"""What a predictor's configuration records under ``training``: `TraceSet.describe` of the training split, ``texts``
-(a sketch of its hashes), and ``seen`` or ``validation``, other text that shaped the predictor."""
+"""Entry ``training`` of a predictor's configuration: `TraceSet.describe` of the training split, ``texts`` (a sketch of
+its hashes), and ``seen`` or ``validation``, other text that shaped the predictor."""
 
 
 class Relation(StrEnum):
-    """What measured text is to a predictor, from the best to the worst."""
+    """Relation of measured text to a predictor, from the best to the worst."""
 
     HELD_OUT = "held-out"
     UNKNOWN = "unknown overlap"
@@ -30,7 +30,7 @@ _ORDER = list(Relation)
 
 @dataclass(frozen=True)
 class Note:
-    """What measured text is to one predictor, and the evidence in one sentence; empty for held-out text."""
+    """Relation of measured text to one predictor, and the evidence in one sentence; empty for held-out text."""
 
     relation: Relation
     sentence: str = ""
@@ -38,7 +38,7 @@ class Note:
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """The text that is measured on.
+    """The measured text.
 
     Attributes:
         split: The split, or None for all.
@@ -62,12 +62,12 @@ class MeasuredText:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as ``--json`` writes them."""
-        known = {"relation": str(self.relation), "notes": self.lines} if self.notes else {}
-        return {"split": self.split, **known}
+        relation = {"relation": str(self.relation), "notes": self.lines} if self.notes else {}
+        return {"split": self.split, **relation}
 
 
 def measured_text(traces: TraceSet, split: str | None, fitted: Iterable[tuple[str, Training | None]]) -> MeasuredText:
-    """Settle which split is measured, and say what it is to the predictors.
+    """Settle which split is measured, and how it relates to the predictors.
 
     Without a split, and where some splits are training text and others are not, the best of the others is chosen.
 
@@ -81,20 +81,20 @@ def measured_text(traces: TraceSet, split: str | None, fitted: Iterable[tuple[st
     """
     predictors, manifest = list(fitted), traces.manifest
     traces.shards(split)  # refuses a split that is not there
-    hashes = cache(lambda one: text_hashes(traces, one))
+    hashes = cache(lambda split: text_hashes(traces, split))
 
     def notes(splits: Sequence[str]) -> tuple[Note, ...]:
         return tuple(_note(name, record, traces, splits, hashes) for name, record in predictors)
 
     if split is not None:
         return MeasuredText(split, notes([split]))
-    by_split = {one: notes([one]) for one in manifest.splits}
-    relations = {one: _worst(found) for one, found in by_split.items()}
-    others = [one for one, relation in relations.items() if relation is not Relation.TRAINING]
+    by_split = {name: notes([name]) for name in manifest.splits}
+    relations = {name: _worst(of_split) for name, of_split in by_split.items()}
+    others = [name for name, relation in relations.items() if relation is not Relation.TRAINING]
     if len(others) in (0, len(relations)):
         return MeasuredText(None, notes(manifest.splits))
-    best = min(others, key=lambda one: _ORDER.index(relations[one]))
-    fitted_on = [one for one in relations if one not in others]
+    best = min(others, key=lambda name: _ORDER.index(relations[name]))
+    fitted_on = [name for name in relations if name not in others]
     names = ", ".join(dict.fromkeys(name for name, _ in predictors))
     chosen = f"measured on split {best}: {_splits(fitted_on)} is training text of {names}; --split measures another"
     return MeasuredText(best, by_split[best], chosen)
@@ -135,8 +135,8 @@ def _same_text(text: Training, traces: TraceSet, splits: Sequence[str], hashes: 
         shared = [count_shared(written, hashes(split)) for split in splits]
     except ValueError as error:
         raise UserError(f"a predictor's training record is damaged: texts ({error})") from error
-    found, exact = sum(number for number, _ in shared), all(exact for _, exact in shared)
-    return f"{what} {'' if exact else 'at least '}{found:,} of these {count:,} texts" if found else ""
+    total, exact = sum(number for number, _ in shared), all(exact for _, exact in shared)
+    return f"{what} {'' if exact else 'at least '}{total:,} of these {count:,} texts" if total else ""
 
 
 def _other_text(training: Training) -> list[Training]:
@@ -148,7 +148,7 @@ def _other_text(training: Training) -> list[Training]:
 
 
 def recorded_uses(training: Training, uses: Sequence[str], lent: Sequence[Training] = ()) -> dict[str, Any]:
-    """Record, in place of ``validation``, what that text was used for.
+    """Record, in place of ``validation``, the uses of that text.
 
     Args:
         training: A fit's record.
@@ -156,10 +156,10 @@ def recorded_uses(training: Training, uses: Sequence[str], lent: Sequence[Traini
             validation split shaped nothing, and so is held out.
         lent: Other text that shaped the predictor: what calibrated the one that lent its calibration.
     """
-    found = {name: value for name, value in training.items() if name != "validation"}
+    others = {name: value for name, value in training.items() if name != "validation"}
     validation = training.get("validation")
     own = [{**validation, "use": " and ".join(uses)}] if uses and isinstance(validation, Mapping) else []
-    return {**found, "seen": [*own, *lent]}
+    return {**others, "seen": [*own, *lent]}
 
 
 def seen_by(lender: Predictor) -> list[Training]:
@@ -170,7 +170,7 @@ def seen_by(lender: Predictor) -> list[Training]:
 
 
 def relation_of_figures(training: Training | None, figures: Mapping[str, Any]) -> Relation:
-    """Return what recorded figures were measured on, also where they do not say it themselves.
+    """Return the relation of the text of recorded figures, also where the figures do not record it.
 
     Args:
         training: The predictor's training record.
@@ -178,9 +178,9 @@ def relation_of_figures(training: Training | None, figures: Mapping[str, Any]) -
     """
     if figures.get("relation") in _ORDER:
         return Relation(figures["relation"])
-    known = training or {}
-    if known.get("fingerprint") is not None and known["fingerprint"] == figures.get("fingerprint"):
-        return Relation.TRAINING if figures.get("split") in (None, known.get("split")) else Relation.CHOSE
+    record = training or {}
+    if record.get("fingerprint") is not None and record["fingerprint"] == figures.get("fingerprint"):
+        return Relation.TRAINING if figures.get("split") in (None, record.get("split")) else Relation.CHOSE
     return Relation.HELD_OUT
 
 

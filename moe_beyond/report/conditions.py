@@ -1,4 +1,4 @@
-"""What holds for a whole table of replays, in one line: how sequences start, what counts, and what a time is worth."""
+"""The conditions of a table of replays in one line: how sequences start, what counts, and that times are bounds."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ def conditions(results: Sequence[Result]) -> str:
     """Say under which conditions replays were made.
 
     Args:
-        results: Of one command: they share all but policy, prefetcher, budget and window. At least one.
+        results: Results of one command, at least one. They share all but policy, prefetcher, budget and window.
     """
     first = results[0]
     said = [_start(results), _steps(results), counted_words(first)]

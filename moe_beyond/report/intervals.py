@@ -5,28 +5,29 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_beyond.report.tables import FittedTable
 from moe_beyond.simulator import Result
 
 
 def intervals_tables(metrics: Sequence[dict[str, Any]], results: Sequence[Result], resamples: int) -> list[Table]:
-    """Lay out what an evaluation with intervals found.
+    """Lay out the results of an evaluation with intervals.
 
     Args:
-        metrics: A row a lookahead, with ``intervals``.
-        results: A record a strategy, with ``intervals``.
-        resamples: Draws of sequences.
+        metrics: One row per lookahead, with ``intervals``.
+        results: One record per strategy, with ``intervals``.
+        resamples: Number of draws of sequences.
 
     Returns:
         A table of recall, and one of replays: each figure with its interval, then that of its difference from LRU.
     """
-    recall = Table(title="recall with 95 % intervals over sequences")
+    recall = FittedTable(title="recall with 95 % intervals over sequences")
     recall.add_column("lookahead")
     recall.add_column(f"recall@{metrics[0]['k']}, %" if metrics else "recall, %", justify="right")
     for row in metrics:
         words = interval_words(row["recall_at_k"], row["intervals"]["recall_at_k"], shares=True)
         recall.add_row(str(row["lookahead"]), words)
     timed = any(result.tokens_per_second is not None for result in results)
-    replays = Table(title="replays with 95 % intervals over sequences")
+    replays = FittedTable(title="replays with 95 % intervals over sequences", keys=(0, 1, 2))
     for name in ("slots", "strategy", "ahead", "hits, %", "bytes", *(("tok/s",) if timed else ())):
         replays.add_column(name, justify="left" if name in ("strategy", "ahead") else "right")
     before = None
@@ -52,17 +53,17 @@ def interval_words(value: float, ends: Sequence[float], *, shares: bool = False)
 
 def _cells(result: Result, timed: bool) -> list[str]:
     """Write a result's figures, each with the interval of its difference from LRU below."""
-    found = result.intervals or {}
+    intervals = result.intervals or {}
     cells = []
     for name in ("hit_rate", "bytes_ratio", *(("tokens_per_second",) if timed else ())):
         shares = name == "hit_rate"
-        if name not in found:
+        if name not in intervals:
             cells.append("-")
             continue
-        words = interval_words(getattr(result, name), found[name], shares=shares)
-        if "minus_lru" in found:
+        words = interval_words(getattr(result, name), intervals[name], shares=shares)
+        if "minus_lru" in intervals:
             low, high = (
-                format(100 * end, "+.1f") if shares else format(end, "+.2f") for end in found["minus_lru"][name]
+                format(100 * end, "+.1f") if shares else format(end, "+.2f") for end in intervals["minus_lru"][name]
             )
             words += f"\n{low}..{high}"
         cells.append(words)

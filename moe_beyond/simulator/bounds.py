@@ -1,4 +1,4 @@
-"""What stands next to a replay and needs no cache: the best fixed choice, all resident, loading just in time."""
+"""References for a replay that need no cache: the best fixed choice, all experts resident, loading just in time."""
 
 import numpy as np
 import numpy.typing as npt

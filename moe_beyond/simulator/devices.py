@@ -17,8 +17,8 @@ FLASH_US = 100.0
 """What starting a read from flash takes: an assumption."""
 
 RESERVED_SHARE = Fraction(1, 8)
-"""Of a device's memory, kept for what a geometry does not know: the KV cache, the runtime's own context, embeddings,
-dense layers and the head; an assumption."""
+"""Share of a device's memory that is kept for parts outside the geometry: the KV cache, the runtime's own context,
+embeddings, dense layers and the head; an assumption."""
 
 _TEXTS = ("name", "source")
 _FROM_ZERO = ("link_latency_us", "flash_latency_us")

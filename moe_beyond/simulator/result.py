@@ -83,7 +83,7 @@ class Result:
             larger budget is one that the device cannot hold.
         note: What stands in for what, or was assumed.
         intervals: 95 % intervals over sequences, ``[low, high]`` by the name of a figure; ``"minus_lru"`` holds those
-            of the differences from LRU at the same budget. None where none were asked for.
+            of the differences from LRU at the same budget. None where none were computed.
     """
 
     strategy: str
@@ -234,11 +234,11 @@ def make_result(
 
     Args:
         geometry: The model.
-        settings: What was replayed.
+        settings: Settings of the replay.
         counts: ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS`.
         clock: Times of the steps, and what they demanded.
-        grouping: Which sequences they are of.
-        note: What stands in for what.
+        grouping: Grouping of the sequences that were counted.
+        note: What the result assumes, in words; default: the note of the settings.
     """
     total = dict(zip(COUNTERS, counts.sum(0).tolist(), strict=True))
     per_layer = [

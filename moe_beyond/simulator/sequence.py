@@ -28,7 +28,7 @@ class Sequence:
         experts: ``(T, L, K)`` expert ids, as in a `moe_beyond.traces.trace.Trace`.
         scores: ``(T, H, L, E)`` float32 probabilities, or None.
         decode_start: The first token that the model wrote itself.
-        name: Its id in the trace set.
+        name: Id of the sequence in the trace set.
     """
 
     geometry: Geometry
@@ -103,7 +103,7 @@ class Group:
         settings: How they are stepped.
 
     Attributes:
-        names: Their ids.
+        names: Ids of the sequences.
         stream: Their demands.
         ends: ``(S,)`` int64, how many events there are up to the end of each step.
         tokens: ``(n,)`` int64, for how many tokens each expert is demanded.
@@ -206,8 +206,8 @@ class Grouping:
         settings: How they are stepped.
 
     Attributes:
-        taken: How many were stepped, or wait for a batch to be full.
-        too_short: How many the warm-up left out.
+        taken: Number of sequences that were stepped, or wait for a batch to be full.
+        too_short: Number of sequences that the warm-up left out.
     """
 
     def __init__(self, settings: ReplaySettings) -> None:

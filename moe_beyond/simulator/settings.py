@@ -38,10 +38,10 @@ class ReplaySettings:
         quotas: Slots of each layer for ``"per-layer"``; an even split where None.
         prefetch: As `parse_prefetch` reads it.
         lookahead: Of the scores that top<m> and p><t> ask by; None where there is no such prefetch.
-        lookaheads: That the scores have; all of them serve a policy that reads scores, and every prefetcher. A score is
-            used as soon as its lookahead makes it available: once a layer is through, top<m> and p><t> ask by the
-            scores of ``lookahead`` alone; at a token's start, layers before which no layer runs are asked by the scores
-            of the smallest lookahead that tells of them.
+        lookaheads: Lookaheads of the scores; all of them serve a policy that reads scores, and every prefetcher. A
+            score is used as soon as its lookahead makes it available. Once a layer is through, top<m> and p><t> ask
+            by the scores of ``lookahead`` only. At a token's start, layers before which no layer runs are prefetched
+            by the scores of the smallest lookahead that covers them.
         available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         predictor: What to call where the scores come from.
         causal: Whether the scores ignore later tokens.
@@ -53,8 +53,8 @@ class ReplaySettings:
         sequential: Access by access in the router's order, not event by event: to compare with other simulators.
         prefill_chunk: Tokens before `decode_start` that make a step together; 0 makes every token a step. No step goes
             past the end of the warm-up.
-        batch_size: Sequences that are decoded together. Their steps go side by side; the longest one's tell which of
-            them count.
+        batch_size: Sequences that are decoded together. Their steps go side by side; those of the longest decide which
+            of them count.
         window: Drafted tokens that are verified together, all taken to be right. No window goes past the end of the
             warm-up.
         carry_over: Whether a sequence finds the cache, and host memory, as the one before left them.

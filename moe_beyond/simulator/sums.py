@@ -1,4 +1,4 @@
-"""What each sequence contributes to a result: the sums that rates are quotients of, for intervals over sequences."""
+"""Contributions of each sequence to the sums behind the rates of a result, for intervals over sequences."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from moe_beyond.cache.core import ACCESSES, DEMAND_TRANSFERS, HITS, PREFETCH_TRA
 Floats = npt.NDArray[np.float64]
 
 COLUMNS = ("accesses", "hits", "transfers", "demanded", "tokens", "seconds")
-"""Of a sequence's row; ``tokens`` and ``seconds`` are of decode, 0 without a device."""
+"""Columns of a sequence's row; ``tokens`` and ``seconds`` cover decoding, 0 without a device."""
 
 
 @dataclass
@@ -19,7 +19,7 @@ class SequenceSums:
     """Rows of `COLUMNS`, one for the sequences that were stepped together: one sequence, or a batch.
 
     Attributes:
-        names: Of each row, the ids of its sequences.
+        names: Ids of the sequences of each row.
         rows: ``(6,)`` float64 each.
         once: Transfers that belong to no sequence: the best fixed choice moves its experts in once.
     """
@@ -34,11 +34,11 @@ class SequenceSums:
         """Note what stepping some sequences added.
 
         Args:
-            names: Their ids.
+            names: Ids of the sequences.
             counts: ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS`.
             demanded: Experts that their counted tokens demanded, token by token.
             tokens: Counted tokens of decode.
-            seconds: That those took.
+            seconds: Seconds of decoding these tokens.
         """
         total = counts.sum(0)
         transfers = total[DEMAND_TRANSFERS] + total[PREFETCH_TRANSFERS]

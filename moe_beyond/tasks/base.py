@@ -1,4 +1,4 @@
-"""What every task does: validate, test, predict, note in its checkpoints what it fitted, and resume from them."""
+"""The base of all tasks: validation, test, prediction, notes in checkpoints, and resuming from them."""
 
 import os
 import sys
@@ -101,8 +101,8 @@ class PredictorTask(L.LightningModule):
         """Let Lightning finish what it would hold for finished, and end what it would hold for unfinished."""
         self._lent_steps = int(is_finishing(progress, self.trainer))
         self.trainer.fit_loop.epoch_loop.max_steps += self._lent_steps  # until the end of the epoch
-        stopping = [one for one in self.trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
-        if any(one.wait_count >= one.patience for one in stopping):
+        stopping = [callback for callback in self.trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        if any(callback.wait_count >= callback.patience for callback in stopping):
             self.trainer.should_stop = progress.batches == 0
             self._stop_at_epoch_end = progress.whole and progress.validated
 

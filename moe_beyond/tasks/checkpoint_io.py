@@ -27,7 +27,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
         Args:
             checkpoint: Plain values and tensors.
-            path: Where to.
+            path: Path of the checkpoint.
             storage_options: Options of a remote file system, which Lightning's own writer refuses.
 
         Raises:

@@ -1,10 +1,10 @@
-"""How far a fit is, and how Lightning is told so that a resumed fit makes the steps that an unbroken one would.
+"""The progress of a fit, stored so that a resumed fit makes the steps that an unbroken one would.
 
 Lightning notes its progress as counters of batches that were begun, processed and completed. What it makes of them
 depends on the hook that saved the checkpoint, and is wrong in four cases: saved within accumulated gradients, they are
 lost; saved between an epoch's last batch and its validation, that validation never runs; saved at the end of an epoch
 of a fit with ``max_steps``, the next epoch is passed over; and a fit whose last step is made leaves out what remains
-after it. So a task notes a `Progress`, and `restore` writes the counters anew from it.
+after it. So a task notes a `Progress`, and `restore` computes the counters from it.
 
 What is random in a step (dropout) is seeded by seed, epoch, batch and rank: see `seed_batch`. There is no random state
 to keep, on any rank or in any worker, and what happens between two batches cannot change it.
@@ -108,7 +108,7 @@ def restore(progress: Progress, loops: dict[str, Any], trainer: L.Trainer) -> No
     one that was just made, and a validation whose first batch is not processed for one to begin.
 
     Args:
-        progress: How far the fit was.
+        progress: Progress of the fit.
         loops: ``fit_loop`` of the checkpoint's loops, which is changed.
         trainer: The resuming trainer.
     """
@@ -153,16 +153,19 @@ def keep_best(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     Lightning would forget their scores, and take the first validation's for the best. A checkpoint that was moved is
     looked for next to the one that is resumed; one that is gone is left out, with a warning.
     """
-    states, beside = checkpoint.get("callbacks", {}), Path(str(trainer.ckpt_path)).parent
+    states, folder = checkpoint.get("callbacks", {}), Path(str(trainer.ckpt_path)).parent
     for callback in trainer.checkpoint_callbacks:
         state = states.get(callback.state_key)
         if not isinstance(callback, ModelCheckpoint) or not state:
             continue
-        paths = {path: _present(path, beside) for path in (*state["best_k_models"], state["best_model_path"]) if path}
+        paths = {path: _present(path, folder) for path in (*state["best_k_models"], state["best_model_path"]) if path}
         gone = [path for path, present in paths.items() if present is None]
         if gone and callback.monitor and trainer.is_global_zero:
             names = ", ".join(Path(path).name for path in gone)
-            print(f"moe-beyond: warning: {beside}: has no {names} any more; the best is sought anew", file=sys.stderr)
+            print(
+                f"moe-beyond: warning: {folder}: has no {names} any more; the search for the best starts again",
+                file=sys.stderr,
+            )
         kept = {str(paths[path]): score for path, score in state["best_k_models"].items() if paths[path]}
         best, worst = (max, min) if callback.mode == "max" else (min, max)
         state["dirpath"], state["best_k_models"] = callback.dirpath, kept
@@ -178,9 +181,9 @@ def keep_best(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
             state["kth_value"] = kept[state["kth_best_model_path"]]
 
 
-def _present(path: str, beside: Path) -> str | None:
+def _present(path: str, folder: Path) -> str | None:
     """Find a checkpoint where it was written, or under its name next to the one that is resumed."""
-    return next((str(place) for place in (Path(path), beside / Path(path).name) if place.exists()), None)
+    return next((str(place) for place in (Path(path), folder / Path(path).name) if place.exists()), None)
 
 
 def seed_batch(seed: int, epoch: int, batch: int, rank: int) -> None:
@@ -205,10 +208,10 @@ def check_resumable(checkpoint: dict[str, Any], noted: dict[str, Any], plan: dic
     """Refuse a checkpoint from which a fit cannot go on exactly.
 
     Args:
-        checkpoint: What Lightning stored.
-        noted: What the task stored with it, ``{}`` for none.
+        checkpoint: Content of the checkpoint.
+        noted: Notes of the task in the checkpoint; ``{}`` for none.
         plan: Settings that number this fit's batches.
-        path: Where the checkpoint is.
+        path: Path of the checkpoint, for error messages.
 
     Raises:
         UserError: It holds weights only, was written by an earlier version, or is of the middle of an epoch that other
@@ -220,7 +223,7 @@ def check_resumable(checkpoint: dict[str, Any], noted: dict[str, Any], plan: dic
         raise UserError(f"{path}: was written by an earlier version, whose fits cannot go on exactly; fit again")
     changed = [name for name, value in plan.items() if noted["plan"].get(name) != value]
     if changed and noted["progress"]["batches"]:
-        before, now = (", ".join(f"{name} {told[name]}" for name in changed) for told in (noted["plan"], plan))
+        before, now = (", ".join(f"{name} {values[name]}" for name in changed) for values in (noted["plan"], plan))
         raise UserError(
             f"{path}: stopped within an epoch of other batches (it had {before}; got {now}); resume with the same, or "
             "from a checkpoint of an epoch's end"

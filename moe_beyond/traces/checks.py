@@ -1,4 +1,4 @@
-"""What every sequence of a trace set holds to: checked where it is written and wherever it is read."""
+"""Checks of the sequences of a trace set, made when they are written and whenever they are read."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.schema import first_wrong_entry
 
 INFINITE_BITS, NEGATIVE_ZERO_BITS = 0x7C00, 0x8000
-"""Of float16: bit patterns of finite numbers from 0 up lie below the first; the second is 0 with a sign."""
+"""Bit patterns of float16: infinity, below which are the finite numbers from 0 up, and 0 with a minus sign."""
 
 
 def first_fault(
@@ -26,11 +26,11 @@ def first_fault(
     Args:
         geometry: The model's shape.
         vocab_size: One more than the largest token id.
-        offsets: ``(rows + 1,)``, where each sequence begins and ends.
-        token_ids: ``(tokens,)``.
-        decode_starts: ``(rows,)``.
-        experts: ``(tokens, L, K)``, or None where they were not read.
-        gate_weights: ``(tokens, L, K)`` float16, or None.
+        offsets: ``(rows + 1,)`` int64, the token at which each sequence begins, and the end of the last.
+        token_ids: ``(tokens,)``, ids of all tokens.
+        decode_starts: ``(rows,)``, the first token that the model wrote in each sequence.
+        experts: ``(tokens, L, K)``, expert ids; None where they were not read.
+        gate_weights: ``(tokens, L, K)`` float16; None where there are none.
 
     Returns:
         The row of the sequence, and what is wrong with it; None if nothing is.

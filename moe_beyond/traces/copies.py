@@ -11,13 +11,14 @@ import numpy.typing as npt
 from moe_beyond.errors import UserError
 
 
-def text_digest(content: npt.NDArray[np.integer[Any]]) -> bytes:
-    """Return what sequences are compared by: equal for exact copies.
+def text_digest(content: npt.NDArray[np.integer[Any]], size: int = 16) -> bytes:
+    """Return the hash that sequences are compared by: equal for exact copies.
 
     Args:
         content: A sequence's token ids ``(T,)``; where none were recorded, its experts ``(T, L, K)``.
+        size: Bytes of the hash.
     """
-    return hashlib.blake2b(np.ascontiguousarray(content, np.int32).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(np.ascontiguousarray(content, "<i4").tobytes(), digest_size=size).digest()
 
 
 def without_copies(held_out: Collection[int], texts: Mapping[int, Hashable]) -> set[int]:
@@ -64,7 +65,7 @@ def count_copies(texts: Mapping[str, Collection[bytes]]) -> dict[str, dict[str, 
 
 
 def describe_copies(copies: Mapping[str, Mapping[str, int]]) -> str:
-    """Say what `count_copies` found.
+    """Write the counts of `count_copies` in words.
 
     Example:
         >>> describe_copies({"train": {"within": 4, "of_other_splits": 0}})

@@ -42,7 +42,7 @@ MANIFEST_FIELDS = {
     "hidden_size": optional(whole(1, 2**24)),
     "routers_sha256": optional(SHA256),
 }
-"""What each field must be, of the classes below."""
+"""Kinds of the fields of the classes below."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Manifest:
             if content.get(name) != found:
                 raise UserError(
                     f"{source}: {name} and shards do not agree: a shard was left out, moved to another split or "
-                    "changed; restore the file, or write the set anew"
+                    "changed; restore the file, or write the set again"
                 )
         if SEAL in content:  # sets of the first version have none
             check_seal(content, source, "restore the file; after an edit of your own, remove that field")

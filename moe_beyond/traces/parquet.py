@@ -1,10 +1,10 @@
-"""Opening a shard's Parquet file: what its footer says is compared with the manifest before anything is decoded."""
+"""Opening a shard's Parquet file: its footer is compared with the manifest before anything is decoded."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import printable
+from moe_beyond.fields import brief, printable
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema, experts_dtype
 
@@ -20,11 +20,11 @@ def read_columns(
 
     Args:
         content: The file.
-        columns: Which; ``gate_weights`` are read where they are there.
+        columns: Columns to read; ``gate_weights`` may be absent.
         geometry: The model's shape.
-        sequences: Rows that it must have.
-        tokens: Tokens that it must have.
-        source: Where it came from, for error messages.
+        sequences: Number of rows in the manifest.
+        tokens: Number of tokens in the manifest.
+        source: Path or name of the origin, for error messages.
 
     Raises:
         UserError: It is no Parquet file, lacks a column, holds other counts, or would take the memory.
@@ -37,8 +37,7 @@ def read_columns(
         table = pa.Table.from_batches(list(file.iter_batches(ROWS_PER_GROUP, columns=names)))
         table.validate()
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        reason = printable(str(error).strip().partition("\n")[0])
-        raise UserError(f"{source}: cannot be read as Parquet ({reason}); get the trace set anew") from error
+        raise UserError(f"{source}: cannot be read as Parquet ({brief(error)}); get the trace set again") from error
     return table
 
 

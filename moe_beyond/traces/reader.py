@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import printable, shown
+from moe_beyond.fields import brief, shown
 from moe_beyond.files import file_in, parse_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.checks import first_fault
@@ -221,7 +221,7 @@ class TraceSet:
         return [np.diff(self._read_texts(info)[0]) for info in self.shards(split)]
 
     def text_digests(self, split: str | None = None) -> list[bytes]:
-        """Return what exact copies share (`moe_beyond.traces.copies.text_digest`), of every sequence in stored order.
+        """Return the hash of every sequence, equal for exact copies (`text_digest`), in stored order.
 
         Raises:
             UserError: A shard is missing or damaged, or is not what the manifest says.
@@ -291,7 +291,7 @@ class TraceSet:
         try:
             tokenizer = Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path}: is not a tokenizer ({printable(' '.join(str(error).split()))})") from error
+            raise UserError(f"{path}: is not a tokenizer ({brief(error)})") from error
         strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
         return [string or "" for string in strings]
 
@@ -300,7 +300,7 @@ class TraceSet:
 
         Raises:
             FileNotFoundError: It is not there.
-            UserError: It cannot be read, or lies elsewhere.
+            UserError: It cannot be read, or is outside the folder.
         """
         path = f"{self.folder}/{name}"
         if isinstance(self._files, LocalFileSystem):
@@ -310,8 +310,7 @@ class TraceSet:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(path) from error
         except Exception as error:  # every file system has errors of its own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{path}: cannot be read ({printable(reason)})") from error
+            raise UserError(f"{path}: cannot be read ({brief(error)})") from error
         return content
 
 

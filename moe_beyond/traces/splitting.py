@@ -27,11 +27,11 @@ def write_splits(
     recording of any size passes through.
 
     Args:
-        writer: Of the trace set.
+        writer: Writer of the trace set.
         traces: The sequences; they are numbered in this order.
         held_out: Numbers of those chosen for validation.
-        manifest: Of the trace set, without shards.
-        folder: Where those chosen may wait.
+        manifest: Manifest of the trace set, without shards.
+        folder: Folder for the sequences chosen for validation while they wait.
         source: The recording, for error messages.
 
     Raises:

@@ -80,7 +80,7 @@ class Steering:
 
         Args:
             geometry: The shape.
-            source: Where the steering came from, for error messages.
+            source: Path or name of the steering, for error messages.
 
         Raises:
             UserError: It has no such layer or expert, routes to fewer than are on, or is left too few.

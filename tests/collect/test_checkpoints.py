@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -98,13 +97,11 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
     assert line.startswith("--model org/tiny at --revision v2: is not in the local cache, and HF_HUB_OFFLINE")
 
 
-def test_without_a_network_it_is_one_line_within_seconds(hub: Hub, tmp_path, capsys, monkeypatch) -> None:
+def test_without_a_network_it_is_one_line_after_one_request(hub: Hub, tmp_path, capsys, monkeypatch) -> None:
     hub.breaks("GET", "/api/models/", None)
     hub.breaks("HEAD", "/resolve/", None)
-    began = time.monotonic()
     line = error_line(capsys, command(tmp_path, "--model", "org/tiny"))
     assert line.startswith("--model org/tiny: the Hub cannot be reached at http://127.0.0.1")
-    assert time.monotonic() - began < 10
     assert len([path for path in hub.asked if "org/tiny" in path]) == 1
 
 
@@ -116,7 +113,7 @@ def test_without_a_network_it_is_one_line_within_seconds(hub: Hub, tmp_path, cap
         ("modles/small-moe/", "modles/small-moe/: there is no such folder; did you mean models/small-moe?"),
         ("a/b/c", "a/b/c: there is no such folder; on the Hub, models are called ORG/REPO"),
         ("~/no-such-model", "~/no-such-model: there is no such folder; on the Hub, models are called ORG/REPO"),
-        ("model.safetensors", "model.safetensors: is a file; name the folder that it lies in"),
+        ("model.safetensors", "model.safetensors: is a file; name its folder"),
         ("weights.gguf", "weights.gguf: there is no such folder; on the Hub, models are called ORG/REPO"),
         ("models", "models: has no config.json; name the folder of a transformers model"),
         ("small moe", "unknown model 'small moe'; did you mean 'small-moe'?; give a folder, or a name on the Hub"),

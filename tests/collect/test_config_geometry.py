@@ -164,7 +164,7 @@ def test_each_field_is_read_as_the_modules_are_built_or_refused(name):
                 config = kind.from_dict(json.loads(json.dumps(content)))
                 expected = shape(measured(name, config))
             except Exception:  # what transformers itself cannot build has no right answer
-                assert isinstance(read(content), str) or True
+                read(content)  # raises nothing but a `UserError`
                 continue
             forms = {
                 "published": content,

@@ -22,6 +22,7 @@ from moe_beyond.geometry import load_preset
 from moe_beyond.published import published_figures
 from moe_beyond.report.devices import device_rows, devices_tables
 from moe_beyond.report.inspection import inspection_tables
+from moe_beyond.report.intervals import intervals_tables
 from moe_beyond.report.plans import plan_table
 from moe_beyond.report.published import published_tables
 from moe_beyond.report.results import FIGURES, checkpoints_table, metrics_table, results_table
@@ -61,6 +62,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         big = {"tokens_per_second": 64285.7, "stall_ms_per_token": 12345.6} if name == "timed" else {}
         large = replace(results[0], prefetch_transfers=123_456_789, wasted_prefetches=98_765_432, lookahead=0, **big)
         found[f"replay, {name}"] = results_table([large, *results[1:]], geometry)
+    sized = evaluate(traces, beside(asked, common, geometry), sources=[source], measure=source, resamples=100)
+    found |= {f"intervals: {t.title}": t for t in intervals_tables(sized.metrics, sized.results, 100)}
     row = {name: 0.98765 for name in FIGURES} | {"nll": 123.45, "tokens": 1_234_567, "k": 6, "causal": False}
     rows = [{**row, "lookahead": lookahead} for lookahead in (1, 2, 3, "next")]
     found["metrics"] = metrics_table(rows)
@@ -75,6 +78,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     ]
     found["plan"] = plan_table(answers, parse_target("90%"), geometry, 123_456_789)
     summary = summarize(traces) | {"contrast": contrast(traces, other)}
+    summary["contrast"]["other"]["traces"] = "traces/other"  # a temporary folder's name has digits of its own
     summary["phases"] = {"prefill_tokens": 123_456, "decode_tokens": 234_567, "sequences": 1_234}
     for layer in summary["by_layer"]:
         phase = {

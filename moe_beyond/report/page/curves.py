@@ -93,7 +93,7 @@ def _curves(curves: Curves, run_config: dict[str, Any], first: Lookahead) -> lis
 
 
 def _between(curves: Curves, before: str, after: str) -> list[str]:
-    """List what stands between a start and an end in the names of curves."""
+    """List the parts of the names of curves between a start and an end."""
     return [name[len(before) : -len(after)] for name in curves if name.startswith(before) and name.endswith(after)]
 
 

@@ -52,7 +52,7 @@ def write_page(
         traces: What was measured on.
         split: One split of them, or all.
         found: What `evaluate` said of the strategies of `moe_beyond.report.page.replays.page_strategies`.
-        notes: What the measured text is to the predictor (`moe_beyond.predictors.training_text.MeasuredText.lines`).
+        notes: Relation of the measured text to the predictor, one sentence each, as in `MeasuredText.lines`.
         source: The predictor as `evaluate` was given it.
         devices: For which there are times.
         bits: Bits per parameter of the replays.

@@ -13,6 +13,7 @@ import yaml
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.runs import CONFIG_FILE as RUN_CONFIG
 from moe_beyond.evaluation.runs import EXPORTED, is_run
+from moe_beyond.fields import brief
 from moe_beyond.published import CONFIG_FILE, find_predictor
 
 METRICS_FILE = "metrics.csv"
@@ -70,7 +71,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: is not YAML ({brief(error)})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: is not a run's configuration")
     hidden: dict[str, Any] = _without_secrets(found)

@@ -80,7 +80,7 @@ def time_section(results: Sequence[Result], devices: Sequence[Device], geometry:
         "What it is worth in time",
         prose=[
             "The same strategies with a clock. A prefetch takes time on the link, and what comes late is waited for, "
-            "so hits are fewer than above. Speeds are an upper bound: MoE layers only. An upright line stands where "
+            "so hits are fewer than above. Speeds are an upper bound: MoE layers only. A vertical line marks where "
             "experts fill the device's memory (next to the MoE layers' other weights, and an eighth kept free), if it "
             "is within the budgets shown; budgets beyond it are marked.",
             *verdicts(results),
@@ -268,6 +268,6 @@ def _where(result: Result, every: bool) -> str:
 
 
 def speed(result: Result) -> str:
-    """Write tokens a second, with no more digits than tell it apart: from 1,000 on, whole numbers."""
+    """Write tokens per second: with one decimal below 1,000, as whole numbers from there on."""
     value = result.tokens_per_second
     return NOTHING if value is None else f"{value:,.0f}" if value >= WHOLE_FROM else f"{value:.1f}"

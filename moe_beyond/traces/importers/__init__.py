@@ -23,4 +23,4 @@ FORMATS: dict[str, Format] = {
     "flame-moe": flame_moe.FORMAT,
     "jsonl": jsonl.FORMAT,
 }
-"""By format: what help says."""
+"""By format: its description in help."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
-from moe_beyond.model_config import shown
+from moe_beyond.fields import brief, shown
 from moe_beyond.traces.importers.files import source_files
 
 HEADERS = {
@@ -130,5 +130,4 @@ def _naming(where: str) -> Iterator[None]:
     except Exception as error:  # numpy parses headers as Python, and what that may raise is not written down
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{where}: cannot be read as an array of numpy ({reason})") from error
+        raise UserError(f"{where}: cannot be read as an array of numpy ({brief(error)})") from error

@@ -19,7 +19,7 @@ FIELDS = (
     "NAME.tokens.npy next to it: token ids, a whole number per token (T, or T + 1 with the last sampled one); optional",
     "NAME.decode_start.npy next to it: one whole number, the first token that the model wrote; optional",
 )
-"""What help says about them."""
+"""Their description in help."""
 
 
 def beside(path: Path, ending: str) -> StoredArray | None:
@@ -38,7 +38,7 @@ def read_token_ids(stored: StoredArray | None, length: int, span: slice) -> npt.
     Args:
         stored: The ids of all tokens of the request.
         length: Tokens of the request, T.
-        span: Those of them that were recorded.
+        span: The tokens that were recorded.
 
     Raises:
         UserError: They are not as many as the tokens, or no ids.
@@ -53,13 +53,25 @@ def read_token_ids(stored: StoredArray | None, length: int, span: slice) -> npt.
     return ids[span].astype(np.int32)
 
 
+def by_file(
+    tokens: Mapping[str, StoredArray | None], ids: Mapping[str, npt.NDArray[np.int32]]
+) -> dict[str, npt.NDArray[np.int32]] | None:
+    """Return token ids by the file that they were read from; None where no recording has any.
+
+    Args:
+        tokens: By recording, its file of token ids.
+        ids: By recording, what was read of it.
+    """
+    return {stored.where: ids[name] for name, stored in tokens.items() if stored is not None and name in ids} or None
+
+
 def read_decode_start(stored: StoredArray | None, length: int, span: slice) -> int:
-    """Return the first recorded position that the model wrote; their number, as if all was read, where nothing tells.
+    """Return the first recorded position that the model wrote; their number, as if all was read, where no file says it.
 
     Args:
         stored: The first position of the request that the model wrote.
         length: Tokens of the request, T.
-        span: Those of them that were recorded.
+        span: The tokens that were recorded.
 
     Raises:
         UserError: It is no such position.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import brief
 
 
 def natural(name: str) -> list[str | int]:
@@ -42,14 +43,9 @@ def column_names(path: Path, schema: pa.Schema) -> list[str]:
     try:
         return list(schema.names)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a column's name is not UTF-8 ({first_line(error)})") from error
+        raise UserError(f"{path}: a column's name is not UTF-8 ({brief(error)})") from error
 
 
 def listed(names: list[str]) -> str:
     """Write column names for an error message."""
     return ", ".join(name if name.isprintable() else repr(name) for name in names)[:300]
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what a library says."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

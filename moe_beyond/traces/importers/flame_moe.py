@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import column_names, first_line, listed, source_files
+from moe_beyond.traces.importers.files import column_names, listed, source_files
 from moe_beyond.traces.importers.format import Format
 from moe_beyond.traces.importers.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
@@ -97,7 +98,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read as Parquet ({brief(error)})") from error
 
 
 def _rows(path: Path) -> int:
@@ -200,4 +201,4 @@ def _columns(path: Path, name: str) -> Iterator[pa.Array]:
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
                 yield batch.column(0)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{path}: is damaged ({first_line(error)})") from error
+            raise UserError(f"{path}: is damaged ({brief(error)})") from error

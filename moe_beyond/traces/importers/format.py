@@ -1,4 +1,4 @@
-"""What ``moe-beyond import --help`` says about a format."""
+"""Descriptions of formats in ``moe-beyond import --help``."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ class Format:
     """A format of recordings, described so that a stranger can write it.
 
     Attributes:
-        summary: What writes it, and which files it is.
-        fields: Its fields, or what lies next to it, a line each.
-        example: Three lines of it.
+        summary: The tool that writes it, and its files.
+        fields: Its fields and the files next to it, one line each.
+        example: Three lines of a recording.
     """
 
     summary: str

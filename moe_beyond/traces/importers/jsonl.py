@@ -1,4 +1,4 @@
-"""JSON lines, an entry each: ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``.
+"""JSON lines, one entry each: ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``.
 
 ``layer_idx`` counts all layers of the model from 0, ``gate_weights`` may be left out, other fields are passed over, and
 the lines come in any order. A file is a sequence; token ids may lie next to it as ``NAME.tokens.npy``.
@@ -20,6 +20,7 @@ from moe_beyond.traces.importers.companions import (
     all_or_none,
     author_of,
     beside,
+    by_file,
     read_decode_start,
     read_token_ids,
 )
@@ -37,7 +38,7 @@ FORMAT = Format(
         "token_idx: the token's place in the sequence; the first may be any number, and none is left out",
         "selected_ids: the K expert ids, in the router's order; all -1 for a token that was not computed",
         "gate_weights: the K gate weights in the same order; optional, in all lines or in none",
-        "other fields are passed over",
+        "other fields are ignored",
         *FIELDS,
     ),
     example=(
@@ -75,8 +76,8 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
     """
     files = {path.stem: path for path in source_files(source, ".jsonl")}
     tokens, starts = ({name: beside(path, ending) for name, path in files.items()} for ending in (TOKENS, DECODE_START))
-    has_token_ids = all_or_none(tokens, source, "token ids")
-    told = all_or_none(starts, source, "decode_start")
+    all_or_none(tokens, source, "token ids")
+    has_starts = all_or_none(starts, source, "decode_start")
     traces = []
     left_out = 0
     for done, (name, path) in enumerate(files.items(), 1):
@@ -92,15 +93,9 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
         source=f"JSON lines, {source.resolve().name}{notes(left_out, len(files) - len(traces))}",
         lengths=lengths,
         traces=traces,
-        author=author_of([trace.decode_start for trace in traces], lengths) if told else "unknown",
-        token_ids={_token_file(tokens[trace.sequence_id]): trace.token_ids for trace in traces}
-        if has_token_ids
-        else None,
+        author=author_of([trace.decode_start for trace in traces], lengths) if has_starts else "unknown",
+        token_ids=by_file(tokens, {trace.sequence_id: trace.token_ids for trace in traces}),
     )
-
-
-def _token_file(stored: StoredArray | None) -> str:
-    return stored.where if stored else ""
 
 
 def _trace(

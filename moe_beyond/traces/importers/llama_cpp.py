@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.csv
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.importers.companions import TOKENS, all_or_none, author_of, beside, read_token_ids
+from moe_beyond.traces.importers.companions import TOKENS, all_or_none, author_of, beside, by_file, read_token_ids
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import first_line, source_files
+from moe_beyond.traces.importers.files import source_files
 from moe_beyond.traces.importers.format import Format
 from moe_beyond.traces.importers.missing import notes
 from moe_beyond.traces.importers.recording import Progress, Recording
@@ -94,11 +95,11 @@ def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> R
         if len(found) > 1 and has_token_ids:
             raise UserError(f"{path}: holds {len(found)} sequences; token ids can lie beside a file of one")
         for number, (first, experts, decode_start) in enumerate(found):
-            length, stored = first + len(experts), tokens[name]
-            ids = read_token_ids(stored, length, slice(first, length))
+            length = first + len(experts)
+            ids = read_token_ids(tokens[name], length, slice(first, length))
             sequence_id = name if len(found) == 1 else f"{name}-{number}"
             traces.append(Trace(sequence_id, f"{path.parent.resolve().name}/{path.name}", ids, experts, decode_start))
-            token_ids[stored.where if stored else name] = ids
+            token_ids[name] = ids
             left_out += first
         progress(done, len(files))
     if not traces:
@@ -110,7 +111,7 @@ def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> R
         lengths=lengths,
         traces=traces,
         author=author_of([trace.decode_start for trace in traces], lengths),
-        token_ids=token_ids if has_token_ids else None,
+        token_ids=by_file(tokens, token_ids),
     )
 
 
@@ -145,7 +146,7 @@ def _numbers(path: Path) -> tuple[Ints, int] | None:
             convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.int64())),
         )
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as rows of numbers ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read as rows of numbers ({brief(error)})") from error
     for column in table.columns:
         if column.null_count:
             row = np.flatnonzero(column.is_null().to_numpy())[0] + 1 + int(header)

@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry, Preset
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import text_digest, without_copies
 from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import column_names, first_line, listed
+from moe_beyond.traces.importers.files import column_names, listed
 from moe_beyond.traces.importers.format import Format
 from moe_beyond.traces.importers.recording import described
 from moe_beyond.traces.manifest import Manifest
@@ -184,7 +185,7 @@ def read_csv(path: Path, *more: str) -> pa.Table:
             convert_options=pa.csv.ConvertOptions(column_types=columns, strings_can_be_null=False),
         )
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as CSV ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read as CSV ({brief(error)})") from error
     names = column_names(path, table.schema)
     for name in columns:
         if names.count(name) > 1:

@@ -104,8 +104,8 @@ def described(vocabulary: Vocabulary, preset: Preset) -> Tokenizer:
 
     Models sample ids in rows that pad their embedding, so that the larger of the two counts.
     """
-    told = vocabulary.describe()
-    return replace(told, vocab_size=max(told.vocab_size, preset.vocab_size or 0))
+    tokenizer = vocabulary.describe()
+    return replace(tokenizer, vocab_size=max(tokenizer.vocab_size, preset.vocab_size or 0))
 
 
 def check_token_ids(token_ids: Mapping[str, npt.NDArray[np.integer[Any]]], tokenizer: Tokenizer) -> None:

@@ -22,6 +22,7 @@ from moe_beyond.traces.importers.companions import (
     all_or_none,
     author_of,
     beside,
+    by_file,
     read_decode_start,
     read_token_ids,
 )
@@ -74,8 +75,8 @@ def read_vllm(source: Path, geometry: Geometry, *, progress: Progress) -> Record
         {name: found.get(name + ending) if alone is None else beside(alone, ending) for name in stored}
         for ending in (TOKENS, DECODE_START)
     )
-    has_token_ids = all_or_none(tokens, source, "token ids")
-    told = all_or_none(starts, source, "decode_start")
+    all_or_none(tokens, source, "token ids")
+    has_starts = all_or_none(starts, source, "decode_start")
     spans = {name: _span(array, geometry) for name, array in stored.items()}
     recorded = {name: span for name, span in spans.items() if span.stop}
     if not recorded:
@@ -101,13 +102,9 @@ def read_vllm(source: Path, geometry: Geometry, *, progress: Progress) -> Record
         source=f"routed experts of an engine, {source.resolve().name}{notes(left_out, len(spans) - len(recorded))}",
         lengths=kept,
         traces=traces(),
-        author=author_of(list(decode_starts.values()), kept) if told else "unknown",
-        token_ids={_token_file(tokens[name]): ids for name, ids in token_ids.items()} if has_token_ids else None,
+        author=author_of(list(decode_starts.values()), kept) if has_starts else "unknown",
+        token_ids=by_file(tokens, token_ids),
     )
-
-
-def _token_file(stored: StoredArray | None) -> str:
-    return stored.where if stored else ""
 
 
 def _check_shape(stored: StoredArray, geometry: Geometry) -> None:
