@@ -14,7 +14,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -255,7 +255,7 @@ def check_linked(options: Namespace) -> None:
     Raises:
         UserError: One is given.
     """
-    given = options.model.get("init_args") or Namespace()
+    given = options.model.get("init_args") or {}
     for name in LINKED:
         if given.get(name) is not None:
             raise UserError(f"--model.{name}: is read from the traces (got {brief(given[name], 40)}); leave it out")

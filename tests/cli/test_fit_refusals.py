@@ -1,6 +1,7 @@
 """Options with which no fit can be made: one line each, before any work, and nothing left behind."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ CONFIGURED = [
     for name in ("trainer/default", "model/cross_layer", "data/traces")
     for word in ("-c", str(CONFIGS / f"{name}.yaml"))
 ]
+Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,9 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def refused(traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def refused(
+    traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
     """What a tiny fit with more options is refused with."""
     monkeypatch.chdir(tmp_path)
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
@@ -36,7 +40,8 @@ def refused(traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     def run(*words: str, data: str | None = None) -> str:
         chosen = f"--data.traces={traces if data is None else data}"
-        return failure(capsys, tmp_path, ["fit", *CONFIGURED, chosen, *TINY_CROSS_LAYER, "--quiet", *words])
+        line: str = failure(capsys, tmp_path, ["fit", *CONFIGURED, chosen, *TINY_CROSS_LAYER, "--quiet", *words])
+        return line
 
     return run
 
@@ -70,19 +75,19 @@ def refused(traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         ),
     ],
 )
-def test_an_option_out_of_range_is_a_line(word: str, line: str, refused) -> None:
+def test_an_option_out_of_range_is_a_line(word: str, line: str, refused: Refused) -> None:
     assert refused(word) == line
 
 
 @pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_notebook_find_unused_parameters_true"])
-def test_a_strategy_whose_result_is_lost_is_named(name: str, refused) -> None:
+def test_a_strategy_whose_result_is_lost_is_named(name: str, refused: Refused) -> None:
     line = refused(f"--trainer.strategy={name}")
     assert line.startswith(f"--trainer.strategy: {name} starts ")
     assert line.endswith("; set ddp")
 
 
 @pytest.mark.parametrize("given", ["model: null", "model: {class_path: CrossLayer, init_args: {vocab_size: 5}}"])
-def test_a_file_is_refused_as_an_option_is(given: str, refused, tmp_path: Path) -> None:
+def test_a_file_is_refused_as_an_option_is(given: str, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text(given)
     line = refused("-c", "more.yaml")
     assert line in (
@@ -92,7 +97,7 @@ def test_a_file_is_refused_as_an_option_is(given: str, refused, tmp_path: Path) 
     assert ("null" in given) == line.startswith("more.yaml")
 
 
-def test_empty_names_are_a_line(refused) -> None:
+def test_empty_names_are_a_line(refused: Refused) -> None:
     assert refused("-c", "") == "-c: the name of the file is empty; name a configuration file in YAML"
     assert refused(data="") == "data.traces: the name is empty; name the folder of a trace set"
 
@@ -105,7 +110,7 @@ def test_empty_names_are_a_line(refused) -> None:
         ("", "--json: the name of the file is empty; name a file, or - for standard output"),
     ],
 )
-def test_a_place_for_json_is_checked_before_work(path: str, line: str, refused, tmp_path: Path) -> None:
+def test_a_place_for_json_is_checked_before_work(path: str, line: str, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     assert refused(f"--json={path}") == line
