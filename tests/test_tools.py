@@ -94,6 +94,7 @@ def test_predictions_of_other_prompts_are_refused(tmp_path: Path) -> None:
     assert "prompt_1_data_formatted.csv: has no predictions" in done.stderr
 
 
+@pytest.mark.slow
 def test_variants_are_fitted_once_and_compared(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=24)
     small = ["--model.width=16", "--model.heads=2", "--model.window=8", "--model.layer_width=16"]
@@ -158,6 +159,7 @@ def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:
         assert named / chosen == pytest.approx(certain, abs=0.1)
 
 
+@pytest.mark.slow
 def test_training_is_timed_on_the_same_pieces(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=40)
     words = ["--data", str(tmp_path / "traces"), "--steps", "1", "--eager", "--json", str(tmp_path / "f.json")]

@@ -30,6 +30,8 @@ NAMED = (
     *(CheckpointIO, ClusterEnvironment, LayerSync),
 )
 """Bases of the classes that a configuration may name."""
+GROUPS = "model", "data", "trainer"
+"""Options that hold other options; none of them can be null."""
 LOAD = get_loader("yaml")  # it reads 1e-3 as a number, which plain YAML does not
 
 
@@ -105,6 +107,8 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take in the file."""
+        if not values.strip():
+            raise UserError("-c: the name of the file is empty; name a configuration file in YAML")
         path = Path(values)
         try:
             if not path.is_file() and not any(mark in values for mark in ":{\n"):  # else it is YAML itself
@@ -129,7 +133,10 @@ class ConfigFile(ActionConfigFile):
 
 
 def _check_names(parser: OneLineErrors, content: dict[str, Any]) -> None:
-    """Refuse an unknown option at once: when jsonargparse looks, it no longer knows the file."""
+    """Refuse an unknown option, and a group of options that is null: later, jsonargparse no longer knows the file."""
+    for name in GROUPS:
+        if name in content and content[name] is None:
+            raise UserError(f"{name}: is null; give its settings, or leave {name} out of the file")
     options = {word.removeprefix("--") for word in option_strings(parser)}
     groups = {name.partition(".")[0] for name in options}
     trainer = content.get("trainer")

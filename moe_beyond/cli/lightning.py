@@ -3,17 +3,21 @@
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 import moe_beyond.callbacks
 import moe_beyond.datamodules
@@ -27,11 +31,12 @@ from moe_beyond.callbacks.run import run_folder
 from moe_beyond.callbacks.scores import WriteScores
 from moe_beyond.cli.config_files import ConfigFile, guard_yaml
 from moe_beyond.cli.options import ExampleAsWritten, Output, add_output, example_text
-from moe_beyond.cli.resuming import add_resume, check_names_a_file, saying_how_to_resume, with_resume
+from moe_beyond.cli.resuming import add_resume, check_names_a_file, check_unfinished, saying_how_to_resume, with_resume
 from moe_beyond.cli.slips import OneLineErrors, one_line
 from moe_beyond.cli.tracking import discard_offline_run, finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
+from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
@@ -53,8 +58,12 @@ NOTHING_FITTED = (
     "nothing was fitted: no training step was made; "
     "raise trainer.max_epochs, max_steps, max_time or limit_train_batches"
 )
+LINKED = "geometry", "vocab_size", "hidden_size"
+"""Arguments of models that are linked from the data."""
 CHATTY = ("lightning.pytorch", "lightning.fabric")
 """Loggers of Lightning that write to the terminal."""
+OF_A_NODE = "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"
+"""Environment variables by which a node finds the others, where no launcher sets them."""
 RUNS = "runs", "predictor"
 """Folder and name of a run whose configuration has no logger, as in the shipped configurations."""
 
@@ -100,6 +109,7 @@ class PredictorCLI(LightningCLI):
         self.output = Output(options)
         # Of this call only: they are not for the run's config.yaml.
         options.json, options.quiet, options.resume = None, False, None
+        check_linked(options)
         if self.output.quiet or not self.output.console.is_terminal:
             options.trainer.enable_progress_bar = False
         if self.output.quiet:
@@ -131,6 +141,7 @@ class PredictorCLI(LightningCLI):
         folder = self._get(self.config_init, "trainer").default_root_dir or CSVLogger(*RUNS).log_dir
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         configured = self._get(self.config, "trainer.logger")
+        check_trainer(trainer)
         settle_wandb(trainer, self.subcommand or "", configured, self.model, self.datamodule)
         return trainer
 
@@ -155,6 +166,8 @@ class PredictorCLI(LightningCLI):
             raise UserError("the learning rate falls to zero at the fit's end; set trainer.max_epochs or max_steps")
         self.datamodule.setup("fit")
         self.model.check_trainer(self.trainer)
+        if path := self.config_init["fit"].get("ckpt_path"):
+            check_unfinished(Path(path), trainer)
         check_monitors(self.trainer.callbacks, self.model, self.datamodule)  # type: ignore[attr-defined]
         if not self.output.console.is_terminal:
             self.trainer.callbacks.append(EpochLines(self.output.show))  # type: ignore[attr-defined]
@@ -236,6 +249,18 @@ class PredictorCLI(LightningCLI):
             raise UserError(f"{path}: was fitted with another tokenizer than that of {self.datamodule.traces.folder}")
 
 
+def check_linked(options: Namespace) -> None:
+    """Refuse arguments of the model that the traces decide.
+
+    Raises:
+        UserError: One is given.
+    """
+    given = options.model.get("init_args") or {}
+    for name in LINKED:
+        if given.get(name) is not None:
+            raise UserError(f"--model.{name}: is read from the traces (got {brief(given[name], 40)}); leave it out")
+
+
 def check_trainer_options(options: Namespace) -> None:
     """Refuse values that Lightning accepts and then fails on or misreads.
 
@@ -247,11 +272,41 @@ def check_trainer_options(options: Namespace) -> None:
             raise UserError(f"--trainer.{name}: must be more than 0 (got {options[name]})")
     if (options.gradient_clip_val or 0) < 0:
         raise UserError(f"--trainer.gradient_clip_val: must not be less than 0 (got {options.gradient_clip_val})")
-    if str(options.precision) in ("16-true", "bf16-true", "64-true"):
+    start = options.strategy
+    if isinstance(start, str) and any(word in start for word in ("spawn", "fork", "notebook")):
+        raise UserError(
+            f"--trainer.strategy: {start} starts its processes within Python, from which no result comes back; set ddp"
+        )
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse a trainer that would fail later, or wait without end.
+
+    Raises:
+        UserError: The weights would not be kept in 32 bits, processes would be started by a library of Python, or
+            nothing starts the processes of the other nodes.
+    """
+    if str(trainer.precision) in ("16-true", "bf16-true", "64-true"):
         raise UserError(
             f"--trainer.precision: weights are kept in 32 bits; set 32-true, 16-mixed or bf16-mixed "
-            f"(got {options.precision})"
+            f"(got {trainer.precision})"
         )
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher):
+        raise UserError(
+            f"--trainer.strategy: {launcher._start_method} starts the processes within Python, "  # noqa: SLF001
+            "from which no result comes back; set ddp"
+        )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment):
+        missing = [name for name in OF_A_NODE if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"--trainer.num_nodes: {trainer.num_nodes} nodes need a launcher (torchrun, srun), or on each node "
+                f"{', '.join(OF_A_NODE)} in the environment (missing: {', '.join(missing)})"
+            )
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        print(f"moe-beyond: waiting for all {trainer.num_nodes} nodes at {where}", file=sys.stderr)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from argparse import Action
 from collections.abc import Callable, Iterator
@@ -91,6 +92,26 @@ def check_plots(folder: str | None) -> None:
         raise UserError(f"--plots {folder}: is a file; name a folder")
 
 
+def check_json(path: str | None) -> None:
+    """Check, before anything takes long, that the JSON has somewhere to go.
+
+    Raises:
+        UserError: ``--json`` names a folder, or a file below a file or in a folder that cannot be written.
+    """
+    if path in (None, "-"):
+        return
+    if not path:
+        raise UserError("--json: the name of the file is empty; name a file, or - for standard output")
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"--json {path}: is a folder; name a file")
+    above = next(folder for folder in (*file.parents, Path()) if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"--json {path}: {above} is a file, not a folder; name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--json {path}: {above} cannot be written to; name another place")
+
+
 class Output:
     """Where a verb's tables, lines and result go.
 
@@ -98,9 +119,13 @@ class Output:
 
     Args:
         args: The parsed options.
+
+    Raises:
+        UserError: ``--json`` names no file that could be written.
     """
 
     def __init__(self, args: Namespace) -> None:
+        check_json(args.json)
         self._json: str | None = args.json
         self.quiet: bool = args.quiet or args.json == "-"
         logging.getLogger("moe_beyond").setLevel(logging.ERROR if args.quiet else logging.WARNING)

@@ -13,10 +13,11 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentParser
 
+from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.callbacks.interrupt import SaveOnInterrupt
 from moe_beyond.cli.main import is_interrupt
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import CONFIG_FILE, checkpoints_of, run_of
+from moe_beyond.evaluation.runs import CONFIG_FILE, EXPORTED, checkpoints_of, run_of
 from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
 
@@ -102,15 +103,47 @@ def newest_checkpoint(folder: Path) -> Path:
     return max(resumable)[2]
 
 
+def check_unfinished(path: Path, trainer: L.Trainer) -> None:
+    """Refuse to go on with a fit of which nothing is left to do.
+
+    Args:
+        path: Checkpoint to go on from.
+        trainer: About to fit.
+
+    Raises:
+        UserError: All epochs or steps are made, and what `ExportBest` writes at the end of a fit is written.
+    """
+    progress = _progress(path)
+    if progress is None or (progress.due and not progress.validated):
+        return
+    exports = any(isinstance(callback, ExportBest) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if exports and not (run_of(path) / EXPORTED).exists():
+        return
+    epochs = progress.epoch + (progress.whole and progress.batches > 0)
+    limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+    for (option, most), made in zip(limits.items(), (epochs, progress.steps), strict=True):
+        if most is not None and 0 < most <= made:
+            what = option.removeprefix("max_")
+            raise UserError(
+                f"{path}: the fit is finished ({what} {made} of {most}); give --trainer.{option} M to go on"
+            )
+
+
 def _how_far(path: Path) -> tuple[int, int, bool] | None:
     """Return steps, epochs and whether the last validation has run; None where a fit cannot go on from there."""
+    progress = _progress(path)
+    return None if progress is None else (progress.steps, progress.epoch, progress.validated)
+
+
+def _progress(path: Path) -> Progress | None:
+    """Return how far a checkpoint's fit is; None where a fit cannot go on from there."""
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         progress = Progress(**checkpoint[CHECKPOINT_KEY][RESUME_KEY]["progress"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError):
         print(f"moe-beyond: warning: {path}: cannot be resumed; skipped", file=sys.stderr)
         return None
-    return (progress.steps, progress.epoch, progress.validated) if "optimizer_states" in checkpoint else None
+    return progress if "optimizer_states" in checkpoint else None
 
 
 def check_names_a_file(verb: str, path: str) -> None:

@@ -245,7 +245,8 @@ def _flat(text: str) -> str:
 def one_line(where: str = "", *, constructing: bool = False) -> Iterator[None]:
     """Turn an error of a library about an option into one line; a fault of this package keeps its traceback.
 
-    An error is about an option if no code of this package is between the command line and the code that raised it.
+    An error is about an option if no code of this package is between the command line and the code that raised it, if
+    a callback of a library raised it, or if a class of torch refuses what it is constructed with.
     While classes are constructed, it also is if a library rejects a value that a class of this package passes on.
 
     Args:
@@ -272,6 +273,8 @@ def one_line(where: str = "", *, constructing: bool = False) -> Iterator[None]:
 
 def _is_about_an_option(error: BaseException, constructing: bool) -> bool:
     files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if _is_of_a_callback(error) or _is_of_a_constructor(error, files):
+        return True
     through_ours = any(PACKAGE in file.parents and file.parent != PACKAGE / "cli" for file in files)
     module = type(error).__module__
     if "DataLoader worker process" in str(error) or any("autograd" in file.parts for file in files):
@@ -288,6 +291,32 @@ def _is_about_an_option(error: BaseException, constructing: bool) -> bool:
     return of_a_library or rejects or isinstance(error, MemoryError)
 
 
+def _is_of_a_callback(error: BaseException) -> bool:
+    """Tell whether a callback, logger or profiler of a library raised it, with no code of this package in between."""
+    from lightning import Callback
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.profilers import Profiler
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    speakers = [frame.f_locals.get("self") for frame in frames]
+    theirs = [
+        place
+        for place, speaker in enumerate(speakers)
+        if isinstance(speaker, (Callback, Logger, Profiler)) and PACKAGE not in _file(frames[place]).parents
+    ]
+    return bool(theirs) and not any(PACKAGE in _file(frame).parents for frame in frames[theirs[-1] :])
+
+
+def _is_of_a_constructor(error: BaseException, files: list[Path]) -> bool:
+    """Tell whether a class of torch refuses a value that it is constructed with, as loaders and optimizers do."""
+    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return isinstance(error, ValueError) and last.f_code.co_name == "__init__" and "torch" in files[-1].parts
+
+
+def _file(frame: types.FrameType) -> Path:
+    return Path(frame.f_code.co_filename)
+
+
 def _raised_in(error: BaseException, package: str) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and package in Path(frames[-1].f_code.co_filename).parts
@@ -301,5 +330,7 @@ def _speaker(error: BaseException) -> str:
     from lightning.pytorch.strategies import Strategy
 
     named = (L.Trainer, L.Callback, L.LightningModule, L.LightningDataModule, Logger, Profiler, Strategy)
-    speakers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # A module that lacks an attribute is not the one that asks for it.
+    speakers = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name != "__getattr__"]
     return next((type(speaker).__name__ for speaker in reversed(speakers) if isinstance(speaker, named)), "")

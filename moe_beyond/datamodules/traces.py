@@ -1,5 +1,6 @@
 """The data module of trace sets."""
 
+import multiprocessing
 import multiprocessing.forkserver
 import signal
 import threading
@@ -41,7 +42,7 @@ class TraceDataModule(L.LightningDataModule):
         max_tokens: Tokens of a training piece at most.
         window: Shards whose sequences are mixed in training, and held in memory.
         seed: Of the shuffling.
-        num_workers: Processes that read.
+        num_workers: Processes that read, per split.
 
     Attributes:
         hidden_states: Whether batches carry hidden states; a task turns it on for a predictor that reads them.
@@ -61,8 +62,14 @@ class TraceDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if min(token_budget, max_tokens, window) < 1:
-            raise UserError("token_budget, max_tokens and window must be at least 1")
+        least = {"token_budget": 1, "max_tokens": 1, "window": 1, "seed": 0, "num_workers": 0}
+        numbers = dict(zip(least, (token_budget, max_tokens, window, seed, num_workers), strict=True))
+        for name, number in numbers.items():
+            if number < least[name]:
+                raise UserError(f"data.{name} must be at least {least[name]} (got {number})")
+        folders = {"traces": traces, "val_traces": val_traces, "test_traces": test_traces}
+        if empty := [name for name, folder in folders.items() if folder is not None and not folder.strip()]:
+            raise UserError(f"data.{empty[0]}: the name is empty; name the folder of a trace set")
         self.train_split, self.val_split = train_split, val_split
         self.token_budget, self.max_tokens, self.window = token_budget, max_tokens, window
         self.seed, self.num_workers = seed, num_workers
@@ -224,6 +231,8 @@ def _start_server_of_workers() -> None:
     """
     if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
         return
+    # Imported once in the server, not by every worker of every epoch: Ctrl-C would wait for workers that still import.
+    multiprocessing.set_forkserver_preload([ShardedTraces.__module__])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         multiprocessing.forkserver.ensure_running()

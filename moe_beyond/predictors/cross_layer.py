@@ -20,6 +20,7 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.copying import LayerCopying
 from moe_beyond.predictors.copying_state import LayerCopyingState
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.next_use import NextUse, NextUseState
 from moe_beyond.predictors.recurrence import one_more_layer
 from moe_beyond.predictors.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, averaged
@@ -75,12 +76,13 @@ class CrossLayer(TokenCausal):
         dropout: float = 0.15,
         token_dropout: float = 0.1,
     ) -> None:
+        check_arguments(self.architecture, locals())
         super().__init__(
             geometry, vocab_size, width, depth, heads, window, copies, objective, remembered_tokens, known_tokens,
             min_count, ngram_buckets, dropout, token_dropout,
         )  # fmt: skip
-        if lookaheads < 1 or layer_copies < 0 or (layer_copies and window < 2):
-            raise UserError("cross_layer: lookaheads is at least 1, layer_copies 0, and with those window 2")
+        if layer_copies and window < 2:
+            raise UserError("cross_layer: layer_copies look at earlier tokens; window must be at least 2")
         self.lookaheads, self.layer_width, self.layer_copies = lookaheads, layer_width, layer_copies
         layers, experts, _ = geometry.shape()
         self.start = nn.Linear(width, layer_width)

@@ -19,6 +19,7 @@ from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.base import CountingPredictor, Stepper
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 
 # What a stored count can be.
 MOST = torch.iinfo(torch.int16).max
@@ -53,8 +54,7 @@ class Eamc(CountingPredictor):
         self, geometry: Geometry, vocab_size: int, capacity: int = 120, backoff: float = 1.0, ahead: int = 3
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if capacity < 1 or backoff < 0 or ahead < 0:
-            raise UserError("eamc: capacity is at least 1, backoff and ahead at least 0")
+        check_arguments(self.architecture, locals())
         self.capacity, self.backoff, self.ahead = capacity, backoff, ahead
         layers, experts, _ = geometry.shape()
         self.register_buffer("matrices", torch.zeros(capacity, layers, experts, dtype=torch.int16))

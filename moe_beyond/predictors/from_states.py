@@ -39,8 +39,6 @@ class FromStates(Predictor):
                 f"{self.architecture} reads hidden states, and the traces hold none; collect them with --record "
                 "experts,gate_weights,hidden_states"
             )
-        if min(ahead) < 1:
-            raise UserError(f"{self.architecture}: lookahead {min(ahead)} is less than 1")
         self.hidden_size, self.ahead = hidden_size, ahead
 
     @abstractmethod

@@ -11,6 +11,7 @@ from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.from_states import FromStates
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.loss import subset_cross_entropy
 
 
@@ -33,6 +34,7 @@ class LayerMlp(FromStates, GradientPredictor):
     def __init__(
         self, geometry: Geometry, vocab_size: int, hidden_size: int, stride: int = 1, width: int = 256
     ) -> None:
+        check_arguments(self.architecture, {"stride": stride, "width": width})
         super().__init__(geometry, vocab_size, hidden_size, (stride,))
         self.stride, self.width = stride, width
         layers, experts, _ = geometry.shape()

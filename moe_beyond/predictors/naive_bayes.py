@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.history import History
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.token_table import TokenTable
 
 
@@ -63,10 +63,7 @@ class NaiveBayes(CountingPredictor):
         smoothing: float = 8.0,
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if min(lookaheads, sources) < 1:
-            raise UserError("naive_bayes: lookaheads and sources are at least 1")
-        if smoothing <= 0 or backoff < 0:
-            raise UserError("naive_bayes: smoothing is above 0, and backoff not below")
+        check_arguments(self.architecture, locals())
         self.lookaheads, self.sources, self.smoothing = lookaheads, sources, smoothing
         self.token, self.history, self.layers = token, history, layers
         self.backoff, self.min_count = backoff, min_count

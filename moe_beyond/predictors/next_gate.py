@@ -15,6 +15,7 @@ from moe_beyond.predictors.base import CountingPredictor, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.from_states import FromStates
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.scoring import SCORINGS
 
 
@@ -42,7 +43,8 @@ class NextGate(FromStates, CountingPredictor):
     tokens: Tensor
 
     def __init__(self, geometry: Geometry, vocab_size: int, hidden_size: int, lookaheads: int = 3) -> None:
-        super().__init__(geometry, vocab_size, hidden_size, tuple(range(1, lookaheads + 1)) or (0,))
+        check_arguments(self.architecture, {"lookaheads": lookaheads})
+        super().__init__(geometry, vocab_size, hidden_size, tuple(range(1, lookaheads + 1)))
         self.lookaheads = lookaheads
         layers, experts, _ = geometry.shape()
         self.register_buffer("weight", torch.zeros(layers, experts, hidden_size))

@@ -16,6 +16,7 @@ from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.from_states import FromStates
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 
 CHOSEN, OTHERS = 3.0, 0.5  # weights of their cross-entropies
 MARGIN, HINGE = 0.1, 0.3  # by which the chosen shall be above the others; and that term's weight
@@ -38,6 +39,7 @@ class PreAttention(FromStates, GradientPredictor):
     link = "sigmoid"
 
     def __init__(self, geometry: Geometry, vocab_size: int, hidden_size: int, width: int = 256) -> None:
+        check_arguments(self.architecture, {"width": width})
         super().__init__(geometry, vocab_size, hidden_size, (1,))
         self.width = width
         layers, experts, _ = geometry.shape()

@@ -16,6 +16,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.loss import binary_cross_entropy
 from moe_beyond.predictors.tokens import TokenEmbedding
 from moe_beyond.predictors.whole_token import WholeTokenStepper
@@ -65,8 +66,9 @@ class RowEncoder(GradientPredictor):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if min(context_tokens, depth, heads) < 1 or width % heads:
-            raise UserError("row_encoder: context_tokens, depth and heads are at least 1, and heads divides width")
+        check_arguments(self.architecture, locals())
+        if width % heads:
+            raise UserError(f"row_encoder: heads must divide width (got heads {heads}, width {width})")
         self.token_width, self.layer_width, self.width, self.depth = token_width, layer_width, width, depth
         self.heads, self.feedforward, self.context_tokens = heads, feedforward, context_tokens
         self.bidirectional, self.known_tokens, self.min_count = bidirectional, known_tokens, min_count

@@ -20,6 +20,7 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.copying import Copying
 from moe_beyond.predictors.copying_state import CopyingState, copied
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.loss import (
     binary_cross_entropy,
     k_positive_cross_entropy,
@@ -90,14 +91,11 @@ class TokenCausal(GradientPredictor):
         token_dropout: float = 0.1,
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if min(window, depth, heads) < 1 or copies < 0 or width % heads:
-            raise UserError(
-                f"{self.architecture}: window, depth and heads are at least 1, copies 0, and heads divides width"
-            )
+        check_arguments(self.architecture, locals())
+        if width % heads:
+            raise UserError(f"{self.architecture}: heads must divide width (got heads {heads}, width {width})")
         if copies and window < 2:
             raise UserError(f"{self.architecture}: copies look at earlier tokens; window must be at least 2")
-        if remembered_tokens < 0:
-            raise UserError(f"{self.architecture}: remembered_tokens is at least 0")
         if objective not in OBJECTIVES:
             raise unknown(f"{self.architecture}: objective", objective, OBJECTIVES)
         self.width, self.depth, self.heads, self.window = width, depth, heads, window

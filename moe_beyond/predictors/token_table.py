@@ -10,6 +10,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.whole_token import WholeTokenStepper
 
 
@@ -36,6 +37,7 @@ class TokenTable(CountingPredictor):
 
     def __init__(self, geometry: Geometry, vocab_size: int, backoff: float = 2.0, min_count: int = 1) -> None:
         super().__init__(geometry, vocab_size)
+        check_arguments(self.architecture, locals())
         self.backoff, self.min_count = backoff, min_count
         self._resize(0)
 

@@ -10,9 +10,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from moe_beyond.errors import UserError
+from moe_beyond.fields import check_kinds
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.folder import check_fits, load_predictor, read_config
+from moe_beyond.predictors.limits import OPTIMIZATION
 from moe_beyond.published import find_predictor
 from moe_beyond.tasks.base import PredictorTask
 
@@ -40,6 +42,8 @@ class GradientTask(PredictorTask):
         teachers: Sequence[str] | None = None,
     ) -> None:
         super().__init__(predictor)
+        settings = {"lr": lr, "weight_decay": weight_decay, "warmup": warmup}
+        check_kinds(OPTIMIZATION, settings, f"{predictor.architecture}: ")
         self._teacher_folders, self._teachers = tuple(teachers or ()), list[Predictor]()
         # What a boolean picks has a size that only the data know: no recompiling when it changes.
         self._objective = torch.compile(predictor.loss, dynamic=True) if compiled else predictor.loss

@@ -57,6 +57,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path):
 ANNOUNCEMENT = "moe-beyond: compiling the cache simulator once: this takes about half a minute\n"
 
 
+@pytest.mark.slow
 def test_compiling_is_said_once_and_a_damaged_store_is_a_miss(tmp_path: Path):
     _, result, said = replay_in_a_process(tmp_path)
     assert said == ANNOUNCEMENT

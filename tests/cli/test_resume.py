@@ -200,9 +200,34 @@ def test_ctrl_c_of_a_terminal_reaches_all_processes_and_ends_in_two_lines(
                 time.sleep(0.05)
             time.sleep(delay)
             os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(120) == 130
+            assert process.wait(15) == 130  # also where new workers start just then
         finally:
             process.kill()
     said = (tmp_path / "err").read_text()
     assert "Traceback" not in said
     assert "go on with: moe-beyond fit --resume runs/predictor/version_0" in said
+
+
+def test_a_finished_fit_is_not_resumed_without_more_to_do(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    epochs = yaml.safe_load((run.folder / "config.yaml").read_text())["trainer"]["max_epochs"]
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run.folder), "--quiet"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"moe-beyond: error: {run.folder}/checkpoints/")
+    ending = f": the fit is finished (epochs {epochs} of {epochs}); give --trainer.max_epochs M to go on\n"
+    assert line.endswith(ending)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_that_was_stopped_before_its_export_is_resumed_for_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run.folder, "stopped")
+    shutil.rmtree("stopped/predictor")
+    assert main(["fit", "--resume", "stopped", "--quiet"]) == 0
+    resumed = next(tmp_path.glob("runs/*/version_0"))
+    assert (resumed / "predictor/config.json").exists()

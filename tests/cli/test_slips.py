@@ -89,7 +89,7 @@ def test_the_other_verbs_say_it_too(here: Path, capsys, verb: str) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--model.dropout=5"], "CrossLayer: dropout probability has to be between 0 and 1, but got 5.0"),
+        (["--model.dropout=5"], "cross_layer: dropout must be a number from 0 to below 1 (got 5.0)"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/los"],
             "EarlyStopping: unknown figure to monitor 'val/los'; did you mean 'val/loss'?",
