@@ -233,19 +233,27 @@ def _of_positions(path: Path, numbers: Ints, first_row: int, geometry: Geometry)
     sequences: list[int] = []
     written: list[bool] = []
     known: dict[int, int] = {}  # of this sequence: position -> token
+    batches: list[list[int]] = []  # of this sequence
     sequence = begin = 0
+
+    def check(stop: int) -> None:
+        rows = numbers[begin:stop]
+        computed = set(rows[rows[:, 1] == geometry.moe_layers[-1], 0].tolist())
+        _check_positions(path, batches, computed, begin + first_row)
+
     for start, stop in pairwise([*starts, len(positions)]):
         batch = positions[start:stop].tolist()
         if start and (0 <= positions[start - 1] > batch[0] or not known.keys().isdisjoint(batch)):
-            _check_positions(path, numbers[begin:start], begin + first_row, geometry.moe_layers[-1])
-            sequence, known, begin = sequence + 1, {}, start
+            check(start)
+            sequence, known, batches, begin = sequence + 1, {}, [], start
+        batches.append(list(dict.fromkeys(batch)))
         for position in batch:
             if position not in known:
                 known[position] = len(sequences)
                 sequences.append(sequence)
                 written.append(position >= 0)
             tokens.append(known[position])
-    _check_positions(path, numbers[begin:], begin + first_row, geometry.moe_layers[-1])
+    check(len(numbers))
     return Entries(
         tokens=np.array(tokens),
         layers=layers,
@@ -256,38 +264,39 @@ def _of_positions(path: Path, numbers: Ints, first_row: int, geometry: Geometry)
     )
 
 
-def _check_positions(path: Path, rows: Ints, first_row: int, last_layer: int) -> None:
+def _check_positions(path: Path, batches: list[list[int]], computed: set[int], row: int) -> None:
     """Refuse a sequence that lacks a position, or whose prompt is not in the order in which it was computed.
 
-    The prompt's first batch is at positions -n to -1, the next one at the n' before. Of a batch, the last layer is
-    computed for all tokens, for the last one, or for none; of the prompt's last token it always is.
+    Some tools number a prompt from -n to -1. Others number its first batch from -n to -1, and each later one from there
+    downwards. Of a batch, the last layer is computed for all tokens, for the last one, or for none. Of the prompt's
+    last token it always is. Sorted rows look like batches of one token.
 
     Args:
         path: The file.
-        rows: ``(R, columns)``, rows of the sequence.
-        first_row: Number of the first one.
-        last_layer: The model's last MoE layer.
+        batches: Positions of the tokens of each batch of the sequence, in the order of the file.
+        computed: Positions that have rows of the last layer.
+        row: Row where the sequence begins.
 
     Raises:
         UserError: A position is missing, or the rows are in another order.
     """
-    where = f"{path}: row {first_row}"
-    positions = list(dict.fromkeys(rows[:, 0].tolist()))
+    where = f"{path}: row {row}"
+    positions = [position for batch in batches for position in batch]
     known = set(positions)
     for position in range(min(0, *positions), max(-1, *positions) + 1):
         if position not in known:
             raise UserError(f"{where}: position {position} is missing from the sequence that begins there")
-    computed = set(rows[rows[:, 1] == last_layer, 0].tolist())
     prompt = [position for position in positions if position < 0]
-    begins = [place for place, position in enumerate(prompt) if not place or position != prompt[place - 1] + 1]
+    ends = [place for place, (one, other) in enumerate(pairwise([*prompt, 0]), 1) if other != one + 1 or not other]
     in_order = not prompt or prompt[-1] in computed
-    batch_of: dict[int, int] = {}
-    for begin, stop in pairwise([*begins, len(prompt)]):
-        batch_of |= dict.fromkeys(prompt[begin:stop], begin)
-        *others, last = (position in computed for position in prompt[begin:stop])
-        in_order &= prompt[stop - 1] == -begin - 1 and len(set(others)) < 2 and (last or not any(others))
-    order = [(batch_of[position], layer, position) for position, layer, *_ in rows.tolist() if position < 0]
-    if not in_order or order != sorted(order):
+    for begin, end in pairwise([0, *ends]):
+        in_order &= prompt[end - 1] == -begin - 1
+    reading = [batch for batch in batches if batch[0] < 0]
+    for *others, last in ([position in computed for position in batch] for batch in reading):
+        in_order &= len(set(others)) < 2 and (last or not any(others))
+    if len(ends) == 1 and len(reading) == len(prompt):  # one ascending run, token by token
+        in_order &= len(computed.intersection(prompt)) in (1, len(prompt))
+    if not in_order:
         raise UserError(
             f"{where}: the prompt of the sequence that begins there is not in the order in which it was computed; "
             "keep the rows as llama-moe-trace writes them, and do not sort them"
