@@ -304,6 +304,8 @@ def _source(predictor: Predictor | str | Path | None, function: str) -> ScoreSou
 def _path(value: Any, what: str) -> str:
     if not isinstance(value, str | Path):
         raise UserError(f"{what} is a name or a path (got {shown(value)})")
+    if not str(value).strip() or "\0" in str(value):
+        raise UserError(f"{what} is a name or a path (got {shown(str(value))})")
     return str(value)
 
 
@@ -316,6 +318,8 @@ def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
 
 SEVERAL = frozenset(("budget", "strategy", "policy", "prefetch", "lookahead"))
 """Options that take one value or several."""
+UNITS = (str, Path, Number, bytes, bytearray, memoryview, Mapping)
+"""Types that can be iterated over, and yet are one value."""
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("warm_start", "carry_over", "sequential", "no_first_layer_prefetch"), (bool,)),
     **dict.fromkeys(("prefill_chunk", "batch_size", "warmup_tokens"), (Integral,)),
@@ -337,7 +341,7 @@ def _request(options: dict[str, Any]) -> Request:
     given: dict[str, Any] = {}
     for name, value in options.items():
         if name in SEVERAL:
-            single = isinstance(value, str | Path | Number) or not isinstance(value, Iterable)
+            single = isinstance(value, UNITS) or not isinstance(value, Iterable)
             values = [_value(name, each) for each in ([value] if single else value)]
             if not values and name == "budget":
                 raise UserError("budget: names no budget; write 0.1 or '10%'")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -153,27 +154,39 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: The file is missing or is not JSON.
+        UserError: The file is missing, is no regular file, or is not JSON.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # reading a pipe may never end
+            raise UserError(f"{path}: cannot be read (not a regular file)")
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a null byte
+        raise UserError(f"{shown(str(path))}: is not the name of a file ({error})") from error
     return parse_json(content, path)
 
 
 def parse_json(content: bytes, source: str | Path) -> Any:
-    """Read JSON in UTF-8.
+    """Read JSON in UTF-8, with or without a byte order mark.
 
     Args:
         content: The file.
         source: Path or name of the origin, for error messages.
 
     Raises:
-        UserError: It is not JSON.
+        UserError: It is not JSON, or an object has a key twice, of which readers take the one or the other.
     """
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise UserError(f"{source}: key {shown(repeated)} is there twice in one object; remove one of them")
+        return fields
+
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:  # the latter of brackets in brackets without end
         raise UserError(f"{source}: is not JSON ({error})") from error
 
@@ -216,14 +229,16 @@ def file_in(folder: str | Path, name: str) -> Path:
     Raises:
         UserError: The name is a path, the file is outside the folder, or it is not a regular file.
     """
-    root, path = Path(folder).resolve(), Path(folder) / name
+    path = Path(folder) / name
     if not is_plain_name(name):
         raise UserError(f"{folder}: {shown(name)} is not the name of a file in this folder")
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     try:
-        target = path.resolve()
+        root, target = Path(folder).resolve(), path.resolve()
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: is a link that leads nowhere") from error
+    except ValueError as error:  # a null byte
+        raise UserError(f"{shown(str(folder))}: is not the name of a folder ({error})") from error
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if target.parent not in allowed:
         raise UserError(f"{path}: is a link to a file outside of the folder; put the file itself there")
     if target.exists() and not target.is_file():

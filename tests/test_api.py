@@ -109,6 +109,12 @@ def test_a_share_is_exact() -> None:
         ({"budget": None}, "budget: is a share"),
         ({"budget": [[8]]}, "budget: is a share"),
         ({"budget": []}, "budget: names no budget"),
+        ({"budget": b"10%"}, "budget: is a share"),
+        ({"budget": bytearray(b"10%")}, "budget: is a share"),
+        ({"budget": memoryview(b"10%")}, "budget: is a share"),
+        ({"budget": {"10%": 1}}, "budget: is a share"),
+        ({"policy": b"lru"}, "policy: is text"),
+        ({"lookahead": b"\x01"}, "lookahead: is "),
         ({"budget": -3}, "budget '-3'"),
         ({"policy": 3}, "policy: is text (got 3)"),
         ({"policy": ["lru", None]}, "policy: is text (got None)"),
@@ -129,6 +135,25 @@ def test_an_options_value_of_another_kind_is_one_line(trace_set, options, line: 
         mb.replay(trace_set, **options)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0b"])
+def test_a_name_that_names_nothing_is_one_line(trace_set, name: str) -> None:
+    says = re.escape(f"is a name or a path (got {name!r})")
+    with pytest.raises(UserError, match=f"^traces {says}"):
+        mb.load_traces(name)
+    with pytest.raises(UserError, match=f"^predictor {says}"):
+        mb.load_predictor(name)
+    with pytest.raises(UserError, match=f"^replay: traces {says}"):
+        mb.replay(name, budget=2)
+    with pytest.raises(UserError, match=f"^replay: predictor {says}"):
+        mb.replay(trace_set, name, budget=2)
+
+
+@pytest.mark.parametrize("split", [5, ("train",), b"train", True])
+def test_a_split_of_another_kind_is_one_line(trace_set, split: object) -> None:
+    with pytest.raises(UserError, match=r"^split: is the name of a split \(got "):
+        list(mb.load_traces(trace_set.folder).traces(split))
 
 
 def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None:

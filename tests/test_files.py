@@ -161,6 +161,29 @@ def test_unreadable_json_is_named(tmp_path):
             read_json(tmp_path / "bad.json")
 
 
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    for path in (tmp_path / "config.json", tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match=r": cannot be read \(not a regular file\)\Z"):
+            read_json(path)
+    with pytest.raises(UserError, match="is not the name of a file"):
+        read_json("a\0b")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": 1, "b": {"c": 1, "c": 2}}', '[{"c": 1, "c": 1}]', '{"\\u0063": 1, "c": null}']
+)
+def test_a_key_that_is_there_twice_is_named(content):
+    with pytest.raises(UserError, match=r"^here\.json: key 'c' is there twice in one object; remove one of them\Z"):
+        parse_json(content.encode(), "here.json")
+    assert parse_json(b'{"a": {"c": 1}, "c": 1}', "here.json") == {"a": {"c": 1}, "c": 1}
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "\u00e9"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": "\u00e9"}
+
+
 def test_an_earlier_result_is_known_by_its_marker_and_by_holding_nothing_else(tmp_path):
     folder = tmp_path / "made"
     assert not is_earlier_result(folder, "index.json", "part-*.bin")

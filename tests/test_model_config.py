@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,58 @@ def test_one_number_per_layer_is_one_number_where_they_are_equal():
     assert geometry_from_config({**QWEN3, "num_experts": [8] * 6, "num_experts_per_tok": [2] * 6}).top_k == 2
 
 
+SWITCHES = (
+    "mlp_gated", "use_glu", "gated_mlp", "use_moe", "is_moe", "glu", "use_gated_mlp", "swiglu", "use_swiglu",
+    "moe_enabled", "has_moe", "enable_moe", "use_sparse_mlp", "use_experts", "use_moe_layers", "ffn_gated",
+)  # fmt: skip
+PLAIN: dict[str, object] = {
+    "block_configs": [{"ffn": {"intermediate_size": 8}}], "layer_configs": {"0": {}}, "skip_layers": [2],
+    "layers_skipped": [2], "num_hash_layers": 2, "layers_to_skip": 1, "num_skipped_layers": 1, "pruned_layers": [1],
+    "add_bias_linear": True, "use_bias": True, "bias": True, "linear_bias": True, "d_ff": 256, "n_inner": 256,
+    "ff_dim": 256, "inner_dim": 256, "hidden_dim": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "moe_apply_probs_on_input", "moe_dense_residual", "use_expert_parallel"])
+@pytest.mark.parametrize("value", [False, None, [], {}])
+def test_what_is_neutral_changes_nothing(name, value):
+    assert geometry_from_config({**QWEN3, name: value}) == geometry_from_config(QWEN3)
+
+
+def test_fields_of_published_files_that_agree_are_read():
+    jetmoe = {**QWEN3, "model_type": "jetmoe", "glu": True}
+    for name in ("moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"):
+        jetmoe.pop(name)
+    assert geometry_from_config(jetmoe).params_per_expert == 3 * 64 * 256
+    exaone = {**QWEN3, "model_type": "exaone_moe", "first_k_dense_replace": 1, "is_moe_layer": [False, *[True] * 5]}
+    for name in ("decoder_sparse_step", "mlp_only_layers"):
+        exaone.pop(name)
+    assert geometry_from_config(exaone).moe_layers == (1, 2, 3, 4, 5)
+    text = {**QWEN3, "model_type": "qwen3_omni_moe_text"}
+    omni = {
+        "model_type": "qwen3_omni_moe",
+        "talker_config": {"text_config": {"num_experts": 4}},
+        "thinker_config": {"model_type": "qwen3_omni_moe_thinker", "text_config": text, "vision_config": {"depth": 27}},
+    }
+    assert geometry_from_config(omni) == replace(geometry_from_config(QWEN3), model="qwen3_omni_moe_text")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            {"model_type": "smallthinker", "moe_num_active_primary_experts": 4, "moe_num_primary_experts": 32},
+            r"moe_num_primary_experts \(got 32\) is not understood, and no known field names experts; write a",
+        ),
+        ({"model_type": "a", "decoder": QWEN3}, "names experts in decoder, which is not known as the part that writes"),
+        ({"model_type": "a", "num_hidden_layers": 4}, "names no routed experts; is this a mixture-of-experts model?"),
+    ],
+)
+def test_the_true_reason_is_given_where_no_experts_are_found(content, says):
+    with pytest.raises(UserError, match=says):
+        geometry_from_config(content)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -276,6 +329,13 @@ def test_one_number_per_layer_is_one_number_where_they_are_equal():
         ({"hidden_act": "soft_swiglu"}, "hidden_act 'soft_swiglu' is not understood"),
         ({"hidden_act": ["silu"]}, "hidden_act .* is not understood"),
         ({"moe_latent_size": 16}, r"moe_latent_size \(got 16\) is not understood"),
+        # switched off
+        *(({name: False}, rf"{name} \(got False\) is not understood") for name in SWITCHES),
+        # what mentions no experts
+        *(({name: value}, rf"{name} \(got .*\) is not understood") for name, value in PLAIN.items()),
+        ({"num_blocks": 7}, "num_hidden_layers 6 and num_blocks 7 contradict"),
+        ({"is_moe_layer": [False, *[True] * 5]}, "is_moe_layer .* is not understood here"),
+        ({"is_moe_layer": [True] * 5}, "is_moe_layer is of 5 layers, but the model has 6"),
         # the rest
         ({"num_attention_heads": None}, "the number of attention heads is missing"),
         ({"head_dim": {}}, "head_dim must be a whole number"),

@@ -155,10 +155,12 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": _leading(0),
     "deepseek_v3": _leading(3),
     "deepseek_v32": _leading(3, TYPES),
-    "deepseek_v4": Family((HASHED_TYPES, all_but(0)), width=(*NARROW, *WIDTH), always=NARROW),
+    "deepseek_v4": Family(
+        (HASHED_TYPES, all_but(0)), width=(*NARROW, *WIDTH), always=NARROW, ignores=("num_hash_layers",)
+    ),  # layers of experts too
     "dots1": _leading(0),
     "dots3_note_text": _FREQUENT,
-    "ernie4_5_moe": Family((RANGE,), {"moe_layer_start_index": 1}),
+    "ernie4_5_moe": Family((RANGE,), {"moe_layer_start_index": 1}, ignores=("use_bias",)),  # of dense layers
     "exaone_moe": _leading(1, TYPES),
     "flex_olmo": _WIDE,
     "flint": Family((STEP,), {"mlp_only_layers": [0, 1]}),
@@ -199,6 +201,7 @@ FAMILIES: dict[str, Family] = {
         inner=("moe_latent_size",),
         always=("moe_shared_expert_intermediate_size",),
         attentions=0,
+        ignores=("use_bias",),  # of state-space layers
         prepare=_with_depth,
     ),
     "olmoe": _WIDE,

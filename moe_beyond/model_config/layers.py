@@ -113,8 +113,13 @@ INTERLEAVED = Rule(("interleave_moe_layer_step",), _interleaved)
 PATTERN = _block_rule("hybrid_override_pattern", "layers_block_type")
 BLOCK_TYPES = _block_rule(*PATTERN.fields, "layer_types")  # elsewhere layer_types are kinds of attention
 SWITCH = Rule(("enable_moe_block",), _switched)
+FLAGS = Rule(
+    ("is_moe_layer",),
+    lambda config, depth: _flagged(config.per_layer("is_moe_layer", depth, {False: False, True: True})),
+)
 ALL = (
     TYPES, FIRST_AND_FREQUENCY, DENSE_COUNT, DENSE_INDEX, STEP, RANGE, PERIOD, LISTED, INTERLEAVED, PATTERN, SWITCH,
+    FLAGS,
 )  # fmt: skip
 """All of them; what an architecture does not read must not contradict what it does."""
 NEUTRAL: dict[str, Any] = {"moe_layer_freq": 1, "decoder_sparse_step": 1, "mlp_only_layers": []}

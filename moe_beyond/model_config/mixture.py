@@ -1,9 +1,11 @@
 """The mixture of experts that a configuration describes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_beyond.errors import UserError
 from moe_beyond.fields import shown
 from moe_beyond.model_config import layers as ways
 from moe_beyond.model_config.families import (
@@ -21,11 +23,16 @@ from moe_beyond.model_config.families import (
     Family,
 )
 from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers
-from moe_beyond.model_config.unread import check_nothing_else
+from moe_beyond.model_config.unread import check_nothing_else, lays_out
 
 MOST_EXPERTS = 32_767
 """Most experts that 16-bit ids can name."""
-DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+DEPTH = (
+    "num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_decoder_layers", "decoder_layers", "num_blocks",
+    "n_blocks",
+)  # fmt: skip
+PARTS = ("text_config", "language_config", "llm_config", "thinker_config")
+"""Parts that write text, or hold one that does."""
 BY_HAND = "write a geometry file by hand (`moe-beyond import --help` shows its fields)"
 
 
@@ -57,7 +64,7 @@ def read_mixture(content: Mapping[str, Any], source: str = "config.json") -> Mix
 
     Args:
         content: The configuration as JSON holds it. That of a model that also reads pictures may hold its language
-            model's under ``text_config``.
+            model's under ``text_config``, or ``thinker_config.text_config``.
         source: Path or name of the origin, for error messages.
 
     Raises:
@@ -75,7 +82,7 @@ def read_mixture(content: Mapping[str, Any], source: str = "config.json") -> Mix
     if family is not None:
         config = family.prepare(config)
     if all(config.fields.get(name, 0) == 0 for name in EXPERTS):
-        raise config.error("names no routed experts; is this a mixture-of-experts model?")
+        raise _no_experts(config)
     depth = config.required("the number of layers", DEPTH, most=MOST_LAYERS)
     if family is None:
         family = _common_family(config, kind, depth)
@@ -102,14 +109,25 @@ def read_mixture(content: Mapping[str, Any], source: str = "config.json") -> Mix
 
 def _language_model(config: Config) -> Config:
     """Return the configuration of the part that writes text."""
-    parts = [name for name in ("text_config", "language_config", "llm_config") if name in config]
+    parts = [name for name in PARTS if name in config]
     if not parts:
         return config
     if len(parts) > 1 or any(name in config for name in EXPERTS):
         raise config.error(f"has experts in {' and '.join([*parts, 'itself'][:2])}; cut it down to one of them")
     if not isinstance(part := config.fields[parts[0]], Mapping):
         raise config.error(f"{parts[0]} must be an object (got {shown(part)})")
-    return Config({k: v for k, v in part.items() if v is not None}, config.source)
+    return _language_model(Config({k: v for k, v in part.items() if v is not None}, config.source))
+
+
+def _no_experts(config: Config) -> UserError:
+    """Say why no experts are found: a field or a part that is not understood, or a dense model."""
+    for name, value in config.fields.items():
+        counts = re.search(r"(num|n)_\w*expert", name) and not re.search(r"shar|activ|group|per_tok", name)
+        if counts and type(value) is int and value > 0 and lays_out(name):
+            return config.error(f"{name} (got {value}) is not understood, and no known field names experts; {BY_HAND}")
+        if isinstance(value, Mapping) and any(value.get(field) for field in EXPERTS):
+            return config.error(f"names experts in {name}, which is not known as the part that writes text; {BY_HAND}")
+    return config.error("names no routed experts; is this a mixture-of-experts model?")
 
 
 def _common_family(config: Config, kind: str | None, depth: int) -> Family:

@@ -18,11 +18,24 @@ from moe_beyond.model_config.families import (
 from moe_beyond.model_config.fields import Config
 
 _ABOUT = re.compile(
-    r"expert|moe|sparse|dense|mlp|ffn|feed_?forward|intermediate|hybrid|block_type|mixture|pattern|(^|_)glu|gated$"
+    r"expert|moe|sparse|dense|mlp|ffn|feed_?forward|intermediate|hybrid|block_type|mixture|pattern|(^|_)glu|glu$|gated$"
 )
 _OTHER_PARTS = re.compile(
-    r"^(mtp|num_nextn|nextn|index|vision|audio|image|rope|quant)|attn|attention|mamba|sliding|layer_?norm"
+    r"^(mtp|num_nextn|nextn|index|vision|audio|image|rope|quant)|attn|attention|mamba|sliding|layer_?norm|(^|_)kv(_|$)"
 )
+_PLAIN = re.compile(
+    r"^(add_|use_|with_)?(linear_|fc_|proj_)?bias(_linear)?$|"
+    r"^(d_ffn?|dff|dim_ff|ff_?dim|ff_size|n_inner|d_inner|inner_(dim|size)|hidden_dim)$|"
+    r"^(hidden_|decoder_|model_)?(layer|block)s?(_(config|spec|override|setting|param|layout|list|map)\w*)?$|"
+    r"(skip|drop|prun|remov|exit|shar|reus|repeat|loop|hash)\w*_(layer|block)|"
+    r"(layer|block)s?_(\w+_)?(to_)?(skip|drop|prun|remov|exit|shar|reus|repeat|loop)"
+)
+"""Names without a word for experts: biases, widths, settings by layer, layers that are left out or used twice."""
+_SWITCH = re.compile(
+    r"gated|glu|"
+    r"^((use|is|has|with|enabled?|moe|sparse|experts?|mixture|of|mlp|ffn|feed|forward|layers?|blocks?)(_|$))+$"
+)
+"""Names of what a mixture of experts with gates has: to switch it off changes the layout."""
 _LAYOUT = re.compile(
     r"layer|num|^n_|_n_|count|size|width|dim|freq|interval|(^|_)(step|period|offset|start|end|only|rank|bias|skip)|"
     r"pattern|types|latent|hidden|matri|top_?k|every|glu|gated|(mlp|ffn|expert|experts)_type$"
@@ -55,9 +68,11 @@ def check_nothing_else(config: Config, family: Family) -> None:
         *family.ignores, *family.inner, *(name for rule in (*layers.ALL, *family.rules) for name in rule.fields),
     }  # fmt: skip
     for name, value in config.fields.items():
-        if name in read or not lays_out(name) or value is False or value in ([], {}):
+        if name in read or not lays_out(name) or value in ([], {}) or (value is False and not _SWITCH.search(name)):
             continue
-        if any(value is neutral for neutral in NEUTRAL.get(name, ())):
+        if any(value is neutral for neutral in NEUTRAL.get(name, ())) or (value == 0 and _PLAIN.search(name)):
+            continue
+        if name == "glu" and value is True and family.matrices == 3:
             continue
         raise config.error(f"{name} (got {shown(value)}) is not understood, and may change the layout of experts")
     by_layer = config.fields.get("per_layer_config")
@@ -75,7 +90,13 @@ def lays_out(name: str) -> bool:
     Example:
         >>> [lays_out(name) for name in ("moe_every_nth_layer", "use_gated_mlp", "moe_gate", "router_aux_loss_coef")]
         [True, True, False, False]
+        >>> [lays_out(name) for name in ("block_configs", "skip_layers", "num_kv_shared_layers")]
+        [True, True, False]
     """
-    if not _ABOUT.search(name) or _OTHER_PARTS.search(name):
+    if _OTHER_PARTS.search(name):
+        return False
+    if _PLAIN.search(name):
+        return True
+    if not _ABOUT.search(name):
         return False
     return bool(_LAYOUT.search(name)) or not _ROUTING.search(name)

@@ -82,11 +82,13 @@ class TraceSet:
             (``hf://datasets/...``).
 
     Raises:
-        UserError: There is no readable manifest.
+        UserError: There is no readable manifest, or the tokenizer is not the one that it names.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = str(folder)
+        if not self.folder.strip() or "\0" in self.folder:
+            raise UserError(f"{shown(self.folder)} is not the name of a folder; give that of a trace set")
         path = f"{self.folder}/{MANIFEST_FILE}"
         place = _downloaded(self.folder) if is_hub_name(self.folder) else self.folder
         try:
@@ -98,6 +100,8 @@ class TraceSet:
         except FileNotFoundError as error:
             raise UserError(f"{path}: not found; is {self.folder} a trace set?") from error
         self.manifest = Manifest.from_json(parse_json(content, path), source=path)
+        if (sha256 := self.manifest.tokenizer.sha256) is not None:
+            self._verified(VOCABULARY_FILE, sha256, "tokenizer")
         self._file_of: dict[str, str] = {}  # sequence id -> file, of the shards read so far
         self._gate_weights: tuple[bool, str] | None = None  # whether they have some, and the last one's file
 
@@ -114,6 +118,8 @@ class TraceSet:
         """
         if split is None:
             return self.manifest.shards
+        if not isinstance(split, str):
+            raise UserError(f"split: is the name of a split (got {shown(split)})")
         if split not in self.manifest.splits:
             raise unknown(f"split of {self.folder}", split, self.manifest.splits)
         return tuple(shard for shard in self.manifest.shards if shard.split == split)

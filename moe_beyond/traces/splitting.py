@@ -1,6 +1,7 @@
 """Writing a recording's sequences to their splits, so that no text of training is in validation too."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,7 +52,8 @@ def write_splits(
     texts = {}
     with TemporaryDirectory(prefix=".chosen.", dir=folder) as temporary:
         waiting = Path(temporary) / "set"
-        with writing(waiting, manifest) as chosen:
+        tokenizer = replace(manifest.tokenizer, sha256=None)  # its file is not copied here
+        with writing(waiting, replace(manifest, tokenizer=tokenizer)) as chosen:
             for number, trace in enumerate(traces):
                 texts[number] = text_digest(trace.token_ids if manifest.has_token_ids else trace.experts)
                 write(chosen if number in held_out else writer, trace, "train")

@@ -16,9 +16,10 @@ from moe_beyond.cli.main import main
 from moe_beyond.hub.push import prepare
 from moe_beyond.predictors.folder import read_config
 from moe_beyond.predictors.training_text import Relation, measured_text, relation_of_figures
+from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.texts import MOST_HASHES, count_shared, sketch, text_hashes
+from moe_beyond.traces.texts import HASH_BYTES, MOST_HASHES, count_shared, sketch, text_hashes
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
 
@@ -115,6 +116,72 @@ def test_a_prompt_is_found_whatever_the_model_answered(tmp_path: Path) -> None:
     assert count_shared(sketch(text_hashes(first)), text_hashes(second)) == (3, True)
     full = "".join(f"{n:012x}" for n in range(MOST_HASHES))
     assert count_shared(full, text_hashes(second)) == (0, False)
+
+
+def long_traces(seed: int, starts: list[list[int]] | None = None) -> list[Trace]:
+    """Texts of 50 tokens, 30 of them the prompt, which begin as given."""
+    rng = np.random.default_rng(seed)
+    traces = [replace(tiny_trace(f"{seed}-{n}", 50, rng), decode_start=30) for n in range(4)]
+    for trace, start in zip(traces, starts or [[]] * 4, strict=True):
+        trace.token_ids[: len(start)] = start
+    return traces
+
+
+def cut(trace: Trace, length: int) -> Trace:
+    return replace(
+        trace,
+        token_ids=trace.token_ids[:length],
+        experts=trace.experts[:length],
+        decode_start=min(trace.decode_start, length),
+    )
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        lambda trace: cut(trace, 16),
+        lambda trace: cut(trace, 20),
+        lambda trace: cut(trace, 33),
+        lambda trace: replace(trace, decode_start=0),  # prompt and answer are one text
+        lambda trace: replace(trace, decode_start=50),
+        lambda trace: replace(trace, decode_start=12),  # a prompt of another length
+        lambda trace: replace(cut(trace, 20), decode_start=0),
+    ],
+)
+@pytest.mark.parametrize("variant_is_fitted", [False, True])
+def test_a_start_of_a_text_is_found_however_it_was_cut(tmp_path: Path, variant, variant_is_fitted: bool) -> None:
+    texts = long_traces(1)
+    whole = traces_of(tmp_path / "a", {"train": texts})
+    other = traces_of(tmp_path / "b", {"train": [variant(trace) for trace in texts[:2]] + long_traces(2)[2:]})
+    fitted, measured = (other, whole) if variant_is_fitted else (whole, other)
+    found = measured_text(measured, "train", [("p", record_of(fitted))])
+    assert (found.relation, found.lines) == (
+        Relation.TRAINING,
+        ["p was fitted on 2 of these 4 texts: expect less on other text"],
+    )
+
+
+def test_a_start_that_many_texts_share_is_no_evidence(tmp_path: Path) -> None:
+    system_prompt = list(range(20))
+    first = traces_of(tmp_path / "a", {"train": long_traces(1, [system_prompt] * 4)})
+    second = traces_of(tmp_path / "b", {"train": long_traces(2, [system_prompt] * 4)})
+    for fitted, measured in ((first, second), (second, first)):
+        assert measured_text(measured, "train", [("p", record_of(fitted))]).relation is Relation.HELD_OUT
+    # Nor are 20 shared tokens of 50, where one text of each set has them: neither is the other's beginning.
+    third = traces_of(tmp_path / "c", {"train": long_traces(3, [system_prompt, [], [], []])})
+    assert count_shared(sketch(text_hashes(third)), text_hashes(second)) == (0, True)
+    fourth = traces_of(tmp_path / "d", {"train": long_traces(4, [system_prompt, [], [], []])})
+    assert count_shared(sketch(text_hashes(third)), text_hashes(fourth)) == (0, True)
+
+
+def test_sketches_of_earlier_versions_hold_prompts_only_and_are_read(tmp_path: Path) -> None:
+    texts = long_traces(1)
+    traces = traces_of(tmp_path / "a", {"train": texts})
+    digests = [text_digest(trace.token_ids[:30], HASH_BYTES).hex() for trace in texts]
+    assert count_shared("".join(sorted(digests)), text_hashes(traces)) == (4, True)
+    assert (
+        count_shared("".join(sorted(digests)), text_hashes(traces_of(tmp_path / "b", {"all": long_traces(2)})))[0] == 0
+    )
 
 
 def test_recorded_figures_of_older_folders_are_judged_by_fingerprint_and_split() -> None:

@@ -8,6 +8,7 @@ import pytest
 from helpers import word_tokenizer
 from recordings import EXPERTS, LAYERS, SMALL, TOP_K, expert_rows, flame_moe, json_lines, position_rows, random_experts
 
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset
 from moe_beyond.traces.importers import IMPORTERS
 from moe_beyond.traces.importers import flame_moe as flame_module
@@ -115,6 +116,90 @@ def test_merged_llama_cpp_traces_are_told_apart(rows, tmp_path):
     for trace, ids, prompt in zip(found, experts, (3, 7, 2), strict=True):
         np.testing.assert_array_equal(trace.experts, ids[prompt - 1 :])
         assert trace.decode_start == 1
+
+
+def prompt_rows(length: int, ubatch: int) -> str:
+    """A prompt of which only the last micro-batch has rows of the last layer, one token's."""
+    experts, rows = random_experts(length), []
+    for first in range(0, length, ubatch):
+        part = experts[first : first + ubatch]
+        for row, layer in enumerate(SMALL.moe_layers):
+            last = layer == SMALL.moe_layers[-1]
+            computed = part if not last else part[-1:] if first + ubatch >= length else part[:0]
+            rows += [f"{layer},{expert}\n" for expert in computed[:, row].ravel()]
+    return "".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ubatch", "row", "sizes"),
+    [
+        ((9, 9), 4, 39, (9, 9)),  # 9 tokens have 9 * 2 * 2 + 2 rows
+        ((9, 5), 4, 39, (5, 9)),
+        ((8, 8), 4, 35, (8, 8)),
+        ((4, 4), 4, 19, (4, 4)),
+        ((8, 4), 4, 35, (4, 8)),
+        ((4, 9), 4, 19, (9, 4)),
+    ],
+)
+def test_prompts_without_an_answer_in_one_file_are_refused(lengths, ubatch, row, sizes, tmp_path):
+    (tmp_path / "run.csv").write_text("".join(prompt_rows(length, ubatch) for length in lengths))
+    with pytest.raises(UserError) as error:
+        imported("llama-cpp", tmp_path / "run.csv")
+    says = f"run.csv: row {row}: a batch of {sizes[0]} tokens follows one of {sizes[1]} that ends a prompt"
+    assert says in str(error.value)
+    (tmp_path / "run.csv").write_text(prompt_rows(lengths[0], ubatch))
+    _, (trace,) = imported("llama-cpp", tmp_path / "run.csv")
+    np.testing.assert_array_equal(trace.experts, random_experts(lengths[0])[-1:])
+
+
+@pytest.mark.parametrize("missing", [-3, -1, 0, 1, 3])
+def test_a_missing_position_is_named(missing, tmp_path):
+    lines = position_rows(random_experts(15), prompt=10, ubatch=1).splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(f"{missing},")]
+    (tmp_path / "run.csv").write_text("".join(kept))
+    with pytest.raises(UserError) as error:
+        imported("llama-cpp", tmp_path / "run.csv")
+    assert f"run.csv: row 1: position {missing} is missing from the sequence that begins there" in str(error.value)
+
+
+def in_order(lines: list[str], order: str) -> list[str]:
+    keys = {
+        "text": lambda line: line,
+        "number": lambda line: [int(number) for number in line.split(",")],
+        "layer": lambda line: int(line.split(",")[1]),
+        "reversed": lambda line: [-int(number) for number in line.split(",")],
+    }
+    return sorted(lines, key=keys[order])
+
+
+@pytest.mark.parametrize("order", ["text", "number", "layer", "reversed"])
+@pytest.mark.parametrize(("prompt", "ubatch"), [(8, 4), (10, 4), (9, 512), (12, 512)])
+def test_position_rows_in_another_order_are_read_right_or_refused(order, prompt, ubatch, tmp_path):
+    experts = random_experts(prompt + 12)
+    lines = in_order(position_rows(experts, prompt, ubatch).splitlines(keepends=True), order)
+    (tmp_path / "run.csv").write_text("".join(lines))
+    try:
+        _, found = imported("llama-cpp", tmp_path / "run.csv")
+    except UserError:
+        return
+    (trace,) = found
+    np.testing.assert_array_equal(trace.experts, experts[-len(trace) :])
+    assert trace.decode_start == len(trace) - 12
+
+
+def test_a_prompt_that_was_sorted_as_text_is_refused_with_the_reason(tmp_path):
+    lines = in_order(position_rows(random_experts(12), 8, 4).splitlines(keepends=True), "text")
+    (tmp_path / "run.csv").write_text("".join(lines))
+    with pytest.raises(UserError, match=r"row 1: the prompt .* is not in the order in which it was computed; keep the"):
+        imported("llama-cpp", tmp_path / "run.csv")
+
+
+@pytest.mark.parametrize("header", ["", "layer,expert\n"])
+def test_a_byte_order_mark_is_skipped(header, tmp_path):
+    experts = random_experts(8)
+    (tmp_path / "run.csv").write_text(header + expert_rows(experts, prompt=5), encoding="utf-8-sig")
+    _, (trace,) = imported("llama-cpp", tmp_path / "run.csv")
+    np.testing.assert_array_equal(trace.experts, experts[4:])
 
 
 def test_token_ids_beside_a_llama_cpp_trace_are_those_of_all_tokens(tmp_path, words):

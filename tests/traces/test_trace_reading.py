@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY, tiny_trace, word_tokenizer
+from helpers import TINY, VOCAB, error_line, tiny_trace, word_tokenizer
 
+from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet, decode
@@ -84,6 +85,30 @@ def test_a_folder_without_a_readable_manifest(trace_set, tmp_path):
     manifest.write_text("[]")
     with pytest.raises(UserError, match=r"manifest\.json: "):
         TraceSet(trace_set.folder)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0b"])
+def test_a_name_that_names_no_folder(name, capsys):
+    assert error_line(capsys, ["inspect", name]).startswith(f"{name!r} is not the name of a folder; give that of a")
+    words = ["replay", "--traces", name, "--budget", "8"]
+    assert error_line(capsys, words).startswith(f"{name!r} is not the name of a folder; give that of a trace set")
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_tokenizer_that_is_not_the_manifests_is_refused_by_every_command(content, tmp_path, capsys):
+    words = word_tokenizer(tmp_path / "words.json", [str(number) for number in range(VOCAB)])
+    manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
+    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+        writer.write(tiny_trace("a", 8, np.random.default_rng(0)), "train")
+    carried, folder = tmp_path / "set/tokenizer.json", str(tmp_path / "set")
+    assert main(["inspect", folder]) == 0
+    capsys.readouterr()
+    carried.unlink()
+    if content is not None:
+        carried.write_text(content)
+    says = "tokenizer named in manifest.json is missing" if content is None else "tokenizer is damaged"
+    for command in (["inspect", folder], ["replay", "--traces", folder, "--budget", "8"]):
+        assert error_line(capsys, command).startswith(f"{carried}: {says}")
 
 
 @pytest.mark.parametrize("place", ["file", "foo://bar"])

@@ -11,6 +11,7 @@ since nothing says what they would have been routed to, and traces begin with th
 """
 
 import re
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +38,7 @@ FORMAT = Format(
     fields=(
         "layer,expert: a row per expert, K rows per token and layer, micro-batch by micro-batch; or",
         "position,layer,expert,...: a row per token and layer, K experts; a prompt's positions are negative",
-        "layer counts all layers of the model from 0; a header line is optional",
+        "layer counts all layers of the model from 0; a header line is optional; rows stay in the order as written",
         "NAME.tokens.npy next to NAME.csv: token ids of all tokens of one sequence, optional",
     ),
     example=("-1,1,44,13,5,60,2,31", "0,1,44,7,9,12,63,1", "1,1,50,13,9,6,2,40"),
@@ -133,7 +134,7 @@ def _entries(path: Path, geometry: Geometry) -> Entries | None:
 def _numbers(path: Path) -> tuple[Ints, int] | None:
     """Read a file's numbers ``(R, columns)``, and the row in which they begin: after a header, if there is one."""
     with path.open("rb") as file:
-        lines = [file.readline(), file.readline()]
+        lines = [file.readline().removeprefix(BOM_UTF8), file.readline()]
     header = re.match(rb"\s*[A-Za-z\"]", lines[0]) is not None
     if not (first := lines[int(header)]).strip():
         return None
@@ -157,8 +158,9 @@ def _numbers(path: Path) -> tuple[Ints, int] | None:
 def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -> Entries:
     """Understand ``layer,expert`` rows: how many tokens a micro-batch has follows from how often it names a layer.
 
-    Only what ends a prompt has rows of the last layer; so what follows a micro-batch without them goes on with its
-    prompt, however small it is.
+    Only what ends a batch has rows of the last layer; so what follows a micro-batch without them goes on with its
+    prompt, however small it is. A prompt may have several batches: one of equal or smaller size that follows a full one
+    goes on with its prompt, if the model writes later. Whatever else may be a second sequence is refused.
     """
     layers, experts = numbers.T
     top_k, count = geometry.top_k, geometry.num_layers
@@ -168,6 +170,8 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
     written: list[bool] = []
     done = sequence = 0
     previous, batch, begin, ended = 0, 0, 0, True  # tokens of the batch before and of this one, where it begins
+    piece, full = 0, True  # tokens of the batch's first micro-batch; whether the batch before ended with as many
+    unsettled = 0, 0, 0  # where a batch goes on with a prompt of which nothing is written yet, and sizes of both
     for start, stop in pairwise([*starts, len(layers)]):
         where = f"{path}: row {start + first_row}"
         found, rows = np.unique(layers[start:stop], return_counts=True)
@@ -183,18 +187,20 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
                 f"layer {found[0]} has {rows[0]}; {geometry.model} routes to {top_k}"
             )
         sequence += int(ended and previous == 1 and (size > 1 or not ends))
-        written += [ended and ends and previous > 0 and size == 1] * size
-        batch, begin = (size, start) if ended else (batch + size, begin)
-        if ends and 1 < previous < batch:
-            raise UserError(
-                f"{path}: row {begin + first_row}: a batch of {batch} tokens follows one of {previous} that ends a "
-                "prompt; layer,expert rows do not say whether another sequence begins; give each sequence a file, or "
-                "record positions"
-            )
+        writes = ended and ends and previous > 0 and size == 1
+        written += [writes] * size
+        batch, begin, piece = (size, start, size) if ended else (batch + size, begin, piece)
+        unsettled = (0, 0, 0) if writes else unsettled
+        if ends and not writes and previous > 1:
+            if previous < batch or not full:
+                raise _unclear(path, begin + first_row, batch, previous)
+            unsettled = begin + first_row, batch, previous
         sequences += [sequence] * size
         tokens += [*np.tile(np.arange(done, done + size), count - 1), *range(done + size - last, done + size)]
         done, ended = done + size, ends
-        previous = batch if ends else previous
+        previous, full = (batch, size == piece) if ends else (previous, full)
+    if unsettled[0]:
+        raise _unclear(path, *unsettled)
     return Entries(
         tokens=np.array(tokens),
         layers=layers[::top_k],
@@ -205,8 +211,18 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
     )
 
 
+def _unclear(path: Path, row: int, batch: int, previous: int) -> UserError:
+    return UserError(
+        f"{path}: row {row}: a batch of {batch} tokens follows one of {previous} that ends a prompt; layer,expert rows "
+        "do not say whether another sequence begins; give each sequence a file, or record positions"
+    )
+
+
 def _of_positions(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -> Entries:
-    """Understand ``position,layer,experts`` rows; a sequence ends where positions fall after writing, or come again."""
+    """Understand ``position,layer,experts`` rows; a sequence ends where positions fall after writing, or come again.
+
+    A sequence that lacks a position, and a prompt whose rows were sorted, are refused.
+    """
     positions, layers = numbers[:, 0], numbers[:, 1]
     check_layers(np.unique(layers), geometry, path)
     same, later = positions[1:] == positions[:-1], positions[1:] > positions[:-1]
@@ -217,17 +233,27 @@ def _of_positions(path: Path, numbers: Ints, first_row: int, geometry: Geometry)
     sequences: list[int] = []
     written: list[bool] = []
     known: dict[int, int] = {}  # of this sequence: position -> token
-    sequence = 0
+    batches: list[list[int]] = []  # of this sequence
+    sequence = begin = 0
+
+    def check(stop: int) -> None:
+        rows = numbers[begin:stop]
+        computed = set(rows[rows[:, 1] == geometry.moe_layers[-1], 0].tolist())
+        _check_positions(path, batches, computed, begin + first_row)
+
     for start, stop in pairwise([*starts, len(positions)]):
         batch = positions[start:stop].tolist()
         if start and (0 <= positions[start - 1] > batch[0] or not known.keys().isdisjoint(batch)):
-            sequence, known = sequence + 1, {}
+            check(start)
+            sequence, known, batches, begin = sequence + 1, {}, [], start
+        batches.append(list(dict.fromkeys(batch)))
         for position in batch:
             if position not in known:
                 known[position] = len(sequences)
                 sequences.append(sequence)
                 written.append(position >= 0)
             tokens.append(known[position])
+    check(len(numbers))
     return Entries(
         tokens=np.array(tokens),
         layers=layers,
@@ -236,6 +262,45 @@ def _of_positions(path: Path, numbers: Ints, first_row: int, geometry: Geometry)
         sequences=np.array(sequences),
         written=np.array(written),
     )
+
+
+def _check_positions(path: Path, batches: list[list[int]], computed: set[int], row: int) -> None:
+    """Refuse a sequence that lacks a position, or whose prompt is not in the order in which it was computed.
+
+    Some tools number a prompt from -n to -1. Others number its first batch from -n to -1, and each later one from there
+    downwards. Of a batch, the last layer is computed for all tokens, for the last one, or for none. Of the prompt's
+    last token it always is. Sorted rows look like batches of one token.
+
+    Args:
+        path: The file.
+        batches: Positions of the tokens of each batch of the sequence, in the order of the file.
+        computed: Positions that have rows of the last layer.
+        row: Row where the sequence begins.
+
+    Raises:
+        UserError: A position is missing, or the rows are in another order.
+    """
+    where = f"{path}: row {row}"
+    positions = [position for batch in batches for position in batch]
+    known = set(positions)
+    for position in range(min(0, *positions), max(-1, *positions) + 1):
+        if position not in known:
+            raise UserError(f"{where}: position {position} is missing from the sequence that begins there")
+    prompt = [position for position in positions if position < 0]
+    ends = [place for place, (one, other) in enumerate(pairwise([*prompt, 0]), 1) if other != one + 1 or not other]
+    in_order = not prompt or prompt[-1] in computed
+    for begin, end in pairwise([0, *ends]):
+        in_order &= prompt[end - 1] == -begin - 1
+    reading = [batch for batch in batches if batch[0] < 0]
+    for *others, last in ([position in computed for position in batch] for batch in reading):
+        in_order &= len(set(others)) < 2 and (last or not any(others))
+    if len(ends) == 1 and len(reading) == len(prompt):  # one ascending run, token by token
+        in_order &= len(computed.intersection(prompt)) in (1, len(prompt))
+    if not in_order:
+        raise UserError(
+            f"{where}: the prompt of the sequence that begins there is not in the order in which it was computed; "
+            "keep the rows as llama-moe-trace writes them, and do not sort them"
+        )
 
 
 def _sequences(path: Path, entries: Entries, geometry: Geometry) -> list[tuple[int, npt.NDArray[Any], int]]:
