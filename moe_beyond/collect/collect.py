@@ -41,6 +41,7 @@ from moe_beyond.collect.routers import Router, find_routers, stored_routers
 from moe_beyond.collect.tokenize import tokenize_prompts
 from moe_beyond.collect.vocabulary import RecordedTokenizer, recorded_tokenizer
 from moe_beyond.errors import UserError
+from moe_beyond.fields import printable
 from moe_beyond.files import is_taken
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import HiddenStates
@@ -191,7 +192,7 @@ def _manifest(
     if Path(model_id).is_dir():  # is called alike from wherever it is named, and tells nothing of this machine
         model_id = Path(model_id).resolve().name
     if Path(source).is_file():
-        source = Path(source).name
+        source = printable(Path(source).name)
     return Manifest(
         geometry=measured_geometry(model, Path(model_id).name, top_k),
         tokenizer=Tokenizer(Path(model_id).name, vocabulary.vocab_size, vocabulary.sha256),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from moe_beyond.download import REPOSITORY, asking_hub, looks_local, no_such_file
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief
+from moe_beyond.fields import TEXT, brief, is_plain_name, printable, shown
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction")
 """Fields that a record's text is looked for in, in this order, if none is named."""
@@ -21,6 +22,8 @@ TEXT_FILES = (".txt",)
 RECORD_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 LONGEST_CELL = 2**31 - 1
 """Characters of a cell of a table; the standard library stops at 131,072 by default."""
+HALF = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which no tokenizer and no file takes; JSON can spell one."""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """First bytes of UTF-16 text, and of little-endian UTF-32."""
 
@@ -61,13 +64,15 @@ def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Pro
     path, column = _file_and_column(named)
     if path is None:
         yield from _data_set(named, notice)
-    elif path.suffix in TEXT_FILES:
+        return
+    stem, file = printable(path.stem), printable(path.name)  # a name of a file may hold bytes that are no text
+    if path.suffix in TEXT_FILES:
         for number, line in _lines(path, notice):
-            yield Prompt(line, f"{path.stem}-{number}", f"{path.name}:{number}")
+            yield Prompt(line, f"{stem}-{number}", f"{file}:{number}")
     elif path.suffix in RECORD_FILES:
         fields = _Fields(str(path), column, notice)
         for number, where, record in _records(path, notice):
-            yield fields.prompt(record, f"{path.stem}-{number}", f"{path.name}:{number}", f"{path}: {where}")
+            yield fields.prompt(record, f"{stem}-{number}", f"{file}:{number}", f"{path}: {where}")
         fields.report_unread()
     else:
         raise UserError(
@@ -90,9 +95,9 @@ def as_prompts(given: Any) -> list[Prompt]:
         if isinstance(item, Mapping) and "role" in item and "content" in item:
             raise UserError(f"{where}: is a message; a chat is a list of messages, so give [[message, ...], ...]")
         if isinstance(item, Prompt):
-            prompts.append(item)
+            prompts.append(_checked(item, where))
         elif isinstance(item, str):
-            prompts.append(Prompt(item, f"prompt-{number}"))
+            prompts.append(_checked(Prompt(item, f"prompt-{number}"), where))
         else:
             record = list(item) if isinstance(item, tuple) else item
             prompts.append(_Fields("prompts").prompt(record, f"prompt-{number}", "prompts", where))
@@ -120,7 +125,7 @@ class _Fields:
             UserError: It has none, or an empty one.
         """
         if isinstance(record, list) and record and all(_is_message(item) for item in record):
-            return Prompt(tuple(_message(item, where) for item in record), name, source)
+            return _checked(Prompt(tuple(_message(item, where) for item in record), name, source), where)
         if not isinstance(record, Mapping):
             raise UserError(
                 f"{where}: is not a record with a text under one of {', '.join(COLUMNS)} "
@@ -148,15 +153,51 @@ class _Fields:
                     text, fields = f"{text}\n\n{record[added]}", [*fields, added]
         self._read.update(dict.fromkeys(fields))
         identity = record.get("id")
+        if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int | float)):
+            raise UserError(f"{where}: id is {shown(identity)}, not text or a number")
         known = {*fields, *ADDED.get(field, ()), *([] if identity is None else ["id"])}
         self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in known))
-        return Prompt(text, name if identity is None else str(identity), source)
+        return _checked(Prompt(text, name if identity is None else str(identity), source), where)
 
     def report_unread(self) -> None:
         """Say which fields were read, where records have others that nothing was read from."""
         if self._unread:
             read, unread = (", ".join(fields) for fields in (self._read, self._unread))
             self._notice(f"{self._source}: prompts are the text of {read}; not read: {unread}")
+
+
+def _checked(prompt: Prompt, where: str) -> Prompt:
+    """Return a prompt that a tokenizer can read and a trace set can hold.
+
+    Raises:
+        UserError: Its name is empty or holds control characters, its split is no plain name, or a text of it holds half
+            a character.
+    """
+    name = prompt.sequence_id
+    if any(HALF.search(text) for text in (*_strings(prompt.text), *_strings(name))):
+        raise UserError(f"{where}: holds half a character (a lone surrogate); write the whole character, or remove it")
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{where}: its id is no text or empty (got {shown(name)}); give each prompt an id, or none")
+    if not TEXT.accepts(name):
+        raise UserError(f"{where}: its id must be {TEXT.words} (got {shown(name)})")
+    if not TEXT.accepts(prompt.source):
+        raise UserError(f"{where}: its source must be {TEXT.words} (got {shown(prompt.source)})")
+    if not is_plain_name(prompt.split):
+        raise UserError(f"{where}: its split must be a plain name (got {shown(prompt.split)})")
+    return prompt
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all texts within a value of JSON, keys included."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
 
 
 def _file_and_column(named: str) -> tuple[Path | None, str]:

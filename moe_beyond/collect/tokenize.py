@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_beyond.collect.asked import Collection, Row
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
+from moe_beyond.fields import brief, shown
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import without_copies
 
@@ -38,12 +38,12 @@ def tokenize_prompts(
         UserError: There is none, one is empty or too long or of a kind that the template does not write, or two have
             one name.
     """
-    rows = [(prompt, _cut(prompt, token_ids_of(prompt, tokenizer), config, asked)) for prompt in prompts]
-    if not rows:
+    if not prompts:
         raise UserError(f"{source}: holds no prompt")
-    names = Counter(prompt.sequence_id for prompt, _ in rows)
-    if twice := next((name for name, count in names.items() if count > 1), None):
-        raise UserError(f"{source}: two prompts are called {twice!r}")
+    name, count = Counter(prompt.sequence_id for prompt in prompts).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{source}: {count} prompts are called {shown(name)}; give each an id of its own, or none")
+    rows = [(prompt, _cut(prompt, token_ids_of(prompt, tokenizer), config, asked)) for prompt in prompts]
     if asked.val_blocks is None:
         return rows
     texts = {number: tuple(ids) for number, (_, ids) in enumerate(rows)}

@@ -1,6 +1,7 @@
 """Prompts as tools write them: every text is read, whole, and what cannot be is named."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -266,9 +267,66 @@ def test_what_a_script_may_not_give_is_one_line(given: Any, says: str) -> None:
 def test_prompts_are_checked_before_weights_are_loaded() -> None:
     small, config = tokenizer(), AutoConfig.from_pretrained(SMALL)
     for prompts, says in (
-        ([Prompt("a", "x"), Prompt("b", "x")], "two prompts are called 'x'"),
+        ([Prompt("a", "x"), Prompt("b", "x")], "2 prompts are called 'x'; give each an id of its own, or none"),
+        ([Prompt("a", ""), Prompt("b", ""), Prompt("c", "")], "3 prompts are called ''"),
         ([], "holds no prompt"),
         ([Prompt("long " * 5000, "p0")], r"p0: has [\d,]+ tokens, and the model 1,024 positions"),
     ):
         with pytest.raises(UserError, match=says):
             tokenize_prompts(prompts, small, config, Collection(), "prompts.txt")
+
+
+HALF = "holds half a character (a lone surrogate); write the whole character, or remove it"
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"prompt": "a", "id": ""}, "its id is no text or empty (got '')"),
+        ({"prompt": "a", "id": " \t"}, "its id is no text or empty"),
+        ({"prompt": "a", "id": ["x"]}, "id is a list of 1, not text or a number"),
+        ({"prompt": "a", "id": True}, "id is True, not text or a number"),
+        ({"prompt": "a", "id": "x\ny"}, "its id must be text of at most 4096 characters without control characters"),
+        ({"prompt": "a", "id": "\x1b[31mx"}, "its id must be text of at most 4096 characters without control"),
+        ({"prompt": "a", "id": "\ud83d"}, HALF),
+        ({"prompt": "a\ude00b"}, HALF),
+        ({"instruction": "a", "input": "\ud83d"}, HALF),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, HALF),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, HALF),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"\ud83d": 1}}]}]}, HALF),
+        ([{"role": "user", "content": "\ud83d"}], HALF),
+    ],
+)
+def test_ids_and_texts_that_no_trace_set_holds_are_refused_by_line(tmp_path: Path, record: Any, says: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "\\ud83d\\ude00", "id": "whole"}}\n{json.dumps(record)}\n')
+    with pytest.raises(UserError) as error:
+        texts(path)
+    assert str(error.value).startswith(f"{path}: line 2: {says}")
+    with pytest.raises(UserError) as error:
+        as_prompts([record])
+    assert str(error.value).startswith(f"prompts[0]: {says}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (Prompt("a", ""), "prompts[1]: its id is no text or empty (got '')"),
+        (Prompt("a", 3), "prompts[1]: its id is no text or empty (got 3)"),  # type: ignore[arg-type]
+        (Prompt("\udfff", "x"), f"prompts[1]: {HALF}"),
+        ("\udfff", f"prompts[1]: {HALF}"),
+        (Prompt("a", "x", split="a/b"), "prompts[1]: its split must be a plain name (got 'a/b')"),
+        (Prompt("a", "x", source="\n"), "prompts[1]: its source must be text"),
+    ],
+)
+def test_prompts_of_a_script_are_checked_alike(prompt: Any, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        as_prompts(["fine", prompt])
+    assert str(error.value).startswith(says)
+
+
+def test_a_file_whose_name_is_no_text_gives_names_that_are(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.txt"))
+    path.write_text("a\n")
+    (prompt,) = read_prompts(str(path))
+    assert (prompt.sequence_id, prompt.source) == ("p\\xdcff-1", "p\\xdcff.txt:1")
