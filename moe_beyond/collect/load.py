@@ -1,6 +1,6 @@
 """Loading the model to record, and its tokenizer: from one folder, safetensors only, and no code that comes along."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from moe_beyond.download import (
     snapshot,
 )
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief
+from moe_beyond.fields import brief, printable
 from moe_beyond.files import read_json
 from moe_beyond.published import CONFIG_FILE, WEIGHTS_FILE, checkpoints_folder
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 """Patterns of a model's files other than weights: configurations, tokenizers, chat templates. No code, no pickle."""
+SHOWN_KEYS = 3
+"""Names of weights that a message lists."""
 CODE = "auto_map"
 """The field of a configuration that names code of the model's own."""
 
@@ -79,7 +81,7 @@ class Checkpoint:
             offload_folder: Folder for weights that a device map sends to disk.
 
         Raises:
-            UserError: It cannot be loaded.
+            UserError: It cannot be loaded, or its files lack a weight or hold one of another shape.
         """
         from transformers import AutoModelForCausalLM
 
@@ -93,11 +95,13 @@ class Checkpoint:
         if spread or load_in is not None:
             more |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
         self._fetch_weights()
-        with _one_line(self.name):
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more
-            )
-            return model if more else model.to(device)  # type: ignore[arg-type]
+        with _one_line(self.name), _without_reports():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **more,
+            )  # fmt: skip
+            _check_loaded(self.name, report)
+            return model if more else model.to(device)  # type: ignore[no-any-return]
 
     def _fetch_weights(self) -> None:
         """Download the weights, if it is on the Hub: the files that its index names, and no others.
@@ -232,11 +236,55 @@ def _download(name: str, repository: HubName) -> tuple[Path, HubName]:
         raise UserError(f"{error}; or did you mean the folder {near}?") from error
 
 
+def _check_loaded(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a model with random weights: transformers draws each that the files lack, or hold in another shape.
+
+    Args:
+        name: Name that the user gave.
+        report: Loading information of `from_pretrained`; tied weights are not among its missing keys.
+
+    Raises:
+        UserError: A weight was drawn.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"--model {name}: its files lack {_some(missing)}, which would be random; give the complete checkpoint of "
+            "the model"
+        )
+    if wrong := sorted(report["mismatched_keys"]):
+        keys = [f"{key} is {list(stored)}, not {list(needed)}" for key, stored, needed in wrong]
+        raise UserError(
+            f"--model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_some(keys)}); give the files "
+            "of one model"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """List the first names, and count the others."""
+    more = f" and {len(names) - SHOWN_KEYS:,} more" if len(names) > SHOWN_KEYS else ""
+    return printable(", ".join(names[:SHOWN_KEYS])) + more
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers from logging what it met in the files; `_check_loaded` tells what matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
     """Turn what a library says of files that it cannot load into one line."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # of files that are damaged, libraries raise whatever they met; tokenizers a bare one
         if "trust_remote_code" in str(error):  # what it says where only code of the model's own would do
             raise UserError(

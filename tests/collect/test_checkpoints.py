@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import error_line, failure
 from hub_stand_in import Hub, Repository
 from huggingface_hub import constants
 from moe_architectures import tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from moe_beyond.cli.main import main
@@ -218,3 +220,50 @@ def test_a_device_map_wants_accelerate_and_places_that_are_there(tmp_path: Path,
         path.write_text(content)
         with pytest.raises(UserError, match=says):
             placement(str(path))
+
+
+def changed_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: object) -> Path:
+    """Write small-moe with other weights."""
+    shutil.copytree(SMALL, folder)
+    weights = load_file(SMALL / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    if config:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_a_weight_that_is_missing_or_of_another_shape_is_refused(tmp_path: Path, capfd) -> None:
+    gates = [name for name in load_file(SMALL / "model.safetensors") if name.endswith("mlp.gate.weight")]
+    expert = "model.layers.1.mlp.experts.down_proj"
+    for number, (change, says) in enumerate(
+        (
+            (lambda weights: weights.pop(gates[0]), f"its files lack {gates[0]}, which would be random"),
+            (
+                lambda weights: [weights.pop(name) for name in gates],
+                f"{', '.join(gates[:3])} and {len(gates) - 3} more",
+            ),
+            (lambda weights: weights.update({gates[0]: weights[gates[0]][:3].clone()}), f"({gates[0]} is [3, "),
+            (lambda weights: [weights.pop(name) for name in list(weights) if "layers.1.mlp.experts" in name], expert),
+        )
+    ):
+        folder = changed_weights(tmp_path / f"model-{number}", change)
+        line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", folder))
+        assert line.startswith(f"--model {folder}: its ")
+        assert says in line
+
+
+def test_a_tied_head_and_unread_weights_are_no_fault(tmp_path: Path, capfd) -> None:
+    head = load_file(SMALL / "model.safetensors").get("lm_head.weight")
+    folder = changed_weights(
+        tmp_path / "tied",
+        lambda weights: (weights.pop("lm_head.weight", None), weights.update({"extra.weight": torch.ones(3)})),
+        tie_word_embeddings=True,
+    )
+    capfd.readouterr()
+    assert main(command(tmp_path, "--model", folder)) == 0
+    assert capfd.readouterr() == ("", "")
+    if head is not None:  # not tied, it is missing
+        untied = changed_weights(tmp_path / "untied", lambda weights: weights.pop("lm_head.weight"))
+        assert "lack lm_head.weight" in error_line(capfd, command(tmp_path / "u", "--model", untied))
