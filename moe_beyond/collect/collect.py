@@ -30,6 +30,7 @@ from moe_beyond.collect.pieces import (
     begin,
     check_finished,
     check_space,
+    leaving_nothing,
     put_together,
     remove_pieces,
     request_of,
@@ -117,7 +118,7 @@ def collect(
         with forced:  # refuses before anything is written
             if not begin(pieces, request, rank, out):
                 return None
-            with alone(pieces, rank):
+            with alone(pieces, rank), leaving_nothing(pieces, paths, rank):
                 if not (pieces / WHOLE).exists():
                     check_space(pieces, manifest, batches, paths, asked)
                     _collect_part(model, tokenizer, batches, paths, manifest, asked, readers, rank, progress)

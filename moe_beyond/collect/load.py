@@ -254,8 +254,8 @@ def _check_loaded(name: str, report: Mapping[str, Any]) -> None:
     if wrong := sorted(report["mismatched_keys"]):
         keys = [f"{key} is {list(stored)}, not {list(needed)}" for key, stored, needed in wrong]
         raise UserError(
-            f"--model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_some(keys)}); give the files "
-            "of one model"
+            f"--model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_some(keys)}); give the "
+            "complete files of one model"
         )
 
 
@@ -290,5 +290,10 @@ def _one_line(name: str) -> Iterator[None]:
             raise UserError(
                 f"--model {name}: comes with code of its own ({CODE}), which is never run; only architectures that "
                 "transformers itself has are recorded"
+            ) from error
+        if "CONVERSION" in str(error):  # it refers to a report that is not shown
+            raise UserError(
+                f"--model {name}: its weights cannot be put together; one that they need is missing, or has another "
+                "shape; give the complete checkpoint of the model"
             ) from error
         raise UserError(f"--model {name}: cannot be loaded ({brief(error)})") from error

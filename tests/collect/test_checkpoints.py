@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import error_line, failure
@@ -17,9 +18,11 @@ from transformers import LlamaConfig
 
 from moe_beyond.cli.main import main
 from moe_beyond.collect import devices
+from moe_beyond.collect.batch import _half
 from moe_beyond.collect.devices import placement
 from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.traces.reader import TraceSet
 
@@ -235,6 +238,7 @@ def changed_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], ob
 
 
 def test_a_weight_that_is_missing_or_of_another_shape_is_refused(tmp_path: Path, capfd) -> None:
+    expert_weight = "model.layers.1.mlp.experts.3.gate_proj.weight"
     gates = [name for name in load_file(SMALL / "model.safetensors") if name.endswith("mlp.gate.weight")]
     expert = "model.layers.1.mlp.experts.down_proj"
     for number, (change, says) in enumerate(
@@ -246,6 +250,7 @@ def test_a_weight_that_is_missing_or_of_another_shape_is_refused(tmp_path: Path,
             ),
             (lambda weights: weights.update({gates[0]: weights[gates[0]][:3].clone()}), f"({gates[0]} is [3, "),
             (lambda weights: [weights.pop(name) for name in list(weights) if "layers.1.mlp.experts" in name], expert),
+            (lambda weights: weights.pop(expert_weight), "its weights cannot be put together; one that they need is"),
         )
     ):
         folder = changed_weights(tmp_path / f"model-{number}", change)
@@ -267,3 +272,31 @@ def test_a_tied_head_and_unread_weights_are_no_fault(tmp_path: Path, capfd) -> N
     if head is not None:  # not tied, it is missing
         untied = changed_weights(tmp_path / "untied", lambda weights: weights.pop("lm_head.weight"))
         assert "lack lm_head.weight" in error_line(capfd, command(tmp_path / "u", "--model", untied))
+
+
+@pytest.mark.parametrize(
+    ("more", "layer"),
+    [((), 2), (("--record", "experts"), 2), (("--generate", 3, "--temperature", 1), 2), (("--batch-size", 1), 2)],
+)
+def test_gate_weights_that_are_not_finite_are_refused_at_the_first_batch(tmp_path, capfd, more, layer: int) -> None:
+    gate = f"model.layers.{layer}.mlp.gate.weight"
+    folder = changed_weights(tmp_path / "model", lambda weights: weights[gate].fill_(float("nan")))
+    words = command(tmp_path / "out", "--model", folder, *more)
+    assert failure(capfd, tmp_path / "out", words) == (
+        f"prompts-1: the router of layer {layer} gives gate weights that are not finite (NaN or infinite), so its "
+        "choice means nothing; compute in another type (--dtype float32 or bfloat16), or give intact weights"
+    )
+
+
+def test_gate_weights_are_checked_by_layer_and_by_what_is_stored() -> None:
+    geometry = Geometry("g", (1, 4), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)
+    weights = np.full((3, 2, 2), 0.1, np.float32)
+    assert (_half(weights, "p", geometry, stored=True) == np.float16(0.1)).all()
+    weights[2, 0, 1] = 70_000
+    with pytest.raises(UserError, match=r"^p: a gate weight of 70000 is beyond 65,504, .*\(--record experts\)$"):
+        _half(weights, "p", geometry, stored=True)
+    _half(weights, "p", geometry, stored=False)
+    weights[1, 1, 0] = -np.inf
+    for stored in (True, False):
+        with pytest.raises(UserError, match=r"^p: the router of layer 4 gives gate weights that are not finite"):
+            _half(weights, "p", geometry, stored=stored)
