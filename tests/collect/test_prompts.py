@@ -84,6 +84,19 @@ def test_files_that_tools_write(name: str, expected: list[Any]) -> None:
         ("p.jsonl", b'{"instruction": "a", "context": "b"}', ["a\n\nb"]),
         ("p.jsonl", b'{"prompt": null, "text": "a"}', ["a"]),
         ("p.csv", b'\xef\xbb\xbfid,prompt\r\n7,"a ""b""\n\nc"\r\n8,d\r\n', ['a "b"\n\nc', "d"]),
+        ("p.txt", b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", ["one", "two"]),
+        ("p.jsonl", b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', ["a", "b"]),
+        ("P.TXT", b"one\n", ["one"]),
+        ("P.JSONL", b'{"text": "a"}\n', ["a"]),
+        ("P.JSON", b'{\n"text": "a"}\n', ["a"]),
+        ("P.Csv", b"text\na\n", ["a"]),
+        ("P.TSV", b"text\tn\na\tb\n", ["a"]),
+        ("p.json", b'["a",\n "b"]', ["a", "b"]),
+        ("p.jsonl", b'"a"\n"b"\n', ["a", "b"]),
+        ("p.json", b"[]", []),
+        ("p.jsonl", json.dumps({"messages": json.dumps(CHAT)}).encode(), [CHAT]),
+        ("p.csv", b'messages\n"[{""role"": ""user"", ""content"": ""hi""}]"\n', [({"role": "user", "content": "hi"},)]),
+        ("p.jsonl", b'{"messages": "hi"}', ["hi"]),
         ("p.tsv", "question\tn\na\u2028b\t1\n".encode(), ["a\u2028b"]),
     ],
 )
@@ -129,7 +142,13 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
         ("p.txt", b"a\nb\0c\n", "line 2 holds NUL bytes; save it as UTF-8 text"),
         ("p.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON (Expecting value: line 1 column 10 (char 9))"),
         ("p.json", b'[{"text": "a"},]', "is not JSON (Illegal trailing comma before end of array"),
-        ("p.jsonl", b'"text"', "line 1: is not a record with a text under one of"),
+        ("p.jsonl", b"3", "line 1: is not a record with a text under one of"),
+        ("p.json", b'["a", " "]', "record 2: is empty"),
+        ("p.jsonl", b'{\n "text": "a"\n}\n', "line 1 is not JSON (Expecting property name enclosed in double quotes: "),
+        ("p.jsonl", b'{"instruction": "a", "input": 5}', "line 1: input is 5, not text; it follows the instruction"),
+        ("p.jsonl", b'{"instruction": "a", "context": ["b"]}', "line 1: context is a list of 1, not text; it follows"),
+        ("p.jsonl", b'{"messages": "[{"}', "line 1: messages looks like JSON and is none (Expecting property name"),
+        ("p.jsonl", b'{"conversations": "[3]"}', "line 1: a message is a record with role and content, or from and"),
         ("p.jsonl", b'{"body": "a"}', "line 1: has no messages or conversations or prompt or text or question or"),
         ("p.jsonl", b'{"messages": [{"content": "a"}]}', "line 1: a message has no role (or from); it has content"),
         ("p.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: a message of role 'user' has no content (or value)"),
@@ -330,3 +349,25 @@ def test_a_file_whose_name_is_no_text_gives_names_that_are(tmp_path: Path) -> No
     path.write_text("a\n")
     (prompt,) = read_prompts(str(path))
     assert (prompt.sequence_id, prompt.source) == ("p\\xdcff-1", "p\\xdcff.txt:1")
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("", "--prompts: names nothing (got an empty text); give a file of prompts, or a data set"),
+        ("empty", "empty: is an empty folder; give a file of prompts, or a folder of a data set"),
+        ("odd", "odd: is not a data set that can be loaded ("),
+        ("pipe", "pipe: is no regular file, and is read more than once; save the prompts in a file (.txt, .jsonl)"),
+        ("pipe:text", "pipe: is no regular file"),
+    ],
+)
+def test_what_is_neither_a_file_nor_a_data_set_is_one_line(tmp_path: Path, monkeypatch, named: str, says: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "file.odd").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError) as error:
+        texts(named)
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
