@@ -118,6 +118,8 @@ class Checkpoint:
             if not isinstance(named, dict):
                 raise UserError(f"{self.name}: its {INDEX_FILE} is damaged (no weight_map)")
             files = {str(file) for file in named.values()}
+        if all((self.folder / file).is_file() for file in files):  # of a commit, files never change
+            return
         commit = HubName(self.repository.repository, self.folder.name)
         snapshot(commit, "model", sorted(files), shown=f"--model {self.name}")
         for file in sorted(files):

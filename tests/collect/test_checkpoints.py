@@ -102,6 +102,21 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
     assert line.startswith("--model org/tiny at --revision v2: is not in the local cache, and HF_HUB_OFFLINE")
 
 
+@pytest.mark.parametrize("revision", ["main", hashlib.sha1(b"main").hexdigest()])
+def test_without_a_network_the_cache_serves_at_once(tmp_path, capfd, monkeypatch, revision) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail("waits for the Hub"))
+    cache(tmp_path / "hub", main=versions()["main"])
+    checkpoint = open_checkpoint("org/tiny", revision)
+    checkpoint._fetch_weights()
+    assert (checkpoint.folder / "model.safetensors").is_file()
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(UserError, match=r"the Hub cannot be reached at http://127\.0\.0\.1:9"):
+        open_checkpoint("org/tiny", "0" * 40)
+
+
 def test_without_a_network_it_is_one_line_after_one_request(hub: Hub, tmp_path, capsys, monkeypatch) -> None:
     hub.breaks("GET", "/api/models/", None)
     hub.breaks("HEAD", "/resolve/", None)
