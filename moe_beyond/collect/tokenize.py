@@ -1,6 +1,7 @@
 """Prompts into token ids: plain text by the tokenizer, chats by the model's own template."""
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -132,20 +133,57 @@ def _changes(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _with_text(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> list[dict[str, Any]]:
-    """Return messages whose parts the template reads; of one that reads text only, the parts' texts in one.
+    """Return messages whose parts the template reads; for one that reads text only, the texts of the parts in one.
 
     Raises:
-        UserError: A part is no text.
+        UserError: A part is no text, or the template writes the text neither of the parts nor of the whole.
     """
     if not any(isinstance(message["content"], list) for message in messages):
         return messages
     joined = [{**message, "content": _joined(message["content"], message["role"], name)} for message in messages]
+    plain = all(_is_plain(part) for message in messages for part in _parts(message))
     try:
-        written = _written(messages, tokenizer, name)
-    except UserError:
-        return joined
-    reprs = (str(message["content"]) for message in messages if isinstance(message["content"], list))
-    return joined if any(text in written for text in reprs) else messages
+        read = plain and _writes_parts(messages, _written(messages, tokenizer, name))
+    except UserError:  # a template that takes text only
+        read = False
+    if read:
+        return messages
+    written = _written(joined, tokenizer, name)
+    for before, message in zip(messages, joined, strict=True):
+        if isinstance(before["content"], list) and message["content"].strip() not in written:
+            raise UserError(
+                f"{name}: the chat template of the tokenizer does not write the text of a message of role "
+                f"{message['role']!r}, as parts or as one text; change the message, or give plain text"
+            )
+    return joined
+
+
+def _writes_parts(messages: list[dict[str, Any]], written: str) -> bool:
+    """Tell whether a rendered chat holds the text of each part in order, and no list that was written out."""
+    place = 0
+    for message in messages:
+        for part in _parts(message):
+            text = part["text"].strip()
+            if (place := written.find(text, place)) < 0:
+                return False
+            place += len(text)
+        if isinstance(message["content"], list) and any(form in written for form in _spelt_out(message["content"])):
+            return False
+    return True
+
+
+def _spelt_out(content: list[Any]) -> tuple[str, ...]:
+    """Return the forms in which a template that takes a list for text writes it out, without their spaces' widths."""
+    return str(content), json.dumps(content), json.dumps(content, ensure_ascii=False), *map(str, content)
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    content = message["content"]
+    return content if isinstance(content, list) else []
+
+
+def _is_plain(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _joined(content: Any, role: str, name: str) -> Any:
@@ -177,7 +215,15 @@ def _apply(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase",
 
     try:
         return tokenizer.apply_chat_template(messages, **how)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise UserError(
             f"{name}: the chat template of the tokenizer refuses it (roles {roles}: {brief(error, 160)}); "

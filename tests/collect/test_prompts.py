@@ -371,3 +371,42 @@ def test_what_is_neither_a_file_nor_a_data_set_is_one_line(tmp_path: Path, monke
         texts(named)
     assert str(error.value).startswith(says)
     assert "\n" not in str(error.value)
+
+
+TYPED = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% endif %}{% endfor %}{% endif %}{% endfor %}"  # fmt: skip  # noqa: E501
+FIRST = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}{% endfor %}"  # fmt: skip  # noqa: E501
+DUMPED = "{% for m in messages %}{{ m.content|tojson }}{% endfor %}"
+PART_A, PART_B = {"type": "text", "text": "one"}, {"type": "text", "text": "two"}
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        (TYPED, [PART_A, PART_B], "[one][two]"),
+        (TYPED, ["one", "two"], "onetwo"),
+        (TYPED, [{"text": "one"}, PART_B], "onetwo"),
+        (FIRST, [PART_A], "one"),
+        (FIRST, [PART_A, PART_B], "onetwo"),
+        (FIRST, [PART_A, PART_A], "oneone"),
+        (DUMPED, [PART_A, PART_B], '"onetwo"'),
+    ],
+)
+def test_the_text_of_every_part_is_in_what_the_model_reads(template, content, expected: str) -> None:
+    every = tokenizer(template)
+    ids = token_ids_of(Prompt(({"role": "user", "content": content},), "c"), every)
+    assert every.decode(ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "says"),
+    [
+        ("{{ 1 / 0 }}", "hi", "c: the chat template of the tokenizer refuses it (roles user: division by zero)"),
+        ("{{ messages[7].content.x }}", "hi", "c: the chat template of the tokenizer refuses it (roles user: "),
+        ("{{ messages[0].content[0].text }}", [PART_A, PART_B], "c: the chat template of the tokenizer does not write"),
+    ],
+)
+def test_a_template_that_fails_or_leaves_text_out_is_one_line(template, content, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        token_ids_of(Prompt(({"role": "user", "content": content},), "c"), tokenizer(template))
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
