@@ -1,7 +1,6 @@
 """Prompts into token ids: plain text by the tokenizer, chats by the model's own template."""
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,8 @@ PLAIN_ROLES = ("user", "assistant")
 """Roles that every chat template writes."""
 SENTINEL = "\N{REPLACEMENT CHARACTER}?"
 """A content that no message has, to see whether a template writes contents of a role at all."""
+UNREAD = "key_that_no_template_reads"
+"""A key of a content part, to see whether a template writes a list out as it is."""
 
 
 def tokenize_prompts(
@@ -143,7 +144,7 @@ def _with_text(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBa
     joined = [{**message, "content": _joined(message["content"], message["role"], name)} for message in messages]
     plain = all(_is_plain(part) for message in messages for part in _parts(message))
     try:
-        read = plain and _writes_parts(messages, _written(messages, tokenizer, name))
+        read = plain and _writes_parts(messages, tokenizer, name)
     except UserError:  # a template that takes text only
         read = False
     if read:
@@ -158,23 +159,22 @@ def _with_text(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBa
     return joined
 
 
-def _writes_parts(messages: list[dict[str, Any]], written: str) -> bool:
-    """Tell whether a rendered chat holds the text of each part in order, and no list that was written out."""
-    place = 0
+def _writes_parts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> bool:
+    """Tell whether a template writes the text of each part once, in order, and does not write out a list as it is.
+
+    Texts that nothing else holds stand for those of the parts, and a key that no template reads for all else of a list.
+    """
+    marks: list[str] = []
+    marked = []
     for message in messages:
+        parts = []
         for part in _parts(message):
-            text = part["text"].strip()
-            if (place := written.find(text, place)) < 0:
-                return False
-            place += len(text)
-        if isinstance(message["content"], list) and any(form in written for form in _spelt_out(message["content"])):
-            return False
-    return True
-
-
-def _spelt_out(content: list[Any]) -> tuple[str, ...]:
-    """Return the forms in which a template that takes a list for text writes it out, without their spaces' widths."""
-    return str(content), json.dumps(content), json.dumps(content, ensure_ascii=False), *map(str, content)
+            marks.append(f"{SENTINEL}{len(marks)}.")
+            parts.append({**part, "text": marks[-1], UNREAD: ""})
+        marked.append({**message, "content": parts} if parts else message)
+    written = _written(marked, tokenizer, name)
+    places = [written.find(mark) for mark in marks]
+    return UNREAD not in written and -1 not in places and places == sorted(places)
 
 
 def _parts(message: Mapping[str, Any]) -> list[Any]:

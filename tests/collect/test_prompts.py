@@ -388,7 +388,9 @@ PART_A, PART_B = {"type": "text", "text": "one"}, {"type": "text", "text": "two"
         (FIRST, [PART_A], "one"),
         (FIRST, [PART_A, PART_B], "onetwo"),
         (FIRST, [PART_A, PART_A], "oneone"),
+        (FIRST, [PART_A, {"type": "text", "text": "ne"}], "onene"),
         (DUMPED, [PART_A, PART_B], '"onetwo"'),
+        (DUMPED.replace("tojson", "tojson(indent=1)"), [PART_A, PART_B], '"onetwo"'),
     ],
 )
 def test_the_text_of_every_part_is_in_what_the_model_reads(template, content, expected: str) -> None:
