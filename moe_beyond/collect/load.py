@@ -110,6 +110,11 @@ class Checkpoint:
             UserError: They cannot be downloaded.
         """
         if self.repository is None:
+            if not any(self.folder.glob("*.safetensors")) and any(self.folder.glob("*.bin")):
+                raise UserError(
+                    f"--model {self.name}: has only pickled weights (.bin), which may run code and are not loaded; in "
+                    "an environment that you trust, load it with transformers and write it with save_pretrained"
+                )
             return
         files = {WEIGHTS_FILE}
         if (index := self.folder / INDEX_FILE).is_file():
@@ -149,6 +154,8 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     with _one_line(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.get_vocab():
+        raise UserError(f"--model {name}: its tokenizer knows no token; give the tokenizer files of the model")
     if repository is not None and "@" in name:
         revision = repository.revision
     return Checkpoint(name, folder, repository, revision, config, tokenizer)

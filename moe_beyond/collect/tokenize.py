@@ -89,10 +89,11 @@ def _cut(prompt: Prompt, token_ids: list[int], config: Any, asked: Collection) -
     token_ids = token_ids[: asked.max_tokens]
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and len(token_ids) + asked.generate > most:
+        left = most - asked.generate
+        advice = "--max-tokens N cuts it" if left > 0 else f"generate fewer than {most:,} tokens"
         more = f" and {asked.generate} to write" if asked.generate else ""
         raise UserError(
-            f"{prompt.sequence_id}: has {len(token_ids):,} tokens{more}, and the model {most:,} positions; "
-            "--max-tokens N cuts it"
+            f"{prompt.sequence_id}: has {len(token_ids):,} tokens{more}, and the model {most:,} positions; {advice}"
         )
     return token_ids
 

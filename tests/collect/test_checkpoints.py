@@ -315,3 +315,21 @@ def test_gate_weights_are_checked_by_layer_and_by_what_is_stored() -> None:
     for stored in (True, False):
         with pytest.raises(UserError, match=r"^p: the router of layer 4 gives gate weights that are not finite"):
             _half(weights, "p", geometry, stored=stored)
+
+
+def test_pickles_and_an_empty_tokenizer_are_refused_before_work(tmp_path: Path, capfd) -> None:
+    pickled = Path(shutil.copytree(SMALL, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", pickled))
+    assert line.startswith(f"--model {pickled}: has only pickled weights (.bin), which may run code and are not loaded")
+    empty = Path(shutil.copytree(SMALL, tmp_path / "empty"))
+    (empty / "tokenizer.json").write_text("{}")
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", empty))
+    assert line.startswith(f"--model {empty}: ")
+
+
+def test_a_folder_for_json_and_too_long_a_text_to_write_are_refused_before_work(tmp_path: Path, capfd) -> None:
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", SMALL, "--json", tmp_path))
+    assert line == f"--json {tmp_path}: is a folder; name a file, or - for standard output"
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", SMALL, "--generate", 100_000))
+    assert line.endswith("and 100000 to write, and the model 1,024 positions; generate fewer than 1,024 tokens")
