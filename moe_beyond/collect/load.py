@@ -153,7 +153,12 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         raise UserError(f"--model {name}: has no {CONFIG_FILE}; name the folder of a transformers model")
     with _one_line(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except KeyError as error:  # of a file that is JSON and no tokenizer
+            raise UserError(
+                f"--model {name}: its tokenizer files lack {error}; give the tokenizer files of the model"
+            ) from error
     if not tokenizer.get_vocab():
         raise UserError(f"--model {name}: its tokenizer knows no token; give the tokenizer files of the model")
     if repository is not None and "@" in name:

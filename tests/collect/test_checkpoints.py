@@ -325,7 +325,7 @@ def test_pickles_and_an_empty_tokenizer_are_refused_before_work(tmp_path: Path, 
     empty = Path(shutil.copytree(SMALL, tmp_path / "empty"))
     (empty / "tokenizer.json").write_text("{}")
     line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", empty))
-    assert line.startswith(f"--model {empty}: ")
+    assert line == f"--model {empty}: its tokenizer files lack 'added_tokens'; give the tokenizer files of the model"
 
 
 def test_a_folder_for_json_and_too_long_a_text_to_write_are_refused_before_work(tmp_path: Path, capfd) -> None:
