@@ -105,11 +105,14 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
     with asking_hub(shown or str(name)):
         from huggingface_hub import snapshot_download
 
-        where = {"repo_type": kind, "revision": name.revision}
         unreachable = _unreachable(name, kind) if COMMIT.fullmatch(name.revision) else None
         try:
             found = snapshot_download(
-                name.repository, allow_patterns=list(patterns), local_files_only=unreachable is not None, **where
+                name.repository,
+                repo_type=kind,
+                revision=name.revision,
+                allow_patterns=list(patterns),
+                local_files_only=unreachable is not None,
             )
         except FileNotFoundError as error:
             if unreachable is None:
