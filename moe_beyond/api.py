@@ -168,6 +168,7 @@ def record(
         >>> mb.record(model, tokenizer, chats, "traces/mine", generate=64)  # doctest: +SKIP
     """
     _check_names(options, (field.name for field in fields(Collection)))
+    _check_loaded(model, tokenizer)
     notices: list[str] = []
     traces = collect(
         model, tokenizer, as_prompts(prompts), _path(out, "out"), Collection(**options), rank=Rank(0, 1),
@@ -177,6 +178,32 @@ def record(
         warnings.warn(line, stacklevel=3)
     assert traces is not None
     return traces
+
+
+def _check_loaded(model: Any, tokenizer: Any) -> None:
+    """Refuse what is no loaded model and no tokenizer, and name the right order if they are swapped.
+
+    Raises:
+        UserError: They are something else, or weights of the model are on no device.
+    """
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(model, PreTrainedTokenizerBase) and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError("record: model is a tokenizer; write record(model, tokenizer, prompts, out)")
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UserError(
+            f"record: model must be a loaded transformers model (got {shown(model)}); "
+            "AutoModelForCausalLM.from_pretrained(NAME) loads one"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(
+            f"record: tokenizer must be a loaded tokenizer (got {shown(tokenizer)}); "
+            "AutoTokenizer.from_pretrained(NAME) loads one"
+        )
+    offloaded = any(getattr(module, "_hf_hook", None) is not None for module in model.modules())
+    if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("record: the model is on the meta device and has no weights; load it with from_pretrained")
 
 
 @_one_line

@@ -23,6 +23,7 @@ Kind = Literal["model", "dataset"]
 
 PREFIX = "hf:"
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+COMMIT = re.compile("[0-9a-f]{40}")
 
 FILE_SUFFIXES = frozenset(
     ".txt .json .jsonl .ndjson .csv .tsv .parquet .safetensors .gguf .bin .pt .pth .ckpt .yaml .yml .zip .gz .zst .md "
@@ -104,9 +105,39 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
     with asking_hub(shown or str(name)):
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(name.repository, repo_type=kind, revision=name.revision, allow_patterns=list(patterns))
-        )
+        unreachable = _unreachable(name, kind) if COMMIT.fullmatch(name.revision) else None
+        try:
+            found = snapshot_download(
+                name.repository,
+                repo_type=kind,
+                revision=name.revision,
+                allow_patterns=list(patterns),
+                local_files_only=unreachable is not None,
+            )
+        except FileNotFoundError as error:
+            if unreachable is None:
+                raise
+            raise unreachable from error
+        return Path(found)
+
+
+def _unreachable(name: HubName, kind: Kind) -> Exception | None:
+    """Return what keeps this machine from reaching the Hub, after one request; None if it answers.
+
+    Of a branch or a tag the library asks once before it lists files. Of a commit it lists them right away, and tries
+    that six times, within half a minute.
+    """
+    from httpx2 import ConnectError, TimeoutException
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().repo_info(name.repository, repo_type=kind, revision=name.revision)
+    except (ConnectError, TimeoutException, OfflineModeIsEnabled) as error:
+        return error
+    except HfHubHTTPError:
+        return None  # the listing of files says the same, and what is in the cache may serve
+    return None
 
 
 def looks_local(name: str) -> bool:

@@ -216,3 +216,42 @@ def test_training_text_is_left_out_or_warned_of(run: Run) -> None:
         found = mb.replay(run.traces, predictor, split="train", budget="25%")
     assert found.to_json()["measured_on"]["relation"] == "training text"
     assert "was fitted on split train of this set" in found._repr_html_()
+
+
+def test_what_cannot_be_recorded_is_one_line_before_work(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    from moe_beyond.collect.load import load_model
+
+    model, tokenizer, _ = load_model("small-moe")
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    for given, says in (
+        (("small-moe", tokenizer), "record: model must be a loaded transformers model (got 'small-moe'); Auto"),
+        ((None, tokenizer), "record: model must be a loaded transformers model (got None)"),
+        ((nn.Linear(2, 2), tokenizer), "record: model must be a loaded transformers model (got Linear("),
+        ((model, None), "record: tokenizer must be a loaded tokenizer (got None); AutoTokenizer"),
+        ((model, "x"), "record: tokenizer must be a loaded tokenizer (got 'x')"),
+        ((tokenizer, model), "record: model is a tokenizer; write record(model, tokenizer, prompts, out)"),
+        ((empty, tokenizer), "record: the model is on the meta device and has no weights"),
+    ):
+        with pytest.raises(UserError) as error:
+            mb.record(*given, ["a"], tmp_path / "out")
+        assert str(error.value).startswith(says)
+        assert "\n" not in str(error.value)
+    for options, says in (
+        ({"temperature": "hot"}, "temperature: is a number (got 'hot')"),
+        ({"temperature": True, "generate": 1}, "temperature: is a number (got True)"),
+        ({"seed": 1.5}, "seed: is a whole number (got 1.5)"),
+        ({"val_blocks": 5}, "val_blocks: is text such as '20:10', or None (got 5)"),
+        ({"steering": {"off": [[1, 0]]}}, "steering: is a Steering, or None; "),
+        ({"steering": "steer.json"}, "steering: is a Steering, or None; "),
+        ({"gate_weights": "no"}, "gate_weights: is True or False (got 'no')"),
+        ({"hidden_states": "yes"}, "hidden_states: is True or False (got 'yes')"),
+        ({"hidden_states": 1}, "hidden_states: is True or False (got 1)"),
+    ):
+        with pytest.raises(UserError) as error:
+            mb.record(model, tokenizer, ["a"], tmp_path / "out", **options)
+        assert str(error.value).startswith(says)
+    assert not list(tmp_path.iterdir())

@@ -196,5 +196,7 @@ def _check(args: Namespace) -> None:
         raise unknown("--dtype", args.dtype, DTYPES)
     if args.load_in not in (None, "8bit", "4bit"):
         raise unknown("--load-in", args.load_in, ("8bit", "4bit"))
+    if args.json not in (None, "-") and Path(args.json).is_dir():
+        raise UserError(f"--json {args.json}: is a folder; name a file, or - for standard output")
     if args.max_prompts is not None and args.max_prompts < 1:
         raise UserError(f"--max-prompts {args.max_prompts} is less than 1")

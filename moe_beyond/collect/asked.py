@@ -3,9 +3,11 @@
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
+from moe_beyond.fields import shown
 from moe_beyond.traces.blocks import parse_blocks
 from moe_beyond.traces.steering import Steering
 
@@ -13,6 +15,18 @@ COLDEST = 0.001
 """Least temperature to draw at; colder, numbers overflow."""
 LEAST = {"generate": 0, "batch_size": 1, "max_tokens": 1, "shard_tokens": 1}
 """Least value of each whole number of a `Collection`."""
+KINDS: dict[str, tuple[Any, str]] = {
+    "temperature": (int | float, "a number"),
+    "seed": (int, "a whole number"),
+    "val_blocks": (str | None, "text such as '20:10', or None"),
+    "gate_weights": (bool, "True or False"),
+    "hidden_states": (bool, "True or False"),
+    "steering": (
+        Steering | None,
+        "a Steering, or None; Steering.from_json({'off': [[1, 0]]}, source='mine') makes one",
+    ),
+}
+"""Type of each other field of a `Collection`, and its name in error messages."""
 
 Row = tuple[Prompt, list[int]]
 """A prompt and its token ids."""
@@ -51,8 +65,11 @@ class Collection:
         """Check values.
 
         Raises:
-            UserError: A number is out of range, or none.
+            UserError: A value is of another type, or a number is out of range.
         """
+        for name, (kind, words) in KINDS.items():
+            if not isinstance(value := getattr(self, name), kind) or (isinstance(value, bool) and kind is not bool):
+                raise UserError(f"{name}: is {words} (got {shown(value)})")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if name == "max_tokens" and value is None:

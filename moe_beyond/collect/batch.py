@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moe_beyond.collect.asked import Collection, Row
 from moe_beyond.collect.devices import input_device
 from moe_beyond.collect.prompts import Prompt
-from moe_beyond.collect.recorder import Call, Recorder
+from moe_beyond.collect.recorder import LARGEST, Call, Recorder
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import concatenate
@@ -45,7 +46,7 @@ def record_batch(
         A trace a prompt.
 
     Raises:
-        UserError: The model did not do as it was steered.
+        UserError: The model did not do as it was steered, or gave gate weights that are not finite.
     """
     longest = max(len(token_ids) for _, token_ids in batch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -63,9 +64,14 @@ def record_batch(
         how = drawn if asked.temperature else {"do_sample": False}
         with torch.random.fork_rng(), _plainly_generating(model):
             torch.manual_seed(_seed(batch, asked.seed))  # of the batch: one that is done again is drawn again
-            found = model.generate(  # type: ignore[operator]
-                ids, attention_mask=mask, max_new_tokens=asked.generate, pad_token_id=pad, **how
-            )
+            try:
+                found = model.generate(  # type: ignore[operator]
+                    ids, attention_mask=mask, max_new_tokens=asked.generate, pad_token_id=pad, **how
+                )
+            except RuntimeError as error:  # nothing can be drawn from a distribution that is not finite
+                if (layer := recorder.layer_without_numbers()) is None:
+                    raise
+                raise _not_finite(batch[0][0].sequence_id, layer) from error
         written = found[:, longest:]
     else:
         model(ids, attention_mask=mask, use_cache=False)
@@ -148,6 +154,7 @@ def _trace(
     own = slice(row, row + 1)
     experts = np.concatenate([first.experts[read], *(call.experts[own] for call in steps)])
     weights = np.concatenate([first.gate_weights[read], *(call.gate_weights[own] for call in steps)])
+    kept = _half(weights, prompt.sequence_id, geometry, stored=asked.gate_weights)
     states = [call.hidden_states[part] for call, part in ((first, read), *((call, own) for call in steps))
               if call.hidden_states is not None]  # fmt: skip
     return Trace(
@@ -156,6 +163,31 @@ def _trace(
         token_ids=np.array([*token_ids, *written[: len(steps)]], np.int32),
         experts=experts.astype(experts_dtype(geometry)),
         decode_start=len(token_ids),
-        gate_weights=weights.astype(np.float16) if asked.gate_weights else None,
+        gate_weights=kept if asked.gate_weights else None,
         hidden_states=concatenate(states) if states else None,
+    )
+
+
+def _half(weights: npt.NDArray[np.float32], name: str, geometry: Geometry, *, stored: bool) -> npt.NDArray[np.float16]:
+    """Return gate weights, ``(T, L, K)``, in half precision.
+
+    Raises:
+        UserError: One is not finite: what its router chose means nothing. Or one that is stored is too large.
+    """
+    for layer, of_layer in zip(geometry.moe_layers, np.isfinite(weights).all(axis=(0, 2)), strict=True):
+        if not of_layer:
+            raise _not_finite(name, layer)
+    if stored and (largest := np.abs(weights).max(initial=0)) > LARGEST:
+        raise UserError(
+            f"{name}: a gate weight of {largest:g} is beyond {LARGEST:,.0f}, the largest that is stored; leave gate "
+            "weights out (--record experts)"
+        )
+    with np.errstate(over="ignore"):
+        return weights.astype(np.float16)
+
+
+def _not_finite(name: str, layer: int) -> UserError:
+    return UserError(
+        f"{name}: the router of layer {layer} gives gate weights that are not finite (NaN or infinite), so its choice "
+        "means nothing; compute in another type (--dtype float32 or bfloat16), or give intact weights"
     )

@@ -30,6 +30,7 @@ from moe_beyond.collect.pieces import (
     begin,
     check_finished,
     check_space,
+    leaving_nothing,
     put_together,
     remove_pieces,
     request_of,
@@ -41,6 +42,7 @@ from moe_beyond.collect.routers import Router, find_routers, stored_routers
 from moe_beyond.collect.tokenize import tokenize_prompts
 from moe_beyond.collect.vocabulary import RecordedTokenizer, recorded_tokenizer
 from moe_beyond.errors import UserError
+from moe_beyond.fields import printable
 from moe_beyond.files import is_taken
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import HiddenStates
@@ -116,7 +118,7 @@ def collect(
         with forced:  # refuses before anything is written
             if not begin(pieces, request, rank, out):
                 return None
-            with alone(pieces, rank):
+            with alone(pieces, rank), leaving_nothing(pieces, paths, rank):
                 if not (pieces / WHOLE).exists():
                     check_space(pieces, manifest, batches, paths, asked)
                     _collect_part(model, tokenizer, batches, paths, manifest, asked, readers, rank, progress)
@@ -191,7 +193,7 @@ def _manifest(
     if Path(model_id).is_dir():  # is called alike from wherever it is named, and tells nothing of this machine
         model_id = Path(model_id).resolve().name
     if Path(source).is_file():
-        source = Path(source).name
+        source = printable(Path(source).name)
     return Manifest(
         geometry=measured_geometry(model, Path(model_id).name, top_k),
         tokenizer=Tokenizer(Path(model_id).name, vocabulary.vocab_size, vocabulary.sha256),

@@ -1,6 +1,6 @@
 """Loading the model to record, and its tokenizer: from one folder, safetensors only, and no code that comes along."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from moe_beyond.download import (
     snapshot,
 )
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief
+from moe_beyond.fields import brief, printable
 from moe_beyond.files import read_json
 from moe_beyond.published import CONFIG_FILE, WEIGHTS_FILE, checkpoints_folder
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 """Patterns of a model's files other than weights: configurations, tokenizers, chat templates. No code, no pickle."""
+SHOWN_KEYS = 3
+"""Names of weights that a message lists."""
 CODE = "auto_map"
 """The field of a configuration that names code of the model's own."""
 
@@ -79,7 +81,7 @@ class Checkpoint:
             offload_folder: Folder for weights that a device map sends to disk.
 
         Raises:
-            UserError: It cannot be loaded.
+            UserError: It cannot be loaded, or its files lack a weight or hold one of another shape.
         """
         from transformers import AutoModelForCausalLM
 
@@ -93,11 +95,13 @@ class Checkpoint:
         if spread or load_in is not None:
             more |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
         self._fetch_weights()
-        with _one_line(self.name):
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more
-            )
-            return model if more else model.to(device)  # type: ignore[arg-type]
+        with _one_line(self.name), _without_reports():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **more,
+            )  # fmt: skip
+            _check_loaded(self.name, report)
+            return model if more else model.to(device)  # type: ignore[no-any-return]
 
     def _fetch_weights(self) -> None:
         """Download the weights, if it is on the Hub: the files that its index names, and no others.
@@ -106,6 +110,11 @@ class Checkpoint:
             UserError: They cannot be downloaded.
         """
         if self.repository is None:
+            if not any(self.folder.glob("*.safetensors")) and any(self.folder.glob("*.bin")):
+                raise UserError(
+                    f"--model {self.name}: has only pickled weights (.bin), which may run code and are not loaded; in "
+                    "an environment that you trust, load it with transformers and write it with save_pretrained"
+                )
             return
         files = {WEIGHTS_FILE}
         if (index := self.folder / INDEX_FILE).is_file():
@@ -114,6 +123,8 @@ class Checkpoint:
             if not isinstance(named, dict):
                 raise UserError(f"{self.name}: its {INDEX_FILE} is damaged (no weight_map)")
             files = {str(file) for file in named.values()}
+        if all((self.folder / file).is_file() for file in files):  # of a commit, files never change
+            return
         commit = HubName(self.repository.repository, self.folder.name)
         snapshot(commit, "model", sorted(files), shown=f"--model {self.name}")
         for file in sorted(files):
@@ -142,7 +153,14 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         raise UserError(f"--model {name}: has no {CONFIG_FILE}; name the folder of a transformers model")
     with _one_line(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except KeyError as error:  # of a file that is JSON and no tokenizer
+            raise UserError(
+                f"--model {name}: its tokenizer files lack {error}; give the tokenizer files of the model"
+            ) from error
+    if not tokenizer.get_vocab():
+        raise UserError(f"--model {name}: its tokenizer knows no token; give the tokenizer files of the model")
     if repository is not None and "@" in name:
         revision = repository.revision
     return Checkpoint(name, folder, repository, revision, config, tokenizer)
@@ -232,15 +250,64 @@ def _download(name: str, repository: HubName) -> tuple[Path, HubName]:
         raise UserError(f"{error}; or did you mean the folder {near}?") from error
 
 
+def _check_loaded(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a model with random weights: transformers draws each that the files lack, or hold in another shape.
+
+    Args:
+        name: Name that the user gave.
+        report: Loading information of `from_pretrained`; tied weights are not among its missing keys.
+
+    Raises:
+        UserError: A weight was drawn.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"--model {name}: its files lack {_some(missing)}, which would be random; give the complete checkpoint of "
+            "the model"
+        )
+    if wrong := sorted(report["mismatched_keys"]):
+        keys = [f"{key} is {list(stored)}, not {list(needed)}" for key, stored, needed in wrong]
+        raise UserError(
+            f"--model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_some(keys)}); give the "
+            "complete files of one model"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """List the first names, and count the others."""
+    more = f" and {len(names) - SHOWN_KEYS:,} more" if len(names) > SHOWN_KEYS else ""
+    return printable(", ".join(names[:SHOWN_KEYS])) + more
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers from logging what it met in the files; `_check_loaded` tells what matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
     """Turn what a library says of files that it cannot load into one line."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # of files that are damaged, libraries raise whatever they met; tokenizers a bare one
         if "trust_remote_code" in str(error):  # what it says where only code of the model's own would do
             raise UserError(
                 f"--model {name}: comes with code of its own ({CODE}), which is never run; only architectures that "
                 "transformers itself has are recorded"
+            ) from error
+        if "CONVERSION" in str(error):  # it refers to a report that is not shown
+            raise UserError(
+                f"--model {name}: its weights cannot be put together; one that they need is missing, or has another "
+                "shape; give the complete checkpoint of the model"
             ) from error
         raise UserError(f"--model {name}: cannot be loaded ({brief(error)})") from error

@@ -114,6 +114,20 @@ def alone(pieces: Path, rank: Rank) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def leaving_nothing(pieces: Path, paths: Sequence[Path], rank: Rank) -> Iterator[None]:
+    """Remove the folder of pieces where a fault of the user's ends the block before there is a piece.
+
+    Other ranks may be at work in the folder, so that with several of them it stays.
+    """
+    try:
+        yield
+    except UserError:
+        if rank.count == 1 and not any(path.exists() for path in (pieces / WHOLE, *paths)):
+            shutil.rmtree(pieces)
+        raise
+
+
 def begin(pieces: Path, request: dict[str, Any], rank: Rank, out: Path) -> bool:
     """Make the folder of pieces, or see that the one there is was begun with the same.
 

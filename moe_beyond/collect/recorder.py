@@ -98,6 +98,12 @@ class Recorder:
         """Return how often a layer has routed since the last `calls`."""
         return len(self._experts[layer])
 
+    def layer_without_numbers(self) -> int | None:
+        """Return the first layer with a gate weight that is not finite since the last `calls`, or None."""
+        return next(
+            (layer for layer in self.moe_layers if not all(w.isfinite().all() for w in self._weights[layer])), None
+        )
+
     def _receive(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
         there = (experts < num_experts) & (weights != 0)
         self._experts[layer].append(experts.detach().where(there, -1).reshape(-1, experts.shape[-1]))

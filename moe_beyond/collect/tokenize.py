@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_beyond.collect.asked import Collection, Row
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
+from moe_beyond.fields import brief, shown
 from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import without_copies
 
@@ -20,6 +20,8 @@ PLAIN_ROLES = ("user", "assistant")
 """Roles that every chat template writes."""
 SENTINEL = "\N{REPLACEMENT CHARACTER}?"
 """A content that no message has, to see whether a template writes contents of a role at all."""
+UNREAD = "key_that_no_template_reads"
+"""A key of a content part, to see whether a template writes a list out as it is."""
 
 
 def tokenize_prompts(
@@ -38,12 +40,12 @@ def tokenize_prompts(
         UserError: There is none, one is empty or too long or of a kind that the template does not write, or two have
             one name.
     """
-    rows = [(prompt, _cut(prompt, token_ids_of(prompt, tokenizer), config, asked)) for prompt in prompts]
-    if not rows:
+    if not prompts:
         raise UserError(f"{source}: holds no prompt")
-    names = Counter(prompt.sequence_id for prompt, _ in rows)
-    if twice := next((name for name, count in names.items() if count > 1), None):
-        raise UserError(f"{source}: two prompts are called {twice!r}")
+    name, count = Counter(prompt.sequence_id for prompt in prompts).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{source}: {count} prompts are called {shown(name)}; give each an id of its own, or none")
+    rows = [(prompt, _cut(prompt, token_ids_of(prompt, tokenizer), config, asked)) for prompt in prompts]
     if asked.val_blocks is None:
         return rows
     texts = {number: tuple(ids) for number, (_, ids) in enumerate(rows)}
@@ -87,10 +89,11 @@ def _cut(prompt: Prompt, token_ids: list[int], config: Any, asked: Collection) -
     token_ids = token_ids[: asked.max_tokens]
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and len(token_ids) + asked.generate > most:
+        left = most - asked.generate
+        advice = "--max-tokens N cuts it" if left > 0 else f"generate fewer than {most:,} tokens"
         more = f" and {asked.generate} to write" if asked.generate else ""
         raise UserError(
-            f"{prompt.sequence_id}: has {len(token_ids):,} tokens{more}, and the model {most:,} positions; "
-            "--max-tokens N cuts it"
+            f"{prompt.sequence_id}: has {len(token_ids):,} tokens{more}, and the model {most:,} positions; {advice}"
         )
     return token_ids
 
@@ -132,20 +135,56 @@ def _changes(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _with_text(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> list[dict[str, Any]]:
-    """Return messages whose parts the template reads; of one that reads text only, the parts' texts in one.
+    """Return messages whose parts the template reads; for one that reads text only, the texts of the parts in one.
 
     Raises:
-        UserError: A part is no text.
+        UserError: A part is no text, or the template writes the text neither of the parts nor of the whole.
     """
     if not any(isinstance(message["content"], list) for message in messages):
         return messages
     joined = [{**message, "content": _joined(message["content"], message["role"], name)} for message in messages]
+    plain = all(_is_plain(part) for message in messages for part in _parts(message))
     try:
-        written = _written(messages, tokenizer, name)
-    except UserError:
-        return joined
-    reprs = (str(message["content"]) for message in messages if isinstance(message["content"], list))
-    return joined if any(text in written for text in reprs) else messages
+        read = plain and _writes_parts(messages, tokenizer, name)
+    except UserError:  # a template that takes text only
+        read = False
+    if read:
+        return messages
+    written = _written(joined, tokenizer, name)
+    for before, message in zip(messages, joined, strict=True):
+        if isinstance(before["content"], list) and message["content"].strip() not in written:
+            raise UserError(
+                f"{name}: the chat template of the tokenizer does not write the text of a message of role "
+                f"{message['role']!r}, as parts or as one text; change the message, or give plain text"
+            )
+    return joined
+
+
+def _writes_parts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> bool:
+    """Tell whether a template writes the text of each part once, in order, and does not write out a list as it is.
+
+    Texts that nothing else holds stand for those of the parts, and a key that no template reads for all else of a list.
+    """
+    marks: list[str] = []
+    marked = []
+    for message in messages:
+        parts = []
+        for part in _parts(message):
+            marks.append(f"{SENTINEL}{len(marks)}.")
+            parts.append({**part, "text": marks[-1], UNREAD: ""})
+        marked.append({**message, "content": parts} if parts else message)
+    written = _written(marked, tokenizer, name)
+    places = [written.find(mark) for mark in marks]
+    return UNREAD not in written and -1 not in places and places == sorted(places)
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    content = message["content"]
+    return content if isinstance(content, list) else []
+
+
+def _is_plain(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _joined(content: Any, role: str, name: str) -> Any:
@@ -177,7 +216,15 @@ def _apply(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase",
 
     try:
         return tokenizer.apply_chat_template(messages, **how)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise UserError(
             f"{name}: the chat template of the tokenizer refuses it (roles {roles}: {brief(error, 160)}); "

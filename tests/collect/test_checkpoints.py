@@ -3,21 +3,26 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import error_line, failure
 from hub_stand_in import Hub, Repository
 from huggingface_hub import constants
 from moe_architectures import tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from moe_beyond.cli.main import main
 from moe_beyond.collect import devices
+from moe_beyond.collect.batch import _half
 from moe_beyond.collect.devices import placement
 from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.traces.reader import TraceSet
 
@@ -95,6 +100,21 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
     capsys.readouterr()
     line = error_line(capsys, command(tmp_path / "o", "--model", "org/tiny", "--revision", "v2"))
     assert line.startswith("--model org/tiny at --revision v2: is not in the local cache, and HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize("revision", ["main", hashlib.sha1(b"main").hexdigest()])
+def test_without_a_network_the_cache_serves_at_once(tmp_path, capfd, monkeypatch, revision) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail("waits for the Hub"))
+    cache(tmp_path / "hub", main=versions()["main"])
+    checkpoint = open_checkpoint("org/tiny", revision)
+    checkpoint._fetch_weights()
+    assert (checkpoint.folder / "model.safetensors").is_file()
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(UserError, match=r"the Hub cannot be reached at http://127\.0\.0\.1:9"):
+        open_checkpoint("org/tiny", "0" * 40)
 
 
 def test_without_a_network_it_is_one_line_after_one_request(hub: Hub, tmp_path, capsys, monkeypatch) -> None:
@@ -218,3 +238,98 @@ def test_a_device_map_wants_accelerate_and_places_that_are_there(tmp_path: Path,
         path.write_text(content)
         with pytest.raises(UserError, match=says):
             placement(str(path))
+
+
+def changed_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: object) -> Path:
+    """Write small-moe with other weights."""
+    shutil.copytree(SMALL, folder)
+    weights = load_file(SMALL / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    if config:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_a_weight_that_is_missing_or_of_another_shape_is_refused(tmp_path: Path, capfd) -> None:
+    expert_weight = "model.layers.1.mlp.experts.3.gate_proj.weight"
+    gates = [name for name in load_file(SMALL / "model.safetensors") if name.endswith("mlp.gate.weight")]
+    expert = "model.layers.1.mlp.experts.down_proj"
+    for number, (change, says) in enumerate(
+        (
+            (lambda weights: weights.pop(gates[0]), f"its files lack {gates[0]}, which would be random"),
+            (
+                lambda weights: [weights.pop(name) for name in gates],
+                f"{', '.join(gates[:3])} and {len(gates) - 3} more",
+            ),
+            (lambda weights: weights.update({gates[0]: weights[gates[0]][:3].clone()}), f"({gates[0]} is [3, "),
+            (lambda weights: [weights.pop(name) for name in list(weights) if "layers.1.mlp.experts" in name], expert),
+            (lambda weights: weights.pop(expert_weight), "its weights cannot be put together; one that they need is"),
+        )
+    ):
+        folder = changed_weights(tmp_path / f"model-{number}", change)
+        line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", folder))
+        assert line.startswith(f"--model {folder}: its ")
+        assert says in line
+
+
+def test_a_tied_head_and_unread_weights_are_no_fault(tmp_path: Path, capfd) -> None:
+    head = load_file(SMALL / "model.safetensors").get("lm_head.weight")
+    folder = changed_weights(
+        tmp_path / "tied",
+        lambda weights: (weights.pop("lm_head.weight", None), weights.update({"extra.weight": torch.ones(3)})),
+        tie_word_embeddings=True,
+    )
+    capfd.readouterr()
+    assert main(command(tmp_path, "--model", folder)) == 0
+    assert capfd.readouterr() == ("", "")
+    if head is not None:  # not tied, it is missing
+        untied = changed_weights(tmp_path / "untied", lambda weights: weights.pop("lm_head.weight"))
+        assert "lack lm_head.weight" in error_line(capfd, command(tmp_path / "u", "--model", untied))
+
+
+@pytest.mark.parametrize(
+    ("more", "layer"),
+    [((), 2), (("--record", "experts"), 2), (("--generate", 3, "--temperature", 1), 2), (("--batch-size", 1), 2)],
+)
+def test_gate_weights_that_are_not_finite_are_refused_at_the_first_batch(tmp_path, capfd, more, layer: int) -> None:
+    gate = f"model.layers.{layer}.mlp.gate.weight"
+    folder = changed_weights(tmp_path / "model", lambda weights: weights[gate].fill_(float("nan")))
+    words = command(tmp_path / "out", "--model", folder, *more)
+    assert failure(capfd, tmp_path / "out", words) == (
+        f"prompts-1: the router of layer {layer} gives gate weights that are not finite (NaN or infinite), so its "
+        "choice means nothing; compute in another type (--dtype float32 or bfloat16), or give intact weights"
+    )
+
+
+def test_gate_weights_are_checked_by_layer_and_by_what_is_stored() -> None:
+    geometry = Geometry("g", (1, 4), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)
+    weights = np.full((3, 2, 2), 0.1, np.float32)
+    assert (_half(weights, "p", geometry, stored=True) == np.float16(0.1)).all()
+    weights[2, 0, 1] = 70_000
+    with pytest.raises(UserError, match=r"^p: a gate weight of 70000 is beyond 65,504, .*\(--record experts\)$"):
+        _half(weights, "p", geometry, stored=True)
+    _half(weights, "p", geometry, stored=False)
+    weights[1, 1, 0] = -np.inf
+    for stored in (True, False):
+        with pytest.raises(UserError, match=r"^p: the router of layer 4 gives gate weights that are not finite"):
+            _half(weights, "p", geometry, stored=stored)
+
+
+def test_pickles_and_an_empty_tokenizer_are_refused_before_work(tmp_path: Path, capfd) -> None:
+    pickled = Path(shutil.copytree(SMALL, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", pickled))
+    assert line.startswith(f"--model {pickled}: has only pickled weights (.bin), which may run code and are not loaded")
+    empty = Path(shutil.copytree(SMALL, tmp_path / "empty"))
+    (empty / "tokenizer.json").write_text("{}")
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", empty))
+    assert line == f"--model {empty}: its tokenizer files lack 'added_tokens'; give the tokenizer files of the model"
+
+
+def test_a_folder_for_json_and_too_long_a_text_to_write_are_refused_before_work(tmp_path: Path, capfd) -> None:
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", SMALL, "--json", tmp_path))
+    assert line == f"--json {tmp_path}: is a folder; name a file, or - for standard output"
+    line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", SMALL, "--generate", 100_000))
+    assert line.endswith("and 100000 to write, and the model 1,024 positions; generate fewer than 1,024 tokens")

@@ -152,7 +152,10 @@ def test_prompts_that_cannot_be_read(words, tmp_path, capsys) -> None:
             '{"messages": [{"role": "user", "content": "x"}], "id": "c"}\n',
             "c: is a chat, and the tokenizer has no chat template; give plain text, or the instruction-tuned model",
         ),
-        ('{"text": "x", "id": "c"}\n{"text": "y", "id": "c"}\n', f"{records}: two prompts are called 'c'"),
+        (
+            '{"text": "x", "id": "c"}\n{"text": "y", "id": "c"}\n',
+            f"{records}: 2 prompts are called 'c'; give each an id of its own, or none",
+        ),
     ):
         records.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert failure(capsys, tmp_path, words) == says

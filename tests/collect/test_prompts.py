@@ -1,6 +1,7 @@
 """Prompts as tools write them: every text is read, whole, and what cannot be is named."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_files_that_tools_write(name: str, expected: list[Any]) -> None:
         ("p.jsonl", b'{"instruction": "a", "context": "b"}', ["a\n\nb"]),
         ("p.jsonl", b'{"prompt": null, "text": "a"}', ["a"]),
         ("p.csv", b'\xef\xbb\xbfid,prompt\r\n7,"a ""b""\n\nc"\r\n8,d\r\n', ['a "b"\n\nc', "d"]),
+        ("p.txt", b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", ["one", "two"]),
+        ("p.jsonl", b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', ["a", "b"]),
+        ("P.TXT", b"one\n", ["one"]),
+        ("P.JSONL", b'{"text": "a"}\n', ["a"]),
+        ("P.JSON", b'{\n"text": "a"}\n', ["a"]),
+        ("P.Csv", b"text\na\n", ["a"]),
+        ("P.TSV", b"text\tn\na\tb\n", ["a"]),
+        ("p.json", b'["a",\n "b"]', ["a", "b"]),
+        ("p.jsonl", b'"a"\n"b"\n', ["a", "b"]),
+        ("p.json", b"[]", []),
+        ("p.jsonl", json.dumps({"messages": json.dumps(CHAT)}).encode(), [CHAT]),
+        ("p.csv", b'messages\n"[{""role"": ""user"", ""content"": ""hi""}]"\n', [({"role": "user", "content": "hi"},)]),
+        ("p.jsonl", b'{"messages": "hi"}', ["hi"]),
         ("p.tsv", "question\tn\na\u2028b\t1\n".encode(), ["a\u2028b"]),
     ],
 )
@@ -128,7 +142,13 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
         ("p.txt", b"a\nb\0c\n", "line 2 holds NUL bytes; save it as UTF-8 text"),
         ("p.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON (Expecting value: line 1 column 10 (char 9))"),
         ("p.json", b'[{"text": "a"},]', "is not JSON (Illegal trailing comma before end of array"),
-        ("p.jsonl", b'"text"', "line 1: is not a record with a text under one of"),
+        ("p.jsonl", b"3", "line 1: is not a record with a text under one of"),
+        ("p.json", b'["a", " "]', "record 2: is empty"),
+        ("p.jsonl", b'{\n "text": "a"\n}\n', "line 1 is not JSON (Expecting property name enclosed in double quotes: "),
+        ("p.jsonl", b'{"instruction": "a", "input": 5}', "line 1: input is 5, not text; it follows the instruction"),
+        ("p.jsonl", b'{"instruction": "a", "context": ["b"]}', "line 1: context is a list of 1, not text; it follows"),
+        ("p.jsonl", b'{"messages": "[{"}', "line 1: messages looks like JSON and is none (Expecting property name"),
+        ("p.jsonl", b'{"conversations": "[3]"}', "line 1: a message is a record with role and content, or from and"),
         ("p.jsonl", b'{"body": "a"}', "line 1: has no messages or conversations or prompt or text or question or"),
         ("p.jsonl", b'{"messages": [{"content": "a"}]}', "line 1: a message has no role (or from); it has content"),
         ("p.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: a message of role 'user' has no content (or value)"),
@@ -266,9 +286,129 @@ def test_what_a_script_may_not_give_is_one_line(given: Any, says: str) -> None:
 def test_prompts_are_checked_before_weights_are_loaded() -> None:
     small, config = tokenizer(), AutoConfig.from_pretrained(SMALL)
     for prompts, says in (
-        ([Prompt("a", "x"), Prompt("b", "x")], "two prompts are called 'x'"),
+        ([Prompt("a", "x"), Prompt("b", "x")], "2 prompts are called 'x'; give each an id of its own, or none"),
+        ([Prompt("a", ""), Prompt("b", ""), Prompt("c", "")], "3 prompts are called ''"),
         ([], "holds no prompt"),
         ([Prompt("long " * 5000, "p0")], r"p0: has [\d,]+ tokens, and the model 1,024 positions"),
     ):
         with pytest.raises(UserError, match=says):
             tokenize_prompts(prompts, small, config, Collection(), "prompts.txt")
+
+
+HALF = "holds half a character (a lone surrogate); write the whole character, or remove it"
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"prompt": "a", "id": ""}, "its id is no text or empty (got '')"),
+        ({"prompt": "a", "id": " \t"}, "its id is no text or empty"),
+        ({"prompt": "a", "id": ["x"]}, "id is a list of 1, not text or a number"),
+        ({"prompt": "a", "id": True}, "id is True, not text or a number"),
+        ({"prompt": "a", "id": "x\ny"}, "its id must be text of at most 4096 characters without control characters"),
+        ({"prompt": "a", "id": "\x1b[31mx"}, "its id must be text of at most 4096 characters without control"),
+        ({"prompt": "a", "id": "\ud83d"}, HALF),
+        ({"prompt": "a\ude00b"}, HALF),
+        ({"instruction": "a", "input": "\ud83d"}, HALF),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, HALF),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, HALF),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"\ud83d": 1}}]}]}, HALF),
+        ([{"role": "user", "content": "\ud83d"}], HALF),
+    ],
+)
+def test_ids_and_texts_that_no_trace_set_holds_are_refused_by_line(tmp_path: Path, record: Any, says: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "\\ud83d\\ude00", "id": "whole"}}\n{json.dumps(record)}\n')
+    with pytest.raises(UserError) as error:
+        texts(path)
+    assert str(error.value).startswith(f"{path}: line 2: {says}")
+    with pytest.raises(UserError) as error:
+        as_prompts([record])
+    assert str(error.value).startswith(f"prompts[0]: {says}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (Prompt("a", ""), "prompts[1]: its id is no text or empty (got '')"),
+        (Prompt("a", 3), "prompts[1]: its id is no text or empty (got 3)"),  # type: ignore[arg-type]
+        (Prompt("\udfff", "x"), f"prompts[1]: {HALF}"),
+        ("\udfff", f"prompts[1]: {HALF}"),
+        (Prompt("a", "x", split="a/b"), "prompts[1]: its split must be a plain name (got 'a/b')"),
+        (Prompt("a", "x", source="\n"), "prompts[1]: its source must be text"),
+    ],
+)
+def test_prompts_of_a_script_are_checked_alike(prompt: Any, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        as_prompts(["fine", prompt])
+    assert str(error.value).startswith(says)
+
+
+def test_a_file_whose_name_is_no_text_gives_names_that_are(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.txt"))
+    path.write_text("a\n")
+    (prompt,) = read_prompts(str(path))
+    assert (prompt.sequence_id, prompt.source) == ("p\\xdcff-1", "p\\xdcff.txt:1")
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("", "--prompts: names nothing (got an empty text); give a file of prompts, or a data set"),
+        ("empty", "empty: is an empty folder; give a file of prompts, or a folder of a data set"),
+        ("odd", "odd: is not a data set that can be loaded ("),
+        ("pipe", "pipe: is no regular file, and is read more than once; save the prompts in a file (.txt, .jsonl)"),
+        ("pipe:text", "pipe: is no regular file"),
+    ],
+)
+def test_what_is_neither_a_file_nor_a_data_set_is_one_line(tmp_path: Path, monkeypatch, named: str, says: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "file.odd").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError) as error:
+        texts(named)
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
+
+
+TYPED = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% endif %}{% endfor %}{% endif %}{% endfor %}"  # fmt: skip  # noqa: E501
+FIRST = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}{% endfor %}"  # fmt: skip  # noqa: E501
+DUMPED = "{% for m in messages %}{{ m.content|tojson }}{% endfor %}"
+PART_A, PART_B = {"type": "text", "text": "one"}, {"type": "text", "text": "two"}
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        (TYPED, [PART_A, PART_B], "[one][two]"),
+        (TYPED, ["one", "two"], "onetwo"),
+        (TYPED, [{"text": "one"}, PART_B], "onetwo"),
+        (FIRST, [PART_A], "one"),
+        (FIRST, [PART_A, PART_B], "onetwo"),
+        (FIRST, [PART_A, PART_A], "oneone"),
+        (FIRST, [PART_A, {"type": "text", "text": "ne"}], "onene"),
+        (DUMPED, [PART_A, PART_B], '"onetwo"'),
+        (DUMPED.replace("tojson", "tojson(indent=1)"), [PART_A, PART_B], '"onetwo"'),
+    ],
+)
+def test_the_text_of_every_part_is_in_what_the_model_reads(template, content, expected: str) -> None:
+    every = tokenizer(template)
+    ids = token_ids_of(Prompt(({"role": "user", "content": content},), "c"), every)
+    assert every.decode(ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "says"),
+    [
+        ("{{ 1 / 0 }}", "hi", "c: the chat template of the tokenizer refuses it (roles user: division by zero)"),
+        ("{{ messages[7].content.x }}", "hi", "c: the chat template of the tokenizer refuses it (roles user: "),
+        ("{{ messages[0].content[0].text }}", [PART_A, PART_B], "c: the chat template of the tokenizer does not write"),
+    ],
+)
+def test_a_template_that_fails_or_leaves_text_out_is_one_line(template, content, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        token_ids_of(Prompt(({"role": "user", "content": content},), "c"), tokenizer(template))
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
