@@ -174,8 +174,8 @@ def _half(weights: npt.NDArray[np.float32], name: str, geometry: Geometry, *, st
     Raises:
         UserError: One is not finite: what its router chose means nothing. Or one that is stored is too large.
     """
-    for layer, of_layer in zip(geometry.moe_layers, np.isfinite(weights).all(axis=(0, 2)), strict=True):
-        if not of_layer:
+    for place, layer in enumerate(geometry.moe_layers):
+        if not np.isfinite(weights[:, place]).all():
             raise _not_finite(name, layer)
     if stored and (largest := np.abs(weights).max(initial=0)) > LARGEST:
         raise UserError(

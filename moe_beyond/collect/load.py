@@ -96,10 +96,11 @@ class Checkpoint:
             more |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
         self._fetch_weights()
         with _one_line(self.name), _without_reports():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
                 ignore_mismatched_sizes=True, output_loading_info=True, **more,
             )  # fmt: skip
+            model, report = loaded
             _check_loaded(self.name, report)
             return model if more else model.to(device)  # type: ignore[no-any-return]
 
@@ -284,7 +285,7 @@ def _without_reports() -> Iterator[None]:
     """Keep transformers from logging what it met in the files; `_check_loaded` tells what matters."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    before = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
