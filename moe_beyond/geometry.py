@@ -311,10 +311,12 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
     else:
         slots = math.floor(Fraction(number) * _BYTES[unit] * 8 / (geometry.params_per_expert * Fraction(bits)))
     if slots < 1:
-        share, size = Fraction(100, geometry.total_experts), geometry.params_per_expert * Fraction(bits) / 8
+        least = geometry.top_k  # what one layer needs at once
+        share = Fraction(100 * least, geometry.total_experts)
+        size = least * geometry.params_per_expert * Fraction(bits) / 8
         raise UserError(
-            f"{written} holds no expert of {geometry.model}; the smallest budget is 1 (slot), which is "
-            f"{_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
+            f"{written} holds no expert of {geometry.model}; a layer needs {least} for a token: write {least} (slots), "
+            f"which is {_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
         )
     if slots > geometry.total_experts:
         raise UserError(f"{written} is {slots} slots, more than all {geometry.total_experts} experts")

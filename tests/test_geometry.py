@@ -353,8 +353,8 @@ def test_a_budget_beyond_all_experts_is_an_error(budget):
         ("1.0", "write 100% for that share of all experts, 1 for slots"),
         ("2.5", "write 2.5% for a share of all experts, 166 for slots"),
         ("12.0", "write 12% for a share of all experts, 12 for slots"),
-        ("0.01", "holds no expert of tiny; the smallest budget is 1 (slot), which is 3.13% or 0.00200MB"),
-        ("0.1%", "holds no expert of tiny; the smallest budget is 1 (slot), which is 3.13% or 0.00200MB"),
+        ("0.01", "holds no expert of tiny; a layer needs 2 for a token: write 2 (slots), which is 6.25% or 0.00400MB"),
+        ("0.1%", "holds no expert of tiny; a layer needs 2 for a token: write 2 (slots), which is 6.25% or 0.00400MB"),
     ],
 )
 def test_what_to_write_in_place_of_a_fraction_of_a_slot(budget, says):

@@ -153,8 +153,8 @@ def layers_shown(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     import wandb
 
-    names = list(measured[0]["by_layer"][0])
-    rows = [[str(one["lookahead"]), *layer.values()] for one in measured for layer in one["by_layer"]]
+    names = [name for name in measured[0]["by_layer"][0] if name != "f1"]  # of K experts it is recall@k
+    rows = [[str(one["lookahead"]), *(layer[name] for name in names)] for one in measured for layer in one["by_layer"]]
     recall = [[layer["recall_at_k"] for layer in one["by_layer"]] for one in measured]
     layers = [layer["layer"] for layer in measured[0]["by_layer"]]
     lookaheads = [f"lookahead {one['lookahead']}" for one in measured]

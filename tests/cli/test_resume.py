@@ -191,7 +191,8 @@ def test_a_run_without_checkpoints_is_named(
 def test_ctrl_c_of_a_terminal_reaches_all_processes_and_ends_in_two_lines(
     workers: int, delay: float, run: Run, tmp_path: Path
 ) -> None:
-    words = fit_words(run.traces, f"--data.num_workers={workers}", "--trainer.max_epochs=500")
+    few = fit_words(run.traces, f"--data.num_workers={workers}")
+    words = [word for word in few if not word.startswith("--trainer.max_epochs")] + ["--trainer.max_epochs=500"]
     command = [sys.executable, "-m", "moe_beyond", *words]
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=err, stderr=err, start_new_session=True)

@@ -116,5 +116,5 @@ def test_what_is_replayed():
     # Scores that only tell what to keep prefetch nothing.
     assert strategies(("next",)) == [("belief", None, None), *references]
     timed = [line for line in strategies((1, 2), "rtx3060") if line[2]]
-    assert [name for name, *_ in timed] == ["belief + top2", "lru + top2", "lru", "belady", "clairvoyant prefetch",
-                                            "all_resident"]  # fmt: skip
+    assert [name for name, *_ in timed] == ["belief + top2", "lru + top2", "belief", "lru", "belady",
+                                            "clairvoyant prefetch", "all_resident"]  # fmt: skip

@@ -28,7 +28,9 @@ def page_strategies(
     geometry: Geometry,
     devices: Sequence[Device] = (),
 ) -> list[ReplaySettings]:
-    """List what to replay: belief and LRU with the predictor, and beside them the references; then on every device.
+    """List what to replay: belief and LRU with the predictor, and the references; then the same on every device.
+
+    On devices belief is replayed without prefetch too, so that the worth of prefetching is not that of the policy.
 
     Args:
         common: What all share.
@@ -51,6 +53,8 @@ def page_strategies(
     for device in (None, *devices):
         shared = replace(common, device=device)
         asked = combinations(shared, slots, policies, (prefetch,), source, () if ahead is None else (ahead,))
+        if device is not None and ahead is not None:
+            asked += combinations(shared, slots, ("belief",), ("none",), source, (ahead,))
         lines = beside(asked, shared, geometry)
         # The best fixed choice needs no second look: a device changes its times alone.
         found += lines if device is None else [line for line in lines if line.policy != "static_hindsight"]
