@@ -31,7 +31,14 @@ from moe_beyond.callbacks.run import run_folder
 from moe_beyond.callbacks.scores import WriteScores
 from moe_beyond.cli.config_files import ConfigFile, guard_yaml
 from moe_beyond.cli.options import ExampleAsWritten, Output, add_output, example_text
-from moe_beyond.cli.resuming import add_resume, check_names_a_file, check_unfinished, saying_how_to_resume, with_resume
+from moe_beyond.cli.resuming import (
+    add_resume,
+    check_names_a_file,
+    check_unfinished,
+    printing_last_words,
+    saying_how_to_resume,
+    with_resume,
+)
 from moe_beyond.cli.slips import OneLineErrors, one_line
 from moe_beyond.cli.tracking import discard_offline_run, finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
@@ -357,7 +364,7 @@ def run(words: list[str]) -> None:
     )
     guard_yaml()
     Parser.verb, Parser.example = words[0], EXAMPLES[words[0]]  # also of the parsers that jsonargparse makes of it
-    with finishing_wandb():
+    with printing_last_words(), finishing_wandb():
         PredictorCLI(
             PredictorTask,
             TraceDataModule,

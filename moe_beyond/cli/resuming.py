@@ -160,6 +160,19 @@ def check_names_a_file(verb: str, path: str) -> None:
         )
 
 
+class Stopped(SystemExit):
+    """The end of an interrupted fit, with what to print last, after what loggers print when they finish.
+
+    Args:
+        code: Exit code.
+        lines: Where the run is and how to go on.
+    """
+
+    def __init__(self, code: int, lines: Sequence[str]) -> None:
+        super().__init__(code)
+        self.lines = lines
+
+
 @contextmanager
 def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
     """Let a fit be interrupted at any time: it saves a checkpoint, and says where the run is and how to go on.
@@ -168,7 +181,7 @@ def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
         trainer: About to fit.
 
     Raises:
-        SystemExit: It was interrupted; the code is 130 for Ctrl-C and 143 for SIGTERM.
+        Stopped: It was interrupted; the code is 130 for Ctrl-C and 143 for SIGTERM.
     """
     interrupt = SaveOnInterrupt()
     trainer.callbacks.append(interrupt)  # type: ignore[attr-defined]
@@ -177,10 +190,19 @@ def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
     except BaseException as error:
         if interrupt.signal is None and not is_interrupt(error):
             raise
-        if trainer.is_global_zero:
-            for line in _last_words(interrupt):
-                print(line, file=sys.stderr)
-        raise SystemExit(128 + (interrupt.signal or signal.SIGINT)) from None
+        lines = _last_words(interrupt) if trainer.is_global_zero else []
+        raise Stopped(128 + (interrupt.signal or signal.SIGINT), lines) from None
+
+
+@contextmanager
+def printing_last_words() -> Iterator[None]:
+    """Print on standard error what an interrupted fit has to say, once everything else has ended."""
+    try:
+        yield
+    except Stopped as stopped:
+        for line in stopped.lines:
+            print(line, file=sys.stderr)
+        raise
 
 
 def _last_words(interrupt: SaveOnInterrupt) -> list[str]:

@@ -4,7 +4,7 @@ import inspect
 import re
 import traceback
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -28,10 +28,12 @@ class OneLineErrors(ArgumentParser):
     Attributes:
         verb: The verb whose options these are.
         example: A command line to show where something is missing.
+        given: Words that are being parsed.
     """
 
     verb = ""
     example = ""
+    given: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise it."""
@@ -39,7 +41,8 @@ class OneLineErrors(ArgumentParser):
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """Parse, after refusing an option that is given twice and does not repeat."""
-        check_repetition(self, [word for word in args or () if isinstance(word, str)])
+        self.given = [word for word in args or () if isinstance(word, str)]
+        check_repetition(self, self.given)
         return super().parse_args(args, *more, **options)
 
 
@@ -143,8 +146,12 @@ def _meant(options: OneLineErrors, words: list[str]) -> str:
         return f"{options.verb} takes {positional[name].metavar} without {name}, as in: {options.example}"
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     near = list(filter(None, (_near(flag, names) for flag in flags)))
-    if not flags and "--traces" in names:
+    if not flags and "--traces" in names and "--traces" not in options.given:
         return f"did you mean --traces {words[0]}?"
+    if not flags and words[0] in options.given:
+        before = [word for word in options.given[: options.given.index(words[0])] if word.startswith("--")]
+        if before and _repeats(options, before[-1]):
+            return f"write {before[-1]} again for each value: {before[-1]} {words[0]}"
     return "; ".join(f"did you mean {option}?" for option in near) or _or_help(None, options.verb)
 
 

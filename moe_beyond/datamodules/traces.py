@@ -175,8 +175,8 @@ class TraceDataModule(L.LightningDataModule):
     def _check_validation(self) -> None:
         if self.val_split is None or self.val_split not in self.val_traces.manifest.splits:
             raise UserError(
-                f"{self.val_traces.folder}: has no split {self.val_split!r} to validate on; make one with --val-blocks, "
-                "or name one with --data.val_traces, or train without by --data.val_split null"
+                f"{self.val_traces.folder}: has no split {self.val_split!r} to validate on; make one with "
+                "--val-blocks, or name one with --data.val_traces, or train without by --data.val_split null"
             )
 
     def _agreeing(self, folder: str) -> TraceSet:

@@ -172,3 +172,8 @@ def test_a_fault_of_this_package_stays_a_traceback() -> None:
 def test_what_a_library_raises_by_itself_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^dropout probability has to be between 0 and 1, but got 7$"), one_line():
         torch.nn.Dropout(7)
+
+
+def test_a_second_value_of_an_option_that_repeats_is_explained(capsys) -> None:
+    line = error_line(capsys, ["replay", "--traces", "x", "--budget", "10%", "20%"])
+    assert line == "unrecognized arguments: 20%; write --budget again for each value: --budget 20%"

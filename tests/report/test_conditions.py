@@ -100,7 +100,8 @@ def timed(trace_set: TraceSet) -> list[Result]:
         (0.9, "does not pay, it costs: lru + top2 makes 90.0 tokens/s where LRU without prefetch makes 100.0 (-10%)."),
         (
             0.999,
-            "does not pay: lru + top2 makes 99.9 tokens/s where LRU without prefetch makes 100.0, within 1% of each other.",
+            "does not pay: lru + top2 makes 99.9 tokens/s where LRU without prefetch makes 100.0, "
+            "within 1% of each other.",
         ),
     ],
 )
@@ -116,8 +117,8 @@ def test_prefetching_is_compared_with_the_best_policy_that_does_not_prefetch(tim
     belief = replace(scored, strategy="belief", policy="belief", prefetch="none", tokens_per_second=119.0)
     results = [replace(lru, tokens_per_second=100.0), replace(scored, tokens_per_second=128.0), belief]
     assert verdicts(results) == [
-        f"On {DEVICE.name}, with 8 slots, prefetching pays: {scored.strategy} makes 128.0 tokens/s where belief without "
-        "prefetch makes 119.0 (+8%)."
+        f"On {DEVICE.name}, with 8 slots, prefetching pays: {scored.strategy} makes 128.0 tokens/s where "
+        "belief without prefetch makes 119.0 (+8%)."
     ]
 
 
