@@ -77,7 +77,7 @@ def test_next_gate_asks_for_routers_and_all_for_states():
         NextGate(TINY, VOCAB, EXPERTS).prepare(text_of(None))
     with pytest.raises(UserError, match="next_gate reads hidden states, and the traces hold none; collect them"):
         NextGate(TINY, VOCAB, None)
-    with pytest.raises(UserError, match="lookahead 0 is less than 1"):
+    with pytest.raises(UserError, match="next_gate: lookaheads must be a whole number, at least 1"):
         NextGate(TINY, VOCAB, EXPERTS, lookaheads=0)
 
 
