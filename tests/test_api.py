@@ -10,11 +10,13 @@ from fitting import Run
 from matplotlib.figure import Figure
 from rich.table import Table
 from scoring import history_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_beyond as mb
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import budget_slots
+from moe_beyond.published import checkpoints_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:measured on split validation", "ignore:.*expect (less|a little less)")
 
@@ -181,6 +183,8 @@ def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None
 
 
 def test_records_slips_are_one_line(tmp_path: Path) -> None:
+    folder = checkpoints_folder() / "small-moe"
+    small = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for prompts, options, line in (
         ("hi", {}, "prompts: is one str, not a list of prompts; write [...] around it"),
         (3, {}, "prompts: is one int, not a list of prompts; write [...] around it"),
@@ -189,7 +193,7 @@ def test_records_slips_are_one_line(tmp_path: Path) -> None:
         (["hi"], {"generat": 3}, "unknown option 'generat'; did you mean 'generate'?"),
     ):
         with pytest.raises(UserError) as error:
-            mb.record(None, None, prompts, tmp_path / "out", **options)
+            mb.record(*small, prompts, tmp_path / "out", **options)
         assert line in str(error.value)
 
 

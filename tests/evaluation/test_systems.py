@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, tiny_trace
+from helpers import TINY, tiny_trace, word_tokenizer
 from scoring import history_folder, seer
 
 from moe_beyond import published
@@ -75,10 +75,11 @@ def test_names_are_resolved_once_each() -> None:
         system_names(["all", "moe-infinty"])
 
 
-def write(folder: Path, model: str = "m", sha: str | None = "a" * 64, geometry: Geometry = TINY) -> TraceSet:
+def write(folder: Path, model: str = "m", word: str | None = "a", geometry: Geometry = TINY) -> TraceSet:
     rng = np.random.default_rng(0)
-    manifest = Manifest(geometry, Tokenizer("t", 32, sha), model, 16.0, "dataset", "tests", "0")
-    with writing(folder, manifest) as writer:
+    manifest = Manifest(geometry, Tokenizer("t", 32), model, 16.0, "dataset", "tests", "0")
+    vocabulary = None if word is None else word_tokenizer(folder.parent / f"{folder.name}.json", [word])
+    with writing(folder, manifest, vocabulary=vocabulary) as writer:
         writer.write(tiny_trace("s", 5, rng, geometry), "train")
     return TraceSet(str(folder))
 
@@ -88,7 +89,7 @@ def test_only_a_predictor_of_the_same_checkpoint_and_tokenizer_serves(
 ) -> None:
     traces = write(tmp_path / "traces")
     package = tmp_path / "package"
-    training = {"model_id": "m", "tokenizer": {"name": "t", "sha256": "a" * 64}}
+    training = {"model_id": "m", "tokenizer": {"name": "t", "sha256": traces.manifest.tokenizer.sha256}}
     history_folder(package / "checkpoints" / "history.m-b", traces, **training)
     monkeypatch.setattr(published, "__file__", str(package / "published.py"))
     found = published_source("history", traces)
@@ -96,8 +97,8 @@ def test_only_a_predictor_of_the_same_checkpoint_and_tokenizer_serves(
     assert (found.name, found.lookaheads) == ("history.m-b", ("token",))
     assert published_source("hist", traces) is None
     assert published_source("history", write(tmp_path / "fine-tuned", model="m-tuned")) is None
-    assert published_source("history", write(tmp_path / "words", sha="b" * 64)) is None
-    assert published_source("history", write(tmp_path / "no-words", sha=None)) is None
+    assert published_source("history", write(tmp_path / "words", word="b")) is None
+    assert published_source("history", write(tmp_path / "no-words", word=None)) is None
     assert published_source("history", write(tmp_path / "larger", geometry=replace(TINY, num_experts=16))) is None
     assert published_source("history", write(tmp_path / "hungry", geometry=replace(TINY, top_k=3))) is None
     # Of several the first by name; and one that is for another model is passed over.
