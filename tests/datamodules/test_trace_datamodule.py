@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB, tiny_trace, tiny_traces
+from helpers import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
 from predictor_variants import counted
 
 from moe_beyond.datamodules import TraceDataModule
@@ -200,8 +200,10 @@ def test_trace_sets_of_another_shape_are_refused(trace_set, tmp_path, role):
         module(trace_set, **{role: other})
 
 
-def traces_of(folder: Path, tokenizer: Tokenizer) -> str:
-    with writing(folder, Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")) as writer:
+def traces_of(folder: Path, tokenizer: Tokenizer, word: str | None = None) -> str:
+    vocabulary = None if word is None else word_tokenizer(folder.parent / f"{folder.name}.json", [word])
+    manifest = Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")
+    with writing(folder, manifest, vocabulary=vocabulary) as writer:
         for split in ("train", "validation"):
             writer.write(tiny_trace(split, 3, np.random.default_rng(0)), split)
     return str(folder)
@@ -209,11 +211,11 @@ def traces_of(folder: Path, tokenizer: Tokenizer) -> str:
 
 @pytest.mark.parametrize("role", ["val_traces", "test_traces"])
 @pytest.mark.parametrize(
-    "other", [Tokenizer("tests", VOCAB, "b" * 64), Tokenizer("larger", 10 * VOCAB)], ids=["hash", "size"]
+    ("vocab_size", "words"), [(VOCAB, ("a", "b")), (10 * VOCAB, (None, None))], ids=["hash", "size"]
 )
-def test_trace_sets_of_another_tokenizer_are_refused(tmp_path, role, other):
-    first = traces_of(tmp_path / "a", Tokenizer("tests", VOCAB, "a" * 64 if other.sha256 else None))
-    second = traces_of(tmp_path / "b", other)
+def test_trace_sets_of_another_tokenizer_are_refused(tmp_path, role, vocab_size, words):
+    first = traces_of(tmp_path / "a", Tokenizer("tests", VOCAB), words[0])
+    second = traces_of(tmp_path / "b", Tokenizer("tests", vocab_size), words[1])
     with pytest.raises(UserError, match=f"^{re.escape(second)}: its tokenizer"):
         TraceDataModule(first, **{role: second})
 
