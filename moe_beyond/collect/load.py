@@ -282,7 +282,7 @@ def _some(names: Sequence[str]) -> str:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Keep transformers from logging what it met in the files; `_check_loaded` tells what matters."""
+    """Keep transformers from logging what it met in the files; `_check_loaded` reports what matters."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
