@@ -5,8 +5,8 @@ from pathlib import Path
 
 from predictor_variants import VARIANTS, fitted_once
 
-from moe_beyond.predictors.card import record_figures
-from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.predictors.io.card import record_figures
+from moe_beyond.predictors.io.folder import save_predictor
 
 TRAINING = {
     **{"fingerprint": "f" * 64, "split": "train", "source": "tests", "model_id": "org/tiny-moe"},

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_beyond.evaluation.score_store import writing_scores
 from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.predictors.architectures.history import History
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.folder import save_predictor
-from moe_beyond.predictors.history import History
-from moe_beyond.predictors.scores import writing_scores
+from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 

@@ -14,7 +14,7 @@ from moe_beyond.callbacks.export import _lender
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.published import find_predictor, find_pretrained, published_predictors
 
 
@@ -38,7 +38,9 @@ def test_only_files_of_a_predictor_are_downloaded(hub: Hub, folder: Path):
     assert not [asked for asked in hub.asked if asked.endswith((".bin", ".py", ".pkl"))]
 
 
-@pytest.mark.parametrize("architecture", ["os.system", "moe_beyond.predictors.cross_layer.CrossLayer", ["cross_layer"]])
+@pytest.mark.parametrize(
+    "architecture", ["os.system", "moe_beyond.predictors.architectures.cross_layer.CrossLayer", ["cross_layer"]]
+)
 def test_an_architecture_that_is_not_registered_is_refused(hub: Hub, folder: Path, architecture: object):
     edit_config(folder, architecture=architecture)
     put(hub, folder)

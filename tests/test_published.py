@@ -6,7 +6,7 @@ import pytest
 
 from moe_beyond import published
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.folder import load_predictor, read_config
+from moe_beyond.predictors.io.folder import load_predictor, read_config
 from moe_beyond.published import checkpoints_folder, find_predictor, published_predictors
 
 

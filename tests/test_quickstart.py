@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.traces.counting import count_routing
 from moe_beyond.traces.reader import TraceSet

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers import TINY, release, tiny_traces
 
-from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.evaluation.score_store import ScoresFolder
+from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.predictors.registry import create
-from moe_beyond.predictors.scores import ScoresFolder
 from moe_beyond.traces.reader import TraceSet
 
 TOOLS = Path(__file__).parents[1] / "tools"

@@ -33,7 +33,7 @@ from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import read_json, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.predictors.base import CountingPredictor
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.predictors.registry import predictor_class
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.simulator import ReplaySettings

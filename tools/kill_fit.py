@@ -43,7 +43,7 @@ from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.files import write_json
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.tasks import CrossLayer, Eamc, PredictorTask, RowEncoder, TokenCausal
 from moe_beyond.tasks.checkpoint_io import WholeCheckpointIO
 from moe_beyond.tasks.resuming import seed_batch

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
+from moe_beyond.evaluation.score_store import writing_scores
 from moe_beyond.lookahead import parse_lookahead
-from moe_beyond.predictors.scores import writing_scores
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
 

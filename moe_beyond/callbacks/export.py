@@ -15,8 +15,8 @@ from moe_beyond.files import check_is_free
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration, calibrate
-from moe_beyond.predictors.checkpoint import load_checkpoint
-from moe_beyond.predictors.folder import load_predictor, save_predictor
+from moe_beyond.predictors.io.checkpoint import load_checkpoint
+from moe_beyond.predictors.io.folder import load_predictor, save_predictor
 from moe_beyond.predictors.training_text import recorded_uses, seen_by
 from moe_beyond.published import find_predictor
 from moe_beyond.tasks.base import PredictorTask

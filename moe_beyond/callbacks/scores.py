@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from moe_beyond.callbacks.run import run_folder
+from moe_beyond.evaluation.score_store import ScoresWriter, writing_scores
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.scores import ScoresWriter, writing_scores
 from moe_beyond.tasks.base import PredictorTask
 
 

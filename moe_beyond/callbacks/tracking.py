@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.callbacks.replay import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.predictors.folder import read_config
+from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.simulator import Result
 from moe_beyond.tasks.base import PredictorTask
 from moe_beyond.version import __version__

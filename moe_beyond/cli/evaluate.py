@@ -23,7 +23,7 @@ from moe_beyond.evaluation.runs import evaluate_run, is_run, validation_data
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.predictors.card import around_figures, record_figures
+from moe_beyond.predictors.io.card import around_figures, record_figures
 from moe_beyond.predictors.training_text import MeasuredText, Relation
 from moe_beyond.published import find_predictor
 from moe_beyond.report.intervals import intervals_tables

@@ -106,7 +106,7 @@ def run(words: list[str]) -> None:
             **{name: value for name, value in named.items() if value is not None},
         )
     if args.scores is not None:
-        from moe_beyond.predictors.released import import_released_predictions
+        from moe_beyond.evaluation.released_predictions import import_released_predictions
 
         try:
             import_released_predictions(args.predictions, args.scores, traces)

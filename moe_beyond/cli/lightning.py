@@ -45,7 +45,7 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.checkpoint import load_checkpoint
+from moe_beyond.predictors.io.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.tasks.gradient import GradientTask
 

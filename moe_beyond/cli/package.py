@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.callbacks.export import package
 from moe_beyond.cli.options import Output, parser
-from moe_beyond.predictors.folder import read_config
+from moe_beyond.predictors.io.folder import read_config
 
 
 def options() -> ArgumentParser:

@@ -13,7 +13,7 @@ from moe_beyond.evaluation.strategies import Quotas, combinations, evenly
 from moe_beyond.evaluation.systems import Unavailable, system_names, system_strategies
 from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
-from moe_beyond.predictors.folder import read_config
+from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.predictors.training_text import MeasuredText, Training, measured_text
 from moe_beyond.profile import Profile
 from moe_beyond.published import find_predictor

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.folder import check_fits, load_predictor
-from moe_beyond.predictors.popularity import Popularity
+from moe_beyond.predictors.architectures.popularity import Popularity
+from moe_beyond.predictors.io.folder import check_fits, load_predictor
 from moe_beyond.profile import Profile
 from moe_beyond.traces.reader import TraceSet
 

@@ -12,8 +12,8 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.evaluate import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.checkpoint import Checkpoint, load_checkpoint
-from moe_beyond.predictors.folder import load_predictor, read_config
+from moe_beyond.predictors.io.checkpoint import Checkpoint, load_checkpoint
+from moe_beyond.predictors.io.folder import load_predictor, read_config
 from moe_beyond.published import CONFIG_FILE as PREDICTOR_CONFIG
 from moe_beyond.published import find_predictor
 

@@ -11,12 +11,12 @@ import torch
 
 from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
+from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.folder import check_fits, load_predictor, read_config
-from moe_beyond.predictors.scores import ScoresFolder
+from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config
 from moe_beyond.predictors.training_text import Training
 from moe_beyond.published import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet

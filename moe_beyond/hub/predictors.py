@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from moe_beyond.download import REPOSITORY
 from moe_beyond.errors import UserError
 from moe_beyond.hub.card import add_tags, add_usage, read_card
-from moe_beyond.predictors.card import card
-from moe_beyond.predictors.folder import load_predictor, read_config
+from moe_beyond.predictors.io.card import card
+from moe_beyond.predictors.io.folder import load_predictor, read_config
 from moe_beyond.predictors.training_text import marked, relation_of_figures
 from moe_beyond.published import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.report.plots import png

@@ -17,8 +17,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.link import LINKS, link_now
-from moe_beyond.predictors.loss import subset_shift
+from moe_beyond.predictors.objectives import subset_shift
+from moe_beyond.predictors.stepping.activation import LINKS, link_now
 from moe_beyond.published import find_pretrained
 from moe_beyond.traces.routers import Routers
 from moe_beyond.traces.schema import none_id
@@ -274,7 +274,7 @@ class Predictor(nn.Module, ABC):
         Raises:
             UserError: There is no such predictor, the name means two, it is damaged, or it is none of this class.
         """
-        from moe_beyond.predictors.folder import load_predictor  # which builds on this module
+        from moe_beyond.predictors.io.folder import load_predictor  # which builds on this module
 
         predictor = load_predictor(find_pretrained(name, revision))
         if not isinstance(predictor, cls):

@@ -32,7 +32,7 @@ def predictor_class(architecture: str) -> type[Predictor]:
     """
     if architecture not in ARCHITECTURES:
         raise unknown("predictor architecture", architecture, ARCHITECTURES)
-    module = importlib.import_module(f"moe_beyond.predictors.{architecture}")
+    module = importlib.import_module(f"moe_beyond.predictors.architectures.{architecture}")
     found: type[Predictor] = getattr(module, ARCHITECTURES[architecture])
     return found
 

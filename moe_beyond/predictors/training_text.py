@@ -174,7 +174,7 @@ def relation_of_figures(training: Training | None, figures: Mapping[str, Any]) -
 
     Args:
         training: The predictor's training record.
-        figures: One evaluation that `moe_beyond.predictors.card.record_figures` wrote.
+        figures: One evaluation that `moe_beyond.predictors.io.card.record_figures` wrote.
     """
     if figures.get("relation") in _ORDER:
         return Relation(figures["relation"])

@@ -17,8 +17,8 @@ from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.metrics.names import HEADLINE, lookahead_figures
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.checkpoint import CHECKPOINT_KEY
-from moe_beyond.predictors.folder import check_fits
+from moe_beyond.predictors.io.checkpoint import CHECKPOINT_KEY
+from moe_beyond.predictors.io.folder import check_fits
 from moe_beyond.tasks.checkpoint_io import keep_checkpoints_whole
 from moe_beyond.tasks.resuming import (
     RESUME_KEY,

@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.cross_layer`."""
+"""The task of `moe_beyond.predictors.architectures.cross_layer`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import cross_layer
+from moe_beyond.predictors.architectures import cross_layer
 from moe_beyond.tasks.gradient import GradientTask
 
 

@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.eamc`."""
+"""The task of `moe_beyond.predictors.architectures.eamc`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import eamc
+from moe_beyond.predictors.architectures import eamc
 from moe_beyond.tasks.counting import CountingTask
 
 

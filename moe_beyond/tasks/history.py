@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.history`."""
+"""The task of `moe_beyond.predictors.architectures.history`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import history
+from moe_beyond.predictors.architectures import history
 from moe_beyond.tasks.counting import CountingTask
 
 

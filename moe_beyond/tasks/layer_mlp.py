@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.layer_mlp`."""
+"""The task of `moe_beyond.predictors.architectures.layer_mlp`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import layer_mlp
+from moe_beyond.predictors.architectures import layer_mlp
 from moe_beyond.tasks.gradient import GradientTask
 
 

@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.naive_bayes`."""
+"""The task of `moe_beyond.predictors.architectures.naive_bayes`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import naive_bayes
+from moe_beyond.predictors.architectures import naive_bayes
 from moe_beyond.tasks.counting import CountingTask
 
 

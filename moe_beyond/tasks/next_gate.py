@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.next_gate`."""
+"""The task of `moe_beyond.predictors.architectures.next_gate`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import next_gate
+from moe_beyond.predictors.architectures import next_gate
 from moe_beyond.tasks.counting import CountingTask
 
 

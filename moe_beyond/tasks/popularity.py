@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.popularity`."""
+"""The task of `moe_beyond.predictors.architectures.popularity`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import popularity
+from moe_beyond.predictors.architectures import popularity
 from moe_beyond.tasks.counting import CountingTask
 
 

@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.pre_attention`."""
+"""The task of `moe_beyond.predictors.architectures.pre_attention`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import pre_attention
+from moe_beyond.predictors.architectures import pre_attention
 from moe_beyond.tasks.gradient import GradientTask
 
 

@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.row_encoder`."""
+"""The task of `moe_beyond.predictors.architectures.row_encoder`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import row_encoder
+from moe_beyond.predictors.architectures import row_encoder
 from moe_beyond.tasks.gradient import GradientTask
 
 

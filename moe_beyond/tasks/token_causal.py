@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.token_causal`."""
+"""The task of `moe_beyond.predictors.architectures.token_causal`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import token_causal
+from moe_beyond.predictors.architectures import token_causal
 from moe_beyond.tasks.gradient import GradientTask
 
 

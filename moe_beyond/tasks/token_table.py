@@ -1,9 +1,9 @@
-"""The task of `moe_beyond.predictors.token_table`."""
+"""The task of `moe_beyond.predictors.architectures.token_table`."""
 
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors import token_table
+from moe_beyond.predictors.architectures import token_table
 from moe_beyond.tasks.counting import CountingTask
 
 

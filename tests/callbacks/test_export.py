@@ -10,7 +10,7 @@ from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
 from moe_beyond.cli.main import main
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.predictors.calibration import calibrate
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 
 SMALL = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)
 

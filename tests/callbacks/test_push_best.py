@@ -8,7 +8,7 @@ from hub_stand_in import Hub
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 
 SMALL = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)
 BOTH = "[{class_path: ExportBest}, {class_path: PushBest, init_args: {repository: org/tiny}}]"

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from scoring import history_folder, scores_folder
 
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.predictors.registry import create
 
 

@@ -7,7 +7,7 @@ from fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
 from helpers import tiny_traces
 
 from moe_beyond.predictors.base import CountingPredictor
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES, predictor_class
 
 TINY_SIZES = {

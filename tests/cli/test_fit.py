@@ -12,8 +12,8 @@ from helpers import error_line
 from safetensors.numpy import load_file
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.folder import load_predictor, read_config
-from moe_beyond.predictors.scores import ScoresFolder
+from moe_beyond.evaluation.score_store import ScoresFolder
+from moe_beyond.predictors.io.folder import load_predictor, read_config
 from moe_beyond.traces.reader import TraceSet
 
 

@@ -7,8 +7,8 @@ import pytest
 from helpers import error_line, failure, prompt_csv, word_tokenizer
 
 from moe_beyond.cli.main import main
+from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.scores import ScoresFolder
 from moe_beyond.traces.reader import TraceSet
 
 SMALL = Geometry("small", (1, 2), num_experts=4, top_k=2, params_per_expert=1000, other_params_per_layer=0)

@@ -9,7 +9,7 @@ from fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
 from helpers import TINY, tiny_trace
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.scores import ScoresFolder
+from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing

@@ -10,8 +10,8 @@ from fitting import CONFIGS, TINY_CROSS_LAYER
 from helpers import tiny_traces
 from wandb_files import offline_runs
 
-from moe_beyond.predictors.folder import load_predictor
-from moe_beyond.predictors.scores import ScoresFolder
+from moe_beyond.evaluation.score_store import ScoresFolder
+from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.traces.reader import TraceSet
 
 RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")

@@ -11,7 +11,7 @@ from helpers import error_line, tiny_traces
 from moe_beyond import published
 from moe_beyond.cli.evaluate import _command
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fitting import Run
 from helpers import TINY, VOCAB, error_line, tiny_traces
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.folder import save_predictor
+from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.predictors.registry import create
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -9,7 +9,7 @@ from helpers import failure, tiny_traces
 from wandb_files import offline_runs
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 
 CONFIG_WORDS = [
     word

@@ -10,7 +10,7 @@ from fitting import CONFIGS, TINY_CROSS_LAYER
 from helpers import failure, tiny_traces
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 
 WORK = {
     "accelerator": ("cpu",),

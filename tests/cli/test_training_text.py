@@ -14,7 +14,7 @@ from scoring import history_folder
 
 from moe_beyond.cli.main import main
 from moe_beyond.hub.push import prepare
-from moe_beyond.predictors.folder import read_config
+from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.predictors.training_text import Relation, measured_text, relation_of_figures
 from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.manifest import Manifest, Tokenizer

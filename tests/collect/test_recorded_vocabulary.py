@@ -22,7 +22,7 @@ from moe_beyond.collect import vocabulary
 from moe_beyond.collect.vocabulary import recorded_tokenizer
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.folder import check_fits
+from moe_beyond.predictors.io.folder import check_fits
 from moe_beyond.predictors.registry import create
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.traces.manifest import Tokenizer as ManifestTokenizer

@@ -27,8 +27,8 @@ from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.routers import find_routers, stored_routers
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.scoring import SCORINGS
 from moe_beyond.published import checkpoints_folder
+from moe_beyond.router_activations import SCORINGS
 from moe_beyond.traces.reader import TraceSet
 
 SMALL = checkpoints_folder() / "small-moe"

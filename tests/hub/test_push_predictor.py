@@ -14,10 +14,10 @@ from publishing import FIGURES, TRAINING, edit_config, predictor_folder
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
+from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.folder import load_predictor
-from moe_beyond.predictors.popularity import Popularity
+from moe_beyond.predictors.io.folder import load_predictor
 
 FILES = ["README.md", "config.json", "model.safetensors", "replay.png"]
 

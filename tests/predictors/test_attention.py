@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_beyond.predictors.attention import WindowBlock
+from moe_beyond.predictors.modules.window_attention import WindowBlock
 
 
 def block(window: int) -> WindowBlock:

@@ -17,8 +17,8 @@ from moe_beyond.predictors import calibration
 from moe_beyond.predictors.base import Predictor, Stepper
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.calibration import calibrate
-from moe_beyond.predictors.folder import load_predictor, save_predictor
 from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.io.folder import load_predictor, save_predictor
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()

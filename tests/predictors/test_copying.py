@@ -8,9 +8,9 @@ from helpers import TINY
 from predictor_variants import LONG, VARIANTS, fitted_once, random_trace
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors import copying
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.copying import Copying, LayerCopying
+from moe_beyond.predictors.modules import copy_attention as copying
+from moe_beyond.predictors.modules.copy_attention import Copying, LayerCopying
 from moe_beyond.predictors.registry import create
 
 COPYING = [v for v in VARIANTS if v.arguments.get("copies") or v.arguments.get("layer_copies")]

@@ -9,8 +9,8 @@ from predictor_variants import LONG, random_trace
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures.eamc import Eamc
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.eamc import Eamc
 from moe_beyond.traces.trace import Trace
 
 SMALL = Geometry("small", (0, 1), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)

@@ -12,11 +12,11 @@ from predictor_variants import random_trace, training_text
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
+from moe_beyond.predictors.architectures.next_gate import NextGate
+from moe_beyond.predictors.architectures.pre_attention import PreAttention
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.folder import check_fits, read_config
-from moe_beyond.predictors.next_gate import NextGate
-from moe_beyond.predictors.pre_attention import PreAttention
+from moe_beyond.predictors.io.folder import check_fits, read_config
 from moe_beyond.traces.routers import Routers
 from moe_beyond.traces.trace import Trace
 

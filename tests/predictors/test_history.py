@@ -8,8 +8,8 @@ from helpers import VOCAB as TINY_VOCAB
 from predictor_variants import LONG, random_trace
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures.history import AGES, RATES, History, _Past
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.history import AGES, RATES, History, _Past
 from moe_beyond.profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES
 from moe_beyond.traces.trace import Trace
 

@@ -11,16 +11,16 @@ from hypothesis.extra.numpy import arrays
 from predictor_variants import random_trace
 
 from moe_beyond.errors import UserError
+from moe_beyond.predictors.architectures.row_encoder import RowEncoder
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.link import LINKS, link_now
-from moe_beyond.predictors.loss import (
+from moe_beyond.predictors.objectives import (
     binary_cross_entropy,
     k_positive_cross_entropy,
     ranking_loss,
     subset_cross_entropy,
     subset_shift,
 )
-from moe_beyond.predictors.row_encoder import RowEncoder
+from moe_beyond.predictors.stepping.activation import LINKS, link_now
 from moe_beyond.traces.trace import Trace
 
 

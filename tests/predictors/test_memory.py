@@ -5,7 +5,7 @@ from helpers import TINY, VOCAB
 from predictor_variants import random_trace, training_text
 
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.memory import RoutingMemory
+from moe_beyond.predictors.modules.routing_memory import RoutingMemory
 
 TOTAL = TINY.total_experts
 TRACES = [random_trace(f"s{i}", length, i, vocab=12) for i, length in enumerate((9, 4, 14, 1))]

@@ -10,8 +10,8 @@ from predictor_variants import random_trace, training_text
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures.naive_bayes import NaiveBayes
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.naive_bayes import NaiveBayes
 
 SMALL = Geometry("small", (0, 1, 2), num_experts=5, top_k=2, params_per_expert=1, other_params_per_layer=1)
 TRAINED = [random_trace(f"s{i}", 9, i, SMALL) for i in range(3)]

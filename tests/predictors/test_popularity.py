@@ -6,8 +6,8 @@ from helpers import VOCAB as TINY_VOCAB
 from predictor_variants import LONG, random_trace
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.popularity import Popularity
 from moe_beyond.profile import default_hazard
 from moe_beyond.traces.trace import Trace
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.folder import check_fits, load_predictor, read_config, save_predictor
+from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config, save_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_beyond.predictors.recent import Recent
+from moe_beyond.predictors.stepping.ring_buffer import Recent
 
 
 @given(st.integers(1, 5), st.lists(st.integers(0, 1000), max_size=40))

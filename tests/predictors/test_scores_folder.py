@@ -10,9 +10,9 @@ from damage import hash_scores
 from helpers import TINY
 from safetensors.numpy import save_file
 
-import moe_beyond.predictors.scores as module
+import moe_beyond.evaluation.score_store as module
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.scores import ScoresFolder, writing_scores
+from moe_beyond.evaluation.score_store import ScoresFolder, writing_scores
 
 LAYERS, EXPERTS, _ = TINY.shape()
 LOOKAHEADS = (1, "token")

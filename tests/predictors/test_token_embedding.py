@@ -8,7 +8,7 @@ import torch
 from predictor_variants import uncounted
 
 from moe_beyond.predictors.base import TrainingText
-from moe_beyond.predictors.tokens import TokenEmbedding
+from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
 
 STRINGS = ["the", "then", "Ġthe", "a", "b", "ab", "ba", "é", "日本", "", "<", "aaaa", "aaaaa", "internationalisation"]
 VOCAB = len(STRINGS)

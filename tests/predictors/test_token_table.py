@@ -9,9 +9,9 @@ from predictor_variants import LONG, random_trace, training_text, uncounted
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures.token_table import TokenTable
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.token_table import TokenTable
 from moe_beyond.traces.trace import Trace
 
 SMALL = Geometry("small", (0, 1), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)

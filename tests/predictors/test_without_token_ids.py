@@ -10,7 +10,7 @@ from predictor_variants import HIDDEN, VARIANTS, Variant
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.folder import check_fits
+from moe_beyond.predictors.io.folder import check_fits
 from moe_beyond.predictors.registry import create
 from moe_beyond.traces.manifest import NO_TOKEN_IDS
 from moe_beyond.traces.reader import TraceSet

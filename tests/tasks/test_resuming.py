@@ -20,7 +20,7 @@ from moe_beyond.callbacks import ExportBest
 from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.folder import load_predictor
+from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.tasks import CrossLayer, Popularity, PredictorTask
 from moe_beyond.tasks.resuming import seed_batch
 

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.folder import save_predictor
-from moe_beyond.predictors.popularity import Popularity
+from moe_beyond.predictors.architectures.popularity import Popularity
+from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.traces import parquet
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet

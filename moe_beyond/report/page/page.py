@@ -11,7 +11,7 @@ from markupsafe import Markup
 from moe_beyond.evaluation.evaluate import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
-from moe_beyond.predictors.folder import read_config
+from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.report.conditions import conditions
 from moe_beyond.report.page.about import limits_section, predictor_section
 from moe_beyond.report.page.curves import curves_section

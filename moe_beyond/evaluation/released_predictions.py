@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.scores import writing_scores
+from moe_beyond.evaluation.score_store import writing_scores
 from moe_beyond.traces.importers.moe_beyond_csv import column_ids, layer_order, prompt_files, read_csv
 from moe_beyond.traces.reader import TraceSet
 

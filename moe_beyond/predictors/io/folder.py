@@ -14,7 +14,7 @@ from moe_beyond.files import is_earlier_result, read_json, replacing_folder, wri
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.calibration import Calibration
-from moe_beyond.predictors.card import card
+from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.registry import create
 from moe_beyond.published import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.attention import NEVER
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.link import MOST_STEPS, SMALL_STEP, SURELY
+from moe_beyond.predictors.modules.window_attention import NEVER
+from moe_beyond.predictors.stepping.activation import MOST_STEPS, SMALL_STEP, SURELY
 
 STEPS_AT_ONCE = 4
 

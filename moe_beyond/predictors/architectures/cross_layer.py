@@ -15,15 +15,15 @@ from torch.nn import functional
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.predictors.architectures.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, averaged
 from moe_beyond.predictors.base import Stepper
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.copying import LayerCopying
-from moe_beyond.predictors.copying_state import LayerCopyingState
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.next_use import NextUse, NextUseState
-from moe_beyond.predictors.recurrence import one_more_layer
-from moe_beyond.predictors.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, averaged
+from moe_beyond.predictors.modules.copy_attention import LayerCopying
+from moe_beyond.predictors.modules.next_token_head import NextUse, NextUseState
+from moe_beyond.predictors.stepping.copy_attention import LayerCopyingState
+from moe_beyond.predictors.stepping.gru import one_more_layer
 
 
 class CrossLayer(TokenCausal):
@@ -41,7 +41,7 @@ class CrossLayer(TokenCausal):
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
-        objective: What is fitted (`moe_beyond.predictors.token_causal.OBJECTIVES`; see there).
+        objective: What is fitted (`moe_beyond.predictors.architectures.token_causal.OBJECTIVES`; see there).
         layer_width: Features of the recurrent state over layers.
         layer_copies: Heads that pick earlier tokens after every layer.
         next_use: Whether lookahead ``"next"`` is predicted as well.

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 
 from moe_beyond.compiling import compiled
-from moe_beyond.predictors.copying import FEATURES, Copying, LayerCopying
-from moe_beyond.predictors.recent import Recent
+from moe_beyond.predictors.modules.copy_attention import FEATURES, Copying, LayerCopying
+from moe_beyond.predictors.stepping.ring_buffer import Recent
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]

@@ -17,9 +17,9 @@ from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.loss import binary_cross_entropy
-from moe_beyond.predictors.tokens import TokenEmbedding
-from moe_beyond.predictors.whole_token import WholeTokenStepper
+from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
+from moe_beyond.predictors.objectives import binary_cross_entropy
+from moe_beyond.predictors.stepper import WholeTokenStepper
 
 # Tokens whose rows attend at once: bounds the memory of long sequences.
 TOKENS_AT_ONCE = 16

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_beyond.predictors.copying import Copying
-from moe_beyond.predictors.copying_state import CopyingState, Ids, copied
+from moe_beyond.predictors.modules.copy_attention import Copying
+from moe_beyond.predictors.stepping.copy_attention import CopyingState, Ids, copied
 
 Floats = npt.NDArray[np.float32]
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures._hidden_states import FromStates
 from moe_beyond.predictors.base import CountingPredictor, TrainingText
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.from_states import FromStates
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.scoring import SCORINGS
+from moe_beyond.router_activations import SCORINGS
 
 
 class NextGate(FromStates, CountingPredictor):

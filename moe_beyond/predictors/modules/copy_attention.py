@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_beyond.predictors.attention import NEVER
+from moe_beyond.predictors.modules.window_attention import NEVER
 
 FEATURES = 32  # of a query, and of a key
 TOKENS_AT_ONCE = 256

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.popularity import Popularity
-from moe_beyond.predictors.whole_token import WholeTokenStepper
+from moe_beyond.predictors.stepper import WholeTokenStepper
 from moe_beyond.profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, Profile
 
 AGES, RATES = len(AGE_EDGES) + 1, len(RATE_EDGES) + 1

@@ -14,23 +14,23 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.attention import WindowBlock
 from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.copying import Copying
-from moe_beyond.predictors.copying_state import CopyingState, copied
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.loss import (
+from moe_beyond.predictors.modules.copy_attention import Copying
+from moe_beyond.predictors.modules.routing_memory import RoutingMemory
+from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
+from moe_beyond.predictors.modules.window_attention import WindowBlock
+from moe_beyond.predictors.objectives import (
     binary_cross_entropy,
     k_positive_cross_entropy,
     ranking_loss,
     subset_cross_entropy,
 )
-from moe_beyond.predictors.memory import RoutingMemory
-from moe_beyond.predictors.recent import Recent
-from moe_beyond.predictors.tokens import TokenEmbedding
-from moe_beyond.predictors.whole_token import WholeTokenStepper
+from moe_beyond.predictors.stepper import WholeTokenStepper
+from moe_beyond.predictors.stepping.copy_attention import CopyingState, copied
+from moe_beyond.predictors.stepping.ring_buffer import Recent
 
 # How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
 DECAYS = (0.7, 0.97)
@@ -60,7 +60,7 @@ class TokenCausal(GradientPredictor):
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
         copies: Heads that pick earlier tokens.
-        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.loss`). Where tokens may have fewer than
+        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.objectives`). Where tokens may have fewer than
             K experts, sigmoid: probabilities of the others add up to K.
         remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
         known_tokens: Tokens with an own vector; 0 does without.

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures.history import History
+from moe_beyond.predictors.architectures.token_table import TokenTable
 from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.history import History
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.token_table import TokenTable
 
 
 class NaiveBayes(CountingPredictor):

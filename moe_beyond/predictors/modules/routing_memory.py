@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_beyond.predictors.base import TrainingText
-from moe_beyond.predictors.tokens import look_up
+from moe_beyond.predictors.modules.token_embedding import look_up
 
 BACKOFF = 2.0  # occurrences that the popularity counts for
 FLOOR = 0.01  # added to shares before their logarithm is taken

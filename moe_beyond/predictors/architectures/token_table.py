@@ -11,7 +11,7 @@ from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.whole_token import WholeTokenStepper
+from moe_beyond.predictors.stepper import WholeTokenStepper
 
 
 class TokenTable(CountingPredictor):

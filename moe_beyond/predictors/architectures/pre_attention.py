@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.architectures._hidden_states import FromStates
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.from_states import FromStates
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.limits import check_arguments
 

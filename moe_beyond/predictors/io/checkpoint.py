@@ -10,7 +10,7 @@ import torch
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.folder import load_weights
+from moe_beyond.predictors.io.folder import load_weights
 from moe_beyond.predictors.registry import create
 
 CHECKPOINT_KEY = "moe_beyond"

@@ -9,7 +9,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Stepper
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.whole_token import WholeTokenStepper
+from moe_beyond.predictors.stepper import WholeTokenStepper
 from moe_beyond.profile import Profile, default_hazard
 
 

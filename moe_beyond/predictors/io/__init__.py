@@ -1,0 +1,1 @@
+"""Predictor folders, checkpoints and cards."""

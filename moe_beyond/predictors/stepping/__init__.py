@@ -1,0 +1,1 @@
+"""Decoding state and numba kernels of steppers."""
