@@ -131,7 +131,7 @@ class Preset:
 
     Attributes:
         geometry: The shape.
-        tokenizer: A name or folder that `moe_beyond.traces.vocabulary` can load, or None.
+        tokenizer: A name or folder that `moe_beyond.traces.tokenizers` can load, or None.
         vocab_size: Rows of the model's embedding, which may be more than its tokenizer has tokens; None if unknown.
     """
 

@@ -14,7 +14,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.routers import Routers
+from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import none_id
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing

@@ -14,7 +14,7 @@ from moe_beyond.predictors.base import CountingPredictor, Predictor, TrainingTex
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import create
 from moe_beyond.traces.hidden_states import HiddenStates
-from moe_beyond.traces.routers import Routers
+from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype
 from moe_beyond.traces.trace import Trace
 

@@ -27,7 +27,7 @@ import numpy as np
 from moe_beyond.errors import UserError
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import PRESETS
-from moe_beyond.traces.importers.moe_beyond_csv import column_ids, layer_order, read_csv
+from moe_beyond.traces.formats.moe_beyond_csv import column_ids, layer_order, read_csv
 
 FOLDERS = {
     "puffin": "prompt_{}_data.csv",

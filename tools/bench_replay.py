@@ -30,7 +30,7 @@ from moe_beyond.files import write_json
 from moe_beyond.published import find_predictor
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.sequence import Sequence
-from moe_beyond.traces.exporters.libcachesim import write_oracle_general
+from moe_beyond.traces.formats.libcachesim import write_oracle_general
 from moe_beyond.traces.reader import TraceSet
 
 SEQUENTIAL = {"lru": "LRU", "lfu_in_cache": "LFU", "belady": "Belady"}

@@ -25,7 +25,7 @@ from moe_beyond.geometry import load_preset
 from moe_beyond.published import find_predictor
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.tasks import TokenTable
-from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
+from moe_beyond.traces.formats.moe_beyond_csv import import_moe_beyond_csv
 from moe_beyond.traces.reader import TraceSet
 
 PUBLISHED = "cross_layer.deepseek-v2-lite-puffin"

@@ -15,7 +15,7 @@ from moe_beyond.geometry import PRESETS
 from moe_beyond.published import published_predictors
 from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.traces.exporters import EXPORTERS
-from moe_beyond.traces.importers import IMPORTERS
+from moe_beyond.traces.formats import IMPORTERS
 
 SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
 """What each shell needs before the script."""

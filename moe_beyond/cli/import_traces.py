@@ -10,7 +10,7 @@ from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import PRESETS, Geometry, load_preset
 from moe_beyond.traces.copies import describe_copies
-from moe_beyond.traces.importers import FORMATS, IMPORTERS
+from moe_beyond.traces.formats import FORMATS, IMPORTERS
 
 
 def options() -> ArgumentParser:

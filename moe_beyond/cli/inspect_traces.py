@@ -8,9 +8,9 @@ from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, 
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 from moe_beyond.report.inspection import inspection_tables
-from moe_beyond.traces.contrast import check_comparable, contrast, typical_experts
+from moe_beyond.traces.analysis.contrast import check_comparable, contrast, typical_experts
+from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.statistics import summarize
 
 
 def options() -> ArgumentParser:

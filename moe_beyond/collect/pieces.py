@@ -23,7 +23,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet, decode
-from moe_beyond.traces.routers import Routers
+from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import to_table
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing

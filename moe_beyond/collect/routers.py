@@ -23,7 +23,7 @@ from moe_beyond.collect.devices import embedding_rows, input_device
 from moe_beyond.collect.recorder import Hooked, find_experts, mixture_name, recording
 from moe_beyond.geometry import Geometry
 from moe_beyond.router_activations import SCORINGS
-from moe_beyond.traces.routers import Routers
+from moe_beyond.traces.router_weights import Routers
 
 LEAST_AGREEMENT = 0.9
 PROBE = (8, 16)

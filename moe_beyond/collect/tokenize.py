@@ -10,8 +10,8 @@ from moe_beyond.collect.asked import Collection, Row
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief, shown
-from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import without_copies
+from moe_beyond.traces.splits import parse_blocks, validation_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

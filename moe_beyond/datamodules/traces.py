@@ -21,7 +21,7 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
-from moe_beyond.traces.vocabulary import same_tokenizer
+from moe_beyond.traces.tokenizers import same_tokenizer
 
 TOKENS_AT_ONCE = 4096
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.score_store import writing_scores
-from moe_beyond.traces.importers.moe_beyond_csv import column_ids, layer_order, prompt_files, read_csv
+from moe_beyond.traces.formats.moe_beyond_csv import column_ids, layer_order, prompt_files, read_csv
 from moe_beyond.traces.reader import TraceSet
 
 PUBLISHED_TRAINING_SOURCE = "MoE-Beyond release, puffin"

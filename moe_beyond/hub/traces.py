@@ -12,7 +12,7 @@ from moe_beyond.published import CARD_FILE
 from moe_beyond.traces.card import author, configs, traces_card
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.routers import ROUTERS_FILE
+from moe_beyond.traces.router_weights import ROUTERS_FILE
 
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 """What `datasets` takes for the name of a split."""

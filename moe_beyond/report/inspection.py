@@ -17,10 +17,10 @@ RANKS = 8
 
 
 def inspection_tables(summary: dict[str, Any]) -> list[Table]:
-    """Lay out what `moe_beyond.traces.statistics.summarize` returned.
+    """Lay out what `moe_beyond.traces.analysis.statistics.summarize` returned.
 
     Args:
-        summary: That; and under ``contrast``, if it is there, what `moe_beyond.traces.contrast.contrast` did.
+        summary: That; and under ``contrast``, if it is there, what `moe_beyond.traces.analysis.contrast.contrast` did.
 
     Returns:
         The set as a whole, then layer by layer: popularity; locality, and dependence of the next layer; gate weights,

@@ -16,8 +16,8 @@ def inspection_figures(summary: dict[str, Any]) -> dict[str, Figure]:
     """Draw what there is to draw.
 
     Args:
-        summary: What `moe_beyond.traces.statistics.summarize` returned; and under ``contrast``, if it is there, what
-            `moe_beyond.traces.contrast.contrast` did.
+        summary: What `moe_beyond.traces.analysis.statistics.summarize` returned; and under ``contrast``, if it is there, what
+            `moe_beyond.traces.analysis.contrast.contrast` did.
 
     Returns:
         Name -> figure: ``popularity``, ``locality``, ``reuse_distance``; of more than one layer ``dependence``; of

@@ -25,7 +25,7 @@ from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.hidden_states import HiddenStates, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
 from moe_beyond.traces.parquet import check_schema, read_columns
-from moe_beyond.traces.routers import ROUTERS_FILE, Routers, load_routers
+from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.trace import Trace
 

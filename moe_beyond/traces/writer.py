@@ -18,7 +18,7 @@ from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
-from moe_beyond.traces.routers import ROUTERS_FILE, Routers
+from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers
 from moe_beyond.traces.schema import ROWS_PER_GROUP, experts_dtype, to_table
 from moe_beyond.traces.trace import Trace
 

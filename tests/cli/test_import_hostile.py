@@ -17,9 +17,9 @@ from recordings import flame_moe, model_file, random_experts
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import PRESETS
-from moe_beyond.traces.importers import FORMATS, IMPORTERS
-from moe_beyond.traces.importers import arrays as arrays_module
-from moe_beyond.traces.importers.arrays import find_arrays
+from moe_beyond.traces.formats import FORMATS, IMPORTERS
+from moe_beyond.traces.formats import _arrays as arrays_module
+from moe_beyond.traces.formats._arrays import find_arrays
 
 GOOD = random_experts(4)
 
@@ -165,7 +165,7 @@ def test_a_score_beyond_half_precision_is_named(desk, capsys):
 
 def test_a_file_that_ends_before_its_rows_is_named(desk, monkeypatch, capsys):
     folder = flame_moe(Path(), GOOD, np.full(GOOD.shape, 0.5))
-    monkeypatch.setattr("moe_beyond.traces.importers.flame_moe._rows", lambda path: 5)
+    monkeypatch.setattr("moe_beyond.traces.formats.flame_moe._rows", lambda path: 5)
     line = failure(capsys, desk, command("flame-moe", str(folder)))
     assert line == f"{folder}/layer_02.parquet: is damaged (it ends before the rows that its footer counts)"
 

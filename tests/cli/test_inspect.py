@@ -11,10 +11,10 @@ from helpers import TINY, error_line, tiny_trace, tiny_traces
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.statistics import summarize
 from moe_beyond.traces.steering import read_steering
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing

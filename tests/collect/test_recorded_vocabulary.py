@@ -27,7 +27,7 @@ from moe_beyond.predictors.registry import create
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.traces.manifest import Tokenizer as ManifestTokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.vocabulary import load_vocabulary, same_tokenizer
+from moe_beyond.traces.tokenizers import load_vocabulary, same_tokenizer
 
 SMALL = checkpoints_folder() / "small-moe"
 KNOWN, ROWS = 2048, 2048 + 512

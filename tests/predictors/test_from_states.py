@@ -17,7 +17,7 @@ from moe_beyond.predictors.architectures.pre_attention import PreAttention
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits, read_config
-from moe_beyond.traces.routers import Routers
+from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()

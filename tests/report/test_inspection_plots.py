@@ -7,10 +7,10 @@ from helpers import TINY, tiny_trace, tiny_traces
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.inspection_plots import inspection_figures
 from moe_beyond.report.plots import png
-from moe_beyond.traces.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.statistics import summarize
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
 

@@ -29,8 +29,8 @@ from moe_beyond.report.results import FIGURES, checkpoints_table, metrics_table,
 from moe_beyond.report.tables import FittedTable
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
-from moe_beyond.traces.contrast import contrast
-from moe_beyond.traces.statistics import summarize
+from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.statistics import summarize
 
 WIDE = 400
 NUMBER = re.compile(r"[+-]?\d[\d.,]*%?")

@@ -9,7 +9,7 @@ import pytest
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.contrast import contrast, typical_experts
+from moe_beyond.traces.analysis.contrast import contrast, typical_experts
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.steering import Steering

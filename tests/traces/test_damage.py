@@ -23,7 +23,7 @@ from moe_beyond.traces import parquet
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import arrow_schema
-from moe_beyond.traces.vocabulary import load_vocabulary
+from moe_beyond.traces.tokenizers import load_vocabulary
 from moe_beyond.traces.writer import writing
 
 FIRST = "train-00000.parquet"

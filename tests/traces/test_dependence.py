@@ -11,9 +11,9 @@ from helpers import tiny_traces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_beyond.traces import counting
-from moe_beyond.traces.counting import RoutingCounts, count_routing
-from moe_beyond.traces.dependence import layer_dependence, mutual_information
+from moe_beyond.traces.analysis import counts as counting
+from moe_beyond.traces.analysis.counts import RoutingCounts, count_routing
+from moe_beyond.traces.analysis.dependence import layer_dependence, mutual_information
 
 
 def pair_counts(first, second, experts):

@@ -17,8 +17,8 @@ from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
 from moe_beyond.traces.exporters import EXPORTERS
-from moe_beyond.traces.exporters import libcachesim as libcachesim_export
-from moe_beyond.traces.importers import IMPORTERS
+from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import libcachesim as libcachesim_export
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace

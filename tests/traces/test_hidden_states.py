@@ -12,7 +12,7 @@ from moe_beyond.traces import writer as writing_module
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.routers import Routers
+from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.writer import writing
 
 LAYERS, EXPERTS, _ = TINY.shape()

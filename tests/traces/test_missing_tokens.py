@@ -12,8 +12,8 @@ from recordings import LAYERS, SMALL, TOP_K, expert_rows, json_lines, position_r
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset, load_preset
-from moe_beyond.traces.importers import IMPORTERS
-from moe_beyond.traces.importers.missing import recorded_span
+from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats._missing import recorded_span
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 
@@ -295,6 +295,6 @@ def test_token_ids_are_checked_before_a_sequence_is_read(tmp_path, monkeypatch):
     np.save(tmp_path / "q.npy", random_experts(4))
     np.save(tmp_path / "q.tokens.npy", [0, 1, 2, 9])
     words = str(word_tokenizer(tmp_path / "words.json", ["a", "b", "c"]))
-    monkeypatch.setattr("moe_beyond.traces.importers.recording.writing", None)  # never called
+    monkeypatch.setattr("moe_beyond.traces.formats.recording.writing", None)  # never called
     with pytest.raises(UserError, match=r"token id 9 is out of range 0\.\.2"):
         imported("vllm", tmp_path / "q.npy", tmp_path / "out", geometry, tokenizer=words)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
-from moe_beyond.traces.importers.moe_beyond_csv import import_moe_beyond_csv
+from moe_beyond.traces.formats.moe_beyond_csv import import_moe_beyond_csv
 
 SMALL = Preset(Geometry("small", (1, 2, 3), num_experts=8, top_k=2, params_per_expert=1000, other_params_per_layer=0))
 # What CSV readers like to take for a separator, a missing value or blank space.

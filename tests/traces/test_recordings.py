@@ -10,8 +10,8 @@ from recordings import EXPERTS, LAYERS, SMALL, TOP_K, expert_rows, flame_moe, js
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset
-from moe_beyond.traces.importers import IMPORTERS
-from moe_beyond.traces.importers import flame_moe as flame_module
+from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import flame_moe as flame_module
 from moe_beyond.traces.manifest import NO_TOKEN_IDS
 
 WORDS = [f"w{i}" for i in range(30)]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
-from moe_beyond.traces.blocks import parse_blocks, validation_numbers
+from moe_beyond.traces.splits import parse_blocks, validation_numbers
 
 
 def test_blocks_are_parsed():

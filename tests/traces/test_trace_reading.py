@@ -17,7 +17,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet, decode
 from moe_beyond.traces.schema import to_table
-from moe_beyond.traces.vocabulary import load_vocabulary
+from moe_beyond.traces.tokenizers import load_vocabulary
 from moe_beyond.traces.writer import writing
 
 

@@ -11,10 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.counting import count_routing
-from moe_beyond.traces.manifest import Manifest, Tokenizer
-from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.statistics import (
+from moe_beyond.traces.analysis.counts import count_routing
+from moe_beyond.traces.analysis.statistics import (
     distance_percentiles,
     jaccard,
     jaccard_by_chance,
@@ -24,6 +22,8 @@ from moe_beyond.traces.statistics import (
     total_variation,
     used_again_within,
 )
+from moe_beyond.traces.manifest import Manifest, Tokenizer
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Tokenizers
 
 from moe_beyond.errors import UserError
 from moe_beyond.traces.manifest import Tokenizer
-from moe_beyond.traces.vocabulary import load_vocabulary
+from moe_beyond.traces.tokenizers import load_vocabulary
 
 WORDS = ["<unk>", "Ġthe", ",", '"', "\n", "NA", "null", ""]
 

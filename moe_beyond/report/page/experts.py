@@ -8,7 +8,7 @@ import numpy.typing as npt
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.page.charts import HEAT_EDGES, heat_map, swatch
 from moe_beyond.report.page.contents import NOTHING, Chart, Section, Table
-from moe_beyond.traces.statistics import normalized_entropy
+from moe_beyond.traces.analysis.statistics import normalized_entropy
 
 HOTTEST = 3
 """Experts that the table names, of each layer."""

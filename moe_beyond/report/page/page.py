@@ -22,9 +22,9 @@ from moe_beyond.report.page.summary import keys
 from moe_beyond.report.page.worth import time_section, verdicts, worth_section
 from moe_beyond.report.results import leaks_of
 from moe_beyond.simulator.devices import Device
-from moe_beyond.traces.counting import count_routing
+from moe_beyond.traces.analysis.counts import count_routing
+from moe_beyond.traces.analysis.statistics import reuse
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.statistics import reuse
 from moe_beyond.version import __version__
 
 TEMPLATE, STYLE = "page.html", "page.css"

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from moe_beyond.traces.exporters.libcachesim import export_libcachesim
 from moe_beyond.traces.exporters.llama_cpp import export_llama_cpp
 from moe_beyond.traces.exporters.vllm import export_vllm
+from moe_beyond.traces.formats.libcachesim import export_libcachesim
 
 EXPORTERS: dict[str, Callable[..., None]] = {
     "libcachesim": export_libcachesim,

@@ -12,7 +12,7 @@ import pyarrow.csv
 
 from moe_beyond.files import creating
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.exporters.full import check_full
+from moe_beyond.traces.formats._checks import check_full
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import creating, replacing_folder
-from moe_beyond.traces.exporters.full import check_full
-from moe_beyond.traces.importers.companions import DECODE_START, TOKENS
+from moe_beyond.traces.formats._checks import check_full
+from moe_beyond.traces.formats._sidecars import DECODE_START, TOKENS
 from moe_beyond.traces.reader import TraceSet
 
 Arrays = Iterator[tuple[str, npt.NDArray[Any]]]

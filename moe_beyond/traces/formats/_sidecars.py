@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
-from moe_beyond.traces.importers.arrays import StoredArray, stored_array
+from moe_beyond.traces.formats._arrays import StoredArray, stored_array
 
 TOKENS, DECODE_START = ".tokens", ".decode_start"
 FIELDS = (

@@ -14,8 +14,11 @@ import numpy.typing as npt
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.model_config import MOST_LAYERS
-from moe_beyond.traces.importers.arrays import StoredArray, find_arrays
-from moe_beyond.traces.importers.companions import (
+from moe_beyond.traces.formats._arrays import StoredArray, find_arrays
+from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats._ids import checked_ids
+from moe_beyond.traces.formats._missing import notes, recorded_span
+from moe_beyond.traces.formats._sidecars import (
     DECODE_START,
     FIELDS,
     TOKENS,
@@ -26,10 +29,7 @@ from moe_beyond.traces.importers.companions import (
     read_decode_start,
     read_token_ids,
 )
-from moe_beyond.traces.importers.experts import checked_ids
-from moe_beyond.traces.importers.format import Format
-from moe_beyond.traces.importers.missing import notes, recorded_span
-from moe_beyond.traces.importers.recording import Progress, Recording
+from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 FORMAT = Format(
@@ -51,7 +51,7 @@ def read_vllm(source: Path, geometry: Geometry, *, progress: Progress) -> Record
     """Read a ``.npy`` of one request, a folder of them, or an ``.npz`` of several.
 
     Next to a request ``NAME`` may lie its ``NAME.tokens`` and its ``NAME.decode_start``
-    (`moe_beyond.traces.importers.companions`). A request without tokens is passed over and counted.
+    (`moe_beyond.traces.formats._sidecars`). A request without tokens is passed over and counted.
 
     Args:
         source: The recording.

@@ -12,8 +12,12 @@ import numpy as np
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.importers.arrays import StoredArray
-from moe_beyond.traces.importers.companions import (
+from moe_beyond.traces.formats._arrays import StoredArray
+from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats._files import source_files
+from moe_beyond.traces.formats._ids import check_layers, checked_ids
+from moe_beyond.traces.formats._missing import notes, recorded_span
+from moe_beyond.traces.formats._sidecars import (
     DECODE_START,
     FIELDS,
     TOKENS,
@@ -24,11 +28,7 @@ from moe_beyond.traces.importers.companions import (
     read_decode_start,
     read_token_ids,
 )
-from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import source_files
-from moe_beyond.traces.importers.format import Format
-from moe_beyond.traces.importers.missing import notes, recorded_span
-from moe_beyond.traces.importers.recording import Progress, Recording
+from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 FORMAT = Format(

@@ -25,12 +25,12 @@ import pyarrow.csv
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.importers.companions import TOKENS, all_or_none, author_of, beside, by_file, read_token_ids
-from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import source_files
-from moe_beyond.traces.importers.format import Format
-from moe_beyond.traces.importers.missing import notes
-from moe_beyond.traces.importers.recording import Progress, Recording
+from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats._files import source_files
+from moe_beyond.traces.formats._ids import check_layers, checked_ids
+from moe_beyond.traces.formats._missing import notes
+from moe_beyond.traces.formats._sidecars import TOKENS, all_or_none, author_of, beside, by_file, read_token_ids
+from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 FORMAT = Format(

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.traces.analysis.rounding import rounded
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.rounding import rounded
 from moe_beyond.traces.schema import expert_ids
 from moe_beyond.traces.steering import Steering
 

@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset
-from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.splits import parse_blocks, validation_numbers
 from moe_beyond.traces.splitting import write_splits
+from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.vocabulary import Vocabulary, load_vocabulary
 from moe_beyond.traces.writer import writing
 from moe_beyond.version import __version__
 

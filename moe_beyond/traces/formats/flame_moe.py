@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import column_names, listed, source_files
-from moe_beyond.traces.importers.format import Format
-from moe_beyond.traces.importers.recording import Progress, Recording
+from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats._files import column_names, listed, source_files
+from moe_beyond.traces.formats._ids import check_layers, checked_ids
+from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 SEQUENCE_TOKENS = 2048

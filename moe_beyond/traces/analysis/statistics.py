@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.traces.counting import DECODE, PREFILL, RoutingCounts, count_routing
-from moe_beyond.traces.dependence import layer_dependence
+from moe_beyond.traces.analysis.counts import DECODE, PREFILL, RoutingCounts, count_routing
+from moe_beyond.traces.analysis.dependence import layer_dependence
+from moe_beyond.traces.analysis.rounding import rounded
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.rounding import rounded
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -167,7 +167,7 @@ def summarize(
         - ``token_to_token_reuse``, ``jaccard`` and ``jaccard_by_chance``;
         - ``reuse_distance``: ``percentiles``, ``never_again`` (share of uses) and ``within`` (share of uses that come
           again within so many tokens);
-        - ``next_layer``: ``mutual_information`` in bits and ``dependence`` (see `moe_beyond.traces.dependence`), None
+        - ``next_layer``: ``mutual_information`` in bits and ``dependence`` (see `moe_beyond.traces.analysis.dependence`), None
           for the last;
         - ``gate_mass``, None where no gate weights are: ``by_rank`` (the mean share of a token's gate weights that its
           heaviest, second heaviest, ... expert has) and ``popularity`` (each expert's mean share);

@@ -21,7 +21,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.traces.counting import RoutingCounts
+from moe_beyond.traces.analysis.counts import RoutingCounts
 
 Floats = npt.NDArray[np.float64]
 

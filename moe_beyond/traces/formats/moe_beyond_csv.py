@@ -14,16 +14,16 @@ import pyarrow.csv
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry, Preset
-from moe_beyond.traces.blocks import parse_blocks, validation_numbers
 from moe_beyond.traces.copies import text_digest, without_copies
-from moe_beyond.traces.importers.experts import check_layers, checked_ids
-from moe_beyond.traces.importers.files import column_names, listed
-from moe_beyond.traces.importers.format import Format
-from moe_beyond.traces.importers.recording import described
+from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats._files import column_names, listed
+from moe_beyond.traces.formats._ids import check_layers, checked_ids
+from moe_beyond.traces.formats.recording import described
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.splits import parse_blocks, validation_numbers
+from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.vocabulary import Vocabulary, load_vocabulary
 from moe_beyond.traces.writer import writing
 from moe_beyond.version import __version__
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief, shown
-from moe_beyond.traces.importers.files import source_files
+from moe_beyond.traces.formats._files import source_files
 
 HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
-from moe_beyond.traces.importers import flame_moe, jsonl, llama_cpp, moe_beyond_csv, vllm
-from moe_beyond.traces.importers.format import Format
-from moe_beyond.traces.importers.recording import import_recording
+from moe_beyond.traces.formats import flame_moe, jsonl, llama_cpp, moe_beyond_csv, vllm
+from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats.recording import import_recording
 from moe_beyond.traces.reader import TraceSet
 
 IMPORTERS: dict[str, Callable[..., TraceSet]] = {

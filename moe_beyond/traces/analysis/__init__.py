@@ -1,0 +1,1 @@
+"""Statistics of trace sets: what `inspect` shows."""
