@@ -18,7 +18,8 @@ from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
 from moe_beyond.collect.prompts import Prompt, as_prompts
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.evaluation.asked import (
+from moe_beyond.evaluation.checkpoints import find_source, find_trained, load_trained
+from moe_beyond.evaluation.options import (
     Conditions,
     Request,
     asked_combinations,
@@ -26,8 +27,7 @@ from moe_beyond.evaluation.asked import (
     asked_strategies,
     text_to_measure,
 )
-from moe_beyond.evaluation.evaluate import evaluate as measure_and_replay
-from moe_beyond.evaluation.runs import find_source, find_trained, load_trained
+from moe_beyond.evaluation.run import evaluate as measure_and_replay
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.fields import shown
@@ -250,7 +250,7 @@ def replay(
             one. A warning says where the text may flatter the predictor.
         **options: The options of ``moe-beyond replay`` by their names, one value or several: ``budget="10%"``,
             ``policy=["lru", "belief"]``, ``prefetch="top6"``, ``device="rtx4060-laptop"``, ``strategy="all"``, ...
-            (`moe_beyond.evaluation.asked.Request` has them all). A budget may be a number: a float up to 1.0 is a
+            (`moe_beyond.evaluation.options.Request` has them all). A budget may be a number: a float up to 1.0 is a
             share of all experts (0.1 and ``"10%"`` are the same, 1.0 is all of them), an int is slots (1 is one slot).
 
     Raises:

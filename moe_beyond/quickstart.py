@@ -21,7 +21,7 @@ from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.evaluation.evaluate import Evaluation, evaluate
+from moe_beyond.evaluation.run import Evaluation, evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json

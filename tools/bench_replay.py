@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.cli.replay_options import showing_progress
-from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder, published_source
 from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.files import write_json

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
 from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.geometry import load_preset

@@ -27,7 +27,7 @@ from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt
-from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import read_json, write_json

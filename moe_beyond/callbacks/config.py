@@ -5,7 +5,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from moe_beyond.callbacks.run import run_folder
-from moe_beyond.evaluation.runs import CONFIG_FILE
+from moe_beyond.evaluation.checkpoints import CONFIG_FILE
 
 
 class KeepConfig(SaveConfigCallback):

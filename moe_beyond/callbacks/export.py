@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from moe_beyond.callbacks.run import run_folder
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import EXPORTED, find_trained, load_trained
+from moe_beyond.evaluation.checkpoints import EXPORTED, find_trained, load_trained
 from moe_beyond.files import check_is_free
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
@@ -96,7 +96,7 @@ def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -
     """Make a predictor folder out of a checkpoint, without calibration, or out of a run.
 
     Args:
-        checkpoint: A ``.ckpt`` of this package, or a run's folder (`moe_beyond.evaluation.runs.find_trained`).
+        checkpoint: A ``.ckpt`` of this package, or a run's folder (`moe_beyond.evaluation.checkpoints.find_trained`).
         folder: The folder to write; it must not exist, unless it is empty.
         half: Store float16 weights.
 

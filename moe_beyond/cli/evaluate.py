@@ -17,9 +17,9 @@ from moe_beyond.cli.replay_options import (
 )
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.asked import asked_combinations, asked_conditions, text_to_measure
-from moe_beyond.evaluation.evaluate import Evaluation, evaluate
-from moe_beyond.evaluation.runs import evaluate_run, is_run, validation_data
+from moe_beyond.evaluation.checkpoints import evaluate_run, is_run, validation_data
+from moe_beyond.evaluation.options import asked_combinations, asked_conditions, text_to_measure
+from moe_beyond.evaluation.run import Evaluation, evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead

@@ -16,9 +16,9 @@ from moe_beyond.cli.replay_options import (
     showing_progress,
 )
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.asked import Conditions, asked_conditions, asked_slots, asked_strategies, text_to_measure
-from moe_beyond.evaluation.evaluate import evaluate
-from moe_beyond.evaluation.planning import Answer, Target, parse_target, pins, plan
+from moe_beyond.evaluation.options import Conditions, asked_conditions, asked_slots, asked_strategies, text_to_measure
+from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation.sizing import Answer, Target, parse_target, pins, plan
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, evenly, in_windows, strategy
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.files import write_json

@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import progress_bar
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.asked import DEFAULT_BUDGET, Request
-from moe_beyond.evaluation.runs import find_source
+from moe_beyond.evaluation.checkpoints import find_source
+from moe_beyond.evaluation.options import DEFAULT_BUDGET, Request
 from moe_beyond.evaluation.sources import ScoreSource, from_scores_folder
 from moe_beyond.evaluation.systems import SYSTEMS
 from moe_beyond.traces.reader import TraceSet

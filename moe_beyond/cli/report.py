@@ -7,8 +7,8 @@ from jsonargparse import ArgumentParser, Namespace
 from moe_beyond.cli.options import Output, add_traces, parser
 from moe_beyond.cli.replay_options import showing_progress
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.evaluate import evaluate
 from moe_beyond.evaluation.profiles import load_profile
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder, published_for
 from moe_beyond.geometry import budget_slots
 from moe_beyond.predictors.training_text import measured_text

@@ -17,7 +17,7 @@ from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.callbacks.interrupt import SaveOnInterrupt
 from moe_beyond.cli.main import is_interrupt
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import CONFIG_FILE, EXPORTED, checkpoints_of, run_of
+from moe_beyond.evaluation.checkpoints import CONFIG_FILE, EXPORTED, checkpoints_of, run_of
 from moe_beyond.predictors.io.checkpoint import CHECKPOINT_KEY
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
 

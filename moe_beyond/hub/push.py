@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, asking_hub, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import EXPORTED
+from moe_beyond.evaluation.checkpoints import EXPORTED
 from moe_beyond.files import read_json
 from moe_beyond.hub.predictors import LIBRARY, PICTURE_FILE, predictor_files
 from moe_beyond.hub.traces import trace_files

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from moe_beyond.evaluation.planning import Answer, Target
+from moe_beyond.evaluation.sizing import Answer, Target
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.conditions import conditions
 from moe_beyond.report.tables import FittedTable

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_beyond.evaluation.runs import CheckpointEvaluation
+from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead

@@ -10,7 +10,7 @@ from helpers import tiny_traces
 
 from moe_beyond.callbacks import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import from_predictor
 from moe_beyond.evaluation.strategies import REFERENCES, strategy
 from moe_beyond.simulator import ReplaySettings, Result

@@ -11,7 +11,7 @@ from scoring import foresight, seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import RecallSums, recall_intervals, resampled, result_intervals
-from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.strategies import beside, combinations, strategy
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import load_device

@@ -9,8 +9,8 @@ from helpers import tiny_traces
 from scoring import foresight, history_folder, seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation import evaluate as module
-from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation import run as module
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import beside, combinations, strategy
 from moe_beyond.simulator import Replay, ReplaySettings, Result

@@ -12,8 +12,8 @@ from helpers import TINY, there, tiny_traces
 from scoring import seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.evaluate import evaluate
-from moe_beyond.evaluation.planning import Answer, parse_target, pins, plan
+from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation.sizing import Answer, parse_target, pins, plan
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, evenly, strategy
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import Device, device_slots, load_device

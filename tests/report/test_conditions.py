@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from helpers import TINY
 
-from moe_beyond.evaluation.evaluate import evaluate
+from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.report.conditions import conditions
 from moe_beyond.report.page.worth import speed, verdicts

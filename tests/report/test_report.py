@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from scoring import seer
 
-from moe_beyond.evaluation.evaluate import evaluate
-from moe_beyond.evaluation.planning import Answer, parse_target
+from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.report import plots

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from scoring import seer
 
-from moe_beyond.evaluation.evaluate import Evaluation, evaluate
-from moe_beyond.evaluation.planning import Answer, parse_target
-from moe_beyond.evaluation.runs import CheckpointEvaluation
+from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
+from moe_beyond.evaluation.run import Evaluation, evaluate
+from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.geometry import load_preset
 from moe_beyond.published import published_figures

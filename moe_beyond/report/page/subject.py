@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.runs import CONFIG_FILE as RUN_CONFIG
-from moe_beyond.evaluation.runs import EXPORTED, is_run
+from moe_beyond.evaluation.checkpoints import CONFIG_FILE as RUN_CONFIG
+from moe_beyond.evaluation.checkpoints import EXPORTED, is_run
 from moe_beyond.fields import brief
 from moe_beyond.published import CONFIG_FILE, find_predictor
 

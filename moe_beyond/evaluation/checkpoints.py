@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.evaluate import Evaluation
+from moe_beyond.evaluation.run import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.checkpoint import Checkpoint, load_checkpoint
