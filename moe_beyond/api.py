@@ -35,8 +35,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.training_text import MeasuredText
 from moe_beyond.published import CONFIG_FILE, published_predictors
-from moe_beyond.report.plots import budgets_figure, frontier_figure
-from moe_beyond.report.results import metrics_table, results_table
+from moe_beyond.report.plots.replay import budgets_figure, frontier_figure
+from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import Result
 from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet

@@ -28,8 +28,8 @@ from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
 from moe_beyond.published import checkpoints_folder
-from moe_beyond.report.plots import budgets_figure, save
-from moe_beyond.report.results import metrics_table, results_table
+from moe_beyond.report.plots.replay import budgets_figure, save
+from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.tasks import CrossLayer
 from moe_beyond.traces.reader import TraceSet

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from moe_beyond.cli.options import Output, parser
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import load_preset
-from moe_beyond.report.devices import device_rows, devices_tables
+from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.simulator.devices import DEVICES, load_device
 
 

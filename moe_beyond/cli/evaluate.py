@@ -26,8 +26,8 @@ from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.io.card import around_figures, record_figures
 from moe_beyond.predictors.training_text import MeasuredText, Relation
 from moe_beyond.published import find_predictor
-from moe_beyond.report.intervals import intervals_tables
-from moe_beyond.report.results import checkpoints_table, metrics_table, results_table
+from moe_beyond.report.tables.intervals import intervals_tables
+from moe_beyond.report.tables.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.traces.reader import TraceSet
 
 RECORDED = (

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, parser, progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
-from moe_beyond.report.inspection import inspection_tables
+from moe_beyond.report.tables.inspection import inspection_tables
 from moe_beyond.traces.analysis.contrast import check_comparable, contrast, typical_experts
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.reader import TraceSet
@@ -65,8 +65,8 @@ def run(words: list[str]) -> None:
     if args.steer:
         output.show(f"steering: {args.steer}")
     if args.plots:
-        from moe_beyond.report.inspection_plots import inspection_figures
-        from moe_beyond.report.pictures import write_pictures
+        from moe_beyond.report.plots.files import write_pictures
+        from moe_beyond.report.plots.inspection import inspection_figures
 
         drawn = inspection_figures(summary)
         output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))

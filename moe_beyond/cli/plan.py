@@ -23,8 +23,8 @@ from moe_beyond.evaluation.strategies import CLAIRVOYANT, REFERENCES, evenly, in
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.files import write_json
 from moe_beyond.predictors.training_text import MeasuredText
-from moe_beyond.report.plans import plan_table
-from moe_beyond.report.results import unavailable_lines
+from moe_beyond.report.tables.results import unavailable_lines
+from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import device_slots
 from moe_beyond.traces.reader import TraceSet

@@ -16,8 +16,8 @@ from moe_beyond.cli.replay_options import (
 from moe_beyond.evaluation.options import asked_conditions, asked_strategies, text_to_measure
 from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.strategies import beside
-from moe_beyond.report.pictures import pictures, write_pictures
-from moe_beyond.report.results import results_table, unavailable_lines
+from moe_beyond.report.plots.files import pictures, write_pictures
+from moe_beyond.report.tables.results import results_table, unavailable_lines
 from moe_beyond.traces.reader import TraceSet
 
 

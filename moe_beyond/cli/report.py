@@ -12,9 +12,9 @@ from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder, published_for
 from moe_beyond.geometry import budget_slots
 from moe_beyond.predictors.training_text import measured_text
-from moe_beyond.report.page.page import write_page
-from moe_beyond.report.page.replays import DEVICES, SHARES, default_slots, page_strategies
-from moe_beyond.report.page.subject import find_subject
+from moe_beyond.report.html.build import write_page
+from moe_beyond.report.html.source import find_subject
+from moe_beyond.report.html.strategies import DEVICES, SHARES, default_slots, page_strategies
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet

@@ -14,9 +14,9 @@ from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.io.folder import load_predictor, read_config
 from moe_beyond.predictors.training_text import marked, relation_of_figures
 from moe_beyond.published import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from moe_beyond.report.plots import png
-from moe_beyond.report.recorded import recorded_figure, recorded_name
-from moe_beyond.report.results import lookahead_words
+from moe_beyond.report.plots.recorded import recorded_figure, recorded_name
+from moe_beyond.report.plots.replay import png
+from moe_beyond.report.tables.results import lookahead_words
 
 LIBRARY, TASK = "moe-beyond", "expert-prediction"
 PICTURE_FILE = "replay.png"

@@ -7,9 +7,9 @@ from helpers import TINY
 
 from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.strategies import beside, combinations
-from moe_beyond.report.conditions import conditions
-from moe_beyond.report.page.worth import speed, verdicts
-from moe_beyond.report.results import results_table
+from moe_beyond.report.html.sections.replay import speed, verdicts
+from moe_beyond.report.tables.conditions import conditions
+from moe_beyond.report.tables.results import results_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet

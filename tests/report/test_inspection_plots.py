@@ -5,8 +5,8 @@ import pytest
 from helpers import TINY, tiny_trace, tiny_traces
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.inspection_plots import inspection_figures
-from moe_beyond.report.plots import png
+from moe_beyond.report.plots.inspection import inspection_figures
+from moe_beyond.report.plots.replay import png
 from moe_beyond.traces.analysis.contrast import contrast
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer

@@ -8,7 +8,9 @@ from helpers import TINY
 from scoring import seer
 
 from moe_beyond.geometry import load_preset
-from moe_beyond.report.page.charts import (
+from moe_beyond.report.html.sections.prediction import fixed_recall
+from moe_beyond.report.html.strategies import default_slots, page_strategies
+from moe_beyond.report.html.svg import (
     BOTTOM,
     HEIGHT,
     LEFT,
@@ -22,8 +24,6 @@ from moe_beyond.report.page.charts import (
     percent,
     reliability_chart,
 )
-from moe_beyond.report.page.prediction import fixed_recall
-from moe_beyond.report.page.replays import default_slots, page_strategies
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES
 

@@ -3,8 +3,8 @@
 import pytest
 from publishing import FIGURES
 
-from moe_beyond.report.plots import png
-from moe_beyond.report.recorded import recorded_figure, recorded_name
+from moe_beyond.report.plots.recorded import recorded_figure, recorded_name
+from moe_beyond.report.plots.replay import png
 
 
 def test_a_panel_an_evaluation_a_line_a_strategy() -> None:

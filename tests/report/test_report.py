@@ -15,10 +15,10 @@ from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.evaluation.systems import Unavailable
-from moe_beyond.report import plots
-from moe_beyond.report.pictures import TIMELINE_TOKEN, pictures
-from moe_beyond.report.plans import plan_table
-from moe_beyond.report.results import results_table, scores_words, unavailable_lines
+from moe_beyond.report.plots.files import TIMELINE_TOKEN, pictures
+from moe_beyond.report.plots.replay import replay as plots
+from moe_beyond.report.tables.results import results_table, scores_words, unavailable_lines
+from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet

@@ -20,13 +20,13 @@ from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.geometry import load_preset
 from moe_beyond.published import published_figures
-from moe_beyond.report.devices import device_rows, devices_tables
-from moe_beyond.report.inspection import inspection_tables
-from moe_beyond.report.intervals import intervals_tables
-from moe_beyond.report.plans import plan_table
-from moe_beyond.report.published import published_tables
-from moe_beyond.report.results import FIGURES, checkpoints_table, metrics_table, results_table
-from moe_beyond.report.tables import FittedTable
+from moe_beyond.report.tables.devices import device_rows, devices_tables
+from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.report.tables.inspection import inspection_tables
+from moe_beyond.report.tables.intervals import intervals_tables
+from moe_beyond.report.tables.pretrained import published_tables
+from moe_beyond.report.tables.results import FIGURES, checkpoints_table, metrics_table, results_table
+from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
 from moe_beyond.traces.analysis.contrast import contrast

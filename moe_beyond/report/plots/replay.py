@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from moe_beyond.files import replacing
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.results import scores_words
+from moe_beyond.report.tables.results import scores_words
 from moe_beyond.simulator import Result
 from moe_beyond.simulator.timeline import Timeline
 

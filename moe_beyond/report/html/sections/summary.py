@@ -5,10 +5,10 @@ from typing import Any
 
 from moe_beyond.evaluation.strategies import CLAIRVOYANT
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.page.contents import Key
-from moe_beyond.report.page.replays import at_headline
-from moe_beyond.report.page.worth import speed
-from moe_beyond.report.results import lookahead_words, scores_words
+from moe_beyond.report.html.model import Key
+from moe_beyond.report.html.sections.replay import speed
+from moe_beyond.report.html.strategies import at_headline
+from moe_beyond.report.tables.results import lookahead_words, scores_words
 from moe_beyond.simulator import Result
 
 

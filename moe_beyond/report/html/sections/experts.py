@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.page.charts import HEAT_EDGES, heat_map, swatch
-from moe_beyond.report.page.contents import NOTHING, Chart, Section, Table
+from moe_beyond.report.html.model import NOTHING, Chart, Section, Table
+from moe_beyond.report.html.svg import HEAT_EDGES, heat_map, swatch
 from moe_beyond.traces.analysis.statistics import normalized_entropy
 
 HOTTEST = 3

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from moe_beyond.predictors.training_text import marked, relation_of_figures
-from moe_beyond.report.tables import FittedTable
+from moe_beyond.report.tables.fitted import FittedTable
 
 NOTHING = "nothing recorded"
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 from moe_beyond.evaluation.strategies import CLAIRVOYANT
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.page.charts import SERIES, Line, axis, line_chart, number, percent
-from moe_beyond.report.page.contents import NOTHING, Chart, Section, Table
-from moe_beyond.report.page.replays import at_headline
-from moe_beyond.report.results import scores_words
+from moe_beyond.report.html.model import NOTHING, Chart, Section, Table
+from moe_beyond.report.html.strategies import at_headline
+from moe_beyond.report.html.svg import SERIES, Line, axis, line_chart, number, percent
+from moe_beyond.report.tables.results import scores_words
 from moe_beyond.simulator import Result
 from moe_beyond.simulator.devices import Device, device_slots
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.page.charts import SERIES, Line, axis, line_chart, number, percent, reliability_chart
-from moe_beyond.report.page.contents import NOTHING, Chart, Section, Table
-from moe_beyond.report.results import FIGURES, leaks_of, lookahead_words
+from moe_beyond.report.html.model import NOTHING, Chart, Section, Table
+from moe_beyond.report.html.svg import SERIES, Line, axis, line_chart, number, percent, reliability_chart
+from moe_beyond.report.tables.results import FIGURES, leaks_of, lookahead_words
 
 SHOWN = (
     "recall_at_k",

@@ -7,8 +7,8 @@ import yaml
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.registry import predictor_class
-from moe_beyond.report.page.contents import Section
-from moe_beyond.report.results import leaks_of
+from moe_beyond.report.html.model import Section
+from moe_beyond.report.tables.results import leaks_of
 from moe_beyond.traces.reader import TraceSet
 
 AVAILABLE = {"routed": "once a layer is routed", "computed": "once a layer is computed"}

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_beyond.report.tables import FittedTable
+from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.simulator import Result
 
 

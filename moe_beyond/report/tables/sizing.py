@@ -6,8 +6,8 @@ from rich.table import Table
 
 from moe_beyond.evaluation.sizing import Answer, Target
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.conditions import conditions
-from moe_beyond.report.tables import FittedTable
+from moe_beyond.report.tables.conditions import conditions
+from moe_beyond.report.tables.fitted import FittedTable
 
 
 def plan_table(

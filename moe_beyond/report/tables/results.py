@@ -9,8 +9,8 @@ from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.report.conditions import conditions
-from moe_beyond.report.tables import FittedTable
+from moe_beyond.report.tables.conditions import conditions
+from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.simulator import Result
 
 # Gate mass is there where gate weights are.

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.profile import Profile
-from moe_beyond.report.plots import budgets_figure, frontier_figure, layers_figure, save, timeline_figure
+from moe_beyond.report.plots.replay import budgets_figure, frontier_figure, layers_figure, save, timeline_figure
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.sequence import Sequence as Steppable
 from moe_beyond.simulator.timeline import Timeline, timeline

@@ -6,9 +6,9 @@ from typing import Any
 
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.metrics.names import of_budget, of_lookahead
-from moe_beyond.report.page.charts import SERIES, Line, axis, line_chart, number, percent
-from moe_beyond.report.page.contents import Chart, Section
-from moe_beyond.report.page.subject import replay_while_fitting
+from moe_beyond.report.html.model import Chart, Section
+from moe_beyond.report.html.source import replay_while_fitting
+from moe_beyond.report.html.svg import SERIES, Line, axis, line_chart, number, percent
 
 Curves = dict[str, list[tuple[float, float]]]
 

@@ -12,15 +12,15 @@ from moe_beyond.evaluation.run import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
 from moe_beyond.predictors.io.folder import read_config
-from moe_beyond.report.conditions import conditions
-from moe_beyond.report.page.about import limits_section, predictor_section
-from moe_beyond.report.page.curves import curves_section
-from moe_beyond.report.page.experts import experts_section
-from moe_beyond.report.page.prediction import fixed_recall, prediction_section
-from moe_beyond.report.page.subject import Subject, read_curves, read_run_config
-from moe_beyond.report.page.summary import keys
-from moe_beyond.report.page.worth import time_section, verdicts, worth_section
-from moe_beyond.report.results import leaks_of
+from moe_beyond.report.html.sections.about import limits_section, predictor_section
+from moe_beyond.report.html.sections.experts import experts_section
+from moe_beyond.report.html.sections.learning_curves import curves_section
+from moe_beyond.report.html.sections.prediction import fixed_recall, prediction_section
+from moe_beyond.report.html.sections.replay import time_section, verdicts, worth_section
+from moe_beyond.report.html.sections.summary import keys
+from moe_beyond.report.html.source import Subject, read_curves, read_run_config
+from moe_beyond.report.tables.conditions import conditions
+from moe_beyond.report.tables.results import leaks_of
 from moe_beyond.simulator.devices import Device
 from moe_beyond.traces.analysis.counts import count_routing
 from moe_beyond.traces.analysis.statistics import reuse
@@ -51,7 +51,7 @@ def write_page(
         subject: What it is about.
         traces: What was measured on.
         split: One split of them, or all.
-        found: What `evaluate` said of the strategies of `moe_beyond.report.page.replays.page_strategies`.
+        found: What `evaluate` said of the strategies of `moe_beyond.report.html.strategies.page_strategies`.
         notes: Relation of the measured text to the predictor, one sentence each, as in `MeasuredText.lines`.
         source: The predictor as `evaluate` was given it.
         devices: For which there are times.
@@ -113,7 +113,7 @@ def _warnings(leaks: Sequence[str], notes: Sequence[str]) -> list[str]:
 
 
 def _template() -> Any:
-    loader = PackageLoader("moe_beyond.report.page", ".")
+    loader = PackageLoader("moe_beyond.report.html", ".")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

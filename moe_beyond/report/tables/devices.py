@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.tables import FittedTable
+from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.simulator.devices import Device, flash_seconds, host_slots, resident_seconds, transfer_seconds
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from moe_beyond.report.plots import OPTIMUM, styles_of
-from moe_beyond.report.results import leaks_of
+from moe_beyond.report.plots.replay import OPTIMUM, styles_of
+from moe_beyond.report.tables.results import leaks_of
 
 
 def recorded_figure(evaluations: Sequence[dict[str, Any]], title: str) -> Figure:
