@@ -9,14 +9,14 @@ from helpers import there, with_holes
 from hypothesis import strategies as st
 from reference_cache import COUNTERS, ReferenceCache, Rules, split_slots, union_steps
 
-from moe_beyond.cache.inputs import Stream
 from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.geometry import Geometry
-from moe_beyond.profile import AGE_EDGES, RATE_EDGES, Profile, default_hazard
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import Device
 from moe_beyond.simulator.sequence import Group
 from moe_beyond.simulator.sequence import Sequence as Routed
+from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, Profile, default_hazard
 
 TICK = 0.125
 """Times are whole multiples of it, in seconds: their sums are exact, and can be compared for equality."""

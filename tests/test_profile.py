@@ -1,6 +1,6 @@
 import numpy as np
 
-from moe_beyond.profile import AGE_EDGES, RATE_EDGES, default_hazard
+from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, default_hazard
 
 
 def test_rates_are_spaced_evenly_in_ratio():

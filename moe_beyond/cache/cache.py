@@ -6,14 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache import core
-from moe_beyond.cache.inputs import PolicyInputs, Stream
 from moe_beyond.cache.policies import load_policy
+from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import pool_slots
 from moe_beyond.cache.prefetchers import scored
-from moe_beyond.cache.prefetchers.plan import EVERYTHING, SCORED, Plan
+from moe_beyond.cache.prefetchers.settings import EVERYTHING, SCORED, Plan
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.profile import Profile
+from moe_beyond.usage_profile import Profile
 
 
 class Cache:

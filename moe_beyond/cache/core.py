@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moe_beyond.cache.interconnect import FREE, NOW, ORDERED, QUEUED, WAITS, LinkState, is_instant, new_link, send
 from moe_beyond.cache.jit import jit
-from moe_beyond.cache.link import FREE, NOW, ORDERED, QUEUED, WAITS, LinkState, is_instant, new_link, send
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -15,11 +15,11 @@ from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.predictors.training_text import MeasuredText, Training, measured_text
-from moe_beyond.profile import Profile
 from moe_beyond.published import find_predictor
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.usage_profile import Profile
 
 DEFAULT_BUDGET = "10%"
 

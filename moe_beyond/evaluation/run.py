@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_beyond.cache.inputs import Stream
+from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import RecallSums, check_resamples, recall_intervals, result_intervals
 from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.predictors.batch import collate
-from moe_beyond.profile import Profile
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
 from moe_beyond.simulator.sequence import Grouping
@@ -23,6 +22,7 @@ from moe_beyond.simulator.sequence import Sequence as Steppable
 from moe_beyond.simulator.settings import BOUNDS
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
+from moe_beyond.usage_profile import Profile
 
 BLOCK_TOKENS = 4096
 """Tokens whose scores are in memory at once, at least; strategies share a block, each on a core of its own."""

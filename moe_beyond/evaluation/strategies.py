@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, SCORED, parse_prefetch
+from moe_beyond.cache.prefetchers.settings import ADAPTIVE, MOE_INFINITY, SCORED, parse_prefetch
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead

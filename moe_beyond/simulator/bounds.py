@@ -4,13 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache import core
+from moe_beyond.cache.interconnect import BUSY, TRANSFER, LinkState, load_seconds
 from moe_beyond.cache.jit import jit
-from moe_beyond.cache.link import BUSY, TRANSFER, LinkState, load_seconds
 from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
-from moe_beyond.simulator.links import idle_link
+from moe_beyond.simulator.interconnects import idle_link
 from moe_beyond.simulator.result import Clock, Result, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, Sequence
 from moe_beyond.simulator.settings import ReplaySettings

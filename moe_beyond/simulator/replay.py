@@ -5,21 +5,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache import core, link
-from moe_beyond.cache.inputs import PolicyInputs, Stream
+from moe_beyond.cache import core
+from moe_beyond.cache import interconnect as link
+from moe_beyond.cache.engine import Timing, run, run_accesses
 from moe_beyond.cache.policies import load_policy
+from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import most_used, pool_slots
-from moe_beyond.cache.prefetchers.plan import Outlook
-from moe_beyond.cache.steps import Timing, run, run_accesses
+from moe_beyond.cache.prefetchers.settings import Outlook
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.profile import Profile
 from moe_beyond.simulator import devices
-from moe_beyond.simulator.links import idle_link
+from moe_beyond.simulator.interconnects import idle_link
 from moe_beyond.simulator.result import Clock, Result, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, Sequence
 from moe_beyond.simulator.settings import ReplaySettings
 from moe_beyond.simulator.sums import SequenceSums
+from moe_beyond.usage_profile import Profile
 
 NO_SPANS = np.zeros((0, 3))
 LOGGED_PER_EVENT = 64

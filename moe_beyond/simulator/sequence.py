@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.inputs import Stream
-from moe_beyond.cache.steps import Steps
+from moe_beyond.cache.engine import Steps
+from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.settings import ReplaySettings

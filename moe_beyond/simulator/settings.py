@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_beyond.cache.core import ignore_event, ignore_scores
 from moe_beyond.cache.policies import POLICIES, load_policy
-from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, NONE, ORACLE, SCORED, Plan, parse_prefetch
+from moe_beyond.cache.prefetchers.settings import ADAPTIVE, MOE_INFINITY, NONE, ORACLE, SCORED, Plan, parse_prefetch
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead

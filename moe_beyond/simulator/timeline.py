@@ -6,10 +6,10 @@ import numpy as np
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.profile import Profile
 from moe_beyond.simulator.replay import Replay
 from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.simulator.settings import ReplaySettings
+from moe_beyond.usage_profile import Profile
 
 Spans = list[tuple[float, float]]
 """Begin and end, in seconds on the clock of the replay."""

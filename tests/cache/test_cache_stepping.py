@@ -251,7 +251,7 @@ import sys
 import numpy as np
 from moe_beyond.cache.cache import Cache
 from moe_beyond.geometry import Geometry
-from moe_beyond.profile import Profile, default_hazard
+from moe_beyond.usage_profile import Profile, default_hazard
 
 geometry = Geometry("small", (0, 1), 4, 1, 1, 1)
 profile = Profile(np.full((2, 4), 0.25), default_hazard())

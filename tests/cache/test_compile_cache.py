@@ -15,7 +15,7 @@ from moe_beyond import compiling
 SCRIPT = """
 import json
 import numpy as np
-from moe_beyond.cache import steps
+from moe_beyond.cache import engine as steps
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings
 

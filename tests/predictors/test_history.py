@@ -10,8 +10,8 @@ from predictor_variants import LONG, random_trace
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.history import AGES, RATES, History, _Past
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES
 from moe_beyond.traces.trace import Trace
+from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES
 
 SMALL = Geometry("small", (0,), num_experts=16, top_k=1, params_per_expert=1, other_params_per_layer=1)
 VOCAB = 64

@@ -8,8 +8,8 @@ from predictor_variants import LONG, random_trace
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.profile import default_hazard
 from moe_beyond.traces.trace import Trace
+from moe_beyond.usage_profile import default_hazard
 
 SMALL = Geometry("small", (0, 1), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)
 VOCAB = 10

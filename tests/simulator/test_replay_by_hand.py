@@ -6,10 +6,10 @@ from cache_cases import TICK, replay, scored, small_geometry, ticking
 
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
-from moe_beyond.profile import Profile
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import Device
 from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.usage_profile import Profile
 
 COLUMNS = ("hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches", "wasted_prefetches")
 ALWAYS_ADMITTING = tuple(p for p in POLICIES if p not in ("belief", "moe_infinity", "belady_bypass", "static"))

@@ -7,8 +7,8 @@ from cache_cases import small_geometry, ticking
 from moe_beyond.cache.cache import Cache
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
-from moe_beyond.profile import Profile, default_hazard
 from moe_beyond.simulator import Replay, ReplaySettings
+from moe_beyond.usage_profile import Profile, default_hazard
 
 GEOMETRY = small_geometry(3, 8, 2)
 EXPERTS = np.array([[[0, 1], [2, 3], [4, 5]]] * 4, np.uint8)

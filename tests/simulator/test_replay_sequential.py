@@ -12,8 +12,8 @@ from helpers import with_holes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_beyond.cache.inputs import Stream
 from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.settings import BOUNDS

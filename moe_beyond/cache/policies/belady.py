@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_beyond.cache.core import EVENT, MARK, PLACE, CacheState, Ints, Verbs, is_held
-from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
+from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ("future",)
 OFFERS_SCORES = False

@@ -6,9 +6,9 @@ expert computes there, and is retained only if it is used again sooner than some
 """
 
 from moe_beyond.cache.core import CacheState, Verbs
-from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies import belady
+from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ("future",)
 OFFERS_SCORES = False

@@ -9,7 +9,7 @@ p is the predictor's score where one is known, else the history's. q is the hist
 the run when the run before it was over (lookahead ``next``): what was near to be used then and is not now may be soon.
 
 The history's probability is calibrated: it is looked up in a table, counted on training text, by how many tokens ago
-the expert was last used in this sequence and by how often it is used (`moe_beyond.profile`). Without a profile all
+the expert was last used in this sequence and by how often it is used (`moe_beyond.usage_profile`). Without a profile all
 experts count as equally popular, and a table of the same shape stands in. A prefetch that would be the worst resident
 is not made.
 """
@@ -31,10 +31,10 @@ from moe_beyond.cache.core import (
     is_held,
     unsigned,
 )
-from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import events_ahead, layers_ahead
-from moe_beyond.profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, default_hazard
+from moe_beyond.cache.policy_inputs import PolicyInputs
+from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, default_hazard
 
 NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_beyond.cache.core import MOMENT, STEP, CacheState, Ints, Verbs, ignore_expert
-from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import events_ahead, least
+from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False

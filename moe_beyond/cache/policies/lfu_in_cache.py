@@ -4,9 +4,9 @@ A larger budget can have fewer hits: the counts that decide are of other stays.
 """
 
 from moe_beyond.cache.core import CacheState, Verbs
-from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies import lfu
+from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache.core import LAST, POOL, CacheState, Verbs, is_held, unsigned
-from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
+from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_beyond.cache.core import IN_LAYER, LAST, CacheState, Floats, Verbs, ignore_expert
-from moe_beyond.cache.inputs import PolicyInputs
 from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import least
+from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ("scores",)
 OFFERS_SCORES = False

@@ -8,10 +8,10 @@ worth, and to take the best that still fits is the optimum for jobs of one lengt
 import numpy as np
 
 from moe_beyond.cache.core import IN_LAYER, LAYER, MARKED, NAMED, ORDER, PLACE, CacheState, Ints
+from moe_beyond.cache.interconnect import FREE, NOW, duration
 from moe_beyond.cache.jit import jit
-from moe_beyond.cache.link import FREE, NOW, duration
 from moe_beyond.cache.prefetchers import scored
-from moe_beyond.cache.prefetchers.plan import Outlook, Plan
+from moe_beyond.cache.prefetchers.settings import Outlook, Plan
 
 
 @jit

@@ -7,9 +7,9 @@ time, the link limits what is brought in; where they take none, K transfers an e
 import numpy as np
 
 from moe_beyond.cache.core import IN_LAYER, LAYER, NAMED, PLACE, CacheState
+from moe_beyond.cache.interconnect import FREE, NOW, TRANSFER, is_instant
 from moe_beyond.cache.jit import jit
-from moe_beyond.cache.link import FREE, NOW, TRANSFER, is_instant
-from moe_beyond.cache.prefetchers.plan import Outlook, Plan
+from moe_beyond.cache.prefetchers.settings import Outlook, Plan
 
 EPSILON = 1e-8
 MOST = 64

@@ -6,7 +6,7 @@ missing next, and never for it evict what is needed sooner.
 
 from moe_beyond.cache.core import CAPACITY, MARKED, NAMED, ORDER, POOL, CacheState
 from moe_beyond.cache.jit import jit
-from moe_beyond.cache.prefetchers.plan import Outlook, Plan
+from moe_beyond.cache.prefetchers.settings import Outlook, Plan
 
 
 @jit

@@ -4,7 +4,7 @@ import numpy as np
 
 from moe_beyond.cache.core import NAMED, ORDER, CacheState, unsigned
 from moe_beyond.cache.jit import jit_apart
-from moe_beyond.cache.prefetchers.plan import Plan
+from moe_beyond.cache.prefetchers.settings import Plan
 
 LEAST, MOST = -(2**63), 2**63 - 1
 

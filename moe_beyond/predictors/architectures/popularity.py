@@ -10,7 +10,7 @@ from moe_beyond.predictors.base import CountingPredictor, Stepper
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.stepper import WholeTokenStepper
-from moe_beyond.profile import Profile, default_hazard
+from moe_beyond.usage_profile import Profile, default_hazard
 
 
 class Popularity(CountingPredictor):

@@ -6,12 +6,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from moe_beyond.evaluation.sources import ScoreSource
-from moe_beyond.profile import Profile
 from moe_beyond.report.plots.replay import budgets_figure, frontier_figure, layers_figure, save, timeline_figure
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.sequence import Sequence as Steppable
 from moe_beyond.simulator.timeline import Timeline, timeline
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.usage_profile import Profile
 
 TIMELINE_TOKEN = 12
 """Which token of the first long enough sequence a timeline shows: the cache is warm by then."""

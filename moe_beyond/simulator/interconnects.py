@@ -1,6 +1,6 @@
 """A device's link as a sequence finds it."""
 
-from moe_beyond.cache.link import LinkState, first_hosted, new_link
+from moe_beyond.cache.interconnect import LinkState, first_hosted, new_link
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.devices import flash_seconds, host_slots, transfer_seconds
 from moe_beyond.simulator.settings import ReplaySettings

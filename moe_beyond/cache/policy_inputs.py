@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.profile import Profile
 from moe_beyond.traces.schema import expert_ids
+from moe_beyond.usage_profile import Profile
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

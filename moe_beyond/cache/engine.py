@@ -34,10 +34,10 @@ from moe_beyond.cache.core import (
     start_step,
     unsigned,
 )
+from moe_beyond.cache.interconnect import NOW, QUEUED, is_instant
 from moe_beyond.cache.jit import jit
-from moe_beyond.cache.link import NOW, QUEUED, is_instant
 from moe_beyond.cache.prefetchers import adaptive, moe_infinity, oracle, scored
-from moe_beyond.cache.prefetchers.plan import ADAPTIVE, MOE_INFINITY, NONE, ORACLE, SCORED, Outlook, Plan
+from moe_beyond.cache.prefetchers.settings import ADAPTIVE, MOE_INFINITY, NONE, ORACLE, SCORED, Outlook, Plan
 
 
 class Steps(NamedTuple):
