@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.prompts import Prompt, as_prompts
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.checkpoints import find_source, find_trained, load_trained
@@ -152,7 +152,7 @@ def record(
         prompts: Texts; chats, each a list of messages with ``role`` and ``content``; records as a ``.jsonl`` file holds
             them; or `Prompt` objects with names, sources and splits of their own.
         out: The trace set to make.
-        **options: Fields of `moe_beyond.collect.asked.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
+        **options: Fields of `moe_beyond.collect.config.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
             ``steering``, ...
 
     Raises:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from moe_beyond.callbacks import CacheReplay, ExportBest
-from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.run import Evaluation, evaluate

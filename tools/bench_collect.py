@@ -30,12 +30,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt, read_prompts
 from moe_beyond.collect.recorder import recording
-from moe_beyond.collect.routers import find_routers
+from moe_beyond.collect.router_probe import find_routers
 from moe_beyond.files import write_json
 from moe_beyond.published import checkpoints_folder
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from train_small_moe import is_held_out
 
-from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.evaluation.run import evaluate

@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import read_prompts
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder, published_source

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
-from moe_beyond.collect.asked import Collection, Rank
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.out_folder import check_out, pieces_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError, unknown

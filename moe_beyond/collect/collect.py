@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe_beyond.collect.asked import Collection, Rank, Row
-from moe_beyond.collect.batch import check_trace, record_batch
+from moe_beyond.collect.config import Collection, Rank, Row
 from moe_beyond.collect.devices import embedding_rows, input_device
-from moe_beyond.collect.forcing import forcing
+from moe_beyond.collect.forward import check_trace, record_batch
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.out_folder import check_out, pieces_folder
-from moe_beyond.collect.pieces import (
+from moe_beyond.collect.prompts import Prompt
+from moe_beyond.collect.recorder import recording
+from moe_beyond.collect.resume import (
     WAIT_SECONDS,
     WHOLE,
     alone,
@@ -36,11 +37,10 @@ from moe_beyond.collect.pieces import (
     request_of,
     write_piece,
 )
-from moe_beyond.collect.prompts import Prompt
-from moe_beyond.collect.recorder import recording
-from moe_beyond.collect.routers import Router, find_routers, stored_routers
+from moe_beyond.collect.router_probe import Router, find_routers, stored_routers
+from moe_beyond.collect.steering import forcing
 from moe_beyond.collect.tokenize import tokenize_prompts
-from moe_beyond.collect.vocabulary import RecordedTokenizer, recorded_tokenizer
+from moe_beyond.collect.tokenizer_files import RecordedTokenizer, recorded_tokenizer
 from moe_beyond.errors import UserError
 from moe_beyond.fields import printable
 from moe_beyond.files import is_taken

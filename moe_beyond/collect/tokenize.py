@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moe_beyond.collect.asked import Collection, Row
+from moe_beyond.collect.config import Collection, Row
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief, shown

@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 
 from moe_beyond.cli.main import main
 from moe_beyond.collect import devices
-from moe_beyond.collect.batch import _half
 from moe_beyond.collect.devices import placement
+from moe_beyond.collect.forward import _half
 from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_beyond.cli.main import main
 from moe_beyond.collect import collect as collecting
-from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.forcing import MARGIN, forcing
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import LAYER, recording
-from moe_beyond.collect.routers import find_routers
+from moe_beyond.collect.router_probe import find_routers
+from moe_beyond.collect.steering import MARGIN, forcing
 from moe_beyond.errors import UserError
 from moe_beyond.hub.traces import traces_card
 from moe_beyond.published import checkpoints_folder

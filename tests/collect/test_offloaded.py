@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import moe_beyond as mb
 from moe_beyond.cli.main import main
 from moe_beyond.collect.devices import describe, input_device
-from moe_beyond.collect.pieces import _differences, digest, digests
+from moe_beyond.collect.resume import _differences, digest, digests
 from moe_beyond.errors import UserError
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.traces.reader import TraceSet

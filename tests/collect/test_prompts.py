@@ -13,7 +13,7 @@ from hub_stand_in import Hub
 from transformers import AutoConfig, AutoTokenizer
 
 import moe_beyond.collect.prompts as reading
-from moe_beyond.collect.asked import Collection
+from moe_beyond.collect.config import Collection
 from moe_beyond.collect.prompts import Prompt, as_prompts, read_prompts
 from moe_beyond.collect.tokenize import token_ids_of, tokenize_prompts
 from moe_beyond.errors import UserError

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 import moe_beyond as mb
 from moe_beyond.cli.main import main
 from moe_beyond.collect import collect as collecting
-from moe_beyond.collect import vocabulary
-from moe_beyond.collect.vocabulary import recorded_tokenizer
+from moe_beyond.collect import tokenizer_files as vocabulary
+from moe_beyond.collect.tokenizer_files import recorded_tokenizer
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits

@@ -20,12 +20,12 @@ from test_routers import PROMPT, groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_beyond.cli.main import main
-from moe_beyond.collect.asked import Collection, Rank
 from moe_beyond.collect.collect import collect
+from moe_beyond.collect.config import Collection, Rank
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
-from moe_beyond.collect.routers import find_routers, stored_routers
+from moe_beyond.collect.router_probe import find_routers, stored_routers
 from moe_beyond.errors import UserError
 from moe_beyond.published import checkpoints_folder
 from moe_beyond.router_activations import SCORINGS

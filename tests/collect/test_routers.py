@@ -9,10 +9,10 @@ from moe_architectures import EXPERTS, HIDDEN, IDENTITIES
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_beyond.collect.forcing import forcing
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.recorder import recording
-from moe_beyond.collect.routers import Router, find_routers
+from moe_beyond.collect.router_probe import Router, find_routers
+from moe_beyond.collect.steering import forcing
 from moe_beyond.traces.steering import Steering
 
 WITHOUT = {"deepseek_v4": ((0, 1, 2), "its first layers look the experts up in a table of tokens")}

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from moe_beyond.collect.forcing import forcing
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.recorder import recording
-from moe_beyond.collect.routers import find_routers
+from moe_beyond.collect.router_probe import find_routers
+from moe_beyond.collect.steering import forcing
 from moe_beyond.errors import UserError
 from moe_beyond.traces.steering import Steering
 

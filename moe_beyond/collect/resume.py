@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from moe_beyond.collect.asked import Collection, Rank, Row
-from moe_beyond.collect.vocabulary import RecordedTokenizer
+from moe_beyond.collect.config import Collection, Rank, Row
+from moe_beyond.collect.tokenizer_files import RecordedTokenizer
 from moe_beyond.errors import UserError
 from moe_beyond.files import is_taken, read_json, replacing, write_json
 from moe_beyond.geometry import Geometry

@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_beyond.collect.recorder import find_experts, recording
-from moe_beyond.collect.routers import CHOICES, Mixture, Router, find_routers, is_weight, product_of, read_probe, within
+from moe_beyond.collect.router_probe import (
+    CHOICES,
+    Mixture,
+    Router,
+    find_routers,
+    is_weight,
+    product_of,
+    read_probe,
+    within,
+)
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.steering import Steering

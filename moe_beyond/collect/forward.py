@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moe_beyond.collect.asked import Collection, Row
+from moe_beyond.collect.config import Collection, Row
 from moe_beyond.collect.devices import input_device
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import LARGEST, Call, Recorder

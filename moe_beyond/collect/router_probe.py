@@ -6,7 +6,7 @@ model reads a few random tokens while `Watch` keeps the products and the choices
 product whose scores choose what was recorded.
 
 For saving routers beside hidden states, so that scores can be computed of any layer's states; and for steering
-(`moe_beyond.collect.forcing`).
+(`moe_beyond.collect.steering`).
 """
 
 import itertools
