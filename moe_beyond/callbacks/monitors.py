@@ -3,7 +3,7 @@
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moe_beyond.callbacks.replay import CacheReplay
+from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.metrics.names import EQUAL, of_lookahead

@@ -23,12 +23,12 @@ import moe_beyond.callbacks
 import moe_beyond.datamodules
 import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
 from moe_beyond.callbacks import TrackWandb
-from moe_beyond.callbacks.config import KeepConfig
+from moe_beyond.callbacks.epoch_summary import EpochLines
 from moe_beyond.callbacks.export import export_folder
-from moe_beyond.callbacks.lines import EpochLines
 from moe_beyond.callbacks.monitors import check_monitors
 from moe_beyond.callbacks.run import run_folder
-from moe_beyond.callbacks.scores import WriteScores
+from moe_beyond.callbacks.save_config import KeepConfig
+from moe_beyond.callbacks.write_scores import WriteScores
 from moe_beyond.cli.config_files import ConfigFile, guard_yaml
 from moe_beyond.cli.options import ExampleAsWritten, Output, add_output, example_text
 from moe_beyond.cli.resuming import (

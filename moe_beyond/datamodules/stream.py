@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
-from moe_beyond.datamodules.plan import Piece, PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import Piece, PlanSettings, plan_batches
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.traces.manifest import ShardInfo
 from moe_beyond.traces.reader import Shard, TraceSet

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from moe_beyond.datamodules.plan import PlanSettings, plan_batches, whole_in_order
+from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches, whole_in_order
 from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_beyond.datamodules.plan import Piece, PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import Piece, PlanSettings, plan_batches
 from moe_beyond.datamodules.stream import PlannedBatches
 
 shards = st.lists(

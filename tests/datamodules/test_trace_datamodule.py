@@ -12,7 +12,7 @@ from helpers import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
 from predictor_variants import counted
 
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.datamodules.plan import PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches
 from moe_beyond.datamodules.stream import ShardedTraces
 from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.callbacks.export import ExportBest
-from moe_beyond.callbacks.replay import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.simulator import Result
