@@ -34,7 +34,7 @@ from moe_beyond.fields import shown
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.training_text import MeasuredText
-from moe_beyond.published import CONFIG_FILE, published_predictors
+from moe_beyond.pretrained import CONFIG_FILE, published_predictors
 from moe_beyond.report.plots.replay import budgets_figure, frontier_figure
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import Result

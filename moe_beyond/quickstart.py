@@ -27,7 +27,7 @@ from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.report.plots.replay import budgets_figure, save
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import ReplaySettings

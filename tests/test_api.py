@@ -16,7 +16,7 @@ import moe_beyond as mb
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import budget_slots
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:measured on split validation", "ignore:.*expect (less|a little less)")
 

@@ -15,7 +15,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.published import find_predictor, find_pretrained, published_predictors
+from moe_beyond.pretrained import find_predictor, find_pretrained, published_predictors
 
 
 def put(hub: Hub, folder: Path, name: str = "org/tiny", kind: str = "models", **more: bytes) -> str:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_beyond import published
+from moe_beyond import pretrained as published
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.io.folder import load_predictor, read_config
-from moe_beyond.published import checkpoints_folder, find_predictor, published_predictors
+from moe_beyond.pretrained import checkpoints_folder, find_predictor, published_predictors
 
 
 def test_every_published_predictor_loads_and_says_what_it_was_fitted_on() -> None:
@@ -48,5 +48,5 @@ def test_an_installed_package_finds_them_inside_itself(tmp_path: Path, monkeypat
     package = tmp_path / "moe_beyond"
     (package / "checkpoints" / "a.b").mkdir(parents=True)
     (package / "checkpoints" / "a.b" / "config.json").write_text("{}")
-    monkeypatch.setattr(published, "__file__", str(package / "published.py"))
+    monkeypatch.setattr(published, "__file__", str(package / "pretrained.py"))
     assert published_predictors() == ["a.b"]

@@ -9,7 +9,7 @@ import pytest
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.traces.analysis.counts import count_routing
 from moe_beyond.traces.reader import TraceSet
 

@@ -27,7 +27,7 @@ from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder, published_source
 from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.files import write_json
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.traces.formats.libcachesim import write_oracle_general

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from moe_beyond.files import write_json
 from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import find_predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import none_id
 

@@ -22,7 +22,7 @@ from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
 from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.geometry import load_preset
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.tasks import TokenTable
 from moe_beyond.traces.formats.moe_beyond_csv import import_moe_beyond_csv

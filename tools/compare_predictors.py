@@ -35,7 +35,7 @@ from moe_beyond.geometry import budget_slots
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.predictors.registry import predictor_class
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.traces.reader import TraceSet
 

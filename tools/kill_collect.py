@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.files import write_json
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 

@@ -40,7 +40,7 @@ from moe_beyond.files import write_json
 from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.metrics.routing import RoutingMetrics
 from moe_beyond.predictors.batch import collate
-from moe_beyond.published import checkpoints_folder, find_predictor
+from moe_beyond.pretrained import checkpoints_folder, find_predictor
 from moe_beyond.quickstart import bundled_prompts
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.replay import Replay

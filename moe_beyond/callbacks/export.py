@@ -18,7 +18,7 @@ from moe_beyond.predictors.calibration import Calibration, calibrate
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
 from moe_beyond.predictors.io.folder import load_predictor, save_predictor
 from moe_beyond.predictors.training_text import recorded_uses, seen_by
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.base import PredictorTask
 
 

@@ -12,7 +12,7 @@ from moe_beyond.cli.slips import option_strings
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.systems import SYSTEMS
 from moe_beyond.geometry import PRESETS
-from moe_beyond.published import published_predictors
+from moe_beyond.pretrained import published_predictors
 from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.traces.exporters import EXPORTERS
 from moe_beyond.traces.formats import IMPORTERS

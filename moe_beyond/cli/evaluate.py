@@ -25,7 +25,7 @@ from moe_beyond.evaluation.strategies import beside
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.io.card import around_figures, record_figures
 from moe_beyond.predictors.training_text import MeasuredText, Relation
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import find_predictor
 from moe_beyond.report.tables.intervals import intervals_tables
 from moe_beyond.report.tables.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.traces.reader import TraceSet

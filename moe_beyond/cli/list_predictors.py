@@ -3,7 +3,7 @@
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, parser
-from moe_beyond.published import published_figures
+from moe_beyond.pretrained import published_figures
 from moe_beyond.report.tables.pretrained import published_tables
 
 

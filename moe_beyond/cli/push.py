@@ -4,7 +4,7 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, parser
 from moe_beyond.hub.push import Upload, check_trained_on, prepare, push
-from moe_beyond.published import CARD_FILE, find_predictor
+from moe_beyond.pretrained import CARD_FILE, find_predictor
 
 
 def options() -> ArgumentParser:

@@ -20,7 +20,7 @@ from moe_beyond.download import (
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.fields import brief, printable
 from moe_beyond.files import read_json
-from moe_beyond.published import CONFIG_FILE, WEIGHTS_FILE, checkpoints_folder
+from moe_beyond.pretrained import CONFIG_FILE, WEIGHTS_FILE, checkpoints_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_pred
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.checkpoint import Checkpoint, load_checkpoint
 from moe_beyond.predictors.io.folder import load_predictor, read_config
-from moe_beyond.published import CONFIG_FILE as PREDICTOR_CONFIG
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import CONFIG_FILE as PREDICTOR_CONFIG
+from moe_beyond.pretrained import find_predictor
 
 CONFIG_FILE = "config.yaml"
 EXPORTED = "predictor"

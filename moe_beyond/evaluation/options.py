@@ -15,7 +15,7 @@ from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.predictors.training_text import MeasuredText, Training, measured_text
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet

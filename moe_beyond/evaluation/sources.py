@@ -18,7 +18,7 @@ from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config
 from moe_beyond.predictors.training_text import Training
-from moe_beyond.published import checkpoints_folder, published_predictors
+from moe_beyond.pretrained import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 

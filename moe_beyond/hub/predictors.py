@@ -13,7 +13,7 @@ from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.io.folder import load_predictor, read_config
 from moe_beyond.predictors.training_text import marked, relation_of_figures
-from moe_beyond.published import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.report.plots.recorded import recorded_figure, recorded_name
 from moe_beyond.report.plots.replay import png
 from moe_beyond.report.tables.results import lookahead_words

@@ -8,7 +8,7 @@ from huggingface_hub import DatasetCard
 from moe_beyond.errors import UserError
 from moe_beyond.files import file_in
 from moe_beyond.hub.card import add_tags, add_usage, read_card
-from moe_beyond.published import CARD_FILE
+from moe_beyond.pretrained import CARD_FILE
 from moe_beyond.traces.card import author, configs, traces_card
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet

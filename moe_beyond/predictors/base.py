@@ -19,7 +19,7 @@ from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.objectives import subset_shift
 from moe_beyond.predictors.stepping.activation import LINKS, link_now
-from moe_beyond.published import find_pretrained
+from moe_beyond.pretrained import find_pretrained
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import none_id
 

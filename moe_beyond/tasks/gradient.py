@@ -15,7 +15,7 @@ from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config
 from moe_beyond.predictors.limits import OPTIMIZATION
-from moe_beyond.published import find_predictor
+from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.base import PredictorTask
 
 

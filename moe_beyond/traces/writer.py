@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from moe_beyond.errors import UserError
 from moe_beyond.fields import is_plain_name, shown
 from moe_beyond.files import replacing_folder, write_json
-from moe_beyond.published import CARD_FILE
+from moe_beyond.pretrained import CARD_FILE
 from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states

@@ -7,7 +7,7 @@ import pytest
 
 from moe_beyond.cli.completion import LIGHTNING, completion_script
 from moe_beyond.cli.main import VERBS, main
-from moe_beyond.published import published_predictors
+from moe_beyond.pretrained import published_predictors
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny_traces
 from scoring import history_folder, scores_folder
 
-from moe_beyond import published
+from moe_beyond import pretrained as published
 from moe_beyond.cli.main import main
 from moe_beyond.traces.reader import TraceSet
 

@@ -8,7 +8,7 @@ import pytest
 from fitting import Run
 from helpers import error_line, tiny_traces
 
-from moe_beyond import published
+from moe_beyond import pretrained as published
 from moe_beyond.cli.evaluate import _command
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.io.folder import load_predictor

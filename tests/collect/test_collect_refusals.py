@@ -13,7 +13,7 @@ from helpers import error_line, failure, tiny_traces
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_beyond.cli.main import main
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.traces.reader import TraceSet
 
 SMALL = checkpoints_folder() / "small-moe"

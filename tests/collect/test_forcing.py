@@ -26,7 +26,7 @@ from moe_beyond.collect.router_probe import find_routers
 from moe_beyond.collect.steering import MARGIN, forcing
 from moe_beyond.errors import UserError
 from moe_beyond.hub.traces import traces_card
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.steering import Steering
 

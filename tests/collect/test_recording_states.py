@@ -27,7 +27,7 @@ from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.router_probe import find_routers, stored_routers
 from moe_beyond.errors import UserError
-from moe_beyond.published import checkpoints_folder
+from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.router_activations import SCORINGS
 from moe_beyond.traces.reader import TraceSet
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY, tiny_trace, word_tokenizer
 from scoring import history_folder, seer
 
-from moe_beyond import published
+from moe_beyond import pretrained as published
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import published_source
 from moe_beyond.evaluation.systems import SYSTEMS, system_names, system_strategies
@@ -91,7 +91,7 @@ def test_only_a_predictor_of_the_same_checkpoint_and_tokenizer_serves(
     package = tmp_path / "package"
     training = {"model_id": "m", "tokenizer": {"name": "t", "sha256": traces.manifest.tokenizer.sha256}}
     history_folder(package / "checkpoints" / "history.m-b", traces, **training)
-    monkeypatch.setattr(published, "__file__", str(package / "published.py"))
+    monkeypatch.setattr(published, "__file__", str(package / "pretrained.py"))
     found = published_source("history", traces)
     assert found is not None
     assert (found.name, found.lookaheads) == ("history.m-b", ("token",))

@@ -19,7 +19,7 @@ from moe_beyond.evaluation.run import Evaluation, evaluate
 from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.geometry import load_preset
-from moe_beyond.published import published_figures
+from moe_beyond.pretrained import published_figures
 from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.report.tables.inspection import inspection_tables

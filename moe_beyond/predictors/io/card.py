@@ -7,7 +7,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.training_text import Relation, Training, relation_of_figures
-from moe_beyond.published import CARD_FILE, CONFIG_FILE
+from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE
 
 MARKS = {
     Relation.TRAINING: ("**Training text**: the predictor was fitted on this text; expect less on other text.\n",),

@@ -16,7 +16,7 @@ from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.registry import create
-from moe_beyond.published import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
 from moe_beyond.version import __version__
 

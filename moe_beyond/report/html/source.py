@@ -14,7 +14,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.checkpoints import CONFIG_FILE as RUN_CONFIG
 from moe_beyond.evaluation.checkpoints import EXPORTED, is_run
 from moe_beyond.fields import brief
-from moe_beyond.published import CONFIG_FILE, find_predictor
+from moe_beyond.pretrained import CONFIG_FILE, find_predictor
 
 METRICS_FILE = "metrics.csv"
 SECRET = re.compile(r"(?:.*_)?(?:key|token|password|secret)s?", re.IGNORECASE)

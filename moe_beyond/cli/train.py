@@ -40,7 +40,7 @@ from moe_beyond.cli.resuming import (
     with_resume,
 )
 from moe_beyond.cli.slips import OneLineErrors, one_line
-from moe_beyond.cli.tracking import discard_offline_run, finishing_wandb, settle_wandb
+from moe_beyond.cli.wandb_mode import discard_offline_run, finishing_wandb, settle_wandb
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
