@@ -1,7 +1,6 @@
 """Fixtures that several test folders share."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +9,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from _helpers.common import tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
+from _helpers.hub_stand_in import TOKEN, Hub, running_hub
 from hypothesis import settings
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
-from helpers import tiny_traces
-from hub_stand_in import TOKEN, Hub, running_hub
 
 from moe_beyond.traces.reader import TraceSet
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fitting import Run
+from _helpers.fitting import Run
+from _helpers.scoring import history_folder
 from matplotlib.figure import Figure
 from rich.table import Table
-from scoring import history_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_beyond as mb

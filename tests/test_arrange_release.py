@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_tools import TOOLS, release, run
+from _helpers.common import release
+from _helpers.tools import TOOLS, run
 
 PREDICTIONS = "webglm_moe_beyond_predictions/prompt_{}_data_predicted.csv"
 RECORDINGS = "webglm/prompt_{}_data_formatted.csv"

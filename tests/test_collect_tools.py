@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, tiny_trace, tiny_traces
-from test_tools import TOOLS, run
+from _helpers.common import TINY, tiny_trace, tiny_traces
+from _helpers.tools import TOOLS, run
 
 import moe_beyond as mb
 from moe_beyond.traces.manifest import Manifest, Tokenizer

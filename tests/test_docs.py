@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, release
-from predictor_variants import Variant
+from _helpers.common import TINY, release
+from _helpers.predictor_variants import Variant
+from _helpers.recordings import random_experts
 from predictors import test_contracts
-from recordings import random_experts
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import load_preset

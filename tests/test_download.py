@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS
-from helpers import error_line, tiny_traces
-from hub_stand_in import Hub, Repository
+from _helpers.common import error_line, tiny_traces
+from _helpers.fitting import CONFIGS
+from _helpers.hub_stand_in import Hub, Repository
+from _helpers.publishing import edit_config, predictor_folder
 from huggingface_hub import constants
-from publishing import edit_config, predictor_folder
 
 from moe_beyond.callbacks.export import _lender
 from moe_beyond.cli.main import main

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, release, tiny_traces
+from _helpers.common import TINY, release, tiny_traces
+from _helpers.tools import TOOLS, run
 
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.predictors.registry import create
 from moe_beyond.traces.reader import TraceSet
-
-TOOLS = Path(__file__).parents[1] / "tools"
-
-
-def run(name: str, *words: str) -> str:
-    done = subprocess.run([sys.executable, str(TOOLS / name), *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_repeated_set_streams_and_shares_no_routing(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def completion_script(shell: str) -> str:
         "--model": list(PRESETS),
         "--scope": ["global", "per-layer"],
     }
-    known = {verb: LIGHTNING if module == "lightning" else _options(module) for verb, (module, _) in VERBS.items()}
+    known = {verb: LIGHTNING if module == "train" else _options(module) for verb, (module, _) in VERBS.items()}
     arguments = {
         "import": list(IMPORTERS),
         "export": list(EXPORTERS),

@@ -5,11 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-from cache_cases import Case, cases, small_geometry
+from _helpers.cache_cases import Case, cases, small_geometry
+from _helpers.reference_cache import COUNTERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from reference_cache import COUNTERS
 
 from moe_beyond.cache import core
 from moe_beyond.cache.cache import Cache

@@ -5,8 +5,8 @@ from typing import Any
 
 import lightning as L
 import pytest
-from fitting import TINY_CROSS_LAYER
-from helpers import tiny_traces
+from _helpers.common import tiny_traces
+from _helpers.fitting import TINY_CROSS_LAYER
 
 from moe_beyond.callbacks import CacheReplay
 from moe_beyond.datamodules import TraceDataModule

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
 
 from moe_beyond.cli.main import main
 from moe_beyond.datamodules import TraceDataModule

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER, Run
-from hub_stand_in import Hub
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run
+from _helpers.hub_stand_in import Hub
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.base import Predictor

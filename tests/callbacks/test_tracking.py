@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER, fit
-from helpers import TINY, tiny_traces
-from wandb_files import OfflineRun, offline_runs
+from _helpers.common import TINY, tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, fit
+from _helpers.wandb_files import OfflineRun, offline_runs
 
 import moe_beyond
 from moe_beyond.cli.main import main

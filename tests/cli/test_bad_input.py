@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, Run
-from helpers import TINY, tiny_traces
+from _helpers.common import TINY, tiny_traces
+from _helpers.fitting import CONFIGS, Run
 
 from moe_beyond.cli.main import main
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import hash_scores
-from helpers import error_line, tiny_traces
+from _helpers.common import error_line, tiny_traces
+from _helpers.damage import hash_scores
+from _helpers.scoring import history_folder, scores_folder
 from safetensors.numpy import load_file, save_file
-from scoring import history_folder, scores_folder
 
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.folder import save_predictor

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import error_line, tiny_traces
-from scoring import history_folder
+from _helpers.common import error_line, tiny_traces
+from _helpers.scoring import history_folder
 
 from moe_beyond.cli.main import main
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import failure
+from _helpers.common import failure
 
 from moe_beyond.cli.config_files import MOST_VALUES, read_yaml
 from moe_beyond.errors import UserError

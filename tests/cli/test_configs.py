@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
-from helpers import tiny_traces
+from _helpers.common import tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
 
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import load_predictor

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import error_line
+from _helpers.common import error_line
 
 from moe_beyond.cli.main import main
 from moe_beyond.simulator.devices import DEVICES

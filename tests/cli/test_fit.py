@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
-from helpers import error_line
+from _helpers.common import error_line
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
 from safetensors.numpy import load_file
 
 from moe_beyond.cli.main import main

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER
-from helpers import failure, tiny_traces
+from _helpers.common import failure, tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 
 from moe_beyond.cli.slips import one_line
 from moe_beyond.errors import UserError

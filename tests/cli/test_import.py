@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from helpers import error_line, failure, prompt_csv, word_tokenizer
+from _helpers.common import error_line, failure, prompt_csv, word_tokenizer
 
 from moe_beyond.cli.main import main
 from moe_beyond.evaluation.score_store import ScoresFolder

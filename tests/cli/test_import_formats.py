@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import failure, tiny_traces, word_tokenizer
-from recordings import (
+from _helpers.common import failure, tiny_traces, word_tokenizer
+from _helpers.recordings import (
     expert_rows,
     flame_moe,
     json_lines,

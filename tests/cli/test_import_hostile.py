@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import failure, word_tokenizer
+from _helpers.common import failure, word_tokenizer
+from _helpers.recordings import flame_moe, model_file, random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import flame_moe, model_file, random_experts
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError

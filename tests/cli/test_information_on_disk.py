@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
-from helpers import TINY, tiny_trace
+from _helpers.common import TINY, tiny_trace
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
 
 from moe_beyond.cli.main import main
 from moe_beyond.evaluation.score_store import ScoresFolder

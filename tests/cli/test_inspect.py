@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, error_line, tiny_trace, tiny_traces
+from _helpers.common import TINY, error_line, tiny_trace, tiny_traces
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry

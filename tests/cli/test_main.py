@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import error_line
+from _helpers.common import error_line
 
 import moe_beyond
 from moe_beyond.cli.main import VERBS, main

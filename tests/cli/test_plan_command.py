@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_traces
-from scoring import history_folder, scores_folder
+from _helpers.common import tiny_traces
+from _helpers.scoring import history_folder, scores_folder
 
 from moe_beyond import pretrained as published
 from moe_beyond.cli.main import main
@@ -123,7 +123,7 @@ def test_pins(capsys):
 @pytest.mark.usefixtures("_house")
 def test_pins_are_of_the_traces_whatever_named_systems_know(monkeypatch, tmp_path):
     history_folder(tmp_path / "package/checkpoints/history.tiny", TraceSet("traces"), model_id="tiny")
-    monkeypatch.setattr(published, "__file__", str(tmp_path / "package/published.py"))
+    monkeypatch.setattr(published, "__file__", str(tmp_path / "package/pretrained.py"))
     plan("--pins", "alone.json", "--budget", "50%")
     plan("--pins", "beside.json", "--budget", "50%", "--strategy", "llama.cpp", "--target", "50%")
     assert Path("beside.json").read_text() == Path("alone.json").read_text()

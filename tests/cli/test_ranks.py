@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER
-from helpers import tiny_traces
-from wandb_files import offline_runs
+from _helpers.common import tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
+from _helpers.wandb_files import offline_runs
 
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.predictors.io.folder import load_predictor

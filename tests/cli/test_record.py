@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fitting import Run
-from helpers import error_line, tiny_traces
+from _helpers.common import error_line, tiny_traces
+from _helpers.fitting import Run
 
 from moe_beyond import pretrained as published
 from moe_beyond.cli.evaluate import _command

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import tiny_traces
-from scoring import history_folder, scores_folder
+from _helpers.common import tiny_traces
+from _helpers.scoring import history_folder, scores_folder
 
 from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.cli.main import main

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fitting import Run
-from helpers import TINY, VOCAB, error_line, tiny_traces
+from _helpers.common import TINY, VOCAB, error_line, tiny_traces
+from _helpers.fitting import Run
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.io.folder import save_predictor

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fitting import CONFIGS, TINY_CROSS_LAYER, Run
-from helpers import error_line
+from _helpers.common import error_line
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run
 
 from moe_beyond.cli import quickstart
 from moe_beyond.cli.main import main

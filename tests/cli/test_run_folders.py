@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, TINY_CROSS_LAYER, Run
-from helpers import failure, tiny_traces
-from wandb_files import offline_runs
+from _helpers.common import failure, tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run
+from _helpers.wandb_files import offline_runs
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.io.folder import load_predictor

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fitting import CONFIGS, TINY_CROSS_LAYER
-from helpers import error_line, failure, tiny_traces
+from _helpers.common import error_line, failure, tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 
 from moe_beyond.cli.options import parser
 from moe_beyond.cli.slips import one_line

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from fitting import CONFIGS
-from helpers import tiny_traces
+from _helpers.common import tiny_traces
+from _helpers.fitting import CONFIGS
 
 from moe_beyond.cli.main import main
 

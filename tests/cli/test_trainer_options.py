@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from fitting import CONFIGS, TINY_CROSS_LAYER
-from helpers import failure, tiny_traces
+from _helpers.common import failure, tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.io.folder import load_predictor

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fitting import CONFIGS, Run, fit
-from helpers import TINY, VOCAB, error_line, tiny_trace
+from _helpers.common import TINY, VOCAB, error_line, tiny_trace
+from _helpers.fitting import CONFIGS, Run, fit
+from _helpers.scoring import history_folder
 from huggingface_hub import ModelCard
-from scoring import history_folder
 
 from moe_beyond.cli.main import main
 from moe_beyond.hub.push import prepare

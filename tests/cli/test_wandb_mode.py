@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, fit
-from helpers import error_line, tiny_traces
-from wandb_files import offline_runs
+from _helpers.common import error_line, tiny_traces
+from _helpers.fitting import CONFIGS, fit
+from _helpers.wandb_files import offline_runs
 
 COUNTING = ("-c", str(CONFIGS / "trainer/counting.yaml"), "-c", str(CONFIGS / "model/popularity.yaml"))
 

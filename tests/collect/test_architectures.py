@@ -4,11 +4,11 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import moe_architectures as moes
 import numpy as np
 import pytest
 import torch
-from moe_architectures import EXPERTS, VOCAB
+from _helpers import moe_architectures as moes
+from _helpers.moe_architectures import EXPERTS, VOCAB
 from torch import Tensor, nn
 
 from moe_beyond.collect.geometry import measured_geometry

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, failure
-from hub_stand_in import Hub, Repository
+from _helpers.common import error_line, failure
+from _helpers.hub_stand_in import Hub, Repository
+from _helpers.moe_architectures import tiny_model
 from huggingface_hub import constants
-from moe_architectures import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 

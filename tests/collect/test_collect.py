@@ -8,8 +8,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import error_line
-from moe_architectures import tiny_model
+from _helpers.common import error_line
+from _helpers.moe_architectures import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_beyond as mb

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import error_line, failure, tiny_traces
+from _helpers.common import error_line, failure, tiny_traces
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_beyond.cli.main import main

@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import moe_architectures as moes
 import pytest
 import torch
 import transformers
+from _helpers import moe_architectures as moes
 
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.errors import UserError

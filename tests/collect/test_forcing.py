@@ -6,12 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import moe_architectures as moes
 import numpy as np
 import pytest
 import torch
-from helpers import failure
-from moe_architectures import EXPERTS
+from _helpers import moe_architectures as moes
+from _helpers.common import failure
+from _helpers.moe_architectures import EXPERTS
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import error_line
-from moe_architectures import tiny_model
+from _helpers.common import error_line
+from _helpers.moe_architectures import tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import error_line
-from hub_stand_in import Hub
+from _helpers.common import error_line
+from _helpers.hub_stand_in import Hub
 from transformers import AutoConfig, AutoTokenizer
 
 import moe_beyond.collect.prompts as reading

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import error_line
-from moe_architectures import tiny_model
+from _helpers.common import error_line
+from _helpers.moe_architectures import tiny_model
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_architectures import tiny_model
+from _helpers.moe_architectures import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moe_beyond.collect.recorder import recording

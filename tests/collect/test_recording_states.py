@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import moe_architectures as moes
 import numpy as np
 import pytest
 import torch
-from fitting import CONFIGS, fit
-from test_routers import PROMPT, groups
+from _helpers import moe_architectures as moes
+from _helpers.fitting import CONFIGS, fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_beyond.cli.main import main
@@ -43,12 +42,12 @@ def test_states_are_what_the_layers_read_and_the_routers_choose_by(name: str) ->
     routers = find_routers(model)
     readers = {layer: router.module for layer, router in routers.items()}
     with recording(model, readers) as recorder, torch.inference_mode():
-        told = model(PROMPT, output_hidden_states=True, use_cache=False).hidden_states
+        told = model(moes.PROMPT, output_hidden_states=True, use_cache=False).hidden_states
         (call,) = recorder.calls()
     states = call.hidden_states
     assert states is not None
     for column, layer in enumerate(recorder.moe_layers):
-        expected = told[layer].reshape(PROMPT.numel(), -1).float()
+        expected = told[layer].reshape(moes.PROMPT.numel(), -1).float()
         scale = float(expected.abs().max())
         np.testing.assert_allclose(states.layer_inputs[:, column], expected, atol=2e-3 * scale)
     stored = stored_routers(routers, measured_geometry(model, "tiny", call.experts.shape[-1]))
@@ -60,7 +59,7 @@ def test_states_are_what_the_layers_read_and_the_routers_choose_by(name: str) ->
     top = scores.topk(call.experts.shape[-1]).indices
     chosen = torch.from_numpy(call.experts)
     shared = (top[..., None] == chosen[..., None, :]).any(-1)[chosen >= 0].float().mean()  # where holes are, less
-    assert shared > (0.5 if groups(model) or model.config.model_type == "longcat_flash" else 0.97)
+    assert shared > (0.5 if moes.groups(model) or model.config.model_type == "longcat_flash" else 0.97)
 
 
 def test_what_half_precision_cannot_hold_is_its_largest() -> None:
@@ -68,7 +67,7 @@ def test_what_half_precision_cannot_hold_is_its_largest() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1e9)
     with recording(model, {}) as recorder, torch.inference_mode():
-        model(PROMPT)
+        model(moes.PROMPT)
         (call,) = recorder.calls()
     assert call.hidden_states is not None
     first = call.hidden_states.layer_inputs[:, 0]

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import moe_architectures as moes
 import pytest
 import torch
-from moe_architectures import EXPERTS, HIDDEN, IDENTITIES
+from _helpers import moe_architectures as moes
+from _helpers.moe_architectures import EXPERTS, HIDDEN, IDENTITIES
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,7 +17,6 @@ from moe_beyond.traces.steering import Steering
 
 WITHOUT = {"deepseek_v4": ((0, 1, 2), "its first layers look the experts up in a table of tokens")}
 """Layers whose router is not found, and why."""
-PROMPT = torch.tensor([[40, 3, 3, 17, 60, 8, 21, 4, 33, 12, 59, 6]])
 
 
 def read_and_chosen(model: Any, routers: dict[int, Router]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -32,15 +31,11 @@ def read_and_chosen(model: Any, routers: dict[int, Router]) -> dict[int, tuple[T
 
     handles = [router.module.register_forward_pre_hook(keep(layer)) for layer, router in routers.items()]
     with recording(model) as recorder, torch.inference_mode():
-        model(PROMPT)
+        model(moes.PROMPT)
         experts, _ = recorder.take()
     for handle in handles:
         handle.remove()
     return {layer: (read[layer], torch.from_numpy(experts[:, recorder.moe_layers.index(layer)])) for layer in routers}
-
-
-def groups(model: Any) -> bool:
-    return any((getattr(model.config, name, None) or 1) > 1 for name in ("n_group", "num_expert_group"))
 
 
 @pytest.mark.parametrize("name", [name for name in moes.architectures() if name not in moes.REFUSED])
@@ -56,7 +51,7 @@ def test_scores_of_what_is_found_choose_what_was_recorded(name: str) -> None:
         top = router.scores(read).topk(experts.shape[1]).indices.sort().values
         top = top.where(top < EXPERTS, -1).sort().values
         shared = (top[:, :, None] == experts[:, None]).any(-1).float().mean()
-        if groups(model):  # which limit the choice to half of them
+        if moes.groups(model):  # which limit the choice to half of them
             assert router.agreement > 0.6
             assert shared > 0.5
         else:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import moe_architectures as moes
 import numpy as np
 import pytest
 import torch
+from _helpers import moe_architectures as moes
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize

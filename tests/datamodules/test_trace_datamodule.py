@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
-from predictor_variants import counted
+from _helpers.common import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
+from _helpers.predictor_variants import counted
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, there, tiny_traces
-from scoring import foresight, seer
+from _helpers.common import TINY, there, tiny_traces
+from _helpers.scoring import foresight, seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import RecallSums, recall_intervals, resampled, result_intervals

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_traces
-from scoring import foresight, history_folder, seer
+from _helpers.common import tiny_traces
+from _helpers.scoring import foresight, history_folder, seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation import run as module

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, there, tiny_traces
-from scoring import seer
+from _helpers.common import TINY, there, tiny_traces
+from _helpers.scoring import seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.run import evaluate

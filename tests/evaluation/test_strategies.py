@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from helpers import TINY
-from scoring import seer
+from _helpers.common import TINY
+from _helpers.scoring import seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.strategies import CLAIRVOYANT, beside, combinations

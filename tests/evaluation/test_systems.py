@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, tiny_trace, word_tokenizer
-from scoring import history_folder, seer
+from _helpers.common import TINY, tiny_trace, word_tokenizer
+from _helpers.scoring import history_folder, seer
 
 from moe_beyond import pretrained as published
 from moe_beyond.errors import UserError

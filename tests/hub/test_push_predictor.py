@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import error_line, tiny_traces
-from hub_stand_in import TOKEN, Hub, Repository
+from _helpers.common import error_line, tiny_traces
+from _helpers.hub_stand_in import TOKEN, Hub, Repository
+from _helpers.predictor_variants import LONG, probabilities, random_trace
+from _helpers.publishing import FIGURES, TRAINING, edit_config, predictor_folder
 from huggingface_hub import ModelCard, constants
-from predictor_variants import LONG, probabilities, random_trace
-from publishing import FIGURES, TRAINING, edit_config, predictor_folder
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, error_line, tiny_trace, tiny_traces
-from hub_stand_in import TOKEN, Hub
+from _helpers.common import TINY, error_line, tiny_trace, tiny_traces
+from _helpers.hub_stand_in import TOKEN, Hub
 from huggingface_hub import DatasetCard
 
 from moe_beyond.cli.main import main

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB
-from predictor_variants import VARIANTS, fitted_once, probabilities, random_trace
+from _helpers.common import TINY, VOCAB
+from _helpers.predictor_variants import VARIANTS, fitted_once, probabilities, random_trace
 from torch import Tensor
 
 from moe_beyond.errors import UserError

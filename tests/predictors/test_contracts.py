@@ -7,10 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB, there, with_holes
+from _helpers.common import TINY, VOCAB, there, with_holes
+from _helpers.predictor_variants import (
+    HIDDEN,
+    LONG,
+    SEEN,
+    VARIANTS,
+    WIDE,
+    Variant,
+    fitted_once,
+    probabilities,
+    random_trace,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictor_variants import HIDDEN, LONG, SEEN, VARIANTS, WIDE, Variant, fitted_once, probabilities, random_trace
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import GradientPredictor, Stepper

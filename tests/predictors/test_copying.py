@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import TINY
-from predictor_variants import LONG, VARIANTS, fitted_once, random_trace
+from _helpers.common import TINY
+from _helpers.predictor_variants import LONG, VARIANTS, fitted_once, random_trace
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import collate

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from fitting import CONFIGS, TINY_CROSS_LAYER, fit
-from helpers import TINY, VOCAB, error_line, plain_routers, plain_states, tiny_traces
-from predictor_variants import random_trace, training_text
+from _helpers.common import TINY, VOCAB, error_line, plain_routers, plain_states, tiny_traces
+from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, fit
+from _helpers.predictor_variants import random_trace, training_text
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError

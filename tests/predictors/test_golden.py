@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB
-from predictor_variants import HIDDEN, VARIANTS
+from _helpers.common import TINY, VOCAB
+from _helpers.predictor_variants import HIDDEN, VARIANTS
 from safetensors.numpy import load_file, save_file
 
 from moe_beyond.predictors.base import CountingPredictor, TrainingText

@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
-from helpers import VOCAB as TINY_VOCAB
-from predictor_variants import LONG, random_trace
+from _helpers.common import TINY
+from _helpers.common import VOCAB as TINY_VOCAB
+from _helpers.predictor_variants import LONG, random_trace
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.history import AGES, RATES, History, _Past

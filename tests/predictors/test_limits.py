@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import pytest
-from helpers import TINY, VOCAB
+from _helpers.common import TINY, VOCAB
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class

@@ -4,11 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB
+from _helpers.common import TINY, VOCAB
+from _helpers.predictor_variants import random_trace
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from predictor_variants import random_trace
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.architectures.row_encoder import RowEncoder

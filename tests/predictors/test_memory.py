@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB
-from predictor_variants import random_trace, training_text
+from _helpers.common import TINY, VOCAB
+from _helpers.predictor_variants import random_trace, training_text
 
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.modules.routing_memory import RoutingMemory

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import VOCAB
-from predictor_variants import random_trace, training_text
+from _helpers.common import VOCAB
+from _helpers.predictor_variants import random_trace, training_text
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB
-from predictor_variants import LONG, VARIANTS, Variant, fitted_once, probabilities, random_trace
+from _helpers.common import TINY, VOCAB
+from _helpers.predictor_variants import LONG, VARIANTS, Variant, fitted_once, probabilities, random_trace
 from safetensors.torch import load_file, save_file
 
 from moe_beyond.errors import UserError

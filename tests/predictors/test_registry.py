@@ -1,5 +1,5 @@
 import pytest
-from helpers import TINY, VOCAB
+from _helpers.common import TINY, VOCAB
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor

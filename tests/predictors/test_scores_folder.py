@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import hash_scores
-from helpers import TINY
+from _helpers.common import TINY
+from _helpers.damage import hash_scores
 from safetensors.numpy import save_file
 
 import moe_beyond.evaluation.score_store as module

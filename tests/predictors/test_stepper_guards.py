@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, VOCAB
-from predictor_variants import HIDDEN, VARIANTS, Variant, fitted_once, random_trace
+from _helpers.common import TINY, VOCAB
+from _helpers.predictor_variants import HIDDEN, VARIANTS, Variant, fitted_once, random_trace
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Stepper

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from predictor_variants import uncounted
+from _helpers.predictor_variants import uncounted
 
 from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.modules.token_embedding import TokenEmbedding

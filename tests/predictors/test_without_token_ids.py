@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fitting import CONFIGS, fit
-from helpers import TINY, VOCAB, tiny_traces
-from predictor_variants import HIDDEN, VARIANTS, Variant
+from _helpers.common import TINY, VOCAB, tiny_traces
+from _helpers.fitting import CONFIGS, fit
+from _helpers.predictor_variants import HIDDEN, VARIANTS, Variant
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError

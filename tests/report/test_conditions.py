@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from helpers import TINY
+from _helpers.common import TINY
 
 from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.strategies import beside, combinations

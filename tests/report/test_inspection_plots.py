@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import TINY, tiny_trace, tiny_traces
+from _helpers.common import TINY, tiny_trace, tiny_traces
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.plots.inspection import inspection_figures

@@ -4,8 +4,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from helpers import TINY
-from scoring import seer
+from _helpers.common import TINY
+from _helpers.scoring import seer
 
 from moe_beyond.geometry import load_preset
 from moe_beyond.report.html.sections.prediction import fixed_recall

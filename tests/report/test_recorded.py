@@ -1,7 +1,7 @@
 """The picture on a card draws what was recorded, and marks what no runtime could use."""
 
 import pytest
-from publishing import FIGURES
+from _helpers.publishing import FIGURES
 
 from moe_beyond.report.plots.recorded import recorded_figure, recorded_name
 from moe_beyond.report.plots.replay import png

@@ -5,18 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import TINY
+from _helpers.common import TINY
+from _helpers.scoring import seer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from scoring import seer
 
 from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.evaluation.systems import Unavailable
+from moe_beyond.report.plots import replay as plots
 from moe_beyond.report.plots.files import TIMELINE_TOKEN, pictures
-from moe_beyond.report.plots.replay import replay as plots
 from moe_beyond.report.tables.results import results_table, scores_words, unavailable_lines
 from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings, Result

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from helpers import tiny_traces
+from _helpers.common import tiny_traces
+from _helpers.scoring import seer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
-from scoring import seer
 
 from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
 from moe_beyond.evaluation.run import Evaluation, evaluate

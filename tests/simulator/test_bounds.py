@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from cache_cases import TICK, small_geometry, ticking
+from _helpers.cache_cases import TICK, small_geometry, ticking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

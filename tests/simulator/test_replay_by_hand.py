@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cache_cases import TICK, replay, scored, small_geometry, ticking
+from _helpers.cache_cases import TICK, replay, scored, small_geometry, ticking
 
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cache_cases import small_geometry, ticking
+from _helpers.cache_cases import small_geometry, ticking
 
 from moe_beyond.cache.cache import Cache
 from moe_beyond.cache.policies import POLICIES

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cache_cases import TICK, Case, cases, ticking
+from _helpers.cache_cases import TICK, Case, cases, ticking
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 

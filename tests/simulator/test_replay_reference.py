@@ -1,7 +1,7 @@
 """Replay against the plain reference: every counter of every layer, and every time."""
 
 import pytest
-from cache_cases import Case, cases
+from _helpers.cache_cases import Case, cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cache_cases import TICK, replay, scored, small_geometry, ticking
-from reference_cache import COUNTERS
+from _helpers.cache_cases import TICK, replay, scored, small_geometry, ticking
+from _helpers.reference_cache import COUNTERS
 
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import libcachesim
 import numpy as np
 import pytest
-from cache_cases import small_geometry
-from helpers import with_holes
+from _helpers.cache_cases import small_geometry
+from _helpers.common import with_holes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import TINY, VOCAB, tiny_traces
+from _helpers.common import TINY, VOCAB, tiny_traces
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from moe_beyond.datamodules import TraceDataModule

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, error_line, tiny_trace
+from _helpers.common import TINY, error_line, tiny_trace
 from hypothesis import given
 from hypothesis import strategies as st
 

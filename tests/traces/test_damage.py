@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damage import edit_json, edit_manifest, edit_shard, replace_shard, with_column
-from helpers import TINY, VOCAB, error_line, tiny_trace, tiny_traces, word_tokenizer
+from _helpers.common import TINY, VOCAB, error_line, tiny_trace, tiny_traces, word_tokenizer
+from _helpers.damage import edit_json, edit_manifest, edit_shard, replace_shard, with_column
 from safetensors.numpy import save_file
 
 from moe_beyond.datamodules import TraceDataModule

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from helpers import tiny_traces
+from _helpers.common import tiny_traces
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import libcachesim
 import numpy as np
 import pytest
-from helpers import VOCAB, tiny_traces, word_tokenizer
+from _helpers.common import VOCAB, tiny_traces, word_tokenizer
+from _helpers.recordings import SMALL, random_experts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from recordings import SMALL, random_experts
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import TINY, VOCAB, tiny_trace
+from _helpers.common import TINY, VOCAB, tiny_trace
 
 from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import word_tokenizer
+from _helpers.common import word_tokenizer
+from _helpers.recordings import LAYERS, SMALL, TOP_K, expert_rows, json_lines, position_rows, random_experts
 from hypothesis import given
 from hypothesis import strategies as st
-from recordings import LAYERS, SMALL, TOP_K, expert_rows, json_lines, position_rows, random_experts
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset, load_preset

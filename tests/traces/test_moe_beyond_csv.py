@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import prompt_csv, word_tokenizer
+from _helpers.common import prompt_csv, word_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

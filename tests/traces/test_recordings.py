@@ -5,8 +5,18 @@ import random
 
 import numpy as np
 import pytest
-from helpers import word_tokenizer
-from recordings import EXPERTS, LAYERS, SMALL, TOP_K, expert_rows, flame_moe, json_lines, position_rows, random_experts
+from _helpers.common import word_tokenizer
+from _helpers.recordings import (
+    EXPERTS,
+    LAYERS,
+    SMALL,
+    TOP_K,
+    expert_rows,
+    flame_moe,
+    json_lines,
+    position_rows,
+    random_experts,
+)
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset

@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from helpers import TINY
+from _helpers.common import TINY
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import parse_json

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY, VOCAB, error_line, tiny_trace, word_tokenizer
+from _helpers.common import TINY, VOCAB, error_line, tiny_trace, word_tokenizer
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY, tiny_trace, with_holes, word_tokenizer
+from _helpers.common import TINY, tiny_trace, with_holes, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@
 import hashlib
 
 import pytest
-from helpers import word_tokenizer
+from _helpers.common import word_tokenizer
 from tokenizers import Tokenizer as Tokenizers
 
 from moe_beyond.errors import UserError

@@ -9,9 +9,9 @@ p is the predictor's score where one is known, else the history's. q is the hist
 the run when the run before it was over (lookahead ``next``): what was near to be used then and is not now may be soon.
 
 The history's probability is calibrated: it is looked up in a table, counted on training text, by how many tokens ago
-the expert was last used in this sequence and by how often it is used (`moe_beyond.usage_profile`). Without a profile all
-experts count as equally popular, and a table of the same shape stands in. A prefetch that would be the worst resident
-is not made.
+the expert was last used in this sequence and by how often it is used (`moe_beyond.usage_profile`). Without a profile
+all experts count as equally popular, and a table of the same shape stands in. A prefetch that would be the worst
+resident is not made.
 """
 
 from typing import NamedTuple

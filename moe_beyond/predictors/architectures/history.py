@@ -19,7 +19,7 @@ AGES, RATES = len(AGE_EDGES) + 1, len(RATE_EDGES) + 1
 
 
 class History(Popularity):
-    """Looks up an expert's age and rate, as `moe_beyond.usage_profile` has them, in one table for all layers and experts.
+    """Looks up an expert's age and rate (`moe_beyond.usage_profile`) in one table for all layers and experts.
 
     P = (uses + 2 K/E) / (trials + 2) in the bucket of both: of the times that an expert of any layer was in it, how
     often the next token used the expert; two imaginary tokens chose evenly.

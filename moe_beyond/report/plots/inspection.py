@@ -16,8 +16,8 @@ def inspection_figures(summary: dict[str, Any]) -> dict[str, Figure]:
     """Draw what there is to draw.
 
     Args:
-        summary: What `moe_beyond.traces.analysis.statistics.summarize` returned; and under ``contrast``, if it is there, what
-            `moe_beyond.traces.analysis.contrast.contrast` did.
+        summary: Result of `moe_beyond.traces.analysis.statistics.summarize`; optionally, under ``contrast``, the
+            result of `moe_beyond.traces.analysis.contrast.contrast`.
 
     Returns:
         Name -> figure: ``popularity``, ``locality``, ``reuse_distance``; of more than one layer ``dependence``; of

@@ -167,8 +167,8 @@ def summarize(
         - ``token_to_token_reuse``, ``jaccard`` and ``jaccard_by_chance``;
         - ``reuse_distance``: ``percentiles``, ``never_again`` (share of uses) and ``within`` (share of uses that come
           again within so many tokens);
-        - ``next_layer``: ``mutual_information`` in bits and ``dependence`` (see `moe_beyond.traces.analysis.dependence`), None
-          for the last;
+        - ``next_layer``: ``mutual_information`` in bits and ``dependence`` (see
+          `moe_beyond.traces.analysis.dependence`), None for the last;
         - ``gate_mass``, None where no gate weights are: ``by_rank`` (the mean share of a token's gate weights that its
           heaviest, second heaviest, ... expert has) and ``popularity`` (each expert's mean share);
         - ``phases``, None where no sequence has both: of those sequences, for ``prefill`` and ``decode`` each

@@ -17,6 +17,7 @@ from torch import nn
 
 HIDDEN, WIDTH, LAYERS, EXPERTS, TOP_K, VOCAB = 64, 32, 4, 8, 2, 64
 GROUPS, GROUPS_CHOSEN = 4, 2
+PROMPT = torch.tensor([[40, 3, 3, 17, 60, 8, 21, 4, 33, 12, 59, 6]])
 IDENTITIES = 4
 """Identity experts of longcat_flash, whose ids come after the real ones."""
 
@@ -128,3 +129,8 @@ def tiny_model(name: str, **more: Any) -> Any:
         if last == "tid2eid":  # hash routing: which experts a token has; fresh, the first one TOP_K times
             tensor.copy_(torch.stack([torch.randperm(EXPERTS)[: tensor.shape[1]] for _ in tensor]))
     return model
+
+
+def groups(model: Any) -> bool:
+    """Whether the routers of a model choose groups of experts before experts."""
+    return any((getattr(model.config, name, None) or 1) > 1 for name in ("n_group", "num_expert_group"))

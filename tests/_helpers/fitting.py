@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_beyond.cli.main import main
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_TOKEN_CAUSAL = (
     "--model.width=16", "--model.heads=2", "--model.depth=1", "--model.window=8",
 )  # fmt: skip

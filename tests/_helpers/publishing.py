@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from predictor_variants import VARIANTS, fitted_once
-
+from _helpers.predictor_variants import VARIANTS, fitted_once
 from moe_beyond.predictors.io.card import record_figures
 from moe_beyond.predictors.io.folder import save_predictor
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from helpers import there, with_holes
 from hypothesis import strategies as st
-from reference_cache import COUNTERS, ReferenceCache, Rules, split_slots, union_steps
 
+from _helpers.common import there, with_holes
+from _helpers.reference_cache import COUNTERS, ReferenceCache, Rules, split_slots, union_steps
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.geometry import Geometry

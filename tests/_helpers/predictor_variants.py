@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import TINY, VOCAB, there
 
+from _helpers.common import TINY, VOCAB, there
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Predictor, TrainingText
 from moe_beyond.predictors.batch import Batch, collate
