@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.prompts import Prompt, as_prompts
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.checkpoints import find_source, find_trained, load_trained
@@ -152,7 +152,7 @@ def record(
         prompts: Texts; chats, each a list of messages with ``role`` and ``content``; records as a ``.jsonl`` file holds
             them; or `Prompt` objects with names, sources and splits of their own.
         out: The trace set to make.
-        **options: Fields of `moe_beyond.collect.config.Collection`: ``generate``, ``batch_size``, ``max_tokens``,
+        **options: Fields of `moe_beyond.collect.config.CollectConfig`: ``generate``, ``batch_size``, ``max_tokens``,
             ``steering``, ...
 
     Raises:
@@ -167,11 +167,11 @@ def record(
         >>> chats = [[{"role": "user", "content": "hi"}]]
         >>> mb.record(model, tokenizer, chats, "traces/mine", generate=64)  # doctest: +SKIP
     """
-    _check_names(options, (field.name for field in fields(Collection)))
+    _check_names(options, (field.name for field in fields(CollectConfig)))
     _check_loaded(model, tokenizer)
     notices: list[str] = []
     traces = collect(
-        model, tokenizer, as_prompts(prompts), _path(out, "out"), Collection(**options), rank=Rank(0, 1),
+        model, tokenizer, as_prompts(prompts), _path(out, "out"), CollectConfig(**options), rank=ProcessRank(0, 1),
         notice=notices.append,
     )  # fmt: skip
     for line in notices:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from moe_beyond.callbacks import CacheReplay, ExportBest
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.run import Evaluation, evaluate
@@ -107,11 +107,11 @@ def record_small_model(folder: Path) -> TraceSet:
         tokenizer,
         bundled_prompts(),
         folder,
-        Collection(batch_size=1, shard_tokens=4096),
+        CollectConfig(batch_size=1, shard_tokens=4096),
         name=MODEL,
         source="Python 3.11 documentation and library, files that the model never saw",
         quantization_bits=16.0,  # as the weights are stored
-        rank=Rank(0, 1),
+        rank=ProcessRank(0, 1),
     )
     assert traces is not None
     return traces

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt, read_prompts
 from moe_beyond.collect.recorder import recording
@@ -65,7 +65,7 @@ def main() -> None:
         prompts = [p for p in read_prompts(args.prompts) if len(tokenizer(p.text).input_ids) >= length][:count]
         if len(prompts) < count:
             raise SystemExit(f"{args.prompts}: {len(prompts)} prompts of {length} tokens, {count} are needed")
-        asked = Collection(generate, batch_size=args.batch_size, max_tokens=length, hidden_states=args.hidden_states)
+        asked = CollectConfig(generate, batch_size=args.batch_size, max_tokens=length, hidden_states=args.hidden_states)
         figures[name] = measure(model, tokenizer, prompts, asked, args.repeats)
     states = ", hidden states" if args.hidden_states else ""
     table = Table(title=f"{Path(args.model).name}, {args.dtype}, batches of {args.batch_size}, one core{states}")
@@ -91,7 +91,7 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
-    asked: Collection,
+    asked: CollectConfig,
     repeats: int,
 ) -> dict[str, object]:
     """Time the bare and the recorded model in turn, and `collect`."""
@@ -107,7 +107,7 @@ def measure(
     def recorded(ids: Tensor) -> float:
         def record() -> None:
             run(model, ids, asked.generate)
-            recorder.calls()
+            recorder.pop()
 
         with recording(model, readers) as recorder, torch.inference_mode():
             return seconds(record)
@@ -124,7 +124,7 @@ def measure(
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder, timing(model) as inside:
             began = time.perf_counter()
-            traces = collect(model, tokenizer, prompts, Path(folder) / "traces", asked, rank=Rank(0, 1))
+            traces = collect(model, tokenizer, prompts, Path(folder) / "traces", asked, rank=ProcessRank(0, 1))
             whole = time.perf_counter() - began
         assert traces is not None
         wholes.append((whole, whole - sum(inside)))

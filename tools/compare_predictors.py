@@ -24,7 +24,7 @@ from rich.table import Table
 from train_small_moe import is_held_out
 
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.evaluation.run import evaluate
@@ -85,9 +85,9 @@ def record(folder: Path, library: Path, tokens: int) -> TraceSet:
     """Run the small model over the excerpts, and keep its hidden states."""
     model, tokenizer, _ = load_model(str(SMALL), dtype="float32")
     prompts = list(excerpts(library, tokenizer, tokens))
-    asked = Collection(batch_size=8, max_tokens=CONTEXT, shard_tokens=8192, hidden_states=True)
+    asked = CollectConfig(batch_size=8, max_tokens=CONTEXT, shard_tokens=8192, hidden_states=True)
     source = "Python's library, files that the model never saw"
-    traces = collect(model, tokenizer, prompts, folder, asked, name="small-moe", source=source, rank=Rank(0, 1))
+    traces = collect(model, tokenizer, prompts, folder, asked, name="small-moe", source=source, rank=ProcessRank(0, 1))
     assert traces is not None
     return traces
 

@@ -241,7 +241,7 @@ def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str
     undisturbed = Collection(words, work / "undisturbed" / "traces", 1)
     begun = time.monotonic()
     undisturbed.start()
-    undisturbed.wait(lambda: "request.json" in undisturbed.files())
+    undisturbed.wait(lambda: "key.json" in undisturbed.files())
     first_batch = time.monotonic() - begun
     undisturbed.wait(lambda: False)
     times = Times(first_batch, time.monotonic() - begun)

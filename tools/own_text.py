@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import read_prompts
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder, published_source
@@ -106,12 +106,12 @@ def make(out: Path, args: argparse.Namespace) -> tuple[TraceSet, TraceSet]:
         given = [prompt for prompt in bundled_prompts() if prompt.split == "validation"]
     made = []
     for name, asked in (
-        ("read", Collection(max_tokens=prompt_tokens + tokens)),
+        ("read", CollectConfig(max_tokens=prompt_tokens + tokens)),
         # What is written last is not read.
-        ("written", Collection(tokens + 1, args.temperature, max_tokens=prompt_tokens)),
+        ("written", CollectConfig(tokens + 1, args.temperature, max_tokens=prompt_tokens)),
     ):
         source = "excerpts that the model never saw" if name == "read" else f"their first {prompt_tokens} tokens"
-        traces = collect(model, tokenizer, given, out / name, asked, name="small-moe", source=source, rank=Rank(0, 1))
+        traces = collect(model, tokenizer, given, out / name, asked, name="small-moe", source=source, rank=ProcessRank(0, 1))
         assert traces is not None
         made.append(traces)
     return made[0], made[1]

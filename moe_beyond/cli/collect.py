@@ -11,8 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
-from moe_beyond.collect.config import Collection, Rank
-from moe_beyond.collect.out_folder import check_out, pieces_folder
+from moe_beyond.collect.config import CollectConfig, ProcessRank
+from moe_beyond.collect.out_folder import check_out, parts_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import is_taken
@@ -97,7 +97,7 @@ def run(words: list[str]) -> None:
     _check(args)
     steering = None if args.steer is None else read_steering(args.steer)
     record = _recorded(args.record)
-    asked = Collection(
+    asked = CollectConfig(
         generate=args.generate,
         temperature=args.temperature,
         seed=args.seed if args.temperature else 0,
@@ -110,7 +110,7 @@ def run(words: list[str]) -> None:
         steering=steering,
     )
     out = Path(args.out)
-    if is_taken(out) and Rank().number:
+    if is_taken(out) and ProcessRank().number:
         return  # the first rank has made it, or says why it cannot
     check_out(out)
     from itertools import islice
@@ -147,7 +147,7 @@ def run(words: list[str]) -> None:
             except KeyboardInterrupt:
                 done, total = batches
                 print(
-                    f"moe-beyond: {done} of {total} batches are kept in {pieces_folder(out)}; the same command goes on",
+                    f"moe-beyond: {done} of {total} batches are kept in {parts_folder(out)}; the same command goes on",
                     file=sys.stderr,
                 )
                 raise

@@ -1,4 +1,4 @@
-"""What is to be collected, and by which process."""
+"""Settings of a collection, and the process that works on it."""
 
 import math
 import os
@@ -11,11 +11,11 @@ from moe_beyond.fields import shown
 from moe_beyond.traces.splits import parse_blocks
 from moe_beyond.traces.steering import Steering
 
-COLDEST = 0.001
-"""Least temperature to draw at; colder, numbers overflow."""
-LEAST = {"generate": 0, "batch_size": 1, "max_tokens": 1, "shard_tokens": 1}
-"""Least value of each whole number of a `Collection`."""
-KINDS: dict[str, tuple[Any, str]] = {
+MIN_TEMPERATURE = 0.001
+"""Smallest temperature above 0; below it, logits overflow."""
+MINIMUMS = {"generate": 0, "batch_size": 1, "max_tokens": 1, "shard_tokens": 1}
+"""Smallest value of each whole number of a `CollectConfig`."""
+TYPES: dict[str, tuple[Any, str]] = {
     "temperature": (int | float, "a number"),
     "seed": (int, "a whole number"),
     "val_blocks": (str | None, "text such as '20:10', or None"),
@@ -26,28 +26,29 @@ KINDS: dict[str, tuple[Any, str]] = {
         "a Steering, or None; Steering.from_json({'off': [[1, 0]]}, source='mine') makes one",
     ),
 }
-"""Type of each other field of a `Collection`, and its name in error messages."""
+"""Type of each other field of a `CollectConfig`, and its description in error messages."""
 
-Row = tuple[Prompt, list[int]]
+TokenizedPrompt = tuple[Prompt, list[int]]
 """A prompt and its token ids."""
 
 
 @dataclass(frozen=True)
-class Collection:
-    """What is to be collected.
+class CollectConfig:
+    """Settings of a collection.
 
     Attributes:
-        generate: Tokens that the model writes after each prompt; 0 lets it read alone.
-        temperature: Of the distribution that it draws them from; 0 takes the most probable.
-        seed: Of the drawing. What is drawn depends on the batch as well.
-        val_blocks: ``SIZE:EVERY`` sends blocks of consecutive prompts to a ``validation`` split.
-        gate_weights: Whether these are kept.
-        batch_size: Prompts at once.
-        max_tokens: What is longer is cut to this many; what the model has no positions for all the same is refused.
-        shard_tokens: A shard of the trace set is closed once it holds this many.
-        hidden_states: Whether what routers and layers read is kept, some hundred times as much as the entries; and the
-            routers, where they are found.
-        steering: Experts that are forced on or off in all that the model reads and writes; None lets it be.
+        generate: Number of tokens that the model generates after each prompt (default: 0, only prefill).
+        temperature: Sampling temperature (default: 0, greedy).
+        seed: Random seed for sampling (default: 0); results also depend on the batch size.
+        val_blocks: ``SIZE:EVERY`` assigns blocks of consecutive prompts to a ``validation`` split (default: None).
+        gate_weights: Whether gate weights are recorded (default: True).
+        batch_size: Prompts per batch (default: 8).
+        max_tokens: Number of tokens to which longer prompts are truncated (default: None, no truncation). A prompt
+            that exceeds the model's positions is an error.
+        shard_tokens: Number of tokens after which a shard of the trace set is closed (default: 65,536).
+        hidden_states: Whether the inputs of routers and layers are recorded, about a hundred times the size of the
+            entries; router weights are recorded with them, if they are found (default: False).
+        steering: Experts that are forced on or off in prefill and decode (default: None).
     """
 
     generate: int = 0
@@ -62,36 +63,39 @@ class Collection:
     steering: Steering | None = None
 
     def __post_init__(self) -> None:
-        """Check values.
+        """Check types and ranges.
 
         Raises:
-            UserError: A value is of another type, or a number is out of range.
+            UserError: A value has the wrong type, or a number is out of range.
         """
-        for name, (kind, words) in KINDS.items():
+        for name, (kind, description) in TYPES.items():
             if not isinstance(value := getattr(self, name), kind) or (isinstance(value, bool) and kind is not bool):
-                raise UserError(f"{name}: is {words} (got {shown(value)})")
-        for name, least in LEAST.items():
+                raise UserError(f"{name}: must be {description} (got {shown(value)})")
+        for name, least in MINIMUMS.items():
             value = getattr(self, name)
             if name == "max_tokens" and value is None:
                 continue
             option = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise UserError(f"{option} {value!r} is no whole number; give {least} or more")
-            if value < least:
-                raise UserError(f"{option} {value} is less than {least}")
-        if self.temperature and not COLDEST <= self.temperature < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{option}: must be a whole number from {least} (got {shown(value)})")
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
-                f"--temperature {self.temperature} is neither 0, for the most probable, nor {COLDEST} or more"
+                f"--temperature: must be 0 (greedy) or at least {MIN_TEMPERATURE} (got {shown(self.temperature)})"
             )
         if self.temperature and not self.generate:
-            raise UserError("--temperature draws what --generate N writes; give it as well")
+            raise UserError(f"--temperature: needs --generate N (got {shown(self.temperature)}); add --generate")
         if self.val_blocks is not None:
             parse_blocks(self.val_blocks)
 
 
 @dataclass
-class Rank:
-    """Which of several processes this is."""
+class ProcessRank:
+    """Number of this process among the processes of a collection, as torchrun sets them.
+
+    Attributes:
+        number: Rank, from 0 (default: the environment's ``RANK``, otherwise 0).
+        count: Number of processes (default: the environment's ``WORLD_SIZE``, otherwise 1).
+    """
 
     number: int = field(default_factory=lambda: int(os.environ.get("RANK", 0)))
     count: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", 1)))

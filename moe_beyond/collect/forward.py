@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moe_beyond.collect.config import Collection, Row
+from moe_beyond.collect.config import CollectConfig, TokenizedPrompt
 from moe_beyond.collect.devices import input_device
 from moe_beyond.collect.prompts import Prompt
-from moe_beyond.collect.recorder import LARGEST, Call, Recorder
+from moe_beyond.collect.recorder import LARGEST, ForwardRecord, Recorder
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import concatenate
@@ -28,9 +28,9 @@ def record_batch(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     recorder: Recorder,
-    batch: Sequence[Row],
+    batch: Sequence[TokenizedPrompt],
     geometry: Geometry,
-    asked: Collection,
+    asked: CollectConfig,
 ) -> list[Trace]:
     """Run the model over a batch.
 
@@ -75,7 +75,7 @@ def record_batch(
         written = found[:, longest:]
     else:
         model(ids, attention_mask=mask, use_cache=False)
-    calls = recorder.calls()
+    calls = recorder.pop()
     ends = _ends(model) if asked.generate else set()
     traces = [
         _trace(prompt, token_ids, row, longest, calls, written[row].tolist(), ends, asked, geometry)
@@ -121,7 +121,7 @@ def _plainly_generating(model: "PreTrainedModel") -> Iterator[None]:
         model.generation_config = own
 
 
-def _seed(batch: Sequence[Row], seed: int) -> int:
+def _seed(batch: Sequence[TokenizedPrompt], seed: int) -> int:
     """Return a seed of its own for each batch."""
     names = "\n".join([str(seed), *(prompt.sequence_id for prompt, _ in batch)])
     return int.from_bytes(hashlib.sha256(names.encode()).digest()[:8], "little")
@@ -138,10 +138,10 @@ def _trace(
     token_ids: list[int],
     row: int,
     longest: int,
-    calls: Sequence[Call],
+    calls: Sequence[ForwardRecord],
     written: list[int],
     ends: set[int],
-    asked: Collection,
+    asked: CollectConfig,
     geometry: Geometry,
 ) -> Trace:
     """Put together what the calls routed of one row: its prompt, and each token it wrote and read again."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from moe_beyond.collect.recorder import Hooked, find_experts
+from moe_beyond.collect.recorder import HookTarget, find_experts
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 
@@ -44,7 +44,7 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
     )
 
 
-def _expert_weights(model: nn.Module, hooked: Hooked) -> list[Tensor]:
+def _expert_weights(model: nn.Module, hooked: HookTarget) -> list[Tensor]:
     """Return the parameters of a layer's experts."""
     mixture = model.get_submodule(hooked.name.rpartition(".")[0])  # where a router is hooked, experts are next to it
     holder = hooked.module if hooked.names is not None else getattr(mixture, "experts", None)
@@ -53,7 +53,7 @@ def _expert_weights(model: nn.Module, hooked: Hooked) -> list[Tensor]:
     return [weight for weight in mixture.parameters() if weight.ndim == 3]  # JetMoE has no module for its experts
 
 
-def _params_per_expert(model: nn.Module, hooked: Hooked) -> int:
+def _params_per_expert(model: nn.Module, hooked: HookTarget) -> int:
     count = hooked.num_experts
     # Weights may have rows of identity experts too, which nobody moves.
     return max(

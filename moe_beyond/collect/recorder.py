@@ -40,7 +40,7 @@ EXPERTS = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_e
 
 
 @dataclass(frozen=True)
-class Hooked:
+class HookTarget:
     """A module whose calls tell a layer's routing.
 
     Attributes:
@@ -63,7 +63,7 @@ class Hooked:
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardRecord:
     """What one forward of the model routed.
 
     Attributes:
@@ -109,8 +109,8 @@ class Recorder:
         self._experts[layer].append(experts.detach().where(there, -1).reshape(-1, experts.shape[-1]))
         self._weights[layer].append(weights.detach().where(there, 0).reshape(-1, experts.shape[-1]).float())
 
-    def calls(self) -> list[Call]:
-        """Return and forget what was recorded, one `Call` per forward of the model.
+    def calls(self) -> list[ForwardRecord]:
+        """Return and forget what was recorded, one `ForwardRecord` per forward of the model.
 
         Raises:
             UserError: A layer did not route in each of them.
@@ -129,7 +129,7 @@ class Recorder:
                 calls.clear()
         return found
 
-    def _call(self, number: int) -> Call:
+    def _call(self, number: int) -> ForwardRecord:
         def stacked(by_layer: dict[int, list[Tensor]]) -> npt.NDArray[Any]:
             found = torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1)
             array: npt.NDArray[Any] = found.cpu().numpy()
@@ -139,7 +139,7 @@ class Recorder:
         if self.with_states:  # what was beyond half precision is infinite
             kept = (stacked(by_layer) for by_layer in (self._router_inputs, self._layer_inputs))
             states = HiddenStates(*(np.clip(array, -LARGEST, LARGEST, out=array) for array in kept))
-        return Call(stacked(self._experts), stacked(self._weights), states)
+        return ForwardRecord(stacked(self._experts), stacked(self._weights), states)
 
     def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return and forget what was recorded.
@@ -185,7 +185,7 @@ def recording(model: nn.Module, readers: Mapping[int, nn.Module] | None = None) 
             handle.remove()
 
 
-def find_experts(model: nn.Module) -> dict[int, Hooked]:
+def find_experts(model: nn.Module) -> dict[int, HookTarget]:
     """Find the module of each layer whose calls show its routing; wrappers (such as LoRA's) are unwrapped.
 
     Raises:
@@ -207,7 +207,7 @@ def find_experts(model: nn.Module) -> dict[int, Hooked]:
     return {layer: _hooked(model, modules, name) for layer, name in names.items()} or _routers(model)
 
 
-def _hooked(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> Hooked:
+def _hooked(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> HookTarget:
     """Describe an experts module.
 
     Raises:
@@ -223,10 +223,10 @@ def _hooked(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> Ho
     layer = LAYER.search(f"{name}.")
     assert layer is not None
     first, second = tuple(inspect.signature(type(module).forward).parameters)[2:4]
-    return Hooked(module, name, modules[name[: layer.end() - 1]], (first, second), num_experts=count)
+    return HookTarget(module, name, modules[name[: layer.end() - 1]], (first, second), num_experts=count)
 
 
-def mixture_name(model: nn.Module, hooked: Hooked) -> str:
+def mixture_name(model: nn.Module, hooked: HookTarget) -> str:
     """Return the name of the module around a layer's experts, or its router, whose forward routes.
 
     Wrappers are climbed past: modules that pass on what they are given (``*args``), and those that hold a base layer.
@@ -243,20 +243,20 @@ def _wraps(module: nn.Module) -> bool:
     return passes_on or isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
-def _routers(model: nn.Module) -> dict[int, Hooked]:
+def _routers(model: nn.Module) -> dict[int, HookTarget]:
     """Find the routers whose logits the model's own class declares; attention that is a mixture too is none."""
     declared: list[Any] = []
     for part in model.modules():
         of_part = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", ())
         declared += of_part if isinstance(of_part, list) else [of_part] if of_part else []
-    found: dict[int, Hooked] = {}
+    found: dict[int, HookTarget] = {}
     for one in declared:
         kind, index = getattr(one, "target_class", one), getattr(one, "index", 0)
         for name, module in model.named_modules():
             layer, top_k = LAYER.search(f"{name}."), getattr(module, "top_k", None)
             if isinstance(module, kind) and layer and top_k and not ATTENTION.search(name):
                 block = model.get_submodule(name[: layer.end() - 1])
-                found[int(layer[1])] = Hooked(module, name, block, None, index, top_k, _count(module))
+                found[int(layer[1])] = HookTarget(module, name, block, None, index, top_k, _count(module))
     if not found:
         raise UserError(f"{type(model).__name__}: no experts module found; is it a mixture of experts?")
     return found
@@ -288,7 +288,7 @@ def _keep_first(module: nn.Module, kept: list[Tensor]) -> Any:
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _hook(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked) -> list[Any]:
+def _hook(model: nn.Module, recorder: Recorder, layer: int, hooked: HookTarget) -> list[Any]:
     names = hooked.names
     if names is None:
 
@@ -313,7 +313,7 @@ def _hook(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked) -> l
     return [called, *_hook_fused(model, recorder, layer, hooked)]
 
 
-def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, hooked: Hooked) -> list[Any]:
+def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, hooked: HookTarget) -> list[Any]:
     """Record a layer's router in each forward of its mixture that did not call the experts module."""
     mixture = model.get_submodule(mixture_name(model, hooked))
     if mixture is hooked.block:  # the layer itself routes: there is no block that a kernel could stand for

@@ -1,4 +1,4 @@
-"""The folder of pieces: what a collection has done so far, and what the same command goes on with."""
+"""Part files of an unfinished collection: writing, checking, resuming and merging them."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from moe_beyond.collect.config import Collection, Rank, Row
+from moe_beyond.collect.config import CollectConfig, ProcessRank, TokenizedPrompt
 from moe_beyond.collect.tokenizer_files import RecordedTokenizer
 from moe_beyond.errors import UserError
 from moe_beyond.files import is_taken, read_json, replacing, write_json
@@ -28,68 +28,87 @@ from moe_beyond.traces.schema import to_table
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import writing
 
-REQUEST_FILE = "request.json"
-WHOLE = "set"
-"""In the folder of pieces: the trace set, once all pieces are in it."""
-NUMBERS = 16
-"""Of each parameter, that a model is known again by."""
-PLACES = ("weights", "parameters")
-"""Fields that are compared as far as both runs have them."""
+KEY_FILE = "key.json"
+MERGED = "set"
+"""Name of the merged trace set in the folder of parts."""
+DIGEST_VALUES = 16
+"""Number of leading values of each parameter that enter its digest."""
+PARTIAL_FIELDS = ("weights", "parameters")
+"""Fields of a key that are compared as far as both runs have them."""
 WAIT_SECONDS = 1.0
-SPARE = 1.1
-"""Of the space that a collection is thought to take."""
+SPACE_MARGIN = 1.1
+"""Factor on the estimated size of a collection."""
 
 
-def request_of(manifest: Manifest, rows: Sequence[Row], asked: Collection, model: nn.Module) -> dict[str, Any]:
-    """Say what a collection is of, so that the same command knows it again; plain values."""
+def collection_key(
+    manifest: Manifest, rows: Sequence[TokenizedPrompt], config: CollectConfig, model: nn.Module
+) -> dict[str, Any]:
+    """Return the identity of a collection, by which the same command resumes it; JSON values.
+
+    Args:
+        manifest: Manifest of the trace set.
+        rows: Prompts and their token ids.
+        config: Settings of the collection.
+        model: Model that is recorded.
+    """
     texts = hashlib.sha256(json.dumps([(p.sequence_id, p.split, ids) for p, ids in rows]).encode()).hexdigest()
     weights = {"dtype": str(getattr(model, "dtype", "")), "weights": digest(model), "parameters": digests(model)}
-    return _plain(_described(manifest) | {"prompts": texts} | asdict(asked) | weights)
+    return _json_values(_manifest_key(manifest) | {"prompts": texts} | asdict(config) | weights)
 
 
-def _described(manifest: Manifest) -> dict[str, Any]:
-    """Describe the trace set to be: all that a piece depends on, and nothing that another version would call so."""
-    left_out = ("shards", "routers_sha256", "tool_version", "tokenizer")
-    described = {name: value for name, value in asdict(manifest).items() if name not in left_out}
-    return described | {"tokenizer": manifest.tokenizer.sha256}
+def _manifest_key(manifest: Manifest) -> dict[str, Any]:
+    """Return the fields of a manifest on which parts depend, without those that differ between versions."""
+    excluded = ("shards", "routers_sha256", "tool_version", "tokenizer")
+    values = {name: value for name, value in asdict(manifest).items() if name not in excluded}
+    return values | {"tokenizer": manifest.tokenizer.sha256}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(values))
-    return found
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    return result
 
 
 def digest(model: nn.Module) -> str | None:
-    """Return a hash of a model's configuration and of some numbers of each of its parameters.
+    """Return a hash of a model's configuration and of the leading values of all its parameters.
 
-    None where some of them are not here (on disk, in another process): `digests` covers those that are.
+    Args:
+        model: Model that is recorded.
+
+    Returns:
+        The hash; None if some parameters are elsewhere (on disk, in another process): `digests` covers the others.
     """
-    found = hashlib.sha256(str(getattr(model, "config", "")).encode())
+    result = hashlib.sha256(str(getattr(model, "config", "")).encode())
     for name, parameter in model.named_parameters():
-        if (numbers := _numbers(parameter)) is None:
+        if (values := _leading_values(parameter)) is None:
             return None
-        found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(numbers)
-    return found.hexdigest()
+        result.update(f"{name} {tuple(parameter.shape)}".encode())
+        result.update(values)
+    return result.hexdigest()
 
 
 def digests(model: nn.Module) -> dict[str, list[Any]]:
-    """Return, by name, each parameter's shape, and a hash of some of its numbers: None where it is not here.
+    """Return the shape of each parameter and a hash of its leading values, by name.
 
-    Where a parameter is may change from run to run: ``device_map="auto"`` goes by the memory that is free.
+    The placement of a parameter may change from run to run: ``device_map="auto"`` depends on the free memory.
+
+    Args:
+        model: Model that is recorded.
+
+    Returns:
+        Name -> [shape, hash]; the hash of a parameter that is elsewhere is None.
     """
     return {
-        name: [list(parameter.shape), None if (numbers := _numbers(parameter)) is None else _hash(numbers)]
+        name: [list(parameter.shape), None if (values := _leading_values(parameter)) is None else _hash(values)]
         for name, parameter in model.named_parameters()
     }
 
 
-def _numbers(parameter: Tensor) -> bytes | None:
-    """Return some numbers of a parameter; None of one without plain bytes here: offloaded, sharded, or packed."""
+def _leading_values(parameter: Tensor) -> bytes | None:
+    """Return leading values of a parameter; None if it is offloaded, sharded or packed."""
     tensor = parameter.data
     if type(tensor) is not Tensor or tensor.is_meta:
         return None
-    return tensor.flatten()[:NUMBERS].float().cpu().numpy().tobytes()
+    return tensor.flatten()[:DIGEST_VALUES].float().cpu().numpy().tobytes()
 
 
 def _hash(content: bytes) -> str:
@@ -97,17 +116,21 @@ def _hash(content: bytes) -> str:
 
 
 @contextmanager
-def alone(pieces: Path, rank: Rank) -> Iterator[None]:
-    """See that no other process does the same part at the same time; what is killed leaves nothing that would hold.
+def exclusive(parts: Path, rank: ProcessRank) -> Iterator[None]:
+    """Keep other processes from writing the same parts; the lock of a killed process does not block.
+
+    Args:
+        parts: Folder of the part files.
+        rank: Number of this process.
 
     Raises:
-        UserError: One does.
+        UserError: Another process writes these parts.
     """
-    lock = FileLock(pieces / f"rank-{rank.number}.lock")
+    lock = FileLock(parts / f"rank-{rank.number}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{pieces}: another process is collecting there; wait for it, or stop it") from error
+        raise UserError(f"{parts}: another process is collecting there; wait for it, or stop it") from error
     try:
         yield
     finally:
@@ -115,136 +138,183 @@ def alone(pieces: Path, rank: Rank) -> Iterator[None]:
 
 
 @contextmanager
-def leaving_nothing(pieces: Path, paths: Sequence[Path], rank: Rank) -> Iterator[None]:
-    """Remove the folder of pieces where a fault of the user's ends the block before there is a piece.
+def removing_empty_folder(parts: Path, paths: Sequence[Path], rank: ProcessRank) -> Iterator[None]:
+    """Remove the folder of parts if a user's mistake ends the block before the first part is written.
 
-    Other ranks may be at work in the folder, so that with several of them it stays.
+    With several ranks the folder stays, because others may be writing to it.
+
+    Args:
+        parts: Folder of the part files.
+        paths: Paths of all part files.
+        rank: Number of this process.
     """
     try:
         yield
     except UserError:
-        if rank.count == 1 and not any(path.exists() for path in (pieces / WHOLE, *paths)):
-            shutil.rmtree(pieces)
+        if rank.count == 1 and not any(path.exists() for path in (parts / MERGED, *paths)):
+            shutil.rmtree(parts)
         raise
 
 
-def begin(pieces: Path, request: dict[str, Any], rank: Rank, out: Path) -> bool:
-    """Make the folder of pieces, or see that the one there is was begun with the same.
+def open_or_resume(parts: Path, key: dict[str, Any], rank: ProcessRank, out: Path) -> bool:
+    """Make the folder of parts, or check that an existing one belongs to the same collection.
+
+    The first rank writes the key; the others wait for it.
+
+    Args:
+        parts: Folder of the part files.
+        key: Result of `collection_key`.
+        rank: Number of this process.
+        out: Folder of the trace set.
 
     Returns:
-        Whether there is something to do; nothing where the first rank has put all together meanwhile.
+        False if the trace set has been finished meanwhile.
 
     Raises:
-        UserError: It was begun with something else.
+        UserError: The folder belongs to a collection with other settings.
     """
-    path = pieces / REQUEST_FILE
+    path = parts / KEY_FILE
     while rank.number and not path.exists():
         if is_taken(out):
             return False
         time.sleep(WAIT_SECONDS)
     if not path.exists():
-        write_json(path, request)
-    elif differ := _differences(read_json(path), request):
+        write_json(path, key)
+    elif fields := _differences(read_json(path), key):
         raise UserError(
-            f"{pieces}: a collection was begun there with other {differ}; go on with the same, or remove it"
+            f"{parts}: contains an unfinished collection with different {fields}; rerun with the original settings, or "
+            "delete the folder"
         )
     return True
 
 
-def _differences(found: Any, request: dict[str, Any]) -> str:
-    if not isinstance(found, dict):
+def _differences(stored: Any, key: dict[str, Any]) -> str:
+    """Name the fields in which a stored key differs; empty if none does."""
+    if not isinstance(stored, dict):
         return "contents"
-    names = [name for name in request if name not in PLACES and not _same(name, found, request)]
-    names += ["weights"] if not _same_weights(found, request) else []
+    names = [name for name in key if name not in PARTIAL_FIELDS and not _same_field(name, stored, key)]
+    names += ["weights"] if not _same_weights(stored, key) else []
     return " and ".join(names)
 
 
-def _same(name: str, found: dict[str, Any], request: dict[str, Any]) -> bool:
-    value = found.get(name)
-    if name == "tokenizer" and isinstance(value, dict):  # as earlier versions stored it
+def _same_field(name: str, stored: dict[str, Any], key: dict[str, Any]) -> bool:
+    value = stored.get(name)
+    if name == "tokenizer" and isinstance(value, dict):  # the form of manifests
         value = value.get("sha256")
-    return bool(value == request[name])
+    return bool(value == key[name])
 
 
-def _same_weights(found: dict[str, Any], request: dict[str, Any]) -> bool:
-    """Compare what both know of the weights: all, or those parameters that were here in both runs."""
-    if None not in (before := found.get("weights"), now := request["weights"]):
-        return bool(before == now)
-    there, here = found.get("parameters"), request["parameters"]
-    if not isinstance(there, dict) or there.keys() != here.keys():
+def _same_weights(stored: dict[str, Any], key: dict[str, Any]) -> bool:
+    """Compare digests: of all weights, otherwise of the parameters that were in memory in both runs."""
+    if None not in (earlier := stored.get("weights"), current := key["weights"]):
+        return bool(earlier == current)
+    before, now = stored.get("parameters"), key["parameters"]
+    if not isinstance(before, dict) or before.keys() != now.keys():
         return False
-    pairs = ((there[name], here[name]) for name in here)
+    pairs = ((before[name], now[name]) for name in now)
     return all(a[0] == b[0] and (a[1] == b[1] or None in (a[1], b[1])) for a, b in pairs)
 
 
-def check_finished(out: Path, pieces: Path, request: dict[str, Any]) -> None:
-    """See that a set that is there is what the same command made, and was killed before it could remove the rest.
+def check_finished(out: Path, parts: Path, key: dict[str, Any]) -> None:
+    """Check that an existing trace set is the result of the same command, killed before it removed its parts.
+
+    Args:
+        out: Folder of the trace set.
+        parts: Folder of the part files.
+        key: Result of `collection_key`.
 
     Raises:
-        UserError: It is something else.
+        UserError: The trace set has another origin.
     """
-    left = sorted(path.name for path in pieces.iterdir() if not path.name.startswith(".") and path.suffix != ".lock")
-    ours = left in ([], [REQUEST_FILE]) and (out / MANIFEST_FILE).exists()
-    made = {**request, **_plain(_described(TraceSet(str(out)).manifest))} if ours else {}
-    if made != request or (left and _differences(read_json(pieces / REQUEST_FILE), request)):
-        raise UserError(f"{out} already exists; choose another folder or remove it")
+    names = sorted(path.name for path in parts.iterdir() if not path.name.startswith(".") and path.suffix != ".lock")
+    finished = names in ([], [KEY_FILE]) and (out / MANIFEST_FILE).exists()
+    stored = {**key, **_json_values(_manifest_key(TraceSet(str(out)).manifest))} if finished else {}
+    if stored != key or (names and _differences(read_json(parts / KEY_FILE), key)):
+        raise UserError(f"{out}: already exists; choose another folder, or remove it")
 
 
 def check_space(
-    pieces: Path, manifest: Manifest, batches: Sequence[Sequence[Row]], paths: Sequence[Path], asked: Collection
+    parts: Path,
+    manifest: Manifest,
+    batches: Sequence[Sequence[TokenizedPrompt]],
+    paths: Sequence[Path],
+    config: CollectConfig,
 ) -> None:
-    """Refuse to begin what the disk will not hold: the pieces to come, and the set made of all.
+    """Check that the disk has room for the missing parts and the merged trace set.
+
+    Args:
+        parts: Folder of the part files.
+        manifest: Manifest of the trace set.
+        batches: Prompts of each part.
+        paths: Paths of all part files.
+        config: Settings of the collection.
 
     Raises:
-        UserError: It will not.
+        UserError: The disk has too little room.
     """
-    by_batch = [sum(len(token_ids) + asked.generate for _, token_ids in batch) for batch in batches]
-    to_come = sum(tokens for tokens, path in zip(by_batch, paths, strict=True) if not path.exists())
+    tokens_by_batch = [sum(len(token_ids) + config.generate for _, token_ids in batch) for batch in batches]
+    missing = sum(tokens for tokens, path in zip(tokens_by_batch, paths, strict=True) if not path.exists())
     geometry = manifest.geometry
     states = 2 * 2 * geometry.num_layers * (manifest.hidden_size or 0)
-    an_expert = (1 if geometry.num_experts <= 255 else 2) + 2 * asked.gate_weights
-    needed = int(SPARE * (to_come + sum(by_batch)) * (4 + geometry.demand_per_token * an_expert + states))
-    free = shutil.disk_usage(pieces).free
+    bytes_per_id = (1 if geometry.num_experts <= 255 else 2) + 2 * config.gate_weights
+    bytes_per_token = 4 + geometry.demand_per_token * bytes_per_id + states
+    needed = int(SPACE_MARGIN * (missing + sum(tokens_by_batch)) * bytes_per_token)
+    free = shutil.disk_usage(parts).free
     if needed > free:
         raise UserError(
-            f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e6:,.1f} MB more, and "
-            f"{free / 1e6:,.1f} MB are free; make room, then run the same command again"
+            f"{parts.parent}: {sum(tokens_by_batch):,} tokens need about {needed / 1e6:,.1f} MB (got {free / 1e6:,.1f} "
+            "MB free); make room, then run the same command again"
         )
 
 
-def put_together(
-    whole: Path,
+def merge_parts(
+    merged: Path,
     manifest: Manifest,
-    batches: Sequence[Sequence[Row]],
+    batches: Sequence[Sequence[TokenizedPrompt]],
     paths: Sequence[Path],
     tokenizer: RecordedTokenizer,
     routers: Routers | None,
-    asked: Collection,
+    config: CollectConfig,
 ) -> None:
-    """Write the trace set out of all pieces; what kills left half-written goes first.
+    """Write the trace set from all parts, after removing temporary files of killed processes.
+
+    Args:
+        merged: Folder of the merged trace set.
+        manifest: Manifest of the trace set.
+        batches: Prompts of each part.
+        paths: Paths of all part files.
+        tokenizer: Tokenizer of the model.
+        routers: Router weights, or None.
+        config: Settings of the collection.
 
     Raises:
-        UserError: A piece is damaged, or of other prompts, or does not fit the manifest; or there is no room.
+        UserError: A part is damaged, belongs to other prompts, or contradicts the manifest; or the disk is full.
     """
-    for left in whole.parent.glob(".*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    vocabulary = tokenizer.file or whole.parent / f".{VOCABULARY_FILE}"
+    for leftover in merged.parent.glob(".*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    vocabulary = tokenizer.file or merged.parent / f".{VOCABULARY_FILE}"
     if tokenizer.file is None:
         vocabulary.write_bytes(tokenizer.content)
-    with writing(whole, manifest, vocabulary=vocabulary, routers=routers, shard_tokens=asked.shard_tokens) as writer:
+    with writing(merged, manifest, vocabulary=vocabulary, routers=routers, shard_tokens=config.shard_tokens) as writer:
         for path, batch in zip(paths, batches, strict=True):
-            for trace, (prompt, _) in zip(_read_piece(path, batch, manifest), batch, strict=True):
+            for trace, (prompt, _) in zip(_read_part(path, batch, manifest), batch, strict=True):
                 try:
                     writer.write(trace, prompt.split)
                 except UserError as error:
                     raise UserError(
-                        f"{path}: {error}; remove {path.name}, and the same command collects it again; all other parts "
-                        "are kept"
+                        f"{path}: {error}; remove {path.name}, then run the same command again: it collects this part "
+                        "and keeps the others"
                     ) from error
 
 
-def write_piece(path: Path, traces: Sequence[Trace], geometry: Geometry) -> None:
-    """Write what a batch routed: its hidden states first, since a piece is there once its entries are."""
+def write_part(path: Path, traces: Sequence[Trace], geometry: Geometry) -> None:
+    """Write the traces of a batch; hidden states first, because a part counts as written once its entries exist.
+
+    Args:
+        path: Path of the part file.
+        traces: Traces of the batch.
+        geometry: Geometry of the model.
+    """
     states = [trace.hidden_states for trace in traces if trace.hidden_states is not None]
     if states:
         with replacing(_states_path(path)) as temporary:
@@ -253,34 +323,39 @@ def write_piece(path: Path, traces: Sequence[Trace], geometry: Geometry) -> None
         pq.write_table(to_table(traces, geometry), temporary, compression="zstd")
 
 
-def remove_pieces(paths: Sequence[Path]) -> None:
-    """Remove those that are there."""
+def remove_parts(paths: Sequence[Path]) -> None:
+    """Remove the part files that exist, and their hidden states.
+
+    Args:
+        paths: Paths of all part files.
+    """
     for path in paths:
         path.unlink(missing_ok=True)
         _states_path(path).unlink(missing_ok=True)
 
 
-def _read_piece(path: Path, batch: Sequence[Row], manifest: Manifest) -> Iterator[Trace]:
-    """Read what a batch routed.
+def _read_part(path: Path, batch: Sequence[TokenizedPrompt], manifest: Manifest) -> Iterator[Trace]:
+    """Read the traces of a batch.
 
     Raises:
-        UserError: The piece is damaged, or of other prompts.
+        UserError: The part is damaged, or belongs to other prompts.
     """
     geometry, size = manifest.geometry, manifest.hidden_size
+    states_path = _states_path(path)
+    again = f"remove {path.name}, then run the same command again: it collects this part"
     try:
         shard = decode(pq.read_table(path), geometry, str(path))
         if size is not None:
-            shape, beside = (len(shard.token_ids), geometry.num_layers, size), _states_path(path)
-            shard = replace(shard, hidden_states=load_states(beside.read_bytes(), shape, str(beside)))
+            shape = (len(shard.token_ids), geometry.num_layers, size)
+            shard = replace(shard, hidden_states=load_states(states_path.read_bytes(), shape, str(states_path)))
     except (pa.ArrowException, OSError, UserError) as error:
-        either = ":" if size is None else f", or {_states_path(path).name} beside it,"
-        told = f"{path}{either} is damaged; remove {path.name}, and the same command collects it again"
-        raise UserError(told) from error
+        files = f"{path}: is" if size is None else f"{path}: this file or {states_path.name} is"
+        raise UserError(f"{files} damaged; {again}") from error
     if shard.sequence_ids != [prompt.sequence_id for prompt, _ in batch]:
-        raise UserError(f"{path}: is of other prompts; remove it, and the same command collects it again")
+        raise UserError(f"{path}: belongs to other prompts; {again}")
     return (shard.trace(row) for row in range(len(shard)))
 
 
 def _states_path(path: Path) -> Path:
-    """Return where the hidden states of a piece lie."""
+    """Return the path of the hidden states of a part."""
     return path.with_name(path.stem + SUFFIX)

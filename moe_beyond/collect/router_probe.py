@@ -2,7 +2,7 @@
 
 How a router is written differs from architecture to architecture, but what it does does not: a product of what it reads
 with a weight of a row a choice, a function of that, perhaps a bias that decides the choice alone, and the top K. So the
-model reads a few random tokens while `Watch` keeps the products and the choices of each mixture, and the router is the
+model reads a few random tokens while `RouterProbe` keeps the products and the choices of each mixture, and the router is the
 product whose scores choose what was recorded.
 
 For saving routers beside hidden states, so that scores can be computed of any layer's states; and for steering
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from moe_beyond.collect.devices import embedding_rows, input_device
-from moe_beyond.collect.recorder import Hooked, find_experts, mixture_name, recording
+from moe_beyond.collect.recorder import HookTarget, find_experts, mixture_name, recording
 from moe_beyond.geometry import Geometry
 from moe_beyond.router_activations import SCORINGS
 from moe_beyond.traces.router_weights import Routers
@@ -68,7 +68,7 @@ class Router:
 
 
 @dataclass(frozen=True)
-class Product:
+class MatmulRecord:
     """A product with a weight.
 
     Attributes:
@@ -84,7 +84,7 @@ class Product:
     bias: Tensor | None
 
 
-class Watch(TorchFunctionMode):
+class RouterProbe(TorchFunctionMode):
     """Keeps what a mixture's forward multiplies with a router's weight, and what it chooses among.
 
     Weights are looked up at each call: an offloaded one is there only while its module runs.
@@ -98,10 +98,10 @@ class Watch(TorchFunctionMode):
         small: Small parameters and buffers, by name: what may be added to scores for the choice.
     """
 
-    def __init__(self, mixture: "Mixture") -> None:
+    def __init__(self, mixture: "MoEBlock") -> None:
         super().__init__()
         self._mixture = mixture
-        self.products: list[Product] = []
+        self.products: list[MatmulRecord] = []
         self.chosen_from: list[tuple[Tensor, int]] = []
         self.small: dict[str, Tensor] = {}
 
@@ -113,12 +113,12 @@ class Watch(TorchFunctionMode):
         if (product := product_of(func, args, kwargs)) is not None:
             read, used, bias = product
             weights = self._mixture.weights()
-            names = [name for name, known in weights.items() if is_weight(used, known)]
+            names = [name for name, known in weights.items() if same_weight(used, known)]
             named: list[tuple[str | None, Tensor]] = [(name, weights[name]) for name in names]
             named = named or [(None, used.detach())]
             if names or self._mixture.may_route(used):
                 kept = read.reshape(-1, read.shape[-1]).float()
-                self.products += [Product(kept, name, weight, bias) for name, weight in named]
+                self.products += [MatmulRecord(kept, name, weight, bias) for name, weight in named]
                 self.small |= self._mixture.small_tensors()
         elif func in CHOICES:
             k = args[1] if len(args) > 1 else kwargs["k"]
@@ -137,7 +137,7 @@ def product_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return None
 
 
-def is_weight(used: Tensor, known: Tensor) -> bool:
+def same_weight(used: Tensor, known: Tensor) -> bool:
     """Tell whether what is used in a product is a parameter, or its first rows are; routers cast it to float32."""
     return (
         used.ndim == 2
@@ -160,16 +160,16 @@ def find_routers(model: Any) -> dict[int, Router]:
     Raises:
         UserError: It is no mixture of experts.
     """
-    mixtures = {layer: Mixture.of(model, hooked) for layer, hooked in find_experts(model).items()}
+    mixtures = {layer: MoEBlock.of(model, hooked) for layer, hooked in find_experts(model).items()}
     with recording(model) as recorder:
-        seen = {layer: Seen(Watch(mixture)) for layer, mixture in mixtures.items()}
+        seen = {layer: ProbeRecord(RouterProbe(mixture)) for layer, mixture in mixtures.items()}
         handles = [handle for layer, mixture in mixtures.items() for handle in seen[layer].watch(mixture)]
         try:
             read_probe(model)
         finally:
             for handle in handles:
                 handle.remove()
-        experts, _ = recorder.take()
+        experts, _ = recorder.pop_concatenated()
     found = {
         layer: _router(mixtures[layer], seen[layer], torch.from_numpy(experts[:, column]))
         for column, layer in enumerate(recorder.moe_layers)
@@ -217,7 +217,7 @@ def read_probe(model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MoEBlock:
     """The module around a layer's experts, whose forward routes.
 
     Attributes:
@@ -228,10 +228,10 @@ class Mixture:
 
     name: str
     block: nn.Module
-    hooked: Hooked
+    hooked: HookTarget
 
     @classmethod
-    def of(cls, model: nn.Module, hooked: Hooked) -> "Mixture":
+    def of(cls, model: nn.Module, hooked: HookTarget) -> "MoEBlock":
         """Find it: what holds the experts module, or the router."""
         name = mixture_name(model, hooked)
         return cls(name, model.get_submodule(name), hooked)
@@ -265,14 +265,14 @@ class Mixture:
         return [self.block.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
 
 
-class Seen:
+class ProbeRecord:
     """What was seen of a mixture while the model read the probe."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: RouterProbe) -> None:
         self.calls = watch
         self.given: dict[nn.Module, Tensor] = {}
 
-    def watch(self, mixture: Mixture) -> list[Any]:
+    def watch(self, mixture: MoEBlock) -> list[Any]:
         """Hook a mixture; returns what removes the hooks."""
         modules = (module for module in mixture.block.modules() if mixture.hooked.module not in module.modules())
         kept = (module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in {mixture.block, *modules})
@@ -296,7 +296,7 @@ def within(block: nn.Module, mode: TorchFunctionMode) -> list[Any]:
     return [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, always_call=True)]
 
 
-def _router(mixture: Mixture, seen: Seen, experts: Tensor) -> Router | None:
+def _router(mixture: MoEBlock, seen: ProbeRecord, experts: Tensor) -> Router | None:
     """Find the product, scoring and selection bias that choose what was recorded, ``(N, K)``."""
     count, top_k = mixture.hooked.num_experts, experts.shape[-1]
     fit = (scores for scores, k in seen.calls.chosen_from if k == top_k and len(scores) == len(experts))

@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from moe_beyond.collect.recorder import find_experts, recording
 from moe_beyond.collect.router_probe import (
     CHOICES,
-    Mixture,
+    MoEBlock,
     Router,
     find_routers,
-    is_weight,
     product_of,
     read_probe,
+    same_weight,
     within,
 )
 from moe_beyond.errors import UserError
@@ -33,7 +33,7 @@ MARGIN = 0.01
 """How far above the largest logit, or below the smallest; SteerMoE's."""
 
 
-class Forced(TorchFunctionMode):
+class SteeringMode(TorchFunctionMode):
     """Changes what a mixture's forward computes: the logits of a router, and what is chosen by them.
 
     Args:
@@ -54,7 +54,7 @@ class Forced(TorchFunctionMode):
     ) -> Any:
         """Let a call be, but for the router's product and a choice among as many."""
         kwargs = kwargs or {}
-        if (product := product_of(func, args, kwargs)) is not None and is_weight(product[1], self._router.weight):
+        if (product := product_of(func, args, kwargs)) is not None and same_weight(product[1], self._router.weight):
             return self.logits(func(*args, **kwargs))
         if func in CHOICES and (scores := args[0]).shape[-1] == self._choices:
             indices = func(self.order(scores), *args[1:], **kwargs).indices
@@ -78,7 +78,7 @@ class Forced(TorchFunctionMode):
 
 
 @contextmanager
-def forcing(model: Any, steering: Steering, geometry: Geometry) -> Iterator[None]:
+def steered(model: Any, steering: Steering, geometry: Geometry) -> Iterator[None]:
     """Force experts on or off in all that a model computes while the block runs.
 
     Args:
@@ -99,11 +99,11 @@ def forcing(model: Any, steering: Steering, geometry: Geometry) -> Iterator[None
                     f"--steer: layer {layer} of {geometry.model}: no scores of what it reads were found that choose "
                     "its experts (hash routing has none, an adapter on the router hides them); it cannot be steered"
                 )
-            forced = Forced(routers[layer], *steering.of_layer(layer))
-            handles += within(Mixture.of(model, mixtures[layer]).block, forced)
+            forced = SteeringMode(routers[layer], *steering.of_layer(layer))
+            handles += within(MoEBlock.of(model, mixtures[layer]).block, forced)
         with recording(model) as recorder:
             read_probe(model)
-            steering.check_obeyed(recorder.take()[0], geometry)
+            steering.check_obeyed(recorder.pop_concatenated()[0], geometry)
         yield
     finally:
         for handle in handles:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moe_beyond.collect.config import Collection, Row
+from moe_beyond.collect.config import CollectConfig, TokenizedPrompt
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief, shown
@@ -25,8 +25,8 @@ UNREAD = "key_that_no_template_reads"
 
 
 def tokenize_prompts(
-    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", config: Any, asked: Collection, source: str
-) -> list[Row]:
+    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", config: Any, asked: CollectConfig, source: str
+) -> list[TokenizedPrompt]:
     """Tokenize prompts, cut them, and decide their splits: all that can be wrong with prompts is found here.
 
     Args:
@@ -80,7 +80,7 @@ def token_ids_of(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
     return ids
 
 
-def _cut(prompt: Prompt, token_ids: list[int], config: Any, asked: Collection) -> list[int]:
+def _cut(prompt: Prompt, token_ids: list[int], config: Any, asked: CollectConfig) -> list[int]:
     """Cut a prompt to ``max_tokens``.
 
     Raises:

@@ -12,7 +12,7 @@ from _helpers.moe_architectures import EXPERTS, VOCAB
 from torch import Tensor, nn
 
 from moe_beyond.collect.geometry import measured_geometry
-from moe_beyond.collect.recorder import LAYER, Call, recording
+from moe_beyond.collect.recorder import LAYER, ForwardRecord, recording
 from moe_beyond.errors import UserError
 
 FOREIGN = ("llama4", "jetmoe")  # whose experts never see which were chosen: read from what their routers return
@@ -181,7 +181,7 @@ def test_it_records_what_the_experts_receive_and_use(architecture, monkeypatch: 
     seen = watch(folder, model, monkeypatch)
     with recording(model) as recorder, torch.inference_mode():
         model(torch.tensor([PROMPTS[1]]))
-        experts, weights = recorder.take()
+        experts, weights = recorder.pop_concatenated()
         assert recorder.moe_layers == tuple(sorted(seen))
         assert recorder.num_experts == EXPERTS
         varied = [len(np.unique(of_layer[of_layer >= 0])) for of_layer in experts.swapaxes(0, 1)]
@@ -200,7 +200,7 @@ def test_the_geometry_is_that_of_one_expert(architecture) -> None:
     folder, model = architecture
     with recording(model) as recorder, torch.inference_mode():
         model(torch.tensor([PROMPTS[0]]))
-        experts, _ = recorder.take()
+        experts, _ = recorder.pop_concatenated()
     found = measured_geometry(model, "tiny", experts.shape[-1])
     assert (found.moe_layers, found.num_experts) == (recorder.moe_layers, EXPERTS)
     # Three maps between the hidden states and the expert's width, in most.
@@ -220,9 +220,9 @@ def test_generating_routes_as_reading_what_was_written(architecture) -> None:
     prompt = torch.tensor([PROMPTS[0]])
     with recording(model) as recorder, torch.inference_mode():
         written = generate(model, prompt, torch.ones_like(prompt), 5)
-        generated, weights = recorder.take()
+        generated, weights = recorder.pop_concatenated()
         model(written[:, :-1])  # the last token is never read
-        read, read_weights = recorder.take()
+        read, read_weights = recorder.pop_concatenated()
     assert len(generated) == len(PROMPTS[0]) + 5 - 1
     assert np.array_equal(np.sort(generated), np.sort(read))
     np.testing.assert_allclose(dense(generated, weights), dense(read, read_weights), atol=1e-4)
@@ -243,13 +243,13 @@ def test_padding_changes_no_token(architecture) -> None:
         right[row, : len(prompt)] = left[row, longest - len(prompt) :] = torch.tensor(prompt)
     with recording(model) as recorder, torch.inference_mode():
         model(right, attention_mask=(right != 0).long(), use_cache=False)
-        (read,) = recorder.calls()
+        (read,) = recorder.pop()
         generate(model, left, (left != 0).long(), 3)
-        written, *later = recorder.calls()
+        written, *later = recorder.pop()
         for row, prompt in enumerate(PROMPTS):
             alone = torch.tensor([prompt])
             generate(model, alone, torch.ones_like(alone), 3)
-            first, *steps = recorder.calls()
+            first, *steps = recorder.pop()
             begin, beyond = row * longest, (row + 1) * longest
             same(read, slice(begin, begin + len(prompt)), first, slice(None))
             if folder not in COUNTS_PADS_AT_THE_LEFT:
@@ -258,7 +258,7 @@ def test_padding_changes_no_token(architecture) -> None:
                     same(together, slice(row, row + 1), step, slice(None))
 
 
-def same(one: Call, places: slice, other: Call, others: slice) -> None:
+def same(one: ForwardRecord, places: slice, other: ForwardRecord, others: slice) -> None:
     found, expected = (
         dense(call.experts[rows], call.gate_weights[rows]) for call, rows in ((one, places), (other, others))
     )
@@ -271,7 +271,7 @@ def test_hash_routing_is_recorded() -> None:
     assert len(tables) == 3
     with recording(model) as recorder, torch.inference_mode():
         model(torch.tensor([prompt]))
-        experts, _ = recorder.take()
+        experts, _ = recorder.pop_concatenated()
     for column, table in enumerate(tables):  # the first layers; a last one has a router
         assert np.array_equal(experts[:, column], table[prompt].numpy())
 
@@ -284,7 +284,7 @@ def test_groups_that_limit_the_choice_do_so_in_the_recording(name: str, more: di
     model = moes.tiny_model(name, n_group=4, topk_group=1, **more)
     with recording(model) as recorder, torch.inference_mode():
         model(torch.arange(3, VOCAB)[None])
-        experts, _ = recorder.take()
+        experts, _ = recorder.pop_concatenated()
     # Groups of two, of which one is chosen: both of its experts, and more than one group over all tokens.
     assert np.array_equal(np.sort(experts) % 2, np.broadcast_to([0, 1], experts.shape))
     assert np.array_equal(experts[..., 0] // 2, experts[..., 1] // 2)
@@ -301,7 +301,7 @@ def test_identity_and_skip_experts_are_none(name: str, bias: int, monkeypatch: p
     seen = watch(moes.architectures()[name], model, monkeypatch)
     with recording(model) as recorder, torch.inference_mode():
         model(torch.arange(3, VOCAB)[None])
-        experts, weights = recorder.take()
+        experts, weights = recorder.pop_concatenated()
         none = experts < 0
         assert 0.1 < none.mean() < 0.9
         assert not weights[none].any()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_beyond as mb
 from moe_beyond.cli.main import main
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
@@ -40,7 +40,7 @@ def prompts() -> list[Prompt]:
 
 
 def collected(small: tuple, out: Path, **asked) -> list[Trace]:
-    traces = collect(*small, prompts(), out, Collection(**asked), rank=Rank(0, 1))
+    traces = collect(*small, prompts(), out, CollectConfig(**asked), rank=ProcessRank(0, 1))
     assert traces is not None
     assert [path.name for path in out.parent.iterdir()] == [out.name]  # nothing beside it
     return sorted(traces.traces(), key=lambda trace: trace.sequence_id)
@@ -67,7 +67,7 @@ def test_a_trace_holds_what_the_model_did(small: tuple, tmp_path: Path) -> None:
         assert trace.decode_start == len(trace)
         with recording(model) as recorder, torch.inference_mode():
             model(token_ids)
-            experts, weights = recorder.take()
+            experts, weights = recorder.pop_concatenated()
         assert np.array_equal(trace.experts, experts)
         np.testing.assert_allclose(trace.gate_weights, weights, atol=2e-3)
     assert TraceSet(str(tmp_path / "traces")).manifest.splits == ("train", "validation")
@@ -90,7 +90,7 @@ def test_what_is_written_is_routed_as_what_is_read(small: tuple, tmp_path: Path)
         assert len(one) == one.decode_start + 8  # what was written last is not read
         with recording(model) as recorder, torch.inference_mode():
             model(torch.from_numpy(one.token_ids.astype(np.int64))[None])
-            experts, _ = recorder.take()
+            experts, _ = recorder.pop_concatenated()
         assert np.array_equal(np.sort(one.experts), np.sort(experts))
 
 
@@ -139,14 +139,16 @@ def test_identity_experts_are_left_out_on_the_way_to_a_replay(small: tuple, tmp_
     """Their slots hold none, on disk and after, whether the model reads or writes."""
     tokenizer = small[1]
     model = tiny_model("LongcatFlashForCausalLM", vocab_size=len(tokenizer))
-    traces = collect(model, tokenizer, prompts(), tmp_path / "traces", Collection(4, batch_size=2), rank=Rank(0, 1))
+    traces = collect(
+        model, tokenizer, prompts(), tmp_path / "traces", CollectConfig(4, batch_size=2), rank=ProcessRank(0, 1)
+    )
     assert traces is not None
     assert (traces.geometry.num_experts, traces.geometry.top_k) == (8, 2)
     real = 0
     for trace in traces.traces():
         with recording(model) as recorder, torch.inference_mode():
             model(torch.from_numpy(trace.token_ids.astype(np.int64))[None])
-            experts, _ = recorder.take()
+            experts, _ = recorder.pop_concatenated()
         assert np.array_equal(np.sort(trace.experts.astype(np.int8)), np.sort(experts))  # -1 is 255 in a byte
         assert trace.gate_weights is not None
         assert np.array_equal(trace.gate_weights > 0, trace.experts < 8)
@@ -181,14 +183,14 @@ def test_the_geometry_is_read_off_the_modules(small: tuple) -> None:
 def test_ranks_take_parts_and_the_first_puts_them_together(small: tuple, tmp_path: Path) -> None:
     whole = collected(small, tmp_path / "whole" / "traces", batch_size=2)
     out = tmp_path / "parts" / "traces"
-    asked = Collection(batch_size=2)
+    asked = CollectConfig(batch_size=2)
     out.parent.mkdir()
     (out.parent / ".traces.collecting").mkdir()
-    first = Rank(0, 2)
+    first = ProcessRank(0, 2)
     # The second rank waits for the first to begin; here the first begins, and is stopped before its batches.
     with pytest.raises(KeyboardInterrupt):
         collect(*small, prompts(), out, asked, rank=first, progress=interrupt)
-    assert collect(*small, prompts(), out, asked, rank=Rank(1, 2)) is None
+    assert collect(*small, prompts(), out, asked, rank=ProcessRank(1, 2)) is None
     traces = collect(*small, prompts(), out, asked, rank=first)
     assert traces is not None
     for one, other in zip(sorted(traces.traces(), key=lambda t: t.sequence_id), whole, strict=True):
@@ -202,41 +204,41 @@ def interrupt(done: int, total: int, tokens: int) -> None:
 def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path: Path) -> None:
     out = tmp_path / "traces"
     with pytest.raises(KeyboardInterrupt):
-        collect(*small, prompts(), out, Collection(batch_size=2), rank=Rank(0, 1), progress=interrupt)
+        collect(*small, prompts(), out, CollectConfig(batch_size=2), rank=ProcessRank(0, 1), progress=interrupt)
     for told, asked, texts in (
-        ("batch_size", Collection(batch_size=3), prompts()),
-        ("prompts", Collection(batch_size=2), prompts()[:4]),
+        ("batch_size", CollectConfig(batch_size=3), prompts()),
+        ("prompts", CollectConfig(batch_size=2), prompts()[:4]),
     ):
         with pytest.raises(UserError, match=f"was begun there with other {told}; go on with the same"):
-            collect(*small, texts, out, asked, rank=Rank(0, 1))
+            collect(*small, texts, out, asked, rank=ProcessRank(0, 1))
 
 
 def test_another_model_of_the_same_name_does_not_go_on(small: tuple, tmp_path: Path) -> None:
     model, tokenizer = small
     with pytest.raises(KeyboardInterrupt):
-        collect(model, tokenizer, prompts(), tmp_path / "traces", rank=Rank(0, 1), progress=interrupt)
+        collect(model, tokenizer, prompts(), tmp_path / "traces", rank=ProcessRank(0, 1), progress=interrupt)
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.model.layers[4].mlp.gate.weight[0, 0] += 1
     with pytest.raises(UserError, match="was begun there with other weights; go on with the same"):
-        collect(other, tokenizer, prompts(), tmp_path / "traces", rank=Rank(0, 1))
+        collect(other, tokenizer, prompts(), tmp_path / "traces", rank=ProcessRank(0, 1))
 
 
 def test_two_processes_do_not_do_one_part_at_once(small: tuple, tmp_path: Path) -> None:
     def begin_again(done: int, total: int, tokens: int) -> None:
         with pytest.raises(UserError, match="another process is collecting there"):
-            collect(*small, prompts(), tmp_path / "traces", rank=Rank(0, 1))
+            collect(*small, prompts(), tmp_path / "traces", rank=ProcessRank(0, 1))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(*small, prompts(), tmp_path / "traces", rank=Rank(0, 1), progress=begin_again)
-    assert collect(*small, prompts(), tmp_path / "traces", rank=Rank(0, 1)) is not None
+        collect(*small, prompts(), tmp_path / "traces", rank=ProcessRank(0, 1), progress=begin_again)
+    assert collect(*small, prompts(), tmp_path / "traces", rank=ProcessRank(0, 1)) is not None
 
 
 def test_blocks_of_prompts_are_held_out(small: tuple, tmp_path: Path) -> None:
     texts = [Prompt(text, f"p{n}") for n, text in enumerate([*TEXTS, *(f"{text} again" for text in TEXTS)])]
-    asked = Collection(val_blocks="2:3", batch_size=4)
-    traces = collect(*small, texts, tmp_path / "traces", asked, rank=Rank(0, 1))
+    asked = CollectConfig(val_blocks="2:3", batch_size=4)
+    traces = collect(*small, texts, tmp_path / "traces", asked, rank=ProcessRank(0, 1))
     assert traces is not None
     held_out = [int(trace.sequence_id[1:]) for trace in traces.traces("validation")]
     assert len(held_out) == 2
@@ -247,16 +249,21 @@ def test_blocks_of_prompts_are_held_out(small: tuple, tmp_path: Path) -> None:
 
 def test_the_manifest_and_the_card_say_how_text_was_written(small: tuple, tmp_path: Path) -> None:
     for name, asked, generation, said in (
-        ("read", Collection(), None, "people or another program wrote it.\n"),
-        ("greedy", Collection(generate=2), {"tokens": 2, "temperature": 0.0}, "2 tokens after each prompt, the most"),
+        ("read", CollectConfig(), None, "people or another program wrote it.\n"),
+        (
+            "greedy",
+            CollectConfig(generate=2),
+            {"tokens": 2, "temperature": 0.0},
+            "2 tokens after each prompt, the most",
+        ),
         (
             "drawn",
-            Collection(generate=2, temperature=0.7, seed=5),
+            CollectConfig(generate=2, temperature=0.7, seed=5),
             {"tokens": 2, "temperature": 0.7, "seed": 5},
             "at most 2 tokens after each prompt, drawn at temperature 0.7",
         ),
     ):
-        traces = collect(*small, prompts(), tmp_path / name, asked, rank=Rank(0, 1))
+        traces = collect(*small, prompts(), tmp_path / name, asked, rank=ProcessRank(0, 1))
         assert traces is not None
         assert (traces.manifest.generation, traces.manifest.model_id) == (generation, "small-moe")
         assert said in (tmp_path / name / "README.md").read_text()
@@ -264,15 +271,17 @@ def test_the_manifest_and_the_card_say_how_text_was_written(small: tuple, tmp_pa
 
 def test_what_is_cut_to_more_than_the_positions_is_refused(small: tuple, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"p0: has 1,000 tokens and 25 to write, and the model 1,024 positions"):
-        collect(*small, [Prompt("long " * 5000, "p0")], tmp_path / "traces", Collection(generate=25, max_tokens=1000))
+        collect(
+            *small, [Prompt("long " * 5000, "p0")], tmp_path / "traces", CollectConfig(generate=25, max_tokens=1000)
+        )
 
 
 def test_another_dtype_of_as_many_bits_does_not_go_on(small: tuple, tmp_path: Path) -> None:
     half, other = (AutoModelForCausalLM.from_pretrained(SMALL, dtype=kind) for kind in (torch.float16, torch.bfloat16))
     with pytest.raises(KeyboardInterrupt):
-        collect(half, small[1], prompts(), tmp_path / "traces", rank=Rank(0, 1), progress=interrupt)
+        collect(half, small[1], prompts(), tmp_path / "traces", rank=ProcessRank(0, 1), progress=interrupt)
     with pytest.raises(UserError, match="was begun there with other dtype and weights; go on with the same"):
-        collect(other, small[1], prompts(), tmp_path / "traces", rank=Rank(0, 1))
+        collect(other, small[1], prompts(), tmp_path / "traces", rank=ProcessRank(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +295,7 @@ def test_another_dtype_of_as_many_bits_does_not_go_on(small: tuple, tmp_path: Pa
 def test_prompts_that_cannot_be_read_are_named_and_nothing_is_left(small, tmp_path, texts, says) -> None:
     given = [Prompt(text, f"p{n}") for n, text in enumerate(texts)]
     with pytest.raises(UserError, match=says):
-        collect(*small, given, tmp_path / "traces", rank=Rank(0, 1))
+        collect(*small, given, tmp_path / "traces", rank=ProcessRank(0, 1))
     assert not list(tmp_path.iterdir())
 
 

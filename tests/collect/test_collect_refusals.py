@@ -50,11 +50,11 @@ def test_a_full_disk_leaves_what_is_whole_and_the_same_command_goes_on(words, tm
     says = "cannot be written (File too large); make room, then run the same command again"
     with no_file_larger(16_000):  # the fourth prompt's piece is larger
         assert error_line(capsys, words) == f"{pieces / names[3]}: {says}"
-    assert sorted(os.listdir(pieces)) == [*names[:3], "rank-0.lock", "request.json"]
+    assert sorted(os.listdir(pieces)) == [*names[:3], "rank-0.lock", "key.json"]
     before = {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
     with no_file_larger(100_000):  # the pieces fit, the tokenizer in the set does not
         assert error_line(capsys, words) == f"{pieces / 'set'}: {says}"
-    assert sorted(os.listdir(pieces)) == [*names, "rank-0.lock", "request.json"]
+    assert sorted(os.listdir(pieces)) == [*names, "rank-0.lock", "key.json"]
     assert before == {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
     assert main([str(word) for word in words]) == 0
     assert main([str(word) for word in replaced(words, "--out", tmp_path / "other")]) == 0
@@ -88,7 +88,7 @@ def test_a_kill_between_the_last_steps_is_gone_on_from(words, tmp_path, capsys) 
     pieces, out = tmp_path / ".traces.collecting", tmp_path / "traces"
     with no_file_larger(100_000):
         error_line(capsys, words)
-    request = (pieces / "request.json").read_bytes()
+    request = (pieces / "key.json").read_bytes()
     assert main([str(word) for word in words]) == 0
     expected = {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -99,17 +99,17 @@ def test_a_kill_between_the_last_steps_is_gone_on_from(words, tmp_path, capsys) 
 
     pieces.mkdir()  # killed when the set was whole, and not all pieces were removed
     out.rename(pieces / "set")
-    (pieces / "request.json").write_bytes(request)
+    (pieces / "key.json").write_bytes(request)
     assert main([str(word) for word in words]) == 0
     assert same()
     for left in (request, None):  # killed when the set had been moved out
         pieces.mkdir()
         if left:
-            (pieces / "request.json").write_bytes(left)
+            (pieces / "key.json").write_bytes(left)
         assert main([str(word) for word in words]) == 0
         assert same()
     pieces.mkdir()  # somebody else's set, and a collection that was only begun
-    (pieces / "request.json").write_bytes(request)
+    (pieces / "key.json").write_bytes(request)
     shutil.rmtree(out)
     tiny_traces(out)
     assert failure(capsys, tmp_path, words) == f"{out} already exists; choose another folder or remove it"
@@ -119,16 +119,16 @@ def test_folders_of_another_model(words, tmp_path, capsys) -> None:
     pieces, out = tmp_path / ".traces.collecting", tmp_path / "traces"
     with no_file_larger(16_000):
         error_line(capsys, words)
-    request = json.loads((pieces / "request.json").read_text())
-    (pieces / "request.json").write_text(json.dumps({**request, "model_id": "other/model", "quantization_bits": 4}))
+    request = json.loads((pieces / "key.json").read_text())
+    (pieces / "key.json").write_text(json.dumps({**request, "model_id": "other/model", "quantization_bits": 4}))
     assert failure(capsys, tmp_path, words) == (
         f"{pieces}: a collection was begun there with other model_id and quantization_bits; go on with the same, or "
         "remove it"
     )
-    (pieces / "request.json").write_text("[]")
+    (pieces / "key.json").write_text("[]")
     assert "begun there with other contents" in failure(capsys, tmp_path, words)
-    (pieces / "request.json").write_text("{")
-    assert "request.json: is not JSON" in failure(capsys, tmp_path, words)
+    (pieces / "key.json").write_text("{")
+    assert "key.json: is not JSON" in failure(capsys, tmp_path, words)
     shutil.rmtree(pieces)
     tiny_traces(out)
     assert failure(capsys, tmp_path, words) == f"{out} already exists; choose another folder or remove it"

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_beyond.cli.main import main
 from moe_beyond.collect import collect as collecting
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import LAYER, recording
 from moe_beyond.collect.router_probe import find_routers
-from moe_beyond.collect.steering import MARGIN, forcing
+from moe_beyond.collect.steering import MARGIN, steered
 from moe_beyond.errors import UserError
 from moe_beyond.hub.traces import traces_card
 from moe_beyond.pretrained import checkpoints_folder
@@ -50,9 +50,9 @@ def shape_of(model: Any, top_k: int = moes.TOP_K) -> Any:
 
 
 def steered(model: Any, steering: Steering) -> tuple[np.ndarray, np.ndarray]:
-    with forcing(model, steering, shape_of(model)), recording(model) as recorder, torch.inference_mode():
+    with steered(model, steering, shape_of(model)), recording(model) as recorder, torch.inference_mode():
         model(PROMPT)
-        return recorder.take()
+        return recorder.pop_concatenated()
 
 
 @pytest.mark.parametrize("name", [name for name in moes.architectures() if name not in moes.REFUSED])
@@ -61,12 +61,12 @@ def test_no_token_uses_what_is_off_and_all_use_what_is_on(name: str) -> None:
     model = moes.tiny_model(name)
     with recording(model) as recorder, torch.inference_mode():
         model(PROMPT)
-        experts, _ = recorder.take()
+        experts, _ = recorder.pop_concatenated()
     layer = recorder.moe_layers[-1]
     used = np.bincount(experts[:, -1][experts[:, -1] >= 0], minlength=EXPERTS).argsort()
     on, off = int(used[0]), (int(used[-1]), int(used[-2]))  # against what it would do
     steering = Steering(((layer, on),), tuple(sorted((layer, expert) for expert in off)))
-    with forcing(model, steering, shape_of(model, experts.shape[-1])), torch.inference_mode():
+    with steered(model, steering, shape_of(model, experts.shape[-1])), torch.inference_mode():
         before = model(PROMPT).logits
         for expert in off:
             perturb(model, layer, expert)
@@ -140,7 +140,7 @@ def test_an_error_of_the_model_leaves_nothing_behind() -> None:
     model = moes.tiny_model("MixtralForCausalLM")
     with (
         pytest.raises(IndexError),
-        forcing(model, Steering(off=((1, 0),)), shape_of(model)),
+        steered(model, Steering(off=((1, 0),)), shape_of(model)),
         model.model.layers[1].mlp.gate.register_forward_pre_hook(lambda module, args: [][0]),
     ):
         model(PROMPT)
@@ -154,7 +154,7 @@ def small() -> tuple[Any, Any]:
 
 def collected(small: tuple[Any, Any], out: Path, steering: Steering | None) -> TraceSet:
     prompts = [Prompt(text, f"p{n}") for n, text in enumerate(TEXTS)]
-    traces = collect(*small, prompts, out, Collection(16, steering=steering), rank=Rank(0, 1))
+    traces = collect(*small, prompts, out, CollectConfig(16, steering=steering), rank=ProcessRank(0, 1))
     assert traces is not None
     return traces
 
@@ -179,7 +179,7 @@ def test_a_collection_is_steered_and_says_so(small: tuple[Any, Any], tmp_path: P
 
 
 def test_a_model_that_does_not_obey_makes_no_trace_set(small: tuple[Any, Any], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(collecting, "forcing", lambda *_: nullcontext())
+    monkeypatch.setattr(collecting, "steered", lambda *_: nullcontext())
     with pytest.raises(UserError, match=r"expert 5 of layer 2 was forced on, and [\d]+ of [\d]+ tokens do without it"):
         collected(small, tmp_path / "traces", Steering(((2, 5),)))
     assert not list(tmp_path.rglob("*.parquet"))
@@ -190,9 +190,9 @@ def test_another_steering_does_not_go_on_with_what_was_begun(small: tuple[Any, A
         raise KeyboardInterrupt
 
     def begin(expert: int) -> None:
-        asked = Collection(batch_size=1, steering=Steering(off=((2, expert),)))
+        asked = CollectConfig(batch_size=1, steering=Steering(off=((2, expert),)))
         prompts = [Prompt(text, f"p{n}") for n, text in enumerate(TEXTS)]
-        collect(*small, prompts, tmp_path / "traces", asked, rank=Rank(0, 1), progress=interrupt)
+        collect(*small, prompts, tmp_path / "traces", asked, rank=ProcessRank(0, 1), progress=interrupt)
 
     with pytest.raises(KeyboardInterrupt):
         begin(1)

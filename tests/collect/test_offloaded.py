@@ -171,7 +171,7 @@ def test_a_collection_goes_on_where_its_weights_lie_elsewhere(tmp_path: Path, mo
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collecting, "put_together", stop)
+    monkeypatch.setattr(collecting, "merge_parts", stop)
     with pytest.raises(KeyboardInterrupt):
         recorded(loaded(), tmp_path / "t")
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from _helpers.hub_stand_in import Hub
 from transformers import AutoConfig, AutoTokenizer
 
 import moe_beyond.collect.prompts as reading
-from moe_beyond.collect.config import Collection
+from moe_beyond.collect.config import CollectConfig
 from moe_beyond.collect.prompts import Prompt, as_prompts, read_prompts
 from moe_beyond.collect.tokenize import token_ids_of, tokenize_prompts
 from moe_beyond.errors import UserError
@@ -292,7 +292,7 @@ def test_prompts_are_checked_before_weights_are_loaded() -> None:
         ([Prompt("long " * 5000, "p0")], r"p0: has [\d,]+ tokens, and the model 1,024 positions"),
     ):
         with pytest.raises(UserError, match=says):
-            tokenize_prompts(prompts, small, config, Collection(), "prompts.txt")
+            tokenize_prompts(prompts, small, config, CollectConfig(), "prompts.txt")
 
 
 HALF = "holds half a character (a lone surrogate); write the whole character, or remove it"

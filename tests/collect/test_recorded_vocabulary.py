@@ -108,21 +108,21 @@ def test_a_folder_of_parts_from_before_is_finished(padded: Path, tmp_path: Path,
     words = ["collect", "--model", padded, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "traces"]
     (tmp_path / "p.txt").write_text("def main():\nimport os\n")
     words = [str(word) for word in (*words, "--generate", 4)]
-    monkeypatch.setattr(collecting, "put_together", stop)
+    monkeypatch.setattr(collecting, "merge_parts", stop)
     assert main(words) == 130
     pieces = tmp_path / ".traces.collecting"
     assert f"moe-beyond: 1 of 1 batches are kept in {pieces}; the same command goes on" in capsys.readouterr().err
-    request = json.loads((pieces / "request.json").read_text())
+    request = json.loads((pieces / "key.json").read_text())
     before = ManifestTokenizer("model", KNOWN, request["tokenizer"])
     request |= {"tokenizer": vars(before), "tool_version": "0.0.1"}
-    (pieces / "request.json").write_text(json.dumps({k: v for k, v in request.items() if k != "parameters"}))
+    (pieces / "key.json").write_text(json.dumps({k: v for k, v in request.items() if k != "parameters"}))
     time = (pieces / "000000.parquet").stat().st_mtime_ns
     seen = []
     monkeypatch.undo()
     monkeypatch.setattr(
         collecting,
-        "put_together",
-        lambda *args, real=collecting.put_together: (
+        "merge_parts",
+        lambda *args, real=collecting.merge_parts: (
             seen.append((pieces / "000000.parquet").stat().st_mtime_ns), real(*args)
         ),
     )  # fmt: skip
@@ -135,12 +135,12 @@ def test_a_part_that_the_set_does_not_take_is_named_and_computed_again(padded: P
     words = ["collect", "--model", padded, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "traces"]
     (tmp_path / "p.txt").write_text("def main():\nimport os\n")
     words = [str(word) for word in (*words, "--generate", 4, "--batch-size", 1, "--quiet")]
-    real = collecting.put_together
+    real = collecting.merge_parts
 
     def smaller(whole: Path, manifest: Any, *args: Any) -> None:
         real(whole, replace(manifest, tokenizer=replace(manifest.tokenizer, vocab_size=KNOWN)), *args)
 
-    monkeypatch.setattr(collecting, "put_together", smaller)
+    monkeypatch.setattr(collecting, "merge_parts", smaller)
     part = tmp_path / ".traces.collecting" / "000000.parquet"
     line = error_line(capsys, words)
     assert line.startswith(f"{part}: sequence 'p-1': token id ")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_beyond.cli.main import main
 from moe_beyond.collect.collect import collect
-from moe_beyond.collect.config import Collection, Rank
+from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
@@ -43,7 +43,7 @@ def test_states_are_what_the_layers_read_and_the_routers_choose_by(name: str) ->
     readers = {layer: router.module for layer, router in routers.items()}
     with recording(model, readers) as recorder, torch.inference_mode():
         told = model(moes.PROMPT, output_hidden_states=True, use_cache=False).hidden_states
-        (call,) = recorder.calls()
+        (call,) = recorder.pop()
     states = call.hidden_states
     assert states is not None
     for column, layer in enumerate(recorder.moe_layers):
@@ -68,7 +68,7 @@ def test_what_half_precision_cannot_hold_is_its_largest() -> None:
         model.get_input_embeddings().weight.mul_(1e9)
     with recording(model, {}) as recorder, torch.inference_mode():
         model(moes.PROMPT)
-        (call,) = recorder.calls()
+        (call,) = recorder.pop()
     assert call.hidden_states is not None
     first = call.hidden_states.layer_inputs[:, 0]
     assert np.isfinite(first).all()
@@ -78,9 +78,9 @@ def test_what_half_precision_cannot_hold_is_its_largest() -> None:
 @pytest.mark.parametrize("name", OTHER_WIDTHS)
 def test_what_has_no_state_of_one_width_is_refused(name: str, small: Any, tmp_path: Path) -> None:
     model = moes.tiny_model(name, vocab_size=len(small[1]))
-    asked = Collection(hidden_states=True)
+    asked = CollectConfig(hidden_states=True)
     with pytest.raises(UserError, match="hidden states of such a model cannot be recorded"):
-        collect(model, small[1], [Prompt("x", "p")], tmp_path / "traces", asked, rank=Rank(0, 1))
+        collect(model, small[1], [Prompt("x", "p")], tmp_path / "traces", asked, rank=ProcessRank(0, 1))
     assert not list(tmp_path.iterdir())
 
 
@@ -91,7 +91,7 @@ def small() -> Any:
 
 def collected(small: Any, out: Path, **asked: Any) -> TraceSet:
     prompts = [Prompt(text, f"p{n}", split="validation" if n == 3 else "train") for n, text in enumerate(TEXTS)]
-    traces = collect(*small, prompts, out, Collection(hidden_states=True, **asked), rank=Rank(0, 1))
+    traces = collect(*small, prompts, out, CollectConfig(hidden_states=True, **asked), rank=ProcessRank(0, 1))
     assert traces is not None
     return traces
 
@@ -105,7 +105,7 @@ def test_batches_padding_and_writing_give_the_same_states(small: Any, tmp_path: 
         assert one.decode_start < len(one)
         with recording(model, {}) as recorder, torch.inference_mode():
             model(torch.from_numpy(one.token_ids.astype(np.int64))[None])
-            (call,) = recorder.calls()
+            (call,) = recorder.pop()
         for name in ("router_inputs", "layer_inputs"):
             three = one.hidden_states, other.hidden_states, call.hidden_states
             first, second, read = (getattr(states, name) for states in three)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.router_probe import Router, find_routers
-from moe_beyond.collect.steering import forcing
+from moe_beyond.collect.steering import steered
 from moe_beyond.traces.steering import Steering
 
 WITHOUT = {"deepseek_v4": ((0, 1, 2), "its first layers look the experts up in a table of tokens")}
@@ -32,7 +32,7 @@ def read_and_chosen(model: Any, routers: dict[int, Router]) -> dict[int, tuple[T
     handles = [router.module.register_forward_pre_hook(keep(layer)) for layer, router in routers.items()]
     with recording(model) as recorder, torch.inference_mode():
         model(moes.PROMPT)
-        experts, _ = recorder.take()
+        experts, _ = recorder.pop_concatenated()
     for handle in handles:
         handle.remove()
     return {layer: (read[layer], torch.from_numpy(experts[:, recorder.moe_layers.index(layer)])) for layer in routers}
@@ -125,7 +125,7 @@ def test_a_product_is_found_however_it_is_written(product: Any, monkeypatch: pyt
     (router,) = find_routers(model).values()
     assert (router.module, router.scoring, router.agreement) == (gate, "softmax", 1)
     steering = Steering(((0, 3),), ((0, 1),))
-    with forcing(model, steering, measured_geometry(model, "tiny", top_k)):  # which tries it
+    with steered(model, steering, measured_geometry(model, "tiny", top_k)):  # which tries it
         pass
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.router_probe import find_routers
-from moe_beyond.collect.steering import forcing
+from moe_beyond.collect.steering import steered
 from moe_beyond.errors import UserError
 from moe_beyond.traces.steering import Steering
 
@@ -74,7 +74,7 @@ def blocks(model: Any) -> list[Any]:
 def read(model: Any) -> tuple[np.ndarray, np.ndarray]:
     with recording(model) as recorder, torch.inference_mode():
         model(PROMPT)
-        return recorder.take()
+        return recorder.pop_concatenated()
 
 
 @pytest.mark.parametrize("kinds", [(Adapter,), (Adapter, Adapter), (NamedAdapter,), (NamedAdapter, Adapter)])
@@ -94,7 +94,7 @@ def test_adapters_on_experts_are_climbed_past(kinds: tuple[type[Adapter], ...]) 
     assert all(router.agreement == 1 for router in routers.values())
     geometry = measured_geometry(model, "tiny", moes.TOP_K)
     assert geometry.params_per_expert == 3 * moes.HIDDEN * moes.WIDTH
-    with forcing(model, STEERING, geometry):
+    with steered(model, STEERING, geometry):
         forced, _ = read(model)
     assert (forced[:, 0] == 1).any(-1).all()
     assert not (forced[:, 1] == 0).any()
@@ -118,7 +118,7 @@ def test_the_router_that_an_adapter_makes_is_found(persistent: bool) -> None:
     for layer, router in routers.items():
         assert router.agreement == 1
         assert torch.equal(router.weight, sums[layer])
-    with forcing(model, STEERING, measured_geometry(model, "tiny", moes.TOP_K)):
+    with steered(model, STEERING, measured_geometry(model, "tiny", moes.TOP_K)):
         forced, _ = read(model)
     assert not np.array_equal(forced, experts)
 
@@ -166,11 +166,11 @@ def test_a_fused_block_is_recorded_by_its_router(name: str, calls_router: bool, 
 def test_a_fused_block_is_steered_as_recorded(monkeypatch) -> None:
     model = moes.tiny_model("GptOssForCausalLM")
     geometry = measured_geometry(model, "tiny", moes.TOP_K)
-    with forcing(model, STEERING, geometry):
+    with steered(model, STEERING, geometry):
         plain, _ = read(model)
     for block in blocks(model):
         monkeypatch.setattr(block, "forward", fused(block))
-    with forcing(model, STEERING, geometry):
+    with steered(model, STEERING, geometry):
         experts, _ = read(model)
     assert np.array_equal(experts, plain)
 
