@@ -1,4 +1,4 @@
-"""The shape of a mixture of experts, presets of known models, and memory budgets counted in experts."""
+"""The geometry of an MoE, presets of known models, and memory budgets counted in slots."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 MOST_PARAMS = 10**15
-"""Bound on parameters: a thousand times what a whole model has today."""
+"""Bound on parameters: a thousand times those of today's largest models."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Geometry:
     """The shape of an MoE language model, as far as routing and transfers depend on it.
 
     Attributes:
-        model: A name for people.
-        moe_layers: Indices of the model's layers that hold experts, ascending; layer ``l`` everywhere else in
-            this package counts along this list.
+        model: Display name of the model.
+        moe_layers: Indices of the model's layers with experts, ascending; everywhere else in this package, layer ``l``
+            is a position in this list.
         num_experts: Routed experts per MoE layer, E.
-        top_k: Experts a token is routed to in a layer, K.
-        params_per_expert: Parameters of one routed expert: its matrices, and its biases where it has any.
+        top_k: Experts per token and layer, K.
+        params_per_expert: Parameters of one routed expert: its matrices, and its biases if it has any.
         other_params_per_layer: Parameters that every token reads in an MoE layer besides its routed experts
-            (attention, router, shared experts). An estimate where it was read from a ``config.json``.
+            (attention, router, shared experts); an estimate if it was read from a ``config.json``.
     """
 
     model: str
@@ -45,7 +45,7 @@ class Geometry:
         """Check types and bounds.
 
         Raises:
-            UserError: A field has another type, or the numbers describe no mixture of experts.
+            UserError: A field has the wrong type, or a number is out of range.
         """
         if not isinstance(self.model, str):
             raise UserError(f"geometry: model must be a string (got {shown(self.model)})")
@@ -55,7 +55,7 @@ class Geometry:
             raise UserError(f"{where}: moe_layers must be whole numbers (got {shown(layers)})")
         if (
             not layers
-            or any(one >= other for one, other in pairwise(layers))
+            or any(layer >= following for layer, following in pairwise(layers))
             or not 0 <= layers[0] <= layers[-1] < MOST_LAYERS
         ):
             raise UserError(
@@ -70,29 +70,31 @@ class Geometry:
             if type(number := getattr(self, name)) is not int or not least <= number <= most:
                 raise UserError(f"{where}: {name} must be a whole number of {least} to {most:,} (got {shown(number)})")
         if type(self.top_k) is not int or not 1 <= self.top_k <= self.num_experts:
-            raise UserError(f"{where}: top_k {shown(self.top_k)} is not within 1..{self.num_experts}")
+            raise UserError(
+                f"{where}: top_k must be a whole number of 1 to {self.num_experts} (got {shown(self.top_k)})"
+            )
 
     @property
     def num_layers(self) -> int:
-        """MoE layers, L."""
+        """Number of MoE layers, L."""
         return len(self.moe_layers)
 
     @property
     def total_experts(self) -> int:
-        """Experts of the whole model, L * E."""
+        """Number of experts in all layers, L * E."""
         return self.num_layers * self.num_experts
 
     @property
     def demand_per_token(self) -> int:
-        """Experts that one token needs, L * K."""
+        """Number of experts that one token uses, L * K."""
         return self.num_layers * self.top_k
 
     def shape(self) -> tuple[int, int, int]:
-        """Return (L, E, K): what a trace and a predictor must agree on."""
+        """Return (L, E, K), which must be equal for a trace set and a predictor."""
         return self.num_layers, self.num_experts, self.top_k
 
     def describe_shape(self) -> str:
-        """Name the shape in words, for error messages."""
+        """Describe the shape for error messages."""
         return f"{self.num_layers} MoE layers x {self.num_experts} experts, top-{self.top_k}"
 
     def to_json(self) -> dict[str, Any]:
@@ -101,22 +103,22 @@ class Geometry:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], *, source: str = "geometry") -> "Geometry":
-        """Build a geometry from what `to_json` returned.
+        """Build a geometry from a dictionary.
 
         Args:
-            content: The dictionary.
-            source: Where it came from, for error messages.
+            content: Dictionary with the fields of a geometry, as `to_json` returns it.
+            source: Origin of the dictionary, for error messages (default: ``"geometry"``).
 
         Raises:
-            UserError: A field is missing, unknown, or no geometry's.
+            UserError: A field is missing, unknown or invalid.
         """
         if not isinstance(content, Mapping):
-            raise UserError(f"{source}: is not a geometry (got {shown(content)})")
+            raise UserError(f"{source}: must be a geometry (got {shown(content)})")
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in content]:
             raise UserError(f"{source}: {missing[0]} is missing; a geometry has {', '.join(names)}")
         if strange := [name for name in content if name not in names]:
-            raise UserError(f"{source}: {shown(strange[0])} is no field of a geometry, which has {', '.join(names)}")
+            raise UserError(f"{source}: a geometry has no field {shown(strange[0])}; it has {', '.join(names)}")
         if not isinstance(layers := content["moe_layers"], list | tuple):
             raise UserError(f"{source}: moe_layers must be a list of whole numbers (got {shown(layers)})")
         try:
@@ -127,12 +129,12 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model: its geometry, and what is known about its tokens.
+    """A known model: its geometry, tokenizer and vocabulary.
 
     Attributes:
-        geometry: The shape.
-        tokenizer: A name or folder that `moe_beyond.traces.tokenizers` can load, or None.
-        vocab_size: Rows of the model's embedding, which may be more than its tokenizer has tokens; None if unknown.
+        geometry: Geometry of the model.
+        tokenizer: Name or folder that `moe_beyond.traces.tokenizers` can load, or None.
+        vocab_size: Rows of the model's embedding, possibly more than its tokenizer has tokens; None if unknown.
     """
 
     geometry: Geometry
@@ -153,7 +155,7 @@ def _preset(
     biases: int = 0,
     tokenizer: str | None = None,
 ) -> Preset:
-    """Describe a model whose experts are three ``width x expert_width`` matrices and whose last ``layers`` are MoE."""
+    """Build the preset of a model with three ``width x expert_width`` matrices per expert and MoE in the last layers."""
     geometry = Geometry(
         model=model,
         moe_layers=tuple(range(first, first + layers)),
@@ -166,7 +168,7 @@ def _preset(
 
 
 def _attention(width: int, heads: int, kv_heads: int, head: int) -> int:
-    """Parameters of grouped-query attention: the query and output maps, the key and value maps."""
+    """Count the parameters of grouped-query attention: query and output maps, key and value maps."""
     return 2 * width * heads * head + 2 * width * kv_heads * head
 
 
@@ -210,29 +212,28 @@ PRESETS: dict[str, Preset] = {
 
 
 def load_preset(name: str) -> Preset:
-    """Find a preset by name, or read a model's folder, its ``config.json``, or a geometry file.
+    """Find a preset by name, or read the folder of a model, its ``config.json``, or a geometry file.
 
     Args:
-        name: A key of `PRESETS`; a folder with a Hugging Face ``config.json``, whose ``tokenizer.json`` becomes the
-            tokenizer if there is one; or a JSON file that holds such a configuration or the fields of
-            `Geometry.to_json`.
+        name: Key of `PRESETS`; folder with a Hugging Face ``config.json`` and possibly a ``tokenizer.json``; or JSON
+            file with such a configuration or the fields of `Geometry.to_json`.
 
     Raises:
-        UserError: No preset has that name, and no such file can be read as either.
+        UserError: There is no such preset or file, or the file is neither a geometry nor a configuration.
     """
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)
     if folder := path if path.is_dir() else None:
         if not (path := folder / CONFIG_FILE).is_file():
-            raise UserError(f"{folder}: holds no {CONFIG_FILE}; give a model's folder, a .json file or a preset")
+            raise UserError(f"{folder}: has no {CONFIG_FILE}; give the folder of a model, a .json file or a preset")
     elif path.suffix != ".json":
         if path.exists() or len(path.parts) > 1:
-            raise UserError(f"{name}: is neither a folder with a {CONFIG_FILE}, a .json file, nor a model preset")
+            raise UserError(f"{name}: is no model; give a folder with a {CONFIG_FILE}, a .json file, or a model preset")
         raise unknown("model preset", name, PRESETS)
     content = read_json(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: is neither a geometry nor a model's {CONFIG_FILE}")
+        raise UserError(f"{path}: must be a geometry or the {CONFIG_FILE} of a model (got {shown(content)})")
     if "params_per_expert" in content:
         return Preset(Geometry.from_json(content, source=str(path)))
     preset = _preset_of(content, str(path))
@@ -242,14 +243,14 @@ def load_preset(name: str) -> Preset:
 
 
 def geometry_from_config(config: Mapping[str, Any], *, source: str = "config.json") -> Geometry:
-    """Read the geometry out of a Hugging Face model configuration.
+    """Read the geometry from a Hugging Face model configuration.
 
     Args:
-        config: The configuration as a dictionary.
-        source: Where it came from, for error messages.
+        config: Content of the ``config.json``.
+        source: Path of the file, for error messages (default: ``"config.json"``).
 
     Raises:
-        UserError: It names no routed experts; or a field about them is missing, wrong, or not understood
+        UserError: The configuration has no routed experts, or a field about them is missing, wrong, or not understood
             (`moe_beyond.model_config`).
     """
     return _preset_of(config, source).geometry
@@ -276,19 +277,19 @@ _BUDGET = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>%|B|[KMG]i
 
 
 def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> int:
-    """Count the expert slots that a memory budget pays for.
+    """Convert a memory budget to a number of slots.
 
     Args:
-        budget: ``"10%"`` (floor of the share of all experts), ``"166"`` (slots), or ``"2.9GB"`` / ``"2.7GiB"``
-            (decimal or binary bytes, divided by the bytes of one expert).
-        geometry: The model.
-        bits: Bits per expert parameter.
+        budget: Share of all experts (``"10%"``, rounded down), number of slots (``"166"``), or memory (``"2.9GB"``,
+            ``"2.7GiB"``: decimal or binary bytes, divided by the bytes of one expert).
+        geometry: Geometry of the model.
+        bits: Bits per expert parameter (default: 16).
 
     Returns:
-        Slots, between 1 and L * E.
+        Number of slots, from 1 to L * E.
 
     Raises:
-        UserError: The budget cannot be read, pays for no expert, or is larger than all experts.
+        UserError: The budget is malformed, too small for one expert, or larger than all experts.
 
     Example:
         >>> geometry = PRESETS["deepseek-v2-lite"].geometry
@@ -302,7 +303,7 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
     number, unit = match["number"], match["unit"]
     if unit is None:
         if "." in number and Fraction(number) * geometry.total_experts >= 1:
-            raise UserError(f"{written}: a number of slots is whole; {_what_to_write(number)}")
+            raise UserError(f"{written}: a number of slots is whole; {_budget_hint(number)}")
         slots = int(Fraction(number))
     elif unit == "%" and Fraction(number) > 100:
         raise UserError(f"{written} is more than all {geometry.total_experts} experts")
@@ -311,35 +312,35 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
     else:
         slots = math.floor(Fraction(number) * _BYTES[unit] * 8 / (geometry.params_per_expert * Fraction(bits)))
     if slots < 1:
-        least = geometry.top_k  # what one layer needs at once
+        least = geometry.top_k  # one layer needs as many slots at once
         share = Fraction(100 * least, geometry.total_experts)
         size = least * geometry.params_per_expert * Fraction(bits) / 8
         raise UserError(
-            f"{written} holds no expert of {geometry.model}; a layer needs {least} for a token: write {least} (slots), "
-            f"which is {_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
+            f"{written} is too small for one expert of {geometry.model}; a token needs {least} per layer: write {least} "
+            f"(slots), which is {_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
         )
     if slots > geometry.total_experts:
         raise UserError(f"{written} is {slots} slots, more than all {geometry.total_experts} experts")
     return slots
 
 
-def _what_to_write(number: str) -> str:
-    """Say what a number with a fraction most likely means, and what else can be written.
+def _budget_hint(number: str) -> str:
+    """Return the likely meaning of a number with a fraction, and the other forms of a budget.
 
     Example:
-        >>> _what_to_write("0.1")
+        >>> _budget_hint("0.1")
         'write 10% for that share of all experts, 166 for slots, or 2.9GB for bytes'
-        >>> _what_to_write("2.0")
+        >>> _budget_hint("2.0")
         'write 2% for a share of all experts, 2 for slots, or 2.9GB for bytes'
     """
     value = Fraction(number)
-    share, what = (value * 100, "that share") if value <= 1 else (value, "a share")
+    share, noun = (value * 100, "that share") if value <= 1 else (value, "a share")
     slots = int(value) if value.denominator == 1 else 166
-    return f"write {float(share):.15g}% for {what} of all experts, {slots} for slots, or 2.9GB for bytes"
+    return f"write {float(share):.15g}% for {noun} of all experts, {slots} for slots, or 2.9GB for bytes"
 
 
 def _rounded_up(number: Fraction) -> str:
-    """Write a number in three digits, never less than it is.
+    """Round a number up to three digits.
 
     Example:
         >>> _rounded_up(Fraction(100, 1664)), _rounded_up(Fraction(2, 1000)), _rounded_up(Fraction(1234))

@@ -1,4 +1,4 @@
-"""The devices of this machine, and models that are spread over several of them, host memory and disk."""
+"""Devices of this machine, and device maps that spread a model over several devices, host memory and disk."""
 
 import os
 from importlib.util import find_spec
@@ -18,51 +18,54 @@ def devices() -> list[str]:
     return [*(f"{_accelerator()}:{number}" for number in range(_count())), "cpu"]
 
 
-def placement(named: str | None) -> str | dict[str, Any]:
-    """Read ``--device``: what transformers calls a ``device_map``.
+def placement(name: str | None) -> str | dict[str, Any]:
+    """Read ``--device``; transformers calls the result a ``device_map``.
 
     Args:
-        named: A device; ``auto``, to spread the model over all devices, host memory and disk; or a JSON file with a
-            device map, module name to device. By default the accelerator of this rank, or else the CPU.
+        name: A device; ``auto``, which spreads the model over all devices, host memory and disk; or a JSON file with a
+            device map, module name -> device. None is the accelerator of this rank, otherwise the CPU.
 
     Returns:
         The name of one device, ``auto``, or the device map.
 
     Raises:
-        UserError: There is no such device here, or accelerate, which spreads models, is not installed.
+        UserError: This machine has no such device, or accelerate, which spreads models, is not installed.
     """
-    here = devices()
-    if named is None or (named and named == _accelerator()):
-        return here[int(os.environ.get("LOCAL_RANK", 0)) % _count() if _count() else 0]
-    known = ", ".join([*here, AUTO])
-    if named == AUTO:
-        _check_accelerate(named)
+    names = devices()
+    if name is None or (name and name == _accelerator()):
+        return names[int(os.environ.get("LOCAL_RANK", 0)) % _count() if _count() else 0]
+    if name == AUTO:
+        _check_accelerate(name)
         return AUTO
-    if named.endswith(".json"):
-        places = read_json(named)
-        if not isinstance(places, dict) or not all(isinstance(place, str | int) for place in places.values()):
-            raise UserError(f'--device {named}: is not a device map; write {{"MODULE": "cpu", "MODULE": "disk", ...}}')
-        for module, place in places.items():
-            if place not in (*here, *range(_count()), _accelerator(), "disk"):
-                raise UserError(f"--device {named}: {module} goes to {place!r}; choose one of: {', '.join(here)}, disk")
-        _check_accelerate(named)
-        return places
-    if named not in here:
-        without = "" if _count() else " (this PyTorch sees no GPU)"
-        raise UserError(f"--device {named}: there is no such device here{without}; choose one of: {known}")
-    return named
+    if name.endswith(".json"):
+        device_map = read_json(name)
+        if not isinstance(device_map, dict) or not all(isinstance(place, str | int) for place in device_map.values()):
+            raise UserError(f'--device {name}: is not a device map; write {{"MODULE": "cpu", "MODULE": "disk", ...}}')
+        for module, place in device_map.items():
+            if place not in (*names, *range(_count()), _accelerator(), "disk"):
+                raise UserError(
+                    f"--device {name}: no such device for {module} (got {place!r}); choose one of: {', '.join(names)}, "
+                    "disk"
+                )
+        _check_accelerate(name)
+        return device_map
+    if name not in names:
+        reason = "" if _count() else " (this PyTorch sees no GPU)"
+        choices = ", ".join([*names, AUTO])
+        raise UserError(f"--device {name}: this machine has no such device{reason}; choose one of: {choices}")
+    return name
 
 
-def _check_accelerate(named: str) -> None:
+def _check_accelerate(name: str) -> None:
     if find_spec("accelerate") is None:
         raise UserError(
-            f"--device {named}: wants accelerate, which is not installed; run: pip install 'moe-beyond[offload]', or "
+            f"--device {name}: needs accelerate, which is not installed; run: pip install 'moe-beyond[offload]', or "
             f"choose one of: {', '.join(devices())}"
         )
 
 
 def _accelerator() -> str:
-    """Return what PyTorch calls the accelerators here (``cuda``, ``mps``, ...), or ``""``."""
+    """Return PyTorch's name of the accelerators of this machine (``cuda``, ``mps``, ...), or ``""``."""
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "" if kind is None else kind.type
 
@@ -72,7 +75,11 @@ def _count() -> int:
 
 
 def describe(model: nn.Module) -> str:
-    """Say where a model is computed: ``cuda:0 (NVIDIA H200)``, ``cpu``, ``cuda:0, cpu and disk``."""
+    """Describe the devices of a model, such as ``cuda:0 (NVIDIA H200)``, ``cpu`` or ``cuda:0, cpu, disk``.
+
+    Args:
+        model: Loaded model.
+    """
     places = getattr(model, "hf_device_map", None)
     names = [str(place) for place in (places.values() if places else [input_device(model)])]
     names = [f"{_accelerator()}:{name}" if name.isdigit() else name for name in dict.fromkeys(names)]
@@ -82,10 +89,14 @@ def describe(model: nn.Module) -> str:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device that token ids go to: where the input embedding is computed, wherever its weight waits."""
+    """Return the device for token ids: the one that computes the input embedding, even if its weight is offloaded.
+
+    Args:
+        model: Loaded model.
+    """
     embedding = _input_embedding(model)
     for module in (embedding, model):
-        hook = getattr(module, "_hf_hook", None)  # accelerate's, or several of it
+        hook = getattr(module, "_hf_hook", None)  # of accelerate; may contain several
         for part in (hook, *getattr(hook, "hooks", ())):
             place = getattr(part, "execution_device", None)
             if place is not None and torch.device(place).type != "meta":
@@ -96,7 +107,11 @@ def input_device(model: Any) -> torch.device:
 
 
 def embedding_rows(model: Any) -> int:
-    """Return how many token ids a model can read; 0 if it does not say."""
+    """Return the number of token ids that a model embeds; 0 if it is unknown.
+
+    Args:
+        model: Loaded model.
+    """
     embedding = _input_embedding(model)
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 2:
@@ -111,5 +126,5 @@ def embedding_rows(model: Any) -> int:
 def _input_embedding(model: Any) -> Any:
     try:
         return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # how transformers says that there is none
+    except (AttributeError, NotImplementedError):  # transformers' signal for a model without one
         return None

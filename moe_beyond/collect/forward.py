@@ -1,4 +1,4 @@
-"""A batch of prompts through the model: what each token of each was routed to, in reading and in writing."""
+"""Running the model over a batch of prompts, and cutting the recorded routing into traces."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -30,107 +30,107 @@ def record_batch(
     recorder: Recorder,
     batch: Sequence[TokenizedPrompt],
     geometry: Geometry,
-    asked: CollectConfig,
+    config: CollectConfig,
 ) -> list[Trace]:
     """Run the model over a batch.
 
     Args:
-        model: A transformers mixture of experts, in evaluation mode.
-        tokenizer: Its tokenizer.
-        recorder: Of the model.
+        model: MoE model of transformers, in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        recorder: Recorder of the model.
         batch: Prompts and their token ids.
-        geometry: The model's shape.
-        asked: What to record, and how.
+        geometry: Geometry of the model.
+        config: Settings of the collection.
 
     Returns:
-        A trace a prompt.
+        One trace per prompt.
 
     Raises:
-        UserError: The model did not do as it was steered, or gave gate weights that are not finite.
+        UserError: The model did not obey the steering, or computed gate weights that are not finite.
     """
     longest = max(len(token_ids) for _, token_ids in batch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids = torch.full((len(batch), longest), pad)
     mask = torch.zeros_like(ids)
     for row, (_, token_ids) in enumerate(batch):
-        # What goes on writing stands at the right; what only reads at the left, where positions are its own.
-        place = slice(longest - len(token_ids), None) if asked.generate else slice(len(token_ids))
+        # Generation needs padding on the left; without it, padding on the right keeps each prompt's positions.
+        place = slice(longest - len(token_ids), None) if config.generate else slice(len(token_ids))
         ids[row, place], mask[row, place] = torch.tensor(token_ids), 1
     device = input_device(model)
     ids, mask = ids.to(device), mask.to(device)
-    written = ids[:, :0]
-    if asked.generate:
-        drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
-        how = drawn if asked.temperature else {"do_sample": False}
-        with torch.random.fork_rng(), _plainly_generating(model):
-            torch.manual_seed(_seed(batch, asked.seed))  # of the batch: one that is done again is drawn again
+    generated = ids[:, :0]
+    if config.generate:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+        decoding = sampling if config.temperature else {"do_sample": False}
+        with torch.random.fork_rng(), _default_generation(model):
+            torch.manual_seed(_batch_seed(batch, config.seed))  # a batch that is repeated is sampled alike
             try:
-                found = model.generate(  # type: ignore[operator]
-                    ids, attention_mask=mask, max_new_tokens=asked.generate, pad_token_id=pad, **how
+                sequences = model.generate(  # type: ignore[operator]
+                    ids, attention_mask=mask, max_new_tokens=config.generate, pad_token_id=pad, **decoding
                 )
-            except RuntimeError as error:  # nothing can be drawn from a distribution that is not finite
-                if (layer := recorder.layer_without_numbers()) is None:
+            except RuntimeError as error:  # torch cannot sample from a distribution that is not finite
+                if (layer := recorder.first_nonfinite_layer()) is None:
                     raise
                 raise _not_finite(batch[0][0].sequence_id, layer) from error
-        written = found[:, longest:]
+        generated = sequences[:, longest:]
     else:
         model(ids, attention_mask=mask, use_cache=False)
-    calls = recorder.pop()
-    ends = _ends(model) if asked.generate else set()
+    records = recorder.pop()
+    end_ids = _end_token_ids(model) if config.generate else set()
     traces = [
-        _trace(prompt, token_ids, row, longest, calls, written[row].tolist(), ends, asked, geometry)
+        _trace(prompt, token_ids, row, longest, records, generated[row].tolist(), end_ids, config, geometry)
         for row, (prompt, token_ids) in enumerate(batch)
     ]
-    if asked.steering is not None:
+    if config.steering is not None:
         for trace in traces:
-            asked.steering.check_obeyed(trace.experts, geometry)
+            config.steering.check_obeyed(trace.experts, geometry)
     return traces
 
 
 def check_trace(trace: Trace, manifest: Manifest) -> None:
-    """Refuse at once what the trace set would not take when all batches are done.
+    """Check a trace before it is stored, so that the merge of all batches cannot fail on it.
 
     Args:
         trace: Trace of one prompt.
         manifest: Manifest of the trace set.
 
     Raises:
-        UserError: Its token ids are outside the vocabulary, or its experts no choice of the model's.
+        UserError: A token id is outside the vocabulary, or the experts are not a valid choice.
     """
-    most = manifest.tokenizer.vocab_size
-    if len(outside := trace.token_ids[(trace.token_ids < 0) | (trace.token_ids >= most)]):
+    vocab_size = manifest.tokenizer.vocab_size
+    if len(outside := trace.token_ids[(trace.token_ids < 0) | (trace.token_ids >= vocab_size)]):
         raise UserError(
-            f"{trace.sequence_id}: token id {outside[0]:,} was read or written, and tokenizer and embedding have "
-            f"{most:,} ids; give the model's own tokenizer"
+            f"{trace.sequence_id}: a token id is outside the {vocab_size:,} ids of tokenizer and embedding (got "
+            f"{outside[0]:,}); give the model's own tokenizer"
         )
-    if wrong := check_experts(trace.experts, manifest.geometry.num_experts):
-        raise UserError(f"{trace.sequence_id}: {wrong}; such a model cannot be recorded")
+    if problem := check_experts(trace.experts, manifest.geometry.num_experts):
+        raise UserError(f"{trace.sequence_id}: {problem}; such a model cannot be recorded")
 
 
 @contextmanager
-def _plainly_generating(model: "PreTrainedModel") -> Iterator[None]:
-    """Leave out what ``generation_config.json`` asks for beside ends: beams, whose rows are no prompt's, penalties."""
+def _default_generation(model: "PreTrainedModel") -> Iterator[None]:
+    """Ignore ``generation_config.json`` except its end tokens: beams would mix rows, penalties would change routing."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    ends = getattr(own, "eos_token_id", None)
-    model.generation_config = GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]
+    original = model.generation_config
+    end_ids = getattr(original, "eos_token_id", None)
+    model.generation_config = GenerationConfig(eos_token_id=end_ids)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
-def _seed(batch: Sequence[TokenizedPrompt], seed: int) -> int:
-    """Return a seed of its own for each batch."""
+def _batch_seed(batch: Sequence[TokenizedPrompt], seed: int) -> int:
+    """Return a seed that depends on the prompts of a batch."""
     names = "\n".join([str(seed), *(prompt.sequence_id for prompt, _ in batch)])
     return int.from_bytes(hashlib.sha256(names.encode()).digest()[:8], "little")
 
 
-def _ends(model: "PreTrainedModel") -> set[int]:
-    """Return the tokens after which a model says nothing more."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+def _end_token_ids(model: "PreTrainedModel") -> set[int]:
+    """Return the token ids that end a generated sequence."""
+    end_ids = getattr(model.generation_config, "eos_token_id", None)
+    return set(end_ids) if isinstance(end_ids, list) else set() if end_ids is None else {end_ids}
 
 
 def _trace(
@@ -138,32 +138,32 @@ def _trace(
     token_ids: list[int],
     row: int,
     longest: int,
-    calls: Sequence[ForwardRecord],
-    written: list[int],
-    ends: set[int],
-    asked: CollectConfig,
+    records: Sequence[ForwardRecord],
+    generated: list[int],
+    end_ids: set[int],
+    config: CollectConfig,
     geometry: Geometry,
 ) -> Trace:
-    """Put together what the calls routed of one row: its prompt, and each token it wrote and read again."""
-    first = calls[0]
-    begin = row * longest + (longest - len(token_ids) if asked.generate else 0)
-    read = slice(begin, begin + len(token_ids))
-    # What is written last is not read; nor is what comes after an end, of a row that others outlast.
-    end = next((place for place, token in enumerate(written) if token in ends), len(written) - 1)
-    steps = calls[1:][: max(end, 0)]
-    own = slice(row, row + 1)
-    experts = np.concatenate([first.experts[read], *(call.experts[own] for call in steps)])
-    weights = np.concatenate([first.gate_weights[read], *(call.gate_weights[own] for call in steps)])
-    kept = _half(weights, prompt.sequence_id, geometry, stored=asked.gate_weights)
-    states = [call.hidden_states[part] for call, part in ((first, read), *((call, own) for call in steps))
-              if call.hidden_states is not None]  # fmt: skip
+    """Build the trace of one row: its prompt, and each generated token that the model read again."""
+    prefill = records[0]
+    start = row * longest + (longest - len(token_ids) if config.generate else 0)
+    prompt_rows = slice(start, start + len(token_ids))
+    # The model does not read the last generated token. Tokens after an end token fill rows that finish early.
+    end = next((place for place, token in enumerate(generated) if token in end_ids), len(generated) - 1)
+    steps = records[1:][: max(end, 0)]
+    decode_row = slice(row, row + 1)
+    selected = [(prefill, prompt_rows), *((record, decode_row) for record in steps)]
+    experts = np.concatenate([record.experts[rows] for record, rows in selected])
+    weights = np.concatenate([record.gate_weights[rows] for record, rows in selected])
+    half_weights = _half(weights, prompt.sequence_id, geometry, stored=config.gate_weights)
+    states = [record.hidden_states[rows] for record, rows in selected if record.hidden_states is not None]
     return Trace(
         sequence_id=prompt.sequence_id,
         source=prompt.source,
-        token_ids=np.array([*token_ids, *written[: len(steps)]], np.int32),
+        token_ids=np.array([*token_ids, *generated[: len(steps)]], np.int32),
         experts=experts.astype(experts_dtype(geometry)),
         decode_start=len(token_ids),
-        gate_weights=kept if asked.gate_weights else None,
+        gate_weights=half_weights if config.gate_weights else None,
         hidden_states=concatenate(states) if states else None,
     )
 
@@ -172,15 +172,16 @@ def _half(weights: npt.NDArray[np.float32], name: str, geometry: Geometry, *, st
     """Return gate weights, ``(T, L, K)``, in half precision.
 
     Raises:
-        UserError: One is not finite: what its router chose means nothing. Or one that is stored is too large.
+        UserError: A weight is not finite, so that the choice of its router is meaningless; or a stored weight is too
+            large.
     """
     for place, layer in enumerate(geometry.moe_layers):
         if not np.isfinite(weights[:, place]).all():
             raise _not_finite(name, layer)
     if stored and (largest := np.abs(weights).max(initial=0)) > LARGEST:
         raise UserError(
-            f"{name}: a gate weight of {largest:g} is beyond {LARGEST:,.0f}, the largest that is stored; leave gate "
-            "weights out (--record experts)"
+            f"{name}: a gate weight exceeds {LARGEST:,.0f}, the largest half-precision number (got {largest:g}); "
+            "leave gate weights out (--record experts)"
         )
     with np.errstate(over="ignore"):
         return weights.astype(np.float16)
@@ -188,6 +189,6 @@ def _half(weights: npt.NDArray[np.float32], name: str, geometry: Geometry, *, st
 
 def _not_finite(name: str, layer: int) -> UserError:
     return UserError(
-        f"{name}: the router of layer {layer} gives gate weights that are not finite (NaN or infinite), so its choice "
-        "means nothing; compute in another type (--dtype float32 or bfloat16), or give intact weights"
+        f"{name}: the router of layer {layer} computes gate weights that are not finite (NaN or infinite), so its "
+        "choice is meaningless; compute in another type (--dtype float32 or bfloat16), or give intact weights"
     )

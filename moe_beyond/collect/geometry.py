@@ -1,4 +1,4 @@
-"""A model's geometry, measured on its modules."""
+"""Measuring the geometry of a loaded model on its modules."""
 
 from torch import Tensor, nn
 
@@ -8,31 +8,31 @@ from moe_beyond.geometry import Geometry
 
 
 def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
-    """Read a model's geometry off its modules.
+    """Measure a model's geometry on its modules.
 
-    An expert's biases count, as its matrices do: both move with it. Other parameters are those of the first layer that
-    holds experts.
+    The biases of an expert count, because they move with its matrices. Other parameters are those of the first MoE
+    layer.
 
     Args:
-        model: A transformers mixture of experts.
-        name: What to call it.
-        top_k: Experts that a token is routed to.
+        model: MoE model of transformers.
+        name: Name of the model in the geometry.
+        top_k: Experts per token and layer.
 
     Raises:
-        UserError: It holds no experts, or experts that differ by layer in number or size.
+        UserError: The model has no experts, or the number or size of experts differs between layers.
     """
-    hooked = find_experts(model)
-    layers = sorted(hooked)
+    targets = find_experts(model)
+    layers = sorted(targets)
     first = layers[0]
-    sizes = {layer: (hooked[layer].num_experts, _params_per_expert(model, hooked[layer])) for layer in layers}
+    sizes = {layer: (targets[layer].num_experts, _params_per_expert(model, targets[layer])) for layer in layers}
     for layer, size in sizes.items():
         if size != sizes[first]:
             count, params = sizes[first]
             raise UserError(
-                f"{type(model).__name__}: layer {layer} holds {size[0]} experts of {size[1]:,} parameters, layer "
-                f"{first} {count} of {params:,}; a geometry has one size for all layers"
+                f"{type(model).__name__}: layer {layer} has {size[0]} experts of {size[1]:,} parameters, layer {first} "
+                f"has {count} of {params:,}; a geometry has one size for all layers"
             )
-    inside = sum(weight.numel() for weight in _expert_weights(model, hooked[first]))
+    expert_params = sum(weight.numel() for weight in _expert_weights(model, targets[first]))
     count, params = sizes[first]
     return Geometry(
         model=name,
@@ -40,26 +40,26 @@ def measured_geometry(model: nn.Module, name: str, top_k: int) -> Geometry:
         num_experts=count,
         top_k=top_k,
         params_per_expert=params,
-        other_params_per_layer=sum(weight.numel() for weight in hooked[first].block.parameters()) - inside,
+        other_params_per_layer=sum(weight.numel() for weight in targets[first].layer.parameters()) - expert_params,
     )
 
 
-def _expert_weights(model: nn.Module, hooked: HookTarget) -> list[Tensor]:
+def _expert_weights(model: nn.Module, target: HookTarget) -> list[Tensor]:
     """Return the parameters of a layer's experts."""
-    mixture = model.get_submodule(hooked.name.rpartition(".")[0])  # where a router is hooked, experts are next to it
-    holder = hooked.module if hooked.names is not None else getattr(mixture, "experts", None)
+    block = model.get_submodule(target.name.rpartition(".")[0])  # a hooked router has the experts next to it
+    holder = target.module if target.parameters is not None else getattr(block, "experts", None)
     if holder is not None:
         return list(holder.parameters())
-    return [weight for weight in mixture.parameters() if weight.ndim == 3]  # JetMoE has no module for its experts
+    return [weight for weight in block.parameters() if weight.ndim == 3]  # JetMoE has no module for its experts
 
 
-def _params_per_expert(model: nn.Module, hooked: HookTarget) -> int:
-    count = hooked.num_experts
-    # Weights may have rows of identity experts too, which nobody moves.
+def _params_per_expert(model: nn.Module, target: HookTarget) -> int:
+    count = target.num_experts
+    # Weights may also have rows for identity experts, which are never transferred.
     return max(
         1,
         sum(
             weight.numel() // (max(len(weight), count) if weight.ndim == 3 else count)
-            for weight in _expert_weights(model, hooked)
+            for weight in _expert_weights(model, target)
         ),
     )

@@ -1,4 +1,4 @@
-"""Loading the model to record, and its tokenizer: from one folder, safetensors only, and no code that comes along."""
+"""Loading the model to record and its tokenizer from one folder: only safetensors, and no code of the checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 """Patterns of a model's files other than weights: configurations, tokenizers, chat templates. No code, no pickle."""
-SHOWN_KEYS = 3
-"""Names of weights that a message lists."""
-CODE = "auto_map"
-"""The field of a configuration that names code of the model's own."""
+MAX_LISTED = 3
+"""Number of weights that an error message lists."""
+CODE_FIELD = "auto_map"
+"""Configuration field that names Python code of the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files, before its weights are loaded.
+    """The files of a model whose weights are not loaded yet.
 
     Attributes:
         name: Name that the user gave.
-        folder: Folder of its files; for a model on the Hub, the snapshot of one commit in the Hub's cache.
-        repository: On the Hub, and at which revision; None for a folder.
-        revision: Revision that the user named; None for none.
+        folder: Folder of the files; for a model on the Hub, the snapshot of one commit in the Hub's cache.
+        repository: Repository and revision on the Hub; None for a folder.
+        revision: Revision that the user gave, or None.
         config: Configuration of the model.
         tokenizer: Tokenizer of the model.
     """
@@ -61,8 +61,8 @@ class Checkpoint:
 
     @property
     def has_code(self) -> bool:
-        """Whether it comes with code of its own, which is not run."""
-        return bool(getattr(self.config, CODE, None))
+        """Whether the checkpoint includes Python code, which is never run."""
+        return bool(getattr(self.config, CODE_FIELD, None))
 
     def load(
         self,
@@ -77,73 +77,73 @@ class Checkpoint:
         Args:
             dtype: Type to compute in; default: ``"auto"``, the type of the stored weights.
             device: One device, ``"auto"``, or a device map.
-            load_in: ``"8bit"`` or ``"4bit"``, which bitsandbytes does; not tested.
-            offload_folder: Folder for weights that a device map sends to disk.
+            load_in: ``"8bit"`` or ``"4bit"``, quantized by bitsandbytes; untested (default: None).
+            offload_folder: Folder for weights that a device map places on disk (default: None).
 
         Raises:
-            UserError: It cannot be loaded, or its files lack a weight or hold one of another shape.
+            UserError: The model cannot be loaded, or a weight is missing or has the wrong shape.
         """
         from transformers import AutoModelForCausalLM
 
-        more: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if load_in is not None:
             from transformers import BitsAndBytesConfig
 
             width = {f"load_in_{load_in}": True}
-            more["quantization_config"] = BitsAndBytesConfig(**width)  # type: ignore[no-untyped-call]
+            options["quantization_config"] = BitsAndBytesConfig(**width)  # type: ignore[no-untyped-call]
         spread = not isinstance(device, str) or device == "auto"
         if spread or load_in is not None:
-            more |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
+            options |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
         self._fetch_weights()
-        with _one_line(self.name), _without_reports():
+        with _one_line(self.name), _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-                ignore_mismatched_sizes=True, output_loading_info=True, **more,
+                ignore_mismatched_sizes=True, output_loading_info=True, **options,
             )  # fmt: skip
             model, report = loaded
             _check_loaded(self.name, report)
-            return model if more else model.to(device)  # type: ignore[no-any-return]
+            return model if options else model.to(device)  # type: ignore[no-any-return]
 
     def _fetch_weights(self) -> None:
-        """Download the weights, if it is on the Hub: the files that its index names, and no others.
+        """Download the weight files that the index of a Hub model lists.
 
         Raises:
-            UserError: They cannot be downloaded.
+            UserError: A file cannot be downloaded.
         """
         if self.repository is None:
             if not any(self.folder.glob("*.safetensors")) and any(self.folder.glob("*.bin")):
                 raise UserError(
-                    f"--model {self.name}: has only pickled weights (.bin), which may run code and are not loaded; in "
-                    "an environment that you trust, load it with transformers and write it with save_pretrained"
+                    f"--model {self.name}: has only pickled weights (.bin), which may run code; convert them in an "
+                    "isolated environment: load the model with transformers, then call save_pretrained"
                 )
             return
         files = {WEIGHTS_FILE}
         if (index := self.folder / INDEX_FILE).is_file():
             content = read_json(index)
-            named = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(named, dict):
-                raise UserError(f"{self.name}: its {INDEX_FILE} is damaged (no weight_map)")
-            files = {str(file) for file in named.values()}
-        if all((self.folder / file).is_file() for file in files):  # of a commit, files never change
+            weight_map = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{self.name}: {INDEX_FILE} has no weight_map; download the model again")
+            files = {str(file) for file in weight_map.values()}
+        if all((self.folder / file).is_file() for file in files):  # the files of a commit never change
             return
         commit = HubName(self.repository.repository, self.folder.name)
         snapshot(commit, "model", sorted(files), shown=f"--model {self.name}")
         for file in sorted(files):
             if not (self.folder / file).is_file():
                 raise UserError(
-                    f"{self.name}: has no {file}, on the Hub or in its local cache; only safetensors are read"
+                    f"{self.name}: has no {file} on the Hub or in its cache; give a model with safetensors weights"
                 )
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """Find a model and load its configuration and its tokenizer.
+    """Find a model, and load its configuration and tokenizer.
 
     Args:
-        name: A folder, the name of a model that ships with this package, or ``ORG/REPO`` on the Hub.
-        revision: On the Hub: a branch, a tag or a commit, which all files are taken from; ``main`` by default.
+        name: Folder, name of a model that ships with this package, or ``ORG/REPO`` on the Hub.
+        revision: Branch, tag or commit on the Hub, from which all files are read (default: ``main``).
 
     Raises:
-        UserError: There is none of that name, or it cannot be loaded.
+        UserError: There is no such model, or its files cannot be read.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -151,17 +151,17 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder, repository = _find(name, revision)
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"--model {name}: has no {CONFIG_FILE}; name the folder of a transformers model")
+        raise UserError(f"--model {name}: has no {CONFIG_FILE}; give the folder of a transformers model")
     with _one_line(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except KeyError as error:  # of a file that is JSON and no tokenizer
+        except KeyError as error:  # a JSON file that is no tokenizer
             raise UserError(
                 f"--model {name}: its tokenizer files lack {error}; give the tokenizer files of the model"
             ) from error
     if not tokenizer.get_vocab():
-        raise UserError(f"--model {name}: its tokenizer knows no token; give the tokenizer files of the model")
+        raise UserError(f"--model {name}: its tokenizer has no tokens; give the tokenizer files of the model")
     if repository is not None and "@" in name:
         revision = repository.revision
     return Checkpoint(name, folder, repository, revision, config, tokenizer)
@@ -178,17 +178,17 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: A folder, the name of a model that ships with this package, or ``ORG/REPO`` on the Hub.
-        revision: Branch, tag or commit of a model on the Hub; default: ``main``.
-        dtype: To compute in; ``"auto"`` as stored.
-        device: Device, as `moe_beyond.collect.devices.placement` reads it; default: ``cpu``.
-        load_in: ``"8bit"`` or ``"4bit"``, which bitsandbytes does; not tested.
+        name: Folder, name of a model that ships with this package, or ``ORG/REPO`` on the Hub.
+        revision: Branch, tag or commit of a model on the Hub (default: ``main``).
+        dtype: Type to compute in (default: ``"auto"``, the type of the stored weights).
+        device: Device, as `moe_beyond.collect.devices.placement` reads it (default: ``cpu``).
+        load_in: ``"8bit"`` or ``"4bit"``, quantized by bitsandbytes; untested (default: None).
 
     Returns:
-        The model, its tokenizer, and the bits per parameter where they are not those of its dtype.
+        The model, its tokenizer, and the bits per parameter if they differ from those of its dtype, otherwise None.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The model cannot be loaded.
     """
     checkpoint = open_checkpoint(name, revision)
     model = checkpoint.load(dtype=dtype, device=placement(device), load_in=load_in)
@@ -196,7 +196,11 @@ def load_model(
 
 
 def bits(load_in: str | None) -> float | None:
-    """Return the bits per parameter of ``"8bit"`` and ``"4bit"``."""
+    """Return the bits per parameter of a quantized model.
+
+    Args:
+        load_in: ``"8bit"``, ``"4bit"`` or None.
+    """
     return None if load_in is None else float(load_in.removesuffix("bit"))
 
 
@@ -211,24 +215,24 @@ def _is_model(config: Path) -> bool:
 
 
 def _find(name: str, revision: str | None) -> tuple[Path, HubName | None]:
-    """Find a model's folder, in the Hub's cache if need be, without asking the Hub about what is a path.
+    """Find a model's folder, possibly in the Hub's cache; the Hub is never queried for a path.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such model.
     """
     path = Path(name).expanduser()
     if is_hub_name(name):
         hub_name = parse_hub_name(name)
         if revision is not None and "@" in name:
-            raise UserError(f"--model {name}: names a revision, and so does --revision {revision}; give one")
+            raise UserError(f"--model {name}: has a revision, and --revision {revision} is another; give one of them")
         return _download(name, HubName(hub_name.repository, revision or hub_name.revision))
     if path.is_file():
-        raise UserError(f"--model {name}: is a file; name its folder")
+        raise UserError(f"--model {name}: is a file; give its folder")
     if not path.is_dir() and name in (bundled := bundled_models()):
         path = checkpoints_folder() / name
     if path.is_dir():
         if revision is not None:
-            raise UserError(f"--revision {revision}: --model {name} is a folder, which has no revisions; leave it out")
+            raise UserError(f"--revision {revision}: --model {name} is a folder, which has no revisions; omit it")
         return path, None
     if "/" not in name and not looks_local(name):
         near = near_path(name)
@@ -236,13 +240,13 @@ def _find(name: str, revision: str | None) -> tuple[Path, HubName | None]:
             raise UserError(f"--model {name}: there is no such folder; did you mean {near}?")
         raise UserError(f"--model: {unknown('model', name, bundled)}; give a folder, or a name on the Hub: ORG/REPO")
     if looks_local(name) or not REPOSITORY.fullmatch(name):
-        raise UserError(f"--model {no_such_file(name, 'folder', hint='on the Hub, models are called ORG/REPO')}")
+        raise UserError(f"--model {no_such_file(name, 'folder', hint='a model on the Hub is ORG/REPO')}")
     return _download(name, HubName(name, revision or "main"))
 
 
 def _download(name: str, repository: HubName) -> tuple[Path, HubName]:
-    named = repository.revision == "main" or "@" in name
-    shown = f"--model {name}" if named else f"--model {name} at --revision {repository.revision}"
+    complete = repository.revision == "main" or "@" in name
+    shown = f"--model {name}" if complete else f"--model {name} at --revision {repository.revision}"
     try:
         return snapshot(repository, "model", SMALL_FILES, shown=shown), repository
     except UserError as error:
@@ -252,37 +256,37 @@ def _download(name: str, repository: HubName) -> tuple[Path, HubName]:
 
 
 def _check_loaded(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse a model with random weights: transformers draws each that the files lack, or hold in another shape.
+    """Refuse a model with random weights: transformers initialises weights that are missing or have the wrong shape.
 
     Args:
         name: Name that the user gave.
-        report: Loading information of `from_pretrained`; tied weights are not among its missing keys.
+        report: Loading information of `from_pretrained`; its missing keys exclude tied weights.
 
     Raises:
-        UserError: A weight was drawn.
+        UserError: A weight was initialised at random.
     """
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"--model {name}: its files lack {_some(missing)}, which would be random; give the complete checkpoint of "
-            "the model"
+            f"--model {name}: its files lack {_listed(missing)}, which would be random; give the complete checkpoint "
+            "of the model"
         )
-    if wrong := sorted(report["mismatched_keys"]):
-        keys = [f"{key} is {list(stored)}, not {list(needed)}" for key, stored, needed in wrong]
+    if mismatched := sorted(report["mismatched_keys"]):
+        keys = [f"{key} is {list(stored)}, not {list(needed)}" for key, stored, needed in mismatched]
         raise UserError(
-            f"--model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_some(keys)}); give the "
+            f"--model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_listed(keys)}); give the "
             "complete files of one model"
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     """List the first names, and count the others."""
-    more = f" and {len(names) - SHOWN_KEYS:,} more" if len(names) > SHOWN_KEYS else ""
-    return printable(", ".join(names[:SHOWN_KEYS])) + more
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return printable(", ".join(names[:MAX_LISTED])) + more
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
-    """Keep transformers from logging what it met in the files; `_check_loaded` reports what matters."""
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the loading report of transformers; `_check_loaded` reports the relevant parts."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -295,20 +299,19 @@ def _without_reports() -> Iterator[None]:
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turn what a library says of files that it cannot load into one line."""
+    """Turn a library's error about files that it cannot load into one line."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of files that are damaged, libraries raise whatever they met; tokenizers a bare one
-        if "trust_remote_code" in str(error):  # what it says where only code of the model's own would do
+    except Exception as error:  # for damaged files libraries raise any exception, tokenizers a bare `Exception`
+        if "trust_remote_code" in str(error):  # transformers' message for an architecture that it lacks
             raise UserError(
-                f"--model {name}: comes with code of its own ({CODE}), which is never run; only architectures that "
-                "transformers itself has are recorded"
+                f"--model {name}: needs Python code of the checkpoint ({CODE_FIELD}), which is never run; give a model "
+                "whose architecture transformers has"
             ) from error
-        if "CONVERSION" in str(error):  # it refers to a report that is not shown
+        if "CONVERSION" in str(error):  # the message refers to a report that is not shown
             raise UserError(
-                f"--model {name}: its weights cannot be put together; one that they need is missing, or has another "
-                "shape; give the complete checkpoint of the model"
+                f"--model {name}: a weight is missing or has the wrong shape; give the complete checkpoint of the model"
             ) from error
         raise UserError(f"--model {name}: cannot be loaded ({brief(error)})") from error

@@ -1,4 +1,4 @@
-"""The texts that a model is given: from a file, or from a data set."""
+"""Prompts from a file, a data set or a script."""
 
 import csv
 import json
@@ -13,21 +13,21 @@ from moe_beyond.errors import UserError, unknown
 from moe_beyond.fields import TEXT, brief, is_plain_name, printable, shown
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction")
-"""Fields that a record's text is looked for in, in this order, if none is named."""
+"""Fields in which the text of a record is searched, in this order, unless one is given."""
 CHATS = ("messages", "conversations")
-"""Fields that hold the messages of a chat, as a list or, in a table, as its JSON."""
+"""Fields with the messages of a chat: a list or, in a table, its JSON."""
 ADDED = {"instruction": ("input", "context")}
-"""Fields whose text follows that of another after a blank line: the inputs of Alpaca's and Dolly's instructions."""
+"""Fields whose text is appended to another after a blank line: inputs of Alpaca's and Dolly's instructions."""
 SHAREGPT = {"human": "user", "gpt": "assistant"}
-"""Roles that ShareGPT spells in its own way, and their names in chat templates."""
+"""ShareGPT's names of roles, and their names in chat templates."""
 TEXT_FILES = (".txt",)
 RECORD_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-LONGEST_CELL = 2**31 - 1
-"""Characters of a cell of a table; the standard library stops at 131,072 by default."""
-HALF = re.compile(r"[\ud800-\udfff]")
-"""Half of a surrogate pair, which no tokenizer and no file takes; JSON can spell one."""
+MAX_CELL = 2**31 - 1
+"""Largest number of characters in a table's cell; the standard library's default is 131,072."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can encode, but no tokenizer and no file."""
 BOM = "\ufeff"
-"""Byte order mark, which is no text."""
+"""Byte order mark."""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """First bytes of UTF-16 text, and of little-endian UTF-32."""
 
@@ -37,14 +37,14 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to read, and perhaps to go on from.
+    """A text for the model to read.
 
     Attributes:
-        text: The text, or the messages of a chat as the model's chat template takes them: mappings with ``role``,
-            ``content``, and whatever else the template reads.
+        text: The text, or the messages of a chat for the model's chat template: mappings with ``role``, ``content``
+            and further fields that the template reads.
         sequence_id: Name, unique in a trace set.
-        source: Where it is from.
-        split: The split that its trace goes to.
+        source: File or data set, and position in it (default: ``"prompts"``).
+        split: Split of its trace (default: ``"train"``).
     """
 
     text: str | tuple[Mapping[str, Any], ...]
@@ -53,23 +53,23 @@ class Prompt:
     split: str = "train"
 
 
-def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Prompt]:
-    """Read prompts, in their order.
+def read_prompts(name: str, notice: Notice = lambda line: None) -> Iterator[Prompt]:
+    """Read prompts in order.
 
     Args:
-        named: A text file (``.txt``, one prompt per line), a file of records (`RECORD_FILES`; text under one of
-            `COLUMNS`, or chat messages, and perhaps ``id``), ``FILE:COLUMN``, or a data set that ``datasets`` loads:
-            a folder or ``ORG/NAME``, then ``[:SPLIT[:COLUMN]]``.
-        notice: Called with lines about blank lines and unread fields.
+        name: Text file (``.txt``, one prompt per line); file of records (`RECORD_FILES`: text in one of `COLUMNS`, or
+            chat messages, and optionally ``id``); ``FILE:COLUMN``; or data set that ``datasets`` loads: a folder or
+            ``ORG/NAME``, then ``[:SPLIT[:COLUMN]]``.
+        notice: Callback with lines about blank lines and unread fields.
 
     Raises:
-        UserError: There is no such file or data set, or a record has no text; the line is named.
+        UserError: There is no such file or data set, or a record has no text; the message names the line.
     """
-    path, column = _file_and_column(named)
+    path, column = _file_and_column(name)
     if path is None:
-        yield from _data_set(named, notice)
+        yield from _data_set(name, notice)
         return
-    stem, file = printable(path.stem), printable(path.name)  # a name of a file may hold bytes that are no text
+    stem, file = printable(path.stem), printable(path.name)  # file names may contain bytes that are no text
     if path.suffix.lower() in TEXT_FILES:
         for number, line in _lines(path, notice):
             yield Prompt(line, f"{stem}-{number}", f"{file}:{number}")
@@ -80,21 +80,24 @@ def read_prompts(named: str, notice: Notice = lambda line: None) -> Iterator[Pro
         fields.report_unread()
     else:
         raise UserError(
-            f"{path}: is not a kind of file that prompts are read from ({path.suffix or 'no suffix'}); "
-            f"known: {', '.join((*TEXT_FILES, *RECORD_FILES))}"
+            f"{path}: prompts cannot be read from this kind of file (got {path.suffix or 'no suffix'}); give one of: "
+            f"{', '.join((*TEXT_FILES, *RECORD_FILES))}"
         )
 
 
-def as_prompts(given: Any) -> list[Prompt]:
-    """Turn what a script gives into prompts: texts, chats (lists of messages), records, and `Prompt` alike.
+def as_prompts(items: Any) -> list[Prompt]:
+    """Convert the prompts of a script.
+
+    Args:
+        items: Texts, chats (lists of messages), records or `Prompt` objects.
 
     Raises:
-        UserError: It is something else; the item is named.
+        UserError: An item has another type; the message names it.
     """
-    if isinstance(given, str | bytes | Mapping | Prompt) or not isinstance(given, Iterable):
-        raise UserError(f"prompts: is one {type(given).__name__}, not a list of prompts; write [...] around it")
+    if isinstance(items, str | bytes | Mapping | Prompt) or not isinstance(items, Iterable):
+        raise UserError(f"prompts: must be a list of prompts (got one {type(items).__name__}); write [...] around it")
     prompts = []
-    for number, item in enumerate(given, start=1):
+    for number, item in enumerate(items, start=1):
         where = f"prompts[{number - 1}]"
         if isinstance(item, Mapping) and "role" in item and "content" in item:
             raise UserError(f"{where}: is a message; a chat is a list of messages, so give [[message, ...], ...]")
@@ -109,12 +112,12 @@ def as_prompts(given: Any) -> list[Prompt]:
 
 
 class _Fields:
-    """Finds the text in each record of one source, and remembers which fields nothing was read from.
+    """Finds the text in each record of one source, and remembers the unread fields.
 
     Args:
-        source: The file or data set, for notices.
-        column: The field that holds the text; the first of `COLUMNS` that a record has by default.
-        notice: Called by `report_unread` with a line.
+        source: File or data set, for notices.
+        column: Field that holds the text (default: the first of `COLUMNS` that a record has).
+        notice: Callback of `report_unread` with one line.
     """
 
     def __init__(self, source: str, column: str = "", notice: Notice = lambda line: None) -> None:
@@ -125,8 +128,14 @@ class _Fields:
     def prompt(self, record: Any, name: str, source: str, where: str) -> Prompt:
         """Find a record's text.
 
+        Args:
+            record: Record, chat or text.
+            name: Default name of the sequence.
+            source: File or data set, and position in it.
+            where: Position for error messages.
+
         Raises:
-            UserError: It has none, or an empty one.
+            UserError: The record has no text, or an empty one.
         """
         if isinstance(record, list) and record and all(_is_message(item) for item in record):
             return _checked(Prompt(tuple(_message(item, where) for item in record), name, source), where)
@@ -136,7 +145,7 @@ class _Fields:
             return _checked(Prompt(record, name, source), where)
         if not isinstance(record, Mapping):
             raise UserError(
-                f"{where}: is not a record with a text under one of {', '.join(COLUMNS)} "
+                f"{where}: must be a record with a text in one of {', '.join(COLUMNS)} "
                 f"(got {json.dumps(record, default=str)[:60]})"
             )
         if self._column and self._column not in record:
@@ -145,7 +154,7 @@ class _Fields:
         if field is None:
             raise UserError(
                 f"{where}: has no {' or '.join(COLUMNS)}; it has {', '.join(map(str, record))}; "
-                "rename one, or name it: FILE:COLUMN"
+                "rename one, or select it: FILE:COLUMN"
             )
         text = record[field]
         if field in CHATS and isinstance(text, str):
@@ -153,43 +162,45 @@ class _Fields:
         if isinstance(text, list):
             text = tuple(_message(message, where) for message in text)
         elif not isinstance(text, str):
-            raise UserError(f"{where}: {field} is {type(text).__name__}, not text or a list of messages")
+            raise UserError(f"{where}: {field} must be text or a list of messages (got {type(text).__name__})")
         if not text or (isinstance(text, str) and not text.strip()):
             raise UserError(f"{where}: {field} is empty")
         fields = [field]
         if isinstance(text, str):
             for added in ADDED.get(field, ()):
                 if not isinstance(record.get(added), str | None):
-                    raise UserError(f"{where}: {added} is {shown(record[added])}, not text; it follows the {field}")
+                    raise UserError(
+                        f"{where}: {added} must be text, because it follows {field} (got {shown(record[added])})"
+                    )
                 if record.get(added) is not None and record[added].strip():
                     text, fields = f"{text}\n\n{record[added]}", [*fields, added]
         self._read.update(dict.fromkeys(fields))
         identity = record.get("id")
         if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int | float)):
-            raise UserError(f"{where}: id is {shown(identity)}, not text or a number")
-        known = {*fields, *ADDED.get(field, ()), *([] if identity is None else ["id"])}
-        self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in known))
+            raise UserError(f"{where}: id must be text or a number (got {shown(identity)})")
+        read = {*fields, *ADDED.get(field, ()), *([] if identity is None else ["id"])}
+        self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in read))
         return _checked(Prompt(text, name if identity is None else str(identity), source), where)
 
     def report_unread(self) -> None:
-        """Say which fields were read, where records have others that nothing was read from."""
+        """Report which fields were read and which were not, if any was not."""
         if self._unread:
             read, unread = (", ".join(fields) for fields in (self._read, self._unread))
             self._notice(f"{self._source}: prompts are the text of {read}; not read: {unread}")
 
 
 def _checked(prompt: Prompt, where: str) -> Prompt:
-    """Return a prompt that a tokenizer can read and a trace set can hold.
+    """Return a prompt if a tokenizer can read it and a trace set can store it.
 
     Raises:
-        UserError: Its name is empty or holds control characters, its split is no plain name, or a text of it holds half
-            a character.
+        UserError: The name is empty or contains control characters, the split is no plain name, or a text contains
+            half a character.
     """
     name = prompt.sequence_id
-    if any(HALF.search(text) for text in (*_strings(prompt.text), *_strings(name))):
-        raise UserError(f"{where}: holds half a character (a lone surrogate); write the whole character, or remove it")
+    if any(SURROGATE.search(text) for text in (*_strings(prompt.text), *_strings(name))):
+        raise UserError(f"{where}: has half a character (a lone surrogate); write the whole character, or remove it")
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{where}: its id is no text or empty (got {shown(name)}); give each prompt an id, or none")
+        raise UserError(f"{where}: its id must be text (got {shown(name)}); give every prompt an id, or none")
     if not TEXT.accepts(name):
         raise UserError(f"{where}: its id must be {TEXT.words} (got {shown(name)})")
     if not TEXT.accepts(prompt.source):
@@ -200,56 +211,56 @@ def _checked(prompt: Prompt, where: str) -> Prompt:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield all texts within a value of JSON, keys included."""
-    left = [value]
-    while left:
-        value = left.pop()
+    """Yield all texts in a JSON value, including keys."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):
-            left += [*value.keys(), *value.values()]
+            stack += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple):
-            left += value
+            stack += value
 
 
-def _file_and_column(named: str) -> tuple[Path | None, str]:
-    """Distinguish a file from a data set, and take the column off a file's name.
+def _file_and_column(name: str) -> tuple[Path | None, str]:
+    """Distinguish a file from a data set, and split the column off the name of a file.
 
     Returns:
-        The file, or None for a data set; and the column, ``""`` if none is named.
+        The file, or None for a data set; and the column, ``""`` if none is given.
 
     Raises:
-        UserError: It is neither a file, nor a folder, nor a name that the Hub could know.
+        UserError: The name is neither a file, nor a folder, nor a valid name on the Hub.
     """
-    before, colon, column = named.rpartition(":")
-    path = Path(named).expanduser()
-    if not named.strip():
-        raise UserError("--prompts: names nothing (got an empty text); give a file of prompts, or a data set")
+    before, colon, column = name.rpartition(":")
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise UserError("--prompts: must not be empty (got an empty text); give a file of prompts, or a data set")
     for special in (path, Path(before).expanduser() if colon else path):
         if special.exists() and not special.is_file() and not special.is_dir():
             raise UserError(
-                f"{special}: is no regular file, and is read more than once; save the prompts in a file (.txt, .jsonl)"
+                f"{special}: is no regular file, and prompts are read twice; save the prompts in a file (.txt, .jsonl)"
             )
     if path.is_file():
         return path, ""
     if colon and Path(before).expanduser().is_file():
         return Path(before).expanduser(), column
-    name = named.partition(":")[0]
-    if Path(name).is_dir():
-        if not any(Path(name).iterdir()):
-            raise UserError(f"{name}: is an empty folder; give a file of prompts, or a folder of a data set")
+    data_set = name.partition(":")[0]
+    if Path(data_set).is_dir():
+        if not any(Path(data_set).iterdir()):
+            raise UserError(f"{data_set}: is an empty folder; give a file of prompts, or a folder of a data set")
         return None, ""
-    if looks_local(name) or not REPOSITORY.fullmatch(name):
+    if looks_local(data_set) or not REPOSITORY.fullmatch(data_set):
         hint = "give a file of prompts (.txt, .jsonl, ...), or a data set of the Hub as ORG/NAME"
-        raise no_such_file(named, "file of prompts", hint=hint)
+        raise no_such_file(name, "file of prompts", hint=hint)
     return None, ""
 
 
 def _lines(path: Path, notice: Notice) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a UTF-8 file that are not blank, each with its number from 1.
+    """Yield the lines of a UTF-8 file that are not blank, with their numbers from 1.
 
     Raises:
-        UserError: It is not UTF-8 text.
+        UserError: The file is not UTF-8 text.
     """
     blank = 0
     for number, line in _all_lines(path):
@@ -258,14 +269,14 @@ def _lines(path: Path, notice: Notice) -> Iterator[tuple[int, str]]:
         else:
             blank += 1
     if blank:
-        notice(f"{path}: {blank:,} blank line{'s' if blank > 1 else ''} passed over")
+        notice(f"{path}: {blank:,} blank line{'s' if blank > 1 else ''} skipped")
 
 
 def _all_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a UTF-8 file with their ends, each with its number from 1; only a line feed ends a line.
+    """Yield the lines of a UTF-8 file with their ends, with their numbers from 1; only a line feed ends a line.
 
     Raises:
-        UserError: It is not UTF-8 text.
+        UserError: The file is not UTF-8 text.
     """
     with path.open("rb") as file:
         if file.read(2) in UTF_16:
@@ -275,14 +286,14 @@ def _all_lines(path: Path) -> Iterator[tuple[int, str]]:
         with path.open(encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if "\0" in line:
-                    raise UserError(f"{path}: line {number} holds NUL bytes; save it as UTF-8 text")
-                yield number, line.removeprefix(BOM)  # files with a mark each may have been joined
+                    raise UserError(f"{path}: line {number} has NUL bytes; save it as UTF-8 text")
+                yield number, line.removeprefix(BOM)  # joined files may each have started with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (after line {number}); save it as UTF-8") from error
 
 
 def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
-    """Yield the records of a file, each with its number from 1, and its place in the file.
+    """Yield the records of a file, with their numbers from 1 and their positions in the file.
 
     Raises:
         UserError: The file cannot be read.
@@ -298,22 +309,22 @@ def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
             raise UserError(f"{path}: is not a Parquet file ({brief(error)})") from error
         yield from ((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
     elif suffix in (".csv", ".tsv"):
-        csv.field_size_limit(LONGEST_CELL)
+        csv.field_size_limit(MAX_CELL)
         lines = (line for _, line in _all_lines(path))
         try:
             table = csv.DictReader(lines, delimiter="," if suffix == ".csv" else "\t", strict=True)
             for number, row in enumerate(table, start=1):
                 if None in row or None in row.values():
-                    raise UserError(f"{path}: row {number} has not as many cells as the header")
+                    raise UserError(f"{path}: row {number} has more or fewer cells than the header; mend the row")
                 yield number, f"row {number}", row
         except csv.Error as error:
-            raise UserError(f"{path}: is not a table that can be read ({error})") from error
+            raise UserError(f"{path}: is not a readable table ({error})") from error
     else:
         yield from _json_records(path, notice)
 
 
 def _json_records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
-    """Yield the records of JSON lines, or of one JSON value that may span lines: an array, or a single record."""
+    """Yield the records of JSON lines, or of one JSON value over several lines: an array, or a single record."""
     lines = _lines(path, notice)
     first = next(lines, None)
     if first is None:
@@ -321,54 +332,54 @@ def _json_records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
     if path.suffix.lower() == ".json" or first[1].lstrip().startswith("["):
         text = "\n".join(line for _, line in _lines(path, lambda line: None))
         try:
-            whole = json.loads(text)
+            document = json.loads(text)
         except (ValueError, RecursionError) as error:
             if not (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"):  # more values: JSON lines
                 raise UserError(f"{path}: is not JSON ({brief(error)})") from error
         else:
-            is_chat = isinstance(whole, list) and whole and all(map(_is_message, whole))
-            records = whole if isinstance(whole, list) and not is_chat else [whole]
+            is_chat = isinstance(document, list) and document and all(map(_is_message, document))
+            records = document if isinstance(document, list) and not is_chat else [document]
             yield from ((number, f"record {number}", record) for number, record in enumerate(records, start=1))
             return
     for number, line in (first, *lines):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            hint = "; a .jsonl file holds one record per line, so name a record over several lines .json"
+            hint = "; a .jsonl file has one record per line, so save a record over several lines as .json"
             raise UserError(
                 f"{path}: line {number} is not JSON ({brief(error)}){hint if line.strip() in ('{', '[') else ''}"
             ) from error
         yield number, f"line {number}", record
 
 
-def _data_set(named: str, notice: Notice) -> Iterator[Prompt]:
-    """Stream a data set: a folder, or a name on the Hub, which is asked once before ``datasets`` asks it for long."""
+def _data_set(name: str, notice: Notice) -> Iterator[Prompt]:
+    """Stream a data set from a folder or the Hub; one query checks its name, because ``datasets`` retries for long."""
     import datasets
 
-    name, split, column = (*named.split(":"), "", "")[:3]
+    repository, split, column = (*name.split(":"), "", "")[:3]
     split = split or "train"
-    if not Path(name).is_dir():
-        with asking_hub(f"--prompts {name}"):
+    if not Path(repository).is_dir():
+        with asking_hub(f"--prompts {repository}"):
             from huggingface_hub import HfApi
 
-            HfApi().dataset_info(name)
-    fields = _Fields(named, column, notice)
+            HfApi().dataset_info(repository)
+    fields = _Fields(name, column, notice)
     try:
-        for number, record in enumerate(datasets.load_dataset(name, split=split, streaming=True)):
-            where = f"{name}:{split}:{number}"
-            yield fields.prompt(record, f"{Path(name).name}-{number}", where, f"{named}: row {number}")
+        for number, record in enumerate(datasets.load_dataset(repository, split=split, streaming=True)):
+            source = f"{repository}:{split}:{number}"
+            yield fields.prompt(record, f"{Path(repository).name}-{number}", source, f"{name}: row {number}")
     except UserError:
         raise
-    except Exception as error:  # of folders and files that are no data set, the library raises whatever it met
-        raise UserError(f"{named}: is not a data set that can be loaded ({brief(error)})") from error
+    except Exception as error:  # for folders and files that are no data set, the library raises any exception
+        raise UserError(f"{name}: cannot be loaded as a data set ({brief(error)})") from error
     fields.report_unread()
 
 
 def _chat(text: str, field: str, where: str) -> Any:
-    """Read a chat that is written as JSON; text that is none stays text.
+    """Parse a chat in JSON; other text is returned unchanged.
 
     Raises:
-        UserError: It looks like JSON and cannot be read, or holds no list.
+        UserError: The text starts like JSON and cannot be parsed.
     """
     if not text.lstrip().startswith(("[", "{")):
         return text
@@ -376,8 +387,8 @@ def _chat(text: str, field: str, where: str) -> Any:
         messages = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: {field} looks like JSON and is none ({brief(error)}); give a list of messages, or put "
-            "plain text under text"
+            f"{where}: {field} starts like JSON and cannot be parsed ({brief(error)}); give a list of messages, or put "
+            "plain text in a field named text"
         ) from error
     return messages if isinstance(messages, list) else [messages]
 
@@ -387,19 +398,21 @@ def _is_message(item: Any) -> bool:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-    """Return a message as chat templates read it, from either spelling in use; what else it has stays.
+    """Return a message with the field names of chat templates, from either spelling; other fields are kept.
 
     Raises:
-        UserError: It has no role, or neither content nor tool calls.
+        UserError: The message has no role, or neither content nor tool calls.
     """
     if not isinstance(message, Mapping):
-        raise UserError(f"{where}: a message is a record with role and content, or from and value")
-    rest = {key: value for key, value in message.items() if value is not None}  # a column of a table has Nones
-    role, content = rest.pop("role", rest.pop("from", None)), rest.pop("content", rest.pop("value", None))
+        raise UserError(f"{where}: a message must be a record with role and content, or from and value")
+    others = {key: value for key, value in message.items() if value is not None}  # a column of a table has Nones
+    role, content = others.pop("role", others.pop("from", None)), others.pop("content", others.pop("value", None))
     if not isinstance(role, str):
         raise UserError(f"{where}: a message has no role (or from); it has {', '.join(map(str, message)) or 'nothing'}")
-    if content is None and not rest.get("tool_calls"):
+    if content is None and not others.get("tool_calls"):
         raise UserError(f"{where}: a message of role {role!r} has no content (or value)")
     if content is not None and not isinstance(content, str | list):
-        raise UserError(f"{where}: the content of a message of role {role!r} is {type(content).__name__}, not text")
-    return {"role": SHAREGPT.get(role, role), "content": content, **rest}
+        raise UserError(
+            f"{where}: the content of a message of role {role!r} must be text (got {type(content).__name__})"
+        )
+    return {"role": SHAREGPT.get(role, role), "content": content, **others}

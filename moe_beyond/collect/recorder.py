@@ -1,17 +1,16 @@
-"""Recording a model's routing with one hook on each experts module, whatever the architecture.
+"""Recording a model's routing with one hook on each experts module, for every architecture.
 
-In transformers 5 the experts of nearly every mixture are a module whose forward takes the hidden states, the chosen
-experts and their weights, so that modules are found by their signature and what is recorded is what the experts
-received: the router's logits would miss selection biases and groups. Where no module is given the choice (Llama 4,
-JetMoE), the routers that transformers itself declares are hooked, and the choice is the top K of their logits, which is
-how those select.
+In transformers 5 the experts of nearly every architecture are a module whose forward takes the hidden states, the
+selected experts and their gate weights. Such modules are found by their signature. The record holds the arguments of
+the experts; the router's logits would miss selection biases and groups. In Llama 4 and JetMoE no module receives the
+choice. There the routers that transformers itself declares are hooked, and the choice is the top K of their logits.
 
-A block that computes its experts in one fused kernel never calls that module (gpt-oss in its native MXFP4, and what the
-kernels library puts in place of a forward). What its router chooses is recorded then: of the router's call, or, where
-the kernel reads the router's weight without calling it, of a call of our own on what the block was given.
+A block that computes its experts in one fused kernel never calls the experts module (gpt-oss in its native MXFP4, and
+forwards replaced by the kernels library). Then the choice of its router is recorded: from the router's call or, if the
+kernel reads the router's weight directly, from an extra call of the router on the block's input.
 
-What is given to no expert is none: an id from the number of experts on (longcat_flash has identity experts there), and
-a weight of exactly 0, which adds nothing (a token of zaya that skips a layer is given to the first expert with it).
+Some ids and weights stand for padding. Ids from the number of experts on do (identity experts of longcat_flash), and so
+does a weight of exactly 0, which adds nothing (zaya assigns the first expert to tokens that skip a layer).
 """
 
 import inspect
@@ -29,34 +28,35 @@ from torch import Tensor, nn
 from moe_beyond.errors import UserError
 from moe_beyond.traces.hidden_states import HiddenStates
 
-# The second and third parameter of an experts module's forward; two spellings are in use.
+# Second and third parameter of an experts module's forward; two spellings are in use.
 SIGNATURES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 ATTENTION = re.compile(r"attn|attention")
 LARGEST = float(np.finfo(np.float16).max)
-UNFUSED = "load it without fused kernels (use_kernels=False), or dequantized (Mxfp4Config(dequantize=True))"
-EXPERTS = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
-"""What modules call how many experts they hold; longcat_flash counts its identity experts in the first of them."""
+UNFUSED_HINT = "load it without fused kernels (use_kernels=False), or dequantized (Mxfp4Config(dequantize=True))"
+COUNT_ATTRIBUTES = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
+"""Attributes in which modules store their number of experts; longcat_flash counts identity experts in the first."""
 
 
 @dataclass(frozen=True)
 class HookTarget:
-    """A module whose calls tell a layer's routing.
+    """A module whose calls show the routing of one layer.
 
     Attributes:
-        module: The experts module, or the router.
-        name: Name of that module in the model.
-        block: The model's layer that it is in.
-        names: Of the parameters that hold the choice; None where a router's logits do.
-        index: Of the logits among what a router returns.
-        top_k: Experts that a router's top K are.
-        num_experts: Real experts of the layer; ids from there on stand for none (identity and skip experts).
+        module: Experts module, or router.
+        name: Name of the module in the model.
+        layer: Layer of the model that contains the module.
+        parameters: Names of the forward parameters that hold the choice and its weights; None for a router, whose
+            logits show the choice.
+        index: Position of the logits in the output of a router (default: 0).
+        top_k: Experts per token, for a router (default: 0).
+        num_experts: Real experts of the layer; larger ids are padding: identity and skip experts (default: 0).
     """
 
     module: nn.Module
     name: str
-    block: nn.Module
-    names: tuple[str, str] | None
+    layer: nn.Module
+    parameters: tuple[str, str] | None
     index: int = 0
     top_k: int = 0
     num_experts: int = 0
@@ -64,13 +64,12 @@ class HookTarget:
 
 @dataclass(frozen=True)
 class ForwardRecord:
-    """What one forward of the model routed.
+    """The routing of one forward of the model.
 
     Attributes:
-        experts: ``(N, L, K)`` int64 ids in the router's order, N tokens of all rows one after the other; -1 where a
-            slot holds none.
-        gate_weights: ``(N, L, K)`` float32, in the same order; 0 for none.
-        hidden_states: Of all N, where they were asked for.
+        experts: ``(N, L, K)`` int64 ids in router order, for N tokens of all rows in sequence; -1 for padding.
+        gate_weights: ``(N, L, K)`` float32, in the same order; 0 for padding.
+        hidden_states: Hidden states of all N tokens, or None.
     """
 
     experts: npt.NDArray[np.int64]
@@ -79,12 +78,12 @@ class ForwardRecord:
 
 
 class Recorder:
-    """What the hooked modules received since the last `calls`; made by `recording`.
+    """Collects the inputs of hooked modules until `pop` returns them; made by `recording`.
 
-    Attributes:
-        moe_layers: Indices of the model's layers that hold experts, ascending.
-        num_experts: Experts of each such layer.
-        with_states: Whether it keeps hidden states.
+    Args:
+        moe_layers: Indices of the model's MoE layers, ascending.
+        num_experts: Experts per MoE layer.
+        with_states: Whether hidden states are recorded (default: False).
     """
 
     def __init__(self, moe_layers: tuple[int, ...], num_experts: int, *, with_states: bool = False) -> None:
@@ -95,88 +94,93 @@ class Recorder:
         self._layer_inputs: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
 
     def count(self, layer: int) -> int:
-        """Return how often a layer has routed since the last `calls`."""
+        """Return how often a layer has routed since the last `pop`.
+
+        Args:
+            layer: Index of the model's layer.
+        """
         return len(self._experts[layer])
 
-    def layer_without_numbers(self) -> int | None:
-        """Return the first layer with a gate weight that is not finite since the last `calls`, or None."""
+    def first_nonfinite_layer(self) -> int | None:
+        """Return the first layer with a gate weight that is not finite since the last `pop`, or None."""
         return next(
             (layer for layer in self.moe_layers if not all(w.isfinite().all() for w in self._weights[layer])), None
         )
 
-    def _receive(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
-        there = (experts < num_experts) & (weights != 0)
-        self._experts[layer].append(experts.detach().where(there, -1).reshape(-1, experts.shape[-1]))
-        self._weights[layer].append(weights.detach().where(there, 0).reshape(-1, experts.shape[-1]).float())
+    def _record(self, layer: int, num_experts: int, experts: Tensor, weights: Tensor) -> None:
+        real = (experts < num_experts) & (weights != 0)
+        self._experts[layer].append(experts.detach().where(real, -1).reshape(-1, experts.shape[-1]))
+        self._weights[layer].append(weights.detach().where(real, 0).reshape(-1, experts.shape[-1]).float())
 
-    def calls(self) -> list[ForwardRecord]:
-        """Return and forget what was recorded, one `ForwardRecord` per forward of the model.
+    def pop(self) -> list[ForwardRecord]:
+        """Return the records since the last call, one per forward of the model, and clear them.
 
         Raises:
-            UserError: A layer did not route in each of them.
+            UserError: A layer did not route in every forward.
         """
-        kept = self._experts, self._weights, self._router_inputs, self._layer_inputs
-        counts = {layer: len(calls) for layer, calls in self._experts.items()}
+        buffers = self._experts, self._weights, self._router_inputs, self._layer_inputs
+        counts = {layer: len(tensors) for layer, tensors in self._experts.items()}
         most = max(counts.values())
-        if few := [layer for layer, count in counts.items() if count < most or not count]:
+        if incomplete := [layer for layer, count in counts.items() if count < most or not count]:
             raise UserError(
-                f"layer {few[0]} routed in {counts[few[0]]} of {most} forwards of the model; its experts were not "
-                f"called, and no router shows their choice; {UNFUSED}"
+                f"layer {incomplete[0]} routed in {counts[incomplete[0]]} of {most} forwards of the model; its experts "
+                f"were not called, and no router shows their choice; {UNFUSED_HINT}"
             )
-        found = [self._call(number) for number in range(most)]
-        for by_layer in kept:
-            for calls in by_layer.values():
-                calls.clear()
-        return found
+        records = [self._forward_record(number) for number in range(most)]
+        for by_layer in buffers:
+            for tensors in by_layer.values():
+                tensors.clear()
+        return records
 
-    def _call(self, number: int) -> ForwardRecord:
+    def _forward_record(self, number: int) -> ForwardRecord:
         def stacked(by_layer: dict[int, list[Tensor]]) -> npt.NDArray[Any]:
-            found = torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1)
-            array: npt.NDArray[Any] = found.cpu().numpy()
+            array: npt.NDArray[Any] = (
+                torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1).cpu().numpy()
+            )
             return array
 
         states = None
-        if self.with_states:  # what was beyond half precision is infinite
-            kept = (stacked(by_layer) for by_layer in (self._router_inputs, self._layer_inputs))
-            states = HiddenStates(*(np.clip(array, -LARGEST, LARGEST, out=array) for array in kept))
+        if self.with_states:  # half precision has turned larger values into infinity
+            arrays = (stacked(by_layer) for by_layer in (self._router_inputs, self._layer_inputs))
+            states = HiddenStates(*(np.clip(array, -LARGEST, LARGEST, out=array) for array in arrays))
         return ForwardRecord(stacked(self._experts), stacked(self._weights), states)
 
-    def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Return and forget what was recorded.
+    def pop_concatenated(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Return the routing since the last call, all forwards concatenated, and clear it.
 
         Returns:
-            Expert ids (-1 for none) and router weights, both ``(N, L, K)``, in the router's order; N counts tokens over
-            all calls.
+            Expert ids (-1 for padding) and gate weights, both ``(N, L, K)``, in router order; N counts the tokens of
+            all forwards.
         """
-        calls = self.calls()
-        experts = np.concatenate([call.experts for call in calls]).astype(np.int64)
-        return experts, np.concatenate([call.gate_weights for call in calls])
+        records = self.pop()
+        experts = np.concatenate([record.experts for record in records]).astype(np.int64)
+        return experts, np.concatenate([record.gate_weights for record in records])
 
 
 @contextmanager
-def recording(model: nn.Module, readers: Mapping[int, nn.Module] | None = None) -> Iterator[Recorder]:
+def recording(model: nn.Module, inputs: Mapping[int, nn.Module] | None = None) -> Iterator[Recorder]:
     """Record a model's routing while the block runs.
 
     Args:
-        model: A transformers mixture of experts.
-        readers: Given, hidden states are recorded as well: by layer, the module whose first argument is what the
-            layer's router reads. Where it names none, that is what the experts get.
+        model: MoE model of transformers.
+        inputs: Layer -> module whose first argument is the input of the layer's router. If given, hidden states are
+            recorded; for layers that it lacks, the input of the experts is recorded (default: None).
 
     Raises:
-        UserError: No module of the model takes chosen experts.
+        UserError: No module of the model receives selected experts.
     """
-    found = find_experts(model)
+    targets = find_experts(model)
     recorder = Recorder(
-        tuple(sorted(found)),
-        max(hooked.num_experts for hooked in found.values()),
-        with_states=readers is not None,
+        tuple(sorted(targets)),
+        max(target.num_experts for target in targets.values()),
+        with_states=inputs is not None,
     )
-    handles = [handle for layer, hooked in found.items() for handle in _hook(model, recorder, layer, hooked)]
-    if readers is not None:
-        for layer, hooked in found.items():
+    handles = [handle for layer, target in targets.items() for handle in _hook(model, recorder, layer, target)]
+    if inputs is not None:
+        for layer, target in targets.items():
             handles += [
-                _keep_first(readers.get(layer, hooked.module), recorder._router_inputs[layer]),  # noqa: SLF001
-                _keep_first(hooked.block, recorder._layer_inputs[layer]),  # noqa: SLF001
+                _record_input(inputs.get(layer, target.module), recorder._router_inputs[layer]),  # noqa: SLF001
+                _record_input(target.layer, recorder._layer_inputs[layer]),  # noqa: SLF001
             ]
     try:
         yield recorder
@@ -188,9 +192,15 @@ def recording(model: nn.Module, readers: Mapping[int, nn.Module] | None = None) 
 def find_experts(model: nn.Module) -> dict[int, HookTarget]:
     """Find the module of each layer whose calls show its routing; wrappers (such as LoRA's) are unwrapped.
 
+    Args:
+        model: MoE model of transformers.
+
+    Returns:
+        Index of the model's layer -> module.
+
     Raises:
-        UserError: There is none: the model is dense, or of a kind that transformers does not declare. Or a layer has
-            two, or holds a part of its experts only.
+        UserError: The model is dense, or transformers does not declare its routers; or a layer has two experts modules,
+            or holds only a part of its experts.
     """
     modules = dict(model.named_modules())
     names: dict[int, str] = {}
@@ -200,18 +210,18 @@ def find_experts(model: nn.Module) -> dict[int, HookTarget]:
             outer = names.get(int(layer[1]))
             if outer is not None and not name.startswith(f"{outer}."):
                 raise UserError(
-                    f"{type(model).__name__}: layer {layer[1]} has experts at {name} and elsewhere; record its "
-                    "language model alone"
+                    f"{type(model).__name__}: layer {layer[1]} has experts at {name} and at {outer}; record only its "
+                    "language model"
                 )
             names[int(layer[1])] = name
-    return {layer: _hooked(model, modules, name) for layer, name in names.items()} or _routers(model)
+    return {layer: _experts_target(model, modules, name) for layer, name in names.items()} or _router_targets(model)
 
 
-def _hooked(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> HookTarget:
+def _experts_target(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> HookTarget:
     """Describe an experts module.
 
     Raises:
-        UserError: It holds a part of the experts only.
+        UserError: The module holds only a part of the experts.
     """
     module = modules[name]
     count = _count(module)
@@ -226,140 +236,148 @@ def _hooked(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> Ho
     return HookTarget(module, name, modules[name[: layer.end() - 1]], (first, second), num_experts=count)
 
 
-def mixture_name(model: nn.Module, hooked: HookTarget) -> str:
-    """Return the name of the module around a layer's experts, or its router, whose forward routes.
+def block_name(model: nn.Module, target: HookTarget) -> str:
+    """Return the name of the MoE block around a layer's experts or router: the module whose forward routes.
 
-    Wrappers are climbed past: modules that pass on what they are given (``*args``), and those that hold a base layer.
+    Wrappers between them are skipped: modules that pass on their arguments (``*args``) or have a base layer.
+
+    Args:
+        model: MoE model of transformers.
+        target: Hooked module of the layer.
     """
-    name = hooked.name.rpartition(".")[0]
-    while name and _wraps(model.get_submodule(name)):
+    name = target.name.rpartition(".")[0]
+    while name and _is_wrapper(model.get_submodule(name)):
         name = name.rpartition(".")[0]
     return name
 
 
-def _wraps(module: nn.Module) -> bool:
+def _is_wrapper(module: nn.Module) -> bool:
     parameters = inspect.signature(type(module).forward).parameters.values()
     passes_on = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     return passes_on or isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
-def _routers(model: nn.Module) -> dict[int, HookTarget]:
-    """Find the routers whose logits the model's own class declares; attention that is a mixture too is none."""
+def _router_targets(model: nn.Module) -> dict[int, HookTarget]:
+    """Find the routers whose logits the model's class declares; routers of attention are excluded."""
     declared: list[Any] = []
     for part in model.modules():
-        of_part = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", ())
-        declared += of_part if isinstance(of_part, list) else [of_part] if of_part else []
-    found: dict[int, HookTarget] = {}
-    for one in declared:
-        kind, index = getattr(one, "target_class", one), getattr(one, "index", 0)
+        outputs = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", ())
+        declared += outputs if isinstance(outputs, list) else [outputs] if outputs else []
+    targets: dict[int, HookTarget] = {}
+    for output in declared:
+        kind, index = getattr(output, "target_class", output), getattr(output, "index", 0)
         for name, module in model.named_modules():
             layer, top_k = LAYER.search(f"{name}."), getattr(module, "top_k", None)
             if isinstance(module, kind) and layer and top_k and not ATTENTION.search(name):
-                block = model.get_submodule(name[: layer.end() - 1])
-                found[int(layer[1])] = HookTarget(module, name, block, None, index, top_k, _count(module))
-    if not found:
-        raise UserError(f"{type(model).__name__}: no experts module found; is it a mixture of experts?")
-    return found
+                parent = model.get_submodule(name[: layer.end() - 1])
+                targets[int(layer[1])] = HookTarget(module, name, parent, None, index, top_k, _count(module))
+    if not targets:
+        raise UserError(f"{type(model).__name__}: has no experts module; give a mixture-of-experts model")
+    return targets
 
 
 def _count(module: nn.Module) -> int:
-    """Return how many real experts a module holds, or chooses from."""
-    counts = [count for name in EXPERTS if isinstance(count := getattr(module, name, None), int)]
+    """Return the number of real experts of an experts module or a router."""
+    counts = [count for name in COUNT_ATTRIBUTES if isinstance(count := getattr(module, name, None), int)]
     if not counts:
-        raise UserError(f"{type(module).__name__}: does not say how many experts it has ({', '.join(EXPERTS)})")
+        raise UserError(
+            f"{type(module).__name__}: has no attribute with its number of experts ({', '.join(COUNT_ATTRIBUTES)}); "
+            "such a model cannot be recorded"
+        )
     return min(counts)
 
 
-def _weights(output: Any, logits: Tensor, experts: Tensor) -> Tensor:
-    """Return the gate weights of a router's choice: of scores that it returns beside its logits, else their softmax."""
+def _router_weights(output: Any, logits: Tensor, experts: Tensor) -> Tensor:
+    """Return the gate weights of a choice: from scores next to the logits in the output, otherwise by softmax."""
     for part in output if isinstance(output, tuple) else ():
         if isinstance(part, Tensor) and part is not logits and part.shape == logits.shape:
             return part.gather(-1, experts)
     return logits.gather(-1, experts).softmax(-1)
 
 
-def _keep_first(module: nn.Module, kept: list[Tensor]) -> Any:
-    """Keep what a module is given first, in half precision: the one copy there has to be, since models add in place."""
+def _record_input(module: nn.Module, buffer: list[Tensor]) -> Any:
+    """Copy the first argument of a module in half precision; the copy is needed because models add in place."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = args[0] if args else next(iter(kwargs.values()))
-        kept.append(state.detach().to("cpu", torch.float16, copy=True).view(-1, state.shape[-1]))
+        buffer.append(state.detach().to("cpu", torch.float16, copy=True).view(-1, state.shape[-1]))
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _hook(model: nn.Module, recorder: Recorder, layer: int, hooked: HookTarget) -> list[Any]:
-    names = hooked.names
-    if names is None:
+def _hook(model: nn.Module, recorder: Recorder, layer: int, target: HookTarget) -> list[Any]:
+    parameters = target.parameters
+    if parameters is None:
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            logits = output[hooked.index] if isinstance(output, tuple) else output
-            if logits.shape[-1] != hooked.num_experts:
+            logits = output[target.index] if isinstance(output, tuple) else output
+            if logits.shape[-1] != target.num_experts:
                 raise UserError(
-                    f"{type(module).__name__}: its router has logits of {logits.shape[-1]} choices, not of its "
-                    f"{hooked.num_experts} experts; what it chooses cannot be recorded"
+                    f"{type(module).__name__}: its router has {logits.shape[-1]} logits for {target.num_experts} "
+                    "experts; such a model cannot be recorded"
                 )
-            experts = logits.topk(hooked.top_k).indices
-            weights = _weights(output, logits, experts)
-            recorder._receive(layer, hooked.num_experts, experts, weights)  # noqa: SLF001
+            experts = logits.topk(target.top_k).indices
+            weights = _router_weights(output, logits, experts)
+            recorder._record(layer, target.num_experts, experts, weights)  # noqa: SLF001
 
-        return [hooked.module.register_forward_hook(after)]
+        return [target.module.register_forward_hook(after)]
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received = dict(zip(("hidden_states", *names), args, strict=False)) | kwargs
-        recorder._receive(layer, hooked.num_experts, received[names[0]], received[names[1]])  # noqa: SLF001
+        arguments = dict(zip(("hidden_states", *parameters), args, strict=False)) | kwargs
+        experts, weights = (arguments[name] for name in parameters)
+        recorder._record(layer, target.num_experts, experts, weights)  # noqa: SLF001
 
-    called = hooked.module.register_forward_pre_hook(before, with_kwargs=True)
-    return [called, *_hook_fused(model, recorder, layer, hooked)]
+    handle = target.module.register_forward_pre_hook(before, with_kwargs=True)
+    return [handle, *_hook_fused(model, recorder, layer, target)]
 
 
-def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, hooked: HookTarget) -> list[Any]:
-    """Record a layer's router in each forward of its mixture that did not call the experts module."""
-    mixture = model.get_submodule(mixture_name(model, hooked))
-    if mixture is hooked.block:  # the layer itself routes: there is no block that a kernel could stand for
+def _hook_fused(model: nn.Module, recorder: Recorder, layer: int, target: HookTarget) -> list[Any]:
+    """Record a layer's router in each forward of its block that did not call the experts module."""
+    block = model.get_submodule(block_name(model, target))
+    if block is target.layer:  # the layer itself routes: a kernel cannot replace a block
         return []
-    routers = [m for name, m in mixture.named_children() if re.search("router|gate", name)]
-    begun: list[int] = []
-    returned: list[Any] = []
+    routers = [module for name, module in block.named_children() if re.search("router|gate", name)]
+    counts: list[int] = []
+    outputs: list[Any] = []
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        begun.append(recorder.count(layer))
-        returned.clear()
+    def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counts.append(recorder.count(layer))
+        outputs.clear()
 
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        returned.append(output)
+    def after_router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
 
-    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if recorder.count(layer) > begun.pop():
+    def after_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if recorder.count(layer) > counts.pop():
             return
-        outputs = list(returned)
-        if not outputs:
+        router_outputs = list(outputs)
+        if not router_outputs:
             states = args[0] if args else next(iter(kwargs.values()))
-            outputs = [router(states.reshape(-1, states.shape[-1])) for router in routers]
-        choice = next(filter(None, map(_choice, outputs)), None)
+            router_outputs = [router(states.reshape(-1, states.shape[-1])) for router in routers]
+        choice = next(filter(None, map(_choice, router_outputs)), None)
         if choice is None:
             raise UserError(
-                f"{type(model).__name__}: layer {layer} computes its experts without calling {hooked.name}, and its "
-                f"router does not show which it chooses; {UNFUSED}"
+                f"{type(model).__name__}: layer {layer} computes its experts without calling {target.name}, and its "
+                f"router does not show its choice; {UNFUSED_HINT}"
             )
-        recorder._receive(layer, hooked.num_experts, *choice)  # noqa: SLF001
+        recorder._record(layer, target.num_experts, *choice)  # noqa: SLF001
 
     return [
-        mixture.register_forward_pre_hook(begin, with_kwargs=True),
-        *(router.register_forward_hook(keep) for router in routers),
-        mixture.register_forward_hook(end, prepend=True, with_kwargs=True),  # before steering leaves the mixture
+        block.register_forward_pre_hook(before_block, with_kwargs=True),
+        *(router.register_forward_hook(after_router) for router in routers),
+        block.register_forward_hook(after_block, prepend=True, with_kwargs=True),  # before steering is removed
     ]
 
 
 def _choice(output: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the ids and weights, both ``(N, K)``, of a router's output that holds them; None of another."""
+    """Return the ids and weights, both ``(N, K)``, in the output of a router; None if it has no ids."""
     tensors = [part for part in output if isinstance(part, Tensor)] if isinstance(output, tuple) else []
     ids = next((tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32) and tensor.ndim > 1), None)
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]
     if ids is None:
         return None
     weights = next((tensor for tensor in reversed(floating) if tensor.shape == ids.shape), None)
-    if weights is None:  # of all experts
-        every = next((t for t in reversed(floating) if t.ndim == ids.ndim and t.shape[:-1] == ids.shape[:-1]), None)
-        weights = None if every is None else every.gather(-1, ids.long())
+    if weights is None:  # the output has weights of all experts
+        scores = next((t for t in reversed(floating) if t.ndim == ids.ndim and t.shape[:-1] == ids.shape[:-1]), None)
+        weights = None if scores is None else scores.gather(-1, ids.long())
     return None if weights is None else (ids.long(), weights)

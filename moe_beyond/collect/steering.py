@@ -1,9 +1,9 @@
-"""Forcing experts on or off in the routers of a model, while it reads and writes.
+"""Forcing experts on or off in the routers of a model, in prefill and decode.
 
-As SteerMoE does (arXiv 2509.09660): before the choice, an expert that is on gets a score just above the largest of the
-token's, and one that is off just below the smallest, so that its weight follows as the model computes it. That alone
-does not decide where a bias is added for the choice, where groups limit it, or where rounding makes two scores one:
-in the router's `topk` what is on comes before all, and what is off after all.
+The method is SteerMoE's (arXiv 2509.09660). Before the choice, an expert that is on gets a score just above the largest
+score of the token, and an expert that is off gets one just below the smallest. The model then computes its weight as
+usual. Scores do not decide the choice if a bias is added for it, if groups limit it, or if rounding makes scores equal.
+Therefore the router's `topk` also ranks experts that are on first and experts that are off last.
 """
 
 from collections.abc import Iterator
@@ -16,30 +16,30 @@ from torch.overrides import TorchFunctionMode
 
 from moe_beyond.collect.recorder import find_experts, recording
 from moe_beyond.collect.router_probe import (
-    CHOICES,
+    TOPK_FUNCTIONS,
     MoEBlock,
     Router,
     find_routers,
-    product_of,
-    read_probe,
+    matmul_operands,
+    run_inside,
+    run_probe,
     same_weight,
-    within,
 )
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.steering import Steering
 
 MARGIN = 0.01
-"""How far above the largest logit, or below the smallest; SteerMoE's."""
+"""Distance from the largest or smallest logit; SteerMoE's value."""
 
 
 class SteeringMode(TorchFunctionMode):
-    """Changes what a mixture's forward computes: the logits of a router, and what is chosen by them.
+    """Changes the logits of a router and the choice among them, within the forward of its block.
 
     Args:
-        router: The mixture's.
-        on: Experts that are chosen for every token.
-        off: Experts that are chosen for none.
+        router: Router of the block.
+        on: Experts that every token uses.
+        off: Experts that no token uses.
     """
 
     def __init__(self, router: Router, on: list[int], off: list[int]) -> None:
@@ -52,25 +52,34 @@ class SteeringMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Let a call be, but for the router's product and a choice among as many."""
+        """Pass every call through, except the router's product and a choice among as many scores."""
         kwargs = kwargs or {}
-        if (product := product_of(func, args, kwargs)) is not None and same_weight(product[1], self._router.weight):
-            return self.logits(func(*args, **kwargs))
-        if func in CHOICES and (scores := args[0]).shape[-1] == self._choices:
-            indices = func(self.order(scores), *args[1:], **kwargs).indices
+        operands = matmul_operands(func, args, kwargs)
+        if operands is not None and same_weight(operands[1], self._router.weight):
+            return self.steer_logits(func(*args, **kwargs))
+        if func in TOPK_FUNCTIONS and (scores := args[0]).shape[-1] == self._choices:
+            indices = func(self.steer_order(scores), *args[1:], **kwargs).indices
             return torch.return_types.topk((scores.gather(-1, indices), indices))
         return func(*args, **kwargs)
 
-    def logits(self, logits: Tensor) -> Tensor:
-        """Put the logits of what is forced beyond all others of the token; there may be more than the choices have."""
-        among = logits[..., : self._choices]
-        step = among.abs().amax(-1, keepdim=True).mul(2 * torch.finfo(logits.dtype).eps).clamp_min(MARGIN)
-        highest, lowest = among.amax(-1, keepdim=True) + step, among.amin(-1, keepdim=True) - step
+    def steer_logits(self, logits: Tensor) -> Tensor:
+        """Move the logits of steered experts beyond all other logits of the token.
+
+        Args:
+            logits: ``(..., C)`` or wider; columns after the choices stay as they are.
+        """
+        choices = logits[..., : self._choices]
+        step = choices.abs().amax(-1, keepdim=True).mul(2 * torch.finfo(logits.dtype).eps).clamp_min(MARGIN)
+        highest, lowest = choices.amax(-1, keepdim=True) + step, choices.amin(-1, keepdim=True) - step
         logits = logits.index_copy(-1, self._on, highest.expand(*logits.shape[:-1], len(self._on)))
         return logits.index_copy(-1, self._off, lowest.expand(*logits.shape[:-1], len(self._off)))
 
-    def order(self, scores: Tensor) -> Tensor:
-        """Return scores in whose order what is on is first, and what is off last, behind groups that are not kept."""
+    def steer_order(self, scores: Tensor) -> Tensor:
+        """Return scores that rank experts that are on first, and experts that are off last, after excluded groups.
+
+        Args:
+            scores: ``(..., C)``.
+        """
         finite = torch.finfo(scores.dtype)
         ordered = scores.nan_to_num(nan=finite.min, posinf=finite.max, neginf=finite.min)
         ordered = ordered.index_fill(-1, self._on, torch.inf)
@@ -79,30 +88,30 @@ class SteeringMode(TorchFunctionMode):
 
 @contextmanager
 def steered(model: Any, steering: Steering, geometry: Geometry) -> Iterator[None]:
-    """Force experts on or off in all that a model computes while the block runs.
+    """Force experts on or off in everything that a model computes while the block runs.
 
     Args:
-        model: A transformers mixture of experts, on any device.
-        steering: Which.
-        geometry: The model's.
+        model: MoE model of transformers, on any device.
+        steering: Experts that are forced on or off.
+        geometry: Geometry of the model.
 
     Raises:
-        UserError: The model has no such expert, or a few random tokens show that its choice does not obey.
+        UserError: The model lacks one of these experts, or its choice for a few random tokens does not obey.
     """
     steering.check_fits(geometry)
-    mixtures, routers = find_experts(model), find_routers(model)
+    targets, routers = find_experts(model), find_routers(model)
     handles: list[Any] = []
     try:
         for layer in steering.layers:
             if layer not in routers:
                 raise UserError(
-                    f"--steer: layer {layer} of {geometry.model}: no scores of what it reads were found that choose "
-                    "its experts (hash routing has none, an adapter on the router hides them); it cannot be steered"
+                    f"--steer: layer {layer} of {geometry.model} cannot be steered: no scores explain its choice of "
+                    "experts (hash routing has none, an adapter on the router hides them); steer other layers"
                 )
-            forced = SteeringMode(routers[layer], *steering.of_layer(layer))
-            handles += within(MoEBlock.of(model, mixtures[layer]).block, forced)
+            mode = SteeringMode(routers[layer], *steering.of_layer(layer))
+            handles += run_inside(MoEBlock.of(model, targets[layer]).module, mode)
         with recording(model) as recorder:
-            read_probe(model)
+            run_probe(model)
             steering.check_obeyed(recorder.pop_concatenated()[0], geometry)
         yield
     finally:

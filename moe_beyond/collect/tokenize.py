@@ -1,4 +1,4 @@
-"""Prompts into token ids: plain text by the tokenizer, chats by the model's own template."""
+"""Tokenizing prompts: plain text with the tokenizer, chats with the model's own template."""
 
 import itertools
 from collections import Counter
@@ -19,38 +19,41 @@ if TYPE_CHECKING:
 PLAIN_ROLES = ("user", "assistant")
 """Roles that every chat template writes."""
 SENTINEL = "\N{REPLACEMENT CHARACTER}?"
-"""A content that no message has, to see whether a template writes contents of a role at all."""
+"""Message content that shows whether a template writes the contents of a role."""
 UNREAD = "key_that_no_template_reads"
-"""A key of a content part, to see whether a template writes a list out as it is."""
+"""Key of a content part that shows whether a template writes a list unchanged."""
 
 
 def tokenize_prompts(
-    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", config: Any, asked: CollectConfig, source: str
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    model_config: Any,
+    config: CollectConfig,
+    source: str,
 ) -> list[TokenizedPrompt]:
-    """Tokenize prompts, cut them, and decide their splits: all that can be wrong with prompts is found here.
+    """Tokenize and truncate prompts, and assign their splits; every mistake in prompts is found here.
 
     Args:
         prompts: Prompts of the model.
         tokenizer: Tokenizer of the model.
-        config: Configuration of the model, for its number of positions.
-        asked: Settings of the collection.
+        model_config: Configuration of the model, for its number of positions.
+        config: Settings of the collection.
         source: File or data set of the prompts, for error messages.
 
     Raises:
-        UserError: There is none, one is empty or too long or of a kind that the template does not write, or two have
-            one name.
+        UserError: There are no prompts, one is empty, too long or unsupported by the template, or two have one name.
     """
     if not prompts:
-        raise UserError(f"{source}: holds no prompt")
+        raise UserError(f"{source}: has no prompts; give a file or data set with at least one")
     name, count = Counter(prompt.sequence_id for prompt in prompts).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{source}: {count} prompts are called {shown(name)}; give each an id of its own, or none")
-    rows = [(prompt, _cut(prompt, token_ids_of(prompt, tokenizer), config, asked)) for prompt in prompts]
-    if asked.val_blocks is None:
+        raise UserError(f"{source}: {count} prompts have the id {shown(name)}; give every prompt its own id, or none")
+    rows = [(prompt, _truncate(prompt, token_ids_of(prompt, tokenizer), model_config, config)) for prompt in prompts]
+    if config.val_blocks is None:
         return rows
     texts = {number: tuple(ids) for number, (_, ids) in enumerate(rows)}
     lengths = {number: len(ids) for number, ids in texts.items()}
-    held_out = without_copies(validation_numbers(lengths, *parse_blocks(asked.val_blocks)), texts)
+    held_out = without_copies(validation_numbers(lengths, *parse_blocks(config.val_blocks)), texts)
     return [
         (replace(prompt, split="validation" if number in held_out else "train"), ids)
         for number, (prompt, ids) in enumerate(rows)
@@ -58,16 +61,20 @@ def tokenize_prompts(
 
 
 def token_ids_of(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Tokenize a prompt; a chat goes through the model's own template, ready for its answer.
+    """Tokenize a prompt; a chat is written by the model's own template, up to the start of the answer.
+
+    Args:
+        prompt: Prompt of the model.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        UserError: It is empty, or no text, or the tokenizer has no template, or one that refuses or passes over a
+        UserError: The prompt is empty or no text, the tokenizer has no template, or the template refuses or ignores a
             message.
     """
     if isinstance(prompt.text, str):
         ids = list(tokenizer(prompt.text).input_ids) if prompt.text.strip() else []
     elif not isinstance(prompt.text, Sequence):
-        raise UserError(f"{prompt.sequence_id}: is {type(prompt.text).__name__}, not text or a list of messages")
+        raise UserError(f"{prompt.sequence_id}: must be text or a list of messages (got {type(prompt.text).__name__})")
     elif tokenizer.chat_template is None:
         raise UserError(
             f"{prompt.sequence_id}: is a chat, and the tokenizer has no chat template; give plain text, or the "
@@ -76,83 +83,84 @@ def token_ids_of(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
     else:
         ids = _chat_ids(prompt, tokenizer)
     if not ids:
-        raise UserError(f"{prompt.sequence_id}: is empty; the model has nothing to read")
+        raise UserError(f"{prompt.sequence_id}: is empty; give a prompt of at least one token")
     return ids
 
 
-def _cut(prompt: Prompt, token_ids: list[int], config: Any, asked: CollectConfig) -> list[int]:
-    """Cut a prompt to ``max_tokens``.
+def _truncate(prompt: Prompt, token_ids: list[int], model_config: Any, config: CollectConfig) -> list[int]:
+    """Truncate a prompt to ``max_tokens``.
 
     Raises:
-        UserError: With what is to be written it is longer than the model has positions all the same.
+        UserError: The truncated prompt and the tokens to generate exceed the model's positions.
     """
-    token_ids = token_ids[: asked.max_tokens]
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and len(token_ids) + asked.generate > most:
-        left = most - asked.generate
-        advice = "--max-tokens N cuts it" if left > 0 else f"generate fewer than {most:,} tokens"
-        more = f" and {asked.generate} to write" if asked.generate else ""
+    token_ids = token_ids[: config.max_tokens]
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and len(token_ids) + config.generate > positions:
+        fits = positions > config.generate
+        advice = "truncate it (--max-tokens N)" if fits else f"generate fewer than {positions:,} tokens"
+        extra = f" and {config.generate} to generate" if config.generate else ""
         raise UserError(
-            f"{prompt.sequence_id}: has {len(token_ids):,} tokens{more}, and the model {most:,} positions; {advice}"
+            f"{prompt.sequence_id}: exceeds the {positions:,} positions of the model (got {len(token_ids):,} "
+            f"tokens{extra}); {advice}"
         )
     return token_ids
 
 
 def _chat_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Write a chat by the template, and tokenize it.
+    """Write a chat with the template, and tokenize it.
 
     Raises:
-        UserError: The template refuses it, or writes nothing of one of its messages.
+        UserError: The template refuses the chat, or ignores a part of a message.
     """
     name = prompt.sequence_id
-    given = [dict(message) for message in prompt.text if isinstance(message, Mapping)]
-    if not given or len(given) < len(prompt.text) or not all({"role", "content"} <= m.keys() for m in given):
-        raise UserError(f"{name}: is not a chat: a list of messages, each with role and content")
-    messages = _with_text(given, tokenizer, name)
-    written = _written(messages, tokenizer, name)
+    chat = [dict(message) for message in prompt.text if isinstance(message, Mapping)]
+    if not chat or len(chat) < len(prompt.text) or not all({"role", "content"} <= m.keys() for m in chat):
+        raise UserError(f"{name}: is not a chat; give a list of messages, each with role and content")
+    messages = _readable(chat, tokenizer, name)
+    text = _rendered(messages, tokenizer, name)
     for place, message in enumerate(messages):
-        for key, other in _changes(message):
-            changed = [*messages[:place], other, *messages[place + 1 :]]
-            if _written(changed, tokenizer, name) == written:
+        for part, variant in _variants(message):
+            changed = [*messages[:place], variant, *messages[place + 1 :]]
+            if _rendered(changed, tokenizer, name) == text:
                 raise UserError(
-                    f"{name}: the chat template of the tokenizer passes over {key} of a message of role "
-                    f"{message['role']!r}; leave it out, or give a model whose template writes it"
+                    f"{name}: the chat template of the tokenizer ignores {part} of a message of role "
+                    f"{message['role']!r}; omit it, or give a model whose template writes it"
                 )
     answered = messages[-1]["role"] == "assistant"
     ids = _apply(messages, tokenizer, name, add_generation_prompt=not answered, tokenize=True, return_dict=False)
     return list(itertools.chain(ids))
 
 
-def _changes(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return what a template might pass over of a message, each with the message that differs in it."""
-    changes = []
+def _variants(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the parts of a message that a template might ignore, each with a message that differs in it."""
+    variants = []
     if message["role"] not in PLAIN_ROLES and message["content"]:
-        changes.append(("the content", {**message, "content": SENTINEL}))
+        variants.append(("the content", {**message, "content": SENTINEL}))
     if message.get("tool_calls"):
-        rest = {key: value for key, value in message.items() if key != "tool_calls"}
-        changes.append(("tool_calls", {**rest, "content": message["content"] or ""}))
-    return changes
+        others = {key: value for key, value in message.items() if key != "tool_calls"}
+        variants.append(("tool_calls", {**others, "content": message["content"] or ""}))
+    return variants
 
 
-def _with_text(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> list[dict[str, Any]]:
-    """Return messages whose parts the template reads; for one that reads text only, the texts of the parts in one.
+def _readable(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> list[dict[str, Any]]:
+    """Return messages that the template reads: with content parts, or with their texts joined if it reads only text.
 
     Raises:
-        UserError: A part is no text, or the template writes the text neither of the parts nor of the whole.
+        UserError: A part is no text, or the template writes neither the parts nor the joined text.
     """
     if not any(isinstance(message["content"], list) for message in messages):
         return messages
     joined = [{**message, "content": _joined(message["content"], message["role"], name)} for message in messages]
     plain = all(_is_plain(part) for message in messages for part in _parts(message))
     try:
-        read = plain and _writes_parts(messages, tokenizer, name)
-    except UserError:  # a template that takes text only
-        read = False
-    if read:
+        reads_parts = plain and _writes_parts(messages, tokenizer, name)
+    except UserError:  # the template reads only text
+        reads_parts = False
+    if reads_parts:
         return messages
-    written = _written(joined, tokenizer, name)
-    for before, message in zip(messages, joined, strict=True):
-        if isinstance(before["content"], list) and message["content"].strip() not in written:
+    text = _rendered(joined, tokenizer, name)
+    for original, message in zip(messages, joined, strict=True):
+        if isinstance(original["content"], list) and message["content"].strip() not in text:
             raise UserError(
                 f"{name}: the chat template of the tokenizer does not write the text of a message of role "
                 f"{message['role']!r}, as parts or as one text; change the message, or give plain text"
@@ -161,9 +169,9 @@ def _with_text(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBa
 
 
 def _writes_parts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> bool:
-    """Tell whether a template writes the text of each part once, in order, and does not write out a list as it is.
+    """Tell whether a template writes the text of each part once, in order, and no list unchanged.
 
-    Texts that nothing else holds stand for those of the parts, and a key that no template reads for all else of a list.
+    The check replaces the texts by unique marks, and adds a key that no template reads to each part.
     """
     marks: list[str] = []
     marked = []
@@ -173,9 +181,9 @@ def _writes_parts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenize
             marks.append(f"{SENTINEL}{len(marks)}.")
             parts.append({**part, "text": marks[-1], UNREAD: ""})
         marked.append({**message, "content": parts} if parts else message)
-    written = _written(marked, tokenizer, name)
-    places = [written.find(mark) for mark in marks]
-    return UNREAD not in written and -1 not in places and places == sorted(places)
+    text = _rendered(marked, tokenizer, name)
+    places = [text.find(mark) for mark in marks]
+    return UNREAD not in text and -1 not in places and places == sorted(places)
 
 
 def _parts(message: Mapping[str, Any]) -> list[Any]:
@@ -196,26 +204,26 @@ def _joined(content: Any, role: str, name: str) -> Any:
         if not isinstance(text, str):
             kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
             raise UserError(
-                f"{name}: a message of role {role!r} has a content part of type {kind!r}; only text is recorded"
+                f"{name}: a content part of a message of role {role!r} must be text (got type {kind!r}); remove the part"
             )
         texts.append(text)
     return "".join(texts)
 
 
-def _written(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
+def _rendered(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
     return str(_apply(messages, tokenizer, name, tokenize=False))
 
 
-def _apply(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str, **how: Any) -> Any:
+def _apply(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str, **options: Any) -> Any:
     """Apply the chat template.
 
     Raises:
-        UserError: It refuses the messages.
+        UserError: The template refuses the messages.
     """
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **how)
+        return tokenizer.apply_chat_template(messages, **options)
     except (
         TemplateError,
         TypeError,
@@ -227,6 +235,6 @@ def _apply(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase",
     ) as error:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise UserError(
-            f"{name}: the chat template of the tokenizer refuses it (roles {roles}: {brief(error, 160)}); "
+            f"{name}: the chat template of the tokenizer refuses the chat (roles {roles}: {brief(error, 160)}); "
             "change the messages, or give plain text"
         ) from error

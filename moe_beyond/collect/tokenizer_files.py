@@ -1,4 +1,4 @@
-"""The tokenizer of a model that is recorded, as its trace set keeps it."""
+"""The ``tokenizer.json`` that a trace set stores for the recorded model."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecordedTokenizer:
-    """A tokenizer as a trace set keeps it.
+    """A tokenizer in the form that a trace set stores.
 
     Attributes:
-        content: Content of its ``tokenizer.json``.
-        file: The file that it was loaded from, which holds the same; None where there is none that agrees with it.
-        vocab_size: One more than the largest id that the model can read or write: tokens outside ``tokenizer.json``
-            and padded rows of the embedding included.
+        content: Content of the ``tokenizer.json``.
+        file: File that the tokenizer was loaded from, with the same content; None if no file agrees.
+        vocab_size: Largest id that the model can read or generate, plus one; it includes tokens outside
+            ``tokenizer.json`` and padded rows of the embedding.
     """
 
     content: bytes
@@ -30,22 +30,22 @@ class RecordedTokenizer:
 
     @property
     def sha256(self) -> str:
-        """Hash of its ``tokenizer.json``."""
+        """Hash of the ``tokenizer.json``."""
         return hashlib.sha256(self.content).hexdigest()
 
 
 def recorded_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> RecordedTokenizer:
-    """Describe the tokenizer that a model is recorded with; nothing is downloaded.
+    """Describe the tokenizer of a recorded model; nothing is downloaded.
 
-    The file that the tokenizer was loaded from is kept as it is, so that sets of one model have one hash. Where there
-    is none, or another revision's, the tokenizer itself is written.
+    The file that the tokenizer was loaded from is stored unchanged, so that all trace sets of a model have one hash.
+    Without such a file, or with one of another revision, the tokenizer itself is serialised.
 
     Args:
-        model: The model.
+        model: MoE model of transformers.
         tokenizer: Tokenizer of the model.
 
     Raises:
-        UserError: It cannot be written as a ``tokenizer.json``.
+        UserError: The tokenizer cannot be serialised as a ``tokenizer.json``.
     """
     ids = tokenizer.get_vocab()
     size = max(max(ids.values(), default=-1) + 1, embedding_rows(model))
@@ -56,14 +56,14 @@ def recorded_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            f"{tokenizer.name_or_path or type(tokenizer).__name__}: has no {VOCABULARY_FILE}, and cannot be written as "
-            "one; give a tokenizer of the tokenizers library (AutoTokenizer loads it)"
+            f"{tokenizer.name_or_path or type(tokenizer).__name__}: has no {VOCABULARY_FILE} and cannot be serialised "
+            "as one; give a tokenizer of the tokenizers library (AutoTokenizer loads it)"
         )
     return RecordedTokenizer(backend.to_str(pretty=True).encode(), None, size)
 
 
 def _files(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[Path]:
-    """Return the files that a tokenizer may have been loaded from: in a folder, or in the Hub's cache."""
+    """Return the files that a tokenizer may have been loaded from, in a folder or in the Hub's cache."""
     name = tokenizer.name_or_path
     if not name:
         return []
@@ -72,19 +72,19 @@ def _files(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> li
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    found = []
+    files = []
     for revision in (getattr(model.config, "_commit_hash", None), "main"):
         try:
             file = try_to_load_from_cache(name, VOCABULARY_FILE, revision=revision)
-        except HFValidationError:  # a name that is not on the Hub
+        except HFValidationError:  # the name is no repository
             return []
         if revision is not None and isinstance(file, str):
-            found.append(Path(file))
-    return found
+            files.append(Path(file))
+    return files
 
 
 def _agrees(content: bytes, ids: dict[str, int]) -> bool:
-    """Tell whether a ``tokenizer.json`` can be read, and gives its tokens the ids that they have."""
+    """Tell whether a ``tokenizer.json`` is readable and assigns the same ids."""
     import tokenizers
 
     try:

@@ -1,9 +1,9 @@
-"""The mixture of experts that a Hugging Face ``config.json`` describes, read without transformers.
+"""Reading the geometry of an MoE from a Hugging Face ``config.json``, without transformers.
 
-Which layers hold experts, how many, how wide and of how many matrices is written differently in every architecture, and
-partly not written at all: it is in the architecture's code. `FAMILIES` says what the code of each architecture does
-with the fields, as transformers 5 builds the modules; a test compares both for all of them. A field that looks as if it
-changed one of these, and that the architecture is not known to read, is refused by name.
+Every architecture has its own fields for the layers with experts, their number, their width and their matrices; some
+of it is only in the architecture's code. `FAMILIES` describes how each architecture reads its fields, as transformers 5
+builds the modules; a test compares both for all of them. A field whose name suggests an effect on experts is refused
+by name, unless the architecture is known to read or ignore it.
 """
 
 from moe_beyond.model_config.fields import MOST_LAYERS

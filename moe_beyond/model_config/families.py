@@ -1,4 +1,4 @@
-"""The fields that each architecture reads of its configuration, as transformers 5 builds the modules."""
+"""The configuration fields that each architecture reads, as transformers 5 builds the modules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ TOP_K = (
 )  # fmt: skip
 WIDTH, NARROW, LONGCAT = ("intermediate_size",), ("moe_intermediate_size",), ("expert_ffn_hidden_size",)
 EXPERT_WIDTHS = (*NARROW, *LONGCAT)
-"""Fields that say how wide an expert is wherever they are; `WIDTH` may be that of dense layers."""
+"""Fields that always contain the width of an expert; `WIDTH` may be that of dense layers."""
 SHARED = (
     "shared_expert_intermediate_size", "shared_experts_intermediate_size", "shared_intermediate_size",
     "moe_shared_expert_intermediate_size",
@@ -49,20 +49,21 @@ GATED_ACTIVATIONS = {"swiglu", "swigluoai", "geglu", "reglu"}
 
 @dataclass(frozen=True)
 class Family:
-    """How an architecture's code reads its configuration.
+    """The way in which an architecture's code reads its configuration.
 
     Attributes:
-        rules: Rules for which layers hold experts: the first whose fields are set, else the last with ``defaults``.
+        rules: Rules for the layers with experts: the first whose fields are set applies, otherwise the last with
+            ``defaults``.
         defaults: Defaults of the rules' fields.
-        width: The width of an expert. Where several names are set, they must agree.
-        inner: The width of what an expert reads, where that may be another than the hidden size.
-        matrices: Matrices of an expert: three with a gate, two without.
-        biases: Biases of an expert, given its hidden size and its width.
-        always: Fields that are the widths of a dense block that runs in parallel to the experts. Without them, the
-            shared experts' own fields are read.
-        attentions: Attention blocks in a layer of experts.
-        ignores: Fields that look as if they mattered, and do not.
-        prepare: Rewrites what only this architecture has into what others have.
+        width: Fields with the width of an expert; if several are set, they must agree.
+        inner: Fields with the input width of an expert, if it can differ from the hidden size.
+        matrices: Matrices per expert: three with a gate, two without.
+        biases: Function of hidden size and width that returns the number of biases per expert.
+        always: Fields with the widths of a dense block parallel to the experts. Without them, the fields of shared
+            experts are read.
+        attentions: Attention blocks per MoE layer.
+        ignores: Fields whose names suggest an effect on experts, and that have none.
+        prepare: Function that rewrites fields of this architecture into common ones.
     """
 
     rules: tuple[Rule, ...] = (all_but(0),)
@@ -78,11 +79,11 @@ class Family:
 
 
 PARTS_OWN = ("hidden_size", "model_type")
-"""Fields of DBRX's parts that say nothing about the model."""
+"""Fields of DBRX's parts that do not describe the model."""
 
 
 def _without_parts(config: Config) -> Config:
-    """Dbrx: sizes are in configurations of their own."""
+    """Merge the partial configurations of DBRX, which contain its sizes."""
     flat = dict(config.fields)
     for part in ("attn_config", "ffn_config"):
         if not isinstance(inner := flat.pop(part, {}), Mapping):
@@ -99,21 +100,21 @@ def _without_parts(config: Config) -> Config:
 
 
 def _with_dense_width(config: Config) -> Config:
-    """Inkling: where the dense layers' width has a field of its own, ``intermediate_size`` is the experts'."""
+    """Read ``intermediate_size`` of Inkling as the experts' width if the dense layers have their own field."""
     if "dense_intermediate_size" not in config or "intermediate_size" not in config:
         return config
     return Config({**config.fields, "moe_intermediate_size": config.fields["intermediate_size"]}, config.source)
 
 
 def _with_heads(config: Config) -> Config:
-    """JetMoE: its attention is a mixture too; each expert has as many heads as there are key heads."""
+    """Count the heads of JetMoE, whose attention is an MoE too: each expert has as many heads as key heads."""
     kv_heads, top_k = config.number("num_key_value_heads"), config.number(TOP_K)
     heads = {} if kv_heads is None or top_k is None else {"num_attention_heads": kv_heads * top_k}
     return config.over(heads)
 
 
 def _with_double_layers(config: Config) -> Config:
-    """Longcat: a layer has two attentions, each of which counts as a hidden layer."""
+    """Count the layers of Longcat, which have two attentions; each of these counts as a hidden layer."""
     depth = config.required("the number of layers", "num_layers", most=MOST_LAYERS)
     if (hidden_layers := config.number("num_hidden_layers")) not in (None, 2 * depth):
         raise config.error(f"num_hidden_layers {hidden_layers} is not twice num_layers {depth}")
@@ -121,20 +122,20 @@ def _with_double_layers(config: Config) -> Config:
 
 
 def _with_depth(config: Config) -> Config:
-    """Nemotron-H: there are as many layers as the pattern has letters."""
+    """Count the layers of Nemotron-H: one per letter of its pattern."""
     blocks = next((config.fields[name] for name in BLOCK_TYPES.fields if name in config), None)
     if not isinstance(blocks, list | str):
-        raise config.error(f"does not say which layers hold experts (field {' or '.join(BLOCK_TYPES.fields[:2])})")
+        raise config.error(f"the layers with experts are missing (field {' or '.join(BLOCK_TYPES.fields[:2])})")
     return config.over({"num_hidden_layers": len(blocks)})
 
 
 def _leading(count: int, *rules: Rule) -> Family:
-    """Return the family whose first layers are dense by default, by ``first_k_dense_replace`` or other rules."""
+    """Return a family whose first layers are dense by default, by ``first_k_dense_replace`` or other rules."""
     return Family((*rules, FIRST), {"first_k_dense_replace": count})
 
 
 def _by_code(dense: int, *rules: Rule) -> Family:
-    """Return the family whose code makes the first layers dense unless ``rules`` say otherwise."""
+    """Return a family whose code makes the first layers dense, unless ``rules`` apply."""
     return Family((*rules, all_but(dense)))
 
 

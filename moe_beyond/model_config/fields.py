@@ -1,4 +1,4 @@
-"""The fields of a ``config.json``, read by name and checked."""
+"""Reading and checking the fields of a ``config.json`` by name."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from moe_beyond.fields import shown
 
 MOST_LAYERS = 10_000
 MOST_UNITS = 2**24
-"""Bound on widths, ranks, numbers of heads and vocabularies."""
+"""Upper bound on widths, ranks, numbers of heads and vocabularies."""
 
 Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a configuration that are not null, read by name and checked.
+    """The fields of a configuration that are not null.
 
     Attributes:
-        fields: The fields.
+        fields: Name -> value of each field.
         source: Path or name of the origin, for error messages.
     """
 
@@ -31,26 +31,34 @@ class Config:
         return name in self.fields
 
     def error(self, message: str) -> UserError:
-        """Build the error for something in this configuration."""
+        """Build an error that starts with the source.
+
+        Args:
+            message: Rest of the message.
+        """
         return UserError(f"{self.source}: {message}")
 
     def over(self, defaults: Mapping[str, Any]) -> "Config":
-        """Return these fields, and defaults for those that are absent."""
+        """Return a configuration in which absent fields have defaults.
+
+        Args:
+            defaults: Name -> value of fields that may be absent.
+        """
         return Config({**defaults, **self.fields}, self.source)
 
     def number(
         self, names: str | Iterable[str], *, least: int = 1, most: int = MOST_UNITS, depth: int | None = None
     ) -> int | None:
-        """Return a whole number that a configuration may call by several names; None where all are absent.
+        """Return a whole number that may have several names; None if all are absent.
 
         Args:
-            names: The names. Where several are set, they must agree.
-            least: The smallest number that makes sense.
-            most: The largest.
-            depth: Number of layers. Given, a list of that many equal numbers counts as the number.
+            names: Possible names of the field; if several are set, they must agree.
+            least: Smallest valid number (default: 1).
+            most: Largest valid number (default: 2**24).
+            depth: Number of layers; if given, a list of that many equal numbers counts as the number.
 
         Raises:
-            UserError: It is no such number, differs by layer, or two of the names contradict each other.
+            UserError: The value is invalid, differs between layers, or two fields contradict each other.
         """
         numbers: dict[str, int] = {}
         for name in (names,) if isinstance(names, str) else names:
@@ -73,10 +81,16 @@ class Config:
     def required(
         self, what: str, names: str | Iterable[str], *, most: int = MOST_UNITS, depth: int | None = None
     ) -> int:
-        """Return a number as `number` does that must be there.
+        """Return a whole number that must be present.
+
+        Args:
+            what: Noun phrase for the error message, such as ``"the hidden size"``.
+            names: Possible names of the field; if several are set, they must agree.
+            most: Largest valid number (default: 2**24).
+            depth: Number of layers; if given, a list of that many equal numbers counts as the number.
 
         Raises:
-            UserError: It is absent, or no such number.
+            UserError: The field is absent or invalid.
         """
         names = (names,) if isinstance(names, str) else tuple(names)
         if (number := self.number(names, most=most, depth=depth)) is None:
@@ -84,20 +98,29 @@ class Config:
         return number
 
     def index(self, name: str, neutral: int, *, least: int = 0) -> int:
-        """Return a number about layers; ``neutral`` where it is absent."""
+        """Return a layer index or a number of layers.
+
+        Args:
+            name: Name of the field.
+            neutral: Value if the field is absent.
+            least: Smallest valid number (default: 0).
+
+        Raises:
+            UserError: The value is invalid.
+        """
         number = self.number(name, least=least, most=MOST_LAYERS)
         return neutral if number is None else number
 
     def per_layer(self, name: str, depth: int, kinds: Mapping[Any, Any]) -> list[Any]:
-        """Return a list of one value per layer, translated.
+        """Return a list with one translated value per layer.
 
         Args:
-            name: The field.
+            name: Name of the field.
             depth: Number of layers.
-            kinds: By value, what it means.
+            kinds: Value -> translation.
 
         Raises:
-            UserError: It is no list, of another length, or a value is not among ``kinds``.
+            UserError: The value is no list, has another length, or contains an unknown value.
         """
         value = self.fields[name]
         if not isinstance(value, list | str):
@@ -108,14 +131,18 @@ class Config:
                     f"{name} has {shown(item)}, which is not understood; known: {', '.join(map(str, kinds))}"
                 )
         if len(value) != depth:
-            raise self.error(f"{name} is of {len(value)} layers, but the model has {depth}")
+            raise self.error(f"{name} must have one value for each of {depth} layers (got {len(value)} values)")
         return [kinds[item] for item in value]
 
     def layer_list(self, name: str, depth: int) -> Layers:
         """Return a list of layer indices, ascending.
 
+        Args:
+            name: Name of the field.
+            depth: Number of layers.
+
         Raises:
-            UserError: It is no such list, or the model has no such layer.
+            UserError: The value is no list of layer indices.
         """
         value = self.fields[name]
         if not isinstance(value, list) or any(type(item) is not int or not 0 <= item < depth for item in value):

@@ -1,4 +1,4 @@
-"""The ways in which configurations say which layers hold experts."""
+"""Rules by which configurations describe their layers with experts."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,18 +10,23 @@ from moe_beyond.model_config.fields import Config
 
 @dataclass(frozen=True)
 class Rule:
-    """One way in which configurations say which layers hold experts.
+    """A rule by which configurations describe their layers with experts.
 
     Attributes:
-        fields: Names of the fields that it reads.
-        layers: Given these and the number of layers, the layers of experts; absent fields leave out no layer.
+        fields: Names of the fields that the rule reads.
+        layers: Function of a configuration and the number of layers that returns the layers with experts; absent
+            fields exclude no layer.
     """
 
     fields: tuple[str, ...]
     layers: Callable[[Config, int], Iterable[int]]
 
     def is_set(self, config: Config) -> bool:
-        """Tell whether a configuration has one of the fields."""
+        """Tell whether a configuration has one of the fields.
+
+        Args:
+            config: Configuration of the model.
+        """
         return any(name in config for name in self.fields)
 
 
@@ -35,8 +40,8 @@ def _flagged(flags: Iterable[bool]) -> Iterable[int]:
     return (layer for layer, holds in enumerate(flags) if holds)
 
 
-def _type_rule(words: Mapping[str, bool]) -> Rule:
-    return Rule(("mlp_layer_types",), lambda config, depth: _flagged(config.per_layer("mlp_layer_types", depth, words)))
+def _type_rule(kinds: Mapping[str, bool]) -> Rule:
+    return Rule(("mlp_layer_types",), lambda config, depth: _flagged(config.per_layer("mlp_layer_types", depth, kinds)))
 
 
 def _all_but_first(name: str) -> Rule:
@@ -82,14 +87,14 @@ def _interleaved(config: Config, depth: int) -> Iterable[int]:
 
 
 def _block_rule(*names: str) -> Rule:
-    """Return the rule of models whose layers are a mixer, an attention, a dense block or experts each."""
+    """Return the rule of models in which each layer is a mixer, an attention, a dense block, or experts."""
 
     def layers(config: Config, depth: int) -> Iterable[int]:
         kinds = {name: LETTERS if name == "hybrid_override_pattern" else BLOCKS for name in names if name in config}
-        ways = {name: tuple(_flagged(config.per_layer(name, depth, words))) for name, words in kinds.items()}
-        if len(set(ways.values())) != 1:
-            raise config.error(f"{' and '.join(ways or names[:2])} must say which layers hold experts, and agree")
-        return next(iter(ways.values()))
+        layouts = {name: tuple(_flagged(config.per_layer(name, depth, kind))) for name, kind in kinds.items()}
+        if len(set(layouts.values())) != 1:
+            raise config.error(f"{' and '.join(layouts or names[:2])} must describe the layers with experts, and agree")
+        return next(iter(layouts.values()))
 
     return Rule(names, layers)
 
@@ -121,11 +126,15 @@ ALL = (
     TYPES, FIRST_AND_FREQUENCY, DENSE_COUNT, DENSE_INDEX, STEP, RANGE, PERIOD, LISTED, INTERLEAVED, PATTERN, SWITCH,
     FLAGS,
 )  # fmt: skip
-"""All of them; what an architecture does not read must not contradict what it does."""
+"""All rules; fields that an architecture does not read must not contradict those that it reads."""
 NEUTRAL: dict[str, Any] = {"moe_layer_freq": 1, "decoder_sparse_step": 1, "mlp_only_layers": []}
-"""Values that change nothing, whatever else says which layers hold experts."""
+"""Values that contradict no rule."""
 
 
 def all_but(dense: int) -> Rule:
-    """Return the rule of an architecture whose code makes the first layers dense, and that reads no field for it."""
+    """Return the rule of an architecture whose code makes the first layers dense, without reading a field.
+
+    Args:
+        dense: Number of dense layers at the start.
+    """
     return Rule((), lambda config, depth: range(min(dense, depth), depth))

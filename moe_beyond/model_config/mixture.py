@@ -1,4 +1,4 @@
-"""The mixture of experts that a configuration describes."""
+"""Reading the geometry of an MoE from a configuration."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_beyond.errors import UserError
 from moe_beyond.fields import shown
-from moe_beyond.model_config import layers as ways
+from moe_beyond.model_config import layers as rules
 from moe_beyond.model_config.families import (
     ACTIVATION,
     EXPERT_WIDTHS,
@@ -26,28 +26,28 @@ from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers
 from moe_beyond.model_config.unread import check_nothing_else, lays_out
 
 MOST_EXPERTS = 32_767
-"""Most experts that 16-bit ids can name."""
+"""Largest number of experts that 16-bit ids can distinguish."""
 DEPTH = (
     "num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_decoder_layers", "decoder_layers", "num_blocks",
     "n_blocks",
 )  # fmt: skip
 PARTS = ("text_config", "language_config", "llm_config", "thinker_config")
-"""Parts that write text, or hold one that does."""
+"""Fields that may contain the configuration of a language model."""
 BY_HAND = "write a geometry file by hand (`moe-beyond import --help` shows its fields)"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture of experts of a configuration.
+    """The MoE that a configuration describes.
 
     Attributes:
         name: Name of the model in the configuration.
-        moe_layers: Indices of the layers that hold experts, ascending.
-        num_experts: Routed experts per such layer, E; identity and skip experts are not counted.
+        moe_layers: Indices of the layers with experts, ascending.
+        num_experts: Routed experts per MoE layer, E, without identity and skip experts.
         top_k: Experts per token and layer, K.
-        params_per_expert: Parameters of one expert, with its biases where it has any.
-        other_params_per_layer: Parameters of attention, router and shared experts of such a layer: an estimate.
-        vocab_size: Rows of the embedding; None where the configuration does not say.
+        params_per_expert: Parameters of one expert, including its biases if it has any.
+        other_params_per_layer: Estimated parameters of attention, router and shared experts per MoE layer.
+        vocab_size: Rows of the embedding; None if the configuration has no such field.
     """
 
     name: str
@@ -60,16 +60,16 @@ class Mixture:
 
 
 def read_mixture(content: Mapping[str, Any], source: str = "config.json") -> Mixture:
-    """Read the mixture of experts out of a model's configuration.
+    """Read the MoE that a model's configuration describes.
 
     Args:
-        content: The configuration as JSON holds it. That of a model that also reads pictures may hold its language
-            model's under ``text_config``, or ``thinker_config.text_config``.
-        source: Path or name of the origin, for error messages.
+        content: Content of the ``config.json``. A multimodal model may have its language model's configuration under
+            ``text_config`` or ``thinker_config.text_config``.
+        source: Path or name of the origin, for error messages (default: ``"config.json"``).
 
     Raises:
-        UserError: It names no routed experts; or a field that says which layers hold experts, how many, how wide or of
-            how many matrices is missing, contradicts another one, or is not understood.
+        UserError: The configuration has no routed experts; or a field about them is missing, contradicts another one,
+            or is not understood.
     """
     name = next((n for n in map(content.get, ("_name_or_path", "name_or_path")) if isinstance(n, str) and n), None)
     config = _language_model(Config({k: v for k, v in content.items() if v is not None}, source))
@@ -108,54 +108,54 @@ def read_mixture(content: Mapping[str, Any], source: str = "config.json") -> Mix
 
 
 def _language_model(config: Config) -> Config:
-    """Return the configuration of the part that writes text."""
+    """Return the configuration of the language model."""
     parts = [name for name in PARTS if name in config]
     if not parts:
         return config
     if len(parts) > 1 or any(name in config for name in EXPERTS):
-        raise config.error(f"has experts in {' and '.join([*parts, 'itself'][:2])}; cut it down to one of them")
+        raise config.error(f"has experts in {' and '.join([*parts, 'itself'][:2])}; reduce it to one of them")
     if not isinstance(part := config.fields[parts[0]], Mapping):
         raise config.error(f"{parts[0]} must be an object (got {shown(part)})")
     return _language_model(Config({k: v for k, v in part.items() if v is not None}, config.source))
 
 
 def _no_experts(config: Config) -> UserError:
-    """Say why no experts are found: a field or a part that is not understood, or a dense model."""
+    """Explain why no experts are found: a field or a part that is not understood, or a dense model."""
     for name, value in config.fields.items():
         counts = re.search(r"(num|n)_\w*expert", name) and not re.search(r"shar|activ|group|per_tok", name)
         if counts and type(value) is int and value > 0 and lays_out(name):
-            return config.error(f"{name} (got {value}) is not understood, and no known field names experts; {BY_HAND}")
+            return config.error(f"{name} is not understood (got {value}), and no known field has experts; {BY_HAND}")
         if isinstance(value, Mapping) and any(value.get(field) for field in EXPERTS):
-            return config.error(f"names experts in {name}, which is not known as the part that writes text; {BY_HAND}")
-    return config.error("names no routed experts; is this a mixture-of-experts model?")
+            return config.error(f"has experts in {name}, which is not known as a language model; {BY_HAND}")
+    return config.error("has no routed experts; give the configuration of a mixture-of-experts model")
 
 
 def _common_family(config: Config, kind: str | None, depth: int) -> Family:
-    """Return how to read an architecture that is not in `FAMILIES`: only what is common to many, and nothing implied.
+    """Return a family for an architecture that is not in `FAMILIES`: only common fields, and no implied values.
 
     Raises:
-        UserError: A field is missing without which the code of the architecture decides.
+        UserError: A field is missing, so that the code of the architecture decides.
     """
-    what = f"model_type {shown(kind)} is not known" if kind else "model_type is missing"
-    rules = tuple(rule for rule in ways.ALL if rule.is_set(config))
-    if not rules:
+    problem = f"model_type {shown(kind)} is unknown" if kind else "model_type is missing"
+    applicable = tuple(rule for rule in rules.ALL if rule.is_set(config))
+    if not applicable:
         raise config.error(
-            f"{what}, and no field says which layers hold experts (such as first_k_dense_replace); {BY_HAND}"
+            f"{problem}, and no field describes the layers with experts (such as first_k_dense_replace); {BY_HAND}"
         )
     functions = {name: config.fields[name] for name in ACTIVATION if name in config} or {"hidden_act": None}
     if any(function != "silu" for function in functions.values()):
         activations = ", ".join(f"{name} {shown(function)}" for name, function in functions.items())
         raise config.error(
-            f"{what}, and {activations} does not say whether an expert has two or three matrices; {BY_HAND}"
+            f"{problem}, and {activations} leaves open whether an expert has two or three matrices; {BY_HAND}"
         )
     if biases := [name for name in ("mlp_bias", "use_bias") if config.fields.get(name)]:
-        raise config.error(f"{what}, and whether experts have biases ({biases[0]}) is not understood; {BY_HAND}")
-    layers = set(rules[0].layers(config, depth))
+        raise config.error(f"{problem}, and {biases[0]} leaves open whether experts have biases; {BY_HAND}")
+    layers = set(applicable[0].layers(config, depth))
     if any(name in config for name in EXPERT_WIDTHS):
-        return Family(rules[:1], width=EXPERT_WIDTHS)
+        return Family(applicable[:1], width=EXPERT_WIDTHS)
     if len(layers) < depth:
-        raise config.error(f"{what}, and no field says how wide an expert is (moe_intermediate_size); {BY_HAND}")
-    return Family(rules[:1], width=WIDTH)
+        raise config.error(f"{problem}, and the width of an expert is missing (moe_intermediate_size); {BY_HAND}")
+    return Family(applicable[:1], width=WIDTH)
 
 
 def _expert_width(config: Config, family: Family, depth: int) -> int:
@@ -164,42 +164,42 @@ def _expert_width(config: Config, family: Family, depth: int) -> int:
     for name in set(EXPERT_WIDTHS) - set(names):
         if config.number(name, depth=depth) not in (None, width):
             raise config.error(
-                f"{name} {shown(config.fields[name])} is not the width of an expert that {' or '.join(names)} says "
-                f"({width})"
+                f"{name} must be the width of an expert in {' or '.join(names)}, {width} (got "
+                f"{shown(config.fields[name])})"
             )
     return width
 
 
 def _moe_layers(config: Config, family: Family, depth: int) -> Layers:
-    """Return which layers hold experts, by the family's rules; other fields must not contradict them."""
+    """Return the layers with experts by the family's rules; other fields must not contradict them."""
     rule = next((rule for rule in family.rules[:-1] if rule.is_set(config)), family.rules[-1])
     layers = tuple(sorted(rule.layers(config.over(family.defaults), depth)))
     read = {name for rule in family.rules for name in rule.fields} | set(family.ignores)
-    for other in ways.ALL:
+    for other in rules.ALL:
         foreign = [name for name in other.fields if name in config and name not in read]
-        foreign = [name for name in foreign if config.fields[name] != ways.NEUTRAL.get(name)]
+        foreign = [name for name in foreign if config.fields[name] != rules.NEUTRAL.get(name)]
         if foreign and tuple(sorted(other.layers(config, depth))) != layers:
             raise config.error(
-                f"{foreign[0]} {shown(config.fields[foreign[0]])} is not understood here: it would put experts in "
-                f"other layers than {' and '.join(rule.fields) or 'the code of this architecture'}; {BY_HAND}"
+                f"{foreign[0]} {shown(config.fields[foreign[0]])} is not understood here: it contradicts the layers of "
+                f"{' and '.join(rule.fields) or 'the code of this architecture'}; {BY_HAND}"
             )
     if not layers:
-        raise config.error("no layer holds experts; is this a mixture-of-experts model?")
+        raise config.error("no layer has experts; give the configuration of a mixture-of-experts model")
     return layers
 
 
 def _check_activation(config: Config, family: Family) -> None:
     """Check that the activation does not change how many matrices an expert has."""
     for name in ACTIVATION:
-        known = PLAIN_ACTIVATIONS | (GATED_ACTIVATIONS if family.matrices == 3 else set())
-        if name in config and (not isinstance(act := config.fields[name], str) or act not in known):
+        valid = PLAIN_ACTIVATIONS | (GATED_ACTIVATIONS if family.matrices == 3 else set())
+        if name in config and (not isinstance(function := config.fields[name], str) or function not in valid):
             raise config.error(
                 f"{name} {shown(config.fields[name])} is not understood; it may change how many matrices an expert has"
             )
 
 
 def _other_params(config: Config, family: Family, hidden: int, width: int, depth: int) -> int:
-    """Estimate a layer's parameters besides its routed experts and their router; norms and biases are not counted."""
+    """Estimate a layer's parameters without routed experts, their router, norms and biases."""
     if family.always:
         widths = [config.number(name, depth=depth) or 0 for name in family.always]
     else:
@@ -211,7 +211,7 @@ def _other_params(config: Config, family: Family, hidden: int, width: int, depth
 
 
 def _attention(config: Config, hidden: int) -> int:
-    """Parameters of softmax attention: grouped-query, or with DeepSeek's low-rank maps (arXiv 2405.04434, 2.1)."""
+    """Count the parameters of softmax attention, grouped-query or DeepSeek's low-rank (arXiv 2405.04434, 2.1)."""
     heads = config.number(("num_attention_heads", "n_heads"))
     if heads is None:
         raise config.error("the number of attention heads is missing (field num_attention_heads)")

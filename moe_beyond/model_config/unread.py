@@ -1,4 +1,4 @@
-"""Fields that look as if they laid out experts, and that nothing here reads."""
+"""Refusing fields whose names suggest an effect on the layout of experts, and that no rule reads."""
 
 import re
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ _PLAIN = re.compile(
     r"(skip|drop|prun|remov|exit|shar|reus|repeat|loop|hash)\w*_(layer|block)|"
     r"(layer|block)s?_(\w+_)?(to_)?(skip|drop|prun|remov|exit|shar|reus|repeat|loop)"
 )
-"""Names without a word for experts: biases, widths, settings by layer, layers that are left out or used twice."""
+"""Names without a word for experts: biases, widths, settings per layer, layers that are skipped or reused."""
 _SWITCH = re.compile(
     r"gated|glu|"
     r"^((use|is|has|with|enabled?|moe|sparse|experts?|mixture|of|mlp|ffn|feed|forward|layers?|blocks?)(_|$))+$"
 )
-"""Names of what a mixture of experts with gates has: to switch it off changes the layout."""
+"""Names of switches of gated experts; switching one off changes the layout."""
 _LAYOUT = re.compile(
     r"layer|num|^n_|_n_|count|size|width|dim|freq|interval|(^|_)(step|period|offset|start|end|only|rank|bias|skip)|"
     r"pattern|types|latent|hidden|matri|top_?k|every|glu|gated|(mlp|ffn|expert|experts)_type$"
@@ -50,7 +50,7 @@ HARMLESS = {
     "moe_use_aux_free", "n_group", "num_expert_group", "num_expert_groups", "num_experts_per_group",
     "router_hidden_size", "use_double_wide_mlp", "use_expert_bias", "zero_expert_num", "zero_expert_type",
 }  # fmt: skip
-"""Fields whose names match `_LAYOUT` and that lay nothing out."""
+"""Fields whose names match `_LAYOUT`, without an effect on the layout."""
 DENSE_WIDTHS = {
     "dense_intermediate_size", "ffn_hidden_size", "intermediate_size", "intermediate_size_mlp",
     "prefix_dense_intermediate_size",
@@ -58,11 +58,19 @@ DENSE_WIDTHS = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_moe": (True,), "moe_layer_num_skipped": (0,), "use_moe": (True,), "mlp_bias": (True, False),
 }  # fmt: skip
-"""Values of fields with which they change nothing."""
+"""Name -> values of a field that do not change the layout."""
 
 
 def check_nothing_else(config: Config, family: Family) -> None:
-    """Refuse what looks as if it laid out experts and is not read."""
+    """Refuse fields whose names suggest an effect on the layout, and that no rule reads.
+
+    Args:
+        config: Configuration of the model.
+        family: Family of its architecture.
+
+    Raises:
+        UserError: There is such a field.
+    """
     read = {
         *EXPERTS, *TOP_K, *EXPERT_WIDTHS, *DENSE_WIDTHS, *SHARED, *SHARED_COUNT, *ACTIVATION, *HARMLESS,
         *family.ignores, *family.inner, *(name for rule in (*layers.ALL, *family.rules) for name in rule.fields),
@@ -74,7 +82,7 @@ def check_nothing_else(config: Config, family: Family) -> None:
             continue
         if name == "glu" and value is True and family.matrices == 3:
             continue
-        raise config.error(f"{name} (got {shown(value)}) is not understood, and may change the layout of experts")
+        raise config.error(f"{name} is not understood (got {shown(value)}), and may change the layout of experts")
     by_layer = config.fields.get("per_layer_config")
     for layer, changes in by_layer.items() if isinstance(by_layer, Mapping) else ():
         for name in changes if isinstance(changes, Mapping) else ():
@@ -85,7 +93,10 @@ def check_nothing_else(config: Config, family: Family) -> None:
 
 
 def lays_out(name: str) -> bool:
-    """Tell whether a field's name looks as if it said which layers hold experts, how many, how wide or of what.
+    """Tell whether the name of a field suggests an effect on the layers, number, width or matrices of experts.
+
+    Args:
+        name: Name of the field.
 
     Example:
         >>> [lays_out(name) for name in ("moe_every_nth_layer", "use_gated_mlp", "moe_gate", "router_aux_loss_coef")]
