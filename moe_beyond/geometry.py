@@ -155,7 +155,7 @@ def _preset(
     biases: int = 0,
     tokenizer: str | None = None,
 ) -> Preset:
-    """Build the preset of a model with three ``width x expert_width`` matrices per expert and MoE in the last layers."""
+    """Build the preset of a model with three ``width x expert_width`` matrices per expert, and MoE in its last layers."""
     geometry = Geometry(
         model=model,
         moe_layers=tuple(range(first, first + layers)),
@@ -316,8 +316,8 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
         share = Fraction(100 * least, geometry.total_experts)
         size = least * geometry.params_per_expert * Fraction(bits) / 8
         raise UserError(
-            f"{written} is too small for one expert of {geometry.model}; a token needs {least} per layer: write {least} "
-            f"(slots), which is {_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
+            f"{written} is too small for one expert of {geometry.model}; a token needs {least} per layer: write "
+            f"{least} (slots), which is {_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
         )
     if slots > geometry.total_experts:
         raise UserError(f"{written} is {slots} slots, more than all {geometry.total_experts} experts")

@@ -89,9 +89,9 @@ def collect(
         The finished trace set; None on ranks other than the first.
 
     Raises:
-        UserError: The model is no MoE, cannot be steered as requested, or has hidden states of several widths; a
-            prompt is empty or too long; ``out`` exists; an unfinished collection there has other settings or is
-            damaged; or the disk is too small.
+        UserError: The model is no MoE, cannot be steered as requested, or has hidden states of several widths. A
+            prompt is empty or too long. ``out`` exists, or an unfinished collection there has other settings or is
+            damaged. Or the disk is too small.
     """
     out, rank, config = Path(out), rank or ProcessRank(), config or CollectConfig()
     parts = parts_folder(out)

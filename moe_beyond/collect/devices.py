@@ -78,7 +78,7 @@ def describe(model: nn.Module) -> str:
     """Describe the devices of a model, such as ``cuda:0 (NVIDIA H200)``, ``cpu`` or ``cuda:0, cpu, disk``.
 
     Args:
-        model: Loaded model.
+        model: Model whose weights are loaded.
     """
     places = getattr(model, "hf_device_map", None)
     names = [str(place) for place in (places.values() if places else [input_device(model)])]
@@ -89,10 +89,10 @@ def describe(model: nn.Module) -> str:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device for token ids: the one that computes the input embedding, even if its weight is offloaded.
+    """Return the device for token ids, which computes the input embedding even if its weight is offloaded.
 
     Args:
-        model: Loaded model.
+        model: Model whose weights are loaded.
     """
     embedding = _input_embedding(model)
     for module in (embedding, model):
@@ -110,7 +110,7 @@ def embedding_rows(model: Any) -> int:
     """Return the number of token ids that a model embeds; 0 if it is unknown.
 
     Args:
-        model: Loaded model.
+        model: Model whose weights are loaded.
     """
     embedding = _input_embedding(model)
     weight = getattr(embedding, "weight", None)

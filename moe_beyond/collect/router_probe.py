@@ -141,7 +141,7 @@ def matmul_operands(
     """Return the operands of a torch call that multiplies with a weight.
 
     Args:
-        func: Torch function.
+        func: Torch function that was called.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
 
@@ -256,7 +256,7 @@ class MoEBlock:
 
     Attributes:
         name: Name of the module in the model.
-        module: The module.
+        module: Module whose forward routes.
         target: Hooked module that shows the choice.
     """
 
@@ -287,7 +287,7 @@ class MoEBlock:
         """Tell whether a multiplied tensor that is no parameter may be a router's weight: about one row per expert.
 
         Args:
-            used: Multiplied tensor.
+            used: Multiplied tensor of the call.
         """
         return used.ndim == 2 and self.target.num_experts <= len(used) <= 2 * self.target.num_experts
 

@@ -78,7 +78,7 @@ class SteeringMode(TorchFunctionMode):
         """Return scores that rank experts that are on first, and experts that are off last, after excluded groups.
 
         Args:
-            scores: ``(..., C)``.
+            scores: Scores of the choices, ``(..., C)``.
         """
         finite = torch.finfo(scores.dtype)
         ordered = scores.nan_to_num(nan=finite.min, posinf=finite.max, neginf=finite.min)

@@ -204,7 +204,7 @@ def _joined(content: Any, role: str, name: str) -> Any:
         if not isinstance(text, str):
             kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
             raise UserError(
-                f"{name}: a content part of a message of role {role!r} must be text (got type {kind!r}); remove the part"
+                f"{name}: a content part of a message of role {role!r} must be text (got type {kind!r}); remove it"
             )
         texts.append(text)
     return "".join(texts)

@@ -49,7 +49,7 @@ def shape_of(model: Any, top_k: int = moes.TOP_K) -> Any:
     return measured_geometry(model, "tiny", getattr(model.config, "num_experts_per_tok", None) or top_k)
 
 
-def steered(model: Any, steering: Steering) -> tuple[np.ndarray, np.ndarray]:
+def routed_under(model: Any, steering: Steering) -> tuple[np.ndarray, np.ndarray]:
     with steered(model, steering, shape_of(model)), recording(model) as recorder, torch.inference_mode():
         model(PROMPT)
         return recorder.pop_concatenated()
@@ -84,7 +84,7 @@ def test_weights_follow_from_the_changed_scores(name: str) -> None:
     layer, router = next(iter(find_routers(model).items()))
     read = []
     handle = router.module.register_forward_pre_hook(lambda module, args: read.append(args[0].view(-1, moes.HIDDEN)))
-    experts, weights = steered(model, Steering(((layer, 3),), ((layer, 0), (layer, 6))))
+    experts, weights = routed_under(model, Steering(((layer, 3),), ((layer, 0), (layer, 6))))
     handle.remove()
     for token, states in enumerate(read[-1]):
         logits = [float(states @ row) for row in router.weight]
@@ -108,39 +108,39 @@ def test_scores_that_round_to_one_another_do_not_matter() -> None:
     for layer in model.model.layers:
         layer.mlp.router.weight.data *= 100
     steering = Steering(((1, 6), (1, 7)))
-    experts, _ = steered(model.to(torch.bfloat16), steering)
+    experts, _ = routed_under(model.to(torch.bfloat16), steering)
     steering.check_obeyed(experts, shape_of(model))
 
 
 def test_groups_that_are_not_kept_do_not_keep_an_expert_off() -> None:
     """Of four groups one is kept; weights are of the scores, so that experts of two groups can be on."""
     model = moes.tiny_model("DeepseekV3ForCausalLM", n_group=4, topk_group=1)
-    experts, weights = steered(model, Steering(((1, 0), (1, 7))))
+    experts, weights = routed_under(model, Steering(((1, 0), (1, 7))))
     assert np.array_equal(np.sort(experts[:, 0]), np.broadcast_to([0, 7], experts[:, 0].shape))
     assert (weights[:, 0] > 0).all()
     # What is left is of four groups, so that no group holds two: behind the one that is kept comes another.
-    experts, _ = steered(model, Steering(off=((1, 0), (1, 2), (1, 4), (1, 6))))
+    experts, _ = routed_under(model, Steering(off=((1, 0), (1, 2), (1, 4), (1, 6))))
     assert set(experts[:, 0].ravel().tolist()) <= {1, 3, 5, 7}
 
 
 def test_what_groups_do_keep_off_is_refused() -> None:
     """Where weights are of the scores that groups have masked, they are 0."""
     model = moes.tiny_model("DeepseekV2ForCausalLM", topk_method="group_limited_greedy", n_group=4, topk_group=1)
-    steered(model, Steering(((1, 0), (1, 1))))
+    routed_under(model, Steering(((1, 0), (1, 1))))
     with pytest.raises(UserError, match=r"expert 0 of layer 1 was forced on, and 128 of 128 tokens do without it"):
-        steered(model, Steering(((1, 0), (1, 2))))
+        routed_under(model, Steering(((1, 0), (1, 2))))
 
 
 def test_a_table_of_tokens_is_refused() -> None:
     with pytest.raises(UserError, match=r"--steer: layer 1 of tiny: no scores of what it reads were found that"):
-        steered(moes.tiny_model("DeepseekV4ForCausalLM"), Steering(off=((1, 0), (3, 0))))
+        routed_under(moes.tiny_model("DeepseekV4ForCausalLM"), Steering(off=((1, 0), (3, 0))))
 
 
 def test_an_error_of_the_model_leaves_nothing_behind() -> None:
     model = moes.tiny_model("MixtralForCausalLM")
     with (
         pytest.raises(IndexError),
-        steered(model, Steering(off=((1, 0),)), shape_of(model)),
+        routed_under(model, Steering(off=((1, 0),)), shape_of(model)),
         model.model.layers[1].mlp.gate.register_forward_pre_hook(lambda module, args: [][0]),
     ):
         model(PROMPT)
