@@ -155,7 +155,20 @@ def _preset(
     biases: int = 0,
     tokenizer: str | None = None,
 ) -> Preset:
-    """Build the preset of a model with three ``width x expert_width`` matrices per expert, and MoE in its last layers."""
+    """Build the preset of a model with three ``width x expert_width`` matrices per expert.
+
+    Args:
+        model: Display name of the model.
+        layers: Number of MoE layers.
+        experts: Routed experts per MoE layer.
+        top_k: Experts per token and layer.
+        width: Hidden size.
+        expert_width: Width of an expert.
+        other: Parameters of attention and shared experts per layer.
+        first: Index of the first MoE layer (default: 0).
+        biases: Biases per expert (default: 0).
+        tokenizer: Name of the tokenizer, or None.
+    """
     geometry = Geometry(
         model=model,
         moe_layers=tuple(range(first, first + layers)),
