@@ -280,10 +280,13 @@ def test_fields_of_published_files_that_agree_are_read():
     [
         (
             {"model_type": "smallthinker", "moe_num_active_primary_experts": 4, "moe_num_primary_experts": 32},
-            r"moe_num_primary_experts \(got 32\) is not understood, and no known field names experts; write a",
+            r"moe_num_primary_experts \(got 32\) is not understood, and no known field has experts; write a",
         ),
-        ({"model_type": "a", "decoder": QWEN3}, "names experts in decoder, which is not known as the part that writes"),
-        ({"model_type": "a", "num_hidden_layers": 4}, "names no routed experts; is this a mixture-of-experts model?"),
+        ({"model_type": "a", "decoder": QWEN3}, "has experts in decoder, which is not known as a language model"),
+        (
+            {"model_type": "a", "num_hidden_layers": 4},
+            "has no routed experts; give the configuration of a mixture-of-experts model",
+        ),
     ],
 )
 def test_the_true_reason_is_given_where_no_experts_are_found(content, says):
@@ -303,7 +306,7 @@ def test_the_true_reason_is_given_where_no_experts_are_found(content, says):
         ({"mlp_only_layers": 5}, "mlp_only_layers must be a list"),
         ({"mlp_only_layers": [-1]}, "mlp_only_layers must be a list"),
         ({"mlp_only_layers": [True]}, "mlp_only_layers must be a list"),
-        ({"mlp_only_layers": [0, 1, 2, 3, 4, 5]}, "no layer holds experts"),
+        ({"mlp_only_layers": [0, 1, 2, 3, 4, 5]}, "no layer has experts"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number"),
         ({"num_hidden_layers": 10**10}, "num_hidden_layers must be a whole number of 1 to 10000"),
         ({"num_layers": 7}, "num_hidden_layers 6 and num_layers 7 contradict"),
@@ -316,11 +319,11 @@ def test_the_true_reason_is_given_where_no_experts_are_found(content, says):
         ({"num_experts": 8.0}, r"num_experts must be a whole number .*got 8\.0"),
         ({"num_experts": True}, "num_experts must be a whole number"),
         ({"num_experts": 10**6}, "num_experts must be a whole number of 1 to 32767"),
-        ({"num_experts_per_tok": 9}, r"top_k 9 is not within 1\.\.8"),
+        ({"num_experts_per_tok": 9}, r"top_k must be a whole number of 1 to 8 \(got 9\)"),
         ({"num_experts_per_tok": None}, "the number of experts per token is missing"),
         # how wide, and of how many matrices
         ({"moe_intermediate_size": None}, r"the width of an expert is missing \(field moe_intermediate_size\)"),
-        ({"expert_ffn_hidden_size": 48}, "expert_ffn_hidden_size 48 is not the width"),
+        ({"expert_ffn_hidden_size": 48}, "expert_ffn_hidden_size must be the width of an expert"),
         ({"hidden_size": -64}, "hidden_size must be a whole number"),
         ({"moe_intermediate_size": "32"}, "moe_intermediate_size must be a whole number"),
         ({"use_gated_mlp": True}, r"use_gated_mlp \(got True\) is not understood"),
@@ -335,7 +338,7 @@ def test_the_true_reason_is_given_where_no_experts_are_found(content, says):
         *(({name: value}, rf"{name} \(got .*\) is not understood") for name, value in PLAIN.items()),
         ({"num_blocks": 7}, "num_hidden_layers 6 and num_blocks 7 contradict"),
         ({"is_moe_layer": [False, *[True] * 5]}, "is_moe_layer .* is not understood here"),
-        ({"is_moe_layer": [True] * 5}, "is_moe_layer is of 5 layers, but the model has 6"),
+        ({"is_moe_layer": [True] * 5}, "is_moe_layer must have one value for each of 6 layers"),
         # the rest
         ({"num_attention_heads": None}, "the number of attention heads is missing"),
         ({"head_dim": {}}, "head_dim must be a whole number"),
@@ -354,12 +357,12 @@ def test_what_is_not_understood_is_refused_by_name(changes, says):
     ("changes", "says"),
     [
         ({"hybrid_override_pattern": "MEMX*"}, "hybrid_override_pattern has 'X', which is not understood"),
-        ({"hybrid_override_pattern": "ME"}, "hybrid_override_pattern is of 2 layers, but the model has 52"),
-        ({"hybrid_override_pattern": 7}, "hybrid_override_pattern must be a list|does not say which layers"),
-        ({"hybrid_override_pattern": None}, "does not say which layers hold experts"),
+        ({"hybrid_override_pattern": "ME"}, "hybrid_override_pattern must have one value for each of 52 layers"),
+        ({"hybrid_override_pattern": 7}, "hybrid_override_pattern must be a list|the layers with experts are missing"),
+        ({"hybrid_override_pattern": None}, "the layers with experts are missing"),
         ({"layers_block_type": ["moe"] * 52}, "hybrid_override_pattern and layers_block_type must .* agree"),
         ({"mlp_hidden_act": "swiglu"}, "mlp_hidden_act 'swiglu' is not understood"),
-        ({"n_routed_experts": 0}, "names no routed experts"),
+        ({"n_routed_experts": 0}, "has no routed experts"),
     ],
 )
 def test_a_pattern_that_is_not_understood_is_refused_by_name(changes, says):
@@ -375,19 +378,19 @@ def test_latent_experts_are_as_narrow_as_what_they_read():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"decoder_sparse_step": None, "mlp_only_layers": None}, "no field says which layers hold experts"),
-        ({"hidden_act": None}, "does not say whether an expert has two or three matrices"),
+        ({"decoder_sparse_step": None, "mlp_only_layers": None}, "no field describes the layers with experts"),
+        ({"hidden_act": None}, "leaves open whether an expert has two or three matrices"),
         (
             {"mlp_hidden_act": "relu2"},
-            "mlp_hidden_act 'relu2' does not say whether an expert has two or three matrices",
+            "mlp_hidden_act 'relu2' leaves open whether an expert has two or three matrices",
         ),
-        ({"hidden_act": "relu"}, "does not say whether an expert has two or three matrices"),
-        ({"mlp_bias": True}, "whether experts have biases"),
-        ({"use_bias": True}, "whether experts have biases"),
-        ({"mlp_only_layers": [0], "moe_intermediate_size": None}, "no field says how wide an expert is"),
+        ({"hidden_act": "relu"}, "leaves open whether an expert has two or three matrices"),
+        ({"mlp_bias": True}, "leaves open whether experts have biases"),
+        ({"use_bias": True}, "leaves open whether experts have biases"),
+        ({"mlp_only_layers": [0], "moe_intermediate_size": None}, "the width of an expert is missing"),
         (
             {"first_k_dense_replace": 1, "decoder_sparse_step": 2},
-            "decoder_sparse_step 2 is not understood here: .* in other layers than first_k_dense_replace",
+            "decoder_sparse_step 2 is not understood here: it contradicts the layers of first_k_dense_replace",
         ),
     ],
 )

@@ -232,7 +232,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, HubName | None]:
         path = checkpoints_folder() / name
     if path.is_dir():
         if revision is not None:
-            raise UserError(f"--revision {revision}: --model {name} is a folder, which has no revisions; omit it")
+            raise UserError(f"--revision {revision}: --model {name} is a folder, which has no revisions; leave it out")
         return path, None
     if "/" not in name and not looks_local(name):
         near = near_path(name)
@@ -312,6 +312,7 @@ def _one_line(name: str) -> Iterator[None]:
             ) from error
         if "CONVERSION" in str(error):  # the message refers to a report that is not shown
             raise UserError(
-                f"--model {name}: a weight is missing or has the wrong shape; give the complete checkpoint of the model"
+                f"--model {name}: its files lack a weight, or one has the wrong shape; give the complete checkpoint of "
+                "the model"
             ) from error
         raise UserError(f"--model {name}: cannot be loaded ({brief(error)})") from error

@@ -30,6 +30,6 @@ def check_out(out: Path) -> None:
         check_is_free(out)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir():
-        raise UserError(f"{out}: cannot be made; {parent}: Not a directory; choose another folder")
+        raise UserError(f"{out}: cannot be made, choose another folder; {parent}: Not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot be made, because {parent} is not writable; choose another folder")

@@ -230,7 +230,7 @@ def check_finished(out: Path, parts: Path, key: dict[str, Any]) -> None:
     finished = names in ([], [KEY_FILE]) and (out / MANIFEST_FILE).exists()
     stored = {**key, **_json_values(_manifest_key(TraceSet(str(out)).manifest))} if finished else {}
     if stored != key or (names and _differences(read_json(parts / KEY_FILE), key)):
-        raise UserError(f"{out}: already exists; choose another folder, or remove it")
+        raise UserError(f"{out} already exists; choose another folder or remove it")
 
 
 def check_space(

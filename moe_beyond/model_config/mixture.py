@@ -124,7 +124,7 @@ def _no_experts(config: Config) -> UserError:
     for name, value in config.fields.items():
         counts = re.search(r"(num|n)_\w*expert", name) and not re.search(r"shar|activ|group|per_tok", name)
         if counts and type(value) is int and value > 0 and lays_out(name):
-            return config.error(f"{name} is not understood (got {value}), and no known field has experts; {BY_HAND}")
+            return config.error(f"{name} (got {value}) is not understood, and no known field has experts; {BY_HAND}")
         if isinstance(value, Mapping) and any(value.get(field) for field in EXPERTS):
             return config.error(f"has experts in {name}, which is not known as a language model; {BY_HAND}")
     return config.error("has no routed experts; give the configuration of a mixture-of-experts model")

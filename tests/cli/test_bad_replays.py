@@ -125,7 +125,7 @@ def test_replays_that_cannot_be(refused, words: tuple[str, ...], said: str) -> N
         ("33", (), "budget '33' is 33 slots, more than all 32 experts"),
         ("110%", (), "more than all 32 experts"),
         ("1GB", (), "more than all 32 experts"),
-        ("0", (), "holds no expert"),
+        ("0", (), "too small for one expert"),
         ("-8", (), "budget '-8' cannot be read"),
         ("8.5", (), "a number of slots is whole"),
     ],

@@ -191,7 +191,7 @@ def test_a_file_name_without_a_number_is_named(recording, capsys):
             "unknown model preset 'deepseek-v2-light'; did you mean 'deepseek-v2-",
         ),
         (command(model="none.json"), "none.json: cannot be read"),
-        (command(model="words.json"), "words.json: names no routed experts"),
+        (command(model="words.json"), "words.json: has no routed experts"),
         (command(tokenizer=None), "--tokenizer"),
         (command(tokenizer="none.json"), "tokenizer 'none.json'"),
         (command(tokenizer="./none"), "tokenizer './none'"),

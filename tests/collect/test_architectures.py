@@ -314,6 +314,6 @@ def test_identity_and_skip_experts_are_none(name: str, bias: int, monkeypatch: p
 @pytest.mark.parametrize("name", moes.REFUSED)
 def test_what_no_module_tells_is_refused(name: str) -> None:
     model = moes.tiny_model(name, is_moe=True)
-    says = "DogeCDMoE: its router has logits of 2 choices, not of its 8 experts; what it chooses cannot be recorded"
+    says = "DogeCDMoE: its router has 2 logits for 8 experts; such a model cannot be recorded"
     with pytest.raises(UserError, match=says), recording(model):
         model(torch.tensor([PROMPTS[0]]))

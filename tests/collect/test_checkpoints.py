@@ -129,13 +129,13 @@ def test_without_a_network_it_is_one_line_after_one_request(hub: Hub, tmp_path, 
     ("name", "says"),
     [
         ("models/smal-moe", "models/smal-moe: there is no such folder; did you mean models/small-moe?"),
-        ("./small-moe", "./small-moe: there is no such folder; on the Hub, models are called ORG/REPO"),
+        ("./small-moe", "./small-moe: there is no such folder; a model on the Hub is ORG/REPO"),
         ("modles/small-moe/", "modles/small-moe/: there is no such folder; did you mean models/small-moe?"),
-        ("a/b/c", "a/b/c: there is no such folder; on the Hub, models are called ORG/REPO"),
-        ("~/no-such-model", "~/no-such-model: there is no such folder; on the Hub, models are called ORG/REPO"),
-        ("model.safetensors", "model.safetensors: is a file; name its folder"),
-        ("weights.gguf", "weights.gguf: there is no such folder; on the Hub, models are called ORG/REPO"),
-        ("models", "models: has no config.json; name the folder of a transformers model"),
+        ("a/b/c", "a/b/c: there is no such folder; a model on the Hub is ORG/REPO"),
+        ("~/no-such-model", "~/no-such-model: there is no such folder; a model on the Hub is ORG/REPO"),
+        ("model.safetensors", "model.safetensors: is a file; give its folder"),
+        ("weights.gguf", "weights.gguf: there is no such folder; a model on the Hub is ORG/REPO"),
+        ("models", "models: has no config.json; give the folder of a transformers model"),
         ("small moe", "unknown model 'small moe'; did you mean 'small-moe'?; give a folder, or a name on the Hub"),
         ("gpt2", "unknown model 'gpt2'; known: small-moe; give a folder, or a name on the Hub: ORG/REPO"),
     ],
@@ -176,9 +176,7 @@ def with_code(folder: Path, **config: object) -> Path:
 def test_code_of_a_model_is_never_run(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
     own = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
-    says = (
-        "comes with code of its own (auto_map), which is never run; only architectures that transformers itself has are"
-    )
+    says = "needs Python code of the checkpoint (auto_map), which is never run; give a model whose"
     folder = with_code(tmp_path / "unknown", model_type="own", auto_map=own)
     assert f"--model {folder}: {says}" in error_line(capsys, command(tmp_path, "--model", folder))
     # A configuration that transformers knows, of a model that it does not write text with.
@@ -212,7 +210,7 @@ def test_devices_are_named_and_a_gpu_is_the_default(monkeypatch) -> None:
         with pytest.raises(UserError) as error:
             placement(name)
         assert str(error.value) == (
-            f"--device {name}: there is no such device here (this PyTorch sees no GPU); choose one of: cpu, auto"
+            f"--device {name}: this machine has no such device (this PyTorch sees no GPU); choose one of: cpu, auto"
         )
     monkeypatch.setattr(devices, "_accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -220,7 +218,7 @@ def test_devices_are_named_and_a_gpu_is_the_default(monkeypatch) -> None:
     assert [placement(name) for name in (None, "cuda", "cuda:1", "cpu")] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
     monkeypatch.setenv("LOCAL_RANK", "3")  # torchrun's: ranks share the devices
     assert placement(None) == "cuda:1"
-    with pytest.raises(UserError, match="--device cuda:2: there is no such device here; choose one of: cuda:0, "):
+    with pytest.raises(UserError, match="--device cuda:2: this machine has no such device; choose one of: cuda:0, "):
         placement("cuda:2")
 
 
@@ -229,12 +227,15 @@ def test_a_device_map_wants_accelerate_and_places_that_are_there(tmp_path: Path,
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     path.write_text('{"": "cpu"}')
     for name in ("auto", str(path)):
-        with pytest.raises(UserError, match="wants accelerate, which is not installed; run: pip install"):
+        with pytest.raises(UserError, match="needs accelerate, which is not installed; run: pip install"):
             placement(name)
     monkeypatch.setattr(devices, "find_spec", lambda name: name)
     assert placement("auto") == "auto"
     assert placement(str(path)) == {"": "cpu"}
-    for content, says in (('{"model": "gpu"}', "model goes to 'gpu'; choose one of"), ("[]", "is not a device map")):
+    for content, says in (
+        ('{"model": "gpu"}', r"no such device for model \(got \'gpu\'\); choose one of"),
+        ("[]", "is not a device map"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=says):
             placement(str(path))
@@ -265,7 +266,7 @@ def test_a_weight_that_is_missing_or_of_another_shape_is_refused(tmp_path: Path,
             ),
             (lambda weights: weights.update({gates[0]: weights[gates[0]][:3].clone()}), f"({gates[0]} is [3, "),
             (lambda weights: [weights.pop(name) for name in list(weights) if "layers.1.mlp.experts" in name], expert),
-            (lambda weights: weights.pop(expert_weight), "its weights cannot be put together; one that they need is"),
+            (lambda weights: weights.pop(expert_weight), "its files lack a weight, or one has the wrong shape"),
         )
     ):
         folder = changed_weights(tmp_path / f"model-{number}", change)
@@ -298,8 +299,8 @@ def test_gate_weights_that_are_not_finite_are_refused_at_the_first_batch(tmp_pat
     folder = changed_weights(tmp_path / "model", lambda weights: weights[gate].fill_(float("nan")))
     words = command(tmp_path / "out", "--model", folder, *more)
     assert failure(capfd, tmp_path / "out", words) == (
-        f"prompts-1: the router of layer {layer} gives gate weights that are not finite (NaN or infinite), so its "
-        "choice means nothing; compute in another type (--dtype float32 or bfloat16), or give intact weights"
+        f"prompts-1: the router of layer {layer} computes gate weights that are not finite (NaN or infinite), so its "
+        "choice is meaningless; compute in another type (--dtype float32 or bfloat16), or give intact weights"
     )
 
 
@@ -308,12 +309,12 @@ def test_gate_weights_are_checked_by_layer_and_by_what_is_stored() -> None:
     weights = np.full((3, 2, 2), 0.1, np.float32)
     assert (_half(weights, "p", geometry, stored=True) == np.float16(0.1)).all()
     weights[2, 0, 1] = 70_000
-    with pytest.raises(UserError, match=r"^p: a gate weight of 70000 is beyond 65,504, .*\(--record experts\)$"):
+    with pytest.raises(UserError, match=r"^p: a gate weight exceeds 65,504, .* \(got 70000\); .*\(--record experts\)$"):
         _half(weights, "p", geometry, stored=True)
     _half(weights, "p", geometry, stored=False)
     weights[1, 1, 0] = -np.inf
     for stored in (True, False):
-        with pytest.raises(UserError, match=r"^p: the router of layer 4 gives gate weights that are not finite"):
+        with pytest.raises(UserError, match=r"^p: the router of layer 4 computes gate weights that are not finite"):
             _half(weights, "p", geometry, stored=stored)
 
 
@@ -321,7 +322,7 @@ def test_pickles_and_an_empty_tokenizer_are_refused_before_work(tmp_path: Path, 
     pickled = Path(shutil.copytree(SMALL, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", pickled))
-    assert line.startswith(f"--model {pickled}: has only pickled weights (.bin), which may run code and are not loaded")
+    assert line.startswith(f"--model {pickled}: has only pickled weights (.bin), which may run code; convert")
     empty = Path(shutil.copytree(SMALL, tmp_path / "empty"))
     (empty / "tokenizer.json").write_text("{}")
     line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", empty))
@@ -332,4 +333,4 @@ def test_a_folder_for_json_and_too_long_a_text_to_write_are_refused_before_work(
     line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", SMALL, "--json", tmp_path))
     assert line == f"--json {tmp_path}: is a folder; name a file, or - for standard output"
     line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", SMALL, "--generate", 100_000))
-    assert line.endswith("and 100000 to write, and the model 1,024 positions; generate fewer than 1,024 tokens")
+    assert line.endswith("tokens and 100000 to generate); generate fewer than 1,024 tokens")

@@ -209,7 +209,10 @@ def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path:
         ("batch_size", CollectConfig(batch_size=3), prompts()),
         ("prompts", CollectConfig(batch_size=2), prompts()[:4]),
     ):
-        with pytest.raises(UserError, match=f"was begun there with other {told}; go on with the same"):
+        with pytest.raises(
+            UserError,
+            match=f"contains an unfinished collection with different {told}; rerun with the original settings",
+        ):
             collect(*small, texts, out, asked, rank=ProcessRank(0, 1))
 
 
@@ -220,7 +223,9 @@ def test_another_model_of_the_same_name_does_not_go_on(small: tuple, tmp_path: P
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.model.layers[4].mlp.gate.weight[0, 0] += 1
-    with pytest.raises(UserError, match="was begun there with other weights; go on with the same"):
+    with pytest.raises(
+        UserError, match="contains an unfinished collection with different weights; rerun with the original settings"
+    ):
         collect(other, tokenizer, prompts(), tmp_path / "traces", rank=ProcessRank(0, 1))
 
 
@@ -270,7 +275,9 @@ def test_the_manifest_and_the_card_say_how_text_was_written(small: tuple, tmp_pa
 
 
 def test_what_is_cut_to_more_than_the_positions_is_refused(small: tuple, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"p0: has 1,000 tokens and 25 to write, and the model 1,024 positions"):
+    with pytest.raises(
+        UserError, match=r"p0: exceeds the 1,024 positions of the model \(got 1,000 tokens and 25 to generate\)"
+    ):
         collect(
             *small, [Prompt("long " * 5000, "p0")], tmp_path / "traces", CollectConfig(generate=25, max_tokens=1000)
         )
@@ -280,7 +287,10 @@ def test_another_dtype_of_as_many_bits_does_not_go_on(small: tuple, tmp_path: Pa
     half, other = (AutoModelForCausalLM.from_pretrained(SMALL, dtype=kind) for kind in (torch.float16, torch.bfloat16))
     with pytest.raises(KeyboardInterrupt):
         collect(half, small[1], prompts(), tmp_path / "traces", rank=ProcessRank(0, 1), progress=interrupt)
-    with pytest.raises(UserError, match="was begun there with other dtype and weights; go on with the same"):
+    with pytest.raises(
+        UserError,
+        match="contains an unfinished collection with different dtype and weights; rerun with the original settings",
+    ):
         collect(other, small[1], prompts(), tmp_path / "traces", rank=ProcessRank(0, 1))
 
 
@@ -288,8 +298,8 @@ def test_another_dtype_of_as_many_bits_does_not_go_on(small: tuple, tmp_path: Pa
     ("texts", "says"),
     [
         (["def", " \n"], "p1: is empty"),
-        ([], "holds no prompt"),
-        (["long " * 5000], r"p0: has [\d,]+ tokens, and the model [\d,]+ positions; --max-tokens N cuts it"),
+        ([], "has no prompts"),
+        (["long " * 5000], r"p0: exceeds the [\d,]+ positions of the model \(got [\d,]+ tokens\); truncate it"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_named_and_nothing_is_left(small, tmp_path, texts, says) -> None:
@@ -313,10 +323,10 @@ def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for bad, says in (
         (["--record", "experts,weight"], "unknown --record 'weight'"),
         (["--dtype", "int4"], "unknown --dtype 'int4'"),
-        (["--batch-size", "0"], "--batch-size 0 is less than 1"),
-        (["--temperature", "1"], "--temperature draws what --generate N writes"),
+        (["--batch-size", "0"], "--batch-size: must be a whole number from 1 (got 0)"),
+        (["--temperature", "1"], "--temperature: needs --generate N (got 1.0)"),
         (["--temperature", "1e-9", "--generate", "1"], "neither 0, for the most probable, nor 0.001 or more"),
     ):
         assert says in error_line(capsys, [*words, *bad])
     line = error_line(capsys, [*words[:2], tmp_path / "none", *words[3:6], tmp_path / "other"])
-    assert line == f"--model {tmp_path}/none: there is no such folder; on the Hub, models are called ORG/REPO"
+    assert line == f"--model {tmp_path}/none: there is no such folder; a model on the Hub is ORG/REPO"

@@ -50,11 +50,11 @@ def test_a_full_disk_leaves_what_is_whole_and_the_same_command_goes_on(words, tm
     says = "cannot be written (File too large); make room, then run the same command again"
     with no_file_larger(16_000):  # the fourth prompt's piece is larger
         assert error_line(capsys, words) == f"{pieces / names[3]}: {says}"
-    assert sorted(os.listdir(pieces)) == [*names[:3], "rank-0.lock", "key.json"]
+    assert sorted(os.listdir(pieces)) == [*names[:3], "key.json", "rank-0.lock"]
     before = {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
     with no_file_larger(100_000):  # the pieces fit, the tokenizer in the set does not
         assert error_line(capsys, words) == f"{pieces / 'set'}: {says}"
-    assert sorted(os.listdir(pieces)) == [*names, "rank-0.lock", "key.json"]
+    assert sorted(os.listdir(pieces)) == [*names, "key.json", "rank-0.lock"]
     assert before == {name: (pieces / name).stat().st_mtime_ns for name in names[:3]}
     assert main([str(word) for word in words]) == 0
     assert main([str(word) for word in replaced(words, "--out", tmp_path / "other")]) == 0
@@ -68,12 +68,11 @@ def test_pieces_that_are_not_whole_or_not_its_own_are_named(words, tmp_path, cap
     with no_file_larger(100_000):
         error_line(capsys, words)
     content = (pieces / "000001.parquet").read_bytes()
-    again = "remove it, and the same command collects it again"
+    again = "remove 000001.parquet, then run the same command again: it collects this part"
     (pieces / "000001.parquet").write_bytes(content[: len(content) // 2])
-    said = f"{pieces}/000001.parquet: is damaged; remove 000001.parquet, and the same command collects it again"
-    assert error_line(capsys, words) == said
+    assert error_line(capsys, words) == f"{pieces}/000001.parquet: is damaged; {again}"
     shutil.copyfile(pieces / "000000.parquet", pieces / "000001.parquet")
-    assert error_line(capsys, words) == f"{pieces}/000001.parquet: is of other prompts; {again}"
+    assert error_line(capsys, words) == f"{pieces}/000001.parquet: belongs to other prompts; {again}"
     assert not (tmp_path / "traces").exists()
     (pieces / "000001.parquet").unlink()
     (pieces / ".000001.parquet.half.parquet").write_bytes(content[:100])  # as a kill leaves it
@@ -122,11 +121,11 @@ def test_folders_of_another_model(words, tmp_path, capsys) -> None:
     request = json.loads((pieces / "key.json").read_text())
     (pieces / "key.json").write_text(json.dumps({**request, "model_id": "other/model", "quantization_bits": 4}))
     assert failure(capsys, tmp_path, words) == (
-        f"{pieces}: a collection was begun there with other model_id and quantization_bits; go on with the same, or "
-        "remove it"
+        f"{pieces}: contains an unfinished collection with different model_id and quantization_bits; rerun with the "
+        "original settings, or delete the folder"
     )
     (pieces / "key.json").write_text("[]")
-    assert "begun there with other contents" in failure(capsys, tmp_path, words)
+    assert "unfinished collection with different contents" in failure(capsys, tmp_path, words)
     (pieces / "key.json").write_text("{")
     assert "key.json: is not JSON" in failure(capsys, tmp_path, words)
     shutil.rmtree(pieces)
@@ -137,12 +136,12 @@ def test_folders_of_another_model(words, tmp_path, capsys) -> None:
 def test_prompts_that_cannot_be_read(words, tmp_path, capsys) -> None:
     text, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("")
-    assert failure(capsys, tmp_path, words) == f"{text}: holds no prompt"
+    assert failure(capsys, tmp_path, words) == f"{text}: has no prompts; give a file or data set with at least one"
     text.write_bytes("naïve".encode("latin-1"))
     assert failure(capsys, tmp_path, words) == f"{text}: is not UTF-8 text (after line 0); save it as UTF-8"
     text.write_text("long " * 3000)
     line = failure(capsys, tmp_path, words)
-    assert line.startswith("prompts-1: has ")
+    assert line.startswith("prompts-1: exceeds ")
     assert line.endswith(" tokens, and the model 1,024 positions; --max-tokens N cuts it")
     words = replaced(words, "--prompts", records)
     for content, says in (
@@ -168,7 +167,7 @@ def test_a_dense_model_is_refused(words, tmp_path, capsys) -> None:
         shutil.copyfile(SMALL / name, tmp_path / "dense" / name)
     capsys.readouterr()
     line = failure(capsys, tmp_path, replaced(words, "--model", tmp_path / "dense"))
-    assert line == "LlamaForCausalLM: no experts module found; is it a mixture of experts?"
+    assert line == "LlamaForCausalLM: has no experts module; give a mixture-of-experts model"
 
 
 def test_a_folder_that_cannot_be_made(words, tmp_path, capsys, monkeypatch) -> None:

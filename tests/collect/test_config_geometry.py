@@ -197,5 +197,5 @@ def test_experts_that_differ_by_layer_are_refused():
     with torch.device("meta"):
         model = moes.model_class("HunYuanMoEV1ForCausalLM")(config)
     model.model.layers[2].mlp.experts.num_experts = 4
-    with pytest.raises(UserError, match=r"layer 2 holds 4 experts of .* layer 0 8 of 6,144; a geometry"):
+    with pytest.raises(UserError, match=r"layer 2 has 4 experts of .* layer 0 has 8 of 6,144; a geometry"):
         measured_geometry(model, "tiny", 2)

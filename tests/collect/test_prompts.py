@@ -129,7 +129,7 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
         ("p-4", "p.jsonl:4", "i\n\nj"),
     ]
     assert notices == [
-        f"{path}: 2 blank lines passed over",
+        f"{path}: 2 blank lines skipped",
         f"{path}: prompts are the text of question, instruction, input; not read: answer",
     ]
 
@@ -138,23 +138,39 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("p.txt", "ab".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
-        ("p.jsonl", '{"text": "ab"}'.encode("utf-16-le"), "line 1 holds NUL bytes; save it as UTF-8 text"),
-        ("p.txt", b"a\nb\0c\n", "line 2 holds NUL bytes; save it as UTF-8 text"),
+        ("p.jsonl", '{"text": "ab"}'.encode("utf-16-le"), "line 1 has NUL bytes; save it as UTF-8 text"),
+        ("p.txt", b"a\nb\0c\n", "line 2 has NUL bytes; save it as UTF-8 text"),
         ("p.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON (Expecting value: line 1 column 10 (char 9))"),
         ("p.json", b'[{"text": "a"},]', "is not JSON (Illegal trailing comma before end of array"),
-        ("p.jsonl", b"3", "line 1: is not a record with a text under one of"),
+        ("p.jsonl", b"3", "line 1: must be a record with a text in one of"),
         ("p.json", b'["a", " "]', "record 2: is empty"),
         ("p.jsonl", b'{\n "text": "a"\n}\n', "line 1 is not JSON (Expecting property name enclosed in double quotes: "),
-        ("p.jsonl", b'{"instruction": "a", "input": 5}', "line 1: input is 5, not text; it follows the instruction"),
-        ("p.jsonl", b'{"instruction": "a", "context": ["b"]}', "line 1: context is a list of 1, not text; it follows"),
-        ("p.jsonl", b'{"messages": "[{"}', "line 1: messages looks like JSON and is none (Expecting property name"),
-        ("p.jsonl", b'{"conversations": "[3]"}', "line 1: a message is a record with role and content, or from and"),
+        (
+            "p.jsonl",
+            b'{"instruction": "a", "input": 5}',
+            "line 1: input must be text, because it follows instruction (got 5)",
+        ),
+        (
+            "p.jsonl",
+            b'{"instruction": "a", "context": ["b"]}',
+            "line 1: context must be text, because it follows instruction (got a list of 1",
+        ),
+        (
+            "p.jsonl",
+            b'{"messages": "[{"}',
+            "line 1: messages starts like JSON and cannot be parsed (Expecting property name",
+        ),
+        (
+            "p.jsonl",
+            b'{"conversations": "[3]"}',
+            "line 1: a message must be a record with role and content, or from and",
+        ),
         ("p.jsonl", b'{"body": "a"}', "line 1: has no messages or conversations or prompt or text or question or"),
         ("p.jsonl", b'{"messages": [{"content": "a"}]}', "line 1: a message has no role (or from); it has content"),
         ("p.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: a message of role 'user' has no content (or value)"),
-        ("p.csv", b"prompt,n\na\n", "row 1 has not as many cells as the header"),
+        ("p.csv", b"prompt,n\na\n", "row 1 has more or fewer cells than the header"),
         ("p.parquet", b"PAR1", "is not a Parquet file"),
-        ("p.md", b"a", "is not a kind of file that prompts are read from (.md); known: .txt, .jsonl"),
+        ("p.md", b"a", "prompts cannot be read from this kind of file (got .md); give one of: .txt, .jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
@@ -224,25 +240,25 @@ def test_parts_are_joined_for_a_template_that_reads_text_only(template: str) -> 
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
-        (TWO_ROLES, [{"role": "tool", "content": "x"}], "passes over the content of a message of role 'tool'"),
+        (TWO_ROLES, [{"role": "tool", "content": "x"}], "ignores the content of a message of role 'tool'"),
         (
             TWO_ROLES,
             [{"role": "system", "content": "x"}, *CHAT],
-            "passes over the content of a message of role 'system'",
+            "ignores the content of a message of role 'system'",
         ),
         (
             TWO_ROLES,
             [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}],
-            "passes over tool_calls of a message of role 'assistant'",
+            "ignores tool_calls of a message of role 'assistant'",
         ),
-        (STRICT, list(CHAT), "the chat template of the tokenizer refuses it (roles user, assistant: Only user)"),
+        (STRICT, list(CHAT), "the chat template of the tokenizer refuses the chat (roles user, assistant: Only user)"),
         (
             EVERY_ROLE,
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
-            "a message of role 'user' has a content part of type 'image'; only text is recorded",
+            "a content part of a message of role 'user' must be text (got type 'image')",
         ),
-        (EVERY_ROLE, ["hi"], "is not a chat: a list of messages, each with role and content"),
-        (EVERY_ROLE, [], "is not a chat: a list of messages, each with role and content"),
+        (EVERY_ROLE, ["hi"], "is not a chat; give a list of messages, each with role and content"),
+        (EVERY_ROLE, [], "is not a chat; give a list of messages, each with role and content"),
         (None, list(CHAT), "is a chat, and the tokenizer has no chat template"),
     ],
 )
@@ -269,11 +285,11 @@ def test_a_script_may_give_texts_chats_records_and_prompts() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("text", "prompts: is one str, not a list of prompts; write [...] around it"),
-        (None, "prompts: is one NoneType, not a list of prompts"),
+        ("text", "prompts: must be a list of prompts (got one str); write [...] around it"),
+        (None, "prompts: must be a list of prompts (got one NoneType)"),
         (list(CHAT), "prompts[0]: is a message; a chat is a list of messages, so give [[message, ...], ...]"),
-        ([3], "prompts[0]: is not a record with a text under one of"),
-        (["a", ["b", "c"]], "prompts[1]: is not a record with a text under one of"),
+        ([3], "prompts[0]: must be a record with a text in one of"),
+        (["a", ["b", "c"]], "prompts[1]: must be a record with a text in one of"),
         ([{"body": "a"}], "prompts[0]: has no messages or"),
     ],
 )
@@ -286,25 +302,25 @@ def test_what_a_script_may_not_give_is_one_line(given: Any, says: str) -> None:
 def test_prompts_are_checked_before_weights_are_loaded() -> None:
     small, config = tokenizer(), AutoConfig.from_pretrained(SMALL)
     for prompts, says in (
-        ([Prompt("a", "x"), Prompt("b", "x")], "2 prompts are called 'x'; give each an id of its own, or none"),
-        ([Prompt("a", ""), Prompt("b", ""), Prompt("c", "")], "3 prompts are called ''"),
-        ([], "holds no prompt"),
-        ([Prompt("long " * 5000, "p0")], r"p0: has [\d,]+ tokens, and the model 1,024 positions"),
+        ([Prompt("a", "x"), Prompt("b", "x")], "2 prompts have the id 'x'; give every prompt its own id, or none"),
+        ([Prompt("a", ""), Prompt("b", ""), Prompt("c", "")], "3 prompts have the id ''"),
+        ([], "has no prompts"),
+        ([Prompt("long " * 5000, "p0")], r"p0: exceeds the 1,024 positions of the model"),
     ):
         with pytest.raises(UserError, match=says):
             tokenize_prompts(prompts, small, config, CollectConfig(), "prompts.txt")
 
 
-HALF = "holds half a character (a lone surrogate); write the whole character, or remove it"
+HALF = "has half a character (a lone surrogate); write the whole character, or remove it"
 
 
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"prompt": "a", "id": ""}, "its id is no text or empty (got '')"),
-        ({"prompt": "a", "id": " \t"}, "its id is no text or empty"),
-        ({"prompt": "a", "id": ["x"]}, "id is a list of 1, not text or a number"),
-        ({"prompt": "a", "id": True}, "id is True, not text or a number"),
+        ({"prompt": "a", "id": ""}, "its id must be text (got '')"),
+        ({"prompt": "a", "id": " \t"}, "its id must be text"),
+        ({"prompt": "a", "id": ["x"]}, "id must be text or a number (got a list of 1)"),
+        ({"prompt": "a", "id": True}, "id must be text or a number (got True)"),
         ({"prompt": "a", "id": "x\ny"}, "its id must be text of at most 4096 characters without control characters"),
         ({"prompt": "a", "id": "\x1b[31mx"}, "its id must be text of at most 4096 characters without control"),
         ({"prompt": "a", "id": "\ud83d"}, HALF),
@@ -330,8 +346,8 @@ def test_ids_and_texts_that_no_trace_set_holds_are_refused_by_line(tmp_path: Pat
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        (Prompt("a", ""), "prompts[1]: its id is no text or empty (got '')"),
-        (Prompt("a", 3), "prompts[1]: its id is no text or empty (got 3)"),  # type: ignore[arg-type]
+        (Prompt("a", ""), "prompts[1]: its id must be text (got '')"),
+        (Prompt("a", 3), "prompts[1]: its id must be text (got 3)"),  # type: ignore[arg-type]
         (Prompt("\udfff", "x"), f"prompts[1]: {HALF}"),
         ("\udfff", f"prompts[1]: {HALF}"),
         (Prompt("a", "x", split="a/b"), "prompts[1]: its split must be a plain name (got 'a/b')"),
@@ -354,10 +370,10 @@ def test_a_file_whose_name_is_no_text_gives_names_that_are(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("named", "says"),
     [
-        ("", "--prompts: names nothing (got an empty text); give a file of prompts, or a data set"),
+        ("", "--prompts: must not be empty (got an empty text); give a file of prompts, or a data set"),
         ("empty", "empty: is an empty folder; give a file of prompts, or a folder of a data set"),
-        ("odd", "odd: is not a data set that can be loaded ("),
-        ("pipe", "pipe: is no regular file, and is read more than once; save the prompts in a file (.txt, .jsonl)"),
+        ("odd", "odd: cannot be loaded as a data set ("),
+        ("pipe", "pipe: is no regular file, and prompts are read twice; save the prompts in a file (.txt, .jsonl)"),
         ("pipe:text", "pipe: is no regular file"),
     ],
 )
@@ -402,8 +418,8 @@ def test_the_text_of_every_part_is_in_what_the_model_reads(template, content, ex
 @pytest.mark.parametrize(
     ("template", "content", "says"),
     [
-        ("{{ 1 / 0 }}", "hi", "c: the chat template of the tokenizer refuses it (roles user: division by zero)"),
-        ("{{ messages[7].content.x }}", "hi", "c: the chat template of the tokenizer refuses it (roles user: "),
+        ("{{ 1 / 0 }}", "hi", "c: the chat template of the tokenizer refuses the chat (roles user: division by zero)"),
+        ("{{ messages[7].content.x }}", "hi", "c: the chat template of the tokenizer refuses the chat (roles user: "),
         ("{{ messages[0].content[0].text }}", [PART_A, PART_B], "c: the chat template of the tokenizer does not write"),
     ],
 )

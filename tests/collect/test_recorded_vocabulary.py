@@ -144,7 +144,9 @@ def test_a_part_that_the_set_does_not_take_is_named_and_computed_again(padded: P
     part = tmp_path / ".traces.collecting" / "000000.parquet"
     line = error_line(capsys, words)
     assert line.startswith(f"{part}: sequence 'p-1': token id ")
-    assert line.endswith("; remove 000000.parquet, and the same command collects it again; all other parts are kept")
+    assert line.endswith(
+        "; remove 000000.parquet, then run the same command again: it collects this part and keeps the others"
+    )
     monkeypatch.undo()
     part.unlink()
     assert main(words) == 0

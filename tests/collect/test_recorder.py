@@ -27,5 +27,5 @@ def test_a_dense_model_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
     )
-    with pytest.raises(UserError, match="no experts module found; is it a mixture of experts"), recording(model):
+    with pytest.raises(UserError, match="has no experts module; give a mixture-of-experts model"), recording(model):
         pass

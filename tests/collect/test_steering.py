@@ -196,7 +196,7 @@ def test_another_steering_does_not_go_on_with_what_was_begun(small: tuple[Any, A
 
     with pytest.raises(KeyboardInterrupt):
         begin(1)
-    with pytest.raises(UserError, match="was begun there with other steering"):
+    with pytest.raises(UserError, match="contains an unfinished collection with different steering"):
         begin(2)
 
 

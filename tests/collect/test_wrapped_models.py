@@ -196,7 +196,7 @@ def test_a_router_that_tells_no_choice_is_one_line(monkeypatch) -> None:
         read(model)
     assert str(error.value) == (
         "MixtralForCausalLM: layer 1 computes its experts without calling model.layers.1.mlp.experts, and its router "
-        "does not show which it chooses; load it without fused kernels (use_kernels=False), or dequantized "
+        "does not show its choice; load it without fused kernels (use_kernels=False), or dequantized "
         "(Mxfp4Config(dequantize=True))"
     )
 
