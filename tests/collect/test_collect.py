@@ -325,7 +325,7 @@ def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--dtype", "int4"], "unknown --dtype 'int4'"),
         (["--batch-size", "0"], "--batch-size: must be a whole number from 1 (got 0)"),
         (["--temperature", "1"], "--temperature: needs --generate N (got 1.0)"),
-        (["--temperature", "1e-9", "--generate", "1"], "neither 0, for the most probable, nor 0.001 or more"),
+        (["--temperature", "1e-9", "--generate", "1"], "must be 0 (greedy) or at least 0.001"),
     ):
         assert says in error_line(capsys, [*words, *bad])
     line = error_line(capsys, [*words[:2], tmp_path / "none", *words[3:6], tmp_path / "other"])

@@ -142,7 +142,7 @@ def test_prompts_that_cannot_be_read(words, tmp_path, capsys) -> None:
     text.write_text("long " * 3000)
     line = failure(capsys, tmp_path, words)
     assert line.startswith("prompts-1: exceeds ")
-    assert line.endswith(" tokens, and the model 1,024 positions; --max-tokens N cuts it")
+    assert line.endswith(" tokens); truncate it (--max-tokens N)")
     words = replaced(words, "--prompts", records)
     for content, says in (
         ('{"text": "x"}\n{"text": " "}\n', f"{records}: line 2: text is empty"),

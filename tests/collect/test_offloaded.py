@@ -97,7 +97,7 @@ def test_a_model_without_a_head_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         recorded(bare, tmp_path / "c" / "t", generate=2)
     assert str(error.value) == (
-        "--generate 2: DeepseekV2Model has no language-model head; load it with AutoModelForCausalLM, or let it read "
+        "--generate 2: DeepseekV2Model has no language-model head; load it with AutoModelForCausalLM, or record only prefill "
         "only (--generate 0)"
     )
     assert not (tmp_path / "c").exists()
@@ -185,7 +185,7 @@ def test_an_unknown_option_and_a_wrong_number_are_one_line(tmp_path: Path, capsy
         ({"genrate": 2}, "unknown option 'genrate'; did you mean 'generate'?"),
         ({"generate": "2"}, "--generate: must be a whole number from 0 (got '2')"),
         ({"batch_size": 0}, "--batch-size: must be a whole number from 1 (got 0)"),
-        ({"temperature": 1.0}, "--temperature: needs --generate N (got 1.0); give it as well"),
+        ({"temperature": 1.0}, "--temperature: needs --generate N (got 1.0); add --generate"),
         ({"val_blocks": "2"}, "--val-blocks '2': write SIZE:EVERY"),
     ):
         with pytest.raises(UserError) as error:
