@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from moe_beyond.callbacks import CacheReplay, ExportBest
-from moe_beyond.collect.collect import collect
+from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule

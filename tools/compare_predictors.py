@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from train_small_moe import is_held_out
 
-from moe_beyond.collect.collect import collect
+from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt

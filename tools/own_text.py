@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.collect.collect import collect
+from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import read_prompts
@@ -111,7 +111,9 @@ def make(out: Path, args: argparse.Namespace) -> tuple[TraceSet, TraceSet]:
         ("written", CollectConfig(tokens + 1, args.temperature, max_tokens=prompt_tokens)),
     ):
         source = "excerpts that the model never saw" if name == "read" else f"their first {prompt_tokens} tokens"
-        traces = collect(model, tokenizer, given, out / name, asked, name="small-moe", source=source, rank=ProcessRank(0, 1))
+        traces = collect(
+            model, tokenizer, given, out / name, asked, name="small-moe", source=source, rank=ProcessRank(0, 1)
+        )
         assert traces is not None
         made.append(traces)
     return made[0], made[1]

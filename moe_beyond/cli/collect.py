@@ -115,7 +115,7 @@ def run(words: list[str]) -> None:
     check_out(out)
     from itertools import islice
 
-    from moe_beyond.collect.collect import collect
+    from moe_beyond.collect.collection import collect
     from moe_beyond.collect.devices import describe, placement
     from moe_beyond.collect.load import bits, open_checkpoint
     from moe_beyond.collect.tokenize import tokenize_prompts

@@ -153,7 +153,7 @@ def test_prompts_that_cannot_be_read(words, tmp_path, capsys) -> None:
         ),
         (
             '{"text": "x", "id": "c"}\n{"text": "y", "id": "c"}\n',
-            f"{records}: 2 prompts are called 'c'; give each an id of its own, or none",
+            f"{records}: 2 prompts have the id 'c'; give every prompt its own id, or none",
         ),
     ):
         records.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -166,7 +166,7 @@ def test_a_model_of_distributed_tensors_is_recorded(tmp_path: Path) -> None:
 def test_a_collection_goes_on_where_its_weights_lie_elsewhere(tmp_path: Path, monkeypatch) -> None:
     """As device_map="auto" does from run to run."""
     pytest.importorskip("accelerate")
-    from moe_beyond.collect import collect as collecting
+    from moe_beyond.collect import collection as collecting
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import moe_beyond as mb
 from moe_beyond.cli.main import main
-from moe_beyond.collect import collect as collecting
+from moe_beyond.collect import collection as collecting
 from moe_beyond.collect import tokenizer_files as vocabulary
 from moe_beyond.collect.tokenizer_files import recorded_tokenizer
 from moe_beyond.errors import UserError

@@ -19,7 +19,7 @@ from _helpers.fitting import CONFIGS, fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_beyond.cli.main import main
-from moe_beyond.collect.collect import collect
+from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt

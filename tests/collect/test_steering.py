@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_beyond.cli.main import main
-from moe_beyond.collect import collect as collecting
-from moe_beyond.collect.collect import collect
+from moe_beyond.collect import collection as collecting
+from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.prompts import Prompt
