@@ -97,8 +97,8 @@ def test_a_model_without_a_head_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         recorded(bare, tmp_path / "c" / "t", generate=2)
     assert str(error.value) == (
-        "--generate 2: DeepseekV2Model has no language-model head; load it with AutoModelForCausalLM, or record only prefill "
-        "only (--generate 0)"
+        "--generate 2: DeepseekV2Model has no language-model head; load it with AutoModelForCausalLM, or record "
+        "only prefill (--generate 0)"
     )
     assert not (tmp_path / "c").exists()
 
