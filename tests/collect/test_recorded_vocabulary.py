@@ -157,10 +157,8 @@ def test_ids_that_nobody_knows_are_refused_at_the_first_batch(padded: Path, tmp_
     (tmp_path / "p.txt").write_text("def main():\nimport os\n")
     words = ["collect", "--model", padded, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "traces"]
     line = error_line(capsys, [*words, "--generate", 4, "--batch-size", 1])
-    assert line.startswith("p-1: token id 2,48")
-    assert line.endswith(
-        "was read or written, and tokenizer and embedding have 2,049 ids; give the model's own tokenizer"
-    )
+    assert line.startswith("p-1: a token id is outside the 2,049 ids of tokenizer and embedding (got 2,48")
+    assert line.endswith("); give the model's own tokenizer")
     assert not list((tmp_path / ".traces.collecting").glob("*.parquet"))
 
 
