@@ -10,7 +10,7 @@ from moe_beyond.files import file_in
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.pretrained import CARD_FILE
 from moe_beyond.traces.card import author, configs, traces_card
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import ROUTERS_FILE
 
@@ -50,7 +50,7 @@ def trace_files(folder: Path, repository: str) -> dict[str, Path | bytes]:
         files[ROUTERS_FILE] = folder / ROUTERS_FILE
     files[MANIFEST_FILE] = folder / MANIFEST_FILE
     if traces.token_strings is not None:
-        files[VOCABULARY_FILE] = folder / VOCABULARY_FILE
+        files[TOKENIZER_FILE] = folder / TOKENIZER_FILE
     return files | {CARD_FILE: hub_traces_card(text, traces.manifest, repository, source=str(path)).encode()}
 
 

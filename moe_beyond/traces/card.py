@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from moe_beyond.traces.manifest import Manifest
-from moe_beyond.traces.schema import experts_dtype, none_id
+from moe_beyond.traces.schema import experts_dtype, padding_id
 
 AUTHORS: dict[str, tuple[str, list[str]]] = {
     "dataset": ("read by the model; people or another program wrote it", ["found"]),
@@ -65,7 +65,7 @@ Which experts every token of a text was routed to, layer by layer, in the router
 
 A row is a sequence: `sequence_id`, `source`, `token_ids`, `decode_start` (the first token that was decoded, not read),
 and `experts`, flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids from 0 to {geometry.num_experts - 1},
-or {none_id(experts_dtype(geometry))} in a slot without an expert, as a model with identity or skip experts has them;
+or {padding_id(experts_dtype(geometry))} in a slot without an expert, as a model with identity or skip experts has them;
 where they were recorded, `gate_weights` lie likewise. {states}`manifest.json` has every shard's sha256.
 """
 

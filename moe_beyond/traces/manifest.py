@@ -15,7 +15,7 @@ from moe_beyond.traces.hidden_states import SUFFIX
 from moe_beyond.traces.steering import Steering
 
 MANIFEST_FILE = "manifest.json"
-VOCABULARY_FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 
 COUNT = whole(1, 2**48)

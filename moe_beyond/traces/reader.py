@@ -23,7 +23,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.hidden_states import HiddenStates, load_states
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
 from moe_beyond.traces.parquet import check_schema, read_columns
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema
@@ -101,7 +101,7 @@ class TraceSet:
             raise UserError(f"{path}: not found; is {self.folder} a trace set?") from error
         self.manifest = Manifest.from_json(parse_json(content, path), source=path)
         if (sha256 := self.manifest.tokenizer.sha256) is not None:
-            self._verified(VOCABULARY_FILE, sha256, "tokenizer")
+            self._verified(TOKENIZER_FILE, sha256, "tokenizer")
         self._file_of: dict[str, str] = {}  # sequence id -> file, of the shards read so far
         self._gate_weights: tuple[bool, str] | None = None  # whether they have some, and the last one's file
 
@@ -287,9 +287,9 @@ class TraceSet:
         """The string of every token id, ``vocab_size`` of them, or None where the set carries no tokenizer."""
         from tokenizers import Tokenizer
 
-        path, sha256 = f"{self.folder}/{VOCABULARY_FILE}", self.manifest.tokenizer.sha256
+        path, sha256 = f"{self.folder}/{TOKENIZER_FILE}", self.manifest.tokenizer.sha256
         try:
-            content = self._read(VOCABULARY_FILE)
+            content = self._read(TOKENIZER_FILE)
         except FileNotFoundError:
             return None
         if hashlib.sha256(content).hexdigest() != sha256:
@@ -323,7 +323,7 @@ class TraceSet:
 def _downloaded(name: str) -> str:
     """Download a trace set and say which one it is."""
     hub_name = parse_hub_name(name)
-    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (VOCABULARY_FILE, "*.parquet"))
+    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (TOKENIZER_FILE, "*.parquet"))
     print(f"{hub_name} is {folder.name}", file=sys.stderr)
     return str(folder)
 

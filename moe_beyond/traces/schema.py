@@ -28,11 +28,11 @@ def experts_dtype(geometry: Geometry) -> np.dtype[np.uint8] | np.dtype[np.int16]
     return np.dtype(np.uint8) if geometry.num_experts <= 255 else np.dtype(np.int16)
 
 
-def none_id(dtype: npt.DTypeLike) -> int:
+def padding_id(dtype: npt.DTypeLike) -> int:
     """Return what a slot holds that holds no expert.
 
     Example:
-        >>> none_id(np.uint8), none_id(np.int16)
+        >>> padding_id(np.uint8), padding_id(np.int16)
         (255, -1)
     """
     return 255 if np.dtype(dtype) == np.uint8 else -1
@@ -59,7 +59,7 @@ def first_wrong_entry(experts: npt.NDArray[np.integer[Any]], num_experts: int) -
     """Find the first entry that no router makes: an id is no expert's, or is there twice.
 
     Args:
-        experts: ``(entries, K)`` ids, `none_id` where a slot holds no expert.
+        experts: ``(entries, K)`` ids, `padding_id` where a slot holds no expert.
         num_experts: Experts of a layer, E.
 
     Returns:
@@ -76,7 +76,7 @@ def first_wrong_entry(experts: npt.NDArray[np.integer[Any]], num_experts: int) -
 
 def _wrong_in(ranks: npt.NDArray[np.integer[Any]], num_experts: int) -> tuple[int, str] | None:
     """Find the first wrong one of ``(K, entries)`` ids, as `first_wrong_entry` does."""
-    none = none_id(ranks.dtype)
+    none = padding_id(ranks.dtype)
     has_empty = not (ranks.min() >= 0 and ranks.max() < num_experts)
     faults: dict[int, str] = {}
     if has_empty:
@@ -93,9 +93,9 @@ def _wrong_in(ranks: npt.NDArray[np.integer[Any]], num_experts: int) -> tuple[in
     return min(faults.items(), default=None)
 
 
-def has_empty_slots(experts: npt.NDArray[np.integer[Any]]) -> bool:
+def has_padding(experts: npt.NDArray[np.integer[Any]]) -> bool:
     """Tell whether any slot holds no expert."""
-    return bool((experts == none_id(experts.dtype)).any())
+    return bool((experts == padding_id(experts.dtype)).any())
 
 
 def arrow_schema(geometry: Geometry, *, gate_weights: bool = False) -> pa.Schema:

@@ -10,7 +10,7 @@ from moe_beyond.traces.copies import text_digest, without_copies
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import TraceWriter, writing
+from moe_beyond.traces.writer import TraceWriter, open_writer
 
 
 def write_splits(
@@ -53,7 +53,7 @@ def write_splits(
     with TemporaryDirectory(prefix=".chosen.", dir=folder) as temporary:
         waiting = Path(temporary) / "set"
         tokenizer = replace(manifest.tokenizer, sha256=None)  # its file is not copied here
-        with writing(waiting, replace(manifest, tokenizer=tokenizer)) as chosen:
+        with open_writer(waiting, replace(manifest, tokenizer=tokenizer)) as chosen:
             for number, trace in enumerate(traces):
                 texts[number] = text_digest(trace.token_ids if manifest.has_token_ids else trace.experts)
                 write(chosen if number in held_out else writer, trace, "train")

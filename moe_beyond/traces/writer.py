@@ -17,7 +17,7 @@ from moe_beyond.pretrained import CARD_FILE
 from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers
 from moe_beyond.traces.schema import ROWS_PER_GROUP, experts_dtype, to_table
 from moe_beyond.traces.trace import Trace
@@ -27,7 +27,7 @@ COMPRESSION_LEVEL = 9
 
 
 class TraceWriter:
-    """Collects traces into shards; made by `writing`."""
+    """Collects traces into shards; made by `open_writer`."""
 
     def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int) -> None:
         """Start an empty set in an existing folder."""
@@ -167,7 +167,7 @@ class TraceWriter:
 
 
 @contextmanager
-def writing(
+def open_writer(
     folder: str | Path,
     manifest: Manifest,
     *,
@@ -198,5 +198,5 @@ def writing(
         writer = TraceWriter(temporary, manifest, shard_tokens)
         yield writer
         if vocabulary is not None:
-            shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
+            shutil.copyfile(vocabulary, temporary / TOKENIZER_FILE)
         writer._finish()  # noqa: SLF001

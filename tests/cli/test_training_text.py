@@ -21,7 +21,7 @@ from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.texts import HASH_BYTES, MOST_HASHES, count_shared, sketch, text_hashes
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 BUDGET = ("--budget", "8")
 FITTED = "was fitted on split train of this set: expect less on other text"
@@ -30,7 +30,7 @@ CHOSE = "split validation of this set chose the epoch of"
 
 def traces_of(folder: Path, splits: dict[str, list[Trace]], source: str = "mine") -> TraceSet:
     manifest = Manifest(TINY, Tokenizer("tests", VOCAB), "tiny", 16.0, "dataset", source, "0")
-    with writing(folder, manifest) as writer:
+    with open_writer(folder, manifest) as writer:
         for split, found in splits.items():
             for trace in found:
                 writer.write(trace, split)

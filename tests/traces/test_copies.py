@@ -16,7 +16,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.traces.copies import count_copies, describe_copies, text_digest, without_copies
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def test_a_chosen_copy_goes_to_training_by_hand():
@@ -68,7 +68,7 @@ def set_with_copies(folder: Path, *, has_token_ids: bool = True) -> TraceSet:
     """Of training ``a b a``, of validation ``b c``; without token ids, routed so."""
     tokenizer = Tokenizer("tests", 32) if has_token_ids else NO_TOKEN_IDS
     texts = {text: tiny_trace(text, 4, np.random.default_rng(seed)) for seed, text in enumerate("abc")}
-    with writing(folder, Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")) as writer:
+    with open_writer(folder, Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")) as writer:
         for number, (text, split) in enumerate(zip("abacb", ["train"] * 3 + ["validation"] * 2, strict=True)):
             trace = replace(texts[text], sequence_id=f"s{number}")
             if not has_token_ids:

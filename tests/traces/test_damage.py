@@ -24,7 +24,7 @@ from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.tokenizers import load_vocabulary
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 FIRST = "train-00000.parquet"
 
@@ -289,7 +289,7 @@ def test_a_set_in_other_storage_is_checked_alike(name, tmp_path):
 def test_a_tokenizer_that_is_none_is_named(tmp_path):
     words = word_tokenizer(tmp_path / "words.json", ["<unk>", "a", "b"])
     manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+    with open_writer(tmp_path / "set", manifest, vocabulary=words) as writer:
         writer.write(tiny_trace("a", 2, np.random.default_rng(0), vocab=3))
     (tmp_path / "set/tokenizer.json").write_text("garbage")
     sha256 = hashlib.sha256(b"garbage").hexdigest()

@@ -89,8 +89,8 @@ def test_layers_are_told_apart_and_large_models_pair_neighbours_alone(tmp_path):
         expected = mutual_information(pair_counts(experts[:, a], experts[:, b], 8), 2)
         assert (bits[a, b], dependence[a, b]) == (bits[b, a], dependence[b, a]) == expected
     assert np.isnan(dependence.diagonal()).all()
-    with patch.object(counting, "MOST_PAIR_COUNTS", 6 * 8 * 8 - 1):
+    with patch.object(counting, "MAX_PAIR_COUNTS", 6 * 8 * 8 - 1):
         few = layer_dependence(count_routing(traces))[1]
-        assert list(RoutingCounts.none(traces.geometry, layer_pairs=True).pairs) == [(0, 1), (1, 2), (2, 3)]
+        assert list(RoutingCounts.zeros(traces.geometry, layer_pairs=True).pairs) == [(0, 1), (1, 2), (2, 3)]
     assert few.diagonal(1).tolist() == dependence.diagonal(1).tolist()
     assert np.isnan(few[0, 2:]).all()

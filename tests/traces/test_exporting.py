@@ -22,13 +22,13 @@ from moe_beyond.traces.formats import libcachesim as libcachesim_export
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def small_set(folder, shapes, geometry=SMALL, tokenizer=NO_TOKEN_IDS):
     """A trace set with a sequence for each (length, decode_start)."""
     manifest = Manifest(geometry, tokenizer, "small", 16.0, "mixed", "tests", "0")
-    with writing(folder, manifest) as writer:
+    with open_writer(folder, manifest) as writer:
         for number, (length, start) in enumerate(shapes):
             ids = np.random.default_rng(number).integers(0, tokenizer.vocab_size, length)
             writer.write(Trace(f"s{number}", "tests", ids, random_experts(length, number, geometry), start))
@@ -119,7 +119,7 @@ def test_libcachesim_reads_the_stream_and_counts_as_a_sequential_replay(policy, 
 
 def test_a_slot_without_an_expert_is_no_request_and_formats_that_cannot_say_it_refuse(tmp_path):
     experts = np.array([[[3, 255], [1, 2], [255, 0]], [[3, 0], [255, 255], [7, 6]]], np.uint8)
-    with writing(tmp_path / "set", Manifest(SMALL, NO_TOKEN_IDS, "small", 16.0, "mixed", "tests", "0")) as writer:
+    with open_writer(tmp_path / "set", Manifest(SMALL, NO_TOKEN_IDS, "small", 16.0, "mixed", "tests", "0")) as writer:
         writer.write(Trace("s0", "tests", np.zeros(2, np.int64), experts, 1))
     traces = TraceSet(str(tmp_path / "set"))
     EXPORTERS["libcachesim"](traces, tmp_path / "set.oracleGeneral")

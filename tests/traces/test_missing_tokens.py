@@ -295,6 +295,6 @@ def test_token_ids_are_checked_before_a_sequence_is_read(tmp_path, monkeypatch):
     np.save(tmp_path / "q.npy", random_experts(4))
     np.save(tmp_path / "q.tokens.npy", [0, 1, 2, 9])
     words = str(word_tokenizer(tmp_path / "words.json", ["a", "b", "c"]))
-    monkeypatch.setattr("moe_beyond.traces.formats.recording.writing", None)  # never called
+    monkeypatch.setattr("moe_beyond.traces.formats._recording.open_writer", None)  # never called
     with pytest.raises(UserError, match=r"token id 9 is out of range 0\.\.2"):
         imported("vllm", tmp_path / "q.npy", tmp_path / "out", geometry, tokenizer=words)

@@ -18,7 +18,7 @@ from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet, decode
 from moe_beyond.traces.schema import to_table
 from moe_beyond.traces.tokenizers import load_vocabulary
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def test_a_split_is_read_alone_and_all_splits_in_order(trace_set):
@@ -98,7 +98,7 @@ def test_a_name_that_names_no_folder(name, capsys):
 def test_a_tokenizer_that_is_not_the_manifests_is_refused_by_every_command(content, tmp_path, capsys):
     words = word_tokenizer(tmp_path / "words.json", [str(number) for number in range(VOCAB)])
     manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+    with open_writer(tmp_path / "set", manifest, vocabulary=words) as writer:
         writer.write(tiny_trace("a", 8, np.random.default_rng(0)), "train")
     carried, folder = tmp_path / "set/tokenizer.json", str(tmp_path / "set")
     assert main(["inspect", folder]) == 0
@@ -185,7 +185,7 @@ def test_a_shard_in_several_row_groups_is_one_table(tmp_path):
 def test_a_changed_tokenizer_is_not_used_for_its_strings(tmp_path):
     words = word_tokenizer(tmp_path / "words.json", ["<unk>", "a", "b"])
     manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+    with open_writer(tmp_path / "set", manifest, vocabulary=words) as writer:
         writer.write(tiny_trace("a", 2, np.random.default_rng(0), vocab=3))
     carried = tmp_path / "set" / "tokenizer.json"
     assert hashlib.sha256(carried.read_bytes()).hexdigest() == manifest.tokenizer.sha256

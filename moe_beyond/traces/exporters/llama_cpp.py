@@ -12,7 +12,7 @@ import pyarrow.csv
 
 from moe_beyond.files import creating
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.formats._checks import check_full
+from moe_beyond.traces.formats._checks import check_no_padding
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 
@@ -35,7 +35,7 @@ def export_llama_cpp(traces: TraceSet, out: str | Path, split: str | None = None
     options = pa.csv.WriteOptions(include_header=False)
     with creating(out) as temporary, pa.csv.CSVWriter(temporary, schema, write_options=options) as writer:
         for trace in traces.traces(split):
-            check_full(trace, traces)
+            check_no_padding(trace, traces)
             writer.write_table(pa.table([*_rows(trace, geometry).T], schema=schema))
 
 

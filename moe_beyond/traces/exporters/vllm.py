@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import creating, replacing_folder
-from moe_beyond.traces.formats._checks import check_full
+from moe_beyond.traces.formats._checks import check_no_padding
 from moe_beyond.traces.formats._sidecars import DECODE_START, TOKENS
 from moe_beyond.traces.reader import TraceSet
 
@@ -51,7 +51,7 @@ def _arrays(traces: TraceSet, split: str | None, cannot_be: Callable[[str], bool
         name = trace.sequence_id
         if cannot_be(name):
             raise UserError(f"{traces.folder}: sequence {name!r} cannot name an array; export to an .npz, or rename it")
-        check_full(trace, traces)
+        check_no_padding(trace, traces)
         yield name, trace.experts.astype(np.int16)
         if traces.manifest.has_token_ids:
             yield name + TOKENS, trace.token_ids

@@ -5,7 +5,7 @@ from functools import partial
 
 from moe_beyond.traces.formats import flame_moe, jsonl, llama_cpp, moe_beyond_csv, vllm
 from moe_beyond.traces.formats._describe import Format
-from moe_beyond.traces.formats.recording import import_recording
+from moe_beyond.traces.formats._recording import import_recording
 from moe_beyond.traces.reader import TraceSet
 
 IMPORTERS: dict[str, Callable[..., TraceSet]] = {

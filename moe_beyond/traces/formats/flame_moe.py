@@ -21,7 +21,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._files import column_names, listed, source_files
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
-from moe_beyond.traces.formats.recording import Progress, Recording
+from moe_beyond.traces.formats._recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 SEQUENCE_TOKENS = 2048

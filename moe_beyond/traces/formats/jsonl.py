@@ -17,6 +17,7 @@ from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._files import source_files
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._missing import notes, recorded_span
+from moe_beyond.traces.formats._recording import Progress, Recording
 from moe_beyond.traces.formats._sidecars import (
     DECODE_START,
     FIELDS,
@@ -28,7 +29,6 @@ from moe_beyond.traces.formats._sidecars import (
     read_decode_start,
     read_token_ids,
 )
-from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 FORMAT = Format(

@@ -29,8 +29,8 @@ from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._files import source_files
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._missing import notes
+from moe_beyond.traces.formats._recording import Progress, Recording
 from moe_beyond.traces.formats._sidecars import TOKENS, all_or_none, author_of, beside, by_file, read_token_ids
-from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 FORMAT = Format(

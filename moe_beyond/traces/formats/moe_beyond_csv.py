@@ -18,13 +18,13 @@ from moe_beyond.traces.copies import text_digest, without_copies
 from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._files import column_names, listed
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
-from moe_beyond.traces.formats.recording import described
+from moe_beyond.traces.formats._recording import described
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.splits import parse_blocks, validation_numbers
 from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 from moe_beyond.version import __version__
 
 COLUMNS = {"Layer ID": pa.int32(), "Token": pa.string(), "Activated Expert IDs": pa.string()}
@@ -92,7 +92,7 @@ def import_moe_beyond_csv(
         source=f"MoE-Beyond release, {source.resolve().name}",
         tool_version=__version__,
     )
-    with writing(out, manifest, vocabulary=vocabulary.path) as writer:
+    with open_writer(out, manifest, vocabulary=vocabulary.path) as writer:
         read = {}
         for number, path in files.items():
             read[number] = _read_prompt(path, number, preset.geometry, vocabulary)

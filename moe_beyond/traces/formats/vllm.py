@@ -18,6 +18,7 @@ from moe_beyond.traces.formats._arrays import StoredArray, find_arrays
 from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._ids import checked_ids
 from moe_beyond.traces.formats._missing import notes, recorded_span
+from moe_beyond.traces.formats._recording import Progress, Recording
 from moe_beyond.traces.formats._sidecars import (
     DECODE_START,
     FIELDS,
@@ -29,7 +30,6 @@ from moe_beyond.traces.formats._sidecars import (
     read_decode_start,
     read_token_ids,
 )
-from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
 
 FORMAT = Format(

@@ -16,7 +16,7 @@ from moe_beyond.traces.splits import parse_blocks, validation_numbers
 from moe_beyond.traces.splitting import write_splits
 from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 from moe_beyond.version import __version__
 
 Progress = Callable[[int, int], None]
@@ -92,7 +92,7 @@ def import_recording(
     if recording.token_ids is not None:
         check_token_ids(recording.token_ids, manifest.tokenizer)
     held_out = set() if blocks is None else validation_numbers(dict(enumerate(recording.lengths)), *blocks)
-    with writing(out, manifest, vocabulary=None if vocabulary is None else vocabulary.path) as writer:
+    with open_writer(out, manifest, vocabulary=None if vocabulary is None else vocabulary.path) as writer:
         write_splits(writer, recording.traces, held_out, manifest=manifest, folder=Path(out).parent, source=str(source))
         if writer.tokens != sum(recording.lengths):
             raise UserError(f"{source}: {sum(recording.lengths)} tokens were found but {writer.tokens} written")
