@@ -22,9 +22,10 @@ from moe_beyond.files import is_taken, read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
-from moe_beyond.traces.reader import TraceSet, decode
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import to_table
+from moe_beyond.traces.shard import decode
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 

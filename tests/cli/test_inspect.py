@@ -11,7 +11,7 @@ from _helpers.common import TINY, error_line, tiny_trace, tiny_traces
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
@@ -94,7 +94,7 @@ def test_gates_phases_and_contrast_have_tables_that_fit(tmp_path, capsys):
     assert max(map(len, out.splitlines())) <= 120
     found = json.loads((tmp_path / "out.json").read_text())
     assert found == summarize(TraceSet(one), "train").to_json() | {
-        "contrast": contrast(TraceSet(one), TraceSet(other), "train").to_json()
+        "contrast": contrast_traces(TraceSet(one), TraceSet(other), "train").to_json()
     }
     whole = {row[0]: row[1] for row in cells(out, "trace set")}
     assert whole["measured"] == "train"
@@ -248,7 +248,7 @@ def test_a_contrast_writes_what_collect_is_steered_by(tmp_path, capsys):
     path = tmp_path / "steer.json"
     assert main(["inspect", one, "--contrast", other, "--steer", str(path), "--on", "2", "--off", "1"]) == 0
     assert f"steering: {path}" in capsys.readouterr().out
-    found, rows = read_steering(path), contrast(TraceSet(one), TraceSet(other)).to_json()["by_layer"]
+    found, rows = read_steering(path), contrast_traces(TraceSet(one), TraceSet(other)).to_json()["by_layer"]
     ((layer, expert),) = found.off
     assert min(min(row["difference"]) for row in rows) == rows[layer - 1]["difference"][expert]
     assert len(found.on) == 2

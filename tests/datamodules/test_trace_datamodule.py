@@ -18,7 +18,8 @@ from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.traces.manifest import Manifest, ShardInfo, Tokenizer
-from moe_beyond.traces.reader import Shard, TraceSet
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.shard import Shard
 from moe_beyond.traces.writer import open_writer
 
 SMALL: dict[str, Any] = {"token_budget": 48, "max_tokens": 8, "window": 2}

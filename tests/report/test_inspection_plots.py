@@ -7,7 +7,7 @@ from _helpers.common import TINY, tiny_trace, tiny_traces
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.plots.inspection import inspection_figures
 from moe_beyond.report.plots.replay import png
-from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
@@ -32,7 +32,7 @@ def test_every_figure_draws_its_figures(tmp_path):
             trace = tiny_trace(f"s{i}", 10, rng)
             writer.write(Trace(trace.sequence_id, "tests", trace.token_ids, trace.experts, 4))
     traces = TraceSet(str(tmp_path / "set"))
-    result, other = summarize(traces), contrast(traces, tiny_traces(tmp_path / "other"))
+    result, other = summarize(traces), contrast_traces(traces, tiny_traces(tmp_path / "other"))
     drawn = inspection_figures(result, other)
     summary = result.to_json() | {"contrast": other.to_json()}
     layers = summary["by_layer"]

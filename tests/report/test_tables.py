@@ -29,7 +29,7 @@ from moe_beyond.report.tables.results import FIGURES, checkpoints_table, metrics
 from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
-from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.analysis.summary import GateMass, LayerPhases, PhaseCounts, PhaseSummary
 
@@ -78,7 +78,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         Answer("lru", results[1], None),
     ]
     found["plan"] = plan_table(answers, parse_target("90%"), geometry, 123_456_789)
-    summary, difference = summarize(traces), contrast(traces, other)
+    summary, difference = summarize(traces), contrast_traces(traces, other)
     # The name of a temporary folder has digits of its own.
     difference = replace(difference, other={**difference.other, "traces": "traces/other"})
     popularity = [0.5, 0.25, 0.125, 0.125]

@@ -9,7 +9,7 @@ import pytest
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.analysis.contrast import contrast, most_different_experts
+from moe_beyond.traces.analysis.contrast import contrast_traces, most_different_experts
 from moe_beyond.traces.analysis.summary import Contrast, LayerContrast, Significance
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
@@ -34,7 +34,7 @@ def write(folder, sequences, geometry=GEOMETRY, **manifest):
 def test_by_hand(tmp_path):
     one = write(tmp_path / "one", [[0, 0, 0, 1], [0, 1, 1, 1]])
     other = write(tmp_path / "other", [[0, 1, 1, 1], [1, 1, 0, 1]])
-    found = contrast(one, other).to_json()
+    found = contrast_traces(one, other).to_json()
     assert found["other"]["traces"] == str(tmp_path / "other")
     assert (found["other"]["tokens"], found["other"]["sequences"]) == (8, 2)
     (row,) = found["by_layer"]
@@ -54,7 +54,7 @@ def test_by_hand(tmp_path):
         "z_clustered": 0,
     }
     # Of one sequence there is no telling how far sequences differ.
-    (row,) = contrast(one, other, "train").to_json()["by_layer"]
+    (row,) = contrast_traces(one, other, "train").to_json()["by_layer"]
     assert (row["rate"], row["z_clustered"]) == ([0.75, 0.25, 0], [None] * 3)
 
 
@@ -62,12 +62,12 @@ def test_bursts_are_not_taken_for_a_difference(tmp_path):
     # 40 sequences a set, whose 50 tokens all use one expert of three, drawn alike for both sets.
     rng = np.random.default_rng(0)
     one, other = (write(tmp_path / name, [[int(rng.integers(3))] * 50 for _ in range(40)]) for name in ("a", "b"))
-    result = contrast(one, other).significant
+    result = contrast_traces(one, other).significant
     assert (result.z > 0, result.z_clustered) == (True, 0)
     # And a difference that is there is found: expert 2 instead of 0 in every other sequence.
     changed = write(tmp_path / "c", [[0, 1, 2 * (i % 2), 1] for i in range(40)])
     plain = write(tmp_path / "d", [[0, 1, 2 * (i % 8 == 0), 1] for i in range(40)])
-    assert contrast(changed, plain).significant.z_clustered == 2
+    assert contrast_traces(changed, plain).significant.z_clustered == 2
 
 
 @pytest.mark.parametrize(
@@ -89,19 +89,19 @@ def test_bursts_are_not_taken_for_a_difference(tmp_path):
 def test_experts_of_another_model_are_refused(changes, says, tmp_path):
     one, other = write(tmp_path / "one", [[0]], revision="1"), write(tmp_path / "other", [[0]], **changes)
     with pytest.raises(UserError, match=f"--contrast {tmp_path}/other: {says}"):
-        contrast(one, other)
-    contrast(one, write(tmp_path / "unknown", [[0]]))  # whose revision nobody wrote down
+        contrast_traces(one, other)
+    contrast_traces(one, write(tmp_path / "unknown", [[0]]))  # whose revision nobody wrote down
 
 
 def test_a_split_that_the_other_lacks_is_named(tmp_path):
     one, other = write(tmp_path / "one", [[0], [0]]), write(tmp_path / "other", [[0]])
     with pytest.raises(UserError, match=r"other"):
-        contrast(one, other, "validation")
+        contrast_traces(one, other, "validation")
 
 
 def test_slots_without_an_expert_activate_none(tmp_path):
     one, other = write(tmp_path / "one", [[0, -1, 2, 2]]), write(tmp_path / "other", [[0, 1, 2, 2]])
-    (row,) = contrast(one, other).to_json()["by_layer"]
+    (row,) = contrast_traces(one, other).to_json()["by_layer"]
     assert (row["rate"], row["other_rate"]) == ([0.25, 0, 0.5], [0.25, 0.25, 0.5])
 
 

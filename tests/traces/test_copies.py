@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from moe_beyond.cli.main import main
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.traces.copies import count_copies, describe_copies, text_digest, without_copies
+from moe_beyond.traces.copies import count_copies, describe_copies, text_digest
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.splits import without_copies
 from moe_beyond.traces.writer import open_writer
 
 

@@ -136,7 +136,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "bytes edited, hashes anew": (
         shards(lambda found: [{**found[0], "bytes": 1}, *found[1:]]),
-        "bytes long, but manifest.json says 1",
+        "bytes, but manifest.json lists 1",
     ),
     "brackets": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json: is not JSON"),
     "path": (plain(elsewhere), "manifest.json: shard '../outside/train-00000.parquet': file must be a plain name"),
@@ -183,7 +183,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokens": (moved_to_the_next_row, f"{FIRST}: row 0 (sequence 's0'): has no tokens"),
     "tokens moved": (
         moved_tokens,
-        f"{FIRST}: row 0: experts do not hold 4 x 2 ids a token",
+        f"{FIRST}: row 0: experts must be 4 x 2 ids per token",
     ),
     "gate weight nan": (weighed(float("nan")), "row 0 (sequence 's0'): gate weights are negative or not finite"),
     "gate weight inf": (weighed(float("inf")), "row 0 (sequence 's0'): gate weights are negative or not finite"),

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset, load_preset
-from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import FORMATS
 from moe_beyond.traces.formats._missing import recorded_span
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 
 
 def imported(form, source, out, geometry=SMALL, **options):
-    traces = IMPORTERS[form](source, out, Preset(geometry), **options)
+    traces = FORMATS[form].reader(source, out, Preset(geometry), **options)
     return traces, list(traces.traces())
 
 
@@ -280,14 +280,14 @@ def test_the_vocabulary_is_as_large_as_the_embedding(tmp_path):
     np.save(tmp_path / "q.npy", random_experts(4))
     np.save(tmp_path / "q.tokens.npy", [0, 5, 6, 7])
     preset = load_preset(str(folder))
-    traces = IMPORTERS["vllm"](tmp_path / "q.npy", tmp_path / "out", preset)
+    traces = FORMATS["vllm"].reader(tmp_path / "q.npy", tmp_path / "out", preset)
     assert traces.manifest.tokenizer.vocab_size == 8
     assert traces.token_strings == [*words, "", ""]
     np.save(tmp_path / "q.tokens.npy", [0, 5, 6, 8])
     with pytest.raises(
         UserError, match=r"q\.tokens\.npy: token id 8 is out of range 0\.\.7 of tokenizer .*config\.json"
     ):
-        IMPORTERS["vllm"](tmp_path / "q.npy", tmp_path / "again", preset)
+        FORMATS["vllm"].reader(tmp_path / "q.npy", tmp_path / "again", preset)
 
 
 def test_token_ids_are_checked_before_a_sequence_is_read(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from _helpers.recordings import (
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset
-from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import FORMATS
 from moe_beyond.traces.formats import flame_moe as flame_module
 from moe_beyond.traces.manifest import NO_TOKEN_IDS
 
@@ -34,7 +34,7 @@ def words(tmp_path):
 
 def imported(form, source, **options):
     """Import into a folder beside; return the set and its traces."""
-    traces = IMPORTERS[form](source, source.parent / f"{source.stem}-traces", Preset(SMALL), **options)
+    traces = FORMATS[form].reader(source, source.parent / f"{source.stem}-traces", Preset(SMALL), **options)
     return traces, list(traces.traces())
 
 

@@ -45,7 +45,7 @@ def test_a_last_smaller_group_gives_nothing():
 
 
 def test_too_few_blocks_are_an_error():
-    with pytest.raises(UserError, match="--val-blocks 20:10: only 1 blocks, validation would be empty"):
+    with pytest.raises(UserError, match="--val-blocks 20:10: only 1 blocks, so validation would be empty"):
         validation_numbers({1: 5, 2: 5}, 20, 10)
 
 

@@ -15,8 +15,9 @@ from _helpers.common import TINY, VOCAB, error_line, tiny_trace, word_tokenizer
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.traces.manifest import Manifest
-from moe_beyond.traces.reader import TraceSet, decode
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import to_table
+from moe_beyond.traces.shard import decode
 from moe_beyond.traces.tokenizers import load_vocabulary
 from moe_beyond.traces.writer import open_writer
 
@@ -89,9 +90,9 @@ def test_a_folder_without_a_readable_manifest(trace_set, tmp_path):
 
 @pytest.mark.parametrize("name", ["", " ", "a\0b"])
 def test_a_name_that_names_no_folder(name, capsys):
-    assert error_line(capsys, ["inspect", name]).startswith(f"{name!r} is not the name of a folder; give that of a")
+    assert error_line(capsys, ["inspect", name]).startswith(f"{name!r} is not the name of a folder; give the folder of a")
     words = ["replay", "--traces", name, "--budget", "8"]
-    assert error_line(capsys, words).startswith(f"{name!r} is not the name of a folder; give that of a trace set")
+    assert error_line(capsys, words).startswith(f"{name!r} is not the name of a folder; give the folder of a trace set")
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
@@ -148,7 +149,7 @@ def test_rows_whose_lists_do_not_match_are_named():
     # The total is right, so only the row by row check sees it.
     experts = TABLE["experts"].combine_chunks().values
     shifted = pa.ListArray.from_arrays(pa.array([0, 32, 40], pa.int32()), experts)
-    with pytest.raises(UserError, match="here: row 0: experts do not hold 4 x 2 ids a token"):
+    with pytest.raises(UserError, match="here: row 0: experts must be 4 x 2 ids per token"):
         decode(with_column("experts", shifted), TINY, "here")
 
 

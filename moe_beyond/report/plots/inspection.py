@@ -22,7 +22,7 @@ def inspection_figures(summary: TraceSummary, contrast: Contrast | None = None) 
 
     Args:
         summary: Result of `moe_beyond.traces.analysis.statistics.summarize`.
-        contrast: Result of `moe_beyond.traces.analysis.contrast.contrast` (default: no figure of it).
+        contrast: Result of `moe_beyond.traces.analysis.contrast.contrast_traces` (default: no figure of it).
 
     Returns:
         Name -> figure: ``popularity``, ``locality``, ``reuse_distance``; of more than one layer ``dependence``; of

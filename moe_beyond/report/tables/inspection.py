@@ -19,7 +19,7 @@ def inspection_tables(summary: TraceSummary, contrast: Contrast | None = None) -
 
     Args:
         summary: Result of `moe_beyond.traces.analysis.statistics.summarize`.
-        contrast: Result of `moe_beyond.traces.analysis.contrast.contrast` (default: no table of it).
+        contrast: Result of `moe_beyond.traces.analysis.contrast.contrast_traces` (default: no table of it).
 
     Returns:
         The set as a whole, then layer by layer: popularity; locality, and dependence of the next layer; gate weights,

@@ -107,7 +107,7 @@ def _geometry(traces: TraceSet) -> str:
     return f"{traces.geometry.describe_shape()} in layers {','.join(map(str, traces.geometry.moe_layers))}"
 
 
-def contrast(traces: TraceSet, other: TraceSet, split: str | None = None) -> Contrast:
+def contrast_traces(traces: TraceSet, other: TraceSet, split: str | None = None) -> Contrast:
     """Compare the activation rates of two trace sets.
 
     Args:

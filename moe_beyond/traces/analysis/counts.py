@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from moe_beyond.compiling import compiled
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.reader import Shard, TraceSet
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
+from moe_beyond.traces.shard import Shard
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -18,30 +18,16 @@ import pyarrow.parquet as pq
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._files import column_names, listed, source_files
+from moe_beyond.traces.formats._format import Format, Option
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
-from moe_beyond.traces.formats._recording import Progress, Recording
+from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
 from moe_beyond.traces.trace import Trace
 
 SEQUENCE_TOKENS = 2048
 """What FLAME-MoE was trained on."""
 ROWS_AT_ONCE = 65536
 LARGEST_SCORE = float(np.finfo(np.float16).max)
-FORMAT = Format(
-    summary="FLAME-MoE's router traces: the folder actives/iter_N of a checkpoint",
-    fields=(
-        "layer_NN.parquet: a file per MoE layer, layers counted from one, a row per token",
-        "columns indices (lists of K expert ids) and scores (lists of K gate weights)",
-        "samples/*.parquet next to actives: column token_id, a row per token; optional",
-        "--sequence-tokens N: the length of every sequence, since rows do not say where one ends",
-    ),
-    example=(
-        "actives/iter_540/layer_02.parquet   indices: [44, 13, 5, 60, 2, 31]   scores: [0.31, 0.2, ...]",
-        "actives/iter_540/layer_03.parquet   indices: [7, 9, 12, 63, 1, 30]    scores: [0.28, 0.22, ...]",
-        "samples/000.parquet                 token_id: 1453",
-    ),
-)
 INTEGERS, FLOATS = "int16 int32 int64 uint8 uint16 uint32".split(), "halffloat float double".split()
 
 
@@ -202,3 +188,21 @@ def _columns(path: Path, name: str) -> Iterator[pa.Array]:
                 yield batch.column(0)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: is damaged ({brief(error)})") from error
+
+
+FORMAT = Format(
+    summary="FLAME-MoE's router traces: the folder actives/iter_N of a checkpoint",
+    reader=recording_reader(read_flame_moe),
+    fields=(
+        "layer_NN.parquet: a file per MoE layer, layers counted from one, a row per token",
+        "columns indices (lists of K expert ids) and scores (lists of K gate weights)",
+        "samples/*.parquet next to actives: column token_id, a row per token; optional",
+        "--sequence-tokens N: length of every sequence, because rows do not mark where a sequence ends",
+    ),
+    example=(
+        "actives/iter_540/layer_02.parquet   indices: [44, 13, 5, 60, 2, 31]   scores: [0.31, 0.2, ...]",
+        "actives/iter_540/layer_03.parquet   indices: [7, 9, 12, 63, 1, 30]    scores: [0.28, 0.22, ...]",
+        "samples/000.parquet                 token_id: 1453",
+    ),
+    options=(Option("sequence_tokens", int, "N", f"tokens per sequence (default: {SEQUENCE_TOKENS})"),),
+)

@@ -13,11 +13,11 @@ import numpy as np
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.formats._arrays import StoredArray
-from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._files import source_files
+from moe_beyond.traces.formats._format import Format
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._missing import notes, recorded_span
-from moe_beyond.traces.formats._recording import Progress, Recording
+from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
 from moe_beyond.traces.formats._sidecars import (
     DECODE_START,
     FIELDS,
@@ -30,23 +30,6 @@ from moe_beyond.traces.formats._sidecars import (
     read_token_ids,
 )
 from moe_beyond.traces.trace import Trace
-
-FORMAT = Format(
-    summary="JSON lines, one per token and MoE layer, in any order: a .jsonl per sequence, or a folder of them",
-    fields=(
-        "layer_idx: the layer, counted over all layers of the model from 0",
-        "token_idx: the token's place in the sequence; the first may be any number, and none is left out",
-        "selected_ids: the K expert ids, in the router's order; all -1 for a token that was not computed",
-        "gate_weights: the K gate weights in the same order; optional, in all lines or in none",
-        "other fields are ignored",
-        *FIELDS,
-    ),
-    example=(
-        '{"token_idx": 0, "layer_idx": 1, "selected_ids": [44, 13, 5, 60, 2, 31]}',
-        '{"token_idx": 0, "layer_idx": 2, "selected_ids": [7, 9, 12, 63, 1, 30]}',
-        '{"token_idx": 1, "layer_idx": 1, "selected_ids": [13, 9, 6, 2, 40, 44]}',
-    ),
-)
 
 LARGEST_INDEX = 2**31 - 1
 LARGEST_WEIGHT = float(np.finfo(np.float16).max)
@@ -190,3 +173,22 @@ def _rows(path: Path, entries: Entries, geometry: Geometry) -> np.ndarray:
         token, layer = missing[0]
         raise UserError(f"{path}: token {tokens[token]} has no line for layer {layers[layer]}")
     return rows
+
+
+FORMAT = Format(
+    summary="JSON lines, one per token and MoE layer, in any order: a .jsonl per sequence, or a folder of them",
+    reader=recording_reader(read_jsonl),
+    fields=(
+        "layer_idx: the layer, counted over all layers of the model from 0",
+        "token_idx: the token's place in the sequence; the first may be any number, and none is left out",
+        "selected_ids: the K expert ids, in the router's order; all -1 for a token that was not computed",
+        "gate_weights: the K gate weights in the same order; optional, in all lines or in none",
+        "other fields are ignored",
+        *FIELDS,
+    ),
+    example=(
+        '{"token_idx": 0, "layer_idx": 1, "selected_ids": [44, 13, 5, 60, 2, 31]}',
+        '{"token_idx": 0, "layer_idx": 2, "selected_ids": [7, 9, 12, 63, 1, 30]}',
+        '{"token_idx": 1, "layer_idx": 1, "selected_ids": [13, 9, 6, 2, 40, 44]}',
+    ),
+)

@@ -24,25 +24,17 @@ import pyarrow.csv
 
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
+from moe_beyond.files import creating
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats._checks import check_no_padding
 from moe_beyond.traces.formats._files import source_files
+from moe_beyond.traces.formats._format import Format
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._missing import notes
-from moe_beyond.traces.formats._recording import Progress, Recording
+from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
 from moe_beyond.traces.formats._sidecars import TOKENS, all_or_none, author_of, beside, by_file, read_token_ids
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-
-FORMAT = Format(
-    summary="llama.cpp's llama-moe-trace: a .csv, or a folder of them; begins at a prompt's last token",
-    fields=(
-        "layer,expert: a row per expert, K rows per token and layer, micro-batch by micro-batch; or",
-        "position,layer,expert,...: a row per token and layer, K experts; a prompt's positions are negative",
-        "layer counts all layers of the model from 0; a header line is optional; rows stay in the order as written",
-        "NAME.tokens.npy next to NAME.csv: token ids of all tokens of one sequence, optional",
-    ),
-    example=("-1,1,44,13,5,60,2,31", "0,1,44,7,9,12,63,1", "1,1,50,13,9,6,2,40"),
-)
 
 Ints = npt.NDArray[np.int64]
 
@@ -323,3 +315,49 @@ def _sequences(path: Path, entries: Entries, geometry: Geometry) -> list[tuple[i
         kept = slice(first + left_out, stop)
         found.append((left_out, ids[places[kept]], int((~entries.written[kept]).sum())))
     return found
+
+
+def export_llama_cpp(traces: TraceSet, out: str | Path, split: str | None = None) -> None:
+    """Write a trace set as one profile.
+
+    Args:
+        traces: The trace set.
+        out: The file to make.
+        split: One split, or all.
+
+    Raises:
+        UserError: There is no such split, or the file is there already.
+    """
+    geometry = traces.geometry
+    traces.shards(split)
+    names = [f"f{i}" for i in range(2 + geometry.top_k)]
+    schema = pa.schema([(name, pa.int64()) for name in names])
+    options = pa.csv.WriteOptions(include_header=False)
+    with creating(out) as temporary, pa.csv.CSVWriter(temporary, schema, write_options=options) as writer:
+        for trace in traces.traces(split):
+            check_no_padding(trace, traces)
+            writer.write_table(pa.table([*_profile_rows(trace, geometry).T], schema=schema))
+
+
+def _profile_rows(trace: Trace, geometry: Geometry) -> np.ndarray:
+    """Return a sequence's rows: ``(T * L, 2 + K)``."""
+    positions = np.arange(len(trace)) - trace.decode_start
+    position, layer = np.meshgrid(positions, geometry.moe_layers, indexing="ij")
+    entries = np.concatenate([np.stack([position, layer], axis=-1), trace.experts], axis=-1)  # (T, L, 2 + K)
+    read = entries[: trace.decode_start].swapaxes(0, 1)
+    written = entries[trace.decode_start :]
+    return np.concatenate([part.reshape(-1, 2 + geometry.top_k) for part in (read, written)])
+
+
+FORMAT = Format(
+    summary="llama.cpp's llama-moe-trace: a .csv, or a folder of them; begins at a prompt's last token",
+    reader=recording_reader(read_llama_cpp),
+    writer=export_llama_cpp,
+    fields=(
+        "layer,expert: a row per expert, K rows per token and layer, micro-batch by micro-batch; or",
+        "position,layer,expert,...: a row per token and layer, K experts; a prompt's positions are negative",
+        "layer counts all layers of the model from 0; a header line is optional; rows stay in the order as written",
+        "NAME.tokens.npy next to NAME.csv: token ids of all tokens of one sequence, optional",
+    ),
+    example=("-1,1,44,13,5,60,2,31", "0,1,44,7,9,12,63,1", "1,1,50,13,9,6,2,40"),
+)

@@ -14,34 +14,20 @@ import pyarrow.csv
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry, Preset
-from moe_beyond.traces.copies import text_digest, without_copies
-from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.formats._files import column_names, listed
+from moe_beyond.traces.formats._format import Format
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
-from moe_beyond.traces.formats._recording import described
+from moe_beyond.traces.formats._recording import describe_tokenizer
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.splits import parse_blocks, validation_numbers
+from moe_beyond.traces.splits import parse_blocks, validation_numbers, without_copies
 from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 from moe_beyond.version import __version__
 
 COLUMNS = {"Layer ID": pa.int32(), "Token": pa.string(), "Activated Expert IDs": pa.string()}
-FORMAT = Format(
-    summary="the CSV files of the MoE-Beyond release: a folder of prompt_N_*.csv, a file per prompt",
-    fields=(
-        "Layer ID: the layer, counted over all layers of the model from 0; a row per token and MoE layer",
-        "Token: the token's string in the tokenizer's vocabulary",
-        "Activated Expert IDs: a list of K expert ids",
-        "tokens come in order, and all layers have the same; quantisation is 8 bits unless --quantization says another",
-    ),
-    example=(
-        "Layer ID,Token,Activated Expert IDs",
-        '1,Ġthe,"[44, 13, 5, 60, 2, 31]"',
-        '1,Ġcat,"[7, 9, 12, 63, 1, 30]"',
-    ),
-)
 # The release's traces were recorded with 8-bit weights (its collection script loads the model so).
 RECORDED_BITS = 8.0
 
@@ -85,7 +71,7 @@ def import_moe_beyond_csv(
     vocabulary = load_vocabulary(name)
     manifest = Manifest(
         geometry=preset.geometry,
-        tokenizer=described(vocabulary, preset),
+        tokenizer=describe_tokenizer(vocabulary, preset),
         model_id=preset.geometry.model,
         quantization_bits=quantization_bits,
         author="dataset",
@@ -231,3 +217,20 @@ def column_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.N
         raise UserError(f"{path}: row {row + 2}: expert id {word!r} is not a whole number")
     ids = pc.cast(words, pa.int32()).to_numpy().reshape(-1, geometry.top_k)
     return checked_ids(ids, geometry, lambda row: f"{path}: row {row + 2}")
+
+
+FORMAT = Format(
+    summary="the CSV files of the MoE-Beyond release: a folder of prompt_N_*.csv, a file per prompt",
+    reader=import_moe_beyond_csv,
+    fields=(
+        "Layer ID: the layer, counted over all layers of the model from 0; a row per token and MoE layer",
+        "Token: the token's string in the tokenizer's vocabulary",
+        "Activated Expert IDs: a list of K expert ids",
+        "tokens come in order, and all layers have the same; quantisation is 8 bits unless --quantization says another",
+    ),
+    example=(
+        "Layer ID,Token,Activated Expert IDs",
+        '1,Ġthe,"[44, 13, 5, 60, 2, 31]"',
+        '1,Ġcat,"[7, 9, 12, 63, 1, 30]"',
+    ),
+)

@@ -4,7 +4,8 @@ vLLM stores int16, or what is narrowest for the model; SGLang int32. Some versio
 model, filled with one value where the layer is dense. Tokens that were not computed are -1 in all layers.
 """
 
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
+from moe_beyond.files import creating, replacing_folder
 from moe_beyond.geometry import Geometry
 from moe_beyond.model_config import MOST_LAYERS
 from moe_beyond.traces.formats._arrays import StoredArray, find_arrays
-from moe_beyond.traces.formats._describe import Format
+from moe_beyond.traces.formats._checks import check_no_padding
+from moe_beyond.traces.formats._format import Format
 from moe_beyond.traces.formats._ids import checked_ids
 from moe_beyond.traces.formats._missing import notes, recorded_span
-from moe_beyond.traces.formats._recording import Progress, Recording
+from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
 from moe_beyond.traces.formats._sidecars import (
     DECODE_START,
     FIELDS,
@@ -30,21 +33,8 @@ from moe_beyond.traces.formats._sidecars import (
     read_decode_start,
     read_token_ids,
 )
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-
-FORMAT = Format(
-    summary="routed_experts of vLLM or SGLang: a .npy per request in a folder, or an .npz of them",
-    fields=(
-        "an array of whole numbers, (tokens, MoE layers, K): expert ids, tokens and layers in the model's order",
-        "a row of -1 in all layers: a token that was not computed, left out at both ends of a request",
-        *FIELDS,
-    ),
-    example=(
-        "np.save('engine/q1.npy', output.routed_experts)          # int16 (57, 26, 6)",
-        "np.save('engine/q1.tokens.npy', prompt_ids + output_ids) # 57 or 58 ids",
-        "np.save('engine/q1.decode_start.npy', len(prompt_ids))",
-    ),
-)
 
 
 def read_vllm(source: Path, geometry: Geometry, *, progress: Progress) -> Recording:
@@ -144,3 +134,67 @@ def _experts(stored: StoredArray, geometry: Geometry, span: slice) -> npt.NDArra
     return checked_ids(
         ids, geometry, lambda token, row: f"{stored.where}: token {token + span.start}, layer {layers[row]}"
     )
+
+
+def export_vllm(traces: TraceSet, out: str | Path, split: str | None = None) -> None:
+    """Write a trace set as arrays: an ``.npz`` of all of them, or a folder with a ``.npy`` each.
+
+    Args:
+        traces: The trace set.
+        out: The ``.npz`` to make; without that ending, the folder.
+        split: One split, or all.
+
+    Raises:
+        UserError: There is no such split, ``out`` is there already, or a sequence's name cannot be a file's.
+    """
+    traces.shards(split)
+    if Path(out).suffix == ".npz":
+        with creating(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for name, array in _arrays(traces, split, _cannot_be_a_key):
+                member = zipfile.ZipInfo(f"{name}.npy")  # with a fixed date: the same set gives the same bytes
+                member.compress_type = zipfile.ZIP_DEFLATED
+                with archive.open(member, "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+        return
+    with replacing_folder(out) as folder:
+        for name, array in _arrays(traces, split, _cannot_be_a_file):
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+
+
+def _arrays(
+    traces: TraceSet, split: str | None, cannot_be: Callable[[str], bool]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    for trace in traces.traces(split):
+        name = trace.sequence_id
+        if cannot_be(name):
+            raise UserError(f"{traces.folder}: sequence {name!r} cannot name an array; export to an .npz, or rename it")
+        check_no_padding(trace, traces)
+        yield name, trace.experts.astype(np.int16)
+        if traces.manifest.has_token_ids:
+            yield name + TOKENS, trace.token_ids
+        yield name + DECODE_START, np.array(trace.decode_start)
+
+
+def _cannot_be_a_key(name: str) -> bool:
+    return not name or name.endswith((TOKENS, DECODE_START))
+
+
+def _cannot_be_a_file(name: str) -> bool:
+    return _cannot_be_a_key(name) or name.startswith(".") or bool({"/", "\\", "\0"} & set(name))
+
+
+FORMAT = Format(
+    summary="routed_experts of vLLM or SGLang: a .npy per request in a folder, or an .npz of them",
+    reader=recording_reader(read_vllm),
+    writer=export_vllm,
+    fields=(
+        "an array of whole numbers, (tokens, MoE layers, K): expert ids, tokens and layers in the model's order",
+        "a row of -1 in all layers: a token that was not computed, left out at both ends of a request",
+        *FIELDS,
+    ),
+    example=(
+        "np.save('engine/q1.npy', output.routed_experts)          # int16 (57, 26, 6)",
+        "np.save('engine/q1.tokens.npy', prompt_ids + output_ids) # 57 or 58 ids",
+        "np.save('engine/q1.decode_start.npy', len(prompt_ids))",
+    ),
+)
