@@ -175,7 +175,7 @@ def edited(**changes):
         ({"tokenizer_vocab_size": 2**31}, "tokenizer: vocab_size must be a whole number within 1..16777216"),
         ({"tokenizer_name": "a\0b"}, "tokenizer: name must be text"),
         ({"geometry": {**TINY.to_json(), "model": "a\nb"}}, "geometry: model must be text"),
-        ({"steering": {"on": [[9, 1]]}}, "steering: layer 9 of tiny holds no experts"),
+        ({"steering": {"on": [[9, 1]]}}, "steering: layer 9 of tiny has no experts"),
         ({"format_version": True}, "format version True, not 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -90,7 +90,9 @@ def test_a_folder_without_a_readable_manifest(trace_set, tmp_path):
 
 @pytest.mark.parametrize("name", ["", " ", "a\0b"])
 def test_a_name_that_names_no_folder(name, capsys):
-    assert error_line(capsys, ["inspect", name]).startswith(f"{name!r} is not the name of a folder; give the folder of a")
+    assert error_line(capsys, ["inspect", name]).startswith(
+        f"{name!r} is not the name of a folder; give the folder of a"
+    )
     words = ["replay", "--traces", name, "--budget", "8"]
     assert error_line(capsys, words).startswith(f"{name!r} is not the name of a folder; give the folder of a trace set")
 
@@ -141,7 +143,7 @@ def test_a_shard_without_a_column_is_named(name):
 
 def test_a_column_of_another_type_is_named():
     wide = with_column("experts", TABLE["experts"].cast(pa.list_(pa.int64())))
-    with pytest.raises(UserError, match=r"here: column 'experts' is list<.*int64>, not list<.*uint8>"):
+    with pytest.raises(UserError, match=r"here: column 'experts' must be list<.*uint8> \(got list<.*int64>\)"):
         decode(wide, TINY, "here")
 
 
