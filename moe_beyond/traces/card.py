@@ -16,8 +16,8 @@ AUTHORS = {
 LANGUAGE_CREATORS = {"dataset": ["found"], "model": ["machine-generated"], "mixed": ["found", "machine-generated"]}
 """Author of a manifest -> the Hub's ``language_creators``."""
 HIDDEN_STATES = """
-Next to every shard `NAME.parquet`, the file `NAME.states.safetensors` holds the tokens' hidden states: float16, tokens x
-{layers} layers x {size}. `router_inputs` are the inputs of the routers, and `layer_inputs` the residual stream before
+Next to every shard `NAME.parquet`, the file `NAME.states.safetensors` holds the tokens' hidden states: float16, tokens
+x {layers} layers x {size}. `router_inputs` are the inputs of the routers, and `layer_inputs` the residual stream before
 each layer's attention.{routers}
 """
 
@@ -86,9 +86,9 @@ The experts to which every token was routed, layer by layer, in the router's ord
 |---|---|---|---|
 {splits}
 
-Each row is a sequence with the columns `sequence_id`, `source`, `token_ids`, `decode_start` (number of tokens before the
-decode phase) and `experts`. `experts` is flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids from 0 to
-{geometry.num_experts - 1}. A top-k entry without an expert, as in models with identity or skip experts, is
+Each row is a sequence with the columns `sequence_id`, `source`, `token_ids`, `decode_start` (number of tokens before
+the decode phase) and `experts`. `experts` is flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids
+from 0 to {geometry.num_experts - 1}. A top-k entry without an expert, as in models with identity or skip experts, is
 {padding_id(experts_dtype(geometry))}. If gate weights were recorded, `gate_weights` has the same order.
 {states}
 `manifest.json` lists the sha256 of every shard.

@@ -157,7 +157,7 @@ class Manifest:
             _check_generation(self.generation)
         for name in ("file", "sha256"):
             if (twice := _first_twice(getattr(shard, name) for shard in self.shards)) is not None:
-                raise UserError(f"a shard is listed twice (two have the {name} {twice}); remove one")
+                raise UserError(f"two shards have the {name} {twice}; list every shard once")
         for shard in self.shards:
             if (shard.states_sha256 is None) != (self.hidden_size is None):
                 with_or_without = "without" if self.hidden_size is None else "with"

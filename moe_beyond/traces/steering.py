@@ -130,8 +130,8 @@ class Steering:
             used = (experts[:, geometry.moe_layers.index(layer)] == expert).any(-1)
             if violations := int((used != (state == "on")).sum()):
                 raise UserError(
-                    f"--steer: expert {expert} of layer {layer} is forced {state}, but {violations:,} of {len(used):,} "
-                    f"tokens {violation}; the router of {geometry.model} cannot be steered like this"
+                    f"--steer: expert {expert} of layer {layer} was forced {state}, but {violations:,} of "
+                    f"{len(used):,} tokens {violation}; the router of {geometry.model} cannot be steered like this"
                 )
 
 

@@ -174,7 +174,7 @@ def test_a_collection_is_steered_and_says_so(small: tuple[Any, Any], tmp_path: P
         assert main(["inspect", str(tmp_path / folder)]) == 0
         assert ("2 experts on, 3 off" in capsys.readouterr().out) == is_steered
     card = traces_card(traces.manifest)
-    assert "- Steered: 2 experts on, 3 off, in all that it read and wrote" in card
+    assert "- Steering: 2 experts on, 3 off, for every token" in card
     assert "teered" not in traces_card(let_be.manifest)
 
 

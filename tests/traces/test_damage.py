@@ -121,18 +121,18 @@ def bit_flipped_in_a_page(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "shard left out": (plain(lambda manifest: manifest["shards"].pop(0)), "manifest.json: splits and shards do not"),
+    "shard left out": (plain(lambda manifest: manifest["shards"].pop(0)), "manifest.json: splits and shards disagree"),
     "shard twice": (plain(lambda m: m["shards"].append(m["shards"][0])), "manifest.json: two shards have the file"),
     "shard twice, hashes anew": (shards(lambda found: [*found, found[0]]), "manifest.json: two shards have the file"),
-    "splits swapped": (plain(swap), "manifest.json: splits and shards do not agree"),
-    "tokens edited": (plain(lambda m: m["shards"][0].update(tokens=99)), "manifest.json: splits and shards do not"),
+    "splits swapped": (plain(swap), "manifest.json: splits and shards disagree"),
+    "tokens edited": (plain(lambda m: m["shards"][0].update(tokens=99)), "manifest.json: splits and shards disagree"),
     "counts edited, hashes anew": (
         shards(lambda found: [{**found[0], "sequences": 1}, *found[1:]]),
         f"{FIRST}: holds 8 sequences, but the manifest lists 1",
     ),
     "tokens edited, hashes anew": (
         shards(lambda found: [{**found[0], "tokens": 9999}, *found[1:]]),
-        f"{FIRST}: column 'token_ids' holds",
+        f"{FIRST}: column 'token_ids' must hold",
     ),
     "bytes edited, hashes anew": (
         shards(lambda found: [{**found[0], "bytes": 1}, *found[1:]]),
@@ -163,7 +163,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: edit_shard(
             folder, lambda table: table.set_column(2, "token_ids", table["token_ids"].cast(pa.list_(pa.int64())))
         ),
-        f"{FIRST}: column 'token_ids' is list",
+        f"{FIRST}: column 'token_ids' must be list",
     ),
     "token id -1": (changed("token_ids", first_value(-1)), "row 0 (sequence 's0'): token id -1 is out of range 0..31"),
     "token id 32": (changed("token_ids", first_value(32)), "row 0 (sequence 's0'): token id 32 is out of range 0..31"),
@@ -236,7 +236,7 @@ def test_every_command_names_the_file_and_the_fault(damaged, predictor, capsys):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"), [("top_k", 1, "column 'experts' holds"), ("num_experts", 4, "is out of range 0..3")]
+    ("field", "value", "says"), [("top_k", 1, "column 'experts' must hold"), ("num_experts", 4, "is out of range 0..3")]
 )
 def test_shards_of_another_model_than_the_manifest_says(field, value, says, predictor, tmp_path, capsys):
     folder = str(tmp_path / "traces")

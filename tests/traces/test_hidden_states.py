@@ -105,16 +105,16 @@ def test_states_that_do_not_fit_are_refused(tmp_path):
     trace = next(traces_with_states())
     states = trace.hidden_states
     for wrong, said in (
-        (replace(trace, hidden_states=None), "one with hidden states"),
-        (replace(trace, hidden_states=states[:2]), "router inputs are float16"),
+        (replace(trace, hidden_states=None), "must be with hidden states"),
+        (replace(trace, hidden_states=states[:2]), "router inputs must be float16"),
         (replace(trace, hidden_states=replace(states, layer_inputs=states.layer_inputs.astype(float))), "layer inputs"),
     ):
         with pytest.raises(UserError, match=said), open_writer(tmp_path / "set", MANIFEST) as writer:
             writer.write(wrong)
-    with pytest.raises(UserError, match="one without hidden states"):
+    with pytest.raises(UserError, match="must be without hidden states"):
         with open_writer(tmp_path / "set", replace(MANIFEST, hidden_size=None)) as writer:
             writer.write(trace)
     with open_writer(tmp_path / "without", replace(MANIFEST, hidden_size=None)) as writer:
         writer.write(replace(trace, hidden_states=None))
-    with pytest.raises(UserError, match="holds no hidden states; collect it with --record experts,gate"):
+    with pytest.raises(UserError, match="has no hidden states; collect it with --record experts,gate"):
         list(TraceSet(str(tmp_path / "without")).traces(hidden_states=True))

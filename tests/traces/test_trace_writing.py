@@ -179,9 +179,9 @@ WEIGHTS = np.ones(GOOD.experts.shape, np.float16)
     ("trace", "says"),
     [
         (replace(GOOD, token_ids=GOOD.token_ids[:0], experts=GOOD.experts[:0]), "has no tokens"),
-        (replace(GOOD, token_ids=GOOD.token_ids[:2]), r"shape \(3, 4, 2\), expected \(2, 4, 2\)"),
-        (replace(GOOD, experts=GOOD.experts[:, :3]), r"shape \(3, 3, 2\), expected \(3, 4, 2\) for 4 MoE layers x 8"),
-        (replace(GOOD, experts=GOOD.experts[..., :1]), r"shape \(3, 4, 1\), expected \(3, 4, 2\)"),
+        (replace(GOOD, token_ids=GOOD.token_ids[:2]), r"shape \(2, 4, 2\) for .* \(got \(3, 4, 2\)\)"),
+        (replace(GOOD, experts=GOOD.experts[:, :3]), r"shape \(3, 4, 2\) for 4 MoE layers x 8 .* \(got \(3, 3, 2\)\)"),
+        (replace(GOOD, experts=GOOD.experts[..., :1]), r"shape \(3, 4, 2\) for .* \(got \(3, 4, 1\)\)"),
         (replace(GOOD, experts=GOOD.experts + np.uint8(8)), r"expert id \d+ is out of range 0\.\.7"),
         (replace(GOOD, experts=NEGATIVE), r"expert id -2 is out of range 0\.\.7"),
         (replace(GOOD, experts=np.full_like(GOOD.experts, 3)), "an expert occurs twice in one entry"),
@@ -225,10 +225,10 @@ def test_an_existing_set_is_kept(trace_set, tmp_path):
 
 
 def test_an_id_is_written_once_and_a_split_is_a_plain_name(tmp_path):
-    with pytest.raises(UserError, match="'bad' was written already"):
+    with pytest.raises(UserError, match="'bad': was written before"):
         write_all(tmp_path / "set", [GOOD, GOOD])
     for split in ("", "..", "a/b", "a\nb"):
-        with pytest.raises(UserError, match=r"'bad': split .* is not a plain name"):
+        with pytest.raises(UserError, match=r"'bad': split must be a plain name"):
             with open_writer(tmp_path / "set", manifest_of(TINY)) as writer:
                 writer.write(GOOD, split)
     assert os.listdir(tmp_path) == []

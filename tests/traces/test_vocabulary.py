@@ -57,6 +57,6 @@ def test_a_missing_tokenizer_is_named(name, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file, folder or known name") as error:
+    with pytest.raises(UserError, match="not found; give a file, a folder") as error:
         load_vocabulary(str(tmp_path))
     assert str(tmp_path) in str(error.value)
