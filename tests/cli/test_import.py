@@ -113,7 +113,7 @@ def changed(row, column, value):
         ([*GOOD, (3, "NA", "[0, 1]"), (3, "Ġthe", "[0, 1]")], ["has layers 1..3 (3)", "1..2 (2)"]),
         (changed(4, 2, "[0, 4]"), ["row 4", "expert id 4 is out of range 0..3"]),
         (changed(3, 2, "[-1, 2]"), ["row 3", "expert id -1 is out of range 0..3"]),
-        (changed(5, 2, "[2, 2]"), ["row 5", "an expert is listed twice"]),
+        (changed(5, 2, "[2, 2]"), ["row 5", "an expert occurs twice in one entry"]),
         (changed(5, 2, "[2]"), ["row 5", "1 expert ids", "small routes to 2"]),
         (changed(2, 2, "[0, 1, 2]"), ["row 2", "3 expert ids", "small routes to 2"]),
         (changed(2, 2, "[]"), ["row 2", "0 expert ids", "small routes to 2"]),

@@ -58,12 +58,12 @@ def test_an_import_says_what_the_recording_does_not_tell(desk, capsys):
 
 # Each writes one array, by what is wrong with it.
 ARRAYS = {
-    "holds float32, not whole numbers": lambda path: np.save(path, GOOD.astype(np.float32)),
-    "holds bool, not whole numbers": lambda path: np.save(path, GOOD > 3),
+    "must hold whole numbers (got float32)": lambda path: np.save(path, GOOD.astype(np.float32)),
+    "must hold whole numbers (got bool)": lambda path: np.save(path, GOOD > 3),
     "holds pickled objects, which are never loaded": lambda path: np.save(path, GOOD.astype(object), allow_pickle=True),
-    "cannot be read as an array of numpy (the magic string": lambda path: path.write_bytes(pickle.dumps(GOOD)),
-    "cannot be read as an array of numpy (EOF": lambda path: path.write_bytes(b""),
-    "cannot be read as an array of numpy (": lambda path: (
+    "cannot be read as a NumPy array (the magic string": lambda path: path.write_bytes(pickle.dumps(GOOD)),
+    "cannot be read as a NumPy array (EOF": lambda path: path.write_bytes(b""),
+    "cannot be read as a NumPy array (": lambda path: (
         np.save(path, GOOD),
         path.write_bytes(path.read_bytes()[:-3]),
     ),
@@ -72,7 +72,7 @@ ARRAYS = {
     "has shape (4, 2, 2), expected (tokens, 3, 2)": lambda path: np.save(path, GOOD[:, :2]),
     "token 2, layer 3: expert id 8 is out of range 0..7": lambda path: np.save(path, changed(8, 2, 2, 1)),
     "token 0, layer 1: expert id -1 is out of range 0..7": lambda path: np.save(path, changed(-1, 0, 0, 0)),
-    "token 3, layer 2: an expert is listed twice": lambda path: np.save(path, changed(5, 3, 1)),
+    "token 3, layer 2: an expert occurs twice in one entry": lambda path: np.save(path, changed(5, 3, 1)),
     "names experts of layer 0, which is none of small's": lambda path: np.save(
         path, np.concatenate([GOOD[:, :1], GOOD], axis=1)
     ),
@@ -89,12 +89,16 @@ def test_a_bad_array_is_named_and_nothing_is_left(says, desk, capsys):
 @pytest.mark.parametrize(
     ("arrays", "more", "says"),
     [
-        ({"a": GOOD, "b": GOOD, "b.tokens": np.arange(4)}, [], "src: 'a' has no token ids, and others do"),
-        ({"a": GOOD, "b": GOOD, "a.decode_start": np.array(1)}, [], "src: 'b' has no decode_start, and others do"),
+        ({"a": GOOD, "b": GOOD, "b.tokens": np.arange(4)}, [], "src: 'a' has no token ids, but others do"),
+        ({"a": GOOD, "b": GOOD, "a.decode_start": np.array(1)}, [], "src: 'b' has no decode_start, but others do"),
         ({"a": GOOD, "a.tokens": np.arange(3)}, ["--tokenizer", "words.json"], "src/a.tokens.npy: has shape (3,)"),
         ({"a": GOOD, "a.tokens": np.arange(6)}, ["--tokenizer", "words.json"], "src/a.tokens.npy: has shape (6,)"),
-        ({"a": GOOD, "a.tokens": -np.arange(4)}, ["--tokenizer", "words.json"], "src/a.tokens.npy: -1 is no token id"),
-        ({"a": GOOD, "a.tokens": np.ones(4)}, [], "src/a.tokens.npy: holds float64, not whole numbers"),
+        (
+            {"a": GOOD, "a.tokens": -np.arange(4)},
+            ["--tokenizer", "words.json"],
+            "src/a.tokens.npy: a token id must be in 0..2147483647 (got -1)",
+        ),
+        ({"a": GOOD, "a.tokens": np.ones(4)}, [], "src/a.tokens.npy: must hold whole numbers (got float64)"),
         (
             {"a": GOOD, "a.tokens": np.full(4, 8)},
             ["--tokenizer", "words.json"],
@@ -102,10 +106,14 @@ def test_a_bad_array_is_named_and_nothing_is_left(says, desk, capsys):
         ),
         ({"a": GOOD, "a.tokens": np.arange(4)}, [], "src: has token ids, but small has no default tokenizer; give one"),
         ({"a": GOOD}, ["--tokenizer", "words.json"], "--tokenizer: src has no token ids (got words.json)"),
-        ({"a": GOOD, "a.decode_start": np.array(5)}, [], "src/a.decode_start.npy: 5 is not in 0..4"),
+        (
+            {"a": GOOD, "a.decode_start": np.array(5)},
+            [],
+            "src/a.decode_start.npy: decode_start must be in 0..4 (got 5)",
+        ),
         ({"a": GOOD, "a.decode_start": np.array([1])}, [], "src/a.decode_start.npy: has shape (1,)"),
         ({"a": GOOD, "c.tokens": np.arange(4)}, [], "src/c.tokens.npy: belongs to 'c', which is not there"),
-        ({}, [], "src: holds no *.npy file"),
+        ({}, [], "src: has no *.npy file"),
         ({"a": GOOD}, ["--val-blocks", "1:2"], "--val-blocks 1:2: only 1 blocks"),
         ({"a": GOOD}, ["--quantization", "0"], "--quantization 0: bits per parameter must be more than 0"),
         ({"a": GOOD}, ["--sequence-tokens", "4"], "--sequence-tokens is only for flame-moe"),
@@ -135,12 +143,12 @@ def damaged():
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (lambda: Path("set.npz").write_bytes(b"PK"), "set.npz: cannot be read as an array of numpy (File is not a zip"),
-        (lambda: archive(), "set.npz: holds no array"),
-        (lambda: archive(("a.txt", "x")), "set.npz: holds 'a.txt', which is no .npy"),
-        (lambda: archive(("a.npy", pickle.dumps([1]))), "set.npz: a: cannot be read as an array of numpy (the magic"),
+        (lambda: Path("set.npz").write_bytes(b"PK"), "set.npz: cannot be read as a NumPy array (File is not a zip"),
+        (lambda: archive(), "set.npz: has no array"),
+        (lambda: archive(("a.txt", "x")), "set.npz: all members must be .npy files (got 'a.txt')"),
+        (lambda: archive(("a.npy", pickle.dumps([1]))), "set.npz: a: cannot be read as a NumPy array (the magic"),
         (lambda: np.savez("set.npz", a=np.array([None])), "set.npz: a: holds pickled objects"),
-        (damaged, "set.npz: a: cannot be read as an array of numpy (Bad CRC-32"),
+        (damaged, "set.npz: a: cannot be read as a NumPy array (Bad CRC-32"),
         (
             lambda: np.savez("set.npz", a=changed(9, 1, 0, 0)),
             "set.npz: a: token 1, layer 1: expert id 9 is out of range",
@@ -176,12 +184,12 @@ POSITIONS = position_rows(GOOD, prompt=2).splitlines(keepends=True)
         ("".join(ROWS) + "1,0\n1,1\n2,0\n2,1\n3,0\n", "row 23: in the batch that begins there layer 3 has 1 experts"),
         ("".join(ROWS[:5] + ROWS[6:]), "row 1: in the batch that begins there layer 2 has 3 experts, layer 1 has 4"),
         ("".join(ROWS[:8]) + "3,9\n" + "".join(ROWS[9:]), "row 9: expert id 9 is out of range 0..7"),
-        ("".join(ROWS[:2]) + "1,0\n1,0\n" + "".join(ROWS[4:]), "row 3: an expert is listed twice"),
+        ("".join(ROWS[:2]) + "1,0\n1,0\n" + "".join(ROWS[4:]), "row 3: an expert occurs twice in one entry"),
         ("".join(POSITIONS[:-1]), "row 9: the token has no experts of layer 3"),
         ("".join(POSITIONS[:2] + POSITIONS[4:]), "row 1: the token has no experts of layer 2"),
         ("0,0,1,2\n" + "".join(POSITIONS), "has layers 0..3 (4), but small's MoE layers are 1..3 (3)"),
         ("".join(POSITIONS[:1]) + "-1,1,0,8\n" + "".join(POSITIONS[2:]), "row 2: expert id 8 is out of range 0..7"),
-        ("".join(POSITIONS[:1]) + "-1,1,4,4\n" + "".join(POSITIONS[2:]), "row 2: an expert is listed twice"),
+        ("".join(POSITIONS[:1]) + "-1,1,4,4\n" + "".join(POSITIONS[2:]), "row 2: an expert occurs twice in one entry"),
     ],
     ids=lambda value: value[:40] if " " in value else "",
 )
@@ -224,7 +232,7 @@ def line(number, **fields):
         (line(3, selected_ids=3), "line 3: selected_ids is not a list of whole numbers"),
         (line(3, selected_ids=[1]), "line 3: 1 expert ids, but small routes to 2"),
         (line(3, selected_ids=[1, 8]), "line 3: expert id 8 is out of range 0..7"),
-        (line(3, selected_ids=[1, 1]), "line 3: an expert is listed twice"),
+        (line(3, selected_ids=[1, 1]), "line 3: an expert occurs twice in one entry"),
         (line(3, gate_weights=[0.5]), "line 3: 1 gate weights for 2 experts"),
         (line(3, gate_weights=[0.5, float("nan")]), "line 3: gate_weights is not a list of numbers up to 65504"),
         (line(3, gate_weights=[0.5, 1e6]), "line 3: gate_weights is not a list of numbers up to 65504"),
@@ -266,8 +274,8 @@ FLAME = {
     "flame/actives/iter_540/layer_03.parquet: column 'scores' is missing; found indices": lambda folder: rewritten(
         "layer_03.parquet", scores=None
     ),
-    "flame/actives/iter_540/layer_03.parquet: column 'indices' is int64, not lists of int16": lambda folder: rewritten(
-        "layer_03.parquet", indices=[1, 2, 3, 4]
+    "flame/actives/iter_540/layer_03.parquet: column 'indices' must hold lists of int16 (got int64)": lambda folder: (
+        rewritten("layer_03.parquet", indices=[1, 2, 3, 4])
     ),
     "flame/actives/iter_540/layer_03.parquet: row 2: indices holds 1, but small routes to 2": lambda folder: rewritten(
         "layer_03.parquet", indices=[[1, 2], [3, 4], [5], [6, 7]]
@@ -281,7 +289,7 @@ FLAME = {
     "flame/actives/iter_540/layer_03.parquet: row 3: expert id 8 is out of range 0..7": lambda folder: rewritten(
         "layer_03.parquet", indices=[[1, 2], [3, 4], [5, 6], [8, 7]]
     ),
-    "flame/actives/iter_540/layer_03.parquet: row 0: an expert is listed twice": lambda folder: rewritten(
+    "flame/actives/iter_540/layer_03.parquet: row 0: an expert occurs twice in one entry": lambda folder: rewritten(
         "layer_03.parquet", indices=[[1, 1], [3, 4], [5, 6], [6, 7]]
     ),
     "{}/flame/samples: has 3 token ids, but the layers have 4 rows": lambda folder: pq.write_table(
@@ -334,7 +342,7 @@ def test_a_sequence_that_cannot_name_a_file_goes_into_an_npz(desk, capsys):
     assert main(command("vllm", source="set.npz")) == 0
     capsys.readouterr()
     line = failure(capsys, desk, ["export", "vllm", "out", "arrays"])
-    assert line == "out: sequence 'a/b' cannot name an array; export to an .npz, or rename it"
+    assert line == "out: sequence 'a/b' cannot be the name of a file; export to an .npz, or rename it"
     assert main(["export", "vllm", "out", "again.npz"]) == 0
     with np.load("again.npz") as arrays:
         np.testing.assert_array_equal(arrays["a/b"], GOOD)

@@ -127,6 +127,6 @@ def test_a_slot_without_an_expert_is_no_request_and_formats_that_cannot_say_it_r
     assert records["id"].tolist() == [3, size + 1, size + 2, 2 * size, 3, 0, 2 * size + 7, 2 * size + 6]
     assert records["next_access"].tolist() == [4, -1, -1, -1, -1, -1, -1, -1]
     for name in ("vllm", "llama-cpp"):
-        with pytest.raises(UserError, match="'s0' has entries of fewer than 2 experts"):
+        with pytest.raises(UserError, match="'s0' has entries with fewer than 2 experts"):
             FORMATS[name].writer(traces, tmp_path / "out")
         assert not (tmp_path / "out").exists()

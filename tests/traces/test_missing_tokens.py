@@ -151,7 +151,7 @@ def test_missing_tokens_are_cut_with_what_lies_next_to_them(head, tail, dense, d
     assert trace.decode_start == sum(token < 4 for token in kept)
     count = head + tail
     assert (
-        traces.manifest.source == f"routed experts of an engine, q.npy; {count} tokens left out, marked as missing (-1)"
+        traces.manifest.source == f"routed experts of an engine, q.npy; {count} tokens omitted, marked as missing (-1)"
     )
 
 
@@ -164,7 +164,7 @@ def test_cases_of_engines(tmp_path):
         assert (array[kept] >= 0).all()
     traces, (trace,) = imported("vllm", CASES / "vllm" / "empty_seq", tmp_path / "empty", geometry)
     assert (trace.sequence_id, len(trace)) == ("a", 10)
-    assert traces.manifest.source.endswith("; 1 request without recorded tokens passed over")
+    assert traces.manifest.source.endswith("; 1 request without recorded tokens omitted")
 
 
 def test_requests_without_a_recorded_token_are_passed_over_with_their_token_ids(tmp_path):
@@ -179,18 +179,18 @@ def test_requests_without_a_recorded_token_are_passed_over_with_their_token_ids(
     assert (trace.sequence_id, trace.token_ids.tolist()) == ("there", [0, 1, 2, 3, 4])
     assert traces.manifest.author == "dataset"
     assert traces.manifest.source.endswith(
-        "; 4 tokens left out, marked as missing (-1); 2 requests without recorded tokens passed over"
+        "; 4 tokens omitted, marked as missing (-1); 2 requests without recorded tokens omitted"
     )
 
 
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        (np.s_[4], "q.npy: token 4 is marked as missing .-1. between tokens that are not"),
+        (np.s_[4], "q.npy: token 4 is marked as missing .-1. between recorded tokens"),
         (np.s_[4:7], "q.npy: token 4 is marked as missing"),
-        (np.s_[5, 1], "q.npy: token 5 is marked as missing .-1. in layer 2, and not in all its layers"),
-        (np.s_[:, 1], "q.npy: token 0 is marked as missing .-1. in layer 2, and not in all its layers"),
-        (np.s_[0, 2], "q.npy: token 0 is marked as missing .-1. in layer 3, and not in all its layers"),
+        (np.s_[5, 1], "q.npy: token 5 is marked as missing .-1. in layer 2, but not in all layers"),
+        (np.s_[:, 1], "q.npy: token 0 is marked as missing .-1. in layer 2, but not in all layers"),
+        (np.s_[0, 2], "q.npy: token 0 is marked as missing .-1. in layer 3, but not in all layers"),
         (np.s_[9, :, 0], "q.npy: token 9, layer 1: expert id -1 is out of range"),
     ],
 )
@@ -240,7 +240,7 @@ def test_missing_json_lines_are_cut_with_their_gate_weights_and_token_ids(tmp_pa
     np.testing.assert_array_equal(trace.experts, experts[2:6])
     np.testing.assert_array_equal(trace.gate_weights, gates[2:6])
     assert (trace.token_ids.tolist(), trace.decode_start) == ([2, 3, 4, 5], 1)
-    assert traces.manifest.source.endswith("; 3 tokens left out, marked as missing (-1)")
+    assert traces.manifest.source.endswith("; 3 tokens omitted, marked as missing (-1)")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_files_without_rows_are_passed_over_and_counted(form, name, good, empty,
     (folder / f"a{name}").write_text(good)
     traces, found = imported(form, folder, tmp_path / "out")
     assert len(found) == 1
-    assert "; 1 request without recorded tokens passed over" in traces.manifest.source
+    assert "; 1 request without recorded tokens omitted" in traces.manifest.source
 
 
 # Vocabularies
