@@ -158,14 +158,14 @@ def test_a_score_beyond_half_precision_is_named(desk, capsys):
     scores = pa.array([[0.5, 0.5], [0.5, 70000.0], [0.5, 0.5], [0.5, 0.5]], pa.list_(pa.float32()))
     pq.write_table(table.set_column(table.schema.names.index("scores"), "scores", scores), path)
     line = failure(capsys, desk, command("flame-moe", str(folder)))
-    assert line == f"{path}: row 1: scores are stored in half precision, which ends at 65504 (got 70000)"
+    assert line == f"{path}: row 1: scores must be at most 65504, the largest number in half precision (got 70000)"
 
 
 def test_a_file_that_ends_before_its_rows_is_named(desk, monkeypatch, capsys):
     folder = flame_moe(Path(), GOOD, np.full(GOOD.shape, 0.5))
     monkeypatch.setattr("moe_beyond.traces.formats.flame_moe._rows", lambda path: 5)
     line = failure(capsys, desk, command("flame-moe", str(folder)))
-    assert line == f"{folder}/layer_02.parquet: is damaged (it ends before the rows that its footer counts)"
+    assert line == f"{folder}/layer_02.parquet: is damaged (it has fewer rows than its footer counts)"
 
 
 def test_token_ids_of_flame_moe_are_checked_first(desk, capsys):

@@ -59,7 +59,7 @@ def test_the_last_layer_is_that_of_the_last_micro_batch(tmp_path):
         assert trace.experts[0].tolist() == [[4, 15, 1, 3], [15, 1, 11, 8], [5, 2, 10, 6], [13, 14, 6, 4]]
         assert trace.experts[-1].tolist() == [[8, 12, 6, 3], [12, 1, 2, 10], [15, 6, 3, 14], [6, 14, 12, 2]]
         assert trace.decode_start == 1
-        assert "11 tokens of prompts left out" in traces.manifest.source
+        assert "11 prompt tokens omitted" in traces.manifest.source
     first, *others = (trace for _, (trace,) in sets)
     assert all(np.array_equal(other.experts, first.experts) for other in others)
 
@@ -205,7 +205,7 @@ def test_what_is_missing_in_the_middle_is_refused_by_row(place, says, tmp_path):
 
 def test_nothing_recorded_at_all_is_refused(tmp_path):
     np.save(tmp_path / "q.npy", np.full((4, LAYERS, TOP_K), -1))
-    with pytest.raises(UserError, match=r"q\.npy: no request has a recorded token"):
+    with pytest.raises(UserError, match=r"q\.npy: none of its 1 requests has a recorded token"):
         imported("vllm", tmp_path / "q.npy", tmp_path / "out")
 
 

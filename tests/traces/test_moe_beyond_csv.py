@@ -201,6 +201,6 @@ def test_it_agrees_with_the_csv_module(tmp_path):
 
 def test_without_a_tokenizer_nothing_is_started(tmp_path):
     prompt_csv(tmp_path / "csv" / "prompt_1_data.csv", rows_of(["NA"], [[[0, 1]] * 3]))
-    with pytest.raises(UserError, match="small names no tokenizer; give one with --tokenizer"):
+    with pytest.raises(UserError, match="small has no default tokenizer for its tokens; give one"):
         import_moe_beyond_csv(tmp_path / "csv", tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def test_a_llama_cpp_trace_begins_with_the_last_token_of_the_prompt(rows, ubatch
     np.testing.assert_array_equal(trace.experts, experts[9:])  # of those before, the last layer was not computed
     assert trace.decode_start == 1
     assert traces.manifest.author == "mixed"
-    assert "9 tokens of prompts left out, whose last layer was not computed" in traces.manifest.source
+    assert "9 prompt tokens omitted, whose last layer was not computed" in traces.manifest.source
 
 
 @pytest.mark.parametrize("rows", [expert_rows, position_rows])
@@ -200,7 +200,7 @@ def test_position_rows_in_another_order_are_read_right_or_refused(order, prompt,
 def test_a_prompt_that_was_sorted_as_text_is_refused_with_the_reason(tmp_path):
     lines = in_order(position_rows(random_experts(12), 8, 4).splitlines(keepends=True), "text")
     (tmp_path / "run.csv").write_text("".join(lines))
-    with pytest.raises(UserError, match=r"row 1: the prompt .* is not in the order in which it was computed; keep the"):
+    with pytest.raises(UserError, match=r"row 1: the prompt .* is not in the order of computation; keep the"):
         imported("llama-cpp", tmp_path / "run.csv")
 
 

@@ -174,9 +174,7 @@ def _lists(path: Path, name: str, types: list[str], geometry: Geometry) -> Itera
 def _token_ids(path: Path) -> Iterator[npt.NDArray[Any]]:
     for column in _columns(path, "token_id"):
         if str(column.type) not in INTEGERS or column.null_count:
-            raise UserError(
-                f"{path}: column 'token_id' must hold whole numbers (got {column.type} with {column.null_count} nulls)"
-            )
+            raise UserError(f"{path}: column 'token_id' must hold whole numbers, without nulls (got {column.type})")
         yield column.to_numpy(zero_copy_only=False)
 
 

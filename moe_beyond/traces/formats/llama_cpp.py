@@ -88,7 +88,7 @@ def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> R
         sequences = _sequences(path, entries, geometry)
         if len(sequences) > 1 and has_token_ids:
             raise UserError(
-                f"{path}: has {len(sequences)} sequences, but token ids; give each sequence a file, or remove the token ids"
+                f"{path}: has token ids for {len(sequences)} sequences; give each sequence a file, or remove the ids"
             )
         for number, (first, experts, decode_start) in enumerate(sequences):
             length = first + len(experts)
