@@ -101,7 +101,7 @@ class ShardInfo:
         if self.tokens < self.sequences:
             raise UserError(f"{where}has fewer tokens than sequences (got {self.tokens} and {self.sequences})")
         if (self.states_sha256 is None) != (self.states_bytes == 0):
-            raise UserError(f"{where}states_bytes and states_sha256 go together; restore the one that is missing")
+            raise UserError(f"{where}states_bytes and states_sha256 go together; restore the missing field")
 
     @property
     def states_file(self) -> str:
@@ -220,7 +220,7 @@ class Manifest:
         """Build a manifest from the result of `to_json`.
 
         Args:
-            content: Plain dictionary.
+            content: Plain dictionary of a manifest.
             source: Path of the manifest, for error messages.
 
         Raises:

@@ -26,7 +26,7 @@ class Shard:
         sequence_ids: Sequence id of each row.
         sources: Origin of the text of each row.
         offsets: ``(rows + 1,)`` int64, first token of each row, and the end of the last.
-        token_ids: ``(tokens,)`` int32.
+        token_ids: ``(tokens,)`` int32, ids of the tokens.
         experts: ``(tokens, L, K)`` uint8 or int16, as in a `Trace`.
         decode_starts: ``(rows,)`` int32, number of tokens before the decode phase of each row.
         gate_weights: ``(tokens, L, K)`` float16, or None.

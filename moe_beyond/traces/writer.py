@@ -49,7 +49,7 @@ class TraceWriter:
         """Add a trace to a split.
 
         Args:
-            trace: The trace.
+            trace: Trace to write.
             split: Name of the split.
 
         Raises:

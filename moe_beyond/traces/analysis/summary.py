@@ -1,7 +1,7 @@
 """The results of `summarize` and `contrast`: frozen dataclasses, and the JSON of `moe-beyond inspect`.
 
-Numbers are rounded to six decimals. None stands for a value that does not exist, such as the reuse of sequences of a
-single token.
+Numbers are rounded to six decimals. A value that does not exist is None, such as the reuse of sequences of a single
+token.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from moe_beyond.traces.steering import Steering
 
 @dataclass(frozen=True)
 class ReuseDistance:
-    """How soon experts are used again in one layer.
+    """Distances between uses of an expert in one layer.
 
     Attributes:
         percentiles: Percent -> distance in tokens, among the uses that are followed by another use of the expert.
@@ -92,14 +92,14 @@ class LayerSummary:
 
     Attributes:
         layer: Index of the layer in the model.
-        busiest_share: Largest popularity.
+        busiest_share: Popularity of the most popular expert.
         unused_experts: Number of experts without an activation.
         normalized_entropy: Entropy of the popularity divided by its maximum, in [0, 1].
         popularity: ``[E]``, each expert's share of the layer's activations.
         token_to_token_reuse: Share of a token's experts that the token before used.
         jaccard: Mean Jaccard index of neighbouring tokens' expert sets; None if an entry has padding.
         jaccard_by_chance: Expected Jaccard index of independent tokens; None if an entry has padding.
-        reuse_distance: How soon experts are used again.
+        reuse_distance: Distances between uses of an expert.
         next_layer: Dependence of the next MoE layer; None for the last.
         gate_mass: Shares of the gate weights; None if none were recorded.
         phases: Prefill and decode; None if no sequence has both.
@@ -188,7 +188,7 @@ class TraceSummary:
 
 @dataclass(frozen=True)
 class Significance:
-    """How many experts differ by more than chance explains.
+    """Numbers of experts that differ by more than chance explains.
 
     Attributes:
         threshold: Absolute ``z`` that some expert exceeds by chance in one case of twenty (Bonferroni).
@@ -245,7 +245,7 @@ class Contrast:
 
     Attributes:
         other: The other set: its folder as ``traces``, and `moe_beyond.traces.reader.TraceSet.describe`.
-        significant: How many experts differ by more than chance explains.
+        significant: Numbers of experts that differ significantly.
         by_layer: The MoE layers, in the model's order.
     """
 

@@ -10,7 +10,7 @@ def check_no_padding(trace: Trace, traces: TraceSet) -> None:
     """Check that every entry of a sequence has K experts.
 
     Args:
-        trace: The sequence.
+        trace: Sequence to check.
         traces: Trace set of the sequence, for error messages.
 
     Raises:

@@ -116,7 +116,7 @@ def describe_tokenizer(vocabulary: Vocabulary, preset: Preset) -> Tokenizer:
 
     Args:
         vocabulary: The tokenizer's vocabulary.
-        preset: The model.
+        preset: Model that routed.
     """
     tokenizer = vocabulary.describe()
     return replace(tokenizer, vocab_size=max(tokenizer.vocab_size, preset.vocab_size or 0))
@@ -127,7 +127,7 @@ def check_token_ids(token_ids: Mapping[str, npt.NDArray[np.integer[Any]]], token
 
     Args:
         token_ids: File -> token ids.
-        tokenizer: The tokenizer.
+        tokenizer: Tokenizer of the ids.
 
     Raises:
         UserError: An id is too large.

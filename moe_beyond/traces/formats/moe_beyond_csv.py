@@ -221,7 +221,7 @@ def column_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.N
 
     Args:
         path: Path of the file, for error messages.
-        column: The strings.
+        column: Strings, one per row.
         geometry: Shape of the model.
 
     Raises:
