@@ -201,18 +201,18 @@ def read_csv(path: Path, *more: str) -> pa.Table:
 
 
 def _token_ids(path: Path, column: pa.ChunkedArray, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
-    words = column.combine_chunks().dictionary_encode()
-    if isinstance(words, pa.ChunkedArray):
-        words = words.combine_chunks()
+    tokens = column.combine_chunks().dictionary_encode()
+    if isinstance(tokens, pa.ChunkedArray):
+        tokens = tokens.combine_chunks()
     ids = []
-    for index, word in enumerate(words.dictionary.to_pylist()):
-        if word not in vocabulary.ids:
-            row = int(np.flatnonzero(words.indices.to_numpy() == index)[0]) + 2
+    for index, token in enumerate(tokens.dictionary.to_pylist()):
+        if token not in vocabulary.ids:
+            row = int(np.flatnonzero(tokens.indices.to_numpy() == index)[0]) + 2
             raise UserError(
-                f"{path}: row {row}: tokenizer {vocabulary.name!r} has no token {word!r}; give that of the model"
+                f"{path}: row {row}: tokenizer {vocabulary.name!r} has no token {token!r}; give that of the model"
             )
-        ids.append(vocabulary.ids[word])
-    column_ids: npt.NDArray[np.int32] = np.array(ids, np.int32)[words.indices.to_numpy()]
+        ids.append(vocabulary.ids[token])
+    column_ids: npt.NDArray[np.int32] = np.array(ids, np.int32)[tokens.indices.to_numpy()]
     return column_ids
 
 
@@ -235,11 +235,13 @@ def column_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.N
         raise UserError(
             f"{path}: row {row + 2}: must have the {top_k} experts of {geometry.model} (got {lengths[row]})"
         )
-    words = pc.utf8_trim_whitespace(listed.flatten())
-    if len(wrong := np.flatnonzero(~pc.match_substring_regex(words, r"^-?[0-9]{1,9}$").to_numpy(zero_copy_only=False))):
-        row, word = wrong[0] // geometry.top_k, words[int(wrong[0])].as_py()
-        raise UserError(f"{path}: row {row + 2}: an expert id must be a whole number (got {word!r})")
-    ids = pc.cast(words, pa.int32()).to_numpy().reshape(-1, geometry.top_k)
+    numbers = pc.utf8_trim_whitespace(listed.flatten())
+    if len(
+        wrong := np.flatnonzero(~pc.match_substring_regex(numbers, r"^-?[0-9]{1,9}$").to_numpy(zero_copy_only=False))
+    ):
+        row, number = wrong[0] // geometry.top_k, numbers[int(wrong[0])].as_py()
+        raise UserError(f"{path}: row {row + 2}: an expert id must be a whole number (got {number!r})")
+    ids = pc.cast(numbers, pa.int32()).to_numpy().reshape(-1, geometry.top_k)
     return checked_ids(ids, geometry, lambda row: f"{path}: row {row + 2}")
 
 
