@@ -1,4 +1,4 @@
-"""Differences of activation rates, by hand, and told from noise where tokens come in bursts."""
+"""Differences of activation rates, computed by hand, and separated from noise if tokens come in bursts."""
 
 import math
 from dataclasses import replace
@@ -53,7 +53,7 @@ def test_by_hand(tmp_path):
         "z": 0,
         "z_clustered": 0,
     }
-    # Of one sequence there is no telling how far sequences differ.
+    # The spread between sequences is unknown for a single sequence.
     (row,) = contrast_traces(one, other, "train").to_json()["by_layer"]
     assert (row["rate"], row["z_clustered"]) == ([0.75, 0.25, 0], [None] * 3)
 

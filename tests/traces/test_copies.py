@@ -21,7 +21,7 @@ from moe_beyond.traces.writer import open_writer
 
 
 def test_a_chosen_copy_goes_to_training_by_hand():
-    # 1 and 4 were chosen. 1 repeats 0, which is in training; 4 and 5 are alone.
+    # 1 and 4 were chosen. 1 repeats 0, which is in training; 4 and 5 have no copy.
     assert without_copies({1, 4}, dict(enumerate("aabbcd"))) == {4}
     # 2 and 3 are copies of each other, both chosen: no training text is in validation.
     assert without_copies({2, 3}, dict(enumerate("abcc"))) == {2, 3}
@@ -66,7 +66,7 @@ def test_equal_numbers_are_equal_texts_whatever_their_type():
 
 
 def set_with_copies(folder: Path, *, has_token_ids: bool = True) -> TraceSet:
-    """Of training ``a b a``, of validation ``b c``; without token ids, routed so."""
+    """Copies in training ``a b a`` and validation ``b c``, by token ids or by routing."""
     tokenizer = Tokenizer("tests", 32) if has_token_ids else NO_TOKEN_IDS
     texts = {text: tiny_trace(text, 4, np.random.default_rng(seed)) for seed, text in enumerate("abc")}
     with open_writer(folder, Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")) as writer:

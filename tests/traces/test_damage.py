@@ -1,4 +1,4 @@
-"""A trace set is held to what it says: whatever is changed in one, every command names the file and the fault."""
+"""Every command names the file and the fault of a changed trace set."""
 
 import hashlib
 import json
@@ -92,7 +92,7 @@ def same_id_in_two_shards(folder: Path) -> None:
 
 
 def shards(change: Callable[[list], list]) -> Callable[[Path], None]:
-    """Damage of the list of shards in the manifest, all hashes made anew."""
+    """Damage of the list of shards in the manifest, all hashes computed again."""
 
     def damage(folder: Path) -> None:
         edit_manifest(folder, lambda manifest: manifest.update(shards=change(manifest["shards"])))
@@ -101,7 +101,7 @@ def shards(change: Callable[[list], list]) -> Callable[[Path], None]:
 
 
 def plain(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """Damage of the manifest alone, its hashes left as they were."""
+    """Damage of the manifest, with its old hashes."""
     return lambda folder: edit_json(folder / "manifest.json", change)
 
 
@@ -197,7 +197,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
-    """A damaged set, and what is said of it."""
+    """A damaged set, and the expected error."""
     damage, says = DAMAGE[request.param]
     traces = tiny_traces(tmp_path / "traces", sequences=24, longest=12)
     assert len(traces.shards("train")) > 1

@@ -43,7 +43,7 @@ def test_by_hand():
     groups = [(0, 1), (2, 3)] * 500
     bits, dependence = mutual_information(pair_counts(groups, groups[::-1], 4), 2)
     assert bits == dependence == pytest.approx(1 - 2 * 2 / (2 * 1000 * 4 * math.log(2)))
-    # A layer that stays with its experts, or has no others, tells nothing and cannot be told of.
+    # A layer that always uses the same experts has no dependence on another layer.
     stays = [(0, 1)] * 1000
     for first, second in ((groups, stays), (stays, groups), (stays, stays)):
         bits, dependence = mutual_information(pair_counts(first, second, 4), 2)

@@ -54,7 +54,7 @@ def test_arrays_are_what_numpy_loads_and_the_same_set_gives_the_same_bytes(tmp_p
         FORMATS["vllm"].writer(traces, tmp_path / name)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
-        assert sorted(arrays.files) == ["s0", "s0.decode_start"]  # and no token ids, where none were recorded
+        assert sorted(arrays.files) == ["s0", "s0.decode_start"]  # no token ids were recorded
         assert arrays["s0"].dtype == np.int16
         np.testing.assert_array_equal(arrays["s0"], random_experts(40, 0, wide))
 

@@ -1,4 +1,4 @@
-"""Hidden states and routers beside a trace set's shards: written, read, streamed, and damaged."""
+"""Hidden states and routers of a trace set: written, read, streamed and damaged."""
 
 from dataclasses import replace
 

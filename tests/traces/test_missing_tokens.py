@@ -55,7 +55,7 @@ def test_the_last_layer_is_that_of_the_last_micro_batch(tmp_path):
     names = ("one_ubatch", "two_ubatches", "pos_two_ubatches")
     sets = [imported("llama-cpp", CASES / "llama-cpp" / f"{name}.csv", tmp_path / name, geometry) for name in names]
     for traces, (trace,) in sets:
-        assert trace.experts.shape == (5 + 1, 4, 4)  # the prompt's last token, and what was written
+        assert trace.experts.shape == (5 + 1, 4, 4)  # the prompt's last token, and the generated ones
         assert trace.experts[0].tolist() == [[4, 15, 1, 3], [15, 1, 11, 8], [5, 2, 10, 6], [13, 14, 6, 4]]
         assert trace.experts[-1].tolist() == [[8, 12, 6, 3], [12, 1, 2, 10], [15, 6, 3, 14], [6, 14, 12, 2]]
         assert trace.decode_start == 1

@@ -1,4 +1,4 @@
-"""What other tools record becomes the same tokens, layers and experts; what they do not record is not made up."""
+"""Recordings of other tools become the same tokens, layers and experts; nothing is made up."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def words(tmp_path):
 
 
 def imported(form, source, **options):
-    """Import into a folder beside; return the set and its traces."""
+    """Import into a neighbouring folder; return the set and its traces."""
     traces = FORMATS[form].reader(source, source.parent / f"{source.stem}-traces", Preset(SMALL), **options)
     return traces, list(traces.traces())
 
@@ -250,7 +250,7 @@ def test_a_file_of_json_lines_is_a_sequence(tmp_path, words):
     folder.mkdir()
     for n in (10, 2):
         lines = [json.loads(line) for line in json_lines(random_experts(n, n))]
-        later = [json.dumps({**line, "token_idx": line["token_idx"] + 90}) for line in lines]  # decoding alone
+        later = [json.dumps({**line, "token_idx": line["token_idx"] + 90}) for line in lines]  # only the decode phase
         (folder / f"s{n}.jsonl").write_text("\n".join(later))
         np.save(folder / f"s{n}.tokens.npy", np.arange(n))
         np.save(folder / f"s{n}.decode_start.npy", 0)

@@ -1,4 +1,4 @@
-"""The manifest: what it counts, what its fingerprint covers, and what is refused."""
+"""The manifest: its counts, the content of its fingerprint, and its errors."""
 
 import hashlib
 import json

@@ -89,8 +89,8 @@ def test_percentiles_of_distances_by_hand():
 
 def test_jaccard_by_chance_by_hand():
     activations = np.array([[2, 2, 2, 2], [4, 4, 0, 0], [4, 2, 2, 0]])
-    # Of 36 pairs of two out of four, 6 are equal and 24 share one. Two certain experts are always shared. A certain one
-    # and one of two by the toss of a coin: equal half the time, else one of three.
+    # Among 36 pairs of two out of four, 6 are equal and 24 share one. Two certain experts are always shared. A certain
+    # one and one of two by the toss of a coin are equal half the time, otherwise one of three is shared.
     np.testing.assert_allclose(jaccard_by_chance(activations, 2), [(6 + 24 / 3) / 36, 1, (1 + 1 / 3) / 2])
 
 
@@ -160,7 +160,7 @@ def test_summary_by_hand(tmp_path):
     }
     assert (summary["split"], summary["phases"]) == (None, None)
     first, second = summary["by_layer"]
-    # Layer 6 never uses but experts 0 and 1, which says nothing of layer 5.
+    # Layer 6 uses only experts 0 and 1, so it has no information on layer 5.
     assert first.pop("next_layer") == {"mutual_information": 0, "dependence": None}
     assert 0 < first.pop("jaccard_by_chance") < 1
     assert first == {
@@ -217,7 +217,7 @@ def test_slots_without_an_expert_count_for_nothing(tmp_path):
     counts = count_routing(traces)
     assert counts.activations.tolist() == [[2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 3, 3]]
     assert (counts.tokens, counts.all_top_k.tolist()) == (3, [False, False, True])
-    # Of the two that the second token uses, one; none of none.
+    # The second token uses two experts, one of them again; the third has none.
     np.testing.assert_array_equal(reuse(counts.overlaps, counts.non_initial_uses), [0.5, np.nan, 1])
     summary = summarize(traces).to_json()
     assert (summary["token_to_token_reuse"], summary["phases"]["decode_tokens"]) == (0.75, 2)

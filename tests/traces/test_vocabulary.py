@@ -47,7 +47,7 @@ def test_a_file_that_is_no_tokenizer_is_named(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
-# A name with one slash may be a model on the Hub, but these cannot be, and nothing is asked of the network.
+# A name with one slash may be a model on the Hub, but these cannot be, and no network request is made.
 @pytest.mark.parametrize("name", ["nothing", "none.json", "a/b/c", "./nothing", "../nothing", "/nothing", "tok/"])
 def test_a_missing_tokenizer_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
