@@ -202,7 +202,7 @@ def change_manifest(**changes):
         (change_manifest(geometry={}), "manifest.json: "),
         (change_manifest(shards=[{"file": "x"}]), "manifest.json: shard 0: fields are missing or unknown"),
         (change_manifest(shards=[]), "manifest.json"),
-        (change_manifest(geometry={**TINY.to_json(), "top_k": 1}), "manifest.json: fingerprint and shards do not"),
+        (change_manifest(geometry={**TINY.to_json(), "top_k": 1}), "manifest.json: fingerprint and shards disagree"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
