@@ -154,7 +154,7 @@ def test_a_name_that_names_nothing_is_one_line(trace_set, name: str) -> None:
 
 @pytest.mark.parametrize("split", [5, ("train",), b"train", True])
 def test_a_split_of_another_kind_is_one_line(trace_set, split: object) -> None:
-    with pytest.raises(UserError, match=r"^split: is the name of a split \(got "):
+    with pytest.raises(UserError, match=r"^split: must be the name of a split \(got "):
         list(mb.load_traces(trace_set.folder).traces(split))
 
 

@@ -13,7 +13,7 @@ from _helpers.tools import TOOLS, run
 
 import moe_beyond as mb
 from moe_beyond.traces.manifest import Manifest, Tokenizer
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_what_is_read_and_written_is_counted_alike(tmp_path: Path, here) -> None
     """Hits are those of a replay that leaves the beginnings out; of the written, what was written is counted alone."""
     rng = np.random.default_rng(3)
     manifest = Manifest(TINY, Tokenizer("tests", 32), "tiny", 16.0, "model", "tests", "0")
-    with writing(tmp_path / "read", manifest) as read, writing(tmp_path / "written", manifest) as written:
+    with open_writer(tmp_path / "read", manifest) as read, open_writer(tmp_path / "written", manifest) as written:
         for number in range(6):
             trace = tiny_trace(f"s{number}", 24, rng)
             read.write(trace)

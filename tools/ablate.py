@@ -28,7 +28,7 @@ from moe_beyond.files import read_json, write_json
 from moe_beyond.metrics.names import of_lookahead
 from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ASKED = "asked.json"
@@ -98,7 +98,7 @@ def part_of(traces: str, folder: Path, share: float) -> str:
     if not (folder / MANIFEST_FILE).exists():
         source = TraceSet(traces)
         manifest = replace(source.manifest, source=f"{source.manifest.source}, {share:.0%} of its training sequences")
-        with writing(folder, manifest) as writer:
+        with open_writer(folder, manifest) as writer:
             for number, trace in enumerate(source.traces("train")):
                 if int((number + 1) * share) > int(number * share):
                     writer.write(trace, "train")

@@ -24,7 +24,7 @@ from moe_beyond.files import write_json
 from moe_beyond.predictors.io.folder import load_predictor
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import none_id
+from moe_beyond.traces.schema import padding_id
 
 MICRO = 1e6
 
@@ -46,7 +46,7 @@ def main() -> None:
     for number, trace in zip(range(args.sequences + 1), TraceSet(args.traces).traces(), strict=False):
         stepper.reset()
         for token_id, routed in zip(trace.token_ids, trace.experts, strict=True):
-            experts = [chosen[chosen != none_id(chosen.dtype)] for chosen in routed]
+            experts = [chosen[chosen != padding_id(chosen.dtype)] for chosen in routed]
             began = now = time.perf_counter()
             stepper.observe_token(int(token_id))
             best(stepper.scores()[0], top_k)

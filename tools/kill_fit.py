@@ -49,7 +49,7 @@ from moe_beyond.tasks.checkpoint_io import WholeCheckpointIO
 from moe_beyond.tasks.resuming import seed_batch
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 GEOMETRY = Geometry("tiny", (1, 2, 3, 4), num_experts=8, top_k=2, params_per_expert=1000, other_params_per_layer=5000)
 VOCAB = 32
@@ -219,7 +219,7 @@ def write_traces(folder: Path) -> None:
     """Write random traces, of more shards than are mixed."""
     random_numbers = np.random.default_rng(0)
     manifest = Manifest(GEOMETRY, Tokenizer("tools", VOCAB), "tiny", 16.0, "dataset", "tools", "0")
-    with writing(folder, manifest, shard_tokens=64) as writer:
+    with open_writer(folder, manifest, shard_tokens=64) as writer:
         for number in range(24):
             length = int(random_numbers.integers(1, 21))
             experts = np.argsort(random_numbers.random((length, *GEOMETRY.shape()[:2])))[..., : GEOMETRY.top_k]

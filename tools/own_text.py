@@ -45,7 +45,7 @@ from moe_beyond.quickstart import bundled_prompts
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.replay import Replay
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import none_id
+from moe_beyond.traces.schema import padding_id
 from moe_beyond.traces.trace import Trace
 
 SMALL = checkpoints_folder() / "small-moe"
@@ -177,7 +177,7 @@ def repeated(token_ids: npt.NDArray[np.int32], first: int) -> tuple[int, int]:
 def reused(experts: npt.NDArray[np.integer[Any]]) -> tuple[int, int]:
     """Count, over all tokens but the first, the experts that the token before used in the same layer, and all."""
     now, before = experts[1:], experts[:-1]
-    there = now != none_id(now.dtype)
+    there = now != padding_id(now.dtype)
     again = (now[..., :, None] == before[..., None, :]).any(-1) & there
     return int(again.sum()), int(there.sum())
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from moe_beyond.traces.manifest import VOCABULARY_FILE
+from moe_beyond.traces.manifest import TOKENIZER_FILE
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import expert_ids, none_id
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.schema import expert_ids, padding_id
+from moe_beyond.traces.writer import open_writer
 
 
 def permute(source: TraceSet, out: str, entries: float, seed: int) -> TraceSet:
@@ -33,10 +33,10 @@ def permute(source: TraceSet, out: str, entries: float, seed: int) -> TraceSet:
     repeats = math.ceil(entries / (source.manifest.tokens * layers))
     random = np.random.default_rng(seed)
     manifest = replace(source.manifest, source=f"{source.manifest.source}, {repeats} times under permuted expert ids")
-    vocabulary = Path(source.folder) / VOCABULARY_FILE if manifest.tokenizer.sha256 else None
-    with writing(out, manifest, vocabulary=vocabulary) as writer:
+    vocabulary = Path(source.folder) / TOKENIZER_FILE if manifest.tokenizer.sha256 else None
+    with open_writer(out, manifest, vocabulary=vocabulary) as writer:
         for number in track(range(repeats), description="repeating"):
-            permuted = np.stack([np.append(random.permutation(experts), none_id(np.int64)) for _ in range(layers)])
+            permuted = np.stack([np.append(random.permutation(experts), padding_id(np.int64)) for _ in range(layers)])
             for split in source.manifest.splits:
                 for trace in source.traces(split):
                     chosen = permuted[np.arange(layers)[:, None], expert_ids(trace.experts, experts)]

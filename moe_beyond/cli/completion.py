@@ -14,8 +14,7 @@ from moe_beyond.evaluation.systems import SYSTEMS
 from moe_beyond.geometry import PRESETS
 from moe_beyond.pretrained import published_predictors
 from moe_beyond.simulator.devices import DEVICES
-from moe_beyond.traces.exporters import EXPORTERS
-from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import readable_formats, writable_formats
 
 SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
 """What each shell needs before the script."""
@@ -86,8 +85,8 @@ def completion_script(shell: str) -> str:
     }
     known = {verb: LIGHTNING if module == "train" else _options(module) for verb, (module, _) in VERBS.items()}
     arguments = {
-        "import": list(IMPORTERS),
-        "export": list(EXPORTERS),
+        "import": list(readable_formats()),
+        "export": list(writable_formats()),
         "evaluate": predictors,
         "report": predictors,
         "push": predictors,

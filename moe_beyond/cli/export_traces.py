@@ -3,8 +3,7 @@
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import TRACES_HELP, Output, parser
-from moe_beyond.errors import unknown
-from moe_beyond.traces.exporters import EXPORTERS
+from moe_beyond.traces.formats import format_writer, writable_formats
 from moe_beyond.traces.reader import TraceSet
 
 
@@ -12,11 +11,12 @@ def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "export",
-        "Write a trace set for another tool: a stream of requests for libCacheSim (oracleGeneral), arrays as vLLM's "
-        "routed_experts (an .npz, or a folder of .npy), or a profile for llama.cpp (CSV).",
+        "Write a trace set in the format of another tool.",
         "moe-beyond export libcachesim traces/webglm webglm.oracleGeneral",
     )
-    known.add_argument("format", help=f"one of: {', '.join(EXPORTERS)}")
+    formats = writable_formats()
+    known.epilog = "\n".join([str(known.epilog), "", "formats:", *(f"  {n}: {f.summary}" for n, f in formats.items())])
+    known.add_argument("format", help=f"one of: {', '.join(formats)}")
     known.add_argument("traces", metavar="DIR", help=TRACES_HELP)
     known.add_argument("out", metavar="OUT", help="the file or folder to make")
     known.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
@@ -26,10 +26,9 @@ def options() -> ArgumentParser:
 def run(words: list[str]) -> None:
     """Export."""
     args = options().parse_args(words[1:])
-    if args.format not in EXPORTERS:
-        raise unknown("format", args.format, EXPORTERS)
+    write = format_writer(args.format)
     traces = TraceSet(args.traces)
-    EXPORTERS[args.format](traces, args.out, args.split)
+    write(traces, args.out, args.split)
     shards = traces.shards(args.split)
     sequences, tokens = sum(shard.sequences for shard in shards), sum(shard.tokens for shard in shards)
     output = Output(args)

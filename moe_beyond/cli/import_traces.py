@@ -7,10 +7,10 @@ import textwrap
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, parser, progress_bar
-from moe_beyond.errors import UserError, unknown
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import PRESETS, Geometry, load_preset
 from moe_beyond.traces.copies import describe_copies
-from moe_beyond.traces.formats import FORMATS, IMPORTERS
+from moe_beyond.traces.formats import Option, format_reader, readable_formats
 
 
 def options() -> ArgumentParser:
@@ -21,7 +21,7 @@ def options() -> ArgumentParser:
         "moe-beyond import vllm engine --out traces/engine --model deepseek-v2-lite",
     )
     options.epilog = "\n".join([str(options.epilog), "", *describe_formats(), "", *describe_models()])
-    options.add_argument("format", help=f"format of the recording: {', '.join(IMPORTERS)}; described below")
+    options.add_argument("format", help=f"format of the recording: {', '.join(readable_formats())}; described below")
     options.add_argument("source", metavar="SRC", help="recording: a file, or a folder of files")
     options.add_argument("--out", metavar="DIR", required=True, help="trace set to write")
     options.add_argument(
@@ -47,9 +47,10 @@ def options() -> ArgumentParser:
         metavar="SIZE:EVERY",
         help="validation split: one in EVERY blocks of SIZE consecutive sequences; default: none",
     )
-    options.add_argument(
-        "--sequence-tokens", type=int, metavar="N", help="tokens per sequence, for flame-moe only; default: 2048"
-    )
+    for option, names in format_options().values():
+        options.add_argument(
+            option.flag, type=option.type, metavar=option.metavar, help=f"{option.help}; only for {', '.join(names)}"
+        )
     options.add_argument(
         "--predictions",
         metavar="DIR",
@@ -61,10 +62,19 @@ def options() -> ArgumentParser:
     return options
 
 
+def format_options() -> dict[str, tuple[Option, list[str]]]:
+    """Return the options that only some formats have, each with the names of these formats."""
+    options: dict[str, tuple[Option, list[str]]] = {}
+    for name, form in readable_formats().items():
+        for option in form.options:
+            options.setdefault(option.name, (option, []))[1].append(name)
+    return options
+
+
 def describe_formats() -> list[str]:
     """Return the lines of help about the formats."""
     lines = ["formats (K: experts per token and layer; NAME: the file's name without its ending):"]
-    for name, described in FORMATS.items():
+    for name, described in readable_formats().items():
         lines += ["", *(f"  {line}" for line in described.describe(name))]
     return lines
 
@@ -84,26 +94,26 @@ def describe_models() -> list[str]:
 def run(words: list[str]) -> None:
     """Import."""
     args = options().parse_args(words[1:])
-    if args.format not in IMPORTERS:
-        raise unknown("format", args.format, IMPORTERS)
+    read, own_options = format_reader(args.format), format_options()
     if (args.predictions is None) != (args.scores is None):
         raise UserError("--predictions and --scores belong together; give both or neither")
-    for option, only in (("predictions", "moe-beyond-csv"), ("sequence_tokens", "flame-moe")):
-        if args[option] is not None and args.format != only:
-            raise UserError(f"--{option.replace('_', '-')} is for {only} only")
+    only_for = {"predictions": ["moe-beyond-csv"], **{name: names for name, (_, names) in own_options.items()}}
+    for name, names in only_for.items():
+        if args[name] is not None and args.format not in names:
+            raise UserError(f"--{name.replace('_', '-')} is only for {', '.join(names)} (got {args.format}); remove it")
     if args.quantization is not None and not args.quantization > 0:
         raise UserError(f"--quantization {args.quantization:g}: bits per parameter must be more than 0")
-    named = {"quantization_bits": args.quantization, "sequence_tokens": args.sequence_tokens}
+    given = {"quantization_bits": args.quantization, **{name: args[name] for name in own_options}}
     preset = load_preset(args.model)
     with progress_bar(f"importing {args.source}", quiet=args.quiet) as progress:
-        traces = IMPORTERS[args.format](
+        traces = read(
             args.source,
             args.out,
             preset,
             tokenizer=args.tokenizer,
             val_blocks=args.val_blocks,
             progress=progress,
-            **{name: value for name, value in named.items() if value is not None},
+            **{name: value for name, value in given.items() if value is not None},
         )
     if args.scores is not None:
         from moe_beyond.evaluation.released_predictions import import_released_predictions

@@ -8,7 +8,7 @@ from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, 
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 from moe_beyond.report.tables.inspection import inspection_tables
-from moe_beyond.traces.analysis.contrast import check_comparable, contrast, typical_experts
+from moe_beyond.traces.analysis.contrast import check_comparable, contrast_traces, most_different_experts
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.reader import TraceSet
 
@@ -57,17 +57,16 @@ def run(words: list[str]) -> None:
         other.shards(args.split)  # a split that is not there is said before all is counted
     with progress_bar("counting", quiet=output.quiet) as progress:
         summary = summarize(traces, args.split, progress=progress)
-    if other is not None:
-        summary["contrast"] = contrast(traces, other, args.split)
-    if args.steer:
-        write_json(args.steer, typical_experts(summary["contrast"], traces.geometry, args.on, args.off).to_json())
-    output.show(*inspection_tables(summary))
+    difference = None if other is None else contrast_traces(traces, other, args.split)
+    if args.steer and difference is not None:
+        write_json(args.steer, most_different_experts(difference, traces.geometry, args.on, args.off).to_json())
+    output.show(*inspection_tables(summary, difference))
     if args.steer:
         output.show(f"steering: {args.steer}")
     if args.plots:
         from moe_beyond.report.plots.files import write_pictures
         from moe_beyond.report.plots.inspection import inspection_figures
 
-        drawn = inspection_figures(summary)
+        drawn = inspection_figures(summary, difference)
         output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))
-    output.result(summary)
+    output.result(summary.to_json() | ({} if difference is None else {"contrast": difference.to_json()}))

@@ -93,7 +93,7 @@ class ProcessRank:
     """Number of this process among the processes of a collection, as torchrun sets them.
 
     Attributes:
-        number: Rank, from 0 (default: the environment's ``RANK``, otherwise 0).
+        number: ProcessRank, from 0 (default: the environment's ``RANK``, otherwise 0).
         count: Number of processes (default: the environment's ``WORLD_SIZE``, otherwise 1).
     """
 

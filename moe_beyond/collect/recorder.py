@@ -243,7 +243,7 @@ def block_name(model: nn.Module, target: HookTarget) -> str:
 
     Args:
         model: MoE model of transformers.
-        target: Hooked module of the layer.
+        target: HookTarget module of the layer.
     """
     name = target.name.rpartition(".")[0]
     while name and _is_wrapper(model.get_submodule(name)):

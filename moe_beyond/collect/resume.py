@@ -21,12 +21,13 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import is_taken, read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.hidden_states import SUFFIX, concatenate, load_states
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
-from moe_beyond.traces.reader import TraceSet, decode
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import to_table
+from moe_beyond.traces.shard import decode
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 KEY_FILE = "key.json"
 MERGED = "set"
@@ -292,10 +293,12 @@ def merge_parts(
     """
     for leftover in merged.parent.glob(".*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    vocabulary = tokenizer.file or merged.parent / f".{VOCABULARY_FILE}"
+    vocabulary = tokenizer.file or merged.parent / f".{TOKENIZER_FILE}"
     if tokenizer.file is None:
         vocabulary.write_bytes(tokenizer.content)
-    with writing(merged, manifest, vocabulary=vocabulary, routers=routers, shard_tokens=config.shard_tokens) as writer:
+    with open_writer(
+        merged, manifest, vocabulary=vocabulary, routers=routers, shard_tokens=config.shard_tokens
+    ) as writer:
         for path, batch in zip(paths, batches, strict=True):
             for trace, (prompt, _) in zip(_read_part(path, batch, manifest), batch, strict=True):
                 try:

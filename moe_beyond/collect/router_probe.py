@@ -257,7 +257,7 @@ class MoEBlock:
     Attributes:
         name: Name of the module in the model.
         module: Module whose forward routes.
-        target: Hooked module that shows the choice.
+        target: HookTarget module that shows the choice.
     """
 
     name: str
@@ -270,7 +270,7 @@ class MoEBlock:
 
         Args:
             model: MoE model of transformers.
-            target: Hooked module of the layer.
+            target: HookTarget module of the layer.
         """
         name = block_name(model, target)
         return cls(name, model.get_submodule(name), target)

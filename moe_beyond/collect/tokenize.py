@@ -10,8 +10,7 @@ from moe_beyond.collect.config import CollectConfig, TokenizedPrompt
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief, shown
-from moe_beyond.traces.copies import without_copies
-from moe_beyond.traces.splits import parse_blocks, validation_numbers
+from moe_beyond.traces.splits import parse_blocks, validation_numbers, without_copies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

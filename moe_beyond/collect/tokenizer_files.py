@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_beyond.collect.devices import embedding_rows
 from moe_beyond.errors import UserError
-from moe_beyond.traces.manifest import VOCABULARY_FILE
+from moe_beyond.traces.manifest import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def recorded_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            f"{tokenizer.name_or_path or type(tokenizer).__name__}: has no {VOCABULARY_FILE} and cannot be serialised "
+            f"{tokenizer.name_or_path or type(tokenizer).__name__}: has no {TOKENIZER_FILE} and cannot be serialised "
             "as one; give a tokenizer of the tokenizers library (AutoTokenizer loads it)"
         )
     return RecordedTokenizer(backend.to_str(pretty=True).encode(), None, size)
@@ -68,14 +68,14 @@ def _files(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> li
     if not name:
         return []
     if Path(name).is_dir():
-        return [file for file in [Path(name) / VOCABULARY_FILE] if file.is_file()]
+        return [file for file in [Path(name) / TOKENIZER_FILE] if file.is_file()]
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     files = []
     for revision in (getattr(model.config, "_commit_hash", None), "main"):
         try:
-            file = try_to_load_from_cache(name, VOCABULARY_FILE, revision=revision)
+            file = try_to_load_from_cache(name, TOKENIZER_FILE, revision=revision)
         except HFValidationError:  # the name is no repository
             return []
         if revision is not None and isinstance(file, str):

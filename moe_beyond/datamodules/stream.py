@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 from moe_beyond.datamodules.batch_plan import Piece, PlanSettings, plan_batches
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.traces.manifest import ShardInfo
-from moe_beyond.traces.reader import Shard, TraceSet
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.shard import Shard
 from moe_beyond.traces.trace import Trace
 
 

@@ -15,12 +15,12 @@ from moe_beyond.hub.predictors import LIBRARY, PICTURE_FILE, predictor_files
 from moe_beyond.hub.traces import trace_files
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.pretrained import CONFIG_FILE
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from moe_beyond.version import __version__
 
 REPLACED: dict[Kind, tuple[str, ...]] = {
     "model": (PICTURE_FILE,),
-    "dataset": ("*.parquet", "*.safetensors", VOCABULARY_FILE),
+    "dataset": ("*.parquet", "*.safetensors", TOKENIZER_FILE),
 }
 """What an earlier push may have left in a repository and a new one need not have: it goes."""
 

@@ -1,4 +1,4 @@
-"""What is published of a trace set: shards, manifest, tokenizer and card."""
+"""The upload of a trace set: shards, manifest, tokenizer and card."""
 
 import re
 from pathlib import Path
@@ -9,35 +9,37 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import file_in
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.pretrained import CARD_FILE
-from moe_beyond.traces.card import author, configs, traces_card
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
+from moe_beyond.traces.card import configs, language_creators, traces_card
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import ROUTERS_FILE
 
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
-"""What `datasets` takes for the name of a split."""
+"""Split names that `datasets` accepts."""
 SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
-"""The Hub's words for how many rows there are, by the number that is not reached."""
+"""Smallest number of rows that is too large -> size category of the Hub."""
 
 
 def trace_files(folder: Path, repository: str) -> dict[str, Path | bytes]:
-    """Gather what is published of a trace set, once every shard was found whole.
+    """Return the files to upload, after a check of every shard.
 
     Args:
-        folder: The trace set's.
-        repository: Where it goes: ``ORG/REPO``.
+        folder: Folder of the trace set.
+        repository: Target repository, ``ORG/REPO``.
 
     Returns:
-        The files by their names: where they lie, or what they hold.
+        File name -> path, or content of the file.
 
     Raises:
-        UserError: A shard is damaged, a split has a name that `datasets` does not take, or the local card's metadata
+        UserError: A shard is damaged, `datasets` does not accept the name of a split, or the metadata of the local card
             cannot be read.
     """
     traces = TraceSet(str(folder))
     for split in traces.manifest.splits:
         if not SPLIT_NAME.fullmatch(split):
-            raise UserError(f"{folder}: split {split!r}: `datasets` takes letters, digits, _ and . between; rename it")
+            raise UserError(
+                f"{folder}: `datasets` accepts only letters, digits, _ and inner . (got split {split!r}); rename it"
+            )
     states = traces.manifest.hidden_size is not None
     for shard in traces.manifest.shards:
         traces.read(shard, hidden_states=states)
@@ -50,37 +52,37 @@ def trace_files(folder: Path, repository: str) -> dict[str, Path | bytes]:
         files[ROUTERS_FILE] = folder / ROUTERS_FILE
     files[MANIFEST_FILE] = folder / MANIFEST_FILE
     if traces.token_strings is not None:
-        files[VOCABULARY_FILE] = folder / VOCABULARY_FILE
+        files[TOKENIZER_FILE] = folder / TOKENIZER_FILE
     return files | {CARD_FILE: hub_traces_card(text, traces.manifest, repository, source=str(path)).encode()}
 
 
 def hub_traces_card(text: str, manifest: Manifest, repository: str, *, source: str) -> str:
-    """Write the card that the Hub shows.
+    """Return the card for the Hub.
 
     Args:
-        text: The local card, whose prose is kept.
-        manifest: The trace set's.
-        repository: Where it goes.
-        source: The local card's file, for error messages.
+        text: Content of the local card, whose prose is kept.
+        manifest: Manifest of the trace set.
+        repository: Target repository, ``ORG/REPO``.
+        source: Path of the local card, for error messages.
 
     Raises:
-        UserError: The local card's metadata cannot be read.
+        UserError: The metadata of the local card cannot be read.
     """
-    shown = read_card(DatasetCard, text, source)
-    data, sequences = shown.data, sum(shard.sequences for shard in manifest.shards)
-    add_tags(shown, "expert-routing", "traces")
+    card = read_card(DatasetCard, text, source)
+    data, sequences = card.data, sum(shard.sequences for shard in manifest.shards)
+    add_tags(card, "expert-routing", "traces")
     data["pretty_name"] = data.get("pretty_name") or f"Routing of {manifest.model_id} on {manifest.source}"
-    data["language_creators"] = author(manifest)[1]
-    data["size_categories"] = next((words for limit, words in SIZES.items() if sequences < limit), "n>10M")
+    data["language_creators"] = language_creators(manifest.author)
+    data["size_categories"] = next((size for limit, size in SIZES.items() if sequences < limit), "n>10M")
     data["configs"] = configs(manifest)
-    add_usage(shown, _usage(manifest, repository))
-    return str(shown)
+    add_usage(card, _usage(manifest, repository))
+    return str(card)
 
 
 def _usage(manifest: Manifest, repository: str) -> str:
     geometry = manifest.geometry
     return f"""
-## From the Hub
+## Usage
 
 ```python
 import numpy as np
@@ -90,7 +92,7 @@ rows = load_dataset("{repository}", split="{manifest.splits[0]}")
 experts = np.array(rows[0]["experts"]).reshape(-1, {geometry.num_layers}, {geometry.top_k})  # tokens, layers, ids
 ```
 
-On the command line it is a trace set like any other:
+The command line reads it like any other trace set:
 
 ```sh
 moe-beyond inspect hf:{repository}

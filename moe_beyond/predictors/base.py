@@ -21,7 +21,7 @@ from moe_beyond.predictors.objectives import subset_shift
 from moe_beyond.predictors.stepping.activation import LINKS, link_now
 from moe_beyond.pretrained import find_pretrained
 from moe_beyond.traces.router_weights import Routers
-from moe_beyond.traces.schema import none_id
+from moe_beyond.traces.schema import padding_id
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Stepper(ABC):
         for token_id, by_layer in zip(ids.tolist(), routed, strict=True):
             self.observe_token(token_id)
             for layer, chosen in enumerate(by_layer):
-                self.observe_layer(layer, chosen[chosen != none_id(chosen.dtype)])
+                self.observe_layer(layer, chosen[chosen != padding_id(chosen.dtype)])
 
     def _checked_token(self, token_id: int) -> int:
         try:

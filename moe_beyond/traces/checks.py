@@ -1,4 +1,4 @@
-"""Checks of the sequences of a trace set, made when they are written and whenever they are read."""
+"""Checks of sequences, made when a trace set is written and whenever it is read."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.schema import first_wrong_entry
+from moe_beyond.traces.schema import first_invalid_entry
 
 INFINITE_BITS, NEGATIVE_ZERO_BITS = 0x7C00, 0x8000
-"""Bit patterns of float16: infinity, below which are the finite numbers from 0 up, and 0 with a minus sign."""
+"""Bit patterns of float16: infinity, which follows all finite numbers from 0 up, and minus 0."""
 
 
 def first_fault(
@@ -21,19 +21,19 @@ def first_fault(
     experts: npt.NDArray[np.integer[Any]] | None = None,
     gate_weights: npt.NDArray[np.float16] | None = None,
 ) -> tuple[int, str] | None:
-    """Find the first fault of some sequences, whose arrays have the right shapes.
+    """Find the first invalid sequence.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: One more than the largest token id.
-        offsets: ``(rows + 1,)`` int64, the token at which each sequence begins, and the end of the last.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids, all of which are smaller.
+        offsets: ``(rows + 1,)`` int64, first token of each sequence, and the end of the last.
         token_ids: ``(tokens,)``, ids of all tokens.
-        decode_starts: ``(rows,)``, the first token that the model wrote in each sequence.
-        experts: ``(tokens, L, K)``, expert ids; None where they were not read.
-        gate_weights: ``(tokens, L, K)`` float16; None where there are none.
+        decode_starts: ``(rows,)``, number of tokens before the decode phase of each sequence.
+        experts: ``(tokens, L, K)``, expert ids (default: they are not checked).
+        gate_weights: ``(tokens, L, K)`` float16 (default: they are not checked).
 
     Returns:
-        The row of the sequence, and what is wrong with it; None if nothing is.
+        Row of the sequence and a description of the fault; None if all sequences are valid.
     """
     lengths = np.diff(offsets)
     if (empty := lengths < 1).any():
@@ -45,9 +45,9 @@ def first_fault(
         token = int(((token_ids < 0) | (token_ids >= vocab_size)).argmax())
         return _row(offsets, token), f"token id {token_ids[token]} is out of range 0..{vocab_size - 1}"
     if experts is not None:
-        wrong = first_wrong_entry(experts.reshape(-1, geometry.top_k), geometry.num_experts)
-        if wrong is not None:
-            return _row(offsets, wrong[0] // geometry.num_layers), wrong[1]
+        invalid = first_invalid_entry(experts.reshape(-1, geometry.top_k), geometry.num_experts)
+        if invalid is not None:
+            return _row(offsets, invalid[0] // geometry.num_layers), invalid[1]
     if gate_weights is not None:
         bits = gate_weights.reshape(len(token_ids), -1).view(np.uint16)
         if bits.max(initial=0) >= INFINITE_BITS:

@@ -1,58 +1,33 @@
-"""Exact copies: sequences of equal token ids or, where none were recorded, of equal routing."""
+"""Exact copies: sequences with equal token ids or, in sets without token ids, with equal routing."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.errors import UserError
-
 
 def text_digest(content: npt.NDArray[np.integer[Any]], size: int = 16) -> bytes:
-    """Return the hash that sequences are compared by: equal for exact copies.
+    """Return a hash that is equal for exact copies.
 
     Args:
-        content: A sequence's token ids ``(T,)``; where none were recorded, its experts ``(T, L, K)``.
-        size: Bytes of the hash.
+        content: Token ids ``(T,)`` of a sequence, or its experts ``(T, L, K)`` if it has no token ids.
+        size: Size of the hash in bytes.
     """
     return hashlib.blake2b(np.ascontiguousarray(content, "<i4").tobytes(), digest_size=size).digest()
-
-
-def without_copies(held_out: Collection[int], texts: Mapping[int, Hashable]) -> set[int]:
-    """Leave out of a validation split what training holds too.
-
-    A sequence chosen for validation whose text also is in training goes to training. Nothing moves the other way, and
-    copies that are all in validation stay there.
-
-    Args:
-        held_out: Numbers of the sequences chosen for validation.
-        texts: Number -> text, of all sequences; equal for copies.
-
-    Returns:
-        Those of ``held_out`` that stay in validation.
-
-    Raises:
-        UserError: None stays.
-    """
-    training = {text for number, text in texts.items() if number not in held_out}
-    kept = {number for number in held_out if texts[number] not in training}
-    if held_out and not kept:
-        raise UserError("--val-blocks: every sequence chosen for validation is a copy of one in training")
-    return kept
 
 
 def count_copies(texts: Mapping[str, Collection[bytes]]) -> dict[str, dict[str, int]]:
     """Count exact copies.
 
     Args:
-        texts: Split -> the digest of every sequence.
+        texts: Split -> the hash of every sequence, from `text_digest`.
 
     Returns:
-        Split -> ``within``, how many of its sequences repeat an earlier one of the split, and ``of_other_splits``, how
-        many have a text that another split holds too.
+        Split -> ``within``, the number of sequences that repeat an earlier one of the split, and ``of_other_splits``,
+        the number of sequences that are also in another split.
     """
     holders = Counter(text for texts_of_split in texts.values() for text in set(texts_of_split))
     return {
@@ -65,7 +40,7 @@ def count_copies(texts: Mapping[str, Collection[bytes]]) -> dict[str, dict[str, 
 
 
 def describe_copies(copies: Mapping[str, Mapping[str, int]]) -> str:
-    """Write the counts of `count_copies` in words.
+    """Describe the counts of `count_copies`.
 
     Example:
         >>> describe_copies({"train": {"within": 4, "of_other_splits": 0}})

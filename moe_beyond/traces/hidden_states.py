@@ -1,7 +1,7 @@
-"""Hidden states of a trace set: what a model computed on the way to each entry, in safetensors beside the entries.
+"""Hidden states of a trace set, stored in safetensors files next to the shards.
 
-A shard's lie in a file of their own, float16, a row a token: they are some hundred times as large as the entries, and
-most readers do without.
+Each shard has one such file, in float16 with one row per token. Hidden states take about a hundred times the memory of
+the entries, and most readers do not need them.
 """
 
 from collections.abc import Sequence
@@ -17,69 +17,77 @@ from moe_beyond.errors import UserError
 from moe_beyond.fields import printable
 
 SUFFIX = ".states.safetensors"
-"""Of the file beside a shard, in place of ``.parquet``."""
+"""End of the file's name, in place of a shard's ``.parquet``."""
 SHARD_BYTES = 2**27
-"""A shard with hidden states is closed once they take so much: it is in memory as a whole when it is read."""
+"""Bytes of hidden states at which a shard is closed; reading loads a whole shard into memory."""
 
 States = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """States of T tokens at L layers.
+    """Hidden states of T tokens at L layers.
 
     Attributes:
-        router_inputs: ``(T, L, D)`` float16, what the layer's router read: known when the layer is routed.
-        layer_inputs: ``(T, L, D)`` float16, the residual stream before the layer's attention: known when the layer
-            before it is computed.
+        router_inputs: ``(T, L, D)`` float16, input of the layer's router; available when the layer is routed.
+        layer_inputs: ``(T, L, D)`` float16, the residual stream before the layer's attention; available when the
+            previous layer is computed.
     """
 
     router_inputs: States
     layer_inputs: States
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.router_inputs)
 
     def __getitem__(self, part: slice) -> "HiddenStates":
-        """Return some tokens' states, as views."""
+        """Return the states of a range of tokens, as views."""
         return HiddenStates(self.router_inputs[part], self.layer_inputs[part])
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take."""
+        """Size of both arrays in bytes."""
         return self.router_inputs.nbytes + self.layer_inputs.nbytes
 
     def save(self, path: str | Path) -> None:
-        """Write them as safetensors."""
+        """Write both arrays as safetensors.
+
+        Args:
+            path: Path of the file.
+        """
         arrays = {"router_inputs": self.router_inputs, "layer_inputs": self.layer_inputs}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def concatenate(parts: Sequence[HiddenStates]) -> HiddenStates:
-    """Put states of tokens one after the other."""
+    """Concatenate hidden states along the tokens.
+
+    Args:
+        parts: Hidden states of consecutive tokens.
+    """
     return HiddenStates(
         np.concatenate([part.router_inputs for part in parts]), np.concatenate([part.layer_inputs for part in parts])
     )
 
 
 def load_states(content: bytes, shape: tuple[int, int, int], source: str) -> HiddenStates:
-    """Read what `HiddenStates.save` wrote.
+    """Read a file of `HiddenStates.save`.
 
     Args:
-        content: The file.
-        shape: ``(T, L, D)`` that it must have.
-        source: Where it came from, for error messages.
+        content: Content of the file.
+        shape: Expected shape ``(T, L, D)``.
+        source: Path of the file, for error messages.
 
     Raises:
-        UserError: It is no such file.
+        UserError: The content is not such a file.
     """
     try:
         arrays = load(content)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # the latter of types that numpy lacks
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # TypeError: a type that numpy lacks
         raise UserError(f"{source}: is not a safetensors file that numpy reads ({printable(str(error))})") from error
-    found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-    if found != dict.fromkeys(("router_inputs", "layer_inputs"), ("float16", shape)):
-        names = printable(str(found))
-        raise UserError(f"{source}: holds {names}, not router_inputs and layer_inputs of {shape} float16")
+    arrays_found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    if arrays_found != dict.fromkeys(("router_inputs", "layer_inputs"), ("float16", shape)):
+        content_found = printable(str(arrays_found))
+        raise UserError(f"{source}: must hold router_inputs and layer_inputs, float16 {shape} (got {content_found})")
     return HiddenStates(arrays["router_inputs"], arrays["layer_inputs"])

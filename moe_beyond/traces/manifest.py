@@ -1,4 +1,4 @@
-"""The manifest of a trace set: what its shards hold, and their hashes."""
+"""The manifest of a trace set: model, tokenizer, splits, counts and hashes."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from moe_beyond.traces.hidden_states import SUFFIX
 from moe_beyond.traces.steering import Steering
 
 MANIFEST_FILE = "manifest.json"
-VOCABULARY_FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 
 COUNT = whole(1, 2**48)
@@ -42,17 +42,17 @@ MANIFEST_FIELDS = {
     "hidden_size": optional(whole(1, 2**24)),
     "routers_sha256": optional(SHA256),
 }
-"""Kinds of the fields of the classes below."""
+"""Kinds of the fields of the classes below, by class."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Which tokenizer the token ids belong to.
+    """The tokenizer of the token ids.
 
     Attributes:
-        name: What it is called, or where it was loaded from.
-        vocab_size: One more than the largest id it can produce.
-        sha256: Hash of its ``tokenizer.json``, a copy of which lies in the trace set; None where there is none.
+        name: Name of the tokenizer, or the path from which it was loaded.
+        vocab_size: Number of token ids, all of which are smaller.
+        sha256: Hash of the ``tokenizer.json`` that the trace set contains; None if it contains none.
     """
 
     name: str
@@ -65,16 +65,22 @@ class Tokenizer:
 
 
 NO_TOKEN_IDS = Tokenizer("none", 1)
-"""Of trace sets whose recording tells no token ids: all are 0, and nothing that reads token ids is fitted on them."""
+"""Tokenizer of a trace set without token ids: all ids are 0, and predictors that read token ids cannot be fitted."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One Parquet file of a trace set: name in the folder, split, counts, size in bytes and hash.
+    """One Parquet file of a trace set.
 
     Attributes:
-        states_bytes: Size of the file of hidden states beside it; 0 where there is none.
-        states_sha256: Its hash.
+        file: Name of the file in the folder.
+        split: Name of the split.
+        sequences: Number of sequences.
+        tokens: Number of tokens.
+        bytes: Size of the file in bytes.
+        sha256: Hash of the file.
+        states_bytes: Size in bytes of the shard's file of hidden states; 0 if there is none.
+        states_sha256: Hash of the file of hidden states; None if there is none.
     """
 
     file: str
@@ -93,9 +99,9 @@ class ShardInfo:
         if not self.file.endswith(".parquet"):
             raise UserError(f"{where}the name does not end with .parquet")
         if self.tokens < self.sequences:
-            raise UserError(f"{where}{self.tokens} tokens are fewer than its {self.sequences} sequences")
+            raise UserError(f"{where}has fewer tokens than sequences (got {self.tokens} and {self.sequences})")
         if (self.states_sha256 is None) != (self.states_bytes == 0):
-            raise UserError(f"{where}states_bytes and states_sha256 belong together")
+            raise UserError(f"{where}states_bytes and states_sha256 go together; restore the missing field")
 
     @property
     def states_file(self) -> str:
@@ -105,24 +111,24 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a trace set but its entries.
+    """Description of a trace set.
 
     Attributes:
-        geometry: The model's shape.
-        tokenizer: The tokenizer of the token ids.
-        model_id: Checkpoint that routed, as its publisher names it.
-        revision: Revision of that checkpoint, if known.
-        generation: How the model wrote what it wrote: at most how many ``tokens`` after each prompt, at which
-            ``temperature`` (0: the most probable), drawn by which ``seed``; None where it wrote nothing.
-        hidden_size: Width of the hidden states; None where none were recorded.
-        routers_sha256: Hash of the file of the model's routers, if there is one.
-        quantization_bits: Bits per parameter the model ran with.
-        author: Who wrote the text: ``"dataset"`` (read by the model), ``"model"`` (written by it), ``"mixed"``, or
-            ``"unknown"`` where the recording does not tell.
-        source: Where the prompts came from.
+        geometry: Shape of the model.
+        tokenizer: Tokenizer of the token ids.
+        model_id: Name of the recorded checkpoint, as its publisher writes it.
+        revision: Revision of that checkpoint, or None if it is unknown.
+        generation: Settings of text generation: largest number of ``tokens`` after each prompt, ``temperature`` (0: the
+            most probable token) and ``seed``; None if the model generated nothing.
+        hidden_size: Width of the hidden states; None if they were not recorded.
+        routers_sha256: Hash of the file of router weights; None if there is none.
+        quantization_bits: Bits per parameter with which the model ran.
+        author: Author of the text: ``"dataset"`` (the model read it), ``"model"`` (the model generated it),
+            ``"mixed"``, or ``"unknown"``.
+        source: Origin of the prompts.
         tool_version: Version of this package that wrote the set.
         shards: The shards, split by split.
-        steering: Which experts were forced while it was recorded; None where the model was let be.
+        steering: Experts that were forced on or off during the recording; None if none were.
     """
 
     geometry: Geometry
@@ -143,7 +149,7 @@ class Manifest:
         """Check the fields.
 
         Raises:
-            UserError: One is of a wrong type or out of bounds, or shards are doubled or do not agree with each other.
+            UserError: A field has a wrong type or value, a shard occurs twice, or shards disagree.
         """
         check_kinds({"model": TEXT}, vars(self.geometry), "geometry: ")
         check_kinds(MANIFEST_FIELDS, vars(self))
@@ -151,11 +157,11 @@ class Manifest:
             _check_generation(self.generation)
         for name in ("file", "sha256"):
             if (twice := _first_twice(getattr(shard, name) for shard in self.shards)) is not None:
-                raise UserError(f"two shards have the {name} {twice}; a shard is listed twice")
+                raise UserError(f"two shards have the {name} {twice}; list every shard once")
         for shard in self.shards:
             if (shard.states_sha256 is None) != (self.hidden_size is None):
                 with_or_without = "without" if self.hidden_size is None else "with"
-                raise UserError(f"shard {shard.file}: the set is one {with_or_without} hidden states")
+                raise UserError(f"shard {shard.file}: all shards of this set must be {with_or_without} hidden states")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -164,17 +170,17 @@ class Manifest:
 
     @property
     def has_token_ids(self) -> bool:
-        """Whether the token ids were recorded."""
+        """Whether the set has token ids."""
         return self.tokenizer != NO_TOKEN_IDS
 
     @property
     def tokens(self) -> int:
-        """Tokens over all splits."""
+        """Number of tokens in all splits."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the geometry, the tokenizer and every shard's split and hash: sets of equal content have equal ones.
+        """Hash of the geometry, the tokenizer, and the split and hash of every shard; equal for equal content.
 
         The other fields, such as counts and names, are covered by the hash that `to_json` adds.
         """
@@ -211,15 +217,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], *, source: str = MANIFEST_FILE) -> "Manifest":
-        """Build a manifest from what `to_json` returned.
+        """Build a manifest from the result of `to_json`.
 
         Args:
-            content: The dictionary.
-            source: Where it came from, for error messages.
+            content: Plain dictionary of a manifest.
+            source: Path of the manifest, for error messages.
 
         Raises:
-            UserError: It is not a manifest of this format version, a field is wrong, or the shards are not those whose
-                fingerprint and counts it holds.
+            UserError: The format version or a field is wrong, or the shards differ from the fingerprint and the counts.
         """
         if not isinstance(content, Mapping):
             raise UserError(f"{source}: is not a manifest; not a trace set?")
@@ -227,21 +232,21 @@ class Manifest:
         if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(f"{source}: format version {shown(version)}, not {FORMAT_VERSION}; not a trace set?")
         if not content.get("shards"):
-            raise UserError(f"{source}: names no shards; the trace set is empty")
+            raise UserError(f"{source}: lists no shards, so the trace set is empty; write it again")
         derived = ("format_version", "splits", "fingerprint", SEAL)
         geometry = Geometry.from_json(content.get("geometry", {}), source=source)
         try:
             manifest = _manifest({name: value for name, value in content.items() if name not in derived}, geometry)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
-        for name, found in (("splits", manifest.counts()), ("fingerprint", manifest.fingerprint)):
-            if content.get(name) != found:
+        for name, expected in (("splits", manifest.counts()), ("fingerprint", manifest.fingerprint)):
+            if content.get(name) != expected:
                 raise UserError(
-                    f"{source}: {name} and shards do not agree: a shard was left out, moved to another split or "
-                    "changed; restore the file, or write the set again"
+                    f"{source}: {name} and shards disagree, because a shard was removed, changed or moved to another "
+                    "split; restore the file, or write the set again"
                 )
-        if SEAL in content:  # sets of the first version have none
-            check_seal(content, source, "restore the file; after an edit of your own, remove that field")
+        if SEAL in content:  # absent from sets of the first version
+            check_seal(content, source, "restore the file; if you edited it, remove that field")
         return manifest
 
 

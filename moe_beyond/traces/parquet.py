@@ -1,4 +1,4 @@
-"""Opening a shard's Parquet file: its footer is compared with the manifest before anything is decoded."""
+"""Reading the Parquet file of a shard, whose footer is compared with the manifest before anything is decoded."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,8 +9,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema, experts_dtype
 
 BOMB_BYTES, BOMB_RATIO = 2**28, 100
-"""A file that decodes into more than so many bytes, and into so many times its size, is not decoded: routing that a
-model made compresses a few times at most."""
+"""A file is refused if it would decode into more bytes than the first and into the second times its size. Recorded
+routing compresses only a few times."""
 
 
 def read_columns(
@@ -19,21 +19,21 @@ def read_columns(
     """Read some columns of a shard.
 
     Args:
-        content: The file.
-        columns: Columns to read; ``gate_weights`` may be absent.
-        geometry: The model's shape.
+        content: Content of the file.
+        columns: Names of the columns to read; ``gate_weights`` may be absent.
+        geometry: Shape of the model.
         sequences: Number of rows in the manifest.
         tokens: Number of tokens in the manifest.
-        source: Path or name of the origin, for error messages.
+        source: Path of the file, for error messages.
 
     Raises:
-        UserError: It is no Parquet file, lacks a column, holds other counts, or would take the memory.
+        UserError: The file is not Parquet, lacks a column, differs from the manifest, or would exhaust the memory.
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         _check_footer(file, len(content), geometry, sequences, tokens, source)
         names = [name for name in columns if name in file.schema_arrow.names or name != "gate_weights"]
-        # A group at a time: a column as a whole, with the levels of its lists, takes several times the memory.
+        # Group by group: a whole column, with the levels of its lists, takes several times the memory.
         table = pa.Table.from_batches(list(file.iter_batches(ROWS_PER_GROUP, columns=names)))
         table.validate()
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
@@ -44,11 +44,11 @@ def read_columns(
 def _check_footer(
     file: pq.ParquetFile, size: int, geometry: Geometry, sequences: int, tokens: int, source: str
 ) -> None:
-    """Compare the footer's counts with the manifest's, and what the file decodes into with its size."""
+    """Compare the footer's counts with the manifest, and the decoded size with the size of the file."""
     names, metadata = file.schema_arrow.names, file.metadata
     check_schema(file.schema_arrow, geometry, source)
     if metadata.num_rows != sequences:
-        raise UserError(f"{source}: holds {metadata.num_rows} sequences, but the manifest says {sequences}")
+        raise UserError(f"{source}: holds {metadata.num_rows} sequences, but the manifest lists {sequences}")
     leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     values = {
@@ -60,22 +60,31 @@ def _check_footer(
     decoded = sum(width * values.get(name, 0) for name, width in widths.items())
     decoded += sum(group.column(index).total_uncompressed_size for group in groups for index in range(len(leaves)))
     if decoded > max(BOMB_BYTES, BOMB_RATIO * size):
-        raise UserError(f"{source}: {size:,} bytes would decode into {decoded:,}; no recorded routing is so regular")
+        raise UserError(
+            f"{source}: {size:,} bytes would decode into {decoded:,}; recorded routing never compresses so far"
+        )
     for name, expected in (("token_ids", tokens), ("experts", entries), ("gate_weights", entries)):
-        if name in names and not expected <= values[name] <= expected + sequences:  # an empty list counts as a value
+        if (
+            name in names and not expected <= values[name] <= expected + sequences
+        ):  # Parquet counts an empty list as a value
             raise UserError(
-                f"{source}: column {name!r} holds {values[name]} values, not the {expected} of {tokens} tokens"
+                f"{source}: column {name!r} must hold {expected} values for {tokens} tokens (got {values[name]})"
             )
 
 
 def check_schema(schema: pa.Schema, geometry: Geometry, source: str) -> None:
-    """See that a shard has every column once and of its type.
+    """Check that a shard has every column once and with the right type.
+
+    Args:
+        schema: Schema of the shard.
+        geometry: Shape of the model.
+        source: Path of the shard, for error messages.
 
     Raises:
-        UserError: It does not.
+        UserError: A column is missing, doubled or of another type.
     """
     for field in arrow_schema(geometry, gate_weights="gate_weights" in schema.names):
         if (count := schema.names.count(field.name)) != 1:
-            raise UserError(f"{source}: column {field.name!r} is {'missing' if count == 0 else 'there twice'}")
-        if (found := schema.field(field.name).type) != field.type:
-            raise UserError(f"{source}: column {field.name!r} is {printable(str(found))}, not {field.type}")
+            raise UserError(f"{source}: column {field.name!r} is {'missing' if count == 0 else 'doubled'}")
+        if (kind := schema.field(field.name).type) != field.type:
+            raise UserError(f"{source}: column {field.name!r} must be {field.type} (got {printable(str(kind))})")

@@ -1,13 +1,15 @@
-"""Reading a trace set, from a folder or any storage that fsspec knows."""
+"""Reading a trace set from a folder, the Hub or any storage that fsspec supports."""
 
 import hashlib
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from operator import index
+from typing import Any, overload
 
 import fsspec
 import numpy as np
@@ -23,74 +25,36 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.hidden_states import HiddenStates, load_states
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
-from moe_beyond.traces.parquet import check_schema, read_columns
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
+from moe_beyond.traces.parquet import read_columns
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema
+from moe_beyond.traces.shard import Shard, decode, decode_texts, raise_fault
 from moe_beyond.traces.trace import Trace
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A decoded shard: flat columns and where each row starts.
-
-    Attributes:
-        geometry: The model's shape.
-        sequence_ids: One a row.
-        sources: One a row.
-        offsets: ``(rows + 1,)`` int64, token offsets of the rows.
-        token_ids: ``(tokens,)`` int32.
-        experts: ``(tokens, L, K)`` uint8 or int16, as in a `Trace`.
-        decode_starts: ``(rows,)`` int32.
-        gate_weights: ``(tokens, L, K)`` float16, or None.
-        hidden_states: Of all tokens, where they were asked for.
-    """
-
-    geometry: Geometry
-    sequence_ids: list[str]
-    sources: list[str]
-    offsets: npt.NDArray[np.int64]
-    token_ids: npt.NDArray[np.int32]
-    experts: npt.NDArray[Any]
-    decode_starts: npt.NDArray[np.int32]
-    gate_weights: npt.NDArray[np.float16] | None
-    hidden_states: HiddenStates | None = None
-
-    def __len__(self) -> int:
-        """Rows."""
-        return len(self.sequence_ids)
-
-    def trace(self, row: int) -> Trace:
-        """Return one row, as views into the shard's arrays."""
-        part = slice(self.offsets[row], self.offsets[row + 1])
-        return Trace(
-            sequence_id=self.sequence_ids[row],
-            source=self.sources[row],
-            token_ids=self.token_ids[part],
-            experts=self.experts[part],
-            decode_start=int(self.decode_starts[row]),
-            gate_weights=None if self.gate_weights is None else self.gate_weights[part],
-            hidden_states=None if self.hidden_states is None else self.hidden_states[part],
-        )
-
-
 class TraceSet:
-    """A trace set opened for reading.
+    """A trace set opened for reading: a collection of its sequences, in stored order.
+
+    ``len(traces)`` is the number of sequences, ``traces[3]`` and ``traces["id"]`` are a `Trace`, ``traces[:10]`` is a
+    list of them, and ``"id" in traces`` checks a sequence id. Iteration keeps one shard in memory. Indexing keeps the
+    shard that was used last. ``traces.split("validation")`` is the same for one split. A shard's hash is verified
+    whenever the shard is read.
 
     Args:
-        folder: A path; ``hf:ORG/REPO@REVISION``, which is downloaded; or a URL that fsspec understands, which is not
-            (``hf://datasets/...``).
+        folder: A path; ``hf:ORG/REPO@REVISION``, which is downloaded; or a URL that fsspec understands
+            (``hf://datasets/...``), which is read without a download.
 
     Raises:
-        UserError: There is no readable manifest, or the tokenizer is not the one that it names.
+        UserError: The manifest cannot be read, or the tokenizer's hash differs from the manifest's.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = str(folder)
         if not self.folder.strip() or "\0" in self.folder:
-            raise UserError(f"{shown(self.folder)} is not the name of a folder; give that of a trace set")
+            raise UserError(f"{shown(self.folder)} is not the name of a folder; give the folder of a trace set")
         path = f"{self.folder}/{MANIFEST_FILE}"
-        place = _downloaded(self.folder) if is_hub_name(self.folder) else self.folder
+        place = _download(self.folder) if is_hub_name(self.folder) else self.folder
         try:
             self._files, self._root = fsspec.core.url_to_fs(place)
         except (ValueError, ImportError) as error:
@@ -101,38 +65,88 @@ class TraceSet:
             raise UserError(f"{path}: not found; is {self.folder} a trace set?") from error
         self.manifest = Manifest.from_json(parse_json(content, path), source=path)
         if (sha256 := self.manifest.tokenizer.sha256) is not None:
-            self._verified(VOCABULARY_FILE, sha256, "tokenizer")
-        self._file_of: dict[str, str] = {}  # sequence id -> file, of the shards read so far
-        self._gate_weights: tuple[bool, str] | None = None  # whether they have some, and the last one's file
+            self._verified(TOKENIZER_FILE, sha256, "tokenizer")
+        self._rows: dict[str, tuple[ShardInfo, int]] = {}  # sequence id -> shard and row, of the shards read so far
+        self._indexed: set[str] = set()  # files of these shards
+        self._last: tuple[str, Shard] | None = None  # file and content of the shard that indexing used last
+        self._gate_weights: tuple[bool, str] | None = None  # whether the last shard has gate weights, and its file
 
     @property
     def geometry(self) -> Geometry:
-        """The model's shape."""
+        """Shape of the model."""
         return self.manifest.geometry
 
-    def shards(self, split: str | None = None) -> tuple[ShardInfo, ...]:
-        """List the shards of a split, or of all splits.
+    def split(self, name: str) -> "Split":
+        """Return the sequences of one split.
+
+        Args:
+            name: Name of the split.
 
         Raises:
-            UserError: There is no such split.
+            UserError: The split does not exist.
+        """
+        self.shards(name)
+        return Split(self, name)
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(Split(self, None))
+
+    @overload
+    def __getitem__(self, key: int | str) -> Trace: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Trace]: ...
+    def __getitem__(self, key: int | str | slice) -> Trace | list[Trace]:
+        """Return a sequence by position or sequence id, or several by a slice of positions.
+
+        Raises:
+            IndexError: The position is out of range.
+            UserError: There is no sequence of this id, or a shard is damaged.
+        """
+        return Split(self, None)[key]
+
+    def __iter__(self) -> Iterator[Trace]:
+        """Iterate over the sequences in stored order, with one shard in memory at a time."""
+        return self.traces()
+
+    def __contains__(self, sequence_id: object) -> bool:
+        """Return whether there is a sequence of this id."""
+        return sequence_id in Split(self, None)
+
+    def __repr__(self) -> str:
+        """Return one line: folder, model, and the size of every split."""
+        splits = "; ".join(f"{name}: {_sizes(self.shards(name))}" for name in self.manifest.splits)
+        return f"<TraceSet {self.folder}: {self.manifest.model_id}; {splits}>"
+
+    def shards(self, split: str | None = None) -> tuple[ShardInfo, ...]:
+        """Return the shards of a split.
+
+        Args:
+            split: Name of a split (default: all splits).
+
+        Raises:
+            UserError: The split does not exist.
         """
         if split is None:
             return self.manifest.shards
         if not isinstance(split, str):
-            raise UserError(f"split: is the name of a split (got {shown(split)})")
+            raise UserError(f"split: must be the name of a split (got {shown(split)})")
         if split not in self.manifest.splits:
             raise unknown(f"split of {self.folder}", split, self.manifest.splits)
         return tuple(shard for shard in self.manifest.shards if shard.split == split)
 
     def describe(self, split: str | None = None) -> dict[str, Any]:
-        """Say what a split, or all of the set, is, as plain values: what a fit was on, or figures were measured on.
+        """Return plain values that identify the set, for predictors fitted on it and figures measured on it.
+
+        Args:
+            split: Name of a split (default: all splits).
 
         Raises:
-            UserError: There is no such split.
+            UserError: The split does not exist.
         """
         manifest, shards = self.manifest, self.shards(split)
-        steered = {} if manifest.steering is None else {"steering": manifest.steering.to_json()}
-        return steered | {
+        steering = {} if manifest.steering is None else {"steering": manifest.steering.to_json()}
+        return steering | {
             "fingerprint": manifest.fingerprint,
             "split": split,
             "model_id": manifest.model_id,
@@ -143,94 +157,149 @@ class TraceSet:
             "tokens": sum(shard.tokens for shard in shards),
         }
 
+    def traces(self, split: str | None = None, *, hidden_states: bool = False) -> Iterator[Trace]:
+        """Iterate over sequences in stored order, with one shard in memory at a time.
+
+        Args:
+            split: Name of a split (default: all splits).
+            hidden_states: Whether to read the hidden states as well.
+
+        Raises:
+            UserError: The split does not exist, or a shard is damaged.
+        """
+        for info in self.shards(split):
+            shard = self.read(info, hidden_states=hidden_states)
+            for row in range(len(shard)):
+                yield shard.trace(row)
+
     def read(self, info: ShardInfo, *, hidden_states: bool = False) -> Shard:
         """Read and verify one shard.
 
         Args:
-            info: Which.
-            hidden_states: Whether to read those beside it as well.
+            info: The shard's description in the manifest.
+            hidden_states: Whether to read the hidden states as well.
 
         Raises:
-            UserError: A file is missing or damaged, is not what the manifest says, or holds what the writer refuses.
+            UserError: A file is missing or damaged, differs from the manifest, or holds a row that the writer refuses.
         """
         path = f"{self.folder}/{info.file}"
         table = self._table(info, arrow_schema(self.geometry, gate_weights=True).names)
         shard = decode(table, self.geometry, path, self.manifest.tokenizer.vocab_size)
         self._check_texts(info, shard.sequence_ids, shard.offsets)
-        has_gates, others = shard.gate_weights is not None, self._gate_weights
-        if others is not None and others[0] != has_gates:
-            with_or_without = "with" if others[0] else "without"
-            raise UserError(f"{path}: either all shards have gate weights or none; {others[1]} is {with_or_without}")
+        has_gates, previous = shard.gate_weights is not None, self._gate_weights
+        if previous is not None and previous[0] != has_gates:
+            with_or_without = "with" if previous[0] else "without"
+            raise UserError(f"{path}: either all shards have gate weights or none; {previous[1]} is {with_or_without}")
         self._gate_weights = has_gates, info.file
         return replace(shard, hidden_states=self._states(info)) if hidden_states else shard
+
+    def row(self, info: ShardInfo, row: int) -> Trace:
+        """Return one row of a shard; the shard stays in memory until another one is used.
+
+        Args:
+            info: The shard's description in the manifest.
+            row: Index of the row in the shard.
+
+        Raises:
+            UserError: The shard is missing or damaged.
+        """
+        if self._last is None or self._last[0] != info.file:
+            self._last = None  # free the memory before reading another shard
+            self._last = info.file, self.read(info)
+        return self._last[1].trace(row)
+
+    def find(self, sequence_id: str, split: str | None = None) -> tuple[ShardInfo, int] | None:
+        """Return the shard and the row of a sequence; None if there is no sequence of this id.
+
+        Args:
+            sequence_id: Id of the sequence.
+            split: Name of a split (default: all splits).
+
+        Raises:
+            UserError: The split does not exist, or a shard that had to be searched is damaged.
+        """
+        shards = self.shards(split)
+        for info in shards:
+            if sequence_id in self._rows:
+                break
+            if info.file not in self._indexed:
+                self._read_texts(info)
+        place = self._rows.get(sequence_id)
+        return place if place is not None and place[0] in shards else None
 
     def _table(self, info: ShardInfo, columns: list[str]) -> pa.Table:
         """Verify a shard's file and read some of its columns."""
         path, content = f"{self.folder}/{info.file}", self._verified(info.file, info.sha256)
         if len(content) != info.bytes:
-            raise UserError(f"{path}: is {len(content)} bytes long, but {MANIFEST_FILE} says {info.bytes}")
+            raise UserError(f"{path}: has {len(content)} bytes, but {MANIFEST_FILE} lists {info.bytes}")
         return read_columns(content, columns, self.geometry, info.sequences, info.tokens, path)
 
     def _check_texts(self, info: ShardInfo, sequence_ids: Sequence[str], offsets: npt.NDArray[np.int64]) -> None:
-        """Refuse other counts than the manifest's, and an id that is there twice, also in a shard that was read before.
+        """Check the counts of a shard, and that its sequence ids are unique among the shards read so far.
 
-        Whatever reads a whole set so finds every id that is twice in it.
+        Reading the whole set therefore finds every id that occurs twice.
         """
-        path, found = f"{self.folder}/{info.file}", (len(sequence_ids), int(offsets[-1]))
-        if found != (info.sequences, info.tokens):
+        path, counts = f"{self.folder}/{info.file}", (len(sequence_ids), int(offsets[-1]))
+        if counts != (info.sequences, info.tokens):
             raise UserError(
-                f"{path}: holds {found[0]} sequences of {found[1]} tokens, but {MANIFEST_FILE} says "
+                f"{path}: holds {counts[0]} sequences of {counts[1]} tokens, but {MANIFEST_FILE} lists "
                 f"{info.sequences} of {info.tokens}"
             )
         if len(set(sequence_ids)) != len(sequence_ids):
             twice = next(name for name, count in Counter(sequence_ids).items() if count > 1)
             raise UserError(f"{path}: two sequences have the id {shown(twice)}; ids must be unique")
-        for sequence_id in sequence_ids:
-            if (file := self._file_of.setdefault(sequence_id, info.file)) != info.file:
-                raise UserError(f"{path}: sequence {shown(sequence_id)} is in {file} too; ids must be unique")
+        for row, sequence_id in enumerate(sequence_ids):
+            if (first := self._rows.setdefault(sequence_id, (info, row))[0]).file != info.file:
+                raise UserError(f"{path}: sequence {shown(sequence_id)} is in {first.file} too; ids must be unique")
+        self._indexed.add(info.file)
 
     def _states(self, info: ShardInfo) -> HiddenStates:
         size, sha256 = self.manifest.hidden_size, info.states_sha256
         if size is None or sha256 is None:
             raise UserError(
-                f"{self.folder}: holds no hidden states; collect it with --record experts,gate_weights,hidden_states"
+                f"{self.folder}: has no hidden states; collect it with --record experts,gate_weights,hidden_states"
             )
-        self._bring(info.states_file)
+        self._download_file(info.states_file)
         path, content = f"{self.folder}/{info.states_file}", self._verified(info.states_file, sha256, "file")
         if len(content) != info.states_bytes:
-            raise UserError(f"{path}: is {len(content)} bytes long, but {MANIFEST_FILE} says {info.states_bytes}")
+            raise UserError(f"{path}: has {len(content)} bytes, but {MANIFEST_FILE} lists {info.states_bytes}")
         return load_states(content, (info.tokens, self.geometry.num_layers, size), path)
 
-    def _bring(self, file: str) -> None:
-        """Download a file that few want, where the set was downloaded."""
+    def _download_file(self, file: str) -> None:
+        """Download an optional file of a set on the Hub."""
         if is_hub_name(self.folder) and not self._files.exists(f"{self._root}/{file}"):
             commit = self._root.rpartition("/")[2]
             download(HubName(parse_hub_name(self.folder).repository, commit), "dataset", (file,))
 
-    def _verified(self, file: str, sha256: str, what: str = "shard") -> bytes:
+    def _verified(self, file: str, sha256: str, kind: str = "shard") -> bytes:
         path = f"{self.folder}/{file}"
         try:
             content = self._read(file)
         except FileNotFoundError as error:
-            raise UserError(f"{path}: {what} named in {MANIFEST_FILE} is missing") from error
+            raise UserError(f"{path}: {kind} named in {MANIFEST_FILE} is missing") from error
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: {what} is damaged (its sha256 is not the one in {MANIFEST_FILE})")
+            raise UserError(f"{path}: {kind} is damaged (its sha256 is not the one in {MANIFEST_FILE})")
         return content
 
     def lengths(self, split: str | None = None) -> list[npt.NDArray[np.int64]]:
         """Return the tokens of every row, shard by shard, without decoding the experts.
 
+        Args:
+            split: Name of a split (default: all splits).
+
         Raises:
-            UserError: A shard is missing or damaged, is not what the manifest says, or holds texts that the writer
-                refuses.
+            UserError: The split does not exist, or a shard is damaged or holds a text that the writer refuses.
         """
         return [np.diff(self._read_texts(info)[0]) for info in self.shards(split)]
 
     def text_digests(self, split: str | None = None) -> list[bytes]:
-        """Return the hash of every sequence, equal for exact copies (`text_digest`), in stored order.
+        """Return the hash of every sequence (`text_digest`), in stored order; copies have equal hashes.
+
+        Args:
+            split: Name of a split (default: all splits).
 
         Raises:
-            UserError: A shard is missing or damaged, or is not what the manifest says.
+            UserError: The split does not exist, or a shard is damaged.
         """
         digests = []
         for info in self.shards(split):
@@ -246,57 +315,50 @@ class TraceSet:
         """Count the exact copies of every split (`moe_beyond.traces.copies.count_copies`).
 
         Raises:
-            UserError: A shard is missing or damaged, or is not what the manifest says.
+            UserError: A shard is damaged.
         """
         return count_copies({split: self.text_digests(split) for split in self.manifest.splits})
 
     def _read_texts(self, info: ShardInfo) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        """Read a shard's offsets and token ids, and verify all but its experts."""
+        """Read a shard's offsets and token ids, and verify everything except its experts."""
         path = f"{self.folder}/{info.file}"
         table = self._table(info, ["sequence_id", "token_ids", "decode_start"])
-        sequence_ids, offsets, token_ids, decode_starts = _texts(table, path)
+        sequence_ids, offsets, token_ids, decode_starts = decode_texts(table, path)
         vocab_size = self.manifest.tokenizer.vocab_size
-        _refuse(first_fault(self.geometry, vocab_size, offsets, token_ids, decode_starts), sequence_ids, path)
+        raise_fault(first_fault(self.geometry, vocab_size, offsets, token_ids, decode_starts), sequence_ids, path)
         self._check_texts(info, sequence_ids, offsets)
         return offsets, token_ids
 
-    def traces(self, split: str | None = None, *, hidden_states: bool = False) -> Iterator[Trace]:
-        """Iterate over the traces of a split, or of all splits, in stored order, one shard in memory at a time."""
-        for info in self.shards(split):
-            shard = self.read(info, hidden_states=hidden_states)
-            for row in range(len(shard)):
-                yield shard.trace(row)
-
     @cached_property
     def routers(self) -> Routers | None:
-        """The routers of the model, or None where they were not recorded or found.
+        """Weights of the model's routers, or None if they were not recorded.
 
         Raises:
-            UserError: Their file is missing or damaged.
+            UserError: The file is missing or damaged.
         """
         sha256, size = self.manifest.routers_sha256, self.manifest.hidden_size
         if sha256 is None or size is None:
             return None
         layers, experts, _ = self.geometry.shape()
-        self._bring(ROUTERS_FILE)
+        self._download_file(ROUTERS_FILE)
         content = self._verified(ROUTERS_FILE, sha256, "file")
         return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
 
     @cached_property
     def token_strings(self) -> list[str] | None:
-        """The string of every token id, ``vocab_size`` of them, or None where the set carries no tokenizer."""
+        """String of every token id (``vocab_size`` strings), or None if the set has no tokenizer."""
         from tokenizers import Tokenizer
 
-        path, sha256 = f"{self.folder}/{VOCABULARY_FILE}", self.manifest.tokenizer.sha256
+        path, sha256 = f"{self.folder}/{TOKENIZER_FILE}", self.manifest.tokenizer.sha256
         try:
-            content = self._read(VOCABULARY_FILE)
+            content = self._read(TOKENIZER_FILE)
         except FileNotFoundError:
             return None
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: is not the tokenizer that {MANIFEST_FILE} names (sha256)")
+            raise UserError(f"{path}: is not the tokenizer named in {MANIFEST_FILE} (its sha256 differs)")
         try:
             tokenizer = Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: is not a tokenizer ({brief(error)})") from error
         strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
         return [string or "" for string in strings]
@@ -305,8 +367,8 @@ class TraceSet:
         """Read a file of the set.
 
         Raises:
-            FileNotFoundError: It is not there.
-            UserError: It cannot be read, or is outside the folder.
+            FileNotFoundError: The file does not exist.
+            UserError: The file cannot be read, or is outside the folder.
         """
         path = f"{self.folder}/{name}"
         if isinstance(self._files, LocalFileSystem):
@@ -315,99 +377,76 @@ class TraceSet:
             content: bytes = self._files.cat_file(f"{self._root}/{name}")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(path) from error
-        except Exception as error:  # every file system has errors of its own
+        except Exception as error:  # every file system has its own errors
             raise UserError(f"{path}: cannot be read ({brief(error)})") from error
         return content
 
 
-def _downloaded(name: str) -> str:
-    """Download a trace set and say which one it is."""
-    hub_name = parse_hub_name(name)
-    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (VOCABULARY_FILE, "*.parquet"))
-    print(f"{hub_name} is {folder.name}", file=sys.stderr)
-    return str(folder)
-
-
-def decode(table: pa.Table, geometry: Geometry, source: str, vocab_size: int = 2**31) -> Shard:
-    """Turn a table of rows into flat arrays, once every row is known to be what `TraceWriter.write` takes.
+class Split:
+    """The sequences of one split, or of a whole trace set; made by `TraceSet.split`.
 
     Args:
-        table: Columns of `moe_beyond.traces.schema.arrow_schema`.
-        geometry: The model's shape.
-        source: Where it came from, for error messages.
-        vocab_size: One more than the largest token id there may be.
-
-    Raises:
-        UserError: A column is missing or of another type, holds nulls, or a row does not fit the geometry or is none
-            that a model makes.
+        traces: The trace set.
+        name: Name of the split; None for all splits.
     """
-    check_schema(table.schema, geometry, source)
-    layers, _, top_k = geometry.shape()
-    sequence_ids, offsets, token_ids, decode_starts = _texts(table, source)
-    routed, experts = _list_column(table, "experts", source)
-    _check_lengths(routed, offsets, layers * top_k, f"experts do not hold {layers} x {top_k} ids a token", source)
-    gates = None
-    if "gate_weights" in table.schema.names:
-        weighed, gates = _list_column(table, "gate_weights", source)
-        _check_lengths(weighed, routed, 1, "there are not as many gate weights as experts", source)
-    shard = Shard(
-        geometry=geometry,
-        sequence_ids=sequence_ids,
-        sources=_strings(table, "source", source),
-        offsets=offsets,
-        token_ids=token_ids,
-        experts=experts.reshape(-1, layers, top_k),
-        decode_starts=decode_starts,
-        gate_weights=None if gates is None else gates.reshape(-1, layers, top_k),
-    )
-    fault = first_fault(geometry, vocab_size, offsets, token_ids, decode_starts, shard.experts, shard.gate_weights)
-    _refuse(fault, sequence_ids, source)
-    return shard
+
+    def __init__(self, traces: TraceSet, name: str | None) -> None:
+        self.name = name
+        self.shards = traces.shards(name)
+        self._traces = traces
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return sum(shard.sequences for shard in self.shards)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Trace: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Trace]: ...
+    def __getitem__(self, key: int | str | slice) -> Trace | list[Trace]:
+        """Return a sequence by position or sequence id, or several by a slice of positions.
+
+        Raises:
+            IndexError: The position is out of range.
+            UserError: There is no sequence of this id, or a shard is damaged.
+        """
+        if isinstance(key, slice):
+            return [self[position] for position in range(*key.indices(len(self)))]
+        if isinstance(key, str):
+            if (place := self._traces.find(key, self.name)) is None:
+                raise UserError(f"{self._traces.folder}: has no sequence {shown(key)}; choose an id of its sequences")
+            return self._traces.row(*place)
+        position = index(key)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"{self._traces.folder}: position {position} is out of range for {len(self)} sequences")
+        position %= len(self)
+        ends = list(accumulate(shard.sequences for shard in self.shards))
+        number = bisect_right(ends, position)
+        info = self.shards[number]
+        return self._traces.row(info, position - ends[number] + info.sequences)
+
+    def __iter__(self) -> Iterator[Trace]:
+        """Iterate over the sequences in stored order, with one shard in memory at a time."""
+        return self._traces.traces(self.name)
+
+    def __contains__(self, sequence_id: object) -> bool:
+        """Return whether there is a sequence of this id."""
+        return isinstance(sequence_id, str) and self._traces.find(sequence_id, self.name) is not None
+
+    def __repr__(self) -> str:
+        """Return one line: folder, split, model and size."""
+        traces = self._traces
+        return f"<Split {self.name} of {traces.folder}: {traces.manifest.model_id}; {_sizes(self.shards)}>"
 
 
-def _texts(
-    table: pa.Table, source: str
-) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Return sequence ids, offsets, token ids and decode starts, as in a `Shard`."""
-    offsets, token_ids = _list_column(table, "token_ids", source)
-    _refuse_nulls(table["decode_start"], "decode_start", source)
-    decode_starts = table["decode_start"].to_numpy()
-    return _strings(table, "sequence_id", source), offsets, token_ids, decode_starts
+def _sizes(shards: Sequence[ShardInfo]) -> str:
+    sequences, tokens = sum(shard.sequences for shard in shards), sum(shard.tokens for shard in shards)
+    return f"{sequences:,} sequences, {tokens:,} tokens"
 
 
-def _check_lengths(
-    found: npt.NDArray[np.int64], expected: npt.NDArray[np.int64], times: int, fault: str, source: str
-) -> None:
-    wrong = np.flatnonzero(np.diff(found) != np.diff(expected) * times)
-    if len(wrong):
-        raise UserError(f"{source}: row {wrong[0]}: {fault}")
-
-
-def _refuse(fault: tuple[int, str] | None, sequence_ids: Sequence[str], source: str) -> None:
-    if fault is not None:
-        row, what = fault
-        raise UserError(f"{source}: row {row} (sequence {shown(sequence_ids[row])}): {what}")
-
-
-def _refuse_nulls(column: pa.ChunkedArray | pa.Array, name: str, source: str) -> None:
-    if column.null_count:
-        raise UserError(f"{source}: column {name!r} holds nulls")
-
-
-def _strings(table: pa.Table, name: str, source: str) -> list[str]:
-    _refuse_nulls(table[name], name, source)
-    try:
-        strings: list[str] = table[name].to_pylist()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: column {name!r} holds bytes that are no UTF-8 text") from error
-    return strings
-
-
-def _list_column(table: pa.Table, name: str, source: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """Return the offsets of a column of lists, and what they hold, flat."""
-    column = table[name].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # an empty table
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    _refuse_nulls(column, name, source)
-    _refuse_nulls(column.values, name, source)
-    return column.offsets.to_numpy().astype(np.int64), column.values.to_numpy(zero_copy_only=False)
+def _download(name: str) -> str:
+    """Download a trace set and print its revision."""
+    hub_name = parse_hub_name(name)
+    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (TOKENIZER_FILE, "*.parquet"))
+    print(f"{hub_name} is {folder.name}", file=sys.stderr)
+    return str(folder)

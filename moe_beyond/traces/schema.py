@@ -1,10 +1,10 @@
-"""The Parquet columns of a trace set: one row a sequence, router order kept.
+"""The Parquet columns of a trace set: one row per sequence, expert ids in router order.
 
-A token may have fewer than K experts in a layer: where a model has identity or skip experts, a slot that such a one
-took holds none. Its id is -1, which in one byte is 255: ids that fit into one end at 254.
+A token may use fewer than K experts in a layer, because some models have identity or skip experts. A top-k entry that
+such an expert took is padding. Its stored id is -1, or 255 in one byte, so one-byte expert ids end at 254.
 
-Lists are flat (T*L*K) because that is what reads fastest and what no library corrupts; dictionary encoding stays on
-because Parquet has no 8-bit type and stores ids as 32-bit integers without it.
+Lists are flat (T*L*K): flat lists are read fastest, and no library corrupts them. Dictionary encoding stays on, because
+Parquet has no 8-bit type and would store ids as 32-bit integers without it.
 """
 
 from collections.abc import Sequence
@@ -18,28 +18,39 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.traces.trace import Trace
 
 ROWS_PER_GROUP = 64
-"""Rows that are stored, and decoded, together."""
-ENTRIES_AT_ONCE = 2**15
-"""Entries that are checked together: their ids, some 200 kB, stay in a core's cache."""
+"""Rows of a Parquet row group, which are decoded together."""
+CHECKED_ENTRIES = 2**15
+"""Entries that are checked together; their ids, about 200 kB, fit into the cache of a core."""
 
 
 def experts_dtype(geometry: Geometry) -> np.dtype[np.uint8] | np.dtype[np.int16]:
-    """Return the smallest dtype that holds every expert id."""
+    """Return the smallest dtype for the expert ids and the padding of a model.
+
+    Args:
+        geometry: Shape of the model.
+    """
     return np.dtype(np.uint8) if geometry.num_experts <= 255 else np.dtype(np.int16)
 
 
-def none_id(dtype: npt.DTypeLike) -> int:
-    """Return what a slot holds that holds no expert.
+def padding_id(dtype: npt.DTypeLike) -> int:
+    """Return the id of padding: a top-k entry without an expert.
+
+    Args:
+        dtype: Type of the stored ids.
 
     Example:
-        >>> none_id(np.uint8), none_id(np.int16)
+        >>> padding_id(np.uint8), padding_id(np.int16)
         (255, -1)
     """
     return 255 if np.dtype(dtype) == np.uint8 else -1
 
 
 def expert_ids(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> npt.NDArray[np.int64]:
-    """Return ids to count or to index with, E where a slot holds no expert.
+    """Return ids for counting or indexing, with padding as E.
+
+    Args:
+        experts: Stored expert ids of any shape.
+        num_experts: Experts per layer, E.
 
     Example:
         >>> expert_ids(np.array([3, 255], np.uint8), 8), expert_ids(np.array([3, -1], np.int16), 300)
@@ -50,56 +61,69 @@ def expert_ids(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> npt.N
 
 
 def check_experts(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> str | None:
-    """Say what is wrong with ids ``(..., K)``, if anything is: one that is no expert's, or one twice in an entry."""
-    wrong = first_wrong_entry(experts.reshape(-1, experts.shape[-1]), num_experts)
-    return None if wrong is None else wrong[1]
-
-
-def first_wrong_entry(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> tuple[int, str] | None:
-    """Find the first entry that no router makes: an id is no expert's, or is there twice.
+    """Describe the first invalid entry; None if there is none.
 
     Args:
-        experts: ``(entries, K)`` ids, `none_id` where a slot holds no expert.
-        num_experts: Experts of a layer, E.
+        experts: ``(..., K)`` stored expert ids.
+        num_experts: Experts per layer, E.
+    """
+    fault = first_invalid_entry(experts.reshape(-1, experts.shape[-1]), num_experts)
+    return None if fault is None else fault[1]
+
+
+def first_invalid_entry(experts: npt.NDArray[np.integer[Any]], num_experts: int) -> tuple[int, str] | None:
+    """Find the first entry with an id out of range, or with one id twice.
+
+    Args:
+        experts: ``(entries, K)`` ids; `padding_id` for padding.
+        num_experts: Experts per layer, E.
 
     Returns:
-        The entry, and what is wrong with it; None if all are right.
+        Index of the entry and a description of the fault; None if all entries are valid.
     """
-    for start in range(0, len(experts), ENTRIES_AT_ONCE):
-        # Ranks as rows: comparing them two by two, shift by shift, is many times faster than sorting entries.
-        ranks = np.ascontiguousarray(experts[start : start + ENTRIES_AT_ONCE].T)
-        wrong = _wrong_in(ranks, num_experts)
-        if wrong is not None:
-            return start + wrong[0], wrong[1]
+    for start in range(0, len(experts), CHECKED_ENTRIES):
+        # One row per rank: comparing rows pairwise, shift by shift, is much faster than sorting entries.
+        ranks = np.ascontiguousarray(experts[start : start + CHECKED_ENTRIES].T)
+        if (fault := _first_fault(ranks, num_experts)) is not None:
+            return start + fault[0], fault[1]
     return None
 
 
-def _wrong_in(ranks: npt.NDArray[np.integer[Any]], num_experts: int) -> tuple[int, str] | None:
-    """Find the first wrong one of ``(K, entries)`` ids, as `first_wrong_entry` does."""
-    none = none_id(ranks.dtype)
-    has_empty = not (ranks.min() >= 0 and ranks.max() < num_experts)
+def _first_fault(ranks: npt.NDArray[np.integer[Any]], num_experts: int) -> tuple[int, str] | None:
+    """Find the first invalid entry of ``(K, entries)`` ids, as `first_invalid_entry` does."""
+    padding = padding_id(ranks.dtype)
+    irregular = not (ranks.min() >= 0 and ranks.max() < num_experts)
     faults: dict[int, str] = {}
-    if has_empty:
-        outside = ((ranks < 0) | (ranks >= num_experts)) & (ranks != none)
+    if irregular:
+        outside = ((ranks < 0) | (ranks >= num_experts)) & (ranks != padding)
         if outside.any():
             entry = int(outside.any(0).argmax())
             faults[entry] = f"expert id {ranks[:, entry][outside[:, entry]][0]} is out of range 0..{num_experts - 1}"
     for shift in range(1, len(ranks)):
         same = ranks[shift:] == ranks[:-shift]
-        if has_empty:
-            same &= ranks[shift:] != none
+        if irregular:
+            same &= ranks[shift:] != padding
         if same.any():
-            faults.setdefault(int(same.any(0).argmax()), "an expert is named twice by one token in one layer")
+            faults.setdefault(int(same.any(0).argmax()), "an expert occurs twice in one entry")
     return min(faults.items(), default=None)
 
 
-def has_empty_slots(experts: npt.NDArray[np.integer[Any]]) -> bool:
-    """Tell whether any slot holds no expert."""
-    return bool((experts == none_id(experts.dtype)).any())
+def has_padding(experts: npt.NDArray[np.integer[Any]]) -> bool:
+    """Return whether any top-k entry is padding.
+
+    Args:
+        experts: Stored expert ids of any shape.
+    """
+    return bool((experts == padding_id(experts.dtype)).any())
 
 
 def arrow_schema(geometry: Geometry, *, gate_weights: bool = False) -> pa.Schema:
-    """Return the columns of a shard."""
+    """Return the columns of a shard.
+
+    Args:
+        geometry: Shape of the model.
+        gate_weights: Whether the shard has gate weights.
+    """
     fields = [
         pa.field("sequence_id", pa.string()),
         pa.field("source", pa.string()),
@@ -113,11 +137,11 @@ def arrow_schema(geometry: Geometry, *, gate_weights: bool = False) -> pa.Schema
 
 
 def to_table(traces: Sequence[Trace], geometry: Geometry) -> pa.Table:
-    """Lay traces out as rows.
+    """Return a table with one row per trace.
 
     Args:
-        traces: All with gate weights, or all without.
-        geometry: The model's shape.
+        traces: Traces that all have gate weights, or all have none.
+        geometry: Shape of the model.
     """
     schema = arrow_schema(geometry, gate_weights=traces[0].gate_weights is not None)
     columns = {

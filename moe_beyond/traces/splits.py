@@ -1,17 +1,20 @@
-"""Splitting numbered prompts into training and validation by blocks of consecutive numbers.
+"""Splits of numbered sequences into training and validation, by blocks of consecutive numbers.
 
 Consecutive prompts often belong to one conversation, so a random split would leak. A few prompts hold most of the
-tokens, so taking every n-th block would leave validation with any share of them.
+tokens, so every n-th block could give validation almost any share of them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Mapping
 
 from moe_beyond.errors import UserError
 
 
 def parse_blocks(text: str) -> tuple[int, int]:
-    """Read ``SIZE:EVERY``: blocks of SIZE numbers, one in EVERY of them (and of the tokens) for validation.
+    """Parse ``SIZE:EVERY``: blocks of SIZE numbers, of which one in EVERY goes to validation.
+
+    Args:
+        text: Value of ``--val-blocks``.
 
     Raises:
         UserError: It is not two whole numbers, SIZE at least 1 and EVERY at least 2.
@@ -23,15 +26,15 @@ def parse_blocks(text: str) -> tuple[int, int]:
 
 
 def validation_numbers(tokens: Mapping[int, int], size: int, every: int) -> set[int]:
-    """Choose the prompt numbers that go to validation, deterministically.
+    """Choose the sequences for validation, deterministically.
 
-    Blocks are ranked by their tokens and cut into groups of ``every`` alike ones; from each group goes the block that
-    keeps validation's share of the tokens seen so far nearest to one in ``every``.
+    Blocks are sorted by their tokens and cut into groups of ``every``. Each group gives the block that brings
+    validation's share of all tokens so far nearest to 1 / ``every``.
 
     Args:
-        tokens: Prompt number -> tokens.
+        tokens: Number of the sequence -> its tokens.
         size: Consecutive numbers in a block; number n is in block n // size.
-        every: One block in this many goes to validation; a last, smaller group gives none.
+        every: Number of blocks of which one goes to validation; a smaller last group gives none.
 
     Raises:
         UserError: There are fewer than ``every`` blocks.
@@ -40,7 +43,10 @@ def validation_numbers(tokens: Mapping[int, int], size: int, every: int) -> set[
     for number, count in tokens.items():
         blocks[number // size] = blocks.get(number // size, 0) + count
     if len(blocks) < every:
-        raise UserError(f"--val-blocks {size}:{every}: only {len(blocks)} blocks, validation would be empty")
+        raise UserError(
+            f"--val-blocks {size}:{every}: only {len(blocks)} blocks, so validation would be empty; "
+            "choose a smaller EVERY or SIZE"
+        )
     ranked = sorted(blocks, key=lambda block: (-blocks[block], block))
     chosen: set[int] = set()
     seen = held = 0
@@ -51,3 +57,27 @@ def validation_numbers(tokens: Mapping[int, int], size: int, every: int) -> set[
         held += blocks[best]
         chosen.add(best)
     return {number for number in tokens if number // size in chosen}
+
+
+def without_copies(held_out: Collection[int], texts: Mapping[int, Hashable]) -> set[int]:
+    """Remove from validation the sequences that are also in training.
+
+    Copies that are all in validation stay there.
+
+    Args:
+        held_out: Numbers of the sequences chosen for validation.
+        texts: Number -> text of all sequences; equal for copies.
+
+    Returns:
+        The numbers of ``held_out`` that stay in validation.
+
+    Raises:
+        UserError: None stays.
+    """
+    training = {text for number, text in texts.items() if number not in held_out}
+    kept = {number for number in held_out if texts[number] not in training}
+    if held_out and not kept:
+        raise UserError(
+            "--val-blocks: every sequence chosen for validation is a copy of one in training; choose other blocks"
+        )
+    return kept

@@ -1,4 +1,4 @@
-"""Which experts a model was made to use, or not to use, while its routing was recorded."""
+"""Steering: experts that are forced on or off while a model is recorded."""
 
 import json
 from collections.abc import Mapping
@@ -13,58 +13,64 @@ from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
 from moe_beyond.geometry import Geometry
 
-SHOWN = 60
-"""Characters of what cannot be read that a message shows."""
+SHOWN_CHARACTERS = 60
+"""Characters of an invalid value that an error message shows."""
 
 Expert = tuple[int, int]
-"""A layer's index in the model, and an expert of it."""
+"""Index of the layer in the model, and expert id."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Experts that are forced, of every token, as SteerMoE does (arXiv 2509.09660).
+    """Experts that are forced on or off for every token, as in SteerMoE (arXiv 2509.09660).
 
     Attributes:
-        on: Those that every token is routed to, ascending.
-        off: Those that no token is routed to, ascending.
+        on: Experts to which every token is routed, ascending.
+        off: Experts to which no token is routed, ascending.
     """
 
     on: tuple[Expert, ...] = ()
     off: tuple[Expert, ...] = ()
 
     def __str__(self) -> str:
-        """Say how many there are: ``3 experts on, 2 off``."""
-        words = [f"{len(experts):,} {word}" for experts, word in ((self.on, "on"), (self.off, "off")) if experts]
-        first, _, word = words[0].partition(" ")
-        return ", ".join([f"{first} expert{'' if first == '1' else 's'} {word}", *words[1:]])
+        """Return the numbers of experts: ``3 experts on, 2 off``."""
+        first, *others = [(len(experts), word) for experts, word in ((self.on, "on"), (self.off, "off")) if experts]
+        experts = f"{first[0]:,} expert{'' if first[0] == 1 else 's'} {first[1]}"
+        return ", ".join([experts, *(f"{count:,} {word}" for count, word in others)])
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that it names, ascending."""
+        """Layers with forced experts, ascending."""
         return tuple(sorted({layer for layer, _ in (*self.on, *self.off)}))
 
     def of_layer(self, layer: int) -> tuple[list[int], list[int]]:
-        """Return the experts of a layer that are on, and those that are off."""
+        """Return the experts of a layer that are forced on, and those that are forced off.
+
+        Args:
+            layer: Index of the layer in the model.
+        """
         on, off = ([expert for at, expert in experts if at == layer] for experts in (self.on, self.off))
         return on, off
 
     def to_json(self) -> dict[str, list[list[int]]]:
         """Return the plain dictionary that `from_json` reads."""
-        return {"on": [list(one) for one in self.on], "off": [list(one) for one in self.off]}
+        return {"on": [list(expert) for expert in self.on], "off": [list(expert) for expert in self.off]}
 
     @classmethod
     def from_json(cls, content: Any, *, source: str) -> "Steering":
-        """Read ``{"on": [[layer, expert], ...], "off": [[layer, expert], ...]}``; either may be left out.
+        """Parse ``{"on": [[layer, expert], ...], "off": [[layer, expert], ...]}``; one key may be missing.
 
         Args:
-            content: The dictionary.
-            source: Where it came from, for error messages.
+            content: Dictionary of that form.
+            source: Path of the dictionary, for error messages.
 
         Raises:
-            UserError: It is something else, names no expert, or names one as on and off.
+            UserError: It has another form, has no expert, or forces one expert both on and off.
         """
         if not isinstance(content, Mapping):
-            raise UserError(f'{source}: is no object {{"on": [[layer, expert], ...], "off": [[layer, expert], ...]}}')
+            raise UserError(
+                f'{source}: must be an object {{"on": [[layer, expert], ...], "off": [[layer, expert], ...]}}'
+            )
         for key in content:
             if key not in ("on", "off"):
                 raise UserError(f"{source}: {unknown('key', key, ('on', 'off'))}")
@@ -72,76 +78,80 @@ class Steering:
         if both := sorted(on & off):
             raise UserError(f"{source}: expert {both[0][1]} of layer {both[0][0]} is both on and off; choose one")
         if not on | off:
-            raise UserError(f"{source}: names no expert; leave it out, or name one")
+            raise UserError(f"{source}: has no expert; add one, or remove the steering")
         return cls(tuple(sorted(on)), tuple(sorted(off)))
 
     def check_fits(self, geometry: Geometry, source: str = "--steer") -> None:
-        """Refuse what a model of this shape cannot do.
+        """Check that a model of a given shape can be steered like this.
 
         Args:
-            geometry: The shape.
+            geometry: Shape of the model.
             source: Path or name of the steering, for error messages.
 
         Raises:
-            UserError: It has no such layer or expert, routes to fewer than are on, or is left too few.
+            UserError: The model lacks a layer or an expert, or a layer has too many experts forced on or off.
         """
         layers = geometry.moe_layers
         for layer, expert in (*self.on, *self.off):
             if layer not in layers:
-                known = ", ".join(map(str, layers))
-                raise UserError(f"{source}: layer {layer} of {geometry.model} holds no experts; those that do: {known}")
+                choices = ", ".join(map(str, layers))
+                raise UserError(f"{source}: layer {layer} of {geometry.model} has no experts; choose from {choices}")
             if expert >= geometry.num_experts:
                 raise UserError(
-                    f"{source}: layer {layer} of {geometry.model} has no expert {expert}; its experts are "
-                    f"0 to {geometry.num_experts - 1}"
+                    f"{source}: layer {layer} of {geometry.model} has no expert {expert}; choose from "
+                    f"0..{geometry.num_experts - 1}"
                 )
         for layer in self.layers:
             on, off = self.of_layer(layer)
             if len(on) > geometry.top_k:
                 raise UserError(
-                    f"{source}: {len(on)} experts of layer {layer} are on, and a token is routed to {geometry.top_k}; "
-                    f"leave {geometry.top_k} or fewer"
+                    f"{source}: {len(on)} experts of layer {layer} are on, but a token is routed to {geometry.top_k}; "
+                    f"force at most {geometry.top_k} on"
                 )
-            if (left := geometry.num_experts - len(off)) < geometry.top_k:
+            if (remaining := geometry.num_experts - len(off)) < geometry.top_k:
                 raise UserError(
-                    f"{source}: {left} of the {geometry.num_experts} experts of layer {layer} are left, and a token is "
-                    f"routed to {geometry.top_k}; turn fewer off"
+                    f"{source}: {remaining} of the {geometry.num_experts} experts of layer {layer} remain, but a token "
+                    f"is routed to {geometry.top_k}; force fewer off"
                 )
 
     def check_obeyed(self, experts: npt.NDArray[np.integer[Any]], geometry: Geometry) -> None:
-        """Refuse a recording that does not show it.
+        """Check that a recording follows the steering.
 
         Args:
-            experts: ``(T, L, K)`` ids.
-            geometry: Which layers they are of.
+            experts: ``(T, L, K)`` expert ids of the recording.
+            geometry: Shape of the model.
 
         Raises:
             UserError: A token was not routed to an expert that is on, or was routed to one that is off.
         """
-        named = [(*one, "on", "do without it") for one in self.on] + [(*one, "off", "use it") for one in self.off]
-        for layer, expert, forced, wrongly in named:
+        forced = [(*expert, "on", "do not use it") for expert in self.on]
+        forced += [(*expert, "off", "use it") for expert in self.off]
+        for layer, expert, state, violation in forced:
             used = (experts[:, geometry.moe_layers.index(layer)] == expert).any(-1)
-            if wrong := int((used != (forced == "on")).sum()):
+            if violations := int((used != (state == "on")).sum()):
                 raise UserError(
-                    f"--steer: expert {expert} of layer {layer} was forced {forced}, and {wrong:,} of {len(used):,} "
-                    f"tokens {wrongly} all the same; the router of {geometry.model} cannot be steered so"
+                    f"--steer: expert {expert} of layer {layer} was forced {state}, but {violations:,} of "
+                    f"{len(used):,} tokens {violation}; the router of {geometry.model} cannot be steered like this"
                 )
 
 
 def read_steering(path: str | Path) -> Steering:
     """Read a steering from a JSON file.
 
+    Args:
+        path: Path of the file.
+
     Raises:
-        UserError: It cannot be read, or is none.
+        UserError: The file cannot be read, or is not a steering.
     """
     return Steering.from_json(read_json(path), source=str(path))
 
 
 def _experts(content: Any, key: str, source: str) -> set[Expert]:
-    wanted = "an expert is a pair of whole numbers, [layer, expert]"
+    rule = "an expert is a pair of whole numbers, [layer, expert]"
     if not isinstance(content, list):
-        raise UserError(f"{source}: {key!r} is no list: {json.dumps(content)[:SHOWN]}; {wanted}")
-    for one in content:
-        if not (isinstance(one, list) and len(one) == 2 and all(type(number) is int and number >= 0 for number in one)):
-            raise UserError(f"{source}: {key!r} holds {json.dumps(one)[:SHOWN]}; {wanted}")
+        raise UserError(f"{source}: {key!r} must be a list (got {json.dumps(content)[:SHOWN_CHARACTERS]}); {rule}")
+    for pair in content:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)):
+            raise UserError(f"{source}: {key!r} holds {json.dumps(pair)[:SHOWN_CHARACTERS]}; {rule}")
     return {(layer, expert) for layer, expert in content}

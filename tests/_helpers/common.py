@@ -15,9 +15,9 @@ from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import Routers
-from moe_beyond.traces.schema import none_id
+from moe_beyond.traces.schema import padding_id
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 TINY = Geometry("tiny", (1, 2, 3, 4), num_experts=8, top_k=2, params_per_expert=1000, other_params_per_layer=5000)
 VOCAB = 32
@@ -36,12 +36,12 @@ def tiny_trace(
 
 def with_holes(experts: np.ndarray, rng: np.random.Generator, share: float = 0.3) -> np.ndarray:
     """Let slots hold no expert, as where a model has identity experts."""
-    return np.where(rng.random(experts.shape) < share, none_id(experts.dtype), experts).astype(experts.dtype)
+    return np.where(rng.random(experts.shape) < share, padding_id(experts.dtype), experts).astype(experts.dtype)
 
 
 def there(experts: np.ndarray) -> np.ndarray:
     """The experts of one (token, layer) without such slots."""
-    return experts[experts != none_id(experts.dtype)]
+    return experts[experts != padding_id(experts.dtype)]
 
 
 def tiny_traces(
@@ -60,7 +60,7 @@ def tiny_traces(
     manifest = Manifest(geometry, Tokenizer("tests", vocab), "tiny", 16.0, "dataset", "tests", "0")
     if hidden_states:
         manifest = replace(manifest, hidden_size=geometry.num_experts)
-    with writing(
+    with open_writer(
         folder, manifest, shard_tokens=64, routers=plain_routers(geometry) if hidden_states else None
     ) as writer:
         for i in range(sequences):

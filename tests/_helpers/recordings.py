@@ -11,25 +11,25 @@ import pyarrow.parquet as pq
 from moe_beyond.geometry import Geometry
 
 SMALL = Geometry("small", (1, 2, 3), num_experts=8, top_k=2, params_per_expert=1000, other_params_per_layer=0)
-"""Layer 0 is dense."""
+"""A geometry whose layer 0 is dense."""
 LAYERS, EXPERTS, TOP_K = SMALL.shape()
 
 
 def random_experts(length: int, seed: int = 0, geometry: Geometry = SMALL) -> np.ndarray:
-    """``(T, L, K)`` expert ids, in no order."""
+    """Return random expert ids ``(T, L, K)``."""
     layers, experts, top_k = geometry.shape()
     return np.random.default_rng(seed).random((length, layers, experts)).argsort(-1)[..., :top_k].astype(np.int16)
 
 
 def model_file(folder: Path, geometry: Geometry = SMALL) -> Path:
-    """Write a geometry for ``--model``."""
+    """Write a geometry file for ``--model``."""
     path = folder / "small.json"
     path.write_text(json.dumps(geometry.to_json()))
     return path
 
 
 def batches(experts: np.ndarray, prompt: int, ubatch: int) -> Iterable[tuple[int, np.ndarray, bool]]:
-    """What llama.cpp computes at once: the first token, its experts, and whether it reads; the prompt in pieces."""
+    """Yield the batches of llama.cpp: first token, experts, and whether it is a part of the prompt."""
     for first in range(0, prompt, ubatch):
         yield first, experts[first : min(first + ubatch, prompt)], True
     for first in range(prompt, len(experts)):
@@ -37,7 +37,7 @@ def batches(experts: np.ndarray, prompt: int, ubatch: int) -> Iterable[tuple[int
 
 
 def expert_rows(experts: np.ndarray, prompt: int, ubatch: int = 512, geometry: Geometry = SMALL) -> str:
-    """What llama.cpp's own example writes: of the last layer it computes a batch's last token alone."""
+    """Return the rows of llama.cpp's own example, with only the last token of a batch in the last layer."""
     rows = []
     for _, batch, _ in batches(experts, prompt, ubatch):
         for row, layer in enumerate(geometry.moe_layers):
@@ -47,7 +47,7 @@ def expert_rows(experts: np.ndarray, prompt: int, ubatch: int = 512, geometry: G
 
 
 def position_rows(experts: np.ndarray, prompt: int, ubatch: int = 512, geometry: Geometry = SMALL) -> str:
-    """What the forks' tool writes: in a prompt, minus (tokens before the batch + tokens of it that are left)."""
+    """Return the rows of the forks' tool, with negative positions in a prompt."""
     rows = []
     for first, batch, reading in batches(experts, prompt, ubatch):
         for row, layer in enumerate(geometry.moe_layers):
@@ -59,7 +59,7 @@ def position_rows(experts: np.ndarray, prompt: int, ubatch: int = 512, geometry:
 
 
 def json_lines(experts: np.ndarray, gates: np.ndarray | None = None, geometry: Geometry = SMALL) -> list[str]:
-    """A line an entry, token by token."""
+    """Return one line per entry, token by token."""
     lines = []
     for token, row in np.ndindex(experts.shape[:2]):
         line = {"layer_idx": geometry.moe_layers[row], "token_idx": token, "selected_ids": experts[token, row].tolist()}

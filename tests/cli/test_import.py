@@ -107,23 +107,23 @@ def changed(row, column, value):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        (GOOD[:3], ["layer 2 has 1 tokens", "layer 1 has 2", "ragged"]),
+        (GOOD[:3], ["layer 2 has 1 tokens", "layer 1 has 2", "again"]),
         (GOOD[:2], ["has layers 1..1 (1)", "small's MoE layers are 1..2 (2)"]),
         ([(layer - 1, *rest) for layer, *rest in GOOD], ["has layers 0..1 (2)", "1..2 (2)"]),
         ([*GOOD, (3, "NA", "[0, 1]"), (3, "Ġthe", "[0, 1]")], ["has layers 1..3 (3)", "1..2 (2)"]),
         (changed(4, 2, "[0, 4]"), ["row 4", "expert id 4 is out of range 0..3"]),
         (changed(3, 2, "[-1, 2]"), ["row 3", "expert id -1 is out of range 0..3"]),
-        (changed(5, 2, "[2, 2]"), ["row 5", "an expert is listed twice"]),
-        (changed(5, 2, "[2]"), ["row 5", "1 expert ids", "small routes to 2"]),
-        (changed(2, 2, "[0, 1, 2]"), ["row 2", "3 expert ids", "small routes to 2"]),
-        (changed(2, 2, "[]"), ["row 2", "0 expert ids", "small routes to 2"]),
+        (changed(5, 2, "[2, 2]"), ["row 5", "an expert occurs twice in one entry"]),
+        (changed(5, 2, "[2]"), ["row 5", "must have the 2 experts of small (got 1)"]),
+        (changed(2, 2, "[0, 1, 2]"), ["row 2", "must have the 2 experts of small (got 3)"]),
+        (changed(2, 2, "[]"), ["row 2", "must have the 2 experts of small (got 0)"]),
         (changed(2, 2, ""), ["row 2"]),
-        (changed(3, 2, "[0, x]"), ["row 3", "not a whole number", "x"]),
-        (changed(3, 2, "[0, 1.5]"), ["row 3", "not a whole number", "1.5"]),
+        (changed(3, 2, "[0, x]"), ["row 3", "must be a whole number", "x"]),
+        (changed(3, 2, "[0, 1.5]"), ["row 3", "must be a whole number", "1.5"]),
         (changed(3, 2, "[0, ]"), ["row 3"]),
-        (changed(5, 1, "Ġunheard"), ["row 5", "token 'Ġunheard' is unknown", "words.json"]),
-        (changed(5, 1, " Ġthe"), ["row 5", "token ' Ġthe' is unknown"]),
-        (changed(4, 1, ","), ["token 0 of layer 2 is not that of layer 1"]),
+        (changed(5, 1, "Ġunheard"), ["row 5", "has no token 'Ġunheard'", "words.json"]),
+        (changed(5, 1, " Ġthe"), ["row 5", "has no token ' Ġthe'"]),
+        (changed(4, 1, ","), ["token 0 differs between layers 2 and 1"]),
         (changed(3, 0, ""), ["row 3", "Layer ID is empty"]),
         (changed(3, 0, "one"), ["'one'"]),
         ([], ["has no rows"]),
@@ -144,7 +144,7 @@ def test_a_missing_column_is_named(missing, recording, capsys):
     header = [name if name != missing else "Else" for name in ("Layer ID", "Token", "Activated Expert IDs")]
     prompt_csv(recording / "puffin" / "prompt_2_data.csv", GOOD, header)
     line = failure(capsys, recording, command())
-    assert line.startswith(f"puffin/prompt_2_data.csv: column {missing!r} is missing; found ")
+    assert line.startswith(f"puffin/prompt_2_data.csv: column {missing!r} is missing (got ")
     assert "Else" in line
 
 
@@ -176,7 +176,7 @@ def test_a_prompt_number_may_come_once(recording, capsys):
 
 def test_a_file_name_without_a_number_is_named(recording, capsys):
     (recording / "puffin" / "other.csv").write_text("x\n")
-    assert failure(capsys, recording, command()).startswith("puffin/other.csv: file name does not start with prompt_")
+    assert failure(capsys, recording, command()).startswith("puffin/other.csv: the file name must start with prompt_")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_file_name_without_a_number_is_named(recording, capsys):
         (["import", "nonsense", "puffin", "--out", "out", "--model", "small.json"], "unknown format 'nonsense'"),
         (command(source="nowhere"), "nowhere: is not a folder"),
         (command(source="words.json"), "words.json: is not a folder"),
-        (command(source="empty"), "empty: holds no prompt_N_*.csv file"),
+        (command(source="empty"), "empty: has no prompt_N_*.csv file"),
         (
             command(model="deepseek-v2-light"),
             "unknown model preset 'deepseek-v2-light'; did you mean 'deepseek-v2-",

@@ -58,22 +58,28 @@ def test_an_import_says_what_the_recording_does_not_tell(desk, capsys):
 
 # Each writes one array, by what is wrong with it.
 ARRAYS = {
-    "holds float32, not whole numbers": lambda path: np.save(path, GOOD.astype(np.float32)),
-    "holds bool, not whole numbers": lambda path: np.save(path, GOOD > 3),
+    "must hold whole numbers (got float32)": lambda path: np.save(path, GOOD.astype(np.float32)),
+    "must hold whole numbers (got bool)": lambda path: np.save(path, GOOD > 3),
     "holds pickled objects, which are never loaded": lambda path: np.save(path, GOOD.astype(object), allow_pickle=True),
-    "cannot be read as an array of numpy (the magic string": lambda path: path.write_bytes(pickle.dumps(GOOD)),
-    "cannot be read as an array of numpy (EOF": lambda path: path.write_bytes(b""),
-    "cannot be read as an array of numpy (": lambda path: (
+    "cannot be read as a NumPy array (the magic string": lambda path: path.write_bytes(pickle.dumps(GOOD)),
+    "cannot be read as a NumPy array (EOF": lambda path: path.write_bytes(b""),
+    "cannot be read as a NumPy array (": lambda path: (
         np.save(path, GOOD),
         path.write_bytes(path.read_bytes()[:-3]),
     ),
-    "has shape (4, 6), expected (tokens, 3, 2)": lambda path: np.save(path, GOOD.reshape(4, -1)),
-    "has shape (4, 3, 1), expected (tokens, 3, 2)": lambda path: np.save(path, GOOD[..., :1]),
-    "has shape (4, 2, 2), expected (tokens, 3, 2)": lambda path: np.save(path, GOOD[:, :2]),
+    "must have shape (tokens, 3, 2) for small's 3 MoE layers x 8 experts, top-2 (got (4, 6))": lambda path: np.save(
+        path, GOOD.reshape(4, -1)
+    ),
+    "must have shape (tokens, 3, 2) for small's 3 MoE layers x 8 experts, top-2 (got (4, 3, 1))": lambda path: np.save(
+        path, GOOD[..., :1]
+    ),
+    "must have shape (tokens, 3, 2) for small's 3 MoE layers x 8 experts, top-2 (got (4, 2, 2))": lambda path: np.save(
+        path, GOOD[:, :2]
+    ),
     "token 2, layer 3: expert id 8 is out of range 0..7": lambda path: np.save(path, changed(8, 2, 2, 1)),
     "token 0, layer 1: expert id -1 is out of range 0..7": lambda path: np.save(path, changed(-1, 0, 0, 0)),
-    "token 3, layer 2: an expert is listed twice": lambda path: np.save(path, changed(5, 3, 1)),
-    "names experts of layer 0, which is none of small's": lambda path: np.save(
+    "token 3, layer 2: an expert occurs twice in one entry": lambda path: np.save(path, changed(5, 3, 1)),
+    "has experts of layer 0, which is not an MoE layer of small": lambda path: np.save(
         path, np.concatenate([GOOD[:, :1], GOOD], axis=1)
     ),
 }
@@ -89,27 +95,47 @@ def test_a_bad_array_is_named_and_nothing_is_left(says, desk, capsys):
 @pytest.mark.parametrize(
     ("arrays", "more", "says"),
     [
-        ({"a": GOOD, "b": GOOD, "b.tokens": np.arange(4)}, [], "src: 'a' has no token ids, and others do"),
-        ({"a": GOOD, "b": GOOD, "a.decode_start": np.array(1)}, [], "src: 'b' has no decode_start, and others do"),
-        ({"a": GOOD, "a.tokens": np.arange(3)}, ["--tokenizer", "words.json"], "src/a.tokens.npy: has shape (3,)"),
-        ({"a": GOOD, "a.tokens": np.arange(6)}, ["--tokenizer", "words.json"], "src/a.tokens.npy: has shape (6,)"),
-        ({"a": GOOD, "a.tokens": -np.arange(4)}, ["--tokenizer", "words.json"], "src/a.tokens.npy: -1 is no token id"),
-        ({"a": GOOD, "a.tokens": np.ones(4)}, [], "src/a.tokens.npy: holds float64, not whole numbers"),
+        ({"a": GOOD, "b": GOOD, "b.tokens": np.arange(4)}, [], "src: 'a' has no token ids, but others do"),
+        ({"a": GOOD, "b": GOOD, "a.decode_start": np.array(1)}, [], "src: 'b' has no decode_start, but others do"),
+        (
+            {"a": GOOD, "a.tokens": np.arange(3)},
+            ["--tokenizer", "words.json"],
+            "src/a.tokens.npy: must have shape (4,), one id per recorded token (got (3,))",
+        ),
+        (
+            {"a": GOOD, "a.tokens": np.arange(6)},
+            ["--tokenizer", "words.json"],
+            "src/a.tokens.npy: must have shape (4,), one id per recorded token (got (6,))",
+        ),
+        (
+            {"a": GOOD, "a.tokens": -np.arange(4)},
+            ["--tokenizer", "words.json"],
+            "src/a.tokens.npy: a token id must be in 0..2147483647 (got -1)",
+        ),
+        ({"a": GOOD, "a.tokens": np.ones(4)}, [], "src/a.tokens.npy: must hold whole numbers (got float64)"),
         (
             {"a": GOOD, "a.tokens": np.full(4, 8)},
             ["--tokenizer", "words.json"],
             "src/a.tokens.npy: token id 8 is out ",
         ),
-        ({"a": GOOD, "a.tokens": np.arange(4)}, [], "small names no tokenizer; give that of the token ids"),
-        ({"a": GOOD}, ["--tokenizer", "words.json"], "--tokenizer words.json: src has no token ids"),
-        ({"a": GOOD, "a.decode_start": np.array(5)}, [], "src/a.decode_start.npy: 5 is not in 0..4"),
-        ({"a": GOOD, "a.decode_start": np.array([1])}, [], "src/a.decode_start.npy: has shape (1,)"),
-        ({"a": GOOD, "c.tokens": np.arange(4)}, [], "src/c.tokens.npy: belongs to 'c', which is not there"),
-        ({}, [], "src: holds no *.npy file"),
+        ({"a": GOOD, "a.tokens": np.arange(4)}, [], "src: has token ids, but small has no default tokenizer; give one"),
+        ({"a": GOOD}, ["--tokenizer", "words.json"], "--tokenizer: src has no token ids (got words.json)"),
+        (
+            {"a": GOOD, "a.decode_start": np.array(5)},
+            [],
+            "src/a.decode_start.npy: decode_start must be in 0..4 (got 5)",
+        ),
+        (
+            {"a": GOOD, "a.decode_start": np.array([1])},
+            [],
+            "src/a.decode_start.npy: decode_start must be one number (got shape (1,))",
+        ),
+        ({"a": GOOD, "c.tokens": np.arange(4)}, [], "src/c.tokens.npy: is a sidecar of 'c', which is missing"),
+        ({}, [], "src: has no *.npy file"),
         ({"a": GOOD}, ["--val-blocks", "1:2"], "--val-blocks 1:2: only 1 blocks"),
         ({"a": GOOD}, ["--quantization", "0"], "--quantization 0: bits per parameter must be more than 0"),
-        ({"a": GOOD}, ["--sequence-tokens", "4"], "--sequence-tokens is for flame-moe only"),
-        ({"a": GOOD}, ["--predictions", "p", "--scores", "s"], "--predictions is for moe-beyond-csv only"),
+        ({"a": GOOD}, ["--sequence-tokens", "4"], "--sequence-tokens is only for flame-moe"),
+        ({"a": GOOD}, ["--predictions", "p", "--scores", "s"], "--predictions is only for moe-beyond-csv"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -135,12 +161,12 @@ def damaged():
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (lambda: Path("set.npz").write_bytes(b"PK"), "set.npz: cannot be read as an array of numpy (File is not a zip"),
-        (lambda: archive(), "set.npz: holds no array"),
-        (lambda: archive(("a.txt", "x")), "set.npz: holds 'a.txt', which is no .npy"),
-        (lambda: archive(("a.npy", pickle.dumps([1]))), "set.npz: a: cannot be read as an array of numpy (the magic"),
+        (lambda: Path("set.npz").write_bytes(b"PK"), "set.npz: cannot be read as a NumPy array (File is not a zip"),
+        (lambda: archive(), "set.npz: has no array"),
+        (lambda: archive(("a.txt", "x")), "set.npz: all members must be .npy files (got 'a.txt')"),
+        (lambda: archive(("a.npy", pickle.dumps([1]))), "set.npz: a: cannot be read as a NumPy array (the magic"),
         (lambda: np.savez("set.npz", a=np.array([None])), "set.npz: a: holds pickled objects"),
-        (damaged, "set.npz: a: cannot be read as an array of numpy (Bad CRC-32"),
+        (damaged, "set.npz: a: cannot be read as a NumPy array (Bad CRC-32"),
         (
             lambda: np.savez("set.npz", a=changed(9, 1, 0, 0)),
             "set.npz: a: token 1, layer 1: expert id 9 is out of range",
@@ -167,21 +193,24 @@ POSITIONS = position_rows(GOOD, prompt=2).splitlines(keepends=True)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("1,2,3\n", "has 3 columns; small routes to 2, so that a trace has 2 (layer,expert) or 4"),
+        ("1,2,3\n", "must have 2 columns (layer,expert) or 4 (position,layer,experts) for small (got 3)"),
         ("1,2\n1,x\n", "cannot be read as rows of numbers (In CSV column #1: Row #2"),
         ("1,2\n1,2,3\n", "cannot be read as rows of numbers (CSV parse error: Row #2: Expected 2 columns"),
         ("1,2\n1,\n", "row 2: a number is missing"),
         ("".join(ROWS[:4] + ROWS[8:]), "row 1: has layers 1..3 (2), but small's MoE layers are 1..3 (3)"),
         ("".join(ROWS[:-2]), "row 17: has layers 1..2 (2), but small's MoE layers are 1..3 (3)"),
-        ("".join(ROWS) + "1,0\n1,1\n2,0\n2,1\n3,0\n", "row 23: in the batch that begins there layer 3 has 1 experts"),
-        ("".join(ROWS[:5] + ROWS[6:]), "row 1: in the batch that begins there layer 2 has 3 experts, layer 1 has 4"),
+        ("".join(ROWS) + "1,0\n1,1\n2,0\n2,1\n3,0\n", "row 23: in the batch that begins there, layer 3 has 1 experts"),
+        (
+            "".join(ROWS[:5] + ROWS[6:]),
+            "row 1: in the batch that begins there, layer 2 has 3 experts, but layer 1 has 4",
+        ),
         ("".join(ROWS[:8]) + "3,9\n" + "".join(ROWS[9:]), "row 9: expert id 9 is out of range 0..7"),
-        ("".join(ROWS[:2]) + "1,0\n1,0\n" + "".join(ROWS[4:]), "row 3: an expert is listed twice"),
+        ("".join(ROWS[:2]) + "1,0\n1,0\n" + "".join(ROWS[4:]), "row 3: an expert occurs twice in one entry"),
         ("".join(POSITIONS[:-1]), "row 9: the token has no experts of layer 3"),
         ("".join(POSITIONS[:2] + POSITIONS[4:]), "row 1: the token has no experts of layer 2"),
         ("0,0,1,2\n" + "".join(POSITIONS), "has layers 0..3 (4), but small's MoE layers are 1..3 (3)"),
         ("".join(POSITIONS[:1]) + "-1,1,0,8\n" + "".join(POSITIONS[2:]), "row 2: expert id 8 is out of range 0..7"),
-        ("".join(POSITIONS[:1]) + "-1,1,4,4\n" + "".join(POSITIONS[2:]), "row 2: an expert is listed twice"),
+        ("".join(POSITIONS[:1]) + "-1,1,4,4\n" + "".join(POSITIONS[2:]), "row 2: an expert occurs twice in one entry"),
     ],
     ids=lambda value: value[:40] if " " in value else "",
 )
@@ -195,7 +224,7 @@ def test_token_ids_cannot_lie_beside_several_sequences(desk, capsys):
     Path("src/a.csv").write_text(position_rows(GOOD, 2) * 2)
     np.save("src/a.tokens.npy", np.arange(4))
     line = failure(capsys, desk, command("llama-cpp", "--tokenizer", "words.json"))
-    assert line.startswith("src/a.csv: holds 2 sequences; token ids can lie beside a file of one")
+    assert line.startswith("src/a.csv: has token ids for 2 sequences; give each sequence a file")
 
 
 LINES = json_lines(GOOD, np.full(GOOD.shape, 0.5))
@@ -213,26 +242,29 @@ def line(number, **fields):
     [
         (["{"], "line 1: is not JSON ("),
         (["[" * 100_000], "line 1: is not JSON ("),
-        (["[1]"], "line 1: is no JSON object"),
+        (["[1]"], "line 1: is not a JSON object"),
         (line(2, layer_idx=None), "line 2: layer_idx is missing"),
         (line(2, selected_ids=None), "line 2: selected_ids is missing"),
-        (line(3, token_idx=-1), "line 3: token_idx is -1, not a whole number from 0 on"),
-        (line(3, token_idx=10**30), "line 3: token_idx is 1000000000000000000000000000000, not"),
-        (line(3, layer_idx=1.0), "line 3: layer_idx is 1.0, not a whole number from 0 on"),
-        (line(3, layer_idx=True), "line 3: layer_idx is true, not a whole number from 0 on"),
-        (line(3, selected_ids=[1, "2"]), "line 3: selected_ids is not a list of whole numbers"),
-        (line(3, selected_ids=3), "line 3: selected_ids is not a list of whole numbers"),
-        (line(3, selected_ids=[1]), "line 3: 1 expert ids, but small routes to 2"),
+        (line(3, token_idx=-1), "line 3: token_idx must be a whole number from 0 on (got -1)"),
+        (
+            line(3, token_idx=10**30),
+            "line 3: token_idx must be a whole number from 0 on (got 1000000000000000000000000000000)",
+        ),
+        (line(3, layer_idx=1.0), "line 3: layer_idx must be a whole number from 0 on (got 1.0)"),
+        (line(3, layer_idx=True), "line 3: layer_idx must be a whole number from 0 on (got true)"),
+        (line(3, selected_ids=[1, "2"]), "line 3: selected_ids must be a list of whole numbers"),
+        (line(3, selected_ids=3), "line 3: selected_ids must be a list of whole numbers"),
+        (line(3, selected_ids=[1]), "line 3: selected_ids must have the 2 experts of small (got 1)"),
         (line(3, selected_ids=[1, 8]), "line 3: expert id 8 is out of range 0..7"),
-        (line(3, selected_ids=[1, 1]), "line 3: an expert is listed twice"),
-        (line(3, gate_weights=[0.5]), "line 3: 1 gate weights for 2 experts"),
-        (line(3, gate_weights=[0.5, float("nan")]), "line 3: gate_weights is not a list of numbers up to 65504"),
-        (line(3, gate_weights=[0.5, 1e6]), "line 3: gate_weights is not a list of numbers up to 65504"),
-        (line(3, gate_weights=None), "line 3: gate_weights come in all lines, or in none"),
+        (line(3, selected_ids=[1, 1]), "line 3: an expert occurs twice in one entry"),
+        (line(3, gate_weights=[0.5]), "line 3: gate_weights must have one number per expert (got 1 for 2)"),
+        (line(3, gate_weights=[0.5, float("nan")]), "line 3: gate_weights must be a list of numbers up to 65504"),
+        (line(3, gate_weights=[0.5, 1e6]), "line 3: gate_weights must be a list of numbers up to 65504"),
+        (line(3, gate_weights=None), "line 3: gate_weights must be in all lines or in none"),
         (line(3, layer_idx=4), "has layers 1..4 (4), but small's MoE layers are 1..3 (3)"),
-        (line(2, layer_idx=1), "line 2: token 0 was routed in layer 1 in line 1 already"),
+        (line(2, layer_idx=1), "line 2: token 0 of layer 1 is in line 1 too"),
         (LINES[:-1], "token 3 has no line for layer 3"),
-        ([*LINES[:3], *LINES[6:]], "has no line for token 1"),
+        ([*LINES[:3], *LINES[6:]], "token 1 has no line"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -251,44 +283,44 @@ def rewritten(name, **columns):
 
 
 FLAME = {
-    "flame/actives/iter_540 (which counts from one): has layers 1..2 (2), but small's": lambda folder: (
+    "flame/actives/iter_540 (counted from one in file names): has layers 1..2 (2), but small's": lambda folder: (
         folder / "layer_04.parquet"
     ).unlink(),
-    "flame/actives/iter_540/last.parquet: is not named layer_<number>.parquet": lambda folder: (
+    "flame/actives/iter_540/last.parquet: must be named layer_<number>.parquet": lambda folder: (
         folder / "layer_04.parquet"
     ).rename(folder / "last.parquet"),
     "flame/actives/iter_540/layer_03.parquet: cannot be read as Parquet (": lambda folder: (
         folder / "layer_03.parquet"
     ).write_bytes(b"PAR1"),
-    "flame/actives/iter_540/layer_03.parquet: has 1 rows, but layer_02.parquet has 4": lambda folder: rewritten(
-        "layer_03.parquet", scores=[[0.5, 0.5]], indices=[[1, 2]]
+    "flame/actives/iter_540/layer_03.parquet: must have as many rows as layer_02.parquet, 4 (got 1)": lambda folder: (
+        rewritten("layer_03.parquet", scores=[[0.5, 0.5]], indices=[[1, 2]])
     ),
-    "flame/actives/iter_540/layer_03.parquet: column 'scores' is missing; found indices": lambda folder: rewritten(
+    "flame/actives/iter_540/layer_03.parquet: column 'scores' is missing (got indices)": lambda folder: rewritten(
         "layer_03.parquet", scores=None
     ),
-    "flame/actives/iter_540/layer_03.parquet: column 'indices' is int64, not lists of int16": lambda folder: rewritten(
-        "layer_03.parquet", indices=[1, 2, 3, 4]
+    "flame/actives/iter_540/layer_03.parquet: column 'indices' must hold lists of int16 (got int64)": lambda folder: (
+        rewritten("layer_03.parquet", indices=[1, 2, 3, 4])
     ),
-    "flame/actives/iter_540/layer_03.parquet: row 2: indices holds 1, but small routes to 2": lambda folder: rewritten(
-        "layer_03.parquet", indices=[[1, 2], [3, 4], [5], [6, 7]]
+    "flame/actives/iter_540/layer_03.parquet: row 2: indices must have the 2 experts of small (got 1)": lambda folder: (
+        rewritten("layer_03.parquet", indices=[[1, 2], [3, 4], [5], [6, 7]])
     ),
-    "flame/actives/iter_540/layer_03.parquet: row 1: indices has an empty place": lambda folder: rewritten(
+    "flame/actives/iter_540/layer_03.parquet: row 1: indices must not be null": lambda folder: rewritten(
         "layer_03.parquet", indices=[[1, 2], [3, None], [5, 6], [6, 7]]
     ),
-    "flame/actives/iter_540/layer_03.parquet: row 2: scores are not all numbers": lambda folder: rewritten(
+    "flame/actives/iter_540/layer_03.parquet: row 2: scores must be finite numbers": lambda folder: rewritten(
         "layer_03.parquet", scores=[[0.5, 0.5], [0.5, 0.5], [0.5, float("nan")], [0.5, 0.5]]
     ),
     "flame/actives/iter_540/layer_03.parquet: row 3: expert id 8 is out of range 0..7": lambda folder: rewritten(
         "layer_03.parquet", indices=[[1, 2], [3, 4], [5, 6], [8, 7]]
     ),
-    "flame/actives/iter_540/layer_03.parquet: row 0: an expert is listed twice": lambda folder: rewritten(
+    "flame/actives/iter_540/layer_03.parquet: row 0: an expert occurs twice in one entry": lambda folder: rewritten(
         "layer_03.parquet", indices=[[1, 1], [3, 4], [5, 6], [6, 7]]
     ),
-    "{}/flame/samples: has 3 token ids, but the layers have 4 rows": lambda folder: pq.write_table(
+    "{}/flame/samples: must have a token id for each of the 4 rows (got 3)": lambda folder: pq.write_table(
         pa.table({"token_id": [1, 2, 3]}), "flame/samples/000.parquet"
     ),
-    "{}/flame/samples/000.parquet: column 'token_id' is double": lambda folder: pq.write_table(
-        pa.table({"token_id": [0.5] * 4}), "flame/samples/000.parquet"
+    "{}/flame/samples/000.parquet: column 'token_id' must hold whole numbers, without nulls": lambda folder: (
+        pq.write_table(pa.table({"token_id": [0.5] * 4}), "flame/samples/000.parquet")
     ),
 }
 
@@ -304,7 +336,7 @@ def test_a_bad_flame_moe_file_is_named_and_nothing_is_left(says, desk, capsys):
 def test_a_sequence_of_no_rows_is_refused(desk, capsys):
     folder = flame_moe(Path(), GOOD, np.full(GOOD.shape, 0.5))
     line = failure(capsys, desk, command("flame-moe", "--sequence-tokens", "0", source=str(folder)))
-    assert line.startswith("--sequence-tokens 0: a sequence has at least one token")
+    assert line.startswith("--sequence-tokens: must be at least 1 (got 0)")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +366,7 @@ def test_a_sequence_that_cannot_name_a_file_goes_into_an_npz(desk, capsys):
     assert main(command("vllm", source="set.npz")) == 0
     capsys.readouterr()
     line = failure(capsys, desk, ["export", "vllm", "out", "arrays"])
-    assert line == "out: sequence 'a/b' cannot name an array; export to an .npz, or rename it"
+    assert line == "out: sequence 'a/b' cannot be the name of a file; export to an .npz, or rename it"
     assert main(["export", "vllm", "out", "again.npz"]) == 0
     with np.load("again.npz") as arrays:
         np.testing.assert_array_equal(arrays["a/b"], GOOD)

@@ -12,7 +12,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 LENGTH = 14
 TOKEN, LAYER = 8, 2  # from here on, everything is edited
@@ -35,7 +35,7 @@ FITS = {
 
 def write(folder: Path, traces: list[Trace]) -> Path:
     manifest = Manifest(TINY, Tokenizer("tests", 32), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(folder, manifest) as writer:
+    with open_writer(folder, manifest) as writer:
         for index, trace in enumerate(traces):
             writer.write(trace, "validation" if index % 4 == 3 else "train")
     return folder

@@ -11,19 +11,19 @@ from _helpers.common import TINY, error_line, tiny_trace, tiny_traces
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.steering import read_steering
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def test_json_is_alone_on_standard_output(trace_set, capsys):
     assert main(["inspect", trace_set.folder, "--json", "-"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out) == summarize(trace_set)
+    assert json.loads(out) == summarize(trace_set).to_json()
     assert err == ""
 
 
@@ -33,7 +33,7 @@ def test_json_in_a_file_leaves_the_tables_where_they_are(trace_set, tmp_path, ca
     assert main(["inspect", trace_set.folder]) == 0
     assert capsys.readouterr().out == tables != ""
     first = (tmp_path / "out.json").read_bytes()
-    assert json.loads(first) == summarize(trace_set)
+    assert json.loads(first) == summarize(trace_set).to_json()
     assert main(["inspect", trace_set.folder, "--json", str(tmp_path / "out.json")]) == 0
     assert (tmp_path / "out.json").read_bytes() == first
 
@@ -45,7 +45,7 @@ def test_the_tables_hold_the_counts(trace_set, capsys):
     assert "4 MoE layers (1..4) x 8 experts, top-2" in out
     assert f"train: {tokens['train']:,} tokens, validation: {tokens['validation']:,} tokens" in out
     assert f"{sum(tokens.values()) * 4:,}" in out
-    summary = summarize(trace_set)["by_layer"]
+    summary = summarize(trace_set).to_json()["by_layer"]
     rows = cells(out, "by layer")
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     assert [row[2] for row in rows] == [f"{layer['busiest_share']:.1%}" for layer in summary]
@@ -79,7 +79,7 @@ def cells(out: str, title: str) -> list[list[str]]:
 def generated(folder: Path, seed: int) -> str:
     """A trace set with gate weights, whose sequences are read and then written by the model."""
     rng = np.random.default_rng(seed)
-    with writing(folder, Manifest(TINY, Tokenizer("t", 32), "tiny", 16.0, "mixed", "tests", "0")) as writer:
+    with open_writer(folder, Manifest(TINY, Tokenizer("t", 32), "tiny", 16.0, "mixed", "tests", "0")) as writer:
         for i in range(6):
             trace = tiny_trace(f"s{i}", 12, rng)
             gates = np.full(trace.experts.shape, 0.25, np.float16) + np.array([0.5, 0], np.float16)
@@ -93,7 +93,9 @@ def test_gates_phases_and_contrast_have_tables_that_fit(tmp_path, capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 120
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found == summarize(TraceSet(one), "train") | {"contrast": contrast(TraceSet(one), TraceSet(other), "train")}
+    assert found == summarize(TraceSet(one), "train").to_json() | {
+        "contrast": contrast_traces(TraceSet(one), TraceSet(other), "train").to_json()
+    }
     whole = {row[0]: row[1] for row in cells(out, "trace set")}
     assert whole["measured"] == "train"
     assert whole["gate mass of the top expert"] == "75.0%"
@@ -132,7 +134,7 @@ def test_what_cannot_be_contrasted_or_drawn_is_one_line(trace_set, tmp_path, cap
     few = tiny_traces(tmp_path / "few", sequences=3).folder  # has no validation split
     assert f"split of {few}" in error_line(capsys, ["inspect", mine, "--contrast", few, "--split", "validation"])
     large = tiny_traces(tmp_path / "large", geometry=replace(TINY, num_experts=9)).folder
-    assert "its geometry is" in error_line(
+    assert "its geometry is not that" in error_line(
         capsys, ["inspect", mine, "--contrast", large, "--plots", tmp_path / "plots"]
     )
     damage_hash(Path(few), "train-00000.parquet")
@@ -145,7 +147,7 @@ def test_the_most_popular_experts_come_first(tmp_path, capsys):
     geometry = Geometry("g", (0,), 4, 2, 1000, 0)
     manifest = Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "dataset", "tests", "0")
     experts = np.array([[[3, 1]], [[3, 1]], [[3, 0]], [[2, 3]]])  # 3 four times of eight, 1 twice, 0 and 2 once
-    with writing(tmp_path / "set", manifest) as writer:
+    with open_writer(tmp_path / "set", manifest) as writer:
         writer.write(Trace("a", "tests", np.zeros(4, np.int32), experts, 4))
     assert main(["inspect", str(tmp_path / "set")]) == 0
     assert "3 (50.0%), 1 (25.0%), 0 (12.5%)" in capsys.readouterr().out
@@ -154,7 +156,7 @@ def test_the_most_popular_experts_come_first(tmp_path, capsys):
 def test_names_with_brackets_are_shown_as_they_are(tmp_path, capsys):
     # rich would take them for markup.
     manifest = Manifest(TINY, Tokenizer("t", 32), "model [red]", 16.0, "dataset", "prompts [/v2]", "0")
-    with writing(tmp_path / "set", manifest) as writer:
+    with open_writer(tmp_path / "set", manifest) as writer:
         writer.write(tiny_trace("a", 3, np.random.default_rng(0)))
     assert main(["inspect", str(tmp_path / "set")]) == 0
     out = capsys.readouterr().out
@@ -167,7 +169,7 @@ def test_names_with_brackets_are_shown_as_they_are(tmp_path, capsys):
 )
 def test_unusual_geometries_are_described(geometry, tmp_path, capsys):
     manifest = Manifest(geometry, Tokenizer("t", 32), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(tmp_path / "set", manifest) as writer:
+    with open_writer(tmp_path / "set", manifest) as writer:
         experts = np.zeros((1, 4, geometry.top_k), np.int16) + np.arange(geometry.top_k, dtype=np.int16)
         writer.write(Trace("a", "tests", np.zeros(1, np.int32), experts, 1))
     assert main(["inspect", str(tmp_path / "set")]) == 0
@@ -200,7 +202,7 @@ def change_manifest(**changes):
         (change_manifest(geometry={}), "manifest.json: "),
         (change_manifest(shards=[{"file": "x"}]), "manifest.json: shard 0: fields are missing or unknown"),
         (change_manifest(shards=[]), "manifest.json"),
-        (change_manifest(geometry={**TINY.to_json(), "top_k": 1}), "manifest.json: fingerprint and shards do not"),
+        (change_manifest(geometry={**TINY.to_json(), "top_k": 1}), "manifest.json: fingerprint and shards disagree"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -232,7 +234,9 @@ def test_json_that_cannot_be_written_is_one_line(place, trace_set, tmp_path, cap
 def test_a_set_with_slots_without_an_expert_has_its_tables_and_pictures(tmp_path, capsys):
     geometry = Geometry("g", (3, 5), num_experts=4, top_k=2, params_per_expert=10, other_params_per_layer=0)
     experts = np.array([[[0, -1], [-1, -1]], [[1, 2], [-1, -1]], [[2, 0], [-1, -1]]])
-    with writing(tmp_path / "set", Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "mixed", "tests", "0")) as writer:
+    with open_writer(
+        tmp_path / "set", Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "mixed", "tests", "0")
+    ) as writer:
         writer.write(Trace("s", "tests", np.zeros(3, np.int32), experts, 1, (experts >= 0).astype(np.float16)))
     assert main(["inspect", str(tmp_path / "set"), "--plots", str(tmp_path / "plots")]) == 0
     assert "nan" not in capsys.readouterr().out
@@ -244,7 +248,7 @@ def test_a_contrast_writes_what_collect_is_steered_by(tmp_path, capsys):
     path = tmp_path / "steer.json"
     assert main(["inspect", one, "--contrast", other, "--steer", str(path), "--on", "2", "--off", "1"]) == 0
     assert f"steering: {path}" in capsys.readouterr().out
-    found, rows = read_steering(path), contrast(TraceSet(one), TraceSet(other))["by_layer"]
+    found, rows = read_steering(path), contrast_traces(TraceSet(one), TraceSet(other)).to_json()["by_layer"]
     ((layer, expert),) = found.off
     assert min(min(row["difference"]) for row in rows) == rows[layer - 1]["difference"][expert]
     assert len(found.on) == 2

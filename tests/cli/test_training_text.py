@@ -19,9 +19,9 @@ from moe_beyond.predictors.training_text import Relation, measured_text, relatio
 from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.texts import HASH_BYTES, MOST_HASHES, count_shared, sketch, text_hashes
+from moe_beyond.traces.texts import HASH_BYTES, MAX_HASHES, count_shared, sketch, text_hashes
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 BUDGET = ("--budget", "8")
 FITTED = "was fitted on split train of this set: expect less on other text"
@@ -30,7 +30,7 @@ CHOSE = "split validation of this set chose the epoch of"
 
 def traces_of(folder: Path, splits: dict[str, list[Trace]], source: str = "mine") -> TraceSet:
     manifest = Manifest(TINY, Tokenizer("tests", VOCAB), "tiny", 16.0, "dataset", source, "0")
-    with writing(folder, manifest) as writer:
+    with open_writer(folder, manifest) as writer:
         for split, found in splits.items():
             for trace in found:
                 writer.write(trace, split)
@@ -114,7 +114,7 @@ def test_a_prompt_is_found_whatever_the_model_answered(tmp_path: Path) -> None:
     first = traces_of(tmp_path / "a", {"train": [replace(t, decode_start=5) for t in traces]})
     second = traces_of(tmp_path / "b", {"train": other})
     assert count_shared(sketch(text_hashes(first)), text_hashes(second)) == (3, True)
-    full = "".join(f"{n:012x}" for n in range(MOST_HASHES))
+    full = "".join(f"{n:012x}" for n in range(MAX_HASHES))
     assert count_shared(full, text_hashes(second)) == (0, False)
 
 

@@ -156,7 +156,7 @@ def test_identity_experts_are_left_out_on_the_way_to_a_replay(small: tuple, tmp_
     assert 0 < real < traces.manifest.tokens * traces.geometry.demand_per_token
     found = mb.replay(traces, budget=["50%"], policy=["lru"])
     assert {result["accesses"] for result in found.to_json()["results"]} == {real}
-    assert sum(layer["unused_experts"] for layer in summarize(traces)["by_layer"]) < 16
+    assert sum(layer.unused_experts for layer in summarize(traces).by_layer) < 16
 
 
 @pytest.mark.parametrize("streaming", [False, True])

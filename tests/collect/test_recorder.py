@@ -19,7 +19,10 @@ def test_hooks_are_gone_afterwards() -> None:
 def test_two_towers_of_experts_are_refused() -> None:
     """As of a model that also looks: which of them a layer's number means, nobody says."""
     both = torch.nn.ModuleDict({name: tiny_model("MixtralForCausalLM") for name in ("language", "vision")})
-    with pytest.raises(UserError, match=r"layer 0 has experts at vision\.model.* and at language\.model"), recording(both):
+    with (
+        pytest.raises(UserError, match=r"layer 0 has experts at vision\.model.* and at language\.model"),
+        recording(both),
+    ):
         pass
 
 

@@ -127,7 +127,7 @@ def test_what_groups_do_keep_off_is_refused() -> None:
     """Where weights are of the scores that groups have masked, they are 0."""
     model = moes.tiny_model("DeepseekV2ForCausalLM", topk_method="group_limited_greedy", n_group=4, topk_group=1)
     routed_under(model, Steering(((1, 0), (1, 1))))
-    with pytest.raises(UserError, match=r"expert 0 of layer 1 was forced on, and 128 of 128 tokens do without it"):
+    with pytest.raises(UserError, match=r"expert 0 of layer 1 was forced on, but 128 of 128 tokens do not use it"):
         routed_under(model, Steering(((1, 0), (1, 2))))
 
 
@@ -174,13 +174,13 @@ def test_a_collection_is_steered_and_says_so(small: tuple[Any, Any], tmp_path: P
         assert main(["inspect", str(tmp_path / folder)]) == 0
         assert ("2 experts on, 3 off" in capsys.readouterr().out) == is_steered
     card = traces_card(traces.manifest)
-    assert "- Steered: 2 experts on, 3 off, in all that it read and wrote" in card
+    assert "- Steering: 2 experts on, 3 off, for every token" in card
     assert "teered" not in traces_card(let_be.manifest)
 
 
 def test_a_model_that_does_not_obey_makes_no_trace_set(small: tuple[Any, Any], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(collecting, "steered", lambda *_: nullcontext())
-    with pytest.raises(UserError, match=r"expert 5 of layer 2 was forced on, and [\d]+ of [\d]+ tokens do without it"):
+    with pytest.raises(UserError, match=r"expert 5 of layer 2 was forced on, but [\d]+ of [\d]+ tokens do not use it"):
         collected(small, tmp_path / "traces", Steering(((2, 5),)))
     assert not list(tmp_path.rglob("*.parquet"))
 
@@ -206,10 +206,10 @@ def test_another_steering_does_not_go_on_with_what_was_begun(small: tuple[Any, A
         ("", "steer.json: is not JSON"),
         ("on: 3", "steer.json: is not JSON"),
         ("[" * 100000, "steer.json: is not JSON"),
-        ("[[1, 2]]", 'steer.json: is no object {"on": [[layer, expert], ...], "off": [[layer, expert], ...]}'),
-        ("{}", "steer.json: names no expert"),
+        ("[[1, 2]]", 'steer.json: must be an object {"on": [[layer, expert], ...], "off": [[layer, expert], ...]}'),
+        ("{}", "steer.json: has no expert"),
         ('{"onn": [[1, 2]]}', "steer.json: unknown key 'onn'; did you mean 'on'?"),
-        ('{"on": {"1": 2}}', "steer.json: 'on' is no list: {\"1\": 2}; an expert is a pair of whole numbers"),
+        ('{"on": {"1": 2}}', "steer.json: 'on' must be a list (got {\"1\": 2}); an expert is a pair of whole numbers"),
         ('{"off": [[1, 2], [1]]}', "steer.json: 'off' holds [1]; an expert is a pair of whole numbers"),
         ('{"off": [[1, true]]}', "'off' holds [1, true]"),
         ('{"off": [[1, 2.0]]}', "'off' holds [1, 2.0]"),
@@ -226,11 +226,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys, text: str, 
 @pytest.mark.parametrize(
     ("steering", "says"),
     [
-        (Steering(off=((9, 2),)), "layer 9 of small-moe holds no experts; those that do: 1, 2, 3, 4, 5, 6, 7, 8"),
-        (Steering(((2, 24),)), "layer 2 of small-moe has no expert 24; its experts are 0 to 23"),
-        (Steering(tuple((2, e) for e in range(4))), "4 experts of layer 2 are on, and a token is routed to 3"),
-        (Steering(off=tuple((2, e) for e in range(24))), "0 of the 24 experts of layer 2 are left"),
-        (Steering(off=tuple((2, e) for e in range(22))), "2 of the 24 experts of layer 2 are left"),
+        (Steering(off=((9, 2),)), "layer 9 of small-moe has no experts; choose from 1, 2, 3, 4, 5, 6, 7, 8"),
+        (Steering(((2, 24),)), "layer 2 of small-moe has no expert 24; choose from 0..23"),
+        (Steering(tuple((2, e) for e in range(4))), "4 experts of layer 2 are on, but a token is routed to 3"),
+        (Steering(off=tuple((2, e) for e in range(24))), "0 of the 24 experts of layer 2 remain"),
+        (Steering(off=tuple((2, e) for e in range(22))), "2 of the 24 experts of layer 2 remain"),
     ],
 )
 def test_what_a_model_cannot_do_is_named(small: tuple[Any, Any], steering: Steering, says: str) -> None:
@@ -243,7 +243,7 @@ def test_the_command_line_steers_or_leaves_nothing(tmp_path: Path, capsys) -> No
     (tmp_path / "prompts.txt").write_text("def main():\n")
     words = ["collect", "--model", SMALL, "--prompts", tmp_path / "prompts.txt", "--steer", tmp_path / "steer.json"]
     words += ["--out", tmp_path / "traces"]
-    assert "layer 9 of small-moe holds no experts" in failure(capsys, tmp_path, words)
+    assert "layer 9 of small-moe has no experts" in failure(capsys, tmp_path, words)
     (tmp_path / "steer.json").write_text(json.dumps({"off": [[8, 2]]}))
     assert main([*map(str, words), "--generate", "2"]) == 0
     assert f"{tmp_path / 'traces'}: steered: 1 expert off" in capsys.readouterr().out

@@ -18,8 +18,9 @@ from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.traces.manifest import Manifest, ShardInfo, Tokenizer
-from moe_beyond.traces.reader import Shard, TraceSet
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.shard import Shard
+from moe_beyond.traces.writer import open_writer
 
 SMALL: dict[str, Any] = {"token_budget": 48, "max_tokens": 8, "window": 2}
 
@@ -203,7 +204,7 @@ def test_trace_sets_of_another_shape_are_refused(trace_set, tmp_path, role):
 def traces_of(folder: Path, tokenizer: Tokenizer, word: str | None = None) -> str:
     vocabulary = None if word is None else word_tokenizer(folder.parent / f"{folder.name}.json", [word])
     manifest = Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")
-    with writing(folder, manifest, vocabulary=vocabulary) as writer:
+    with open_writer(folder, manifest, vocabulary=vocabulary) as writer:
         for split in ("train", "validation"):
             writer.write(tiny_trace(split, 3, np.random.default_rng(0)), split)
     return str(folder)

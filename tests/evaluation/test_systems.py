@@ -17,7 +17,7 @@ from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 COMMON = ReplaySettings(TINY.total_experts, warmup_tokens=1)
 PUBLISHED = {"cross_layer": seer("cross_layer.x", (1, 2)), "eamc": seer("eamc.x", ("token",))}
@@ -79,7 +79,7 @@ def write(folder: Path, model: str = "m", word: str | None = "a", geometry: Geom
     rng = np.random.default_rng(0)
     manifest = Manifest(geometry, Tokenizer("t", 32), model, 16.0, "dataset", "tests", "0")
     vocabulary = None if word is None else word_tokenizer(folder.parent / f"{folder.name}.json", [word])
-    with writing(folder, manifest, vocabulary=vocabulary) as writer:
+    with open_writer(folder, manifest, vocabulary=vocabulary) as writer:
         writer.write(tiny_trace("s", 5, rng, geometry), "train")
     return TraceSet(str(folder))
 

@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCard
 from moe_beyond.cli.main import main
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def pushed(folder: Path, *words: str) -> None:
@@ -138,7 +138,7 @@ def test_an_upload_that_breaks_publishes_nothing(hub: Hub, tmp_path: Path, capsy
 
 def test_a_split_that_datasets_does_not_take_is_named(tmp_path: Path, capsys):
     manifest = Manifest(TINY, Tokenizer("tests", 32), "tiny", 16.0, "model", "tests", "0")
-    with writing(tmp_path / "traces", manifest) as writer:
+    with open_writer(tmp_path / "traces", manifest) as writer:
         writer.write(tiny_trace("s", 5, np.random.default_rng(0)), "held-out")
     assert "split 'held-out'" in error_line(capsys, ["push", tmp_path / "traces", "org/traces", "--dry-run"])
 

@@ -14,12 +14,12 @@ from moe_beyond.predictors.io.folder import check_fits
 from moe_beyond.predictors.registry import create
 from moe_beyond.traces.manifest import NO_TOKEN_IDS
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def without_token_ids(folder: Path, traces: TraceSet) -> TraceSet:
     manifest = replace(traces.manifest, tokenizer=NO_TOKEN_IDS, shards=())
-    with writing(folder, manifest) as writer:
+    with open_writer(folder, manifest) as writer:
         for split in traces.manifest.splits:
             for trace in traces.traces(split):
                 writer.write(replace(trace, token_ids=trace.token_ids * 0), split)

@@ -7,12 +7,12 @@ from _helpers.common import TINY, tiny_trace, tiny_traces
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.plots.inspection import inspection_figures
 from moe_beyond.report.plots.replay import png
-from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def image(figure):
@@ -25,14 +25,17 @@ def lines(axes):
 
 def test_every_figure_draws_its_figures(tmp_path):
     rng = np.random.default_rng(0)
-    with writing(tmp_path / "set", Manifest(TINY, Tokenizer("t", 32), "tiny", 16.0, "mixed", "tests", "0")) as writer:
+    with open_writer(
+        tmp_path / "set", Manifest(TINY, Tokenizer("t", 32), "tiny", 16.0, "mixed", "tests", "0")
+    ) as writer:
         for i in range(3):
             trace = tiny_trace(f"s{i}", 10, rng)
             writer.write(Trace(trace.sequence_id, "tests", trace.token_ids, trace.experts, 4))
     traces = TraceSet(str(tmp_path / "set"))
-    summary = summarize(traces) | {"contrast": contrast(traces, tiny_traces(tmp_path / "other"))}
+    result, other = summarize(traces), contrast_traces(traces, tiny_traces(tmp_path / "other"))
+    drawn = inspection_figures(result, other)
+    summary = result.to_json() | {"contrast": other.to_json()}
     layers = summary["by_layer"]
-    drawn = inspection_figures(summary)
     assert list(drawn) == ["popularity", "locality", "reuse_distance", "dependence", "phases", "contrast"]
     np.testing.assert_allclose(
         image(drawn["popularity"]), [[8 * share for share in row["popularity"]] for row in layers]
@@ -69,7 +72,9 @@ def test_every_figure_draws_its_figures(tmp_path):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_sets_with_little_to_draw_are_drawn(layers, tmp_path):
     geometry = Geometry("g", tuple(range(layers)), 2, 2, 1000, 0)
-    with writing(tmp_path / "set", Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "dataset", "tests", "0")) as writer:
+    with open_writer(
+        tmp_path / "set", Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "dataset", "tests", "0")
+    ) as writer:
         writer.write(Trace("a", "tests", np.zeros(1, np.int32), np.array([[[0, 1]] * layers]), 1))
     drawn = inspection_figures(summarize(TraceSet(str(tmp_path / "set"))))
     assert list(drawn) == ["popularity", "locality", "reuse_distance", *["dependence"] * (layers > 1)]

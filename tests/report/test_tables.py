@@ -29,8 +29,9 @@ from moe_beyond.report.tables.results import FIGURES, checkpoints_table, metrics
 from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
-from moe_beyond.traces.analysis.contrast import contrast
+from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
+from moe_beyond.traces.analysis.summary import GateMass, LayerPhases, PhaseCounts, PhaseSummary
 
 WIDE = 400
 NUMBER = re.compile(r"[+-]?\d[\d.,]*%?")
@@ -77,18 +78,18 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         Answer("lru", results[1], None),
     ]
     found["plan"] = plan_table(answers, parse_target("90%"), geometry, 123_456_789)
-    summary = summarize(traces) | {"contrast": contrast(traces, other)}
-    summary["contrast"]["other"]["traces"] = "traces/other"  # a temporary folder's name has digits of its own
-    summary["phases"] = {"prefill_tokens": 123_456, "decode_tokens": 234_567, "sequences": 1_234}
-    for layer in summary["by_layer"]:
-        phase = {
-            "normalized_entropy": 0.98765,
-            "token_to_token_reuse": 0.12345,
-            "popularity": [0.5, 0.25, 0.125, 0.125],
-        }
-        layer["phases"] = {"prefill": phase, "decode": phase, "total_variation": 0.1, "total_variation_by_chance": 0.2}
-        layer["gate_mass"] = {"by_rank": [0.6, 0.4], "popularity": [0.5, 0.25, 0.125, 0.125]}
-    found |= {f"inspection: {table.title}": table for table in inspection_tables(summary)}
+    summary, difference = summarize(traces), contrast_traces(traces, other)
+    # The name of a temporary folder has digits of its own.
+    difference = replace(difference, other={**difference.other, "traces": "traces/other"})
+    popularity = [0.5, 0.25, 0.125, 0.125]
+    phase = PhaseSummary(0.98765, 0.12345, popularity)
+    phases, gate_mass = LayerPhases(phase, phase, 0.1, 0.2), GateMass([0.6, 0.4], popularity)
+    summary = replace(
+        summary,
+        phases=PhaseCounts(1_234, 123_456, 234_567),
+        by_layer=tuple(replace(layer, phases=phases, gate_mass=gate_mass) for layer in summary.by_layer),
+    )
+    found |= {f"inspection: {table.title}": table for table in inspection_tables(summary, difference)}
     preset = load_preset("deepseek-v2-lite").geometry
     rows = device_rows([load_device(name) for name in DEVICES], preset, 16.0)
     found |= {f"devices: {table.title}": table for table in devices_tables(rows, preset, 16.0)}

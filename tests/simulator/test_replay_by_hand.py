@@ -438,7 +438,7 @@ def test_a_batch_is_predicted_to_use_what_any_of_its_sequences_may():
 
 def test_an_expert_named_twice_in_an_event_is_refused():
     # A router names K distinct experts: counting one twice would make a hit of nothing.
-    with pytest.raises(UserError, match="an expert is named twice by one token in one layer"):
+    with pytest.raises(UserError, match="an expert occurs twice in one entry"):
         replay(small_geometry(1, 4, 2), ReplaySettings(2), [[[1, 1]]])
 
 

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from moe_beyond.traces import schema
 from moe_beyond.traces.checks import first_fault
-from moe_beyond.traces.schema import check_experts, first_wrong_entry
+from moe_beyond.traces.schema import check_experts, first_invalid_entry
 
 
 def plainly_wrong(entry: list[int], num_experts: int, none: int) -> bool:
@@ -20,25 +20,25 @@ def plainly_wrong(entry: list[int], num_experts: int, none: int) -> bool:
 
 
 @given(st.data(), st.sampled_from([(np.uint8, 255), (np.int16, -1)]), st.integers(1, 4), st.integers(2, 6))
-def test_the_first_wrong_entry_is_that_of_plain_loops(data, stored, top_k, num_experts):
+def test_the_first_invalid_entry_is_that_of_plain_loops(data, stored, top_k, num_experts):
     dtype, none = stored
     ids = st.sampled_from([*range(num_experts + 1), none] + ([-2] if none == -1 else []))
     entries = data.draw(arrays(dtype, (data.draw(st.integers(0, 9)), top_k), elements=ids))
     wrong = [number for number, entry in enumerate(entries.tolist()) if plainly_wrong(entry, num_experts, none)]
-    found = first_wrong_entry(entries, num_experts)
+    found = first_invalid_entry(entries, num_experts)
     assert (found and found[0]) == (wrong[0] if wrong else None)
     assert (check_experts(entries, num_experts) is None) == (not wrong)
 
 
 @pytest.mark.parametrize("entry", [0, 4, 5, 9, 12])
 def test_entries_are_numbered_over_all_that_is_checked_at_once(entry, monkeypatch):
-    monkeypatch.setattr(schema, "ENTRIES_AT_ONCE", 5)
+    monkeypatch.setattr(schema, "CHECKED_ENTRIES", 5)
     entries = np.tile(np.array([1, 0, 2], np.uint8), (13, 1))
-    assert first_wrong_entry(entries, 3) is None
+    assert first_invalid_entry(entries, 3) is None
     entries[entry, 2] = 3
-    assert first_wrong_entry(entries, 3) == (entry, "expert id 3 is out of range 0..2")
+    assert first_invalid_entry(entries, 3) == (entry, "expert id 3 is out of range 0..2")
     entries[entry, 2] = 1
-    assert first_wrong_entry(entries, 3) == (entry, "an expert is named twice by one token in one layer")
+    assert first_invalid_entry(entries, 3) == (entry, "an expert occurs twice in one entry")
 
 
 OFFSETS, STARTS = np.array([0, 2, 5]), np.array([2, 0])
@@ -82,7 +82,7 @@ def test_right_sequences_have_no_fault():
         ({"token_ids": at(TOKENS, (2,), -1)}, 1, "token id -1 is out of range 0..31"),
         ({"token_ids": at(TOKENS, (1,), 32)}, 0, "token id 32 is out of range 0..31"),
         ({"experts": at(EXPERTS, (1, 3, 1), 8)}, 0, "expert id 8 is out of range 0..7"),
-        ({"experts": at(EXPERTS, (2, 0, 1), 3)}, 1, "an expert is named twice by one token in one layer"),
+        ({"experts": at(EXPERTS, (2, 0, 1), 3)}, 1, "an expert occurs twice in one entry"),
         ({"gate_weights": at(GATES, (4, 3, 1), np.inf)}, 1, "gate weights are negative or not finite"),
         ({"gate_weights": at(GATES, (1, 3, 1), -np.inf)}, 0, "gate weights are negative or not finite"),
         ({"gate_weights": at(GATES, (0, 0, 0), np.nan)}, 0, "gate weights are negative or not finite"),

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from moe_beyond.cli.main import main
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.traces.copies import count_copies, describe_copies, text_digest, without_copies
+from moe_beyond.traces.copies import count_copies, describe_copies, text_digest
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.splits import without_copies
+from moe_beyond.traces.writer import open_writer
 
 
 def test_a_chosen_copy_goes_to_training_by_hand():
-    # 1 and 4 were chosen. 1 repeats 0, which is in training; 4 and 5 are alone.
+    # 1 and 4 were chosen. 1 repeats 0, which is in training; 4 and 5 have no copy.
     assert without_copies({1, 4}, dict(enumerate("aabbcd"))) == {4}
     # 2 and 3 are copies of each other, both chosen: no training text is in validation.
     assert without_copies({2, 3}, dict(enumerate("abcc"))) == {2, 3}
@@ -65,10 +66,10 @@ def test_equal_numbers_are_equal_texts_whatever_their_type():
 
 
 def set_with_copies(folder: Path, *, has_token_ids: bool = True) -> TraceSet:
-    """Of training ``a b a``, of validation ``b c``; without token ids, routed so."""
+    """Copies in training ``a b a`` and validation ``b c``, by token ids or by routing."""
     tokenizer = Tokenizer("tests", 32) if has_token_ids else NO_TOKEN_IDS
     texts = {text: tiny_trace(text, 4, np.random.default_rng(seed)) for seed, text in enumerate("abc")}
-    with writing(folder, Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")) as writer:
+    with open_writer(folder, Manifest(TINY, tokenizer, "tiny", 16.0, "dataset", "tests", "0")) as writer:
         for number, (text, split) in enumerate(zip("abacb", ["train"] * 3 + ["validation"] * 2, strict=True)):
             trace = replace(texts[text], sequence_id=f"s{number}")
             if not has_token_ids:

@@ -1,4 +1,4 @@
-"""A trace set is held to what it says: whatever is changed in one, every command names the file and the fault."""
+"""Every command names the file and the fault of a changed trace set."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.tokenizers import load_vocabulary
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 FIRST = "train-00000.parquet"
 
@@ -92,7 +92,7 @@ def same_id_in_two_shards(folder: Path) -> None:
 
 
 def shards(change: Callable[[list], list]) -> Callable[[Path], None]:
-    """Damage of the list of shards in the manifest, all hashes made anew."""
+    """Damage of the list of shards in the manifest, all hashes computed again."""
 
     def damage(folder: Path) -> None:
         edit_manifest(folder, lambda manifest: manifest.update(shards=change(manifest["shards"])))
@@ -101,7 +101,7 @@ def shards(change: Callable[[list], list]) -> Callable[[Path], None]:
 
 
 def plain(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """Damage of the manifest alone, its hashes left as they were."""
+    """Damage of the manifest, with its old hashes."""
     return lambda folder: edit_json(folder / "manifest.json", change)
 
 
@@ -121,28 +121,28 @@ def bit_flipped_in_a_page(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "shard left out": (plain(lambda manifest: manifest["shards"].pop(0)), "manifest.json: splits and shards do not"),
+    "shard left out": (plain(lambda manifest: manifest["shards"].pop(0)), "manifest.json: splits and shards disagree"),
     "shard twice": (plain(lambda m: m["shards"].append(m["shards"][0])), "manifest.json: two shards have the file"),
     "shard twice, hashes anew": (shards(lambda found: [*found, found[0]]), "manifest.json: two shards have the file"),
-    "splits swapped": (plain(swap), "manifest.json: splits and shards do not agree"),
-    "tokens edited": (plain(lambda m: m["shards"][0].update(tokens=99)), "manifest.json: splits and shards do not"),
+    "splits swapped": (plain(swap), "manifest.json: splits and shards disagree"),
+    "tokens edited": (plain(lambda m: m["shards"][0].update(tokens=99)), "manifest.json: splits and shards disagree"),
     "counts edited, hashes anew": (
         shards(lambda found: [{**found[0], "sequences": 1}, *found[1:]]),
-        f"{FIRST}: holds 8 sequences, but the manifest says 1",
+        f"{FIRST}: holds 8 sequences, but the manifest lists 1",
     ),
     "tokens edited, hashes anew": (
         shards(lambda found: [{**found[0], "tokens": 9999}, *found[1:]]),
-        f"{FIRST}: column 'token_ids' holds",
+        f"{FIRST}: column 'token_ids' must hold",
     ),
     "bytes edited, hashes anew": (
         shards(lambda found: [{**found[0], "bytes": 1}, *found[1:]]),
-        "bytes long, but manifest.json says 1",
+        "bytes, but manifest.json lists 1",
     ),
     "brackets": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json: is not JSON"),
     "path": (plain(elsewhere), "manifest.json: shard '../outside/train-00000.parquet': file must be a plain name"),
     "link": (link_out, f"{FIRST}: is a link to a file outside of the folder"),
     "fifo": (fifo, f"{FIRST}: is not a regular file"),
-    "rows cut": (lambda folder: edit_shard(folder, cut), f"{FIRST}: holds 7 sequences, but the manifest says 8"),
+    "rows cut": (lambda folder: edit_shard(folder, cut), f"{FIRST}: holds 7 sequences, but the manifest lists 8"),
     "not Parquet": (lambda folder: replace_shard(folder, b"PAR1 is not enough"), f"{FIRST}: cannot be read as Parquet"),
     "nearly empty": (lambda folder: replace_shard(folder, b"x"), f"{FIRST}: cannot be read as Parquet"),
     "cut": (
@@ -157,13 +157,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "column twice": (
         lambda folder: edit_shard(folder, lambda table: table.append_column("experts", table["experts"])),
-        f"{FIRST}: column 'experts' is there twice",
+        f"{FIRST}: column 'experts' is doubled",
     ),
     "other type": (
         lambda folder: edit_shard(
             folder, lambda table: table.set_column(2, "token_ids", table["token_ids"].cast(pa.list_(pa.int64())))
         ),
-        f"{FIRST}: column 'token_ids' is list",
+        f"{FIRST}: column 'token_ids' must be list",
     ),
     "token id -1": (changed("token_ids", first_value(-1)), "row 0 (sequence 's0'): token id -1 is out of range 0..31"),
     "token id 32": (changed("token_ids", first_value(32)), "row 0 (sequence 's0'): token id 32 is out of range 0..31"),
@@ -173,7 +173,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "expert 8": (changed("experts", first_value(8)), "row 0 (sequence 's0'): expert id 8 is out of range 0..7"),
     "expert twice": (
         changed("experts", lambda rows: [[3, 3, *rows[0][2:]], *rows[1:]]),
-        "row 0 (sequence 's0'): an expert is named twice by one token in one layer",
+        "row 0 (sequence 's0'): an expert occurs twice in one entry",
     ),
     "expert null": (changed("experts", first_value(None)), f"{FIRST}: column 'experts' holds nulls"),
     "row null": (changed("experts", lambda rows: [None, *rows[1:]]), f"{FIRST}: "),
@@ -183,7 +183,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokens": (moved_to_the_next_row, f"{FIRST}: row 0 (sequence 's0'): has no tokens"),
     "tokens moved": (
         moved_tokens,
-        f"{FIRST}: row 0: experts do not hold 4 x 2 ids a token",
+        f"{FIRST}: row 0: experts must be 4 x 2 ids per token",
     ),
     "gate weight nan": (weighed(float("nan")), "row 0 (sequence 's0'): gate weights are negative or not finite"),
     "gate weight inf": (weighed(float("inf")), "row 0 (sequence 's0'): gate weights are negative or not finite"),
@@ -197,7 +197,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
-    """A damaged set, and what is said of it."""
+    """A damaged set, and the expected error."""
     damage, says = DAMAGE[request.param]
     traces = tiny_traces(tmp_path / "traces", sequences=24, longest=12)
     assert len(traces.shards("train")) > 1
@@ -236,7 +236,7 @@ def test_every_command_names_the_file_and_the_fault(damaged, predictor, capsys):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"), [("top_k", 1, "column 'experts' holds"), ("num_experts", 4, "is out of range 0..3")]
+    ("field", "value", "says"), [("top_k", 1, "column 'experts' must hold"), ("num_experts", 4, "is out of range 0..3")]
 )
 def test_shards_of_another_model_than_the_manifest_says(field, value, says, predictor, tmp_path, capsys):
     folder = str(tmp_path / "traces")
@@ -272,7 +272,7 @@ def test_a_small_file_that_would_take_the_memory_is_not_decoded(where, tmp_path,
     replace_shard(tmp_path / "traces", sink.getvalue().to_pybytes(), sequences=1, tokens=tokens)
     line = error_line(capsys, ["inspect", tmp_path / "traces"])
     assert line.startswith(f"{tmp_path / 'traces' / FIRST}: ")
-    assert line.endswith("no recorded routing is so regular")
+    assert line.endswith("recorded routing never compresses so far")
 
 
 @pytest.mark.parametrize("name", ["shard left out", "brackets", "not Parquet", "expert twice", "one id"])
@@ -289,7 +289,7 @@ def test_a_set_in_other_storage_is_checked_alike(name, tmp_path):
 def test_a_tokenizer_that_is_none_is_named(tmp_path):
     words = word_tokenizer(tmp_path / "words.json", ["<unk>", "a", "b"])
     manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+    with open_writer(tmp_path / "set", manifest, vocabulary=words) as writer:
         writer.write(tiny_trace("a", 2, np.random.default_rng(0), vocab=3))
     (tmp_path / "set/tokenizer.json").write_text("garbage")
     sha256 = hashlib.sha256(b"garbage").hexdigest()
@@ -316,9 +316,9 @@ def restated(folder: Path, arrays: dict[str, np.ndarray], file: str, field: str)
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (np.full((4, 8, 8), np.nan, np.float32), "weight is not all finite numbers"),
-        (np.ones((4, 8, 8), np.int32), "weight is not all finite numbers"),
-        (np.ones((4, 8, 7), np.float32), "holds .* not the routers of"),
+        (np.full((4, 8, 8), np.nan, np.float32), "weight must hold only finite numbers"),
+        (np.ones((4, 8, 8), np.int32), "weight must hold only finite numbers"),
+        (np.ones((4, 8, 7), np.float32), "must hold routers of shape"),
     ],
 )
 def test_routers_that_are_none_are_named(array, says, tmp_path):
@@ -334,6 +334,6 @@ def test_hidden_states_of_another_number_of_tokens_are_named(tmp_path):
     one = np.zeros((1, 4, 8), np.float16)
     restated(tmp_path / "set", {"router_inputs": one, "layer_inputs": one}, info.states_file, "states_sha256")
     with pytest.raises(
-        UserError, match=r"states\.safetensors: holds .* not router_inputs and layer_inputs of \(\d+, 4"
+        UserError, match=r"states\.safetensors: must hold router_inputs and layer_inputs, float16 \(\d+, 4"
     ):
         list(TraceSet(str(tmp_path / "set")).traces(hidden_states=True))

@@ -43,7 +43,7 @@ def test_by_hand():
     groups = [(0, 1), (2, 3)] * 500
     bits, dependence = mutual_information(pair_counts(groups, groups[::-1], 4), 2)
     assert bits == dependence == pytest.approx(1 - 2 * 2 / (2 * 1000 * 4 * math.log(2)))
-    # A layer that stays with its experts, or has no others, tells nothing and cannot be told of.
+    # A layer that always uses the same experts has no dependence on another layer.
     stays = [(0, 1)] * 1000
     for first, second in ((groups, stays), (stays, groups), (stays, stays)):
         bits, dependence = mutual_information(pair_counts(first, second, 4), 2)
@@ -89,8 +89,8 @@ def test_layers_are_told_apart_and_large_models_pair_neighbours_alone(tmp_path):
         expected = mutual_information(pair_counts(experts[:, a], experts[:, b], 8), 2)
         assert (bits[a, b], dependence[a, b]) == (bits[b, a], dependence[b, a]) == expected
     assert np.isnan(dependence.diagonal()).all()
-    with patch.object(counting, "MOST_PAIR_COUNTS", 6 * 8 * 8 - 1):
+    with patch.object(counting, "MAX_PAIR_COUNTS", 6 * 8 * 8 - 1):
         few = layer_dependence(count_routing(traces))[1]
-        assert list(RoutingCounts.none(traces.geometry, layer_pairs=True).pairs) == [(0, 1), (1, 2), (2, 3)]
+        assert list(RoutingCounts.zeros(traces.geometry, layer_pairs=True).pairs) == [(0, 1), (1, 2), (2, 3)]
     assert few.diagonal(1).tolist() == dependence.diagonal(1).tolist()
     assert np.isnan(few[0, 2:]).all()

@@ -16,19 +16,18 @@ from hypothesis import strategies as st
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
-from moe_beyond.traces.exporters import EXPORTERS
-from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import FORMATS
 from moe_beyond.traces.formats import libcachesim as libcachesim_export
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def small_set(folder, shapes, geometry=SMALL, tokenizer=NO_TOKEN_IDS):
     """A trace set with a sequence for each (length, decode_start)."""
     manifest = Manifest(geometry, tokenizer, "small", 16.0, "mixed", "tests", "0")
-    with writing(folder, manifest) as writer:
+    with open_writer(folder, manifest) as writer:
         for number, (length, start) in enumerate(shapes):
             ids = np.random.default_rng(number).integers(0, tokenizer.vocab_size, length)
             writer.write(Trace(f"s{number}", "tests", ids, random_experts(length, number, geometry), start))
@@ -38,9 +37,9 @@ def small_set(folder, shapes, geometry=SMALL, tokenizer=NO_TOKEN_IDS):
 @pytest.mark.parametrize("name", ["arrays.npz", "arrays"])
 def test_arrays_come_back_with_names_token_ids_and_decode_starts(name, tmp_path):
     traces = small_set(tmp_path / "set", [(3, 3), (12, 4), (1, 0)], tokenizer=Tokenizer("words", VOCAB))
-    EXPORTERS["vllm"](traces, tmp_path / name)
+    FORMATS["vllm"].writer(traces, tmp_path / name)
     words = word_tokenizer(tmp_path / "words.json", [f"w{i}" for i in range(VOCAB)])
-    again = IMPORTERS["vllm"](tmp_path / name, tmp_path / "again", Preset(SMALL), tokenizer=str(words))
+    again = FORMATS["vllm"].reader(tmp_path / name, tmp_path / "again", Preset(SMALL), tokenizer=str(words))
     for before, after in zip(traces.traces(), again.traces(), strict=True):
         assert (before.sequence_id, before.decode_start) == (after.sequence_id, after.decode_start)
         np.testing.assert_array_equal(before.token_ids, after.token_ids)
@@ -52,10 +51,10 @@ def test_arrays_are_what_numpy_loads_and_the_same_set_gives_the_same_bytes(tmp_p
     wide = Geometry("wide", (0, 3), num_experts=300, top_k=3, params_per_expert=10, other_params_per_layer=0)
     traces = small_set(tmp_path / "set", [(40, 2)], wide)
     for name in ("a.npz", "b.npz"):
-        EXPORTERS["vllm"](traces, tmp_path / name)
+        FORMATS["vllm"].writer(traces, tmp_path / name)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
-        assert sorted(arrays.files) == ["s0", "s0.decode_start"]  # and no token ids, where none were recorded
+        assert sorted(arrays.files) == ["s0", "s0.decode_start"]  # no token ids were recorded
         assert arrays["s0"].dtype == np.int16
         np.testing.assert_array_equal(arrays["s0"], random_experts(40, 0, wide))
 
@@ -73,8 +72,8 @@ def test_a_llama_cpp_profile_comes_back(shapes, geometry):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         traces = small_set(folder / "set", shapes, geometry)
-        EXPORTERS["llama-cpp"](traces, folder / "profile.csv")
-        again = IMPORTERS["llama-cpp"](folder / "profile.csv", folder / "again", Preset(geometry))
+        FORMATS["llama-cpp"].writer(traces, folder / "profile.csv")
+        again = FORMATS["llama-cpp"].reader(folder / "profile.csv", folder / "again", Preset(geometry))
         for before, after in zip(traces.traces(), again.traces(), strict=True):
             np.testing.assert_array_equal(before.experts, after.experts)
             assert before.decode_start == after.decode_start
@@ -82,7 +81,7 @@ def test_a_llama_cpp_profile_comes_back(shapes, geometry):
 
 def test_a_llama_cpp_profile_is_written_as_its_tool_writes_it(tmp_path):
     traces = small_set(tmp_path / "set", [(3, 2)])
-    EXPORTERS["llama-cpp"](traces, tmp_path / "profile.csv")
+    FORMATS["llama-cpp"].writer(traces, tmp_path / "profile.csv")
     ids = random_experts(3)
     expected = [(-2, 1, 0, 0), (-1, 1, 1, 0), (-2, 2, 0, 1), (-1, 2, 1, 1), (-2, 3, 0, 2), (-1, 3, 1, 2)]
     expected += [(0, 1, 2, 0), (0, 2, 2, 1), (0, 3, 2, 2)]
@@ -92,10 +91,10 @@ def test_a_llama_cpp_profile_is_written_as_its_tool_writes_it(tmp_path):
 
 def test_a_split_alone_is_exported(tmp_path):
     traces = tiny_traces(tmp_path / "set")
-    EXPORTERS["vllm"](traces, tmp_path / "out", "validation")
+    FORMATS["vllm"].writer(traces, tmp_path / "out", "validation")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {name for name in names if name.count(".") == 1} == {"s3.npy", "s7.npy", "s11.npy"}
-    EXPORTERS["libcachesim"](traces, tmp_path / "out.oracleGeneral", "validation")
+    FORMATS["libcachesim"].writer(traces, tmp_path / "out.oracleGeneral", "validation")
     tokens = sum(shard.tokens for shard in traces.shards("validation"))
     assert (tmp_path / "out.oracleGeneral").stat().st_size == 24 * tokens * traces.geometry.demand_per_token
 
@@ -119,15 +118,15 @@ def test_libcachesim_reads_the_stream_and_counts_as_a_sequential_replay(policy, 
 
 def test_a_slot_without_an_expert_is_no_request_and_formats_that_cannot_say_it_refuse(tmp_path):
     experts = np.array([[[3, 255], [1, 2], [255, 0]], [[3, 0], [255, 255], [7, 6]]], np.uint8)
-    with writing(tmp_path / "set", Manifest(SMALL, NO_TOKEN_IDS, "small", 16.0, "mixed", "tests", "0")) as writer:
+    with open_writer(tmp_path / "set", Manifest(SMALL, NO_TOKEN_IDS, "small", 16.0, "mixed", "tests", "0")) as writer:
         writer.write(Trace("s0", "tests", np.zeros(2, np.int64), experts, 1))
     traces = TraceSet(str(tmp_path / "set"))
-    EXPORTERS["libcachesim"](traces, tmp_path / "set.oracleGeneral")
+    FORMATS["libcachesim"].writer(traces, tmp_path / "set.oracleGeneral")
     records = np.fromfile(tmp_path / "set.oracleGeneral", libcachesim_export.RECORD)
     size = SMALL.num_experts
     assert records["id"].tolist() == [3, size + 1, size + 2, 2 * size, 3, 0, 2 * size + 7, 2 * size + 6]
     assert records["next_access"].tolist() == [4, -1, -1, -1, -1, -1, -1, -1]
     for name in ("vllm", "llama-cpp"):
-        with pytest.raises(UserError, match="'s0' has entries of fewer than 2 experts"):
-            EXPORTERS[name](traces, tmp_path / "out")
+        with pytest.raises(UserError, match="'s0' has entries with fewer than 2 experts"):
+            FORMATS[name].writer(traces, tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Hidden states and routers beside a trace set's shards: written, read, streamed, and damaged."""
+"""Hidden states and routers of a trace set: written, read, streamed and damaged."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import Routers
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 LAYERS, EXPERTS, _ = TINY.shape()
 SIZE = 6
@@ -34,7 +34,7 @@ def routers(**more):
 
 
 def written(folder, *, shard_tokens=16, **more):
-    with writing(folder, MANIFEST, shard_tokens=shard_tokens, routers=routers(**more)) as writer:
+    with open_writer(folder, MANIFEST, shard_tokens=shard_tokens, routers=routers(**more)) as writer:
         for number, trace in enumerate(traces_with_states()):
             writer.write(trace, "validation" if number == 5 else "train")
     return TraceSet(str(folder))
@@ -79,7 +79,7 @@ def test_shards_are_closed_by_the_size_of_their_states(tmp_path, monkeypatch):
 def test_another_hidden_state_is_another_set(tmp_path):
     prints = {written(tmp_path / "a").manifest.fingerprint, written(tmp_path / "b").manifest.fingerprint}
     assert len(prints) == 1
-    with writing(tmp_path / "c", MANIFEST, shard_tokens=16) as writer:
+    with open_writer(tmp_path / "c", MANIFEST, shard_tokens=16) as writer:
         for number, trace in enumerate(traces_with_states()):
             states = replace(trace.hidden_states, layer_inputs=trace.hidden_states.layer_inputs + np.float16(1))
             writer.write(replace(trace, hidden_states=states), "validation" if number == 5 else "train")
@@ -105,16 +105,16 @@ def test_states_that_do_not_fit_are_refused(tmp_path):
     trace = next(traces_with_states())
     states = trace.hidden_states
     for wrong, said in (
-        (replace(trace, hidden_states=None), "one with hidden states"),
-        (replace(trace, hidden_states=states[:2]), "router inputs are float16"),
+        (replace(trace, hidden_states=None), "must be with hidden states"),
+        (replace(trace, hidden_states=states[:2]), "router inputs must be float16"),
         (replace(trace, hidden_states=replace(states, layer_inputs=states.layer_inputs.astype(float))), "layer inputs"),
     ):
-        with pytest.raises(UserError, match=said), writing(tmp_path / "set", MANIFEST) as writer:
+        with pytest.raises(UserError, match=said), open_writer(tmp_path / "set", MANIFEST) as writer:
             writer.write(wrong)
-    with pytest.raises(UserError, match="one without hidden states"):
-        with writing(tmp_path / "set", replace(MANIFEST, hidden_size=None)) as writer:
+    with pytest.raises(UserError, match="must be without hidden states"):
+        with open_writer(tmp_path / "set", replace(MANIFEST, hidden_size=None)) as writer:
             writer.write(trace)
-    with writing(tmp_path / "without", replace(MANIFEST, hidden_size=None)) as writer:
+    with open_writer(tmp_path / "without", replace(MANIFEST, hidden_size=None)) as writer:
         writer.write(replace(trace, hidden_states=None))
-    with pytest.raises(UserError, match="holds no hidden states; collect it with --record experts,gate"):
+    with pytest.raises(UserError, match="has no hidden states; collect it with --record experts,gate"):
         list(TraceSet(str(tmp_path / "without")).traces(hidden_states=True))

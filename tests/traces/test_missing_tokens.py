@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset, load_preset
-from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import FORMATS
 from moe_beyond.traces.formats._missing import recorded_span
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 
 
 def imported(form, source, out, geometry=SMALL, **options):
-    traces = IMPORTERS[form](source, out, Preset(geometry), **options)
+    traces = FORMATS[form].reader(source, out, Preset(geometry), **options)
     return traces, list(traces.traces())
 
 
@@ -55,11 +55,11 @@ def test_the_last_layer_is_that_of_the_last_micro_batch(tmp_path):
     names = ("one_ubatch", "two_ubatches", "pos_two_ubatches")
     sets = [imported("llama-cpp", CASES / "llama-cpp" / f"{name}.csv", tmp_path / name, geometry) for name in names]
     for traces, (trace,) in sets:
-        assert trace.experts.shape == (5 + 1, 4, 4)  # the prompt's last token, and what was written
+        assert trace.experts.shape == (5 + 1, 4, 4)  # the prompt's last token, and the generated ones
         assert trace.experts[0].tolist() == [[4, 15, 1, 3], [15, 1, 11, 8], [5, 2, 10, 6], [13, 14, 6, 4]]
         assert trace.experts[-1].tolist() == [[8, 12, 6, 3], [12, 1, 2, 10], [15, 6, 3, 14], [6, 14, 12, 2]]
         assert trace.decode_start == 1
-        assert "11 tokens of prompts left out" in traces.manifest.source
+        assert "11 prompt tokens omitted" in traces.manifest.source
     first, *others = (trace for _, (trace,) in sets)
     assert all(np.array_equal(other.experts, first.experts) for other in others)
 
@@ -151,7 +151,7 @@ def test_missing_tokens_are_cut_with_what_lies_next_to_them(head, tail, dense, d
     assert trace.decode_start == sum(token < 4 for token in kept)
     count = head + tail
     assert (
-        traces.manifest.source == f"routed experts of an engine, q.npy; {count} tokens left out, marked as missing (-1)"
+        traces.manifest.source == f"routed experts of an engine, q.npy; {count} tokens omitted, marked as missing (-1)"
     )
 
 
@@ -164,7 +164,7 @@ def test_cases_of_engines(tmp_path):
         assert (array[kept] >= 0).all()
     traces, (trace,) = imported("vllm", CASES / "vllm" / "empty_seq", tmp_path / "empty", geometry)
     assert (trace.sequence_id, len(trace)) == ("a", 10)
-    assert traces.manifest.source.endswith("; 1 request without recorded tokens passed over")
+    assert traces.manifest.source.endswith("; 1 request without recorded tokens omitted")
 
 
 def test_requests_without_a_recorded_token_are_passed_over_with_their_token_ids(tmp_path):
@@ -179,18 +179,18 @@ def test_requests_without_a_recorded_token_are_passed_over_with_their_token_ids(
     assert (trace.sequence_id, trace.token_ids.tolist()) == ("there", [0, 1, 2, 3, 4])
     assert traces.manifest.author == "dataset"
     assert traces.manifest.source.endswith(
-        "; 4 tokens left out, marked as missing (-1); 2 requests without recorded tokens passed over"
+        "; 4 tokens omitted, marked as missing (-1); 2 requests without recorded tokens omitted"
     )
 
 
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        (np.s_[4], "q.npy: token 4 is marked as missing .-1. between tokens that are not"),
+        (np.s_[4], "q.npy: token 4 is marked as missing .-1. between recorded tokens"),
         (np.s_[4:7], "q.npy: token 4 is marked as missing"),
-        (np.s_[5, 1], "q.npy: token 5 is marked as missing .-1. in layer 2, and not in all its layers"),
-        (np.s_[:, 1], "q.npy: token 0 is marked as missing .-1. in layer 2, and not in all its layers"),
-        (np.s_[0, 2], "q.npy: token 0 is marked as missing .-1. in layer 3, and not in all its layers"),
+        (np.s_[5, 1], "q.npy: token 5 is marked as missing .-1. in layer 2, but not in all layers"),
+        (np.s_[:, 1], "q.npy: token 0 is marked as missing .-1. in layer 2, but not in all layers"),
+        (np.s_[0, 2], "q.npy: token 0 is marked as missing .-1. in layer 3, but not in all layers"),
         (np.s_[9, :, 0], "q.npy: token 9, layer 1: expert id -1 is out of range"),
     ],
 )
@@ -205,7 +205,7 @@ def test_what_is_missing_in_the_middle_is_refused_by_row(place, says, tmp_path):
 
 def test_nothing_recorded_at_all_is_refused(tmp_path):
     np.save(tmp_path / "q.npy", np.full((4, LAYERS, TOP_K), -1))
-    with pytest.raises(UserError, match=r"q\.npy: no request has a recorded token"):
+    with pytest.raises(UserError, match=r"q\.npy: none of its 1 requests has a recorded token"):
         imported("vllm", tmp_path / "q.npy", tmp_path / "out")
 
 
@@ -240,7 +240,7 @@ def test_missing_json_lines_are_cut_with_their_gate_weights_and_token_ids(tmp_pa
     np.testing.assert_array_equal(trace.experts, experts[2:6])
     np.testing.assert_array_equal(trace.gate_weights, gates[2:6])
     assert (trace.token_ids.tolist(), trace.decode_start) == ([2, 3, 4, 5], 1)
-    assert traces.manifest.source.endswith("; 3 tokens left out, marked as missing (-1)")
+    assert traces.manifest.source.endswith("; 3 tokens omitted, marked as missing (-1)")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_files_without_rows_are_passed_over_and_counted(form, name, good, empty,
     (folder / f"a{name}").write_text(good)
     traces, found = imported(form, folder, tmp_path / "out")
     assert len(found) == 1
-    assert "; 1 request without recorded tokens passed over" in traces.manifest.source
+    assert "; 1 request without recorded tokens omitted" in traces.manifest.source
 
 
 # Vocabularies
@@ -280,14 +280,14 @@ def test_the_vocabulary_is_as_large_as_the_embedding(tmp_path):
     np.save(tmp_path / "q.npy", random_experts(4))
     np.save(tmp_path / "q.tokens.npy", [0, 5, 6, 7])
     preset = load_preset(str(folder))
-    traces = IMPORTERS["vllm"](tmp_path / "q.npy", tmp_path / "out", preset)
+    traces = FORMATS["vllm"].reader(tmp_path / "q.npy", tmp_path / "out", preset)
     assert traces.manifest.tokenizer.vocab_size == 8
     assert traces.token_strings == [*words, "", ""]
     np.save(tmp_path / "q.tokens.npy", [0, 5, 6, 8])
     with pytest.raises(
         UserError, match=r"q\.tokens\.npy: token id 8 is out of range 0\.\.7 of tokenizer .*config\.json"
     ):
-        IMPORTERS["vllm"](tmp_path / "q.npy", tmp_path / "again", preset)
+        FORMATS["vllm"].reader(tmp_path / "q.npy", tmp_path / "again", preset)
 
 
 def test_token_ids_are_checked_before_a_sequence_is_read(tmp_path, monkeypatch):
@@ -295,6 +295,6 @@ def test_token_ids_are_checked_before_a_sequence_is_read(tmp_path, monkeypatch):
     np.save(tmp_path / "q.npy", random_experts(4))
     np.save(tmp_path / "q.tokens.npy", [0, 1, 2, 9])
     words = str(word_tokenizer(tmp_path / "words.json", ["a", "b", "c"]))
-    monkeypatch.setattr("moe_beyond.traces.formats.recording.writing", None)  # never called
+    monkeypatch.setattr("moe_beyond.traces.formats._recording.open_writer", None)  # never called
     with pytest.raises(UserError, match=r"token id 9 is out of range 0\.\.2"):
         imported("vllm", tmp_path / "q.npy", tmp_path / "out", geometry, tokenizer=words)

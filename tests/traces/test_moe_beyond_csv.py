@@ -119,7 +119,7 @@ def test_ids_beyond_a_byte_are_kept(tmp_path):
 def test_an_expert_listed_twice_is_found_wherever_it_stands(tmp_path):
     preset = Preset(Geometry("three", (0,), 8, 3, 1000, 0))
     prompt_csv(tmp_path / "csv" / "prompt_1_data.csv", rows_of(["NA", "1"], [[[5, 6, 7]], [[5, 6, 5]]], (0,)))
-    with pytest.raises(UserError, match=r"prompt_1_data\.csv: row 3: an expert is listed twice"):
+    with pytest.raises(UserError, match=r"prompt_1_data\.csv: row 3: an expert occurs twice in one entry"):
         run(tmp_path, preset=preset)
 
 
@@ -201,6 +201,6 @@ def test_it_agrees_with_the_csv_module(tmp_path):
 
 def test_without_a_tokenizer_nothing_is_started(tmp_path):
     prompt_csv(tmp_path / "csv" / "prompt_1_data.csv", rows_of(["NA"], [[[0, 1]] * 3]))
-    with pytest.raises(UserError, match="small names no tokenizer; give one with --tokenizer"):
+    with pytest.raises(UserError, match="small has no default tokenizer for its tokens; give one"):
         import_moe_beyond_csv(tmp_path / "csv", tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()

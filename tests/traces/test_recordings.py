@@ -1,4 +1,4 @@
-"""What other tools record becomes the same tokens, layers and experts; what they do not record is not made up."""
+"""Recordings of other tools become the same tokens, layers and experts; nothing is made up."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from _helpers.recordings import (
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset
-from moe_beyond.traces.formats import IMPORTERS
+from moe_beyond.traces.formats import FORMATS
 from moe_beyond.traces.formats import flame_moe as flame_module
 from moe_beyond.traces.manifest import NO_TOKEN_IDS
 
@@ -33,8 +33,8 @@ def words(tmp_path):
 
 
 def imported(form, source, **options):
-    """Import into a folder beside; return the set and its traces."""
-    traces = IMPORTERS[form](source, source.parent / f"{source.stem}-traces", Preset(SMALL), **options)
+    """Import into a neighbouring folder; return the set and its traces."""
+    traces = FORMATS[form].reader(source, source.parent / f"{source.stem}-traces", Preset(SMALL), **options)
     return traces, list(traces.traces())
 
 
@@ -113,7 +113,7 @@ def test_a_llama_cpp_trace_begins_with_the_last_token_of_the_prompt(rows, ubatch
     np.testing.assert_array_equal(trace.experts, experts[9:])  # of those before, the last layer was not computed
     assert trace.decode_start == 1
     assert traces.manifest.author == "mixed"
-    assert "9 tokens of prompts left out, whose last layer was not computed" in traces.manifest.source
+    assert "9 prompt tokens omitted, whose last layer was not computed" in traces.manifest.source
 
 
 @pytest.mark.parametrize("rows", [expert_rows, position_rows])
@@ -200,7 +200,7 @@ def test_position_rows_in_another_order_are_read_right_or_refused(order, prompt,
 def test_a_prompt_that_was_sorted_as_text_is_refused_with_the_reason(tmp_path):
     lines = in_order(position_rows(random_experts(12), 8, 4).splitlines(keepends=True), "text")
     (tmp_path / "run.csv").write_text("".join(lines))
-    with pytest.raises(UserError, match=r"row 1: the prompt .* is not in the order in which it was computed; keep the"):
+    with pytest.raises(UserError, match=r"row 1: the prompt .* is not in the order of computation; keep the"):
         imported("llama-cpp", tmp_path / "run.csv")
 
 
@@ -250,7 +250,7 @@ def test_a_file_of_json_lines_is_a_sequence(tmp_path, words):
     folder.mkdir()
     for n in (10, 2):
         lines = [json.loads(line) for line in json_lines(random_experts(n, n))]
-        later = [json.dumps({**line, "token_idx": line["token_idx"] + 90}) for line in lines]  # decoding alone
+        later = [json.dumps({**line, "token_idx": line["token_idx"] + 90}) for line in lines]  # only the decode phase
         (folder / f"s{n}.jsonl").write_text("\n".join(later))
         np.save(folder / f"s{n}.tokens.npy", np.arange(n))
         np.save(folder / f"s{n}.decode_start.npy", 0)

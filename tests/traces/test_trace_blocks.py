@@ -23,8 +23,8 @@ def test_bad_blocks_are_quoted(text):
 
 
 def test_blocks_of_one_by_hand():
-    # Ranked 3, 2, 1, 0. Of (3, 2): 40 and 30 are both 5 from half of 70, the lower block 2 wins the tie.
-    # Of (1, 0): 30 + 20 is exactly half of 100.
+    # Ranked 3, 2, 1, 0. In (3, 2), 40 and 30 are both 5 from half of 70, and the lower block 2 wins the tie.
+    # In (1, 0), 30 + 20 is exactly half of 100.
     assert validation_numbers({0: 10, 1: 20, 2: 30, 3: 40}, 1, 2) == {1, 2}
 
 
@@ -45,7 +45,7 @@ def test_a_last_smaller_group_gives_nothing():
 
 
 def test_too_few_blocks_are_an_error():
-    with pytest.raises(UserError, match="--val-blocks 20:10: only 1 blocks, validation would be empty"):
+    with pytest.raises(UserError, match="--val-blocks 20:10: only 1 blocks, so validation would be empty"):
         validation_numbers({1: 5, 2: 5}, 20, 10)
 
 

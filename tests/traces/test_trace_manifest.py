@@ -1,4 +1,4 @@
-"""The manifest: what it counts, what its fingerprint covers, and what is refused."""
+"""The manifest: its counts, the content of its fingerprint, and its errors."""
 
 import hashlib
 import json
@@ -141,12 +141,12 @@ def edited(**changes):
         ({"shard0_tokens": None}, r"tokens must be a whole number .* \(got None\)"),
         ({"shard0_tokens": True}, r"tokens must be a whole number .* \(got True\)"),
         ({"shard0_tokens": 30.0}, r"tokens must be a whole number .* \(got 30.0\)"),
-        ({"shard0_tokens": 2}, "2 tokens are fewer than its 3 sequences"),
+        ({"shard0_tokens": 2}, r"has fewer tokens than sequences \(got 2 and 3\)"),
         ({"shard0_bytes": float("nan")}, "bytes must be a whole number"),
         ({"shard0_bytes": 10**400}, r"bytes must be a whole number .* \(got a number of \d+ bits\)"),
         ({"shard0_sha256": 5}, r"sha256 must be 64 hexadecimal digits \(got 5\)"),
         ({"shard0_sha256": sha("a").upper()}, "sha256 must be 64 hexadecimal digits"),
-        ({"shard0_states_bytes": 7}, "states_bytes and states_sha256 belong together"),
+        ({"shard0_states_bytes": 7}, "states_bytes and states_sha256 go together"),
         ({"shard0_file": "../outside/x.parquet"}, "file must be a plain name"),
         ({"shard0_file": "/etc/x.parquet"}, "file must be a plain name"),
         ({"shard0_file": "x.txt"}, "does not end with .parquet"),
@@ -155,7 +155,7 @@ def edited(**changes):
         ({"shard1_file": "train-00000.parquet"}, "two shards have the file train-00000.parquet"),
         ({"shard1_sha256": sha("a")}, f"two shards have the sha256 {sha('a')}"),
         ({"hidden_size": -1}, "hidden_size must be a whole number"),
-        ({"hidden_size": 8}, "shard train-00000.parquet: the set is one with hidden states"),
+        ({"hidden_size": 8}, "shard train-00000.parquet: all shards of this set must be with hidden states"),
         ({"quantization_bits": float("nan")}, "quantization_bits must be a number above 0"),
         ({"quantization_bits": 0}, "quantization_bits must be a number above 0"),
         ({"quantization_bits": "16"}, "quantization_bits must be a number above 0"),
@@ -175,7 +175,7 @@ def edited(**changes):
         ({"tokenizer_vocab_size": 2**31}, "tokenizer: vocab_size must be a whole number within 1..16777216"),
         ({"tokenizer_name": "a\0b"}, "tokenizer: name must be text"),
         ({"geometry": {**TINY.to_json(), "model": "a\nb"}}, "geometry: model must be text"),
-        ({"steering": {"on": [[9, 1]]}}, "steering: layer 9 of tiny holds no experts"),
+        ({"steering": {"on": [[9, 1]]}}, "steering: layer 9 of tiny has no experts"),
         ({"format_version": True}, "format version True, not 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -208,7 +208,7 @@ def test_a_field_of_a_wrong_type_or_out_of_bounds_is_named_in_one_line(change, s
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 def test_a_manifest_that_does_not_agree_with_itself_is_refused(change, name):
-    with pytest.raises(UserError, match=rf"^here\.json: {name} and (shards|the other fields) do not agree"):
+    with pytest.raises(UserError, match=rf"^here\.json: {name} and (shards disagree|the other fields do not agree)"):
         Manifest.from_json(edited(**change), source="here.json")
 
 

@@ -15,10 +15,11 @@ from _helpers.common import TINY, VOCAB, error_line, tiny_trace, word_tokenizer
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.traces.manifest import Manifest
-from moe_beyond.traces.reader import TraceSet, decode
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import to_table
+from moe_beyond.traces.shard import decode
 from moe_beyond.traces.tokenizers import load_vocabulary
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def test_a_split_is_read_alone_and_all_splits_in_order(trace_set):
@@ -89,16 +90,18 @@ def test_a_folder_without_a_readable_manifest(trace_set, tmp_path):
 
 @pytest.mark.parametrize("name", ["", " ", "a\0b"])
 def test_a_name_that_names_no_folder(name, capsys):
-    assert error_line(capsys, ["inspect", name]).startswith(f"{name!r} is not the name of a folder; give that of a")
+    assert error_line(capsys, ["inspect", name]).startswith(
+        f"{name!r} is not the name of a folder; give the folder of a"
+    )
     words = ["replay", "--traces", name, "--budget", "8"]
-    assert error_line(capsys, words).startswith(f"{name!r} is not the name of a folder; give that of a trace set")
+    assert error_line(capsys, words).startswith(f"{name!r} is not the name of a folder; give the folder of a trace set")
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
 def test_a_tokenizer_that_is_not_the_manifests_is_refused_by_every_command(content, tmp_path, capsys):
     words = word_tokenizer(tmp_path / "words.json", [str(number) for number in range(VOCAB)])
     manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+    with open_writer(tmp_path / "set", manifest, vocabulary=words) as writer:
         writer.write(tiny_trace("a", 8, np.random.default_rng(0)), "train")
     carried, folder = tmp_path / "set/tokenizer.json", str(tmp_path / "set")
     assert main(["inspect", folder]) == 0
@@ -140,7 +143,7 @@ def test_a_shard_without_a_column_is_named(name):
 
 def test_a_column_of_another_type_is_named():
     wide = with_column("experts", TABLE["experts"].cast(pa.list_(pa.int64())))
-    with pytest.raises(UserError, match=r"here: column 'experts' is list<.*int64>, not list<.*uint8>"):
+    with pytest.raises(UserError, match=r"here: column 'experts' must be list<.*uint8> \(got list<.*int64>\)"):
         decode(wide, TINY, "here")
 
 
@@ -148,7 +151,7 @@ def test_rows_whose_lists_do_not_match_are_named():
     # The total is right, so only the row by row check sees it.
     experts = TABLE["experts"].combine_chunks().values
     shifted = pa.ListArray.from_arrays(pa.array([0, 32, 40], pa.int32()), experts)
-    with pytest.raises(UserError, match="here: row 0: experts do not hold 4 x 2 ids a token"):
+    with pytest.raises(UserError, match="here: row 0: experts must be 4 x 2 ids per token"):
         decode(with_column("experts", shifted), TINY, "here")
 
 
@@ -185,7 +188,7 @@ def test_a_shard_in_several_row_groups_is_one_table(tmp_path):
 def test_a_changed_tokenizer_is_not_used_for_its_strings(tmp_path):
     words = word_tokenizer(tmp_path / "words.json", ["<unk>", "a", "b"])
     manifest = Manifest(TINY, load_vocabulary(str(words)).describe(), "tiny", 16.0, "dataset", "tests", "0")
-    with writing(tmp_path / "set", manifest, vocabulary=words) as writer:
+    with open_writer(tmp_path / "set", manifest, vocabulary=words) as writer:
         writer.write(tiny_trace("a", 2, np.random.default_rng(0), vocab=3))
     carried = tmp_path / "set" / "tokenizer.json"
     assert hashlib.sha256(carried.read_bytes()).hexdigest() == manifest.tokenizer.sha256

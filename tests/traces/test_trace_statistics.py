@@ -25,14 +25,14 @@ from moe_beyond.traces.analysis.statistics import (
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.traces.writer import writing
+from moe_beyond.traces.writer import open_writer
 
 
 def write(folder, experts_of, *, num_experts=4, shard_tokens=3, decode_starts=None, gates_of=None):
     """A set of one sequence per array of ``[T][L][K]`` ids."""
     layers, top_k = len(experts_of[0][0]), len(experts_of[0][0][0])
     geometry = Geometry("g", tuple(range(5, 5 + layers)), num_experts, top_k, 1000, 0)
-    with writing(
+    with open_writer(
         folder, Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "dataset", "tests", "0"), shard_tokens=shard_tokens
     ) as w:
         for i, experts in enumerate(experts_of):
@@ -63,10 +63,10 @@ def test_reuse_and_jaccard_by_hand_do_not_cross_sequences(tmp_path):
     counts = count_routing(traces)
     overlaps = counts.overlaps
     assert overlaps.tolist() == [[0, 1, 1], [0, 0, 2]]
-    assert reuse(overlaps, counts.followers).tolist() == [0.75, 1.0]
+    assert reuse(overlaps, counts.non_initial_uses).tolist() == [0.75, 1.0]
     np.testing.assert_allclose(jaccard(overlaps), [(1 / 3 + 1) / 2, 1.0])
     alone = count_routing(traces, "validation")
-    assert np.isnan([reuse(alone.overlaps, alone.followers), jaccard(alone.overlaps)]).all()
+    assert np.isnan([reuse(alone.overlaps, alone.non_initial_uses), jaccard(alone.overlaps)]).all()
 
 
 def test_reuse_distances_by_hand(tmp_path):
@@ -78,19 +78,19 @@ def test_reuse_distances_by_hand(tmp_path):
 
 def test_percentiles_of_distances_by_hand():
     distances = np.array([5, 4, 3, 2, 1])  # of ten that come again, four at 1, seven within 2, nine within 3
-    assert distance_percentiles(distances) == {"25": 1, "50": 2, "75": 3, "90": 3, "99": 4}
-    assert used_again_within(distances) == {"1": round(4 / 15, 6), "2": round(7 / 15, 6), "4": round(10 / 15, 6)}
-    assert used_again_within(np.array([3, 1, 0, 0])) == {"1": 0.25, "2": 0.25, "4": 0.25}
-    assert used_again_within(np.array([3, 0, 1])) == {"1": 0.0, "2": 0.25}
+    assert distance_percentiles(distances) == {25: 1, 50: 2, 75: 3, 90: 3, 99: 4}
+    assert used_again_within(distances) == {1: round(4 / 15, 6), 2: round(7 / 15, 6), 4: round(10 / 15, 6)}
+    assert used_again_within(np.array([3, 1, 0, 0])) == {1: 0.25, 2: 0.25, 4: 0.25}
+    assert used_again_within(np.array([3, 0, 1])) == {1: 0.0, 2: 0.25}
     for nothing in (np.array([3]), np.array([3, 0])):
         assert set(distance_percentiles(nothing).values()) == {None}
-        assert used_again_within(nothing) == {"1": 0.0}
+        assert used_again_within(nothing) == {1: 0.0}
 
 
 def test_jaccard_by_chance_by_hand():
     activations = np.array([[2, 2, 2, 2], [4, 4, 0, 0], [4, 2, 2, 0]])
-    # Of 36 pairs of two out of four, 6 are equal and 24 share one. Two certain experts are always shared. A certain one
-    # and one of two by the toss of a coin: equal half the time, else one of three.
+    # Among 36 pairs of two out of four, 6 are equal and 24 share one. Two certain experts are always shared. A certain
+    # one and one of two by the toss of a coin are equal half the time, otherwise one of three is shared.
     np.testing.assert_allclose(jaccard_by_chance(activations, 2), [(6 + 24 / 3) / 36, 1, (1 + 1 / 3) / 2])
 
 
@@ -124,7 +124,7 @@ def test_gate_mass_by_hand(tmp_path):
     experts = [[[[2, 0]], [[0, 1]], [[1, 3]]]]
     # Shares: 2 has 3/4 and 0 has 1/4; 1 has 3/4 (though named second), 0 has 1/4; all rounded to zero: not counted.
     gates = [[[[3, 1]], [[0.125, 0.375]], [[0, 0]]]]
-    (row,) = summarize(write(tmp_path / "set", experts, gates_of=gates))["by_layer"]
+    (row,) = summarize(write(tmp_path / "set", experts, gates_of=gates)).to_json()["by_layer"]
     assert row["gate_mass"] == {"by_rank": [0.75, 0.25], "popularity": [0.25, 0.375, 0.375, 0]}
 
 
@@ -134,7 +134,7 @@ def test_phases_by_hand(tmp_path):
         [[[2]], [[2]]],  # all read: not compared
         [[[3]], [[3]]],  # all written: neither
     ]
-    summary = summarize(write(tmp_path / "set", experts, decode_starts=[2, 2, 0]))
+    summary = summarize(write(tmp_path / "set", experts, decode_starts=[2, 2, 0])).to_json()
     assert summary["phases"] == {"sequences": 1, "prefill_tokens": 2, "decode_tokens": 3}
     (row,) = summary["by_layer"]
     assert row["popularity"] == [round(3 / 9, 6), round(2 / 9, 6), round(2 / 9, 6), round(2 / 9, 6)]
@@ -149,7 +149,7 @@ def test_phases_by_hand(tmp_path):
 
 def test_summary_by_hand(tmp_path):
     traces = write(tmp_path / "set", HAND)
-    summary = summarize(traces)
+    summary = summarize(traces).to_json()
     size = sum(path.stat().st_size for path in (tmp_path / "set").glob("*.parquet"))
     assert (summary["sequences"], summary["tokens"], summary["entries"]) == (2, 4, 8)
     assert summary["bytes_per_entry"] == round(size / 8, 4)
@@ -160,7 +160,7 @@ def test_summary_by_hand(tmp_path):
     }
     assert (summary["split"], summary["phases"]) == (None, None)
     first, second = summary["by_layer"]
-    # Layer 6 never uses but experts 0 and 1, which says nothing of layer 5.
+    # Layer 6 uses only experts 0 and 1, so it has no information on layer 5.
     assert first.pop("next_layer") == {"mutual_information": 0, "dependence": None}
     assert 0 < first.pop("jaccard_by_chance") < 1
     assert first == {
@@ -183,13 +183,13 @@ def test_summary_by_hand(tmp_path):
     }
     assert (second["layer"], second["unused_experts"], second["normalized_entropy"]) == (6, 2, 0.5)
     assert (second["next_layer"], second["jaccard_by_chance"]) == (None, 1)
-    train = summarize(traces, "train")
+    train = summarize(traces, "train").to_json()
     assert (train["split"], train["sequences"], train["tokens"], train["entries"]) == ("train", 1, 3, 6)
     assert train["bytes_per_entry"] == round((tmp_path / "set/train-00000.parquet").stat().st_size / 6, 4)
 
 
 def test_a_figure_that_does_not_exist_is_null_in_json(tmp_path):
-    summary = summarize(write(tmp_path / "set", [HAND[1]]))
+    summary = summarize(write(tmp_path / "set", [HAND[1]])).to_json()
     assert summary["token_to_token_reuse"] is None
     for layer in summary["by_layer"]:
         assert (layer["token_to_token_reuse"], layer["jaccard"]) == (None, None)
@@ -201,7 +201,7 @@ def test_a_figure_that_does_not_exist_is_null_in_json(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("layers", [1, 2])
 def test_one_expert_a_layer_is_a_summary_without_warnings(layers, tmp_path):
-    summary = summarize(write(tmp_path / "set", [[[[0]] * layers] * 2], num_experts=1, decode_starts=[1]))
+    summary = summarize(write(tmp_path / "set", [[[[0]] * layers] * 2], num_experts=1, decode_starts=[1])).to_json()
     assert [layer["busiest_share"] for layer in summary["by_layer"]] == [1] * layers
     assert [layer["phases"]["total_variation"] for layer in summary["by_layer"]] == [0] * layers
     assert summary["dependence"] == [[None] * layers] * layers
@@ -216,10 +216,10 @@ def test_slots_without_an_expert_count_for_nothing(tmp_path):
     traces = write(tmp_path / "set", experts, decode_starts=[1], gates_of=[np.array(experts[0]) >= 0])
     counts = count_routing(traces)
     assert counts.activations.tolist() == [[2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 3, 3]]
-    assert (counts.tokens, counts.full.tolist()) == (3, [False, False, True])
-    # Of the two that the second token uses, one; none of none.
-    np.testing.assert_array_equal(reuse(counts.overlaps, counts.followers), [0.5, np.nan, 1])
-    summary = summarize(traces)
+    assert (counts.tokens, counts.all_top_k.tolist()) == (3, [False, False, True])
+    # The second token uses two experts, one of them again; the third has none.
+    np.testing.assert_array_equal(reuse(counts.overlaps, counts.non_initial_uses), [0.5, np.nan, 1])
+    summary = summarize(traces).to_json()
     assert (summary["token_to_token_reuse"], summary["phases"]["decode_tokens"]) == (0.75, 2)
     first, second, third = summary["by_layer"]
     assert (first["busiest_share"], first["unused_experts"]) == (round(2 / 3, 6), 2)
@@ -246,7 +246,7 @@ def test_counts_equal_plain_loops(tmp_path_factory, experts_of, shard_tokens, da
         decode_starts=decode_starts,
     )
     counts = count_routing(traces)
-    shared, alike = reuse(counts.overlaps, counts.followers), jaccard(counts.overlaps)
+    shared, alike = reuse(counts.overlaps, counts.non_initial_uses), jaccard(counts.overlaps)
     chance = jaccard_by_chance(counts.activations, 3)
     for layer in range(2):
         sets = [[set(token[layer]) for token in sequence] for sequence in experts_of]

@@ -47,7 +47,7 @@ def test_a_file_that_is_no_tokenizer_is_named(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
-# A name with one slash may be a model on the Hub, but these cannot be, and nothing is asked of the network.
+# A name with one slash may be a model on the Hub, but these cannot be, and no network request is made.
 @pytest.mark.parametrize("name", ["nothing", "none.json", "a/b/c", "./nothing", "../nothing", "/nothing", "tok/"])
 def test_a_missing_tokenizer_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -57,6 +57,6 @@ def test_a_missing_tokenizer_is_named(name, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file, folder or known name") as error:
+    with pytest.raises(UserError, match="not found; give a file, a folder") as error:
         load_vocabulary(str(tmp_path))
     assert str(tmp_path) in str(error.value)

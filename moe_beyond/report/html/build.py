@@ -78,7 +78,7 @@ def write_page(
         prediction_section(found.metrics, fixed, geometry),
         worth_section(found.results),
         *([time_section(found.results, devices, geometry, bits)] if devices else []),
-        experts_section(counts.activations, reuse(counts.overlaps, counts.followers), geometry, tokens),
+        experts_section(counts.activations, reuse(counts.overlaps, counts.non_initial_uses), geometry, tokens),
         limits_section(traces, config, warmup_tokens=warmup_tokens, devices=names, profile=profile),
     ]
     leaks = leaks_of(0 in config["lookaheads"], config["causal"])

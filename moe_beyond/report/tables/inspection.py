@@ -1,13 +1,11 @@
 """What `moe-beyond inspect` shows."""
 
-from typing import Any
-
 from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.traces.analysis.summary import Contrast, TraceSummary
 from moe_beyond.traces.copies import describe_copies
-from moe_beyond.traces.steering import Steering
 
 MOST_POPULAR = 3
 LARGEST = 20
@@ -16,95 +14,97 @@ RANKS = 8
 """Ranks of gate weights that a table shows."""
 
 
-def inspection_tables(summary: dict[str, Any]) -> list[Table]:
-    """Lay out what `moe_beyond.traces.analysis.statistics.summarize` returned.
+def inspection_tables(summary: TraceSummary, contrast: Contrast | None = None) -> list[Table]:
+    """Lay out the statistics of a trace set.
 
     Args:
-        summary: That; and under ``contrast``, if it is there, what `moe_beyond.traces.analysis.contrast.contrast` did.
+        summary: Result of `moe_beyond.traces.analysis.statistics.summarize`.
+        contrast: Result of `moe_beyond.traces.analysis.contrast.contrast_traces` (default: no table of it).
 
     Returns:
         The set as a whole, then layer by layer: popularity; locality, and dependence of the next layer; gate weights,
         where they were recorded; prefill against decode, where sequences have both; and the contrast.
     """
     tables = [_whole_table(summary), _popularity_table(summary), _locality_table(summary)]
-    if any(row["gate_mass"] for row in summary["by_layer"]):
+    if any(row.gate_mass for row in summary.by_layer):
         tables.append(_gates_table(summary))
-    if summary["phases"]:
+    if summary.phases:
         tables.append(_phases_table(summary))
-    if "contrast" in summary:
-        tables.append(_contrast_table(summary["contrast"]))
+    if contrast is not None:
+        tables.append(_contrast_table(contrast))
     return tables
 
 
-def _whole_table(summary: dict[str, Any]) -> Table:
-    geometry, phases = summary["geometry"], summary["phases"]
+def _whole_table(summary: TraceSummary) -> Table:
+    geometry, phases = summary.geometry, summary.phases
     whole = FittedTable(title="trace set", show_header=False)
-    layers = geometry["moe_layers"]
-    heaviest = [row["gate_mass"]["by_rank"][0] for row in summary["by_layer"] if row["gate_mass"]]
+    layers = geometry.moe_layers
+    heaviest = [row.gate_mass.by_rank[0] for row in summary.by_layer if row.gate_mass]
     rows = {
-        "model": summary["model_id"],
-        "geometry": f"{len(layers)} MoE layers ({layers[0]}..{layers[-1]}) x {geometry['num_experts']} experts, "
-        f"top-{geometry['top_k']}",
-        "text": f"{summary['source']} (author: {summary['author']})",
-        **({"steered": str(Steering.from_json(summary["steering"], source="steering"))} if summary["steering"] else {}),
-        "sequences": f"{summary['sequences']:,}",
-        "tokens": f"{summary['tokens']:,}",
-        "entries": f"{summary['entries']:,}",
-        "bytes an entry": f"{summary['bytes_per_entry']:.2f}",
-        "splits": ", ".join(f"{name}: {counts['tokens']:,} tokens" for name, counts in summary["splits"].items()),
-        "exact copies": describe_copies(summary["copies"]),
-        "measured": summary["split"] or "all splits",
-        "token-to-token reuse": _percent(summary["token_to_token_reuse"]),
+        "model": summary.model_id,
+        "geometry": f"{len(layers)} MoE layers ({layers[0]}..{layers[-1]}) x {geometry.num_experts} experts, "
+        f"top-{geometry.top_k}",
+        "text": f"{summary.source} (author: {summary.author})",
+        **({"steered": str(summary.steering)} if summary.steering else {}),
+        "sequences": f"{summary.sequences:,}",
+        "tokens": f"{summary.tokens:,}",
+        "entries": f"{summary.entries:,}",
+        "bytes an entry": f"{summary.bytes_per_entry:.2f}",
+        "splits": ", ".join(f"{name}: {counts['tokens']:,} tokens" for name, counts in summary.splits.items()),
+        "exact copies": describe_copies(summary.copies),
+        "measured": summary.split or "all splits",
+        "token-to-token reuse": _percent(summary.token_to_token_reuse),
         "gate mass of the top expert": f"{sum(heaviest) / len(heaviest):.1%}" if heaviest else "-",
-        "prefill and decode": f"{phases['prefill_tokens']:,} and {phases['decode_tokens']:,} tokens of "
-        f"{phases['sequences']:,} sequences that have both"
+        "prefill and decode": f"{phases.prefill_tokens:,} and {phases.decode_tokens:,} tokens of "
+        f"{phases.sequences:,} sequences that have both"
         if phases
         else "-",
-        "fingerprint": summary["fingerprint"][:16],
+        "fingerprint": summary.fingerprint[:16],
     }
     for name, value in rows.items():
         whole.add_row(name, escape(value))
     return whole
 
 
-def _popularity_table(summary: dict[str, Any]) -> Table:
-    geometry = summary["geometry"]
+def _popularity_table(summary: TraceSummary) -> Table:
+    geometry = summary.geometry
     table = FittedTable(title="by layer")
     for name in ("layer", "most popular (share)", "busiest", "unused", "entropy", "reuse"):
         table.add_column(name, justify="left" if name.startswith("most") else "right")
-    for row in summary["by_layer"]:
+    for row in summary.by_layer:
         table.add_row(
-            str(row["layer"]),
-            _most_popular(row["popularity"]),
-            f"{row['busiest_share']:.1%}",
-            str(row["unused_experts"]),
-            f"{row['normalized_entropy']:.3f}",
-            _percent(row["token_to_token_reuse"]),
+            str(row.layer),
+            _most_popular(row.popularity),
+            f"{row.busiest_share:.1%}",
+            str(row.unused_experts),
+            f"{row.normalized_entropy:.3f}",
+            _percent(row.token_to_token_reuse),
         )
     table.caption = (
-        f"share: of the layer's activations (uniform: {1 / geometry['num_experts']:.1%}); entropy: 1 = all experts "
+        f"share: of the layer's activations (uniform: {1 / geometry.num_experts:.1%}); entropy: 1 = all experts "
         f"equally popular; reuse: experts of a token that the token before used too "
-        f"(chance: {geometry['top_k'] / geometry['num_experts']:.1%})"
+        f"(chance: {geometry.top_k / geometry.num_experts:.1%})"
     )
     return table
 
 
-def _locality_table(summary: dict[str, Any]) -> Table:
-    percentiles = list(summary["by_layer"][0]["reuse_distance"]["percentiles"])
+def _locality_table(summary: TraceSummary) -> Table:
+    percentiles = list(summary.by_layer[0].reuse_distance.percentiles)
     names = [f"{percent} %\nagain in" for percent in percentiles]
     table = _table(
         "locality and dependence by layer",
         *("layer", "Jaccard", "by\nchance", *names, "never\nagain", "bits of\nnext layer", "depend-\nence"),
     )
-    for row in summary["by_layer"]:
-        distance, following = row["reuse_distance"], row["next_layer"]
+    for row in summary.by_layer:
+        distance, following = row.reuse_distance, row.next_layer
         table.add_row(
-            str(row["layer"]),
-            _or_dash(row["jaccard"], ".3f"),
-            _or_dash(row["jaccard_by_chance"], ".3f"),
-            *(_or_dash(distance["percentiles"][percent], ",") for percent in percentiles),
-            _percent(distance["never_again"]),
-            *(_or_dash(following and following[name], ".3f") for name in ("mutual_information", "dependence")),
+            str(row.layer),
+            _or_dash(row.jaccard, ".3f"),
+            _or_dash(row.jaccard_by_chance, ".3f"),
+            *(_or_dash(distance.percentiles[percent], ",") for percent in percentiles),
+            _percent(distance.never_again),
+            _or_dash(following.mutual_information if following else None, ".3f"),
+            _or_dash(following.dependence if following else None, ".3f"),
         )
     table.caption = (
         "Jaccard: experts that a token and the one before both use, over those that any of them does; by chance: of "
@@ -115,14 +115,14 @@ def _locality_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _gates_table(summary: dict[str, Any]) -> Table:
-    ranks = min(summary["geometry"]["top_k"], RANKS)
+def _gates_table(summary: TraceSummary) -> Table:
+    ranks = min(summary.geometry.top_k, RANKS)
     table = _table("gate mass by layer", "layer", *(f"rank {rank + 1}" for rank in range(ranks)))
     table.add_column("heaviest (share)")
-    for row in summary["by_layer"]:
-        mass = row["gate_mass"] or {"by_rank": [None] * ranks, "popularity": []}
-        shares = map(_percent, mass["by_rank"][:ranks])
-        table.add_row(str(row["layer"]), *shares, _most_popular(mass["popularity"]) or "-")
+    for row in summary.by_layer:
+        mass = row.gate_mass
+        shares = map(_percent, mass.by_rank[:ranks] if mass else [None] * ranks)
+        table.add_row(str(row.layer), *shares, _most_popular(mass.popularity) if mass else "-")
     table.caption = (
         "rank: the share of a token's gate weights that its heaviest, second heaviest, ... expert has, on average; "
         "heaviest: the experts with the largest mean share"
@@ -130,24 +130,25 @@ def _gates_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _phases_table(summary: dict[str, Any]) -> Table:
+def _phases_table(summary: TraceSummary) -> Table:
     table = _table(
         "prefill against decode by layer",
         *("layer", "entropy\nprefill", "\ndecode", "reuse\nprefill", "\ndecode", "total\nvariation", "by\nchance"),
     )
     table.add_column("most popular in decode (share)")
-    for row in summary["by_layer"]:
-        phases = row["phases"]
-        prefill, decode = phases["prefill"], phases["decode"]
+    for row in summary.by_layer:
+        if (phases := row.phases) is None:
+            continue
+        prefill, decode = phases.prefill, phases.decode
         table.add_row(
-            str(row["layer"]),
-            f"{prefill['normalized_entropy']:.3f}",
-            f"{decode['normalized_entropy']:.3f}",
-            _percent(prefill["token_to_token_reuse"]),
-            _percent(decode["token_to_token_reuse"]),
-            f"{phases['total_variation']:.3f}",
-            _or_dash(phases["total_variation_by_chance"], ".3f"),
-            _most_popular(decode["popularity"]),
+            str(row.layer),
+            f"{prefill.normalized_entropy:.3f}",
+            f"{decode.normalized_entropy:.3f}",
+            _percent(prefill.token_to_token_reuse),
+            _percent(decode.token_to_token_reuse),
+            f"{phases.total_variation:.3f}",
+            _or_dash(phases.total_variation_by_chance, ".3f"),
+            _most_popular(decode.popularity),
         )
     table.caption = (
         "of sequences that have both phases; reuse: experts of a phase's token that the token before used too; total "
@@ -157,33 +158,29 @@ def _phases_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _contrast_table(found: dict[str, Any]) -> Table:
-    names = ("rate", "other_rate", "difference", "standard_error", "z", "z_of_sequences")
-    rows = [
-        {"layer": row["layer"], "expert": expert, **{name: row[name][expert] for name in names}}
-        for row in found["by_layer"]
-        for expert in range(len(row["z"]))
-    ]
-    rows.sort(key=lambda row: (-abs(row["z"] or 0), row["layer"], row["expert"]))
-    other, noise = found["other"], found["beyond_noise"]
+def _contrast_table(contrast: Contrast) -> Table:
+    rows = sorted(contrast.by_expert(), key=lambda row: (-abs(row.z or 0), row.layer, row.expert))
+    other, significant = contrast.other, contrast.significant
     table = _table(
         f"the {min(LARGEST, len(rows))} activation rates that differ most",
         *("layer", "expert", "rate", "other\nrate", "difference", "standard\nerror", "z", "z of\nsequences"),
     )
     for row in rows[:LARGEST]:
         table.add_row(
-            str(row["layer"]),
-            str(row["expert"]),
-            *(f"{row[name]:.2%}" for name in ("rate", "other_rate")),
-            f"{row['difference']:+.2%}",
-            f"{row['standard_error']:.2%}",
-            *(_or_dash(row[name], "+.1f") for name in ("z", "z_of_sequences")),
+            str(row.layer),
+            str(row.expert),
+            f"{row.rate:.2%}",
+            f"{row.other_rate:.2%}",
+            f"{row.difference:+.2%}",
+            f"{row.standard_error:.2%}",
+            _or_dash(row.z, "+.1f"),
+            _or_dash(row.z_clustered, "+.1f"),
         )
     table.caption = (
         f"other: {escape(other['traces'])}, {other['tokens']:,} tokens of {other['sequences']:,} sequences; rate: "
         "share of tokens that activate the expert; z: as if tokens were independent; z of sequences: as if only "
-        f"sequences were; beyond {noise['threshold']:.2f}, which chance has any expert pass in 1 case of 20, are "
-        f"{noise['z']:,} of {len(rows):,} experts by z and {noise['z_of_sequences']:,} by z of sequences"
+        f"sequences were; beyond {significant.threshold:.2f}, which chance has any expert pass in 1 case of 20, are "
+        f"{significant.z:,} of {len(rows):,} experts by z and {significant.z_clustered:,} by z of sequences"
     )
     return table
 

@@ -1,19 +1,19 @@
-"""How much the experts of one layer tell about those of another.
+"""Statistical dependence between the experts of two layers.
 
-X is one of the K experts that a token uses in the one layer, drawn at random, and Y one of those in the other. With the
-shares p(x, y) of all tokens' K * K pairs,
+X is one of the K experts that a token uses in one layer, drawn at random, and Y one of those in the other layer. With
+p(x, y), the shares of all tokens' K * K pairs, the mutual information is
 
     I(X; Y) = sum over x, y of p(x, y) log2 (p(x, y) / (p(x) p(y)))    bits
 
-Estimated from n tokens that is too high by (R - K)(C - K) / (2 n K^2 ln 2) where the layers know nothing of each other,
-R and C being how many of their experts were used at all: the mean of Pearson's chi-square statistic of such counts over
-twice the pairs. For K = 1 it is the correction of Miller (Note on the bias of information estimates, 1955) in the form
-of Panzeri and Treves (Analytical estimates of limited sampling biases, 1996). It is subtracted. Tokens of a text are
-not independent, so some bias stays.
+The estimate from n tokens is too high by (R - K)(C - K) / (2 n K^2 ln 2) if the layers are independent. R and C are the
+numbers of experts that were used in each layer. This is the mean of Pearson's chi-square statistic of such counts
+divided by twice the number of pairs. For K = 1 it is the correction of Miller (Note on the bias of information
+estimates, 1955) in the form of Panzeri and Treves (Analytical estimates of limited sampling biases, 1996). It is
+subtracted. Some bias remains, because the tokens of a text are not independent.
 
-Since X and Y are drawn anew from the token's sets, I(X; Y) is at most min(H(X), H(Y)) - log2 K. Over that (among
-normalised mutual informations the one by the smaller entropy: Vinh, Epps and Bailey, JMLR 2010) it is the dependence:
-0 where layers are independent, 1 where groups of K experts follow each other without fail.
+X and Y are independent draws from the token's sets, so I(X; Y) is at most min(H(X), H(Y)) - log2 K. The quotient of the
+two is the dependence (the normalised mutual information with the smaller entropy: Vinh, Epps and Bailey, JMLR 2010). It
+is 0 for independent layers, and 1 if groups of K experts always follow each other.
 """
 
 import math
@@ -27,40 +27,43 @@ Floats = npt.NDArray[np.float64]
 
 
 def mutual_information(pairs: npt.NDArray[np.int64], top_k: int) -> tuple[float, float]:
-    """Estimate how much two layers' experts tell of each other.
+    """Estimate the dependence between two layers.
 
     Args:
-        pairs: ``(E, E)``, how many tokens use an expert in the one layer and another in the other.
-        top_k: K.
+        pairs: ``(E, E)``, number of tokens that use an expert in the first layer and another in the second.
+        top_k: Experts per entry, K.
 
     Returns:
-        Bits, corrected, at least 0; and the dependence in [0, 1], NaN where there is nothing to tell: where one of the
-        layers uses no more than K experts, or all of them alike because K is E.
+        Corrected mutual information in bits, at least 0, and the dependence in [0, 1]. The dependence is NaN if one of
+        the layers uses at most K experts, or all of them equally because K is E.
     """
     total = pairs.sum()
     joint = pairs / total
-    one, other = joint.sum(1), joint.sum(0)
-    seen = joint > 0
-    told = float((joint[seen] * np.log2(joint[seen] / np.outer(one, other)[seen])).sum())
-    bias = ((one > 0).sum() - top_k) * ((other > 0).sum() - top_k) / (2 * total * math.log(2))
-    bits = max(told - float(bias), 0.0)
-    most = min(_entropy(one), _entropy(other)) - math.log2(top_k)
-    return bits, bits / most if most > 1e-9 else math.nan
+    first, second = joint.sum(1), joint.sum(0)
+    positive = joint > 0
+    estimate = float((joint[positive] * np.log2(joint[positive] / np.outer(first, second)[positive])).sum())
+    bias = ((first > 0).sum() - top_k) * ((second > 0).sum() - top_k) / (2 * total * math.log(2))
+    bits = max(estimate - float(bias), 0.0)
+    maximum = min(_entropy(first), _entropy(second)) - math.log2(top_k)
+    return bits, bits / maximum if maximum > 1e-9 else math.nan
 
 
 def layer_dependence(counts: RoutingCounts) -> tuple[Floats, Floats]:
-    """Estimate it for all pairs of layers that were counted.
+    """Estimate the dependence between all pairs of layers that were counted.
+
+    Args:
+        counts: Counts of a trace set.
 
     Returns:
-        Bits and dependence, ``(L, L)`` float64, symmetric; NaN on the diagonal, where no pairs were counted, and where
-        not every token uses K experts, which the estimate stands on.
+        Bits and dependence, ``(L, L)`` float64, symmetric. They are NaN on the diagonal, for pairs that were not
+        counted, and for layers in which some token uses fewer than K experts.
     """
     layers, _, top_k = counts.geometry.shape()
-    found = np.full((2, layers, layers), np.nan)
+    estimates = np.full((2, layers, layers), np.nan)
     for (first, second), pairs in counts.pairs.items():
-        if counts.full[first] and counts.full[second]:
-            found[:, first, second] = found[:, second, first] = mutual_information(pairs, top_k)
-    return found[0], found[1]
+        if counts.all_top_k[first] and counts.all_top_k[second]:
+            estimates[:, first, second] = estimates[:, second, first] = mutual_information(pairs, top_k)
+    return estimates[0], estimates[1]
 
 
 def _entropy(shares: Floats) -> float:

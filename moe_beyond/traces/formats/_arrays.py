@@ -1,6 +1,6 @@
-"""Arrays of whole numbers as numpy stores them: in a ``.npy``, in a folder of those, or in an ``.npz``.
+"""Arrays of whole numbers in NumPy's files: a ``.npy``, a folder of them, or an ``.npz``.
 
-They are read by numpy's format alone, never by `numpy.load`: nothing of what a file holds is taken for a pickle.
+They are read with the functions for NumPy's format, never with `numpy.load`, so no content is loaded as a pickle.
 """
 
 import math
@@ -23,21 +23,21 @@ HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-"""By a file's version; later ones differ in what only named fields need."""
+"""Version of a file -> reader of its header; later versions are only for named fields."""
 
 
 LARGE, MOST_COMPRESSED = 2**26, 100
-"""A member of an ``.npz`` beyond so many bytes that is compressed so many times is refused: expert ids never are."""
+"""An ``.npz`` member of more bytes than the first, compressed by more than the second, is refused: no recording is."""
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array that was looked at and not read.
+    """An array whose header was read, but not its content.
 
     Attributes:
-        where: Its file, or its name in an ``.npz``, for messages.
-        shape: Its shape.
-        open: Opens the bytes of its ``.npy``.
+        where: Path of the file, and the name in an ``.npz``, for error messages.
+        shape: Shape of the array.
+        open: Function that opens the bytes of the ``.npy``.
     """
 
     where: str
@@ -45,10 +45,10 @@ class StoredArray:
     open: Callable[[], AbstractContextManager[IO[bytes]]]
 
     def read(self) -> npt.NDArray[Any]:
-        """Read it: whole numbers.
+        """Read the array.
 
         Raises:
-            UserError: It is damaged, or cut short.
+            UserError: The file is damaged or truncated.
         """
         with _naming(self.where), self.open() as file:
             array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
@@ -56,13 +56,13 @@ class StoredArray:
 
 
 def find_arrays(source: Path) -> dict[str, StoredArray]:
-    """Look at all arrays of a recording, by name, in a folder in the order that people count in.
+    """Return name -> array of a recording; the files of a folder are in natural order.
 
     Args:
-        source: A ``.npy``, a folder of them, or an ``.npz``.
+        source: Path of a ``.npy``, of a folder of them, or of an ``.npz``.
 
     Raises:
-        UserError: It is none of these, or one of its arrays cannot be read or holds anything but whole numbers.
+        UserError: The path is none of these, or an array cannot be read or does not hold whole numbers.
     """
     if source.suffix == ".npz" and source.is_file():
         return _archived(source)
@@ -70,41 +70,44 @@ def find_arrays(source: Path) -> dict[str, StoredArray]:
 
 
 def stored_array(path: Path) -> StoredArray:
-    """Look at a ``.npy`` file.
+    """Read the header of a ``.npy`` file.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        UserError: It cannot be read, or holds anything but whole numbers.
+        UserError: The file cannot be read, or does not hold whole numbers.
     """
     with _naming(str(path)):
         size = path.stat().st_size
-    return _looked_at(str(path), lambda: path.open("rb"), size)
+    return _read_header(str(path), lambda: path.open("rb"), size)
 
 
 def _archived(source: Path) -> dict[str, StoredArray]:
     with _naming(str(source)):
         archive = zipfile.ZipFile(source)
         members = archive.infolist()
-    found: dict[str, StoredArray] = {}
+    arrays: dict[str, StoredArray] = {}
     for member in members:
         name = member.filename.removesuffix(".npy")
         if name == member.filename:
-            raise UserError(f"{source}: holds {name!r}, which is no .npy")
-        if name in found:
-            raise UserError(f"{source}: holds {name!r} twice")
+            raise UserError(f"{source}: all members must be .npy files (got {name!r})")
+        if name in arrays:
+            raise UserError(f"{source}: has two members {name!r}; rename one")
         where = f"{source}: {name}" if name.isprintable() else f"{source}: {name!r}"
         if member.file_size > max(LARGE, MOST_COMPRESSED * member.compress_size):
             raise UserError(
-                f"{where}: unpacks {member.compress_size:,} bytes to {member.file_size:,}, which no recording does; "
-                "save it without compression if it is one"
+                f"{where}: unpacks {member.compress_size:,} bytes to {member.file_size:,}, unlike any recording; "
+                "if it is one, save it without compression"
             )
-        found[name] = _looked_at(where, partial(archive.open, member), member.file_size)
-    if not found:
-        raise UserError(f"{source}: holds no array")
-    return found
+        arrays[name] = _read_header(where, partial(archive.open, member), member.file_size)
+    if not arrays:
+        raise UserError(f"{source}: has no array; save at least one")
+    return arrays
 
 
-def _looked_at(where: str, opened: Callable[[], AbstractContextManager[IO[bytes]]], size: int) -> StoredArray:
-    """Read an array's header, and hold it against the ``size`` in bytes of its ``.npy``."""
+def _read_header(where: str, opened: Callable[[], AbstractContextManager[IO[bytes]]], size: int) -> StoredArray:
+    """Read the header of an array, and compare it with the ``size`` of its ``.npy`` in bytes."""
     with _naming(where), opened() as file:
         version = np.lib.format.read_magic(file)
         if version not in HEADERS:
@@ -112,22 +115,24 @@ def _looked_at(where: str, opened: Callable[[], AbstractContextManager[IO[bytes]
         shape, _, dtype = HEADERS[version](file)
         if any(type(length) is not int or length < 0 for length in shape):
             raise ValueError(f"shape {shape}")
-        needed, rest = math.prod(shape) * dtype.itemsize, size - file.tell()
-        if not dtype.hasobject and needed != rest:
-            raise ValueError(f"its header says {dtype} {shape}, which is {shown(needed)} bytes, but {rest:,} follow")
+        needed, available = math.prod(shape) * dtype.itemsize, size - file.tell()
+        if not dtype.hasobject and needed != available:
+            raise ValueError(
+                f"its header gives {dtype} {shape}, which is {shown(needed)} bytes, but {available:,} follow"
+            )
     if dtype.hasobject:
         raise UserError(f"{where}: holds pickled objects, which are never loaded; save an array of whole numbers")
-    if dtype.kind not in "iu" and needed:  # an empty list is saved as an array of no numbers with a fraction
-        raise UserError(f"{where}: holds {str(dtype)[:60]}, not whole numbers")
+    if dtype.kind not in "iu" and needed:  # an empty list is saved as an empty array of floats
+        raise UserError(f"{where}: must hold whole numbers (got {str(dtype)[:60]})")
     return StoredArray(where, shape, opened)
 
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Turn what numpy and zipfile make of a damaged file into a line that names it."""
+    """Turn errors of numpy and zipfile into a `UserError` with the place of the array."""
     try:
         yield
-    except Exception as error:  # numpy parses headers as Python, and what that may raise is not written down
+    except Exception as error:  # numpy evaluates headers as Python, and documents no exceptions
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where}: cannot be read as an array of numpy ({brief(error)})") from error
+        raise UserError(f"{where}: cannot be read as a NumPy array ({brief(error)})") from error

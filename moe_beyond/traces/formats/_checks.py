@@ -1,19 +1,23 @@
-"""Formats that have K experts in every entry."""
+"""Checks of trace sets for formats that cannot express padding."""
 
 from moe_beyond.errors import UserError
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import has_empty_slots
+from moe_beyond.traces.schema import has_padding
 from moe_beyond.traces.trace import Trace
 
 
-def check_full(trace: Trace, traces: TraceSet) -> None:
-    """Check that every slot of a sequence holds an expert.
+def check_no_padding(trace: Trace, traces: TraceSet) -> None:
+    """Check that every entry of a sequence has K experts.
+
+    Args:
+        trace: Sequence to check.
+        traces: Trace set of the sequence, for error messages.
 
     Raises:
-        UserError: One was taken by an identity or a skip expert, which the format has no word for.
+        UserError: A top-k entry has no expert.
     """
-    if has_empty_slots(trace.experts):
+    if has_padding(trace.experts):
         raise UserError(
-            f"{traces.folder}: sequence {trace.sequence_id!r} has entries of fewer than "
-            f"{traces.geometry.top_k} experts, which the format cannot say"
+            f"{traces.folder}: sequence {trace.sequence_id!r} has entries with fewer than "
+            f"{traces.geometry.top_k} experts, which this format cannot express; choose libcachesim"
         )

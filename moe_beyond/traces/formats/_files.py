@@ -1,4 +1,4 @@
-"""The files of a recording, in the order that people count in."""
+"""The files of a recording, in natural order."""
 
 import re
 from pathlib import Path
@@ -10,42 +10,54 @@ from moe_beyond.fields import brief
 
 
 def natural(name: str) -> list[str | int]:
-    """Return what sorts names as people count: ``q2`` before ``q10``."""
+    """Return a sort key for natural order: ``q2`` before ``q10``.
+
+    Args:
+        name: Name of a file.
+    """
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def source_files(source: Path, suffix: str) -> list[Path]:
-    """List a recording's files: itself, or a folder's.
+    """Return the files of a recording in natural order.
 
     Args:
-        source: A file, or a folder.
-        suffix: What their names end in, such as ``.csv``.
+        source: Path of a file or of a folder of files.
+        suffix: End of the files' names, such as ``.csv``.
 
     Raises:
-        UserError: It is neither, or the folder has none.
+        UserError: The path is neither, or the folder has no such file.
     """
     if source.is_dir():
         files = sorted(source.glob(f"*{suffix}"), key=lambda path: natural(path.name))
         if not files:
-            raise UserError(f"{source}: holds no *{suffix} file")
+            raise UserError(f"{source}: has no *{suffix} file; give a folder with one, or a file")
         return files
     if not source.is_file() or source.suffix != suffix:
-        raise UserError(f"{source}: is neither a *{suffix} file nor a folder of them")
+        raise UserError(f"{source}: is neither a *{suffix} file nor a folder of them; give one of these")
     return [source]
 
 
 def column_names(path: Path, schema: pa.Schema) -> list[str]:
     """Return the names of a table's columns.
 
+    Args:
+        path: Path of the table, for error messages.
+        schema: Schema of the table.
+
     Raises:
-        UserError: One is not UTF-8.
+        UserError: A name is not UTF-8.
     """
     try:
         return list(schema.names)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a column's name is not UTF-8 ({brief(error)})") from error
+        raise UserError(f"{path}: the name of a column is not UTF-8 ({brief(error)})") from error
 
 
 def listed(names: list[str]) -> str:
-    """Write column names for an error message."""
+    """Return column names as text for an error message.
+
+    Args:
+        names: Names of the columns.
+    """
     return ", ".join(name if name.isprintable() else repr(name) for name in names)[:300]

@@ -1,4 +1,4 @@
-"""What every importer checks of expert ids and layers."""
+"""Checks of expert ids and layers that all readers share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,41 +12,40 @@ from moe_beyond.traces.schema import experts_dtype
 
 
 def checked_ids(ids: npt.NDArray[Any], geometry: Geometry, where: Callable[..., str]) -> npt.NDArray[Any]:
-    """Check expert ids, and store them as a trace does.
+    """Check expert ids, and convert them to the type of a trace.
 
     Args:
-        ids: ``(..., K)`` whole numbers, one entry a row.
-        geometry: The model's shape.
-        where: Given an entry's indices, says where it stands, for error messages.
+        ids: ``(..., K)`` whole numbers.
+        geometry: Shape of the model.
+        where: Function that turns the indices of an entry into its place in the recording, for error messages.
 
     Raises:
-        UserError: An id is none of the model's, or an entry has one twice.
+        UserError: An id is out of range, or occurs twice in an entry.
     """
     if len(outside := np.argwhere((ids < 0) | (ids >= geometry.num_experts))):
-        *entry, place = outside[0].tolist()
-        raise UserError(
-            f"{where(*entry)}: expert id {ids[*entry, place]} is out of range 0..{geometry.num_experts - 1}"
-        )
+        *entry, rank = outside[0].tolist()
+        raise UserError(f"{where(*entry)}: expert id {ids[*entry, rank]} is out of range 0..{geometry.num_experts - 1}")
     if len(twice := np.argwhere((np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any(axis=-1))):
-        raise UserError(f"{where(*twice[0].tolist())}: an expert is listed twice")
+        raise UserError(f"{where(*twice[0].tolist())}: an expert occurs twice in one entry")
     narrow: npt.NDArray[Any] = ids.astype(experts_dtype(geometry))
     return narrow
 
 
-def check_layers(found: npt.NDArray[Any], geometry: Geometry, where: object) -> None:
+def check_layers(layers: npt.NDArray[Any], geometry: Geometry, where: object) -> None:
     """Check that a recording has the model's MoE layers.
 
     Args:
-        found: Its layers as the model counts them, ascending.
-        geometry: The model's shape.
-        where: What has them, for the error message.
+        layers: Layers of the recording, counted over all layers of the model, ascending.
+        geometry: Shape of the model.
+        where: Place of the layers in the recording, for error messages.
 
     Raises:
-        UserError: It has others.
+        UserError: The layers differ.
     """
-    if tuple(found) != geometry.moe_layers:
+    if tuple(layers) != geometry.moe_layers:
         raise UserError(
-            f"{where}: has layers {_span(found)}, but {geometry.model}'s MoE layers are {_span(geometry.moe_layers)}"
+            f"{where}: has layers {_span(layers)}, but {geometry.model}'s MoE layers are {_span(geometry.moe_layers)}; "
+            "give the model of the recording"
         )
 
 

@@ -1,7 +1,8 @@
-"""JSON lines, one entry each: ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``.
+"""JSON lines with one entry each.
 
-``layer_idx`` counts all layers of the model from 0, ``gate_weights`` may be left out, other fields are passed over, and
-the lines come in any order. A file is a sequence; token ids may lie next to it as ``NAME.tokens.npy``.
+A line is ``{"layer_idx": 3, "token_idx": 7, "selected_ids": [4, 9], "gate_weights": [0.7, 0.3]}``. ``layer_idx`` counts
+all layers of the model from 0. ``gate_weights`` is optional, other fields are ignored, and lines may have any order. A
+file is one sequence, with token ids in the sidecar ``NAME.tokens.npy``.
 """
 
 import json
@@ -13,40 +14,23 @@ import numpy as np
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.formats._arrays import StoredArray
-from moe_beyond.traces.formats._describe import Format
 from moe_beyond.traces.formats._files import source_files
+from moe_beyond.traces.formats._format import Format
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._missing import notes, recorded_span
+from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
 from moe_beyond.traces.formats._sidecars import (
     DECODE_START,
     FIELDS,
     TOKENS,
     all_or_none,
     author_of,
-    beside,
     by_file,
+    find_sidecar,
     read_decode_start,
     read_token_ids,
 )
-from moe_beyond.traces.formats.recording import Progress, Recording
 from moe_beyond.traces.trace import Trace
-
-FORMAT = Format(
-    summary="JSON lines, one per token and MoE layer, in any order: a .jsonl per sequence, or a folder of them",
-    fields=(
-        "layer_idx: the layer, counted over all layers of the model from 0",
-        "token_idx: the token's place in the sequence; the first may be any number, and none is left out",
-        "selected_ids: the K expert ids, in the router's order; all -1 for a token that was not computed",
-        "gate_weights: the K gate weights in the same order; optional, in all lines or in none",
-        "other fields are ignored",
-        *FIELDS,
-    ),
-    example=(
-        '{"token_idx": 0, "layer_idx": 1, "selected_ids": [44, 13, 5, 60, 2, 31]}',
-        '{"token_idx": 0, "layer_idx": 2, "selected_ids": [7, 9, 12, 63, 1, 30]}',
-        '{"token_idx": 1, "layer_idx": 1, "selected_ids": [13, 9, 6, 2, 40, 44]}',
-    ),
-)
 
 LARGEST_INDEX = 2**31 - 1
 LARGEST_WEIGHT = float(np.finfo(np.float16).max)
@@ -54,7 +38,7 @@ LARGEST_WEIGHT = float(np.finfo(np.float16).max)
 
 @dataclass
 class Entries:
-    """The entries of a file, in its order, and the number of each one's line."""
+    """Entries of a file in its order: layer, token, expert ids, gate weights and line number of each."""
 
     layers: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -67,30 +51,32 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
     """Read a ``.jsonl`` of one sequence, or a folder of them.
 
     Args:
-        source: The recording.
-        geometry: The model's shape.
-        progress: Told of the files that were read.
+        source: Path of the recording.
+        geometry: Shape of the model.
+        progress: Called with the number of files read and their total.
 
     Raises:
-        UserError: A line is no entry of the model's, or a token lacks a layer.
+        UserError: A line is not an entry of the model, or a token lacks a layer.
     """
     files = {path.stem: path for path in source_files(source, ".jsonl")}
-    tokens, starts = ({name: beside(path, ending) for name, path in files.items()} for ending in (TOKENS, DECODE_START))
+    tokens, starts = (
+        {name: find_sidecar(path, ending) for name, path in files.items()} for ending in (TOKENS, DECODE_START)
+    )
     all_or_none(tokens, source, "token ids")
     has_starts = all_or_none(starts, source, "decode_start")
     traces = []
-    left_out = 0
+    omitted = 0
     for done, (name, path) in enumerate(files.items(), 1):
         trace, missing = _trace(path, geometry, tokens[name], starts[name])
-        left_out += missing
+        omitted += missing
         if trace is not None:
             traces.append(trace)
         progress(done, len(files))
     if not traces:
-        raise UserError(f"{source}: has no lines" if left_out == 0 else f"{source}: has no token that was recorded")
+        raise UserError(f"{source}: has no {'recorded tokens' if omitted else 'lines'}; record at least one sequence")
     lengths = [len(trace) for trace in traces]
     return Recording(
-        source=f"JSON lines, {source.resolve().name}{notes(left_out, len(files) - len(traces))}",
+        source=f"JSON lines, {source.resolve().name}{notes(omitted, len(files) - len(traces))}",
         lengths=lengths,
         traces=traces,
         author=author_of([trace.decode_start for trace in traces], lengths) if has_starts else "unknown",
@@ -101,7 +87,7 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
 def _trace(
     path: Path, geometry: Geometry, tokens: StoredArray | None, start: StoredArray | None
 ) -> tuple[Trace | None, int]:
-    """Return a file's trace, None where it has no token, and how many tokens were left out."""
+    """Return the trace of a file, None if it has no recorded token, and the number of omitted tokens."""
     entries = _entries(path, geometry)
     if not entries.lines:
         return None, 0
@@ -135,13 +121,13 @@ def _entries(path: Path, geometry: Geometry) -> Entries:
 
 
 def _add(entries: Entries, line: bytes, number: int, where: str, geometry: Geometry) -> None:
-    """Check a line's fields and add them."""
+    """Check the fields of a line, and add them."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: is no JSON object")
+        raise UserError(f"{where}: is not a JSON object")
     for name in ("layer_idx", "token_idx", "selected_ids"):
         if name not in record:
             raise UserError(f"{where}: {name} is missing")
@@ -149,19 +135,21 @@ def _add(entries: Entries, line: bytes, number: int, where: str, geometry: Geome
     weights = record.get("gate_weights") or []
     for name, index in (("layer_idx", layer), ("token_idx", token)):
         if type(index) is not int or not 0 <= index <= LARGEST_INDEX:
-            raise UserError(f"{where}: {name} is {json.dumps(index)}, not a whole number from 0 on")
-    if not isinstance(ids, list) or any(type(one) is not int for one in ids):
-        raise UserError(f"{where}: selected_ids is not a list of whole numbers")
+            raise UserError(f"{where}: {name} must be a whole number from 0 on (got {json.dumps(index)})")
+    if not isinstance(ids, list) or any(type(expert) is not int for expert in ids):
+        raise UserError(f"{where}: selected_ids must be a list of whole numbers")
     if len(ids) != geometry.top_k:
-        raise UserError(f"{where}: {len(ids)} expert ids, but {geometry.model} routes to {geometry.top_k}")
+        raise UserError(
+            f"{where}: selected_ids must have the {geometry.top_k} experts of {geometry.model} (got {len(ids)})"
+        )
     if not isinstance(weights, list) or not all(
-        type(one) in (int, float) and abs(one) <= LARGEST_WEIGHT for one in weights
+        type(weight) in (int, float) and abs(weight) <= LARGEST_WEIGHT for weight in weights
     ):
-        raise UserError(f"{where}: gate_weights is not a list of numbers up to {LARGEST_WEIGHT:g}")
+        raise UserError(f"{where}: gate_weights must be a list of numbers up to {LARGEST_WEIGHT:g}")
     if weights and len(weights) != len(ids):
-        raise UserError(f"{where}: {len(weights)} gate weights for {len(ids)} experts")
+        raise UserError(f"{where}: gate_weights must have one number per expert (got {len(weights)} for {len(ids)})")
     if bool(weights) != bool(entries.gate_weights) and entries.lines:
-        raise UserError(f"{where}: gate_weights come in all lines, or in none")
+        raise UserError(f"{where}: gate_weights must be in all lines or in none; add or remove them")
     entries.layers.append(layer)
     entries.tokens.append(token)
     entries.ids.append(ids)
@@ -171,22 +159,41 @@ def _add(entries: Entries, line: bytes, number: int, where: str, geometry: Geome
 
 
 def _rows(path: Path, entries: Entries, geometry: Geometry) -> np.ndarray:
-    """Return for every token and layer the place of its entry: ``(T, L)``."""
+    """Return ``(T, L)``, the index of the entry of every token and layer."""
     layers, layer_of = np.unique(entries.layers, return_inverse=True)
     check_layers(layers, geometry, path)
     tokens, token_of = np.unique(entries.tokens, return_inverse=True)
     if len(tokens) != tokens[-1] - tokens[0] + 1:
         gap = tokens[np.flatnonzero(np.diff(tokens) > 1)[0]] + 1
-        raise UserError(f"{path}: has no line for token {gap}")
+        raise UserError(f"{path}: token {gap} has no line; record the sequence again")
     rows = np.full((len(tokens), len(layers)), -1)
-    for place, (token, layer) in enumerate(zip(token_of, layer_of, strict=True)):
+    for entry, (token, layer) in enumerate(zip(token_of, layer_of, strict=True)):
         if rows[token, layer] >= 0:
             raise UserError(
-                f"{path}: line {entries.lines[place]}: token {tokens[token]} was routed in layer {layers[layer]} in "
-                f"line {entries.lines[rows[token, layer]]} already"
+                f"{path}: line {entries.lines[entry]}: token {tokens[token]} of layer {layers[layer]} is in line "
+                f"{entries.lines[rows[token, layer]]} too; remove one"
             )
-        rows[token, layer] = place
+        rows[token, layer] = entry
     if len(missing := np.argwhere(rows < 0)):
         token, layer = missing[0]
         raise UserError(f"{path}: token {tokens[token]} has no line for layer {layers[layer]}")
     return rows
+
+
+FORMAT = Format(
+    summary="JSON lines, one per token and MoE layer, in any order: one .jsonl per sequence, or a folder of them",
+    reader=recording_reader(read_jsonl),
+    fields=(
+        "layer_idx: index of the layer, counted over all layers of the model from 0",
+        "token_idx: position of the token in the sequence, without gaps; the first may have any number",
+        "selected_ids: the K expert ids, in the router's order; all -1 for a token that was not computed",
+        "gate_weights: the K gate weights in the same order; optional, in all lines or in none",
+        "other fields are ignored",
+        *FIELDS,
+    ),
+    example=(
+        '{"token_idx": 0, "layer_idx": 1, "selected_ids": [44, 13, 5, 60, 2, 31]}',
+        '{"token_idx": 0, "layer_idx": 2, "selected_ids": [7, 9, 12, 63, 1, 30]}',
+        '{"token_idx": 1, "layer_idx": 1, "selected_ids": [13, 9, 6, 2, 40, 44]}',
+    ),
+)

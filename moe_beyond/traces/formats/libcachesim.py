@@ -1,7 +1,7 @@
-"""libCacheSim's oracleGeneral: a request every expert of every layer of every token, in the router's order.
+"""libCacheSim's oracleGeneral: one request per expert of every token and layer, in the router's order.
 
-An object is ``layer * E + expert``, its size 1: a cache's capacity counts slots. The sequences are one stream, as
-``moe-beyond replay --sequential --carry-over`` replays them.
+An object is ``layer * E + expert``. Its size is 1, so the capacity of a cache counts slots. The sequences form one
+stream, as ``moe-beyond replay --sequential --carry-over`` replays them.
 """
 
 from pathlib import Path
@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import creating
+from moe_beyond.traces.formats._format import Format
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
 
 RECORD = np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next_access", "<i8")])
 NEVER = -1
-"""The next access of an object that none follows; in memory, libCacheSim would want its largest integer."""
+"""Next access of an object's last request (libCacheSim uses its largest integer only in memory)."""
 RECORDS_AT_ONCE = 1 << 20
 
 
@@ -25,17 +26,20 @@ def export_libcachesim(traces: TraceSet, out: str | Path, split: str | None = No
 
     Args:
         traces: The trace set.
-        out: The file to make.
-        split: One split, or all.
+        out: Path of the new file.
+        split: Name of a split (default: all splits).
 
     Raises:
-        UserError: There is no such split, the file is there already, or the requests are more than it can number.
+        UserError: The split does not exist, the file exists, or the format cannot number that many requests.
     """
     geometry = traces.geometry
     base = np.arange(geometry.num_layers)[:, None] * geometry.num_experts
     requests = sum(shard.tokens for shard in traces.shards(split)) * geometry.demand_per_token
     if requests > np.iinfo(np.uint32).max:
-        raise UserError(f"{traces.folder}: {requests:,} requests are more than oracleGeneral can number; give --split")
+        raise UserError(
+            f"{traces.folder}: oracleGeneral numbers at most {np.iinfo(np.uint32).max:,} requests (got {requests:,}); "
+            "choose one split with --split"
+        )
     with creating(out) as temporary:
         ids = [expert_ids(trace.experts, geometry.num_experts) for trace in traces.traces(split)]
         streams = [(entries + base)[entries < geometry.num_experts] for entries in ids]
@@ -43,15 +47,26 @@ def export_libcachesim(traces: TraceSet, out: str | Path, split: str | None = No
 
 
 def write_oracle_general(path: Path, ids: npt.NDArray[np.int64]) -> None:
-    """Write a stream of objects, each with its number as time, and when the same is accessed next."""
+    """Write a stream of requests.
+
+    Args:
+        path: Path of the file.
+        ids: ``(requests,)``, object of each request; its position is its time.
+    """
     order = np.argsort(ids, kind="stable")
-    following = np.full(len(ids), NEVER)
+    next_access = np.full(len(ids), NEVER)
     same = ids[order[:-1]] == ids[order[1:]]
-    following[order[:-1][same]] = order[1:][same]
+    next_access[order[:-1][same]] = order[1:][same]
     with path.open("wb") as file:
         for start in range(0, len(ids), RECORDS_AT_ONCE):
             part = slice(start, min(start + RECORDS_AT_ONCE, len(ids)))
             records = np.empty(part.stop - start, RECORD)
             records["time"], records["size"] = np.arange(start, part.stop), 1
-            records["id"], records["next_access"] = ids[part], following[part]
+            records["id"], records["next_access"] = ids[part], next_access[part]
             file.write(records.tobytes())
+
+
+FORMAT = Format(
+    summary="libCacheSim's oracleGeneral: one file, a request per expert of every token and layer",
+    writer=export_libcachesim,
+)
