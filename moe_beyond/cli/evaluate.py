@@ -35,7 +35,6 @@ RECORDED = (
     *("budget_slots", "budget_share", "hit_rate", "bytes_ratio", "intervals"),
 )
 """Of a replay's record, what a predictor's card shows."""
-TABLES = ("by_layer", "reliability")
 """Of a metrics' record, what is too long for a card."""
 
 
@@ -119,7 +118,7 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
             "split": text.split,
             "relation": str(text.relation),
             "command": _command(words[1:], args.predictor, folder.name),
-            "metrics": [{n: value for n, value in row.items() if n not in TABLES} for row in found.metrics],
+            "metrics": [row.summary() for row in found.metrics],
             "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
         }
         record_figures(folder, figures)
