@@ -31,7 +31,7 @@ from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.report.plots.replay import budgets_figure, save
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import ReplaySettings
-from moe_beyond.tasks import CrossLayer
+from moe_beyond.tasks import AdamWSettings, CrossLayerTask
 from moe_beyond.traces.reader import TraceSet
 
 MODEL = "small-moe"
@@ -136,9 +136,9 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
     """Fit a small cross_layer, replaying the held-out prompts at every validation; return the predictor's folder."""
     L.seed_everything(0, verbose=False)
     data = TraceDataModule(traces.folder, token_budget=1024, max_tokens=256)
-    task = CrossLayer(
-        traces.geometry.to_json(), data.vocab_size, width=128, depth=2, heads=4, layer_width=128, lr=3e-3,
-        dropout=0.2,
+    task = CrossLayerTask(
+        data.geometry, data.vocab_size, width=128, depth=2, heads=4, layer_width=128, dropout=0.2,
+        optimizer=AdamWSettings(lr=3e-3),
     )  # fmt: skip
     trainer = L.Trainer(
         max_epochs=EPOCHS,

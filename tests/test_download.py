@@ -153,7 +153,7 @@ def test_a_lender_and_a_teacher_may_be_on_the_hub(hub: Hub, run, tmp_path: Path,
     lender = _lender("hf:org/tiny", predictor)
     assert lender.calibration.to_json() == predictor.calibration.to_json()
     monkeypatch.chdir(tmp_path)
-    other = [*("-c", str(CONFIGS / "data/traces.yaml")), f"--data.traces={run.traces}", "--model=TokenCausal"]
+    other = [*("-c", str(CONFIGS / "data/traces.yaml")), f"--data.traces={run.traces}", "--model=TokenCausalTask"]
     assert main(["fit", *other, "--model.teachers=[hf:org/tiny]", "--trainer.max_epochs=1"]) == 2
     assert "teacher hf:org/tiny: has lookaheads 1, 2, 3, next" in capsys.readouterr().err
 

@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no dropped tokens": ("--model.token_dropout=0",),
     "more dropped tokens": ("--model.token_dropout=0.25",),
     "dropout 0.25": ("--model.dropout=0.25",),
-    "weight decay 0.1": ("--model.weight_decay=0.1",),
+    "weight decay 0.1": ("--model.optimizer.weight_decay=0.1",),
     "one block": ("--model.depth=1",),
     "narrow": ("--model.width=128", "--model.layer_width=128"),
     "pieces of 128 tokens": ("--data.max_tokens=128",),

@@ -35,7 +35,7 @@ from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.predictors.registry import predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.traces.reader import TraceSet
@@ -48,7 +48,7 @@ BUDGET = "25%"
 FARTHEST = 3
 """Largest lookahead of what reads states."""
 ASKED = "asked.json"
-NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.lr=3e-3")
+NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.optimizer.lr=3e-3")
 PREDICTORS: dict[str, tuple[str, ...]] = {
     "popularity": ("popularity",),
     "history": ("history",),
@@ -56,10 +56,10 @@ PREDICTORS: dict[str, tuple[str, ...]] = {
     "token_causal": ("token_causal", *NARROW),
     "cross_layer": ("cross_layer", *NARROW, "--model.layer_width=128"),
     "next_gate": ("next_gate",),
-    "layer_mlp, stride 1": ("layer_mlp", "--model.lr=3e-3"),
-    "layer_mlp, stride 2": ("layer_mlp", "--model.lr=3e-3", "--model.stride=2"),
-    "layer_mlp, stride 3": ("layer_mlp", "--model.lr=3e-3", "--model.stride=3"),
-    "pre_attention": ("pre_attention", "--model.lr=3e-3"),
+    "layer_mlp, stride 1": ("layer_mlp", "--model.optimizer.lr=3e-3"),
+    "layer_mlp, stride 2": ("layer_mlp", "--model.optimizer.lr=3e-3", "--model.stride=2"),
+    "layer_mlp, stride 3": ("layer_mlp", "--model.optimizer.lr=3e-3", "--model.stride=3"),
+    "pre_attention": ("pre_attention", "--model.optimizer.lr=3e-3"),
 }
 """By name: the architecture, and options of its fit."""
 
@@ -95,7 +95,7 @@ def record(folder: Path, library: Path, tokens: int) -> TraceSet:
 
 def fit(traces: TraceSet, folder: Path, epochs: int, architecture: str, *words: str) -> Path:
     """Fit a predictor, unless it is there; return its folder."""
-    counts = issubclass(predictor_class(architecture), CountingPredictor)
+    counts = issubclass(ARCHITECTURES[architecture], CountingPredictor)
     command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", "0"]
     for config in (f"trainer/{'counting' if counts else 'default'}", f"model/{architecture}", "data/traces"):
         command += ["-c", str(CONFIGS / f"{config}.yaml")]

@@ -48,6 +48,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.tasks.gradient import GradientTask
+from moe_beyond.tasks.registry import import_tasks
 
 # Harmless on the machines this runs on, and not for the user to act on.
 QUIET = (
@@ -363,6 +364,7 @@ def run(words: list[str]) -> None:
         lambda record: SELF_PRAISE not in record.getMessage()
     )
     guard_yaml()
+    import_tasks()
     Parser.verb, Parser.example = words[0], EXAMPLES[words[0]]  # also of the parsers that jsonargparse makes of it
     with printing_last_words(), finishing_wandb():
         PredictorCLI(

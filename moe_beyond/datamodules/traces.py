@@ -208,7 +208,7 @@ class TraceDataModule(L.LightningDataModule):
             multiprocessing_context="forkserver" if self.num_workers else None,
         )
 
-    def plan(self) -> dict[str, int]:
+    def batching(self) -> dict[str, int]:
         """Return the settings that decide which sequences are in which batch of an epoch."""
         return {"token_budget": self.token_budget, "max_tokens": self.max_tokens, "window": self.window,
                 "seed": self.seed}  # fmt: skip

@@ -19,7 +19,7 @@ def export(folder: Path, run: Run, calibration: str, *words: str) -> list[str]:
     """Return what a tiny fit without validation is started with."""
     more = folder / "export.yaml"
     more.write_text(
-        "model: {class_path: CrossLayer}\ndata: {class_path: TraceDataModule}\n"
+        "model: {class_path: CrossLayerTask}\ndata: {class_path: TraceDataModule}\n"
         "trainer:\n  logger: [{class_path: CSVLogger, init_args: {save_dir: runs, name: x}}]\n"
         f"  callbacks: [{{class_path: ExportBest, init_args: {{calibration: {calibration}}}}}]\n"
     )

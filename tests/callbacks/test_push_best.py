@@ -22,7 +22,7 @@ def fitted(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fit(callbacks: str = BOTH, traces: str = str(run.traces)) -> tuple[int, Path]:
         more = tmp_path / "push.yaml"
         more.write_text(
-            "model: {class_path: CrossLayer}\n"
+            "model: {class_path: CrossLayerTask}\n"
             "trainer:\n  logger: [{class_path: CSVLogger, init_args: {save_dir: runs, name: x}}]\n"
             f"  callbacks: {callbacks}\n"
         )

@@ -106,7 +106,7 @@ def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path
     traces = tiny_traces(tmp_path / "traces", sequences=40, hidden_states=True)
     configs = str(CONFIGS / "trainer/default.yaml"), str(CONFIGS / f"model/{name}.yaml")
     words = ["-c", configs[0], "-c", configs[1], "--model.width=32"]
-    run = fit(tmp_path, tmp_path / "traces", *words, "--trainer.max_epochs=30", "--model.lr=0.02")
+    run = fit(tmp_path, tmp_path / "traces", *words, "--trainer.max_epochs=30", "--model.optimizer.lr=0.02")
     capsys.readouterr()
     asked = ["evaluate", str(run / "predictor"), "--traces", traces.folder, "--split", "validation", "--budget", "50%"]
     assert main([*asked, "--json", "-"]) == 0

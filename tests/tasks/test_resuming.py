@@ -21,7 +21,7 @@ from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.tasks import CrossLayer, Popularity, PredictorTask
+from moe_beyond.tasks import CrossLayerTask, PopularityTask, PredictorTask
 from moe_beyond.tasks.resuming import seed_batch
 
 SIZES: dict[str, Any] = {"width": 16, "heads": 2, "depth": 1, "window": 8, "layer_width": 16}
@@ -84,7 +84,7 @@ def fit(
     resume: Path | None = None,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
-    task: type[PredictorTask] = CrossLayer,
+    task: type[PredictorTask] = CrossLayerTask,
     saving: dict[str, Any] | None = None,
     stopping: dict[str, Any] | None = None,
     **trainer: Any,
@@ -247,7 +247,7 @@ def test_a_fit_that_had_stopped_early_does_not_go_on(epoch_end: bool, traces: Pa
 
 
 def test_counting_goes_on_where_it_stopped(traces: Path, tmp_path: Path) -> None:
-    how: dict[str, Any] = {"task": Popularity, "model": {}, "max_epochs": 1, "gradient_clip_val": None}
+    how: dict[str, Any] = {"task": PopularityTask, "model": {}, "max_epochs": 1, "gradient_clip_val": None}
     expected = fit(tmp_path / "undisturbed", traces, **how)
     assert expected.steps == BATCHES
     assert_resumes(expected, nth(expected.events, "on_train_batch_end", 2), tmp_path, traces, **how)
