@@ -13,7 +13,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.fields import check_kinds
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config
+from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
 from moe_beyond.predictors.limits import OPTIMIZATION
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.base import PredictorTask
@@ -70,10 +70,10 @@ class GradientTask(PredictorTask):
             UserError: It predicts something else than what is fitted, or was fitted with another tokenizer.
         """
         folder, pupil = find_predictor(name), self.predictor
-        teacher = load_predictor(folder)
-        kinds = [(one.information.lookaheads, one.link, one.geometry.shape()) for one in (teacher, pupil)]
+        teacher = read_predictor(folder)
+        kinds = [(one.information.lookaheads, one.activation, one.geometry.shape()) for one in (teacher, pupil)]
         if kinds[0] != kinds[1]:
-            theirs, ours = (f"lookaheads {', '.join(map(str, kind[0]))}, link {kind[1]}" for kind in kinds)
+            theirs, ours = (f"lookaheads {', '.join(map(str, kind[0]))}, activation {kind[1]}" for kind in kinds)
             raise UserError(
                 f"teacher {name}: has {theirs} of {teacher.geometry.describe_shape()}, "
                 f"but what is fitted has {ours} of {pupil.geometry.describe_shape()}"
