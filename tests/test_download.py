@@ -14,7 +14,7 @@ from moe_beyond.callbacks.export import _lender
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.pretrained import find_predictor, find_pretrained, published_predictors
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_breaks_off_is_not_taken_for_whole(hub: Hub, folder: Path, c
     hub.breaks("GET", "/resolve/*/model.safetensors", 403)
     assert error_line(capsys, ["evaluate", "hf:org/tiny", "--traces", "t"]).startswith("hf:org/tiny@main: the token")
     hub.broken.clear()
-    assert load_predictor(find_predictor("hf:org/tiny")).architecture == "cross_layer"
+    assert read_predictor(find_predictor("hf:org/tiny")).architecture == "cross_layer"
 
 
 def test_a_name_that_means_two_is_refused_with_both(hub: Hub, folder: Path, tmp_path: Path, monkeypatch):
@@ -149,7 +149,7 @@ def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder:
 
 def test_a_lender_and_a_teacher_may_be_on_the_hub(hub: Hub, run, tmp_path: Path, monkeypatch, capsys):
     put(hub, run.folder / "predictor")
-    predictor = load_predictor(run.folder / "predictor")
+    predictor = read_predictor(run.folder / "predictor")
     lender = _lender("hf:org/tiny", predictor)
     assert lender.calibration.to_json() == predictor.calibration.to_json()
     monkeypatch.chdir(tmp_path)

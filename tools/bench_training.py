@@ -25,7 +25,7 @@ from moe_beyond.tasks import CrossLayerTask, PredictorTask, RowEncoderTask
 from moe_beyond.traces.reader import TraceSet
 
 WARM_UP = 2
-SMALL = {"width": 128, "depth": 1, "heads": 4, "layer_width": 128, "copies": 2}
+SMALL = {"width": 128, "depth": 1, "heads": 4, "layer_width": 128, "copy_heads": 2}
 """As configs/experiment/puffin-cross_layer-small.yaml has them."""
 ARCHITECTURES: dict[str, tuple[type[PredictorTask], dict[str, Any], tuple[int, ...]]] = {
     "row_encoder": (RowEncoderTask, {}, (512, 1024)),

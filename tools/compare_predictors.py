@@ -34,7 +34,7 @@ from moe_beyond.files import read_json, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.base import CountingPredictor
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.simulator import ReplaySettings
@@ -126,10 +126,10 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     prefetch = (f"top{geometry.top_k}",)
     asked = combinations(common, [slots], ("lru",), prefetch, source, [h for h in source.lookaheads if h != "next"])
     found = evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
-    information = load_predictor(predictor).information
+    information = read_predictor(predictor).information
     return {
         "reads": (information.hidden_states or "ids").replace("_", " "),
-        "known when": information.available,
+        "known when": information.available_after,
         "metrics": {str(row.lookahead): _figures(row) for row in found.metrics},
         "tokens": found.metrics[0].tokens,
         "replay": {

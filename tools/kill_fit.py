@@ -43,7 +43,7 @@ from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.files import write_json
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.tasks import CrossLayerTask, EamcTask, PredictorTask, RowEncoderTask, TokenCausalTask
 from moe_beyond.tasks.checkpoint_io import WholeCheckpointIO
 from moe_beyond.tasks.resuming import seed_batch
@@ -138,7 +138,7 @@ def fit(chosen: Configuration, traces: Path, folder: Path, kill_at: int | None, 
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     trainer.fit(task, data, ckpt_path=resume)
     if trainer.is_global_zero:
-        exported = load_predictor(folder / "run/version_0/predictor").state_dict()
+        exported = read_predictor(folder / "run/version_0/predictor").state_dict()
         result = {
             "events": watch.events, "rates": watch.rates, "recalls": watch.recalls, "planned": task.planned_steps,
             "steps": trainer.global_step, "weights": task.state_dict(), "exported": exported,

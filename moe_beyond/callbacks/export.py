@@ -16,7 +16,7 @@ from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration, calibrate
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
-from moe_beyond.predictors.io.folder import load_predictor, save_predictor
+from moe_beyond.predictors.io.folder import read_predictor, save_predictor
 from moe_beyond.predictors.training_text import recorded_uses, seen_by
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.base import PredictorTask
@@ -85,8 +85,8 @@ def export_folder(trainer: L.Trainer) -> Path:
 
 def _lender(name: str, predictor: Predictor) -> Predictor:
     """Load another predictor, whose calibration must fit."""
-    lender = load_predictor(find_predictor(name))
-    kinds = [(p.architecture, p.link, p.information, p.geometry.shape()) for p in (lender, predictor)]
+    lender = read_predictor(find_predictor(name))
+    kinds = [(p.architecture, p.activation, p.information, p.geometry.shape()) for p in (lender, predictor)]
     if lender.calibration is None or kinds[0] != kinds[1]:
         raise UserError(f"{name}: has no calibration that fits a {predictor.architecture} of this model")
     return lender

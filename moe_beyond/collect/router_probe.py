@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from moe_beyond.collect.devices import embedding_rows, input_device
 from moe_beyond.collect.recorder import Hooked, find_experts, mixture_name, recording
 from moe_beyond.geometry import Geometry
-from moe_beyond.router_activations import SCORINGS
+from moe_beyond.router_activations import ROUTER_ACTIVATIONS
 from moe_beyond.traces.router_weights import Routers
 
 LEAST_AGREEMENT = 0.9
@@ -45,7 +45,7 @@ class Router:
         weight: ``(C, W)``, a row a choice: the experts, and identity or skip experts after them. W is the width of what
             is read, which is the hidden size but for a router of several maps (zaya).
         bias: ``(C,)`` that the logits have, or None.
-        scoring: Of `SCORINGS`: what is made of the logits before the choice.
+        scoring: Of `ROUTER_ACTIVATIONS`: what is made of the logits before the choice.
         selection_bias: ``(C,)`` float32 that is added to the scores for the choice but not for the weights, or None.
         num_experts: Of the choices, those that are experts.
         agreement: The share of recorded choices that are among the top K of `scores`, in a probe. 1 but where groups
@@ -310,7 +310,9 @@ def _router(mixture: Mixture, seen: Seen, experts: Tensor) -> Router | None:
             continue
         weight, bias = product.weight[:choices], None if product.bias is None else product.bias.detach()[:choices]
         logits = functional.linear(product.read, weight.float(), None if bias is None else bias.float())
-        for scoring, selection_bias in itertools.product(SCORINGS, _selection_biases(seen.calls.small, choices, bias)):
+        for scoring, selection_bias in itertools.product(
+            ROUTER_ACTIVATIONS, _selection_biases(seen.calls.small, choices, bias)
+        ):
             scores = _scores(logits, scoring, selection_bias)
             kept, off = _kept(scores, chosen_from)
             if (how_good := (_agreement(kept, experts, count), -off)) > best:
@@ -327,7 +329,7 @@ def _selection_biases(small: Mapping[str, Tensor], choices: int, bias: Tensor | 
 
 
 def _scores(logits: Tensor, scoring: str, selection_bias: Tensor | None) -> Tensor:
-    scores = SCORINGS[scoring](logits)
+    scores = ROUTER_ACTIVATIONS[scoring](logits)
     return scores if selection_bias is None else scores + selection_bias.float()
 
 

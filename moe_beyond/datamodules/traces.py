@@ -16,7 +16,7 @@ from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches, whole_
 from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import TrainingText
+from moe_beyond.predictors.base import TrainingStats
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
@@ -99,12 +99,12 @@ class TraceDataModule(L.LightningDataModule):
         """Width of the hidden states, where the traces have some."""
         return self.manifest.hidden_size
 
-    def training_text(self) -> TrainingText:
+    def training_text(self) -> TrainingStats:
         """Count the training split's tokens, and name them."""
         counts = np.zeros(self.vocab_size, np.int64)
         for info in self.traces.shards(self.train_split):
             counts += np.bincount(self.traces.read(info).token_ids, minlength=self.vocab_size)
-        return TrainingText(counts, self.traces.token_strings, self._expert_counts, self.traces.routers)
+        return TrainingStats(counts, self.traces.token_strings, self._expert_counts, self.traces.routers)
 
     def _expert_counts(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Count how often the training split routed tokens to each expert: ``(n, L*E)``."""

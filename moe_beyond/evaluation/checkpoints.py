@@ -13,7 +13,7 @@ from moe_beyond.evaluation.run import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.checkpoint import Checkpoint, load_checkpoint
-from moe_beyond.predictors.io.folder import load_predictor, read_config
+from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.pretrained import CONFIG_FILE as PREDICTOR_CONFIG
 from moe_beyond.pretrained import find_predictor
 
@@ -78,7 +78,7 @@ def load_trained(path: Path) -> tuple[Predictor, dict[str, Any]]:
         UserError: It is damaged.
     """
     if path.is_dir():
-        return load_predictor(path), read_config(path).get("training") or {}
+        return read_predictor(path), read_config(path).get("training") or {}
     checkpoint = load_checkpoint(path)
     return checkpoint.predictor, checkpoint.training
 

@@ -11,7 +11,7 @@ from moe_beyond.download import REPOSITORY
 from moe_beyond.errors import UserError
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.predictors.io.card import card
-from moe_beyond.predictors.io.folder import load_predictor, read_config
+from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.predictors.training_text import marked, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.report.plots.recorded import recorded_figure, recorded_name
@@ -36,7 +36,7 @@ def predictor_files(folder: Path, repository: str, dataset: str | None) -> dict[
     Raises:
         UserError: It is damaged, or its card's metadata cannot be read.
     """
-    predictor, config = load_predictor(folder), read_config(folder)
+    predictor, config = read_predictor(folder), read_config(folder)
     path = folder / CARD_FILE
     summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
     text = path.read_text(encoding="utf-8") if path.exists() else card(summary, config)

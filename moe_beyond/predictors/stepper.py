@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_beyond.predictors.base import Stepper
 
 
-class WholeTokenStepper(Stepper):
+class TokenStepper(Stepper):
     """A stepper of lookahead ``"token"``."""
 
     @abstractmethod

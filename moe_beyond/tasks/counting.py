@@ -51,7 +51,7 @@ class CountingTask(PredictorTask):
 
     def training_step(self, batch: Batch, _: int) -> None:
         """Count a batch. It counts as a step: without any, Lightning would save no checkpoint."""
-        self.counting.observe(batch)
+        self.counting.partial_fit(batch)
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         steps.increment_ready()
         steps.increment_completed()

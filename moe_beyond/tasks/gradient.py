@@ -13,7 +13,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.fields import check_kinds
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config
+from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
 from moe_beyond.predictors.limits import OPTIMIZATION
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.adamw import AdamWSettings
@@ -71,10 +71,10 @@ class GradientTask(PredictorTask):
             UserError: The teacher has other lookaheads, another activation, model shape or tokenizer.
         """
         folder, student = find_predictor(name), self.predictor
-        teacher = load_predictor(folder)
-        kinds = [(p.information.lookaheads, p.link, p.geometry.shape()) for p in (teacher, student)]
+        teacher = read_predictor(folder)
+        kinds = [(p.information.lookaheads, p.activation, p.geometry.shape()) for p in (teacher, student)]
         if kinds[0] != kinds[1]:
-            theirs, ours = (f"lookaheads {', '.join(map(str, kind[0]))}, link {kind[1]}" for kind in kinds)
+            theirs, ours = (f"lookaheads {', '.join(map(str, kind[0]))}, activation {kind[1]}" for kind in kinds)
             raise UserError(
                 f"teacher {name}: has {theirs} of {teacher.geometry.describe_shape()}, "
                 f"but the fitted predictor has {ours} of {student.geometry.describe_shape()}"

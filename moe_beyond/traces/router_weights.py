@@ -24,7 +24,7 @@ class Routers:
 
     Attributes:
         weight: ``(L, E, D)`` float32; a logit is its product with what the router reads.
-        scoring: What logits pass through, by a name of `moe_beyond.router_activations.SCORINGS`.
+        scoring: What logits pass through, by a name of `moe_beyond.router_activations.ROUTER_ACTIVATIONS`.
         bias: ``(L, E)`` float32, added to the logits, or None.
         selection_bias: ``(L, E)`` float32, added to the scores for the choice alone, or None.
     """

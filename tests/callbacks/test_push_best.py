@@ -8,7 +8,7 @@ from _helpers.hub_stand_in import Hub
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 
 SMALL = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)
 BOTH = "[{class_path: ExportBest}, {class_path: PushBest, init_args: {repository: org/tiny}}]"
@@ -49,7 +49,7 @@ def test_a_push_that_fails_loses_no_fit(hub: Hub, fitted, capsys) -> None:
     assert "not published: hf:org/tiny@main: the Hub fails (status 500)" in line
     by_hand = line.split(": moe-beyond ")[1].split()
     assert by_hand[:1] == ["push"]
-    assert load_predictor(folder).architecture == "cross_layer"
+    assert read_predictor(folder).architecture == "cross_layer"
     hub.broken.clear()
     assert main(by_hand) == 0
     assert "model.safetensors" in hub.model("org/tiny").files

@@ -17,7 +17,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 
 FILES = ["README.md", "config.json", "model.safetensors", "replay.png"]
 
@@ -40,7 +40,7 @@ def test_what_is_pulled_scores_to_the_bit_as_what_was_pushed(hub: Hub, folder: P
     assert sorted(repository.files) == [".gitattributes", *FILES]
     assert len(repository.commits) == 2  # the empty one that every repository starts with, and all of this
     batch = collate([random_trace("a", LONG, 0), random_trace("b", 7, 1)])
-    expected = probabilities(load_predictor(folder), batch)
+    expected = probabilities(read_predictor(folder), batch)
     sha256 = json.loads((folder / "config.json").read_text())["sha256"]
     for name, revision in (("org/tiny", None), ("hf:org/tiny", "main"), (f"hf:org/tiny@{commit}", None)):
         pulled = Predictor.from_pretrained(name, revision=revision)

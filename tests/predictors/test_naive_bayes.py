@@ -21,7 +21,7 @@ def fitted(**arguments) -> NaiveBayes:
     predictor = NaiveBayes(SMALL, VOCAB, **arguments)
     predictor.prepare(training_text(TRAINED))
     for trace in TRAINED:  # in several batches
-        predictor.observe(collate([trace]))
+        predictor.partial_fit(collate([trace]))
     return predictor.eval()
 
 

@@ -3,7 +3,7 @@ from _helpers.common import TINY, VOCAB
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.registry import ARCHITECTURES, create
 
 
@@ -27,6 +27,8 @@ def test_an_unknown_argument_is_named(name):
 
 
 def test_an_information_set_says_what_it_holds():
-    assert Information((1, 2)).describe() == "lookahead 1, 2; known when routed"
-    text = Information(("token",), "computed", causal=False, hidden_states="layer_inputs", gate_weights=True).describe()
+    assert InformationSet((1, 2)).describe() == "lookahead 1, 2; known when routed"
+    text = InformationSet(
+        ("token",), "computed", causal=False, hidden_states="layer_inputs", gate_weights=True
+    ).describe()
     assert text == ("lookahead token; known when computed; sees later tokens; reads layer inputs; reads gate weights")

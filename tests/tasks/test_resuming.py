@@ -20,7 +20,7 @@ from moe_beyond.callbacks import ExportBest
 from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.tasks import CrossLayerTask, PopularityTask, PredictorTask
 from moe_beyond.tasks.resuming import seed_batch
 
@@ -114,7 +114,7 @@ def fit(
     done = Fit(watch.events, watch.rates, watch.recalls, watch.logged, fitted.planned_steps, loop.global_step)
     done.weights = {name: tensor.clone() for name, tensor in fitted.state_dict().items()}
     if (folder / "run/version_0/predictor").exists():
-        done.exported = load_predictor(folder / "run/version_0/predictor").state_dict()
+        done.exported = read_predictor(folder / "run/version_0/predictor").state_dict()
     return done
 
 

@@ -49,7 +49,7 @@ It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
 {summary}
 
 - Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer
-  is {config["available"]}. It reads {reads}.
+  is {config["available_after"]}. It reads {reads}.
 - Fitted on: {training.get("source", "unknown")}, {split}, fingerprint
   `{training.get("fingerprint", "unknown")}`.
 - Recipe: {recipe or "unknown"}.

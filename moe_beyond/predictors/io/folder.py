@@ -53,10 +53,10 @@ def save_predictor(
         "geometry": predictor.geometry.to_json(),
         "vocab_size": predictor.vocab_size,
         "lookaheads": list(information.lookaheads),
-        "available": information.available,
+        "available_after": information.available_after,
         "causal": information.causal,
         "hidden_states": information.hidden_states,
-        "link": predictor.link,
+        "activation": predictor.activation,
         "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "training": training,
@@ -104,7 +104,7 @@ def _is_predictor(folder: Path) -> bool:
     return is_earlier_result(folder, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
-def load_predictor(folder: str | Path) -> Predictor:
+def read_predictor(folder: str | Path) -> Predictor:
     """Load a predictor folder, ready to score.
 
     Raises:

@@ -37,7 +37,7 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
         "model": f"{geometry.model}, {geometry.describe_shape()}",
         "parameters": f"{parameters:,}" if parameters else "none that are learned: it counts",
         "lookaheads": ", ".join(map(str, config["lookaheads"])),
-        "knows": f"a score is there {AVAILABLE.get(config['available'], config['available'])}; "
+        "knows": f"a score is there {AVAILABLE.get(config['available_after'], config['available_after'])}; "
         + (f"LEAK: {', '.join(leaks)}, which no runtime could" if leaks else "causal: no later token is read"),
         "probabilities": f"of a {config.get('link', 'link unknown')}, "
         + ("calibrated by lookahead and layer" if config.get("calibration") else "not calibrated"),
