@@ -10,7 +10,7 @@ from _helpers.hub_stand_in import Hub, Repository
 from _helpers.publishing import edit_config, predictor_folder
 from huggingface_hub import constants
 
-from moe_beyond.callbacks.export import _lender
+from moe_beyond.callbacks.export import _calibrated_predictor
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
@@ -150,7 +150,7 @@ def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder:
 def test_a_lender_and_a_teacher_may_be_on_the_hub(hub: Hub, run, tmp_path: Path, monkeypatch, capsys):
     put(hub, run.folder / "predictor")
     predictor = read_predictor(run.folder / "predictor")
-    lender = _lender("hf:org/tiny", predictor)
+    lender = _calibrated_predictor("hf:org/tiny", predictor)
     assert lender.calibration.to_json() == predictor.calibration.to_json()
     monkeypatch.chdir(tmp_path)
     other = [*("-c", str(CONFIGS / "data/traces.yaml")), f"--data.traces={run.traces}", "--model=TokenCausalTask"]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Tokens ``start .. stop`` of row ``row`` of shard ``shard``."""
 
     shard: int
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class BatchingSettings:
     """How sequences become batches.
 
     Attributes:
@@ -41,14 +41,14 @@ class PlanSettings:
     shuffle: bool
 
 
-def whole_in_order(token_budget: int) -> PlanSettings:
+def whole_in_order(token_budget: int) -> BatchingSettings:
     """Return the plan of everything that is scored rather than trained on: whole sequences, in a fixed order."""
-    return PlanSettings(token_budget, max_tokens=None, window=1, seed=0, shuffle=False)
+    return BatchingSettings(token_budget, max_tokens=None, window=1, seed=0, shuffle=False)
 
 
 def plan_batches(
-    lengths: Sequence[npt.NDArray[np.int64]], settings: PlanSettings, epoch: int
-) -> list[tuple[Piece, ...]]:
+    lengths: Sequence[npt.NDArray[np.int64]], settings: BatchingSettings, epoch: int
+) -> list[tuple[Segment, ...]]:
     """Plan an epoch.
 
     The seed deals the shards into windows, the same ones in every epoch; the epoch shuffles the order of the windows.
@@ -64,21 +64,21 @@ def plan_batches(
     random = np.random.default_rng((settings.seed, epoch))
     windows = _windows(len(lengths), settings)
     order = random.permutation(len(windows)) if settings.shuffle else np.arange(len(windows))
-    batches: list[tuple[Piece, ...]] = []
+    batches: list[tuple[Segment, ...]] = []
     for window in order:
         pieces = _pieces(lengths, windows[window], settings.max_tokens)
         sizes = pieces[:, 3] - pieces[:, 2]
         ties = random.permutation(len(pieces)) if settings.shuffle else np.arange(len(pieces))
         ranked = np.lexsort((ties, sizes))
         cut = _cut(sizes[ranked], settings.token_budget)
-        in_window = [tuple(Piece(*map(int, row)) for row in pieces[part]) for part in np.split(ranked, cut)]
+        in_window = [tuple(Segment(*map(int, row)) for row in pieces[part]) for part in np.split(ranked, cut)]
         if settings.shuffle:
             in_window = [in_window[i] for i in random.permutation(len(in_window))]
         batches += in_window
     return batches
 
 
-def _windows(shards: int, settings: PlanSettings) -> list[npt.NDArray[np.int64]]:
+def _windows(shards: int, settings: BatchingSettings) -> list[npt.NDArray[np.int64]]:
     """Deal the shards into windows of equal size, up to one shard; a window of few shards would mix and pad badly."""
     order = np.random.default_rng(settings.seed).permutation(shards) if settings.shuffle else np.arange(shards)
     return np.array_split(order, -(-shards // settings.window))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
-from moe_beyond.datamodules.batch_plan import Piece, PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import BatchingSettings, Segment, plan_batches
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.traces.manifest import ShardInfo
 from moe_beyond.traces.reader import Shard, TraceSet
@@ -23,7 +23,7 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
     """
 
     def __init__(
-        self, lengths: Sequence[npt.NDArray[np.int64]], settings: PlanSettings, *, ranks: int = 1, rank: int = 0
+        self, lengths: Sequence[npt.NDArray[np.int64]], settings: BatchingSettings, *, ranks: int = 1, rank: int = 0
     ) -> None:
         """Plan nothing yet.
 
@@ -35,10 +35,10 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
         """
         super().__init__(range(1), num_replicas=ranks, rank=rank, shuffle=settings.shuffle, seed=settings.seed)  # type: ignore[arg-type]
         self._lengths, self._settings = lengths, settings
-        self._planned: tuple[int, list[tuple[Piece, ...]]] | None = None
+        self._planned: tuple[int, list[tuple[Segment, ...]]] | None = None
         self._done = 0
 
-    def _plan(self) -> list[tuple[Piece, ...]]:
+    def _plan(self) -> list[tuple[Segment, ...]]:
         if self._planned is None or self._planned[0] != self.epoch:
             self._planned = self.epoch, plan_batches(self._lengths, self._settings, self.epoch)
         return self._planned[1]
@@ -48,7 +48,7 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
         self.set_epoch(epoch)
         self._done = done
 
-    def __iter__(self) -> Iterator[tuple[Piece, ...]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[Segment, ...]]:  # type: ignore[override]
         """Yield this rank's batches."""
         plan, done = self._plan(), self._done
         self._done = 0
@@ -76,11 +76,11 @@ class ShardedTraces(Dataset[Batch]):
         self._hidden_states = hidden_states
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
 
-    def __getitem__(self, pieces: tuple[Piece, ...]) -> Batch:
+    def __getitem__(self, pieces: tuple[Segment, ...]) -> Batch:
         """Read one batch."""
         return collate([self._cut(piece) for piece in pieces], [piece.start for piece in pieces])
 
-    def _cut(self, piece: Piece) -> Trace:
+    def _cut(self, piece: Segment) -> Trace:
         trace = self._shard(piece.shard).trace(piece.row)
         part = slice(piece.start, piece.stop)
         return replace(

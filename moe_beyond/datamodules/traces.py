@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches, whole_in_order
+from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches, whole_in_order
 from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -138,7 +138,7 @@ class TraceDataModule(L.LightningDataModule):
         """Shuffled pieces of the training split."""
         # With overfit_batches the same batches come in every epoch.
         shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        settings = PlanSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=shuffle)
+        settings = BatchingSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=shuffle)
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = PlannedBatches(self.traces.lengths(self.train_split), settings, ranks=ranks, rank=rank)
         if self._resume_at is not None:

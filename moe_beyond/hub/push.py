@@ -9,12 +9,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, asking_hub, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import EXPORTED
 from moe_beyond.files import read_json
 from moe_beyond.hub.predictors import LIBRARY, PICTURE_FILE, predictor_files
 from moe_beyond.hub.traces import trace_files
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.pretrained import CONFIG_FILE
+from moe_beyond.run_folder import PREDICTOR_FOLDER
 from moe_beyond.traces.manifest import MANIFEST_FILE, VOCABULARY_FILE, Manifest
 from moe_beyond.version import __version__
 
@@ -80,7 +80,7 @@ def prepare(folder: str | Path, repository: str, traces: str | None = None) -> U
         raise UserError("--traces names what a predictor was fitted on; a trace set goes by itself")
     if is_traces:
         return Upload(repository, "dataset", trace_files(folder, repository))
-    inside = f"; it is in {folder / EXPORTED}" if (folder / EXPORTED / CONFIG_FILE).is_file() else ""
+    inside = f"; it is in {folder / PREDICTOR_FOLDER}" if (folder / PREDICTOR_FOLDER / CONFIG_FILE).is_file() else ""
     raise UserError(f"{folder}: has neither {CONFIG_FILE} (a predictor) nor {MANIFEST_FILE} (a trace set){inside}")
 
 

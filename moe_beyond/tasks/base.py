@@ -97,8 +97,8 @@ class PredictorTask(L.LightningModule):
             "seed": None if seed is None else int(seed),
             "epochs": self.trainer.max_epochs,
             "precision": self.trainer.precision,
-            "tokens a batch": self.data.token_budget,
-            "tokens a piece": self.data.max_tokens,
+            "tokens per batch": self.data.token_budget,
+            "tokens per segment": self.data.max_tokens,
         }
 
     def check_trainer(self, trainer: L.Trainer) -> None:

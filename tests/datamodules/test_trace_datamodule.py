@@ -12,7 +12,7 @@ from _helpers.common import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
 from _helpers.predictor_variants import counted
 
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches
 from moe_beyond.datamodules.stream import ShardedTraces
 from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
@@ -144,7 +144,7 @@ def test_no_more_shards_than_the_window_are_in_memory_and_each_is_decoded_once(t
     shards, lengths = traces.shards("train"), traces.lengths("train")
     assert len(shards) > 2 * 3
     reader = ShardedTraces(traces, shards, window)
-    for pieces in plan_batches(lengths, PlanSettings(48, 8, window, 0, True), epoch=0):
+    for pieces in plan_batches(lengths, BatchingSettings(48, 8, window, 0, True), epoch=0):
         reader[pieces]
         assert len(reader._decoded) <= window
     assert sorted(traces.decoded) == [info.file for info in shards]
