@@ -7,7 +7,7 @@ from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.metrics import FIGURES
-from moe_beyond.metrics.names import EQUAL, of_lookahead
+from moe_beyond.metrics.names import UNLOGGED, of_lookahead
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.tasks.base import PredictorTask
 
@@ -58,7 +58,7 @@ def figures_of_fit(callbacks: list[L.Callback], task: PredictorTask, data: Trace
         of_lookahead("val", lookahead, figure, first=number == 0)
         for number, lookahead in enumerate(task.predictor.information.lookaheads)
         for figure in FIGURES
-        if figure not in EQUAL
+        if figure not in UNLOGGED
     ]
     replays = [callback for callback in callbacks if isinstance(callback, CacheReplay)]
     replayed = [by_field for callback in replays for by_field in callback.names("val", data.manifest)]

@@ -196,7 +196,7 @@ class PredictorTask(L.LightningModule):
                 "seed": self._seed,
                 "planned_steps": self.planned_steps,
                 "figures": {name: value.detach().cpu() for name, value in self.trainer.callback_metrics.items()},
-                "plan": self._batching(),
+                "batching": self._batching(),
             },
         }
 
@@ -215,22 +215,22 @@ class PredictorTask(L.LightningModule):
         Raises:
             UserError: The fit reads other traces than the checkpoint's fit, or cannot be resumed exactly.
         """
-        noted = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
-        if self.trained_on and noted.get("fingerprint") != self.trained_on["fingerprint"]:
+        training = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
+        if self.trained_on and training.get("fingerprint") != self.trained_on["fingerprint"]:
             raise UserError(
                 f"checkpoint: was fitted on another trace set (got {self.trained_on['source']}, "
-                f"not {noted.get('source')}); resume with the same one"
+                f"not {training.get('source')}); resume with the same one"
             )
-        self.trained_on = noted
-        self.predictor.fitted_on = noted or None
+        self.trained_on = training
+        self.predictor.fitted_on = training or None
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._resume(checkpoint, checkpoint.get(CHECKPOINT_KEY, {}).get(RESUME_KEY, {}))
 
-    def _resume(self, checkpoint: dict[str, Any], noted: dict[str, Any]) -> None:
-        check_resumable(checkpoint, noted, self._batching(), str(self.trainer.ckpt_path))
-        progress = self._resumed = Progress(**noted["progress"])
-        self._seed, self._planned_before = noted["seed"], noted["planned_steps"]
-        self._figures_before = noted["figures"]
+    def _resume(self, checkpoint: dict[str, Any], record: dict[str, Any]) -> None:
+        check_resumable(checkpoint, record, self._batching(), str(self.trainer.ckpt_path))
+        progress = self._resumed = Progress(**record["progress"])
+        self._seed, self._planned_before = record["seed"], record["planned_steps"]
+        self._figures_before = record["figures"]
         restore(progress, checkpoint["loops"]["fit_loop"], self.trainer)
         keep_best(checkpoint, self.trainer)
         self.data.resume(progress.epoch, batches_to_skip(progress, self.trainer))

@@ -46,7 +46,7 @@ def test_a_push_that_fails_loses_no_fit(hub: Hub, fitted, capsys) -> None:
     code, folder = fitted()
     assert code == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moe-beyond: warning")]
-    assert "not published: hf:org/tiny@main: the Hub fails (status 500)" in line
+    assert "not uploaded: hf:org/tiny@main: the Hub fails (status 500)" in line
     by_hand = line.split(": moe-beyond ")[1].split()
     assert by_hand[:1] == ["push"]
     assert read_predictor(folder).architecture == "cross_layer"

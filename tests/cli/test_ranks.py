@@ -51,5 +51,5 @@ def test_counting_is_for_one_process(tmp_path: Path) -> None:
     configs = [f"{CONFIGS / name}.yaml" for name in ("trainer/counting", "model/token_table", "data/traces")]
     done = command(tmp_path, "fit", *(word for path in configs for word in ("-c", path)), "--data.traces=traces")
     assert done.returncode == 2
-    assert "is fitted by one process" in done.stderr
+    assert "a counting predictor needs one process" in done.stderr
     assert not list(tmp_path.glob("runs/*/*"))
