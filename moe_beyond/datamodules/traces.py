@@ -105,7 +105,7 @@ class TraceDataModule(L.LightningDataModule):
         """Width of the hidden states; None if the traces have none."""
         return self.manifest.hidden_size
 
-    def training_text(self) -> TrainingStats:
+    def training_stats(self) -> TrainingStats:
         """Return the statistics of the training split that a predictor may read before a fit."""
         counts = np.zeros(self.vocab_size, np.int64)
         for info in self.traces.shards(self.train_split):

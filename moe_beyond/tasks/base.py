@@ -111,7 +111,7 @@ class PredictorTask(L.LightningModule):
             self._go_on(self._resumed)
 
     def _go_on(self, progress: Progress) -> None:
-        """Finish what Lightning would consider finished, and end what it would consider unfinished."""
+        """Correct Lightning's view of which epochs and steps are finished."""
         self._lent_steps = int(is_finishing(progress, self.trainer))
         self.trainer.fit_loop.epoch_loop.max_steps += self._lent_steps  # until the end of the epoch
         stopping = [callback for callback in self.trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
@@ -158,7 +158,7 @@ class PredictorTask(L.LightningModule):
             self._figures_before = {}
             self._lent_steps, self._stop_at_epoch_end = 0, False
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
-            self.predictor.prepare(self.data.training_text())
+            self.predictor.prepare(self.data.training_stats())
             self.trained_on = {**fitted_on(self.data), "recipe": self.recipe()}
             self.predictor.fitted_on = self.trained_on
 

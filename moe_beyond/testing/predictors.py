@@ -50,7 +50,7 @@ def check_predictor(predictor: Predictor | type[Predictor], **arguments: Any) ->
         **arguments: Arguments of the class's constructor, after geometry and vocabulary size.
 
     Raises:
-        AssertionError: The predictor breaks the contract; the message says how.
+        AssertionError: The predictor breaks the contract; the message gives the reason.
 
     Example:
         >>> from moe_beyond.predictors.architectures.popularity import Popularity
@@ -158,7 +158,7 @@ def check_stepping(predictor: Predictor, trace: Trace, first: int = 0) -> None:
     A predictor that reads later tokens must refuse to make a stepper instead.
 
     Args:
-        predictor: Fitted predictor.
+        predictor: Fitted predictor to check.
         trace: Sequence to step through.
         first: Number of tokens that are observed at once before the steps (default: 0).
     """
@@ -216,7 +216,7 @@ def check_information_set(predictor: Predictor, trace: Trace, at: int, shift: in
     After each layer of the token, everything that is not available yet is changed.
 
     Args:
-        predictor: Fitted predictor.
+        predictor: Fitted predictor to check.
         trace: Sequence with hidden states.
         at: Index of the token, neither the first nor the last.
         shift: Distance of changed ids from the true ones, in [1, E / 2).
@@ -303,7 +303,7 @@ def observed_state(trace: Trace, kind: str | None, token: int, layer: int) -> np
 
 
 def available_scores(scores: Scores, following: Scores, lookaheads: Sequence[int | str], routed: int) -> Scores:
-    """Return the scores ``(L, E)`` that are available within a token, NaN where there are none.
+    """Return the scores ``(L, E)`` that are available within a token, and NaN elsewhere.
 
     Args:
         scores: ``(H, L, E)``, batch scores of the token.

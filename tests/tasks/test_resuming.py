@@ -227,7 +227,9 @@ def test_as_many_steps_are_made_as_planned(how: dict[str, Any], steps: int, trac
 
 
 def test_an_endless_fit_is_refused(traces: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"trainer\.max_epochs is -1, .* set trainer.max_epochs or trainer.max_steps"):
+    with pytest.raises(
+        UserError, match=r"trainer\.max_epochs: .* \(got -1\); set trainer.max_epochs or trainer.max_steps"
+    ):
         fit(tmp_path, traces, max_epochs=-1)
 
 
