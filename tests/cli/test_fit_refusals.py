@@ -54,7 +54,7 @@ def refused(
         ("--model.optimizer.warmup=2", "cross_layer: warmup must be a number within 0..1 (got 2.0)"),
         ("--data.num_workers=-1", "data.num_workers must be at least 0 (got -1)"),
         ("--data.seed=-1", "data.seed must be at least 0 (got -1)"),
-        ("--data.val_traces=", "data.val_traces: the name is empty; name the folder of a trace set"),
+        ("--data.val_traces=", "data.val_traces: the name is empty; give the folder of a trace set"),
         ("--model.vocab_size=5", "--model.vocab_size: is read from the traces (got 5); leave it out"),
         (
             "--trainer.precision=64",
@@ -99,7 +99,7 @@ def test_a_file_is_refused_as_an_option_is(given: str, refused: Refused, tmp_pat
 
 def test_empty_names_are_a_line(refused: Refused) -> None:
     assert refused("-c", "") == "-c: the name of the file is empty; name a configuration file in YAML"
-    assert refused(data="") == "data.traces: the name is empty; name the folder of a trace set"
+    assert refused(data="") == "data.traces: the name is empty; give the folder of a trace set"
 
 
 @pytest.mark.parametrize(
