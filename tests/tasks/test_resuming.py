@@ -32,7 +32,7 @@ EVENTS = (
 
 
 class Killed(BaseException):
-    """Ends a fit where nothing expects it."""
+    """Ends a fit at an unexpected moment."""
 
 
 class Watch(L.Callback):
@@ -202,7 +202,7 @@ def test_a_fit_may_be_killed_anywhere(
 
 
 BATCHES = 6
-"""Of an epoch of these traces, at the settings of `fit`."""
+"""In an epoch of these traces, at the settings of `fit`."""
 
 
 @pytest.mark.parametrize(
