@@ -202,7 +202,7 @@ def test_a_fit_may_be_killed_anywhere(
 
 
 BATCHES = 6
-"""In an epoch of these traces, at the settings of `fit`."""
+"""Number of batches per epoch of these traces, at the settings of `fit`."""
 
 
 @pytest.mark.parametrize(
