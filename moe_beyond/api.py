@@ -32,6 +32,7 @@ from moe_beyond.evaluation.sources import ScoreSource, from_predictor
 from moe_beyond.evaluation.strategies import beside
 from moe_beyond.fields import shown
 from moe_beyond.geometry import Geometry
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.training_text import MeasuredText
 from moe_beyond.pretrained import CONFIG_FILE, published_predictors
@@ -65,7 +66,7 @@ class Replayed:
     results: Sequence[Result]
     geometry: Geometry
     title: str
-    metrics: Sequence[dict[str, Any]] = ()
+    metrics: Sequence[LookaheadMetrics] = ()
     measured_on: MeasuredText = field(default_factory=lambda: MeasuredText(None))
 
     def table(self) -> Table:
@@ -103,7 +104,7 @@ class Replayed:
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as ``--json`` writes them."""
         content: dict[str, Any] = {"measured_on": self.measured_on.to_json()}
-        content |= {"metrics": list(self.metrics)} if self.metrics else {}
+        content |= {"metrics": [row.to_json() for row in self.metrics]} if self.metrics else {}
         return content | {"results": [result.to_json() for result in self.results]}
 
     def _repr_html_(self) -> str:

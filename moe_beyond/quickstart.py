@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from moe_beyond.callbacks import CacheReplay, ExportBest
+from moe_beyond.callbacks import CacheReplay, EpochSummary, ExportBest
 from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.prompts import Prompt
@@ -31,7 +31,7 @@ from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.report.plots.replay import budgets_figure, save
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import ReplaySettings
-from moe_beyond.tasks import CrossLayer
+from moe_beyond.tasks import AdamWSettings, CrossLayerTask
 from moe_beyond.traces.reader import TraceSet
 
 MODEL = "small-moe"
@@ -117,28 +117,20 @@ def record_small_model(folder: Path) -> TraceSet:
     return traces
 
 
-class _EpochLines(L.Callback):
-    """Tells the figures of each validation in a line."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.console.print(
-            f"    epoch {trainer.current_epoch + 1:>2}/{trainer.max_epochs}: recall@k {logged['val/recall_at_k']:.1%}, "
-            f"hits at {BUDGETS[0]} {logged[of_budget('val', BUDGETS[0], 'hit_rate')]:.1%} "
-            f"(LRU {logged[of_budget('val', BUDGETS[0], 'lru_hit_rate')]:.1%})"
-        )
+def _describe_epoch(trainer: L.Trainer) -> str:
+    """Return recall and hits of the validation as text."""
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    hits, lru_hits = (logged[of_budget("val", BUDGETS[0], f"{prefix}hit_rate")] for prefix in ("", "lru_"))
+    return f"recall@k {logged['val/recall_at_k']:.1%}, hits at {BUDGETS[0]} {hits:.1%} (LRU {lru_hits:.1%})"
 
 
 def fit(traces: TraceSet, out: Path, console: Console) -> Path:
     """Fit a small cross_layer, replaying the held-out prompts at every validation; return the predictor's folder."""
     L.seed_everything(0, verbose=False)
     data = TraceDataModule(traces.folder, token_budget=1024, max_tokens=256)
-    task = CrossLayer(
-        traces.geometry.to_json(), data.vocab_size, width=128, depth=2, heads=4, layer_width=128, lr=3e-3,
-        dropout=0.2,
+    task = CrossLayerTask(
+        data.geometry, data.vocab_size, width=128, depth=2, heads=4, layer_width=128, dropout=0.2,
+        optimizer=AdamWSettings(lr=3e-3),
     )  # fmt: skip
     trainer = L.Trainer(
         max_epochs=EPOCHS,
@@ -148,7 +140,7 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
             CacheReplay(budget=BUDGETS[0]),
             ModelCheckpoint(),  # the last weights: choosing the best on the held-out prompts would flatter them
             ExportBest(calibration=None),  # as calibrating on them would
-            _EpochLines(console),
+            EpochSummary(lambda line: console.print(f"    {line}"), _describe_epoch),
         ],
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,

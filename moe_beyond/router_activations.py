@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional
 
-SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
+ROUTER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda logits: logits,
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": lambda logits: logits.sigmoid(),

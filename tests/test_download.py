@@ -10,11 +10,11 @@ from _helpers.hub_stand_in import Hub, Repository
 from _helpers.publishing import edit_config, predictor_folder
 from huggingface_hub import constants
 
-from moe_beyond.callbacks.export import _lender
+from moe_beyond.callbacks.export import _calibrated_predictor
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors import from_pretrained
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.pretrained import find_predictor, find_pretrained, published_predictors
 
 
@@ -45,14 +45,14 @@ def test_an_architecture_that_is_not_registered_is_refused(hub: Hub, folder: Pat
     edit_config(folder, architecture=architecture)
     put(hub, folder)
     with pytest.raises(UserError, match=r"config\.json: .*(unknown predictor architecture|unhashable)"):
-        Predictor.from_pretrained("org/tiny")
+        from_pretrained("org/tiny")
 
 
 def test_weights_that_are_not_those_of_the_configuration_are_refused(hub: Hub, folder: Path):
     (folder / "model.safetensors").write_bytes(b"others")
     put(hub, folder)
     with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
-        Predictor.from_pretrained("org/tiny")
+        from_pretrained("org/tiny")
 
 
 def test_what_was_downloaded_serves_without_a_network(hub: Hub, folder: Path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_file_that_breaks_off_is_not_taken_for_whole(hub: Hub, folder: Path, c
     hub.breaks("GET", "/resolve/*/model.safetensors", 403)
     assert error_line(capsys, ["evaluate", "hf:org/tiny", "--traces", "t"]).startswith("hf:org/tiny@main: the token")
     hub.broken.clear()
-    assert load_predictor(find_predictor("hf:org/tiny")).architecture == "cross_layer"
+    assert read_predictor(find_predictor("hf:org/tiny")).architecture == "cross_layer"
 
 
 def test_a_name_that_means_two_is_refused_with_both(hub: Hub, folder: Path, tmp_path: Path, monkeypatch):
@@ -114,10 +114,10 @@ def test_a_name_that_means_two_is_refused_with_both(hub: Hub, folder: Path, tmp_
     put(hub, folder)
     with pytest.raises(UserError, match=r"'org/tiny' is a folder here, and .*; write \./org/tiny or hf:org/tiny"):
         find_pretrained("org/tiny")
-    assert Predictor.from_pretrained("./org/tiny").architecture == "popularity"
-    assert Predictor.from_pretrained(Path("org/tiny")).architecture == "popularity"
+    assert from_pretrained("./org/tiny").architecture == "popularity"
+    assert from_pretrained(Path("org/tiny")).architecture == "popularity"
     for there in (("hf:org/tiny", None), ("org/tiny", "main")):
-        assert Predictor.from_pretrained(*there).architecture == "cross_layer"
+        assert from_pretrained(*there).architecture == "cross_layer"
     assert find_predictor("org/tiny") == Path("org/tiny")  # on the command line the Hub is always named
     with pytest.raises(UserError, match="give one"):
         find_pretrained("hf:org/tiny@main", revision="main")
@@ -149,11 +149,11 @@ def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder:
 
 def test_a_lender_and_a_teacher_may_be_on_the_hub(hub: Hub, run, tmp_path: Path, monkeypatch, capsys):
     put(hub, run.folder / "predictor")
-    predictor = load_predictor(run.folder / "predictor")
-    lender = _lender("hf:org/tiny", predictor)
+    predictor = read_predictor(run.folder / "predictor")
+    lender = _calibrated_predictor("hf:org/tiny", predictor)
     assert lender.calibration.to_json() == predictor.calibration.to_json()
     monkeypatch.chdir(tmp_path)
-    other = [*("-c", str(CONFIGS / "data/traces.yaml")), f"--data.traces={run.traces}", "--model=TokenCausal"]
+    other = [*("-c", str(CONFIGS / "data/traces.yaml")), f"--data.traces={run.traces}", "--model=TokenCausalTask"]
     assert main(["fit", *other, "--model.teachers=[hf:org/tiny]", "--trainer.max_epochs=1"]) == 2
     assert "teacher hf:org/tiny: has lookaheads 1, 2, 3, next" in capsys.readouterr().err
 

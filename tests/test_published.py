@@ -6,7 +6,7 @@ import pytest
 
 from moe_beyond import pretrained as published
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.io.folder import load_predictor, read_config
+from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.pretrained import checkpoints_folder, find_predictor, published_predictors
 
 
@@ -15,7 +15,7 @@ def test_every_published_predictor_loads_and_says_what_it_was_fitted_on() -> Non
     assert names
     for name in names:
         config = read_config(find_predictor(name))
-        predictor = load_predictor(find_predictor(name))
+        predictor = read_predictor(find_predictor(name))
         assert name.startswith(f"{predictor.architecture}.")
         assert len(config["training"]["fingerprint"]) == 64
         assert f"# {name}" in (checkpoints_folder() / name / "README.md").read_text()

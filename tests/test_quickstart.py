@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.traces.analysis.counts import count_routing
 from moe_beyond.traces.reader import TraceSet
@@ -59,7 +59,7 @@ def test_the_quickstart_from_a_wheel_beats_lru(tmp_path: Path) -> None:
     ).all()  # every expert is alive on text the model never saw
     train, held_out = ({t.source for t in traces.traces(split)} for split in ("train", "validation"))
     assert not train & held_out
-    assert load_predictor(out / "predictor").information.lookaheads == (1, 2, 3, "next")
+    assert read_predictor(out / "predictor").information.lookaheads == (1, 2, 3, "next")
 
 
 def test_a_folder_of_somebody_elses_stays(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 ASKED = "asked.json"
 QUIETLY = {**os.environ, "WANDB_MODE": "disabled"}
 FIRST = (
-    "--model.copies=0", "--model.layer_copies=0", "--model.objective=softmax", "--model.next_use=false",
-    "--model.remembered_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
+    "--model.copy_heads=0", "--model.layer_copy_heads=0", "--model.objective=softmax", "--model.next_token_head=false",
+    "--model.memory_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
 )  # fmt: skip
 # What each variant is given in place of the architecture's defaults; the first is what the others are compared with.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -43,25 +43,25 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "softmax objective": ("--model.objective=softmax",),
     "sigmoid objective": ("--model.objective=sigmoid",),
     "ranking objective": ("--model.objective=ranking",),
-    "no copies": ("--model.copies=0",),
-    "no copies by layer": ("--model.layer_copies=0",),
-    "no memory of routing, own vectors": ("--model.remembered_tokens=0", "--model.known_tokens=16384"),
+    "no copies": ("--model.copy_heads=0",),
+    "no copies by layer": ("--model.layer_copy_heads=0",),
+    "no memory of routing, own vectors": ("--model.memory_tokens=0", "--model.known_tokens=16384"),
     "no memory of routing, own vectors and n-grams": (
-        "--model.remembered_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
+        "--model.memory_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
     ),
     "own vectors as well": ("--model.known_tokens=16384",),
     "n-grams as well": ("--model.ngram_buckets=8192",),
     "first recipe": FIRST,
-    "no next run": ("--model.next_use=false",),
+    "no next run": ("--model.next_token_head=false",),
     "eight epochs": ("--trainer.max_epochs=8",),
     "steps of 1,024 tokens": ("--data.token_budget=1024",),
     "steps of 2,048 tokens": ("--data.token_budget=2048",),
-    "eight copies": ("--model.copies=8",),
-    "two copies by layer": ("--model.layer_copies=2",),
+    "eight copies": ("--model.copy_heads=8",),
+    "two copies by layer": ("--model.layer_copy_heads=2",),
     "no dropped tokens": ("--model.token_dropout=0",),
     "more dropped tokens": ("--model.token_dropout=0.25",),
     "dropout 0.25": ("--model.dropout=0.25",),
-    "weight decay 0.1": ("--model.weight_decay=0.1",),
+    "weight decay 0.1": ("--model.optimizer.weight_decay=0.1",),
     "one block": ("--model.depth=1",),
     "narrow": ("--model.width=128", "--model.layer_width=128"),
     "pieces of 128 tokens": ("--data.max_tokens=128",),

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.files import write_json
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import padding_id
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = find_predictor(args.predictor)
-    predictor = load_predictor(folder)
+    predictor = read_predictor(folder)
     layers, _, top_k = predictor.geometry.shape()
     stepper = predictor.stepper()
     starts, steps, wholes = [], [], []

@@ -21,16 +21,16 @@ from rich.table import Table
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.files import write_json
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.tasks import CrossLayer, PredictorTask, RowEncoder
+from moe_beyond.tasks import CrossLayerTask, PredictorTask, RowEncoderTask
 from moe_beyond.traces.reader import TraceSet
 
 WARM_UP = 2
-SMALL = {"width": 128, "depth": 1, "heads": 4, "layer_width": 128, "copies": 2}
+SMALL = {"width": 128, "depth": 1, "heads": 4, "layer_width": 128, "copy_heads": 2}
 """As configs/experiment/puffin-cross_layer-small.yaml has them."""
 ARCHITECTURES: dict[str, tuple[type[PredictorTask], dict[str, Any], tuple[int, ...]]] = {
-    "row_encoder": (RowEncoder, {}, (512, 1024)),
-    "cross_layer": (CrossLayer, {"compiled": True}, (512, 1024, 2048, 4096)),
-    "cross_layer, small": (CrossLayer, {**SMALL, "compiled": True}, (512, 1024, 2048, 4096)),
+    "row_encoder": (RowEncoderTask, {}, (512, 1024)),
+    "cross_layer": (CrossLayerTask, {"compiled": True}, (512, 1024, 2048, 4096)),
+    "cross_layer, small": (CrossLayerTask, {**SMALL, "compiled": True}, (512, 1024, 2048, 4096)),
 }
 """Name -> task, its arguments, and tokens of a batch."""
 

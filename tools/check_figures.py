@@ -24,7 +24,7 @@ from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.geometry import load_preset
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import ReplaySettings
-from moe_beyond.tasks import TokenTable
+from moe_beyond.tasks import TokenTableTask
 from moe_beyond.traces.formats.moe_beyond_csv import import_moe_beyond_csv
 from moe_beyond.traces.reader import TraceSet
 
@@ -39,7 +39,7 @@ MOST_BYTES_PER_ENTRY = 5.0
 
 def first_recall(traces: TraceSet, source: ScoreSource) -> float:
     """Return recall@k in percent at the source's first lookahead, over all tokens."""
-    return 100 * float(evaluate(traces, [], sources=[source], measure=source).metrics[0]["recall_at_k"])
+    return 100 * evaluate(traces, [], sources=[source], measure=source).metrics[0].recall_at_k
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
             (f"{PUBLISHED}: recall@6 %, lookahead 1", recall, f"at least {LEAST_RECALL}", recall >= LEAST_RECALL)
         )
         data = TraceDataModule(puffin.folder, val_split=None)
-        task = TokenTable(data.geometry.to_json(), data.vocab_size)
+        task = TokenTableTask(data.geometry, data.vocab_size)
         L.Trainer(
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False,

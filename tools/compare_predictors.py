@@ -32,9 +32,10 @@ from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import read_json, write_json
 from moe_beyond.geometry import budget_slots
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.base import CountingPredictor
-from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.predictors.registry import predictor_class
+from moe_beyond.predictors.io.folder import read_predictor
+from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.traces.reader import TraceSet
@@ -47,7 +48,7 @@ BUDGET = "25%"
 FARTHEST = 3
 """Largest lookahead of what reads states."""
 ASKED = "asked.json"
-NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.lr=3e-3")
+NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.optimizer.lr=3e-3")
 PREDICTORS: dict[str, tuple[str, ...]] = {
     "popularity": ("popularity",),
     "history": ("history",),
@@ -55,10 +56,10 @@ PREDICTORS: dict[str, tuple[str, ...]] = {
     "token_causal": ("token_causal", *NARROW),
     "cross_layer": ("cross_layer", *NARROW, "--model.layer_width=128"),
     "next_gate": ("next_gate",),
-    "layer_mlp, stride 1": ("layer_mlp", "--model.lr=3e-3"),
-    "layer_mlp, stride 2": ("layer_mlp", "--model.lr=3e-3", "--model.stride=2"),
-    "layer_mlp, stride 3": ("layer_mlp", "--model.lr=3e-3", "--model.stride=3"),
-    "pre_attention": ("pre_attention", "--model.lr=3e-3"),
+    "layer_mlp, stride 1": ("layer_mlp", "--model.optimizer.lr=3e-3"),
+    "layer_mlp, stride 2": ("layer_mlp", "--model.optimizer.lr=3e-3", "--model.stride=2"),
+    "layer_mlp, stride 3": ("layer_mlp", "--model.optimizer.lr=3e-3", "--model.stride=3"),
+    "pre_attention": ("pre_attention", "--model.optimizer.lr=3e-3"),
 }
 """By name: the architecture, and options of its fit."""
 
@@ -94,7 +95,7 @@ def record(folder: Path, library: Path, tokens: int) -> TraceSet:
 
 def fit(traces: TraceSet, folder: Path, epochs: int, architecture: str, *words: str) -> Path:
     """Fit a predictor, unless it is there; return its folder."""
-    counts = issubclass(predictor_class(architecture), CountingPredictor)
+    counts = issubclass(ARCHITECTURES[architecture], CountingPredictor)
     command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", "0"]
     for config in (f"trainer/{'counting' if counts else 'default'}", f"model/{architecture}", "data/traces"):
         command += ["-c", str(CONFIGS / f"{config}.yaml")]
@@ -125,12 +126,12 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     prefetch = (f"top{geometry.top_k}",)
     asked = combinations(common, [slots], ("lru",), prefetch, source, [h for h in source.lookaheads if h != "next"])
     found = evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
-    information = load_predictor(predictor).information
+    information = read_predictor(predictor).information
     return {
         "reads": (information.hidden_states or "ids").replace("_", " "),
-        "known when": information.available,
-        "metrics": {str(row["lookahead"]): _figures(row) for row in found.metrics},
-        "tokens": found.metrics[0]["tokens"],
+        "known when": information.available_after,
+        "metrics": {str(row.lookahead): _figures(row) for row in found.metrics},
+        "tokens": found.metrics[0].tokens,
         "replay": {
             result.strategy if result.lookahead is None else str(result.lookahead): {
                 "hit_rate": result.hit_rate,
@@ -141,10 +142,10 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     }
 
 
-def _figures(row: dict[str, Any]) -> dict[str, float | None]:
+def _figures(row: LookaheadMetrics) -> dict[str, float | None]:
     """Return what is shown of a lookahead; beside all layers, those that have a state before them at any lookahead."""
-    reached = [layer["recall_at_k"] for layer in row["by_layer"][FARTHEST:]]
-    found = {name: row.get(name) for name in ("recall_at_k", "gate_mass_at_k", "nll")}
+    reached = [layer.recall_at_k for layer in row.by_layer[FARTHEST:]]
+    found = {name: getattr(row, name) for name in ("recall_at_k", "gate_mass_at_k", "nll")}
     return found | {"recall_of_later_layers": sum(reached) / len(reached) if reached else None}
 
 

@@ -43,8 +43,8 @@ from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.files import write_json
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.tasks import CrossLayer, Eamc, PredictorTask, RowEncoder, TokenCausal
+from moe_beyond.predictors.io.folder import read_predictor
+from moe_beyond.tasks import CrossLayerTask, EamcTask, PredictorTask, RowEncoderTask, TokenCausalTask
 from moe_beyond.tasks.checkpoint_io import WholeCheckpointIO
 from moe_beyond.tasks.resuming import seed_batch
 from moe_beyond.traces.manifest import Manifest, Tokenizer
@@ -67,7 +67,7 @@ class Configuration:
 
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    task: type[PredictorTask] = CrossLayer
+    task: type[PredictorTask] = CrossLayerTask
     model: dict[str, Any] = field(default_factory=lambda: CROSS_LAYER)
     saving: dict[str, Any] = field(default_factory=lambda: {"every_n_train_steps": 1})
     ranks: int = 1
@@ -87,9 +87,9 @@ CONFIGURATIONS = {
     "two ranks, accumulating 3": Configuration(
         {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 3, "max_epochs": 4}, ranks=2
     ),
-    "token_causal": Configuration(task=TokenCausal, model=CAUSAL),
-    "row_encoder": Configuration(task=RowEncoder, model={"width": 16, "heads": 2, "depth": 1}),
-    "eamc, which counts": Configuration({"max_epochs": 1, "gradient_clip_val": None}, task=Eamc, model={}),
+    "token_causal": Configuration(task=TokenCausalTask, model=CAUSAL),
+    "row_encoder": Configuration(task=RowEncoderTask, model={"width": 16, "heads": 2, "depth": 1}),
+    "eamc, which counts": Configuration({"max_epochs": 1, "gradient_clip_val": None}, task=EamcTask, model={}),
 }
 
 
@@ -138,7 +138,7 @@ def fit(chosen: Configuration, traces: Path, folder: Path, kill_at: int | None, 
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     trainer.fit(task, data, ckpt_path=resume)
     if trainer.is_global_zero:
-        exported = load_predictor(folder / "run/version_0/predictor").state_dict()
+        exported = read_predictor(folder / "run/version_0/predictor").state_dict()
         result = {
             "events": watch.events, "rates": watch.rates, "recalls": watch.recalls, "planned": task.planned_steps,
             "steps": trainer.global_step, "weights": task.state_dict(), "exported": exported,

@@ -1,4 +1,4 @@
-"""What the predictor under training is worth under a memory budget, at every validation and test."""
+"""A replay under memory budgets at every validation and test of a fit."""
 
 from typing import Any
 
@@ -19,32 +19,32 @@ from moe_beyond.tasks.base import PredictorTask
 from moe_beyond.traces.manifest import Manifest
 
 PREFIXES = ("", *(f"{policy}_" for policy in REFERENCES))
-"""What the figures of the policy with prefetch, and of each reference, begin with."""
-SHOWN = ("hit_rate", "bytes_ratio")
-"""Fields of a `Result` that are logged, and of the first budget shown on the progress bar."""
+"""Prefixes of the figures: none for the policy with prefetch, then one per baseline."""
+FIGURES = ("hit_rate", "bytes_ratio")
+"""Fields of a `Result` that are logged; those of the first budget are on the progress bar."""
 
 
 class CacheReplay(L.Callback):
-    """Replays the sequences of each validation (or test) through the cache under a budget.
+    """Replays the sequences of each validation or test under one or more budgets.
 
-    Logs, in one section per budget, ``hit_rate`` and ``bytes_ratio`` of the policy with prefetch, and those of LRU and
-    Belady without: ``val_budget_10pct/hit_rate``, ``val_budget_10pct/lru_hit_rate``. A `ModelCheckpoint` can monitor
-    any of them. With a device it also logs ``tokens_per_second`` of each. The sanity check is skipped. A strategy that
-    reads no scores is replayed at a fit's first validation only, as the sequences stay the same.
+    It logs ``hit_rate`` and ``bytes_ratio`` of the policy with prefetch, and of LRU and Belady without prefetch, in one
+    section per budget: ``val_budget_10pct/hit_rate``, ``val_budget_10pct/lru_hit_rate``. A `ModelCheckpoint` can
+    monitor each figure. With a device it also logs ``tokens_per_second``. The sanity check is skipped. A strategy
+    without scores is replayed only at the first validation of a fit, because the sequences stay the same.
 
     Args:
-        budget: Memory for experts: ``10%``, ``166`` (slots), ``2.9GB`` or ``2.7GiB``.
-        budgets: Further budgets.
-        policy: Eviction policy.
-        prefetch: Prefetcher; ``top<K>`` by default, with the model's K.
-        lookahead: Which of the predictor's lookaheads to ask by; its first by default.
-        scope: ``global`` or ``per-layer``.
-        warmup_tokens: Tokens at a sequence's start that do not count.
-        first_layer_prefetch: Whether layers whose scores exist when the token starts are prefetched then.
-        device: A preset of `moe-beyond devices`, or a JSON file, for times.
+        budget: Memory for experts: a share (``10%``), a number of slots (``166``) or memory (``2.9GB``, ``2.7GiB``).
+        budgets: Further budgets (default: none).
+        policy: Name of the eviction policy (default: ``lru``).
+        prefetch: Prefetcher (default: ``top<K>`` with the model's K).
+        lookahead: Lookahead of the scores that the prefetcher reads (default: the predictor's first).
+        scope: ``global`` for one pool of slots, ``per-layer`` for one pool per layer (default: ``global``).
+        warmup_tokens: Number of tokens at the start of a sequence that do not count (default: 0).
+        first_layer_prefetch: Whether layers with scores at the start of a token are prefetched then (default: True).
+        device: Preset of `moe-beyond devices`, or a JSON file, for the timing model (default: none).
 
     Attributes:
-        results: Of the last validation or test, budget by budget: the policy with prefetch, LRU, Belady.
+        results: Results of the last validation or test, per budget: the policy with prefetch, LRU, Belady.
     """
 
     def __init__(
@@ -66,21 +66,21 @@ class CacheReplay(L.Callback):
         self.results: list[Result] = []
         self._strategies: list[ReplaySettings] = []
         self._replays: dict[ReplaySettings, Replay] = {}
-        self._known: dict[ReplaySettings, Result] = {}
+        self._scoreless: dict[ReplaySettings, Result] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle what to replay, before anything runs.
+        """Resolve budgets and strategies, before the first batch.
 
         Raises:
-            UserError: The predictor does not have the lookahead, or the budget or a name cannot be read.
+            UserError: The predictor does not have the lookahead, or a budget or name is invalid.
         """
         assert isinstance(pl_module, PredictorTask)
         predictor, manifest = pl_module.predictor, pl_module.data.manifest
         lookaheads = predictor.information.lookaheads
         lookahead = lookaheads[0] if self.lookahead is None else self.lookahead
         if lookahead not in lookaheads:
-            known = ", ".join(map(str, lookaheads))
-            raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; it has {known}")
+            choices = ", ".join(map(str, lookaheads))
+            raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; choose one of {choices}")
         bits = manifest.quantization_bits
         slots = list(self._budgets(predictor.geometry, bits))
         common = ReplaySettings(
@@ -97,20 +97,22 @@ class CacheReplay(L.Callback):
         for budget in slots:
             self._strategies.append(strategy(common, budget, self.policy, prefetch, source, lookahead))
             self._strategies += [strategy(common, budget, name) for name in REFERENCES]
-        self._known = {}
+        self._scoreless = {}
         self._begin(pl_module)
 
     def _begin(self, task: PredictorTask) -> None:
         geometry = task.predictor.geometry
-        self._replays = {one: Replay(geometry, one) for one in self._strategies if one not in self._known}
+        self._replays = {
+            settings: Replay(geometry, settings) for settings in self._strategies if settings not in self._scoreless
+        }
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from nothing."""
+        """Start new replays."""
         assert isinstance(pl_module, PredictorTask)
         self._begin(pl_module)
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from nothing."""
+        """Start new replays."""
         self.on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -122,7 +124,7 @@ class CacheReplay(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Replay a batch's sequences with the probabilities that the step returned."""
+        """Replay the sequences of a batch with the probabilities that the step returned."""
         if trainer.sanity_checking:
             return
         scores, experts = outputs.float().cpu().numpy(), batch.experts.cpu().numpy()
@@ -130,8 +132,8 @@ class CacheReplay(L.Callback):
         geometry = pl_module.predictor.geometry
         for row, length in enumerate(batch.lengths.tolist()):
             sequence = Sequence(geometry, experts[row, :length], scores[row, :length])
-            for replaying in self._replays.values():
-                replaying.add_sequence(sequence)
+            for replay in self._replays.values():
+                replay.add_sequence(sequence)
 
     def on_test_batch_end(
         self,
@@ -142,40 +144,40 @@ class CacheReplay(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Replay a batch's sequences with the probabilities that the step returned."""
+        """Replay the sequences of a batch with the probabilities that the step returned."""
         self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log, before `ModelCheckpoint` looks."""
+        """Log the figures, before `ModelCheckpoint` reads them."""
         if not trainer.sanity_checking:
             self._log(pl_module, "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log."""
+        """Log the figures."""
         self._log(pl_module, "test")
 
     def _log(self, task: L.LightningModule, stage: str) -> None:
-        found = self._known | {one: replaying.result() for one, replaying in self._replays.items()}
-        self._known = {one: result for one, result in found.items() if one.predictor is None}
-        self.results = [found[one] for one in self._strategies]
+        results = self._scoreless | {settings: replay.result() for settings, replay in self._replays.items()}
+        self._scoreless = {settings: result for settings, result in results.items() if settings.predictor is None}
+        self.results = [results[settings] for settings in self._strategies]
         assert isinstance(task, PredictorTask)
         for names, result in zip(self.names(stage, task.data.manifest), self.results, strict=True):
             for figure, name in names.items():
                 value = torch.tensor(getattr(result, figure), device=task.device)
-                shown = result is self.results[0] and figure in SHOWN
-                task.log(name, value, prog_bar=shown, sync_dist=True)
+                on_bar = result is self.results[0] and figure in FIGURES
+                task.log(name, value, prog_bar=on_bar, sync_dist=True)
 
     def names(self, stage: str, manifest: Manifest) -> list[dict[str, str]]:
-        """Name what a stage logs.
+        """Return the names of the logged figures.
 
         Args:
             stage: ``val`` or ``test``.
-            manifest: Manifest of the traces to replay.
+            manifest: Manifest of the replayed traces.
 
         Returns:
             For each of `results`, the names by field of `Result`.
         """
-        figures = SHOWN if self.device is None else (*SHOWN, "tokens_per_second")
+        figures = FIGURES if self.device is None else (*FIGURES, "tokens_per_second")
         budgets = self._budgets(manifest.geometry, manifest.quantization_bits).values()
         return [
             {figure: of_budget(stage, budget, prefix + figure) for figure in figures}
@@ -184,7 +186,7 @@ class CacheReplay(L.Callback):
         ]
 
     def _budgets(self, geometry: Geometry, bits: float) -> dict[int, str]:
-        """Return the different budgets by slots, each as the first text that means so many."""
+        """Return the distinct budgets: number of slots -> the first text that means it."""
         budgets: dict[int, str] = {}
         for text in (self.budget, *self.budgets):
             budgets.setdefault(budget_slots(text, geometry, bits), str(text))

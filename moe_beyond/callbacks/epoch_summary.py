@@ -1,23 +1,30 @@
-"""One line per epoch, where no progress bar can be drawn."""
+"""One line per epoch, for terminals and pipes without a progress bar."""
 
 from collections.abc import Callable
 
 import lightning as L
 
 
-class EpochLines(L.Callback):
-    """Shows after each epoch the figures that a progress bar would.
+def progress_bar_figures(trainer: L.Trainer) -> str:
+    """Return the figures of the progress bar as text."""
+    return ", ".join(f"{name} {float(value):.4f}" for name, value in sorted(trainer.progress_bar_metrics.items()))
+
+
+class EpochSummary(L.Callback):
+    """Prints one line after each training epoch and its validation.
 
     Args:
-        show: Called with the line.
+        show: Function that prints a line.
+        describe: Function that returns the figures as text (default: those of the progress bar).
     """
 
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
+    def __init__(
+        self, show: Callable[[str], None], describe: Callable[[L.Trainer], str] = progress_bar_figures
+    ) -> None:
+        self._show, self._describe = show, describe
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the line; the epoch's validation ran before."""
+        """Print the line; Lightning has validated by now."""
         if trainer.is_global_zero:
-            shown = sorted(trainer.progress_bar_metrics.items())
-            figures = ", ".join(f"{name} {float(value):.4f}" for name, value in shown)
+            figures = self._describe(trainer)
             self._show(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {figures or 'done'}")

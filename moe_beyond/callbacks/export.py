@@ -1,4 +1,4 @@
-"""The best predictor of a fit as a folder."""
+"""The best predictor of a fit, exported as a folder."""
 
 from pathlib import Path
 from typing import cast
@@ -8,53 +8,56 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from moe_beyond.callbacks.run import run_folder
+from moe_beyond.callbacks.trainer_folder import trainer_folder
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import EXPORTED, find_trained, load_trained
-from moe_beyond.files import check_is_free
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.calibration import Calibration, calibrate
+from moe_beyond.predictors.calibration import Calibration
+from moe_beyond.predictors.fit_calibration import calibrate
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
-from moe_beyond.predictors.io.folder import load_predictor, save_predictor
-from moe_beyond.predictors.training_text import recorded_uses, seen_by
+from moe_beyond.predictors.io.folder import read_predictor, save_predictor
+from moe_beyond.predictors.training_text import calibration_texts, record_uses
 from moe_beyond.pretrained import find_predictor
+from moe_beyond.run_folder import PREDICTOR_FOLDER
 from moe_beyond.tasks.base import PredictorTask
 
 
 class ExportBest(L.Callback):
-    """At the end of a fit, writes ``predictor/`` into the run's folder.
+    """Writes the predictor folder ``predictor/`` into the folder of the run at the end of a fit.
 
-    It holds the checkpoint that the run's `ModelCheckpoint` found best, or the last weights where nothing was
-    monitored.
+    It holds the best checkpoint of the run's `ModelCheckpoint`, or the last weights if nothing is monitored.
 
     Args:
-        half: Store float16 weights, half the size.
-        calibration: ``"validation"`` calibrates on the validation split, where there is one; a predictor (a folder, a
-            published name, or ``hf:ORG/REPO``) lends its calibration, for a fit that leaves nothing to validate on;
-            None does neither.
+        half: Whether to store float16 weights, half the size (default: False).
+        calibration: ``"validation"`` fits the calibration on the validation split, if there is one (default). The name
+            of a predictor (a folder, a pretrained name or ``hf:ORG/REPO``) copies its calibration, for a fit without
+            validation. None leaves the predictor uncalibrated.
 
     Attributes:
-        exported: The folder, once it is written.
+        exported: Path of the written folder; None before.
     """
 
     def __init__(self, half: bool = False, calibration: str | None = "validation") -> None:
         self.half, self.calibration = half, calibration
-        self._lent: Calibration | None = None
-        self._lender: Predictor | None = None
+        self._calibration: Calibration | None = None
+        self._calibrated: Predictor | None = None
         self.exported: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a calibration that does not fit before hours are spent."""
+        """Load the calibration before the fit.
+
+        Raises:
+            UserError: There is no such predictor, or its calibration does not fit.
+        """
         assert isinstance(pl_module, PredictorTask)
         self.exported = None
         if stage == "fit" and self.calibration not in (None, "validation"):
-            self._lender = _lender(str(self.calibration), pl_module.predictor)
-            self._lent = self._lender.calibration
+            self._calibrated = _calibrated_predictor(str(self.calibration), pl_module.predictor)
+            self._calibration = self._calibrated.calibration
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export what was fitted; nothing where no step was made."""
-        folder = export_folder(trainer)  # asks all ranks
+        """Export the predictor, unless no step was made."""
+        folder = export_folder(trainer)  # all ranks take part
         if not trainer.global_step or not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)
@@ -62,9 +65,9 @@ class ExportBest(L.Callback):
         monitored = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.monitor
         predictor, training = pl_module.predictor, pl_module.trained_on
         if best and monitored:
-            found = load_checkpoint(best)
-            predictor, training = found.predictor, found.training
-        predictor.calibration = self._lent
+            checkpoint = load_checkpoint(best)
+            predictor, training = checkpoint.predictor, checkpoint.training
+        predictor.calibration = self._calibration
         calibrated = self.calibration == "validation" and pl_module.data.val_split is not None
         if calibrated:
             was_training = predictor.training
@@ -73,37 +76,24 @@ class ExportBest(L.Callback):
             predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
             predictor.train(was_training)
         uses = ["chose the epoch of"] * bool(best and monitored) + ["calibrated"] * calibrated
-        training = recorded_uses(training, uses, [] if self._lender is None else seen_by(self._lender))
+        training = record_uses(training, uses, [] if self._calibrated is None else calibration_texts(self._calibrated))
         save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
         self.exported = folder
 
 
 def export_folder(trainer: L.Trainer) -> Path:
-    """Return where `ExportBest` writes the predictor of a run; all ranks must ask."""
-    return run_folder(trainer) / EXPORTED
+    """Return the folder that `ExportBest` writes; all ranks must call it."""
+    return trainer_folder(trainer) / PREDICTOR_FOLDER
 
 
-def _lender(name: str, predictor: Predictor) -> Predictor:
-    """Load another predictor, whose calibration must fit."""
-    lender = load_predictor(find_predictor(name))
-    kinds = [(p.architecture, p.link, p.information, p.geometry.shape()) for p in (lender, predictor)]
-    if lender.calibration is None or kinds[0] != kinds[1]:
-        raise UserError(f"{name}: has no calibration that fits a {predictor.architecture} of this model")
-    return lender
-
-
-def package(checkpoint: str | Path, folder: str | Path, *, half: bool = False) -> None:
-    """Make a predictor folder out of a checkpoint, without calibration, or out of a run.
-
-    Args:
-        checkpoint: A ``.ckpt`` of this package, or a run's folder (`moe_beyond.evaluation.checkpoints.find_trained`).
-        folder: The folder to write; it must not exist, unless it is empty.
-        half: Store float16 weights.
+def _calibrated_predictor(name: str, predictor: Predictor) -> Predictor:
+    """Load the predictor whose calibration is copied.
 
     Raises:
-        UserError: The checkpoint cannot be read, or the folder exists.
+        UserError: Its calibration is missing or is for another kind of predictor.
     """
-    folder, source = Path(folder), Path(checkpoint)
-    check_is_free(folder)
-    predictor, training = load_trained(find_trained(str(checkpoint)) if source.is_dir() else source)
-    save_predictor(predictor, folder, training, dtype=torch.float16 if half else torch.float32)
+    other = read_predictor(find_predictor(name))
+    kinds = [(p.architecture, p.activation, p.information, p.geometry.shape()) for p in (other, predictor)]
+    if other.calibration is None or kinds[0] != kinds[1]:
+        raise UserError(f"{name}: has no calibration that fits a {predictor.architecture} of this model")
+    return other

@@ -1,4 +1,4 @@
-"""Ctrl-C in a fit: a checkpoint first, then the end."""
+"""Ctrl-C in a fit: save a checkpoint, then stop."""
 
 import os
 import signal
@@ -12,43 +12,42 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from moe_beyond.callbacks.run import run_folder
-
-INTERRUPTED = "interrupted.ckpt"
+from moe_beyond.callbacks.trainer_folder import trainer_folder
+from moe_beyond.run_folder import INTERRUPTED_CHECKPOINT
 
 
 class SaveOnInterrupt(L.Callback):
-    """Answers the first Ctrl-C (SIGINT) or SIGTERM of a fit with a checkpoint and its end; the second ends it at once.
+    """Saves a checkpoint and stops at the first Ctrl-C (SIGINT) or SIGTERM of a fit; a second signal stops at once.
 
-    The checkpoint, ``interrupted.ckpt``, is saved after the present batch, next to the fit's other checkpoints, and
-    holds the last optimiser step. A fit without a `ModelCheckpoint` saves none. With several ranks, a signal to any of
-    them is enough. Under SLURM, SIGTERM is left to Lightning.
+    The checkpoint ``interrupted.ckpt`` is saved after the current batch, next to the fit's other checkpoints, and
+    holds the last optimiser step. A fit without a `ModelCheckpoint` saves none. With several ranks, a signal to any
+    rank is enough. Under SLURM, Lightning handles SIGTERM.
 
     Attributes:
-        signal: Number of the signal that was received; None for none.
-        folder: Folder of the run, once training begins.
-        saved: The checkpoint, once it is written.
+        signal: Number of the received signal; None before.
+        folder: Folder of the run; None before training begins.
+        saved: Path of the written checkpoint; None before.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.folder: Path | None = None
         self.saved: Path | None = None
-        self._others: dict[int, Any] = {}
+        self._earlier: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen."""
-        self.folder = run_folder(trainer)
+        """Install the signal handlers."""
+        self.folder = trainer_folder(trainer)
         numbers = [signal.SIGINT] if SLURMEnvironment.detect() else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is threading.main_thread():
-            self._others = {number: signal.signal(number, self._receive) for number in numbers}
+            self._earlier = {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, b"moe-beyond: stopping after this batch; once more ends at once\n")
+            os.write(2, b"moe-beyond: stopping after this batch; press Ctrl-C again to stop at once\n")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop after the batch if a signal was received."""
@@ -67,21 +66,21 @@ class SaveOnInterrupt(L.Callback):
             return
         callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         if callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = Path(str(callbacks[0].dirpath)) / INTERRUPTED
+            path = Path(str(callbacks[0].dirpath)) / INTERRUPTED_CHECKPOINT
             trainer.save_checkpoint(path)
             self.saved = path
         self.signal = self.signal or signal.SIGINT
         raise KeyboardInterrupt
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen no more."""
-        self._leave()
+        """Restore the earlier signal handlers."""
+        self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Listen no more."""
-        self._leave()
+        """Restore the earlier signal handlers."""
+        self._restore_handlers()
 
-    def _leave(self) -> None:
-        for number, handler in self._others.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._earlier.items():
             signal.signal(number, handler)
-        self._others = {}
+        self._earlier = {}

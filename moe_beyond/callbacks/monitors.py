@@ -1,4 +1,4 @@
-"""The figures that a fit logs; a callback that monitors another is refused before the first epoch."""
+"""The figures that a fit logs, and the check that callbacks monitor one of them."""
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -6,24 +6,29 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.metrics.names import EQUAL, of_lookahead
-from moe_beyond.metrics.routing import FIGURES
+from moe_beyond.metrics import FIGURES
+from moe_beyond.metrics.names import UNLOGGED, of_lookahead
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.tasks.base import PredictorTask
 
-KNOWN = ("moe_beyond.", "lightning.")
+CHECKED_PACKAGES = ("moe_beyond.", "lightning.")
 
 
 def check_monitors(callbacks: list[L.Callback], task: PredictorTask, data: TraceDataModule) -> None:
-    """Refuse a callback that monitors a figure which the fit does not log.
+    """Refuse a callback that monitors a figure that the fit does not log.
 
-    Code from outside this package may log more, so a fit with such code is not checked. A `ModelCheckpoint` may monitor
-    a figure of a validation that the fit does not have: it then keeps the last checkpoint.
+    Other packages' tasks and callbacks may log more, so a fit with one of them is not checked. A `ModelCheckpoint` may
+    monitor a validation figure in a fit without validation; it then keeps the last checkpoint.
+
+    Args:
+        callbacks: Callbacks of the trainer.
+        task: Task to fit.
+        data: Data module of the fit.
 
     Raises:
-        UserError: A figure is not logged.
+        UserError: A monitored figure is not logged.
     """
-    if not all(type(part).__module__.startswith(KNOWN) for part in (task, *callbacks)):
+    if not all(type(part).__module__.startswith(CHECKED_PACKAGES) for part in (task, *callbacks)):
         return
     names = figures_of_fit(callbacks, task, data)
     for callback in callbacks:
@@ -37,7 +42,13 @@ def check_monitors(callbacks: list[L.Callback], task: PredictorTask, data: Trace
 
 
 def figures_of_fit(callbacks: list[L.Callback], task: PredictorTask, data: TraceDataModule) -> list[str]:
-    """List the names of all figures that a fit logs."""
+    """Return the names of all figures that a fit logs.
+
+    Args:
+        callbacks: Callbacks of the trainer.
+        task: Task to fit.
+        data: Data module of the fit.
+    """
     gradient = isinstance(task.predictor, GradientPredictor)
     names = ["train/loss", "train/lr"] if gradient else []
     if data.val_split is None:
@@ -47,7 +58,7 @@ def figures_of_fit(callbacks: list[L.Callback], task: PredictorTask, data: Trace
         of_lookahead("val", lookahead, figure, first=number == 0)
         for number, lookahead in enumerate(task.predictor.information.lookaheads)
         for figure in FIGURES
-        if figure not in EQUAL
+        if figure not in UNLOGGED
     ]
     replays = [callback for callback in callbacks if isinstance(callback, CacheReplay)]
     replayed = [by_field for callback in replays for by_field in callback.names("val", data.manifest)]

@@ -1,4 +1,4 @@
-"""The best predictor of a fit, published."""
+"""The best predictor of a fit, uploaded to the Hugging Face Hub."""
 
 import sys
 
@@ -12,15 +12,15 @@ from moe_beyond.tasks.base import PredictorTask
 
 
 class PushBest(L.Callback):
-    """At the end of a fit, publishes on the Hugging Face Hub what `ExportBest` wrote, which must stand before it.
+    """Uploads the folder that `ExportBest` wrote to the Hugging Face Hub at the end of a fit.
 
-    The repository is made when the fit starts, as whatever forbids that is better known then. Where publishing fails at
-    the end, the fit does not: one line says how to do it by hand.
+    `ExportBest` must precede it in the list of callbacks. The repository is created when the fit starts, so that a
+    missing permission shows early. If the upload fails, the fit still succeeds and prints the command that repeats it.
 
     Args:
-        repository: ``ORG/REPO``.
-        private: Whether a repository that is made is to be private.
-        revision: Branch to commit to, made if it is not there; the main one by default.
+        repository: Repository of the Hub, ``ORG/REPO``.
+        private: Whether a new repository is private (default: False).
+        revision: Branch to commit to, created if missing (default: the main branch).
     """
 
     def __init__(self, repository: str, private: bool = False, revision: str | None = None) -> None:
@@ -28,31 +28,31 @@ class PushBest(L.Callback):
         self.repository, self.private, self.revision = repository, private, revision
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find out before hours are spent whether this user may publish there.
+        """Create the repository, before the fit.
 
         Raises:
-            UserError: The user may not, or nothing would be there to publish.
+            UserError: The user may not write to it, or no `ExportBest` precedes this callback.
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(one, ExportBest) for one in callbacks[: callbacks.index(self)]):
-            raise UserError("PushBest publishes what ExportBest writes; put ExportBest before it")
+        if not any(isinstance(callback, ExportBest) for callback in callbacks[: callbacks.index(self)]):
+            raise UserError("PushBest: uploads the folder that ExportBest writes; put ExportBest before it")
         open_repository(self.repository, "model", private=self.private)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Publish."""
-        folder = export_folder(trainer)  # asks all ranks
+        """Upload the folder."""
+        folder = export_folder(trainer)  # all ranks take part
         if not trainer.global_step or not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PredictorTask)
         traces = pl_module.data.traces.folder
         try:
             upload = prepare(folder, self.repository, traces if is_hub_name(traces) else None)
-            published = push(upload, private=self.private, revision=self.revision)
+            result = push(upload, private=self.private, revision=self.revision)
         except (UserError, OSError) as error:
             options = f"{' --private' * self.private}{f' --revision {self.revision}' if self.revision else ''}"
-            by_hand = f"moe-beyond push {folder} {self.repository}{options}"
-            print(f"moe-beyond: warning: not published: {error}; {folder} is whole: {by_hand}", file=sys.stderr)
+            command = f"moe-beyond push {folder} {self.repository}{options}"
+            print(f"moe-beyond: warning: not uploaded: {error}; {folder} is complete: {command}", file=sys.stderr)
         else:
-            print(f"published: {published.url}, commit {published.commit}", file=sys.stderr)
+            print(f"uploaded: {result.url}, commit {result.commit}", file=sys.stderr)

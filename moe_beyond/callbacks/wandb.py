@@ -1,4 +1,4 @@
-"""What a `WandbLogger` is told besides figures: where a run comes from, tables and curves, what it leaves behind."""
+"""Origin, tables, curves and artifacts of a run for a `WandbLogger`, in addition to the figures."""
 
 import re
 import subprocess
@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.simulator import Result
 from moe_beyond.tasks.base import PredictorTask
@@ -21,25 +22,27 @@ from moe_beyond.version import __version__
 if TYPE_CHECKING:
     import wandb
 
-REPLAYED = (
+REPLAY_COLUMNS = (
     "strategy", "policy", "prefetch", "lookahead", "budget_slots", "budget_share", "demand_ratio", "accesses",
     "hit_rate", "bytes_ratio", "prefetch_transfers", "wasted_prefetches", "tokens_per_second",
 )  # fmt: skip
-"""Fields of a `Result` that make a row of the table ``replay``."""
+"""Columns of the table ``replay``: fields of a `Result`."""
 
 
 class TrackWandb(L.Callback):
-    """Tells every `WandbLogger` what Lightning does not; without one it does nothing.
+    """Logs to every `WandbLogger`; without one it does nothing.
 
-    - Into the configuration: geometry, fingerprints of the trace sets, the git revision of the working folder, this
-      package's version, and of a run that starts from a checkpoint, which, and the run that wrote it.
-    - At every validation or test the tables ``by_layer`` (figures by lookahead and layer) and, of `CacheReplay`,
-      ``replay``; the curves ``recall_by_layer``, ``hits_by_budget`` and ``hits_by_bytes``.
-    - At the end of a fit, as artifacts, the best and the last checkpoint (type ``model``, with those aliases) and what
-      `ExportBest` wrote (type ``predictor``). The logger's own ``log_model`` would call the last one the best.
+    - Configuration: geometry, fingerprints of the trace sets, git revision of the working folder and version of this
+      package. A run that starts from a checkpoint adds the checkpoint and the run that wrote it.
+    - At every validation or test: the table ``by_layer`` (figures by lookahead and layer) and the curve
+      ``recall_by_layer``. With `CacheReplay`: the table ``replay``, the curves ``hits_by_budget`` and
+      ``hits_by_bytes``.
+    - At the end of a fit, as artifacts: the best and the last checkpoint (type ``model``, with these aliases) and the
+      folder of `ExportBest` (type ``predictor``). The logger's own ``log_model`` would label the last checkpoint as
+      the best.
 
-    A fit that resumes from a checkpoint is a run of its own, as it has a folder of its own: what the earlier one logged
-    after that checkpoint would not be the same fit's.
+    A resumed fit is a new run with a new folder: figures that the earlier run logged after the checkpoint belong to
+    another fit.
     """
 
     def __init__(self) -> None:
@@ -47,27 +50,27 @@ class TrackWandb(L.Callback):
         self._earlier: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Note in checkpoints which run wrote them."""
+        """Store the run's id in checkpoints."""
         return {} if self._run is None else {"run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read which run wrote a checkpoint."""
+        """Read the id of the run that wrote a checkpoint."""
         self._earlier = state_dict.get("run")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the run comes from."""
-        self._introduce(trainer, pl_module)
+        """Log the origin of the run."""
+        self._log_origin(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the run comes from, where it only validates."""
+        """Log the origin of a run that only validates."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._introduce(trainer, pl_module)
+            self._log_origin(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the run comes from."""
-        self._introduce(trainer, pl_module)
+        """Log the origin of the run."""
+        self._log_origin(trainer, pl_module)
 
-    def _introduce(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def _log_origin(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         assert isinstance(task, PredictorTask)
         loggers = loggers_of(trainer)
         if not loggers:
@@ -85,91 +88,93 @@ class TrackWandb(L.Callback):
             logger.log_hyperparams(origin)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log tables and curves, after Lightning logged the figures."""
+        """Log tables and curves."""
         if not trainer.sanity_checking:
             self._log(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log tables and curves, after Lightning logged the figures."""
+        """Log tables and curves."""
         self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
         assert isinstance(task, PredictorTask)
         for logger in loggers_of(trainer):
-            shown = layers_shown(task.measured)
+            panels = layer_panels(task.measured)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, CacheReplay):
-                    shown |= replays_shown(callback.results)
-            logger.experiment.log({f"{stage}/{name}": what for name, what in shown.items()})
+                    panels |= replay_panels(callback.results)
+            logger.experiment.log({f"{stage}/{name}": panel for name, panel in panels.items()})
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what the fit leaves behind; nothing where it was cut off."""
+        """Log the artifacts, unless the fit was interrupted."""
         if trainer.interrupted:
             return
         for logger in loggers_of(trainer):
             run = logger.experiment
-            for artifact, alias in artifacts_of(trainer, run.id):  # no wait(): without a server there is no answer
+            for artifact, alias in artifacts_of(trainer, run.id):  # no wait(): an offline run would never return
                 run.log_artifact(artifact, aliases=[alias])
 
 
 def loggers_of(trainer: L.Trainer) -> list[WandbLogger]:
-    """Return the loggers to tell: those of wandb, on the one rank that logs."""
-    return [one for one in trainer.loggers if isinstance(one, WandbLogger) and trainer.is_global_zero]
+    """Return the wandb loggers of a trainer, on the rank that logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
 
 
-def traces_read(data: TraceDataModule, verb: TrainerFn | None) -> dict[str, Any]:
-    """Describe the trace sets that a verb reads."""
+def traces_read(data: TraceDataModule, stage: TrainerFn | None) -> dict[str, Any]:
+    """Describe the trace sets that a stage reads."""
     read = {}
-    if verb == TrainerFn.FITTING:
+    if stage == TrainerFn.FITTING:
         read["train_traces"] = data.traces.describe(data.train_split)
-    if verb == TrainerFn.TESTING and data.test_traces is not None:
+    if stage == TrainerFn.TESTING and data.test_traces is not None:
         read["test_traces"] = data.test_traces.describe()
     elif data.val_split is not None:
-        read["test_traces" if verb == TrainerFn.TESTING else "val_traces"] = data.val_traces.describe(data.val_split)
+        read["test_traces" if stage == TrainerFn.TESTING else "val_traces"] = data.val_traces.describe(data.val_split)
     return read
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Return the commit that the working folder is at, and whether tracked files differ from it.
+    """Return the commit of the working folder, and whether tracked files differ from it.
 
     Returns:
         ``{"commit": ..., "dirty": ...}``; None outside a repository, or without git.
     """
     try:
         commit, changes = (
-            subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+            subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit.strip(), "dirty": bool(changes)}
 
 
-def layers_shown(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def layer_panels(measured: Sequence[LookaheadMetrics]) -> dict[str, Any]:
     """Return the table of figures by lookahead and layer, and the curves of recall over layers.
 
     Args:
-        measured: As `RoutingMetrics.to_rows` gives it.
+        measured: One row per lookahead.
     """
     import wandb
 
-    names = [name for name in measured[0]["by_layer"][0] if name != "f1"]  # of K experts it is recall@k
-    rows = [[str(one["lookahead"]), *(layer[name] for name in names)] for one in measured for layer in one["by_layer"]]
-    recall = [[layer["recall_at_k"] for layer in one["by_layer"]] for one in measured]
-    layers = [layer["layer"] for layer in measured[0]["by_layer"]]
-    lookaheads = [f"lookahead {one['lookahead']}" for one in measured]
+    names = ["layer", *(name for name in measured[0].figures() if name != "f1")]  # equals recall@k for k = K
+    rows = [
+        [str(row.lookahead), *(getattr(layer, name) for name in names)] for row in measured for layer in row.by_layer
+    ]
+    recall = [[layer.recall_at_k for layer in row.by_layer] for row in measured]
+    layers = [layer.layer for layer in measured[0].by_layer]
+    lookaheads = [f"lookahead {row.lookahead}" for row in measured]
     return {
         "by_layer": wandb.Table(columns=["lookahead", *names], data=rows),
         "recall_by_layer": wandb.plot.line_series(layers, recall, lookaheads, "recall@k", "MoE layer", True),
     }
 
 
-def replays_shown(results: Sequence[Result]) -> dict[str, Any]:
-    """Return the table of replays, and hits against the budget and against bytes, a line a strategy."""
+def replay_panels(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the table of replays, and curves of hits over budget and over bytes, one line per strategy."""
     import wandb
 
-    told = [{**result.to_json(), "lookahead": _lookahead(result)} for result in results]
-    rows = [[one.get(name) for name in REPLAYED] for one in told]
+    records = [{**result.to_json(), "lookahead": _lookahead(result)} for result in results]
+    rows = [[record.get(name) for name in REPLAY_COLUMNS] for record in records]
     lines: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result.budget_slots):
         lines.setdefault(result.strategy, []).append(result)
@@ -180,27 +185,27 @@ def replays_shown(results: Sequence[Result]) -> dict[str, Any]:
         return wandb.plot.line_series(xs, hits, list(lines), title, axis, True)
 
     return {
-        "replay": wandb.Table(columns=list(REPLAYED), data=rows),
+        "replay": wandb.Table(columns=list(REPLAY_COLUMNS), data=rows),
         "hits_by_budget": curve("budget_share", "hit rate against budget", "slots, share of all experts"),
         "hits_by_bytes": curve("bytes_ratio", "hit rate against bytes", "transfers over accesses"),
     }
 
 
 def _lookahead(result: Result) -> str:
-    """Name when scores were known; a table's column has one type."""
+    """Return a lookahead as text, because a column of a table has one type."""
     if result.predictor is None:
         return "-"
     return "all" if result.lookahead is None else str(result.lookahead)
 
 
 def artifacts_of(trainer: L.Trainer, run: str) -> Iterator[tuple["wandb.Artifact", str]]:
-    """Yield what a fit leaves behind, each with its alias.
+    """Yield the artifacts of a finished fit, each with its alias.
 
-    Files are not copied aside: those of a finished fit stay as they are.
+    The files are not copied, because a finished fit does not change them.
 
     Args:
-        trainer: After the fit.
-        run: The run's id.
+        trainer: Trainer after the fit.
+        run: Id of the run.
     """
     import wandb
 
@@ -221,7 +226,7 @@ def artifacts_of(trainer: L.Trainer, run: str) -> Iterator[tuple["wandb.Artifact
 
 
 def checkpoints_kept(trainer: L.Trainer) -> dict[str, tuple[str, float | None]]:
-    """Return the file and the monitored score of the ``best`` checkpoint and of the ``last``, as far as there are."""
+    """Return path and monitored score of the ``best`` and of the ``last`` checkpoint, if they exist."""
     kept: dict[str, tuple[str, float | None]] = {}
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):

@@ -1,4 +1,4 @@
-"""What `predict` writes."""
+"""The scores of `moe-beyond predict`, as a folder."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,20 +8,21 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from moe_beyond.callbacks.run import run_folder
+from moe_beyond.callbacks.trainer_folder import trainer_folder
 from moe_beyond.evaluation.score_store import ScoresWriter, writing_scores
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.run_folder import SCORES_FOLDER
 from moe_beyond.tasks.base import PredictorTask
 
 
 class WriteScores(BasePredictionWriter):
-    """Writes the scores of `predict`, sequence by sequence, as a folder that `replay --scores` reads.
+    """Writes the scores of `predict`, sequence by sequence, as a folder for `moe-beyond replay --scores`.
 
     Args:
-        out: The folder; ``scores/`` in the run's folder by default.
+        out: Path of the folder (default: ``scores/`` in the folder of the run).
 
     Attributes:
-        folder: Where they are, once they are being written.
+        folder: Path of the folder; None before it is opened.
     """
 
     def __init__(self, out: str | None = None) -> None:
@@ -32,10 +33,10 @@ class WriteScores(BasePredictionWriter):
         self.folder: Path | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the folder."""
+        """Open the folder."""
         assert isinstance(pl_module, PredictorTask)
-        folder = Path(self.out or run_folder(trainer) / "scores")
-        if not trainer.is_global_zero:  # every rank has all scores; one writes them
+        folder = Path(self.out or trainer_folder(trainer) / SCORES_FOLDER)
+        if not trainer.is_global_zero:  # every rank has all scores
             return
         data, predictor = pl_module.data, pl_module.predictor
         self._writer = self._open.enter_context(
@@ -44,7 +45,7 @@ class WriteScores(BasePredictionWriter):
                 geometry=predictor.geometry,
                 lookaheads=predictor.information.lookaheads,
                 causal=predictor.information.causal,
-                available=predictor.information.available,
+                available_after=predictor.information.available_after,
                 predictor=predictor.architecture,
                 traces=(data.test_traces or data.val_traces).manifest.fingerprint,
                 training=pl_module.trained_on or None,
@@ -62,16 +63,16 @@ class WriteScores(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write a batch's sequences."""
+        """Write the sequences of a batch."""
         if self._writer is None:
             return
         for row, sequence_id in enumerate(batch.sequence_ids):
             self._writer.write(sequence_id, prediction[row, : batch.lengths[row]].float().cpu().numpy())
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finish the folder."""
+        """Close the folder."""
         self._open.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no folder behind."""
+        """Remove the incomplete folder."""
         self._open.__exit__(type(exception), exception, exception.__traceback__)

@@ -17,7 +17,7 @@ from moe_beyond.cli.replay_options import (
 )
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import evaluate_run, is_run, validation_data
+from moe_beyond.evaluation.checkpoints import evaluate_run, validation_data
 from moe_beyond.evaluation.options import asked_combinations, asked_conditions, text_to_measure
 from moe_beyond.evaluation.run import Evaluation, evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
@@ -28,6 +28,7 @@ from moe_beyond.predictors.training_text import MeasuredText, Relation
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.report.tables.intervals import intervals_tables
 from moe_beyond.report.tables.results import checkpoints_table, metrics_table, results_table
+from moe_beyond.run_folder import is_run
 from moe_beyond.traces.reader import TraceSet
 
 RECORDED = (
@@ -35,7 +36,6 @@ RECORDED = (
     *("budget_slots", "budget_share", "hit_rate", "bytes_ratio", "intervals"),
 )
 """Of a replay's record, what a predictor's card shows."""
-TABLES = ("by_layer", "reliability")
 """Of a metrics' record, what is too long for a card."""
 
 
@@ -119,7 +119,7 @@ def _predictor(args: Namespace, words: Sequence[str]) -> None:
             "split": text.split,
             "relation": str(text.relation),
             "command": _command(words[1:], args.predictor, folder.name),
-            "metrics": [{n: value for n, value in row.items() if n not in TABLES} for row in found.metrics],
+            "metrics": [row.summary() for row in found.metrics],
             "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
         }
         record_figures(folder, figures)

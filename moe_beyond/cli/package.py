@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.callbacks.export import package
 from moe_beyond.cli.options import Output, parser
+from moe_beyond.evaluation.package import package
 from moe_beyond.predictors.io.folder import read_config
 
 

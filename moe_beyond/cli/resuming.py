@@ -17,8 +17,8 @@ from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.callbacks.interrupt import SaveOnInterrupt
 from moe_beyond.cli.main import is_interrupt
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import CONFIG_FILE, EXPORTED, checkpoints_of, run_of
 from moe_beyond.predictors.io.checkpoint import CHECKPOINT_KEY
+from moe_beyond.run_folder import PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints_of, run_of
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
 
 OPTION = "--resume"
@@ -82,9 +82,9 @@ def find_run(name: str) -> tuple[Path, Path]:
     if not place.exists():
         raise UserError(f"{name}: run not found; name its folder, as runs/predictor/version_0, or a checkpoint of it")
     folder = place if place.is_dir() else run_of(place)
-    config = folder / CONFIG_FILE
+    config = folder / RUN_CONFIG_FILE
     if not config.exists():
-        raise UserError(f"{name}: has no {CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
+        raise UserError(f"{name}: has no {RUN_CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
     if not place.is_dir():
         return config, place
     return config, newest_checkpoint(folder)
@@ -117,7 +117,7 @@ def check_unfinished(path: Path, trainer: L.Trainer) -> None:
     if progress is None or (progress.due and not progress.validated):
         return
     exports = any(isinstance(callback, ExportBest) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if exports and not (run_of(path) / EXPORTED).exists():
+    if exports and not (run_of(path) / PREDICTOR_FOLDER).exists():
         return
     epochs = progress.epoch + (progress.whole and progress.batches > 0)
     limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
@@ -210,7 +210,7 @@ def _last_words(interrupt: SaveOnInterrupt) -> list[str]:
     if folder is None:
         return ["moe-beyond: interrupted before the first step; nothing is lost"]
     lines = [f"moe-beyond: interrupted; the run is in {folder}"]
-    if (folder / CONFIG_FILE).exists() and checkpoints_of(folder):
+    if (folder / RUN_CONFIG_FILE).exists() and checkpoints_of(folder):
         return [*lines, f"go on with: moe-beyond fit {OPTION} {shlex.quote(str(folder))}"]
     if interrupt.saved is not None:
         return [*lines, f"go on with the same command and --ckpt_path {shlex.quote(str(interrupt.saved))}"]

@@ -23,11 +23,11 @@ import moe_beyond.callbacks
 import moe_beyond.datamodules
 import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
 from moe_beyond.callbacks import TrackWandb
-from moe_beyond.callbacks.epoch_summary import EpochLines
+from moe_beyond.callbacks.epoch_summary import EpochSummary
 from moe_beyond.callbacks.export import export_folder
 from moe_beyond.callbacks.monitors import check_monitors
-from moe_beyond.callbacks.run import run_folder
-from moe_beyond.callbacks.save_config import KeepConfig
+from moe_beyond.callbacks.save_config import SaveConfig
+from moe_beyond.callbacks.trainer_folder import trainer_folder
 from moe_beyond.callbacks.write_scores import WriteScores
 from moe_beyond.cli.config_files import ConfigFile, guard_yaml
 from moe_beyond.cli.options import ExampleAsWritten, Output, add_output, example_text
@@ -48,6 +48,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.tasks.gradient import GradientTask
+from moe_beyond.tasks.registry import import_tasks
 
 # Harmless on the machines this runs on, and not for the user to act on.
 QUIET = (
@@ -177,7 +178,7 @@ class PredictorCLI(LightningCLI):
             check_unfinished(Path(path), trainer)
         check_monitors(self.trainer.callbacks, self.model, self.datamodule)  # type: ignore[attr-defined]
         if not self.output.console.is_terminal:
-            self.trainer.callbacks.append(EpochLines(self.output.show))  # type: ignore[attr-defined]
+            self.trainer.callbacks.append(EpochSummary(self.output.show))  # type: ignore[attr-defined]
 
     def fit(self, **arguments: Any) -> None:
         """Fit; an interrupted fit says how to go on."""
@@ -336,7 +337,7 @@ def hushed() -> Iterator[None]:
 @contextmanager
 def leaving_nothing(trainer: L.Trainer) -> Iterator[None]:
     """Remove the folder that a verb made for its run, if it fails before a training step was made."""
-    folder = run_folder(trainer)
+    folder = trainer_folder(trainer)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -363,6 +364,7 @@ def run(words: list[str]) -> None:
         lambda record: SELF_PRAISE not in record.getMessage()
     )
     guard_yaml()
+    import_tasks()
     Parser.verb, Parser.example = words[0], EXAMPLES[words[0]]  # also of the parsers that jsonargparse makes of it
     with printing_last_words(), finishing_wandb():
         PredictorCLI(
@@ -370,7 +372,7 @@ def run(words: list[str]) -> None:
             TraceDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=KeepConfig,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"callbacks": TrackWandb()},
             seed_everything_default=0,

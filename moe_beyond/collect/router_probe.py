@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from moe_beyond.collect.devices import embedding_rows, input_device
 from moe_beyond.collect.recorder import HookTarget, block_name, find_experts, recording
 from moe_beyond.geometry import Geometry
-from moe_beyond.router_activations import SCORINGS
+from moe_beyond.router_activations import ROUTER_ACTIVATIONS
 from moe_beyond.traces.router_weights import Routers
 
 MIN_AGREEMENT = 0.9
@@ -46,7 +46,7 @@ class Router:
         weight: ``(C, W)``, one row per choice: the experts, then identity or skip experts. W is the width of the
             input, which differs from the hidden size for a router of several maps (zaya).
         bias: ``(C,)`` added to the logits, or None.
-        scoring: Key of `SCORINGS`: the activation of the logits before the choice.
+        scoring: Key of `ROUTER_ACTIVATIONS`: the activation of the logits before the choice.
         selection_bias: ``(C,)`` float32 added to the scores for the choice, but not for the gate weights, or None.
         num_experts: Number of choices that are experts.
         agreement: Share of recorded choices among the top K of `scores` in the probe. It is 1 unless groups, which
@@ -379,7 +379,9 @@ def _router(block: MoEBlock, record: ProbeRecord, experts: Tensor) -> Router | N
             continue
         weight, bias = product.weight[:width], None if product.bias is None else product.bias.detach()[:width]
         logits = functional.linear(product.input, weight.float(), None if bias is None else bias.float())
-        for scoring, selection_bias in itertools.product(SCORINGS, _selection_biases(record.calls.small, width, bias)):
+        for scoring, selection_bias in itertools.product(
+            ROUTER_ACTIVATIONS, _selection_biases(record.calls.small, width, bias)
+        ):
             scores = _scores(logits, scoring, selection_bias)
             allowed, distance = _allowed_scores(scores, choice_scores)
             if (quality := (_agreement(allowed, experts, count), -distance)) > best:
@@ -396,7 +398,7 @@ def _selection_biases(small: Mapping[str, Tensor], width: int, bias: Tensor | No
 
 
 def _scores(logits: Tensor, scoring: str, selection_bias: Tensor | None) -> Tensor:
-    scores = SCORINGS[scoring](logits)
+    scores = ROUTER_ACTIVATIONS[scoring](logits)
     return scores if selection_bias is None else scores + selection_bias.float()
 
 

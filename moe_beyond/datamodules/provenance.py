@@ -1,4 +1,4 @@
-"""The text that a fit reads, as a predictor's configuration records it."""
+"""The record of the training data in a predictor's configuration."""
 
 from typing import Any
 
@@ -8,13 +8,16 @@ from moe_beyond.traces.texts import sketch, text_hashes
 
 
 def fitted_on(data: TraceDataModule) -> dict[str, Any]:
-    """Describe the training split and, under ``validation``, the split that is validated on (None without).
+    """Return descriptions of the training split and, under ``validation``, of the validation split (None without).
 
-    Each has a sketch of its texts, by which `moe_beyond.predictors.training_text` finds them in other trace sets.
+    Each has a sketch of its texts, which `moe_beyond.predictors.training_text` compares with other trace sets.
+
+    Args:
+        data: Data module of the fit.
     """
-    validation = None if data.val_split is None else _described(data.val_traces, data.val_split)
-    return {**_described(data.traces, data.train_split), "validation": validation}
+    validation = None if data.val_split is None else _describe(data.val_traces, data.val_split)
+    return {**_describe(data.traces, data.train_split), "validation": validation}
 
 
-def _described(traces: TraceSet, split: str) -> dict[str, Any]:
+def _describe(traces: TraceSet, split: str) -> dict[str, Any]:
     return {**traces.describe(split), "texts": sketch(text_hashes(traces, split))}

@@ -1,4 +1,4 @@
-"""Reading planned batches out of shards, a few shards in memory at a time."""
+"""Reading planned batches from shards, with a few shards in memory at a time."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
-from moe_beyond.datamodules.batch_plan import Piece, PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import BatchingSettings, Segment, plan_batches
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.traces.manifest import ShardInfo
 from moe_beyond.traces.reader import TraceSet
@@ -17,57 +17,64 @@ from moe_beyond.traces.trace import Trace
 
 
 class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
-    """Yields an epoch's batches as lists of pieces; each rank takes every n-th, all ranks equally many.
+    """Yields the batches of an epoch as tuples of segments; each of n ranks takes every n-th batch.
 
-    It is a `DistributedSampler` so that Lightning gives it the epoch and does not put one of its own around it, and a
-    `SequentialSampler` so that ``overfit_batches`` keeps it: that option replaces any other sampler.
+    All ranks take the same number of batches.
+
+    As a `DistributedSampler` it receives the epoch from Lightning, which then adds no sampler of its own. As a
+    `SequentialSampler` it is kept by ``overfit_batches``, which replaces all others.
     """
 
     def __init__(
-        self, lengths: Sequence[npt.NDArray[np.int64]], settings: PlanSettings, *, ranks: int = 1, rank: int = 0
+        self, lengths: Sequence[npt.NDArray[np.int64]], settings: BatchingSettings, *, ranks: int = 1, rank: int = 0
     ) -> None:
-        """Plan nothing yet.
+        """Store the settings; the plan is made when it is first needed.
 
         Args:
-            lengths: For each shard the tokens of its rows.
-            settings: How to plan.
-            ranks: Processes that train together.
-            rank: Which of them this is.
+            lengths: Numbers of tokens of the rows of each shard.
+            settings: Settings of the batch plan.
+            ranks: Number of processes that train together (default: 1).
+            rank: Index of this process (default: 0).
         """
         super().__init__(range(1), num_replicas=ranks, rank=rank, shuffle=settings.shuffle, seed=settings.seed)  # type: ignore[arg-type]
         self._lengths, self._settings = lengths, settings
-        self._planned: tuple[int, list[tuple[Piece, ...]]] | None = None
+        self._planned: tuple[int, list[tuple[Segment, ...]]] | None = None
         self._done = 0
 
-    def _plan(self) -> list[tuple[Piece, ...]]:
+    def _plan(self) -> list[tuple[Segment, ...]]:
         if self._planned is None or self._planned[0] != self.epoch:
             self._planned = self.epoch, plan_batches(self._lengths, self._settings, self.epoch)
         return self._planned[1]
 
     def resume(self, epoch: int, done: int) -> None:
-        """Let the next pass start after ``done`` batches of an epoch."""
+        """Start the next pass within an epoch.
+
+        Args:
+            epoch: Index of the epoch.
+            done: Number of batches to skip.
+        """
         self.set_epoch(epoch)
         self._done = done
 
-    def __iter__(self) -> Iterator[tuple[Piece, ...]]:  # type: ignore[override]
-        """Yield this rank's batches."""
+    def __iter__(self) -> Iterator[tuple[Segment, ...]]:  # type: ignore[override]
+        """Yield the batches of this rank."""
         plan, done = self._plan(), self._done
         self._done = 0
         return iter(plan[self.rank : len(self) * self.num_replicas : self.num_replicas][done:])
 
     def __len__(self) -> int:
-        """Batches of this rank; what the ranks cannot share evenly is dropped."""
+        """Return the number of batches per rank; a remainder that the ranks cannot share evenly is dropped."""
         return len(self._plan()) // self.num_replicas
 
 
 class ShardedTraces(Dataset[Batch]):
-    """Turns lists of pieces into batches.
+    """Reads batches, each as a tuple of segments.
 
     Args:
-        traces: The trace set.
-        shards: Its shards, in the order that pieces number them.
-        window: Shards kept decoded.
-        hidden_states: Whether to read those too.
+        traces: Trace set to read.
+        shards: Shards, in the order in which segments number them.
+        window: Number of decoded shards in memory.
+        hidden_states: Whether to read hidden states (default: False).
     """
 
     def __init__(
@@ -77,13 +84,13 @@ class ShardedTraces(Dataset[Batch]):
         self._hidden_states = hidden_states
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
 
-    def __getitem__(self, pieces: tuple[Piece, ...]) -> Batch:
+    def __getitem__(self, segments: tuple[Segment, ...]) -> Batch:
         """Read one batch."""
-        return collate([self._cut(piece) for piece in pieces], [piece.start for piece in pieces])
+        return collate([self._cut(segment) for segment in segments], [segment.start for segment in segments])
 
-    def _cut(self, piece: Piece) -> Trace:
-        trace = self._shard(piece.shard).trace(piece.row)
-        part = slice(piece.start, piece.stop)
+    def _cut(self, segment: Segment) -> Trace:
+        trace = self._shard(segment.shard).trace(segment.row)
+        part = slice(segment.start, segment.stop)
         return replace(
             trace,
             token_ids=trace.token_ids[part],

@@ -1,4 +1,4 @@
-"""The data module of trace sets."""
+"""The LightningDataModule of trace sets."""
 
 import multiprocessing
 import multiprocessing.forkserver
@@ -12,40 +12,46 @@ import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches, whole_in_order
+from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches, whole_in_order
 from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
 from moe_beyond.traces.tokenizers import same_tokenizer
 
-TOKENS_AT_ONCE = 4096
+COUNTED_TOKENS = 4096
+"""Number of tokens that are counted at once."""
 
 
 class TraceDataModule(L.LightningDataModule):
-    """Streams a trace set in length-bucketed batches, the same ones with any number of workers.
+    """Streams a trace set in length-bucketed batches, which do not depend on the number of workers.
 
-    Training sequences are cut into pieces of ``max_tokens`` and shuffled by seed and epoch; validation, test and
-    prediction see whole sequences in a fixed order.
+    Training sequences are cut into segments of ``max_tokens`` and shuffled by seed and epoch. Validation, test and
+    prediction read whole sequences in a fixed order.
+
+    ``geometry``, ``vocab_size`` and ``hidden_size`` are available before `setup`.
 
     Args:
-        traces: Trace set to train on; a folder, ``hf:ORG/REPO``, or a URL that fsspec knows.
-        train_split: Its split to train on.
-        val_split: Split to validate on; None trains without validation.
-        val_traces: Another trace set to take the validation split from.
-        test_traces: Trace set that `test` and `predict` read, all its splits; by default the validation split.
-        token_budget: Padded tokens of a batch at most.
-        max_tokens: Tokens of a training piece at most.
-        window: Shards whose sequences are mixed in training, and held in memory.
-        seed: Of the shuffling.
-        num_workers: Processes that read, per split.
+        traces: Trace set for training: a folder, ``hf:ORG/REPO`` or an fsspec URL.
+        train_split: Name of the training split (default: ``train``).
+        val_split: Name of the validation split, or None to train without validation (default: ``validation``).
+        val_traces: Trace set that holds the validation split (default: ``traces``).
+        test_traces: Trace set that `test` and `predict` read, with all its splits (default: the validation split).
+        token_budget: Largest number of padded tokens per batch (default: 2048).
+        max_tokens: Largest number of tokens per training segment (default: 256).
+        window: Number of shards whose sequences are mixed in training and kept in memory (default: 8).
+        seed: Seed of the shuffling (default: 0).
+        num_workers: Number of reading processes per split (default: 0, the main process reads).
 
     Attributes:
-        hidden_states: Whether batches carry hidden states; a task turns it on for a predictor that reads them.
+        hidden_states: Whether batches carry hidden states; tasks set it for predictors that read them.
+
+    Raises:
+        UserError: A trace set cannot be read, the trace sets do not fit together, or a number is out of range.
     """
 
     def __init__(
@@ -69,45 +75,45 @@ class TraceDataModule(L.LightningDataModule):
                 raise UserError(f"data.{name} must be at least {least[name]} (got {number})")
         folders = {"traces": traces, "val_traces": val_traces, "test_traces": test_traces}
         if empty := [name for name, folder in folders.items() if folder is not None and not folder.strip()]:
-            raise UserError(f"data.{empty[0]}: the name is empty; name the folder of a trace set")
+            raise UserError(f"data.{empty[0]}: the name is empty; give the folder of a trace set")
         self.train_split, self.val_split = train_split, val_split
         self.token_budget, self.max_tokens, self.window = token_budget, max_tokens, window
         self.seed, self.num_workers = seed, num_workers
         self.hidden_states = False
         self._resume_at: tuple[int, int] | None = None
         self.traces = TraceSet(traces)
-        self.val_traces = self.traces if val_traces is None else self._agreeing(val_traces)
-        self.test_traces = None if test_traces is None else self._agreeing(test_traces)
+        self.val_traces = self.traces if val_traces is None else self._matching(val_traces)
+        self.test_traces = None if test_traces is None else self._matching(test_traces)
 
     @property
     def manifest(self) -> Manifest:
-        """The training set's manifest."""
+        """Manifest of the training traces."""
         return self.traces.manifest
 
     @property
     def geometry(self) -> Geometry:
-        """The shape that a predictor must have."""
+        """Shape of the model."""
         return self.manifest.geometry
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that a predictor must know."""
+        """Number of token ids of the tokenizer."""
         return self.manifest.tokenizer.vocab_size
 
     @property
     def hidden_size(self) -> int | None:
-        """Width of the hidden states, where the traces have some."""
+        """Width of the hidden states; None if the traces have none."""
         return self.manifest.hidden_size
 
-    def training_text(self) -> TrainingText:
-        """Count the training split's tokens, and name them."""
+    def training_stats(self) -> TrainingStats:
+        """Return the statistics of the training split that a predictor may read before a fit."""
         counts = np.zeros(self.vocab_size, np.int64)
         for info in self.traces.shards(self.train_split):
             counts += np.bincount(self.traces.read(info).token_ids, minlength=self.vocab_size)
-        return TrainingText(counts, self.traces.token_strings, self._expert_counts, self.traces.routers)
+        return TrainingStats(counts, self.traces.token_strings, self._expert_counts, self.traces.routers)
 
     def _expert_counts(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Count how often the training split routed tokens to each expert: ``(n, L*E)``."""
+        """Count how often the training split routed each token id to each expert: ``(n, L*E)``."""
         layers, experts, _ = self.geometry.shape()
         counts = np.zeros((len(token_ids), layers * experts), np.int32)
         row_of = np.full(self.vocab_size, -1)
@@ -116,17 +122,17 @@ class TraceDataModule(L.LightningDataModule):
         for info in self.traces.shards(self.train_split):
             shard = self.traces.read(info)
             rows = row_of[shard.token_ids]
-            for start in range(0, len(rows), TOKENS_AT_ONCE):
-                part = slice(start, start + TOKENS_AT_ONCE)
-                known = rows[part] >= 0
-                ids = expert_ids(shard.experts[part][known], experts)
-                there = ids < experts
-                token = np.broadcast_to(rows[part][known][:, None, None], ids.shape)
-                np.add.at(counts, (token[there], (ids + base)[there]), 1)
+            for start in range(0, len(rows), COUNTED_TOKENS):
+                part = slice(start, start + COUNTED_TOKENS)
+                counted = rows[part] >= 0
+                ids = expert_ids(shard.experts[part][counted], experts)
+                real = ids < experts
+                token = np.broadcast_to(rows[part][counted][:, None, None], ids.shape)
+                np.add.at(counts, (token[real], (ids + base)[real]), 1)
         return counts
 
     def setup(self, stage: str) -> None:
-        """Check that the splits are there before anything runs."""
+        """Check that the splits exist."""
         if stage == "fit":
             self.traces.shards(self.train_split)
         if stage in ("fit", "validate") and self.val_split is not None:
@@ -135,10 +141,10 @@ class TraceDataModule(L.LightningDataModule):
             self._note_copies(self.val_split)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled pieces of the training split."""
-        # With overfit_batches the same batches come in every epoch.
+        """Return shuffled segments of the training split."""
+        # overfit_batches needs the same batches in every epoch.
         shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        settings = PlanSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=shuffle)
+        settings = BatchingSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=shuffle)
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = PlannedBatches(self.traces.lengths(self.train_split), settings, ranks=ranks, rank=rank)
         if self._resume_at is not None:
@@ -147,91 +153,90 @@ class TraceDataModule(L.LightningDataModule):
         return self._loader(self.traces, self.train_split, self.window, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """The validation split, whole sequences."""
+        """Return the validation split as whole sequences."""
         return [] if self.val_split is None else self._evaluation_loader(self.val_traces, self.val_split)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """All of ``test_traces``, or else the validation split, whole sequences."""
+        """Return ``test_traces``, otherwise the validation split, as whole sequences."""
         if self.test_traces is not None:
             return self._evaluation_loader(self.test_traces, None)
         self._check_validation()
         return self._evaluation_loader(self.val_traces, self.val_split)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """What `test_dataloader` gives."""
+        """Return the sequences of `test_dataloader`."""
         return self.test_dataloader()
 
     def _note_copies(self, split: str) -> None:
-        """Note validation sequences that are exact copies of training ones; without token ids that would take long."""
+        """Report validation sequences that are exact copies of training sequences, if both sets have token ids."""
         if not (self.manifest.has_token_ids and self.val_traces.manifest.has_token_ids):
             return
         training, validation = set(self.traces.text_digests(self.train_split)), self.val_traces.text_digests(split)
         if copies := sum(text in training for text in validation):
             rank_zero_info(
                 f"note: {copies:,} of {len(validation):,} validation sequences are exact copies of training sequences; "
-                "--val-blocks of `import` and `collect` leaves such copies out"
+                "--val-blocks of `import` and `collect` excludes such copies"
             )
 
     def _check_validation(self) -> None:
         if self.val_split is None or self.val_split not in self.val_traces.manifest.splits:
             raise UserError(
-                f"{self.val_traces.folder}: has no split {self.val_split!r} to validate on; make one with "
-                "--val-blocks, or name one with --data.val_traces, or train without by --data.val_split null"
+                f"{self.val_traces.folder}: has no validation split {self.val_split!r}; create one with --val-blocks, "
+                "give another trace set with --data.val_traces, or train without one: --data.val_split null"
             )
 
-    def _agreeing(self, folder: str) -> TraceSet:
+    def _matching(self, folder: str) -> TraceSet:
         other = TraceSet(folder)
         if other.geometry.shape() != self.geometry.shape():
             raise UserError(
                 f"{folder}: has {other.geometry.describe_shape()}, "
                 f"but {self.traces.folder} has {self.geometry.describe_shape()}"
             )
-        theirs, ours = other.manifest.tokenizer, self.manifest.tokenizer
-        if not same_tokenizer(theirs, ours):
-            raise UserError(f"{folder}: its tokenizer is not that of {self.traces.folder}")
+        if not same_tokenizer(other.manifest.tokenizer, self.manifest.tokenizer):
+            raise UserError(f"{folder}: has another tokenizer than {self.traces.folder}; give traces of the same model")
         return other
 
     def _evaluation_loader(self, traces: TraceSet, split: str | None) -> DataLoader[Batch]:
-        """Load a split as whole sequences, in order; every rank all of them."""
+        """Return a split as whole sequences, in order; every rank reads all of them."""
         sampler = PlannedBatches(traces.lengths(split), whole_in_order(self.token_budget))
         return self._loader(traces, split, 1, sampler)
 
     def _loader(self, traces: TraceSet, split: str | None, window: int, sampler: PlannedBatches) -> DataLoader[Batch]:
         if self.num_workers:
-            _start_server_of_workers()
+            _start_forkserver()
         return DataLoader(
             ShardedTraces(traces, traces.shards(split), window, hidden_states=self.hidden_states),
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
-            # Arrow's threads do not survive a fork.
+            # Arrow's threads do not survive a fork of this process.
             multiprocessing_context="forkserver" if self.num_workers else None,
         )
 
-    def plan(self) -> dict[str, int]:
-        """Return the settings that decide which sequences are in which batch of an epoch."""
+    def batching(self) -> dict[str, int]:
+        """Return the settings that determine the batches of an epoch."""
         return {"token_budget": self.token_budget, "max_tokens": self.max_tokens, "window": self.window,
                 "seed": self.seed}  # fmt: skip
 
     def resume(self, epoch: int, done: int) -> None:
-        """Let the next pass over the training split begin within an epoch.
+        """Start the next pass over the training split within an epoch.
 
         Args:
-            epoch: Epoch, counted from 0.
-            done: Batches of it to skip.
+            epoch: Index of the epoch, from 0.
+            done: Number of batches to skip.
         """
         self._resume_at = epoch, done
 
 
-def _start_server_of_workers() -> None:
-    """Start the process that workers fork from so that Ctrl-C, which a terminal sends to all, ends no worker.
+def _start_forkserver() -> None:
+    """Start the process from which workers are forked, so that workers ignore Ctrl-C.
 
-    Only the main process is to answer it, and then stops its workers. They inherit from their birth that it is ignored;
-    one that were to die of it would print a traceback, and end the fit before it saved a checkpoint.
+    A terminal sends Ctrl-C to all processes. Only the main process handles it and then stops its workers. A worker that
+    died of it would print a traceback and end the fit before a checkpoint is saved.
     """
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set signal handlers
         return
-    # Imported once in the server, not by every worker of every epoch: Ctrl-C would wait for workers that still import.
+    # Import once in the server instead of in every worker of every epoch: Ctrl-C would wait for importing workers.
     multiprocessing.set_forkserver_preload([ShardedTraces.__module__])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -243,13 +248,13 @@ def _start_server_of_workers() -> None:
 def whole_sequences(
     traces: TraceSet, split: str | None = None, *, token_budget: int = 2048, hidden_states: bool = False
 ) -> Iterator[Batch]:
-    """Read a split, or all, as whole sequences, in the very batches that `test` reads at the same token budget.
+    """Yield whole sequences in the batches that `test` reads at the same token budget.
 
     Args:
-        traces: The trace set.
-        split: The split, or None for all.
-        token_budget: Padded tokens of a batch at most.
-        hidden_states: Whether batches carry those.
+        traces: Trace set to read.
+        split: Name of the split (default: all splits).
+        token_budget: Largest number of padded tokens per batch (default: 2048).
+        hidden_states: Whether batches carry hidden states (default: False).
     """
     reader = ShardedTraces(traces, traces.shards(split), window=1, hidden_states=hidden_states)
-    return (reader[pieces] for pieces in plan_batches(traces.lengths(split), whole_in_order(token_budget), epoch=0))
+    return (reader[segments] for segments in plan_batches(traces.lengths(split), whole_in_order(token_budget), epoch=0))

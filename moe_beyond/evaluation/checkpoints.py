@@ -13,13 +13,10 @@ from moe_beyond.evaluation.run import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.checkpoint import Checkpoint, load_checkpoint
-from moe_beyond.predictors.io.folder import load_predictor, read_config
+from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.pretrained import CONFIG_FILE as PREDICTOR_CONFIG
 from moe_beyond.pretrained import find_predictor
-
-CONFIG_FILE = "config.yaml"
-EXPORTED = "predictor"
-"""Name of the predictor folder in the folder of a run."""
+from moe_beyond.run_folder import PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints_of, is_run, run_of
 
 COPIES = ("last", "interrupted")
 """Beginnings of the names of checkpoints that may be second copies of others."""
@@ -33,11 +30,6 @@ class CheckpointEvaluation:
     epoch: int
     step: int
     evaluation: Evaluation
-
-
-def is_run(folder: str | Path) -> bool:
-    """Tell whether a folder is that of a run: it keeps a configuration or checkpoints."""
-    return (Path(folder) / CONFIG_FILE).exists() or any(Path(folder).glob("checkpoints/*.ckpt"))
 
 
 def find_trained(name: str) -> Path:
@@ -57,7 +49,7 @@ def find_trained(name: str) -> Path:
     folder = Path(name)
     if not is_run(folder) or (folder / PREDICTOR_CONFIG).exists():
         return find_predictor(name)
-    trained = folder / EXPORTED
+    trained = folder / PREDICTOR_FOLDER
     if not (trained / PREDICTOR_CONFIG).exists():
         if not (files := checkpoints_of(folder)):
             raise UserError(f"{name}: holds no checkpoint (*.ckpt)")
@@ -78,7 +70,7 @@ def load_trained(path: Path) -> tuple[Predictor, dict[str, Any]]:
         UserError: It is damaged.
     """
     if path.is_dir():
-        return load_predictor(path), read_config(path).get("training") or {}
+        return read_predictor(path), read_config(path).get("training") or {}
     checkpoint = load_checkpoint(path)
     return checkpoint.predictor, checkpoint.training
 
@@ -105,7 +97,7 @@ def validation_data(run: str | Path) -> tuple[str, str]:
     Raises:
         UserError: There is no configuration, or the run had no validation.
     """
-    path = Path(run) / CONFIG_FILE
+    path = Path(run) / RUN_CONFIG_FILE
     if not path.exists():
         raise UserError(f"{path}: not found; name the trace set with --traces")
     data = yaml.safe_load(path.read_text(encoding="utf-8")).get("data", {}).get("init_args", {})
@@ -114,20 +106,9 @@ def validation_data(run: str | Path) -> tuple[str, str]:
     return data.get("val_traces") or data["traces"], data["val_split"]
 
 
-def checkpoints_of(run: str | Path) -> list[Path]:
-    """List the checkpoints of a run; hidden files, which are still being written, are left out."""
-    return [path for path in Path(run).rglob("*.ckpt") if not path.name.startswith(".")]
-
-
-def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that wrote a checkpoint: Lightning keeps checkpoints in a folder of the run's."""
-    nearby = (checkpoint.parent.parent, checkpoint.parent)
-    return next((folder for folder in nearby if (folder / CONFIG_FILE).exists()), checkpoint.parent)
-
-
 def resumed_from(run: str | Path) -> Path | None:
     """Return the checkpoint that a run went on from, as its configuration names it; None for none, or none any more."""
-    path = Path(run) / CONFIG_FILE
+    path = Path(run) / RUN_CONFIG_FILE
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     named = config.get("ckpt_path") if isinstance(config, dict) else None
     return Path(named) if isinstance(named, str) and Path(named).exists() else None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.architectures.popularity import Popularity
-from moe_beyond.predictors.io.folder import check_fits, load_predictor
+from moe_beyond.predictors.io.folder import check_fits, read_predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.usage_profile import Profile
 
@@ -19,7 +19,7 @@ def load_profile(folder: str | Path, traces: TraceSet) -> Profile:
     Raises:
         UserError: The predictor is another, or does not fit the traces.
     """
-    predictor = load_predictor(folder)
+    predictor = read_predictor(folder)
     if not isinstance(predictor, Popularity):
         raise UserError(
             f"{folder}: a profile is a fitted history or popularity predictor, not {predictor.architecture}"

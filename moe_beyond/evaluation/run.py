@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import RecallSums, check_resamples, recall_intervals, result_intervals
 from moe_beyond.evaluation.sources import Scored, ScoreSource
-from moe_beyond.metrics import RoutingMetrics
+from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
 from moe_beyond.predictors.batch import collate
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
@@ -33,19 +33,23 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        metrics: One object a lookahead, as `RoutingMetrics.to_rows` gives them; empty where none were asked for.
+        metrics: One row per lookahead; empty where none were asked for.
         results: One record a strategy, in the order asked for.
         resamples: Draws of sequences that ``intervals`` in both are of; 0 where there are none.
     """
 
-    metrics: list[dict[str, Any]]
+    metrics: list[LookaheadMetrics]
     results: list[Result]
     resamples: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         drawn = {"resamples": self.resamples} if self.resamples else {}
-        return {"metrics": self.metrics, "results": [result.to_json() for result in self.results], **drawn}
+        return {
+            "metrics": [row.to_json() for row in self.metrics],
+            "results": [result.to_json() for result in self.results],
+            **drawn,
+        }
 
 
 def evaluate(
@@ -100,12 +104,13 @@ def evaluate(
                     sequences = [Steppable(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
                     for _ in pool.map(lambda replaying, part=sequences: _add(replaying, part), share):
                         progress(sum(map(len, sequences)))
-    rows = [] if metrics is None or measure is None else metrics.to_rows(measure.lookaheads, geometry.moe_layers)
-    rows = [{**row, "causal": measure.causal} for row in rows if measure is not None]
+    rows: list[LookaheadMetrics] = []
+    if metrics is not None and measure is not None:
+        rows = metrics.rows(measure.lookaheads, geometry.moe_layers, causal=measure.causal)
     results = _results(replays)
     if resamples:
         ends = recall_intervals(recall, resamples) if rows else []
-        rows = [{**row, "intervals": {"recall_at_k": found}} for row, found in zip(rows, ends, strict=True)]
+        rows = [replace(row, intervals={"recall_at_k": pair}) for row, pair in zip(rows, ends, strict=True)]
         results = result_intervals(results, [replaying.sums for replaying in replays], resamples)
     return Evaluation(rows, results, resamples)
 
@@ -179,11 +184,11 @@ def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Score
 def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any, recall: RecallSums | None) -> None:
     """Add a sequence to the metrics, and its part to recall's sums, if there are any."""
     batch, experts = collate([trace]), scores.shape[-1]
-    found, named = metrics.found.clone(), metrics.chosen.sum(-1)
+    found, named = metrics.true_positives.clone(), metrics.chosen.sum(-1)
     metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
     if recall is not None:
         recall.names.append(trace.sequence_id)
-        recall.found.append((metrics.found - found).double().numpy())
+        recall.found.append((metrics.true_positives - found).double().numpy())
         recall.named.append((metrics.chosen.sum(-1) - named).double().numpy())
 
 

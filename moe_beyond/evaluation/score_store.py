@@ -33,7 +33,7 @@ INDEX_FIELDS = {
     "predictor": TEXT,
     "lookaheads": Kind("a list", lambda value: isinstance(value, list) and bool(value)),
     "causal": FLAG,
-    "available": Kind("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
+    "available_after": Kind("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
     "geometry": OBJECT,
     "traces": TEXT,
     "training": optional(OBJECT),
@@ -82,7 +82,7 @@ def writing_scores(
     predictor: str,
     traces: str,
     causal: bool = True,
-    available: str = "routed",
+    available_after: str = "routed",
     training: Mapping[str, Any] | None = None,
 ) -> Iterator[ScoresWriter]:
     """Write a scores folder, which appears, whole, when the block ends without an error.
@@ -94,7 +94,7 @@ def writing_scores(
         predictor: What to call the predictor in tables.
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens.
-        available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         training: Record of the predictor's training text, if there is one.
     """
     ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
@@ -107,7 +107,7 @@ def writing_scores(
             "predictor": predictor,
             "lookaheads": list(lookaheads),
             "causal": causal,
-            "available": available,
+            "available_after": available_after,
             "geometry": geometry.to_json(),
             "traces": traces,
             "training": training and dict(training),
@@ -144,7 +144,7 @@ class ScoresFolder:
         check_seal(index, path, "restore the file, or predict again")
         self.predictor: str = index["predictor"]
         self.causal: bool = index["causal"]
-        self.available: str = index["available"]
+        self.available_after: str = index["available_after"]
         self.traces: str = index["traces"]
         self.training: dict[str, Any] | None = index["training"]
         self._files: dict[str, str] = index["files"]

@@ -16,8 +16,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config
-from moe_beyond.predictors.training_text import Training
+from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
+from moe_beyond.predictors.training_text import TrainingRecord
 from moe_beyond.pretrained import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
@@ -34,7 +34,7 @@ class ScoreSource:
         name: What tables call it.
         lookaheads: What the H slices of the scores are.
         causal: Whether the scores ignore later tokens.
-        available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         sequences: Yields every sequence of a split (None: of all) with its scores; given true, in the traces' order.
         training: Record of the text that the predictor was fitted on; None where there is none.
     """
@@ -42,9 +42,9 @@ class ScoreSource:
     name: str
     lookaheads: tuple[Lookahead, ...]
     causal: bool
-    available: str
+    available_after: str
     sequences: Callable[[TraceSet, str | None, bool], Iterator[Scored]]
-    training: Training | None = None
+    training: TrainingRecord | None = None
 
 
 def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | None = None) -> ScoreSource:
@@ -74,7 +74,7 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
                     yield trace, probabilities[row, : len(trace)]
 
     known = predictor.information
-    return ScoreSource(name, known.lookaheads, known.causal, known.available, sequences, predictor.fitted_on)
+    return ScoreSource(name, known.lookaheads, known.causal, known.available_after, sequences, predictor.fitted_on)
 
 
 def from_predictor_folder(folder: str | Path) -> ScoreSource:
@@ -83,7 +83,7 @@ def from_predictor_folder(folder: str | Path) -> ScoreSource:
     Raises:
         UserError: It is not a predictor folder, or is damaged.
     """
-    predictor = load_predictor(folder)
+    predictor = read_predictor(folder)
     tokenizer = read_config(folder).get("training", {}).get("tokenizer") or {}
     name = name_of_folder(folder, predictor.architecture)
     return from_predictor(predictor, name, tokenizer_sha256=tokenizer.get("sha256"))
@@ -114,7 +114,9 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         for trace in traces.traces(split):
             yield trace, stored.scores(trace.sequence_id, len(trace))
 
-    return ScoreSource(stored.predictor, stored.lookaheads, stored.causal, stored.available, sequences, stored.training)
+    return ScoreSource(
+        stored.predictor, stored.lookaheads, stored.causal, stored.available_after, sequences, stored.training
+    )
 
 
 def published_for(architecture: str, traces: TraceSet) -> Path | None:

@@ -56,7 +56,7 @@ def strategy(
         scores = {
             "lookahead": None if kind != SCORED else source.lookaheads[0] if lookahead is None else lookahead,
             "lookaheads": source.lookaheads,
-            "available": source.available,
+            "available_after": source.available_after,
             "predictor": source.name,
             "causal": source.causal,
         }

@@ -9,7 +9,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, asking_hub, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import EXPORTED
 from moe_beyond.files import read_json
 from moe_beyond.hub.predictors import LIBRARY, PICTURE_FILE, predictor_files
 from moe_beyond.hub.traces import trace_files
@@ -80,7 +79,7 @@ def prepare(folder: str | Path, repository: str, traces: str | None = None) -> U
         raise UserError("--traces names what a predictor was fitted on; a trace set goes by itself")
     if is_traces:
         return Upload(repository, "dataset", trace_files(folder, repository))
-    inside = f"; it is in {folder / EXPORTED}" if (folder / EXPORTED / CONFIG_FILE).is_file() else ""
+    inside = f"; it is in {folder / PREDICTOR_FOLDER}" if (folder / PREDICTOR_FOLDER / CONFIG_FILE).is_file() else ""
     raise UserError(f"{folder}: has neither {CONFIG_FILE} (a predictor) nor {MANIFEST_FILE} (a trace set){inside}")
 
 

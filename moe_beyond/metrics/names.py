@@ -1,34 +1,39 @@
-"""Names under which a fit logs its figures; wandb makes a section of the part before the slash.
+"""Names of the figures that a fit logs; wandb shows one section per part before the slash.
 
-Each number has one name. ``val/recall_at_k`` is that of the predictor's first lookahead, whichever that is, so that one
-configuration can monitor it for every predictor; the other figures of that lookahead are in its section.
+Each figure has one name. ``val/recall_at_k`` is the recall of the predictor's first lookahead, so that one
+configuration can monitor every predictor. All other figures are in the section of their lookahead.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.metrics.rows import LookaheadMetrics
 
 HEADLINE = "recall_at_k"
-EQUAL = ("f1",)
-"""Figures of `RoutingMetrics` that are not logged: where a router fills its K slots, F1 of the best K is recall@k."""
+UNLOGGED = ("f1",)
+"""Figures that are not logged: without padding experts, F1 of the K best-scored experts equals recall@k."""
 
 
-def of_lookahead(stage: str, lookahead: Lookahead | str, figure: str, *, first: bool = False) -> str:
-    """Name a figure of one lookahead.
+def of_lookahead(stage: str, lookahead: Lookahead | str | None, figure: str, *, first: bool = False) -> str:
+    """Return the name of a figure of one lookahead.
 
     Args:
         stage: ``val`` or ``test``.
-        lookahead: When the scores were known.
-        figure: A figure of `RoutingMetrics`.
-        first: Whether it is the predictor's first lookahead.
+        lookahead: Lookahead of the scores.
+        figure: Name of a figure of `RoutingMetrics`.
+        first: Whether this is the predictor's first lookahead (default: False).
     """
     return f"{stage}/{figure}" if first and figure == HEADLINE else f"{stage}_lookahead_{lookahead}/{figure}"
 
 
 def of_budget(stage: str, budget: str, figure: str) -> str:
-    """Name a figure of a replay, with letters, digits and underscores only, as wandb's queries want them.
+    """Return the name of a figure of a replay, of letters, digits and underscores, which wandb's queries accept.
+
+    Args:
+        stage: ``val`` or ``test``.
+        budget: Budget of the replay.
+        figure: Name of the figure.
 
     Example:
         >>> of_budget("val", "10%", "hit_rate"), of_budget("val", "2.9GB", "lru_hit_rate"), of_budget("val", "24", "x")
@@ -39,11 +44,16 @@ def of_budget(stage: str, budget: str, figure: str) -> str:
     return f"{stage}_budget_{text}/{figure}"
 
 
-def lookahead_figures(rows: Sequence[Mapping[str, Any]], stage: str) -> dict[str, float]:
-    """Return the figures to log of `RoutingMetrics.to_rows`, by name."""
+def lookahead_figures(rows: Sequence[LookaheadMetrics], stage: str) -> dict[str, float]:
+    """Return the figures to log, by name.
+
+    Args:
+        rows: One row per lookahead, the predictor's first lookahead first.
+        stage: ``val`` or ``test``.
+    """
     return {
-        of_lookahead(stage, row["lookahead"], figure, first=number == 0): value
+        of_lookahead(stage, row.lookahead, figure, first=number == 0): value
         for number, row in enumerate(rows)
-        for figure, value in row.items()
-        if isinstance(value, float) and figure not in EQUAL
+        for figure, value in row.figures().items()
+        if figure not in UNLOGGED
     }

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import subset_shift
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
-from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.objectives import subset_shift
-from moe_beyond.predictors.stepping.activation import LINKS, link_now
+from moe_beyond.predictors.information import InformationSet
+from moe_beyond.predictors.numba_activation import ACTIVATIONS, apply_activation_numba
 from moe_beyond.pretrained import find_pretrained
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import padding_id
 
 
 @dataclass(frozen=True)
-class TrainingText:
+class TrainingStats:
     """What a predictor may know of the training split's text before it is fitted.
 
     Attributes:
@@ -254,7 +254,7 @@ class Predictor(nn.Module, ABC):
     """
 
     architecture: ClassVar[str]
-    link: Literal["sigmoid", "softmax", "subset"]
+    activation: Literal["sigmoid", "softmax", "subset"]
 
     def __init__(self, geometry: Geometry, vocab_size: int) -> None:
         super().__init__()
@@ -274,16 +274,16 @@ class Predictor(nn.Module, ABC):
         Raises:
             UserError: There is no such predictor, the name means two, it is damaged, or it is none of this class.
         """
-        from moe_beyond.predictors.io.folder import load_predictor  # which builds on this module
+        from moe_beyond.predictors.io.folder import read_predictor  # which builds on this module
 
-        predictor = load_predictor(find_pretrained(name, revision))
+        predictor = read_predictor(find_pretrained(name, revision))
         if not isinstance(predictor, cls):
             raise UserError(f"{name}: is a {predictor.architecture}, not a {cls.__name__}")
         return predictor
 
     @property
     @abstractmethod
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """What this instance knows, and when."""
 
     @abstractmethod
@@ -298,7 +298,7 @@ class Predictor(nn.Module, ABC):
             UserError: The instance sees later tokens, so no decoding loop could feed it.
         """
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: TrainingStats) -> None:
         """Take in the training split's vocabulary before a fit; nothing by default."""
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -306,9 +306,9 @@ class Predictor(nn.Module, ABC):
         logits = logits.float()
         if self.calibration is not None:
             logits = self.calibration(logits)
-        return self.linked(logits)
+        return self.apply_activation(logits)
 
-    def probabilities_now(
+    def step_probabilities(
         self, logits: npt.NDArray[np.float32], lookaheads: npt.NDArray[np.int64], layers: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         """Compute the same for a stepper, in a few microseconds.
@@ -323,13 +323,15 @@ class Predictor(nn.Module, ABC):
             scale, shift = np.ones(shape, np.float32), np.zeros(shape, np.float32)
         else:
             scale, shift = self.calibration.arrays
-        return link_now(logits, scale, shift, lookaheads, layers, LINKS.index(self.link), self.geometry.top_k)
+        return apply_activation_numba(
+            logits, scale, shift, lookaheads, layers, ACTIVATIONS.index(self.activation), self.geometry.top_k
+        )
 
-    def linked(self, logits: Tensor) -> Tensor:
+    def apply_activation(self, logits: Tensor) -> Tensor:
         """Turn logits ``(..., E)`` into probabilities of being chosen, by the link alone."""
-        if self.link == "sigmoid":
+        if self.activation == "sigmoid":
             return logits.sigmoid()
-        if self.link == "subset":
+        if self.activation == "subset":
             return (logits - subset_shift(logits, self.geometry.top_k)).sigmoid()
         return (logits.softmax(-1) * self.geometry.top_k).clamp(max=1.0)
 
@@ -343,13 +345,13 @@ class GradientPredictor(Predictor):
     """A predictor that is fitted by gradient descent."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
         """Return the training objective, a scalar: a mean over real tokens, layers and lookaheads.
 
         Args:
             logits: ``(B, T, H, L, E)``, what `forward` returned.
             batch: What it was given.
-            wanted: Of the same shape, probabilities to fit in place of what was chosen.
+            soft_targets: Of the same shape, probabilities to fit in place of what was chosen.
         """
 
 
@@ -357,5 +359,5 @@ class CountingPredictor(Predictor):
     """A predictor that is fitted by counting, in one pass over the data."""
 
     @abstractmethod
-    def observe(self, batch: Batch) -> None:
+    def partial_fit(self, batch: Batch) -> None:
         """Count a batch."""

@@ -102,13 +102,13 @@ def calibrate(predictor: "Predictor", batches: Iterable[Batch]) -> Calibration:
 def _fit(predictor: "Predictor", logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Fit all layers ``(N, L, E)`` of one lookahead; return ``(L,)`` each."""
     log_scale, shift = (nn.Parameter(logits.new_zeros(logits.shape[1])) for _ in range(2))
-    parameters = [log_scale, shift] if predictor.link == "sigmoid" else [log_scale]
+    parameters = [log_scale, shift] if predictor.activation == "sigmoid" else [log_scale]
     optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         scaled = logits * _scale(log_scale)[:, None] + shift[:, None]
-        p = predictor.linked(scaled).clamp(SURE, 1 - SURE)
+        p = predictor.apply_activation(scaled).clamp(SURE, 1 - SURE)
         value = nn.functional.binary_cross_entropy(p, chosen) * logits.shape[-1]
         value.backward()  # type: ignore[no-untyped-call]
         return value

@@ -7,12 +7,12 @@ from moe_beyond.lookahead import Lookahead
 
 
 @dataclass(frozen=True)
-class Information:
+class InformationSet:
     """The information set of one predictor instance; derived from its arguments, checked by tests.
 
     Attributes:
         lookaheads: What its H outputs are, in order.
-        available: Whether a score exists once a layer is *routed*, or only once it is *computed* (predictors that
+        available_after: Whether a score exists once a layer is *routed*, or only once it is *computed* (predictors that
             read layer inputs).
         causal: Whether every score ignores later tokens.
         token_ids: Whether it reads token ids.
@@ -22,7 +22,7 @@ class Information:
     """
 
     lookaheads: tuple[Lookahead, ...]
-    available: Literal["routed", "computed"] = "routed"
+    available_after: Literal["routed", "computed"] = "routed"
     causal: bool = True
     token_ids: bool = True
     hidden_states: Literal["router_inputs", "layer_inputs"] | None = None
@@ -30,7 +30,7 @@ class Information:
 
     def describe(self) -> str:
         """Say it in a line, for tables and cards."""
-        words = ["lookahead " + ", ".join(map(str, self.lookaheads)), f"known when {self.available}"]
+        words = ["lookahead " + ", ".join(map(str, self.lookaheads)), f"known when {self.available_after}"]
         words += [] if self.causal else ["sees later tokens"]
         words += [f"reads {self.hidden_states.replace('_', ' ')}"] if self.hidden_states else []
         words += ["reads gate weights"] if self.gate_weights else []

@@ -52,11 +52,11 @@ ARGUMENTS: dict[str, Kind] = {
     # vocabulary
     "min_count": COUNT,
     "known_tokens": COUNT_OR_NONE,
-    "remembered_tokens": COUNT_OR_NONE,
+    "memory_tokens": COUNT_OR_NONE,
     "ngram_buckets": COUNT_OR_NONE,
     # copying from earlier tokens
-    "copies": COUNT_OR_NONE,
-    "layer_copies": COUNT_OR_NONE,
+    "copy_heads": COUNT_OR_NONE,
+    "layer_copy_heads": COUNT_OR_NONE,
     # training
     "dropout": DROPPED,
     "token_dropout": DROPPED,
@@ -68,7 +68,7 @@ ARGUMENTS: dict[str, Kind] = {
     "layers": FINITE,
     # parts
     "bidirectional": FLAG,
-    "next_use": FLAG,
+    "next_token_head": FLAG,
 }
 """Argument -> its values; an argument means the same in all architectures."""
 OPTIMIZATION: dict[str, Kind] = {"lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "warmup": SHARE}

@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_beyond.predictors.base import Stepper
+from moe_beyond.predictors.stepper import Stepper
 
 
-class WholeTokenStepper(Stepper):
+class TokenStepper(Stepper):
     """A stepper of lookahead ``"token"``."""
 
     @abstractmethod

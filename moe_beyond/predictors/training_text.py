@@ -108,11 +108,11 @@ def _note(name: str, training: Training | None, traces: TraceSet, splits: Sequen
         return Note(Relation.TRAINING, f"{note}: expect less on other text")
     for text in _other_text(training):
         if note := _same_text(text, traces, splits, hashes, ""):
-            return Note(Relation.CHOSE, f"{note.strip()} {text['use']} {name}: expect a little less on other text")
+            return Note(Relation.TUNING, f"{note.strip()} {text['use']} {name}: expect a little less on other text")
     same_set = training.get("fingerprint") == traces.manifest.fingerprint
     if same_set and "validation" not in training and "seen" not in training:
         return Note(
-            Relation.CHOSE,
+            Relation.TUNING,
             f"{_splits(splits)} is of the set that {name} was fitted on: if it chose the epoch or calibrated the "
             "predictor, expect a little less on other text",
         )
@@ -147,7 +147,7 @@ def _other_text(training: Training) -> list[Training]:
     return [{**validation, "use": "validates"}] if isinstance(validation, Mapping) else []
 
 
-def recorded_uses(training: Training, uses: Sequence[str], lent: Sequence[Training] = ()) -> dict[str, Any]:
+def record_uses(training: Training, uses: Sequence[str], lent: Sequence[Training] = ()) -> dict[str, Any]:
     """Record, in place of ``validation``, the uses of that text.
 
     Args:
@@ -162,7 +162,7 @@ def recorded_uses(training: Training, uses: Sequence[str], lent: Sequence[Traini
     return {**others, "seen": [*own, *lent]}
 
 
-def seen_by(lender: Predictor) -> list[Training]:
+def calibration_texts(lender: Predictor) -> list[Training]:
     """Return the text that calibrated a predictor, for the record of one that borrows its calibration."""
     training = lender.fitted_on or {}
     texts = [text for text in _other_text(training) if "calibrated" in text["use"]]
@@ -180,7 +180,7 @@ def relation_of_figures(training: Training | None, figures: Mapping[str, Any]) -
         return Relation(figures["relation"])
     record = training or {}
     if record.get("fingerprint") is not None and record["fingerprint"] == figures.get("fingerprint"):
-        return Relation.TRAINING if figures.get("split") in (None, record.get("split")) else Relation.CHOSE
+        return Relation.TRAINING if figures.get("split") in (None, record.get("split")) else Relation.TUNING
     return Relation.HELD_OUT
 
 

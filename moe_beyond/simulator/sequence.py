@@ -169,7 +169,7 @@ class Group:
             tokens=self.tokens,
             scores=self._scores(len(layers)),
             lookaheads=layers,
-            computed=settings.available == "computed",
+            computed=settings.available_after == "computed",
             counted=self.first >= settings.warmup_tokens,
         )
 

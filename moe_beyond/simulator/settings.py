@@ -42,7 +42,7 @@ class ReplaySettings:
             score is used as soon as its lookahead makes it available. Once a layer is through, top<m> and p><t> ask
             by the scores of ``lookahead`` only. At a token's start, layers before which no layer runs are prefetched
             by the scores of the smallest lookahead that covers them.
-        available: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         predictor: What to call where the scores come from.
         causal: Whether the scores ignore later tokens.
         warm_start: Whether the cache starts with the experts that were most popular in training. Moving them in counts,
@@ -73,7 +73,7 @@ class ReplaySettings:
     prefetch: str = "none"
     lookahead: Lookahead | None = None
     lookaheads: tuple[Lookahead, ...] = ()
-    available: str = "routed"
+    available_after: str = "routed"
     predictor: str | None = None
     causal: bool = True
     warm_start: bool = False

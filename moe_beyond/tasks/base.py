@@ -1,7 +1,8 @@
-"""The base of all tasks: validation, test, prediction, notes in checkpoints, and resuming from them."""
+"""The base of all tasks: validation, test, prediction, checkpoints, and resuming from them."""
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -13,12 +14,15 @@ from torch import Tensor
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.provenance import fitted_on
 from moe_beyond.errors import UserError
-from moe_beyond.metrics import RoutingMetrics
+from moe_beyond.geometry import Geometry
+from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
 from moe_beyond.metrics.names import HEADLINE, lookahead_figures
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.io.checkpoint import CHECKPOINT_KEY
 from moe_beyond.predictors.io.folder import check_fits
+from moe_beyond.predictors.registry import ARCHITECTURES
+from moe_beyond.predictors.saveable import check_saveable
 from moe_beyond.tasks.checkpoint_io import keep_checkpoints_whole
 from moe_beyond.tasks.resuming import (
     RESUME_KEY,
@@ -34,25 +38,34 @@ from moe_beyond.tasks.resuming import (
 
 
 class PredictorTask(L.LightningModule):
-    """Fits one predictor on what a `TraceDataModule` streams.
+    """Fits one predictor on the batches of a `TraceDataModule`.
 
-    A fit that is resumed from one of its checkpoints makes the steps that it would have made without a stop: the same
-    batches, learning rates and dropout, to the same weights. `moe_beyond.tasks.resuming` says how. This holds for any
-    `lightning.Trainer`; checkpoints are written whole, see `moe_beyond.tasks.checkpoint_io`.
+    A resumed fit makes the same steps as an uninterrupted one: the same batches, learning rates, dropout and weights
+    (see `moe_beyond.tasks.resuming`). This holds for any `lightning.Trainer`. Checkpoints are written atomically (see
+    `moe_beyond.tasks.checkpoint_io`), and ``load_from_checkpoint`` of a task class rebuilds its task.
 
-    Validation, test and prediction steps return ``(B, T, H, L, E)`` probabilities, so that callbacks can replay them
+    Validation, test and prediction steps return probabilities ``(B, T, H, L, E)``, so that callbacks can replay them
     without a second forward.
 
     Args:
-        predictor: What is fitted.
+        predictor: Predictor to fit.
+        hyperparameters: Further arguments of the subclass, as plain values for checkpoints.
 
     Attributes:
-        measured: Figures of the last validation or test, as `RoutingMetrics.to_rows` gives them.
-        planned_steps: Optimiser steps of the whole fit, where a schedule needs them; None otherwise.
+        measured: Figures of the last validation or test, one row per lookahead.
+        planned_steps: Number of optimiser steps of the whole fit; None without a schedule.
+        trained_on: Record of the training data.
+
+    Raises:
+        UserError: The predictor cannot be saved.
     """
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, **hyperparameters: Any) -> None:
         super().__init__()
+        check_saveable(predictor)
+        given = {"geometry": predictor.geometry.to_json(), "vocab_size": predictor.vocab_size}
+        # Logged by `SaveConfig`, with everything else.
+        self.save_hyperparameters({**given, **hyperparameters, **predictor.arguments()}, logger=False)
         self.predictor = predictor
         lookaheads = len(predictor.information.lookaheads)
         shape = predictor.geometry.shape()
@@ -60,7 +73,7 @@ class PredictorTask(L.LightningModule):
         self.test_metrics = RoutingMetrics(lookaheads, *shape)
         self.training: bool
         self.trained_on: dict[str, Any] = {}
-        self.measured: list[dict[str, Any]] = []
+        self.measured: list[LookaheadMetrics] = []
         self.planned_steps: int | None = None
         self._seed: int | None = None
         self._resumed: Progress | None = None
@@ -74,31 +87,31 @@ class PredictorTask(L.LightningModule):
         """The attached data module."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, TraceDataModule):
-            raise TypeError(f"{type(self).__name__} reads a TraceDataModule, not {type(data).__name__}")
+            raise TypeError(f"{type(self).__name__}: the data module is a {type(data).__name__}; use a TraceDataModule")
         return data
 
     def recipe(self) -> dict[str, Any]:
-        """Return what a reader needs to fit the same again, besides the predictor's arguments, as plain values."""
-        seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning notes it
+        """Return the settings of the fit that a reader needs to repeat it, as plain values."""
+        seed = os.environ.get("PL_GLOBAL_SEED")  # set by Lightning
         return {
             "seed": None if seed is None else int(seed),
             "epochs": self.trainer.max_epochs,
             "precision": self.trainer.precision,
-            "tokens a batch": self.data.token_budget,
-            "tokens a piece": self.data.max_tokens,
+            "tokens per batch": self.data.token_budget,
+            "tokens per segment": self.data.max_tokens,
         }
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Refuse a trainer that the predictor cannot be fitted with; nothing by default."""
+        """Raise a `UserError` if the trainer cannot fit the predictor; accept any by default."""
 
     def on_fit_start(self) -> None:
-        """Check the trainer, also where no command line did."""
+        """Check the trainer, and prepare a resumed fit."""
         self.check_trainer(self.trainer)
         if self._resumed is not None:
             self._go_on(self._resumed)
 
     def _go_on(self, progress: Progress) -> None:
-        """Let Lightning finish what it would hold for finished, and end what it would hold for unfinished."""
+        """Correct Lightning's view of which epochs and steps are finished."""
         self._lent_steps = int(is_finishing(progress, self.trainer))
         self.trainer.fit_loop.epoch_loop.max_steps += self._lent_steps  # until the end of the epoch
         stopping = [callback for callback in self.trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
@@ -107,17 +120,17 @@ class PredictorTask(L.LightningModule):
             self._stop_at_epoch_end = progress.whole and progress.validated
 
     def on_train_start(self) -> None:
-        """Settle the seed of the fit's steps, one for all ranks; show callbacks the figures they would have seen."""
+        """Set the seed of the fit, one for all ranks, and restore the figures that callbacks read."""
         self.trainer.callback_metrics.update(self._figures_before)
         if self._seed is None:
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):  # which looks only when an epoch starts
+            if isinstance(callback, GradientAccumulationScheduler):  # it acts only when an epoch starts
                 callback.on_train_epoch_start(self.trainer)
         if self._planned_before not in (None, self.planned_steps) and self.trainer.is_global_zero:
             print(
                 f"moe-beyond: the fit was planned for {self._planned_before} steps, now for {self.planned_steps}; "
-                "from here on the learning rate follows the new schedule",
+                "the learning rate follows the new schedule from here",
                 file=sys.stderr,
             )
 
@@ -127,16 +140,16 @@ class PredictorTask(L.LightningModule):
         seed_batch(self._seed, self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
 
     def on_train_epoch_end(self) -> None:
-        """Take back the step that `_go_on` lent, and stop where the fit had stopped early."""
+        """Remove the extra step of `_go_on`, and stop if the earlier fit had stopped early."""
         self.trainer.should_stop |= self._stop_at_epoch_end
         self.trainer.fit_loop.epoch_loop.max_steps -= self._lent_steps
         self._lent_steps = 0
 
     def setup(self, stage: str) -> None:
-        """Ask for what the predictor reads; before a fit, take in its vocabulary and note what the fit is on.
+        """Request hidden states if the predictor reads them; before a fit, prepare the predictor and record the data.
 
         Raises:
-            UserError: The traces are of another shape, or have no token ids where the predictor reads them.
+            UserError: The traces have another shape, or lack token ids or hidden states that the predictor reads.
         """
         self.data.hidden_states = self.predictor.information.hidden_states is not None
         if stage == "fit":
@@ -145,16 +158,16 @@ class PredictorTask(L.LightningModule):
             self._figures_before = {}
             self._lent_steps, self._stop_at_epoch_end = 0, False
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
-            self.predictor.prepare(self.data.training_text())
+            self.predictor.prepare(self.data.training_stats())
             self.trained_on = {**fitted_on(self.data), "recipe": self.recipe()}
             self.predictor.fitted_on = self.trained_on
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Count a batch, and return its probabilities."""
+        """Add a batch to the metrics, and return its probabilities."""
         return self._count("val", batch, self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Count a batch, and return its probabilities."""
+        """Add a batch to the metrics, and return its probabilities."""
         return self._count("test", batch, self.test_metrics)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -170,9 +183,10 @@ class PredictorTask(L.LightningModule):
         self._log_metrics("test", self.test_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the weights are, so that `package` and `evaluate` need no config, and how far the fit is."""
+        """Store the predictor's description, which `package` and `evaluate` read, and the progress of the fit."""
         checkpoint[CHECKPOINT_KEY] = {
             "architecture": self.predictor.architecture,
+            "package": ARCHITECTURES.package(self.predictor.architecture),
             "arguments": self.predictor.arguments(),
             "geometry": self.predictor.geometry.to_json(),
             "vocab_size": self.predictor.vocab_size,
@@ -182,40 +196,41 @@ class PredictorTask(L.LightningModule):
                 "seed": self._seed,
                 "planned_steps": self.planned_steps,
                 "figures": {name: value.detach().cpu() for name, value in self.trainer.callback_metrics.items()},
-                "plan": self._plan(),
+                "batching": self._batching(),
             },
         }
 
-    def _plan(self) -> dict[str, Any]:
-        """Return the settings that number the batches of an epoch."""
+    def _batching(self) -> dict[str, Any]:
+        """Return the settings that determine the batches of an epoch."""
         trainer = self.trainer
-        return self.data.plan() | {
+        return self.data.batching() | {
             "ranks": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "limit_train_batches": trainer.limit_train_batches,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what an earlier run noted; in a fit, go on from there.
+        """Restore the record of the training data; in a fit, also the progress.
 
         Raises:
-            UserError: A fit would go on with other traces than it began with, or cannot go on.
+            UserError: The fit reads other traces than the checkpoint's fit, or cannot be resumed exactly.
         """
-        noted = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
-        if self.trained_on and noted.get("fingerprint") != self.trained_on["fingerprint"]:
+        training = checkpoint.get(CHECKPOINT_KEY, {}).get("training", {})
+        if self.trained_on and training.get("fingerprint") != self.trained_on["fingerprint"]:
             raise UserError(
-                f"the checkpoint was fitted on another trace set ({noted.get('source')}) than this fit reads "
-                f"({self.trained_on['source']}); resume with the same"
+                f"checkpoint: was fitted on another trace set (got {self.trained_on['source']}, "
+                f"not {training.get('source')}); resume with the same one"
             )
-        self.trained_on = noted
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        self.trained_on = training
+        self.predictor.fitted_on = training or None
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._resume(checkpoint, checkpoint.get(CHECKPOINT_KEY, {}).get(RESUME_KEY, {}))
 
-    def _resume(self, checkpoint: dict[str, Any], noted: dict[str, Any]) -> None:
-        check_resumable(checkpoint, noted, self._plan(), str(self.trainer.ckpt_path))
-        progress = self._resumed = Progress(**noted["progress"])
-        self._seed, self._planned_before = noted["seed"], noted["planned_steps"]
-        self._figures_before = noted["figures"]
+    def _resume(self, checkpoint: dict[str, Any], record: dict[str, Any]) -> None:
+        check_resumable(checkpoint, record, self._batching(), str(self.trainer.ckpt_path))
+        progress = self._resumed = Progress(**record["progress"])
+        self._seed, self._planned_before = record["seed"], record["planned_steps"]
+        self._figures_before = record["figures"]
         restore(progress, checkpoint["loops"]["fit_loop"], self.trainer)
         keep_best(checkpoint, self.trainer)
         self.data.resume(progress.epoch, batches_to_skip(progress, self.trainer))
@@ -232,8 +247,20 @@ class PredictorTask(L.LightningModule):
 
     def _log_metrics(self, stage: str, metrics: RoutingMetrics) -> None:
         lookaheads, layers = self.predictor.information.lookaheads, self.predictor.geometry.moe_layers
-        self.measured = metrics.to_rows(lookaheads, layers)
+        self.measured = metrics.rows(lookaheads, layers)
         metrics.reset()
         for name, value in lookahead_figures(self.measured, stage).items():
             headline = name == f"{stage}/{HEADLINE}"
             self.log(name, torch.tensor(value, device=self.device), prog_bar=headline, sync_dist=True)
+
+
+def as_geometry(geometry: Geometry | Mapping[str, Any]) -> Geometry:
+    """Return a geometry.
+
+    Args:
+        geometry: A `Geometry`, or its dictionary as `Geometry.to_json` returns it.
+
+    Raises:
+        UserError: The dictionary is not a geometry's.
+    """
+    return geometry if isinstance(geometry, Geometry) else Geometry.from_json(dict(geometry))

@@ -1,7 +1,7 @@
-"""Checkpoints that are never half-written: each is written next to its target, flushed to the disk, then renamed.
+"""Atomic checkpoints: each is written next to its target, flushed to disk, then renamed.
 
-Lightning writes through fsspec, into the folder for temporary files. Where that is another file system, the checkpoint
-is then copied over the one before it, and a kill or a full disk meanwhile destroys both.
+Lightning writes through fsspec into the folder for temporary files. If that is another file system, the checkpoint is
+then copied over the earlier one, and a kill or a full disk during the copy destroys both.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ from moe_beyond.files import replacing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes local checkpoints so that a path always holds a whole one, the earlier or the later.
+    """Writes local checkpoints so that a path always holds a complete one, the earlier or the later.
 
-    Every task sets it up for a fit whose trainer was given no plugin of this kind. Others can ask for it by
-    ``L.Trainer(plugins=[WholeCheckpointIO()])``. Remote paths are written as Lightning does.
+    Every task installs it for a fit, unless the trainer has another plugin of this kind. Other modules can use
+    ``L.Trainer(plugins=[WholeCheckpointIO()])``. Remote paths are written as Lightning writes them.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -28,10 +28,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Args:
             checkpoint: Plain values and tensors.
             path: Path of the checkpoint.
-            storage_options: Options of a remote file system, which Lightning's own writer refuses.
+            storage_options: Options of a remote file system, which Lightning's own writer refuses (default: None).
 
         Raises:
-            UserError: There is no room for it.
+            UserError: The disk is full.
         """
         if storage_options is not None or get_protocol(str(path)) != "file":
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -39,7 +39,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         with replacing(path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch closes its archive, and fails at that too
+            except RuntimeError as error:  # torch fails again when it closes its archive
                 cause = error.__context__
                 while cause is not None and not isinstance(cause, OSError):
                     cause = cause.__context__
@@ -47,6 +47,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def keep_checkpoints_whole(trainer: L.Trainer) -> None:
-    """Let a trainer write checkpoints so, unless it was given a plugin that writes them otherwise."""
-    if trainer.strategy._checkpoint_io is None:  # noqa: SLF001  (its property would make Lightning's own)
+    """Install `WholeCheckpointIO` in a trainer, unless it has another plugin of this kind."""
+    if trainer.strategy._checkpoint_io is None:  # noqa: SLF001  (the property would create Lightning's own)
         trainer.strategy.checkpoint_io = WholeCheckpointIO()

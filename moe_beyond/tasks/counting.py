@@ -9,10 +9,10 @@ from moe_beyond.tasks.base import PredictorTask
 
 
 class CountingTask(PredictorTask):
-    """Feeds every training batch to a counting predictor once.
+    """Passes every training batch once to a counting predictor.
 
     Args:
-        predictor: What is fitted.
+        predictor: Predictor to fit.
     """
 
     def __init__(self, predictor: CountingPredictor) -> None:
@@ -21,40 +21,43 @@ class CountingTask(PredictorTask):
 
     @property
     def counting(self) -> CountingPredictor:
-        """The predictor, by what it can do."""
+        """The predictor, as a `CountingPredictor`."""
         assert isinstance(self.predictor, CountingPredictor)
         return self.predictor
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Refuse a second pass, which would count twice, several processes, which count apart, and rounded counts.
+        """Require one epoch, one process and full precision.
+
+        More epochs would count twice, processes do not share counts, and half precision rounds them.
 
         Raises:
-            UserError: The trainer is set to anything but one epoch, to several processes, to half precision, or to
-                clip gradients.
+            UserError: The trainer has several epochs or processes, half precision, or clips gradients.
         """
         if trainer.max_epochs != 1:
             raise UserError(
-                f"a counting predictor takes one pass; set trainer.max_epochs to 1, not {trainer.max_epochs}"
+                f"trainer.max_epochs: a counting predictor needs one epoch (got {trainer.max_epochs}); set it to 1"
             )
         if not trainer.precision.startswith(("32", "64")):
-            raise UserError(f"a counting predictor counts; set trainer.precision to 32-true, not {trainer.precision}")
+            raise UserError(
+                f"trainer.precision: a counting predictor needs full precision (got {trainer.precision}); "
+                "set it to 32-true"
+            )
         if trainer.gradient_clip_val:
             raise UserError(
-                "a counting predictor has no gradients to clip; use configs/trainer/counting.yaml, "
-                "or set trainer.gradient_clip_val to null"
+                "trainer.gradient_clip_val: a counting predictor has no gradients; "
+                "use configs/trainer/counting.yaml, or set it to null"
             )
         if trainer.world_size > 1:
             raise UserError(
-                f"a counting predictor is fitted by one process, in seconds; set trainer.devices to 1, "
-                f"not {trainer.world_size} processes"
+                f"trainer.devices: a counting predictor needs one process (got {trainer.world_size}); set it to 1"
             )
 
     def training_step(self, batch: Batch, _: int) -> None:
-        """Count a batch. It counts as a step: without any, Lightning would save no checkpoint."""
-        self.counting.observe(batch)
+        """Count a batch, and report a step to Lightning, which saves no checkpoint without steps."""
+        self.counting.partial_fit(batch)
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         steps.increment_ready()
         steps.increment_completed()
 
     def configure_optimizers(self) -> None:
-        """There is none."""
+        """Return no optimiser."""

@@ -1,13 +1,17 @@
-"""The progress of a fit, stored so that a resumed fit makes the steps that an unbroken one would.
+"""The progress of a fit, stored so that a resumed fit makes the same steps as an uninterrupted one.
 
-Lightning notes its progress as counters of batches that were begun, processed and completed. What it makes of them
-depends on the hook that saved the checkpoint, and is wrong in four cases: saved within accumulated gradients, they are
-lost; saved between an epoch's last batch and its validation, that validation never runs; saved at the end of an epoch
-of a fit with ``max_steps``, the next epoch is passed over; and a fit whose last step is made leaves out what remains
-after it. So a task notes a `Progress`, and `restore` computes the counters from it.
+Lightning stores its progress as counters of started, processed and completed batches. Their effect depends on the hook
+that saved the checkpoint, and is wrong in four cases:
 
-What is random in a step (dropout) is seeded by seed, epoch, batch and rank: see `seed_batch`. There is no random state
-to keep, on any rank or in any worker, and what happens between two batches cannot change it.
+- Within accumulated gradients: the gradients are lost.
+- Between the last batch of an epoch and its validation: the validation never runs.
+- At the end of an epoch of a fit with ``max_steps``: the next epoch is skipped.
+- After the last step of a fit: the remaining validation and hooks are skipped.
+
+A task therefore stores a `Progress`, and `restore` computes the counters from it.
+
+The randomness of a step (dropout) is seeded by seed, epoch, batch and rank (see `seed_batch`). No rank or worker has
+random state to store, and nothing between two batches can change it.
 """
 
 import math
@@ -25,19 +29,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from moe_beyond.errors import UserError
 
 RESUME_KEY = "resume"
-"""Part of a task's notes in a checkpoint that only a resumed fit reads."""
+"""Key of the part of a task's record in a checkpoint that only a resumed fit reads."""
 ALL_BATCHES = sys.maxsize
-"""More batches than any epoch has: skipping them leaves none."""
+"""More batches than any epoch has."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a fit is at its last optimiser step; batches since then, whose gradients would be lost, do not count.
+    """Progress of a fit at its last optimiser step; later batches, whose gradients would be lost, do not count.
 
     Attributes:
-        epoch: Epochs that are finished.
-        batches: Batches of the next epoch that are in the weights; 0 between two epochs.
-        batches_of_epoch: Batches of an epoch, on each rank.
+        epoch: Number of finished epochs.
+        batches: Number of batches of the next epoch that are in the weights; 0 between two epochs.
+        batches_of_epoch: Number of batches per epoch, on each rank.
         steps: Optimiser steps of the fit.
         steps_of_epoch: Optimiser steps of that epoch.
         due: Whether a validation follows on the last of these batches.
@@ -65,7 +69,7 @@ class Progress:
 
 
 def progress_of(trainer: L.Trainer) -> Progress:
-    """Return how far a running fit is."""
+    """Return the progress of a running fit."""
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epochs, batch = fit.epoch_progress.current, loop.batch_progress.current
     automatic = trainer.lightning_module.automatic_optimization
@@ -92,35 +96,35 @@ def progress_of(trainer: L.Trainer) -> Progress:
 
 
 def is_finishing(progress: Progress, trainer: L.Trainer) -> bool:
-    """Tell whether the last step of ``max_steps`` is made, but not what follows on it."""
+    """Return whether the last step of ``max_steps`` is made, but the epoch has not ended."""
     return progress.batches > 0 and not progress.ended and progress.steps == trainer.max_steps
 
 
 def batches_to_skip(progress: Progress, trainer: L.Trainer) -> int:
-    """Return how many batches of the epoch a resumed fit does not read."""
+    """Return the number of batches of the epoch that a resumed fit skips."""
     return ALL_BATCHES if progress.whole or is_finishing(progress, trainer) else progress.batches
 
 
 def restore(progress: Progress, loops: dict[str, Any], trainer: L.Trainer) -> None:
-    """Write the counters of Lightning's loops so that a fit goes on from ``progress``.
+    """Write the counters of Lightning's loops so that a fit continues from ``progress``.
 
-    A counter is (ready, started, processed, completed). Lightning takes a batch that is processed but not completed for
-    one that was just made, and a validation whose first batch is not processed for one to begin.
+    A counter is (ready, started, processed, completed). Lightning considers a batch that is processed but not completed
+    as just made, and a validation whose first batch is ready but not processed as not begun.
 
     Args:
         progress: Progress of the fit.
-        loops: ``fit_loop`` of the checkpoint's loops, which is changed.
-        trainer: The resuming trainer.
+        loops: ``fit_loop`` of the checkpoint's loops; it is changed.
+        trainer: Trainer of the resumed fit.
     """
     done, batches = progress.epoch, progress.batches
-    # Lightning adds one as it sees the last batch once more.
+    # Lightning adds one when it sees the last batch again.
     stepped = progress.steps - 1
     last, validation = _counter(batches), _counter(0)
     if batches == 0:
         epoch = _counter(done)
         if trainer.max_steps == -1:
             stepped = progress.steps
-        else:  # Lightning takes such a fit for one that stopped within an epoch
+        else:  # Lightning considers such a fit as stopped within an epoch
             last = _counter(batches, completed=batches - 1)
     else:
         epoch = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
@@ -129,7 +133,7 @@ def restore(progress: Progress, loops: dict[str, Any], trainer: L.Trainer) -> No
         elif not progress.whole and not is_finishing(progress, trainer):
             last = _counter(batches, completed=batches - 1)
         elif not progress.due:
-            stepped = progress.steps  # nothing is seen once more: the data are at their end
+            stepped = progress.steps  # no batch is seen again: the data are at their end
     total = {name: count + done * progress.batches_of_epoch for name, count in last.items()}
     loops["epoch_progress"] = {"total": dict(epoch), "current": epoch}
     loops["epoch_loop.batch_progress"] = {"total": total, "current": last, "is_last_batch": progress.whole}
@@ -148,10 +152,14 @@ def _counter(count: int, completed: int | None = None) -> dict[str, int]:
 
 
 def keep_best(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-    """Let each `ModelCheckpoint` go on with the best checkpoints so far, though a resumed run has a folder of its own.
+    """Restore the best checkpoints of each `ModelCheckpoint`, although a resumed run has a new folder.
 
-    Lightning would forget their scores, and take the first validation's for the best. A checkpoint that was moved is
-    looked for next to the one that is resumed; one that is gone is left out, with a warning.
+    Lightning would forget their scores and consider the first validation as the best. A checkpoint that was moved is
+    searched next to the resumed one. A missing checkpoint is dropped, with a warning.
+
+    Args:
+        checkpoint: Content of the resumed checkpoint; it is changed.
+        trainer: Trainer of the resumed fit.
     """
     states, folder = checkpoint.get("callbacks", {}), Path(str(trainer.ckpt_path)).parent
     for callback in trainer.checkpoint_callbacks:
@@ -159,11 +167,11 @@ def keep_best(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
         if not isinstance(callback, ModelCheckpoint) or not state:
             continue
         paths = {path: _present(path, folder) for path in (*state["best_k_models"], state["best_model_path"]) if path}
-        gone = [path for path, present in paths.items() if present is None]
-        if gone and callback.monitor and trainer.is_global_zero:
-            names = ", ".join(Path(path).name for path in gone)
+        missing = [path for path, present in paths.items() if present is None]
+        if missing and callback.monitor and trainer.is_global_zero:
+            names = ", ".join(Path(path).name for path in missing)
             print(
-                f"moe-beyond: warning: {folder}: has no {names} any more; the search for the best starts again",
+                f"moe-beyond: warning: {folder}: {names} is missing; the search for the best checkpoint starts again",
                 file=sys.stderr,
             )
         kept = {str(paths[path]): score for path, score in state["best_k_models"].items() if paths[path]}
@@ -174,7 +182,7 @@ def keep_best(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
         if kept:
             state["best_model_path"] = best(kept, key=lambda path: float(kept[path]))
             state["best_model_score"] = kept[state["best_model_path"]]
-        elif gone:
+        elif missing:
             state["best_model_score"] = None
         if kept and len(kept) == callback.save_top_k:
             state["kth_best_model_path"] = worst(kept, key=lambda path: float(kept[path]))
@@ -182,49 +190,50 @@ def keep_best(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
 
 
 def _present(path: str, folder: Path) -> str | None:
-    """Find a checkpoint where it was written, or under its name next to the one that is resumed."""
+    """Return the path of a checkpoint, or of a file of its name next to the resumed one; None if both are missing."""
     return next((str(place) for place in (Path(path), folder / Path(path).name) if place.exists()), None)
 
 
 def seed_batch(seed: int, epoch: int, batch: int, rank: int) -> None:
-    """Seed what a training step draws: torch on all devices, NumPy and Python.
+    """Seed torch on all devices, NumPy and Python for one training step.
 
-    A step so depends on nothing that was drawn before it. A fit that is resumed at any batch, by any process, makes the
-    same step as one that never stopped. It takes about a quarter of a millisecond.
+    A step then does not depend on earlier random numbers, so a fit that is resumed at any batch makes the same step as
+    an uninterrupted one. Seeding takes about a quarter of a millisecond.
 
     Args:
         seed: Seed of the fit.
-        epoch: Epoch, counted from 0.
-        batch: Batch of the epoch, counted from 0.
-        rank: Process; each draws its own numbers.
+        epoch: Index of the epoch, from 0.
+        batch: Index of the batch in its epoch, from 0.
+        rank: Index of the process; each has its own random numbers.
     """
     state = int(np.random.SeedSequence((seed, epoch, batch, rank)).generate_state(1, np.uint64)[0])
     torch.manual_seed(state)
-    np.random.seed(state % 2**32)  # noqa: NPY002  (the generator that libraries share)
+    np.random.seed(state % 2**32)  # noqa: NPY002  (libraries share this generator)
     random.seed(state)
 
 
-def check_resumable(checkpoint: dict[str, Any], noted: dict[str, Any], plan: dict[str, Any], path: str) -> None:
-    """Refuse a checkpoint from which a fit cannot go on exactly.
+def check_resumable(checkpoint: dict[str, Any], record: dict[str, Any], batching: dict[str, Any], path: str) -> None:
+    """Refuse a checkpoint from which a fit cannot be resumed exactly.
 
     Args:
         checkpoint: Content of the checkpoint.
-        noted: Notes of the task in the checkpoint; ``{}`` for none.
-        plan: Settings that number this fit's batches.
+        record: Record of the task in the checkpoint; ``{}`` for none.
+        batching: Settings that determine the batches of this fit.
         path: Path of the checkpoint, for error messages.
 
     Raises:
-        UserError: It holds weights only, was written by an earlier version, or is of the middle of an epoch that other
-            settings cut into other batches.
+        UserError: The checkpoint has only weights, is of an earlier version, or was saved within an epoch that these
+            settings divide into other batches.
     """
     if "optimizer_states" not in checkpoint:
-        raise UserError(f"{path}: holds weights without the optimiser's state; resume from another checkpoint")
-    if not noted:
-        raise UserError(f"{path}: was written by an earlier version, whose fits cannot go on exactly; fit again")
-    changed = [name for name, value in plan.items() if noted["plan"].get(name) != value]
-    if changed and noted["progress"]["batches"]:
-        before, now = (", ".join(f"{name} {values[name]}" for name in changed) for values in (noted["plan"], plan))
+        raise UserError(f"{path}: has weights without the state of the optimiser; resume from another checkpoint")
+    if not record:
+        raise UserError(f"{path}: is from an earlier version, whose fits cannot be resumed exactly; fit again")
+    earlier = record["batching"]
+    changed = [name for name, value in batching.items() if earlier.get(name) != value]
+    if changed and record["progress"]["batches"]:
+        before, now = (", ".join(f"{name} {values[name]}" for name in changed) for values in (earlier, batching))
         raise UserError(
-            f"{path}: stopped within an epoch of other batches (it had {before}; got {now}); resume with the same, or "
-            "from a checkpoint of an epoch's end"
+            f"{path}: stopped within an epoch of other batches (it had {before}; got {now}); resume with the same "
+            "settings, or from a checkpoint of the end of an epoch"
         )

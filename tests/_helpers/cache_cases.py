@@ -134,7 +134,7 @@ class Case:
             distance=asked.distance,
             first_layers=settings.first_layer_prefetch,
             lookaheads=list(settings.lookaheads),
-            computed=settings.available == "computed",
+            computed=settings.available_after == "computed",
             warmup=settings.warmup_tokens,
             warm_start=settings.warm_start,
             chunk=settings.prefill_chunk,
@@ -224,7 +224,7 @@ def cases(
         geometry.total_experts,
         policy=policy,
         lookaheads=lookaheads,
-        available=draw(st.sampled_from(["routed", "computed"])),
+        available_after=draw(st.sampled_from(["routed", "computed"])),
         first_layer_prefetch=draw(st.sampled_from([True, True, False])),
         bits=8.0,
         device=ticking(1),  # for now

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from moe_beyond.predictors.training_stats import TrainingStats
 
 from _helpers.common import TINY, VOCAB, there
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import CountingPredictor, Predictor, TrainingText
+from moe_beyond.predictors.base import CountingPredictor, Predictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import create
 from moe_beyond.traces.hidden_states import HiddenStates
@@ -48,7 +49,7 @@ class Variant:
 
 
 # A variant names which of these it has.
-PLAIN = {"copies": 0, "objective": "softmax", "remembered_tokens": 0}
+PLAIN = {"copy_heads": 0, "objective": "softmax", "memory_tokens": 0}
 VOCABULARY = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
 
 
@@ -64,7 +65,7 @@ def _token_causal(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
 
 def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     small = {"width": 8, "depth": 2, "heads": 2, "layer_width": 8, **VOCABULARY, **PLAIN}
-    small |= {"layer_copies": 0, "next_use": False}
+    small |= {"layer_copy_heads": 0, "next_token_head": False}
     return Variant("cross_layer", name, {**small, **arguments}, frozenset({"own id", *reads}))
 
 
@@ -104,14 +105,14 @@ VARIANTS = [
     _token_causal("window", ["earlier ids", "earlier experts"], window=3),
     _token_causal("all", ["earlier ids", "earlier experts"], window=64),
     _token_causal("alone", ["earlier experts"], window=1),
-    _token_causal("copying", ["earlier ids", "earlier experts"], window=3, copies=2, objective="subset"),
+    _token_causal("copying", ["earlier ids", "earlier experts"], window=3, copy_heads=2, objective="subset"),
     _token_causal("sigmoid", ["earlier ids", "earlier experts"], window=3, objective="sigmoid"),
-    _token_causal("copying_all", ["earlier ids", "earlier experts"], window=64, copies=1),
+    _token_causal("copying_all", ["earlier ids", "earlier experts"], window=64, copy_heads=1),
     _token_causal(
         "remembering",
         ["earlier ids", "earlier experts"],
         window=3,
-        remembered_tokens=VOCAB,
+        memory_tokens=VOCAB,
         known_tokens=0,
         ngram_buckets=0,
     ),
@@ -119,22 +120,24 @@ VARIANTS = [
     _cross_layer("three_ahead", ALL_EARLIER, lookaheads=3, window=3),
     # More lookaheads than layers, and no token out of the window.
     _cross_layer("six_ahead", ALL_EARLIER, lookaheads=6, window=64),
-    _cross_layer("copying", ALL_EARLIER, lookaheads=2, window=5, copies=3, objective="subset"),
-    _cross_layer("copying_layers", ALL_EARLIER, lookaheads=3, window=4, layer_copies=2, objective="ranking"),
-    _cross_layer("copying_all", ALL_EARLIER, lookaheads=6, window=64, copies=1, layer_copies=1, objective="subset"),
-    _cross_layer("next", ALL_EARLIER, lookaheads=2, window=4, copies=2, next_use=True),
+    _cross_layer("copying", ALL_EARLIER, lookaheads=2, window=5, copy_heads=3, objective="subset"),
+    _cross_layer("copying_layers", ALL_EARLIER, lookaheads=3, window=4, layer_copy_heads=2, objective="ranking"),
+    _cross_layer(
+        "copying_all", ALL_EARLIER, lookaheads=6, window=64, copy_heads=1, layer_copy_heads=1, objective="subset"
+    ),
+    _cross_layer("next", ALL_EARLIER, lookaheads=2, window=4, copy_heads=2, next_token_head=True),
     _cross_layer(
         "everything",
         ALL_EARLIER,
         lookaheads=6,
         window=5,
-        copies=1,
-        layer_copies=1,
-        next_use=True,
-        remembered_tokens=VOCAB,
+        copy_heads=1,
+        layer_copy_heads=1,
+        next_token_head=True,
+        memory_tokens=VOCAB,
         objective="subset",
     ),
-    _cross_layer("next_alone", ALL_EARLIER, lookaheads=1, window=64, next_use=True),
+    _cross_layer("next_alone", ALL_EARLIER, lookaheads=1, window=64, next_token_head=True),
     _cross_layer("alone", ["earlier experts", "earlier layers"], lookaheads=2, window=1),
     _from_states("next_gate", "one_ahead", lookaheads=1),
     _from_states("next_gate", "three_ahead"),
@@ -156,17 +159,17 @@ def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, v
     return Trace(name, "tests", token_ids, chosen, length, hidden_states=states)
 
 
-def training_text(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingText:
+def training_stats(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingStats:
     """Count the traces' ids; every id has a string of its own, and there are routers."""
     counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB)
     strings = [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)]
     weight = np.random.default_rng(3).normal(size=(traces[0].experts.shape[1], num_experts, HIDDEN))
     routers = Routers(weight.astype(np.float32), "logits")
-    return TrainingText(counts, strings, counted(traces, num_experts), routers)
+    return TrainingStats(counts, strings, counted(traces, num_experts), routers)
 
 
 def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What `TrainingText.expert_counts` is of these traces, by a plain loop."""
+    """What `TrainingStats.expert_counts` is of these traces, by a plain loop."""
     layers = traces[0].experts.shape[1]
 
     def expert_counts(token_ids: np.ndarray) -> np.ndarray:
@@ -192,9 +195,9 @@ def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         predictor = create(variant.architecture, geometry, VOCAB, **variant.arguments)
-        predictor.prepare(training_text(traces, geometry.num_experts))
+        predictor.prepare(training_stats(traces, geometry.num_experts))
         if isinstance(predictor, CountingPredictor):
-            predictor.observe(collate(traces))
+            predictor.partial_fit(collate(traces))
         with torch.no_grad():
             for parameter in predictor.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -56,6 +56,6 @@ def scores_folder(
 def history_folder(folder: Path, traces: TraceSet, **training: object) -> str:
     """Count a history predictor on the traces, which is a profile too; return its path."""
     predictor = History(traces.geometry, traces.manifest.tokenizer.vocab_size)
-    predictor.observe(collate(list(traces.traces("train"))))
+    predictor.partial_fit(collate(list(traces.traces("train"))))
     save_predictor(predictor, folder, {"fingerprint": traces.manifest.fingerprint, **training})
     return str(folder)

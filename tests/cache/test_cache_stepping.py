@@ -74,14 +74,14 @@ def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
         ask(-1)
         for layer, demanded in enumerate(experts[token]):
             absent = sorted(expert for expert in demanded.tolist() if not cache.is_resident(layer, expert))
-            known = told(token, layer) if config.available == "routed" else None
+            known = told(token, layer) if config.available_after == "routed" else None
             assert cache.demand(layer, demanded, known) == absent
             if config.policy != "belady_bypass":
                 assert all(cache.is_resident(layer, expert) for expert in demanded)
-            if config.available == "routed":
+            if config.available_after == "routed":
                 ask(layer)
             cache.computed(layer, demanded)
-            if config.available == "computed":
+            if config.available_after == "computed":
                 cache.know(told(token, layer))
                 ask(layer)
     cache.finish()

@@ -15,7 +15,7 @@ from moe_beyond.evaluation.sources import from_predictor
 from moe_beyond.evaluation.strategies import REFERENCES, strategy
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import DEVICES
-from moe_beyond.tasks import CrossLayer
+from moe_beyond.tasks import CrossLayerTask
 from moe_beyond.traces.reader import TraceSet
 
 SIZES: dict[str, Any] = {word.split(".")[1].split("=")[0]: int(word.split("=")[1]) for word in TINY_CROSS_LAYER}
@@ -48,7 +48,7 @@ def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
 ) -> None:
     tiny_traces(tmp_path / "traces", sequences=16)
     data = TraceDataModule(str(tmp_path / "traces"))
-    task = CrossLayer(data.geometry.to_json(), data.vocab_size, **SIZES)
+    task = CrossLayerTask(data.geometry, data.vocab_size, **SIZES)
     watch = Watch()
     replay = CacheReplay(
         budget="50%", prefetch="top3", lookahead=lookahead, scope=scope, warmup_tokens=2, device=device,

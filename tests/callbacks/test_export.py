@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
+from moe_beyond.predictors.fit_calibration import calibrate
 
 from moe_beyond.cli.main import main
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.predictors.calibration import calibrate
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 
 SMALL = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)
 
@@ -19,7 +19,7 @@ def export(folder: Path, run: Run, calibration: str, *words: str) -> list[str]:
     """Return what a tiny fit without validation is started with."""
     more = folder / "export.yaml"
     more.write_text(
-        "model: {class_path: CrossLayer}\ndata: {class_path: TraceDataModule}\n"
+        "model: {class_path: CrossLayerTask}\ndata: {class_path: TraceDataModule}\n"
         "trainer:\n  logger: [{class_path: CSVLogger, init_args: {save_dir: runs, name: x}}]\n"
         f"  callbacks: [{{class_path: ExportBest, init_args: {{calibration: {calibration}}}}}]\n"
     )
@@ -27,7 +27,7 @@ def export(folder: Path, run: Run, calibration: str, *words: str) -> list[str]:
 
 
 def test_a_fit_calibrates_on_its_validation_split(run: Run) -> None:
-    predictor = load_predictor(run.folder / "predictor")
+    predictor = read_predictor(run.folder / "predictor")
     found, predictor.calibration = predictor.calibration, None
     expected = calibrate(predictor, TraceDataModule(str(run.traces)).val_dataloader())
     assert found is not None
@@ -37,7 +37,7 @@ def test_a_fit_calibrates_on_its_validation_split(run: Run) -> None:
 def test_a_fit_on_all_takes_over_the_calibration_of_one_that_held_out(run: Run, tmp_path: Path) -> None:
     words = export(tmp_path, run, str(run.folder / "predictor"), "--data.val_split=null")
     folder = fit(tmp_path, run.traces, *words) / "predictor"
-    found, lent = (load_predictor(path).calibration for path in (folder, run.folder / "predictor"))
+    found, lent = (read_predictor(path).calibration for path in (folder, run.folder / "predictor"))
     assert found is not None
     assert lent is not None
     np.testing.assert_array_equal(found.scale, lent.scale)
@@ -48,7 +48,7 @@ def test_without_held_out_text_there_is_none(
     run: Run, tmp_path: Path, calibration: str, words: tuple[str, ...]
 ) -> None:
     folder = fit(tmp_path, run.traces, *export(tmp_path, run, calibration, *words)) / "predictor"
-    assert load_predictor(folder).calibration is None
+    assert read_predictor(folder).calibration is None
 
 
 def test_a_calibration_that_does_not_fit_is_refused_at_once(run, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run
 from _helpers.hub_stand_in import Hub
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors import from_pretrained
+from moe_beyond.predictors.io.folder import read_predictor
 
 SMALL = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)
 BOTH = "[{class_path: ExportBest}, {class_path: PushBest, init_args: {repository: org/tiny}}]"
@@ -22,7 +22,7 @@ def fitted(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fit(callbacks: str = BOTH, traces: str = str(run.traces)) -> tuple[int, Path]:
         more = tmp_path / "push.yaml"
         more.write_text(
-            "model: {class_path: CrossLayer}\n"
+            "model: {class_path: CrossLayerTask}\n"
             "trainer:\n  logger: [{class_path: CSVLogger, init_args: {save_dir: runs, name: x}}]\n"
             f"  callbacks: {callbacks}\n"
         )
@@ -38,7 +38,7 @@ def test_a_fit_publishes_its_best(hub: Hub, fitted, capsys) -> None:
     repository = hub.model("org/tiny")
     assert f"{hub.url}/org/tiny, commit {repository.branches['main']}" in capsys.readouterr().err
     assert repository.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert Predictor.from_pretrained("org/tiny").architecture == "cross_layer"
+    assert from_pretrained("org/tiny").architecture == "cross_layer"
 
 
 def test_a_push_that_fails_loses_no_fit(hub: Hub, fitted, capsys) -> None:
@@ -46,10 +46,10 @@ def test_a_push_that_fails_loses_no_fit(hub: Hub, fitted, capsys) -> None:
     code, folder = fitted()
     assert code == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moe-beyond: warning")]
-    assert "not published: hf:org/tiny@main: the Hub fails (status 500)" in line
+    assert "not uploaded: hf:org/tiny@main: the Hub fails (status 500)" in line
     by_hand = line.split(": moe-beyond ")[1].split()
     assert by_hand[:1] == ["push"]
-    assert load_predictor(folder).architecture == "cross_layer"
+    assert read_predictor(folder).architecture == "cross_layer"
     hub.broken.clear()
     assert main(by_hand) == 0
     assert "model.safetensors" in hub.model("org/tiny").files

@@ -215,8 +215,8 @@ def test_a_fit_that_fails_is_a_failed_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ("-c", str(CONFIGS / "data/traces.yaml"), f"--data.traces={tracked / 'traces'}")
-    assert main(["fit", *words, *WORDS, "--model.lr=1e30"]) == 2
-    assert "lower the lr" in capsys.readouterr().err
+    assert main(["fit", *words, *WORDS, "--model.optimizer.lr=1e30"]) == 2
+    assert "lower model.optimizer.lr" in capsys.readouterr().err
     (failed,) = offline_runs(tmp_path)
     assert failed.exit_code == 1
     assert not failed.artifacts

@@ -132,8 +132,8 @@ def test_fits_that_cannot_be(run: Run, tmp_path: Path, refused, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     base = ["fit", "-c", str(CONFIGS / "data/traces.yaml"), "-c", str(CONFIGS / "trainer/counting.yaml")]
     table = [*base, "-c", str(CONFIGS / "model/token_table.yaml"), f"--data.traces={run.traces}"]
-    assert "set trainer.max_epochs to 1, not 2" in refused(*table, "--trainer.max_epochs=2")
-    assert "has no split 'dev' to validate on" in refused(*table, "--data.val_split=dev")
+    assert "a counting predictor needs one epoch (got 2)" in refused(*table, "--trainer.max_epochs=2")
+    assert "has no validation split 'dev'" in refused(*table, "--data.val_split=dev")
     nowhere = tmp_path / "nowhere"
     assert f"{nowhere}/manifest.json: not found" in refused(*table[:-1], f"--data.traces={nowhere}")
     assert not list(tmp_path.glob("runs/*/*/predictor"))
@@ -155,4 +155,4 @@ def test_a_callback_that_asks_for_what_is_not_there(run: Run, tmp_path: Path, re
         "trainer:\n  callbacks:\n    - class_path: CacheReplay\n      init_args: {lookahead: token, budget: '50%'}\n"
     )
     words = [str(run.folder / "config.yaml"), "-c", str(config), f"--ckpt_path={run.folder / 'checkpoints/last.ckpt'}"]
-    assert "has no lookahead token; it has 1, 2, 3" in refused("validate", "-c", *words)
+    assert "has no lookahead token; choose one of 1, 2, 3" in refused("validate", "-c", *words)

@@ -203,9 +203,9 @@ def damaged(folder: Path, how: str) -> None:
     elif how == "gone":
         shard.unlink()
     elif how == "no field":
-        del index["available"]
+        del index["available_after"]
     elif how == "no such time":
-        index["available"] = "soon"
+        index["available_after"] = "soon"
     elif how == "no such lookahead":
         index["lookaheads"] = [-1]
     (folder / "scores.json").write_text(json.dumps(index))
@@ -219,8 +219,8 @@ def damaged(folder: Path, how: str) -> None:
         ("shape", "expected ("),
         ("cut", "is damaged (its sha256 is not the one in scores.json)"),
         ("gone", "cannot be read"),
-        ("no field", "scores.json: field 'available' is missing"),
-        ("no such time", "available must be 'routed' or 'computed' (got 'soon')"),
+        ("no field", "scores.json: field 'available_after' is missing"),
+        ("no such time", "available_after must be 'routed' or 'computed' (got 'soon')"),
         ("no such lookahead", "scores.json: lookahead"),
     ],
 )

@@ -18,12 +18,15 @@ from moe_beyond.errors import UserError
         ("- 1\n- 2\n", "c.yaml: is not a mapping of options to values"),
         ("", "c.yaml: is not a mapping of options to values"),
         ("trainer: {max_epoch: 1}", "c.yaml: unknown option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
-        ("modle: {class_path: CrossLayer}", "c.yaml: unknown option 'modle'; did you mean 'model'?"),
+        ("modle: {class_path: CrossLayerTask}", "c.yaml: unknown option 'modle'; did you mean 'model'?"),
         ("trainer: {max_epochs: x}", "c.yaml: trainer.max_epochs: expects a whole number or null (got 'x')"),
-        ("model: {class_path: CrossLayr}", "c.yaml: model: unknown class 'CrossLayr'; did you mean 'CrossLayer'?"),
         (
-            "model: {class_path: CrossLayer, init_args: {widht: 3}}",
-            "c.yaml: model: CrossLayer has no argument 'widht'; did you mean 'width'?",
+            "model: {class_path: CrossLayrTask}",
+            "c.yaml: model: unknown class 'CrossLayrTask'; did you mean 'CrossLayerTask'?",
+        ),
+        (
+            "model: {class_path: CrossLayerTask, init_args: {widht: 3}}",
+            "c.yaml: model: CrossLayerTask has no argument 'widht'; did you mean 'width'?",
         ),
         (
             "model: {class_path: no.such.Task}",
@@ -70,6 +73,6 @@ def test_aliases_of_aliases_are_counted_before_they_are_expanded() -> None:
     lines += [f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]" for n in range(1, 9)]  # 10^9 values
     with pytest.raises(UserError, match="its aliases stand for more than"):
         read_yaml("\n".join(lines))
-    few = "shared: &s {lr: 1e-3}\nmodel: {class_path: CrossLayer, init_args: *s}\n"
+    few = "shared: &s {lr: 1e-3}\nmodel: {class_path: CrossLayerTask, init_args: *s}\n"
     assert read_yaml(few)["model"]["init_args"] == {"lr": 0.001}
     assert yaml.safe_load(few)["model"]["init_args"] == {"lr": "1e-3"}  # why it is not plain YAML that reads it

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from moe_beyond.cli.main import main
 from moe_beyond.evaluation.score_store import ScoresFolder
-from moe_beyond.predictors.io.folder import load_predictor, read_config
+from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.traces.reader import TraceSet
 
 
@@ -49,7 +49,7 @@ def test_the_best_checkpoint_is_exported(run: Run, capsys: pytest.CaptureFixture
     best = torch.load(next(run.folder.glob(f"checkpoints/epoch={hits.index(max(hits))}-*.ckpt")), weights_only=True)[
         "state_dict"
     ]
-    exported = load_predictor(run.folder / "predictor").state_dict()
+    exported = read_predictor(run.folder / "predictor").state_dict()
     assert all(torch.equal(exported[name], best[f"predictor.{name}"]) for name in exported)
 
 
@@ -59,7 +59,7 @@ def test_package_makes_the_same_folder_from_a_checkpoint(run: Run, tmp_path: Pat
     assert {path.name for path in (tmp_path / "p").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     halves = load_file(tmp_path / "p" / "model.safetensors")
     assert {str(t.dtype) for t in halves.values() if t.dtype.kind == "f"} == {"float16"}
-    assert load_predictor(tmp_path / "p").geometry == TraceSet(str(run.traces)).geometry
+    assert read_predictor(tmp_path / "p").geometry == TraceSet(str(run.traces)).geometry
 
 
 def words_for(run: Run, verb: str, checkpoint: str = "last.ckpt") -> list[str]:
@@ -192,7 +192,7 @@ def test_a_pupil_fits_half_of_what_its_teachers_say(run: Run, tmp_path: Path) ->
 def test_a_teacher_predicts_what_its_pupil_does(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", "-c", CONFIGS / "model/cross_layer.yaml", "-c", CONFIGS / "data/traces.yaml", *TINY_CROSS_LAYER]
     words += [f"--data.traces={run.traces}", f"--model.teachers=[{run.folder / 'predictor'}]"]
-    assert "has lookaheads 1, 2, 3, next, link subset of 4 MoE layers" in error_line(
+    assert "has lookaheads 1, 2, 3, next, activation subset of 4 MoE layers" in error_line(
         capsys, [*words, "--model.lookaheads=2"]
     )
 

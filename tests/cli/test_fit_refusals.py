@@ -50,11 +50,11 @@ def refused(
     ("word", "line"),
     [
         ("--model.dropout=5", "cross_layer: dropout must be a number from 0 to below 1 (got 5.0)"),
-        ("--model.lr=-1", "cross_layer: lr must be a finite number above 0 (got -1.0)"),
-        ("--model.warmup=2", "cross_layer: warmup must be a number within 0..1 (got 2.0)"),
+        ("--model.optimizer.lr=-1", "cross_layer: lr must be a finite number above 0 (got -1.0)"),
+        ("--model.optimizer.warmup=2", "cross_layer: warmup must be a number within 0..1 (got 2.0)"),
         ("--data.num_workers=-1", "data.num_workers must be at least 0 (got -1)"),
         ("--data.seed=-1", "data.seed must be at least 0 (got -1)"),
-        ("--data.val_traces=", "data.val_traces: the name is empty; name the folder of a trace set"),
+        ("--data.val_traces=", "data.val_traces: the name is empty; give the folder of a trace set"),
         ("--model.vocab_size=5", "--model.vocab_size: is read from the traces (got 5); leave it out"),
         (
             "--trainer.precision=64",
@@ -71,7 +71,7 @@ def refused(
         ),
         (
             "--trainer.callbacks+=BackboneFinetuning",
-            "BackboneFinetuning: 'CrossLayer' object has no attribute 'backbone'",
+            "BackboneFinetuning: 'CrossLayerTask' object has no attribute 'backbone'",
         ),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_strategy_whose_result_is_lost_is_named(name: str, refused: Refused) -
     assert line.endswith("; set ddp")
 
 
-@pytest.mark.parametrize("given", ["model: null", "model: {class_path: CrossLayer, init_args: {vocab_size: 5}}"])
+@pytest.mark.parametrize("given", ["model: null", "model: {class_path: CrossLayerTask, init_args: {vocab_size: 5}}"])
 def test_a_file_is_refused_as_an_option_is(given: str, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text(given)
     line = refused("-c", "more.yaml")
@@ -99,7 +99,7 @@ def test_a_file_is_refused_as_an_option_is(given: str, refused: Refused, tmp_pat
 
 def test_empty_names_are_a_line(refused: Refused) -> None:
     assert refused("-c", "") == "-c: the name of the file is empty; name a configuration file in YAML"
-    assert refused(data="") == "data.traces: the name is empty; name the folder of a trace set"
+    assert refused(data="") == "data.traces: the name is empty; give the folder of a trace set"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 from _helpers.wandb_files import offline_runs
 
 from moe_beyond.evaluation.score_store import ScoresFolder
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.traces.reader import TraceSet
 
 RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")
@@ -34,7 +34,7 @@ def test_two_ranks_fit_and_predict(tmp_path: Path) -> None:
     assert "sync_dist" not in done.stderr
     run = tmp_path / "runs/predictor/version_0"
     assert [path.name for path in (tmp_path / "runs/predictor").iterdir()] == ["version_0"]
-    assert load_predictor(run / "predictor").architecture == "cross_layer"
+    assert read_predictor(run / "predictor").architecture == "cross_layer"
     (tracked,) = offline_runs(tmp_path)
     assert len(tracked.artifacts_of("model", "predictor")) == 3
     checkpoint = next(run.glob("checkpoints/epoch*.ckpt"))
@@ -51,5 +51,5 @@ def test_counting_is_for_one_process(tmp_path: Path) -> None:
     configs = [f"{CONFIGS / name}.yaml" for name in ("trainer/counting", "model/token_table", "data/traces")]
     done = command(tmp_path, "fit", *(word for path in configs for word in ("-c", path)), "--data.traces=traces")
     assert done.returncode == 2
-    assert "is fitted by one process" in done.stderr
+    assert "a counting predictor needs one process" in done.stderr
     assert not list(tmp_path.glob("runs/*/*"))

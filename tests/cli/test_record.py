@@ -11,7 +11,7 @@ from _helpers.fitting import Run
 from moe_beyond import pretrained as published
 from moe_beyond.cli.evaluate import _command
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_recorded_figures_are_those_of_the_evaluation(folder, tmp_path, capsys):
         assert f"| {row['hit_rate']:.1%} | {row['bytes_ratio']:.2f} |" in card
     assert str(tmp_path) not in card + json.dumps(config)
     assert (folder / "model.safetensors").read_bytes() == weights
-    load_predictor(folder)
+    read_predictor(folder)
 
 
 def test_the_command_is_the_same_in_any_order_and_says_no_path(folder, tmp_path, capsys):
@@ -109,7 +109,7 @@ def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch)
     (one,) = json.loads(capsys.readouterr().out)["predictors"]
     assert one["name"] == folder.name
     assert one["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
-    weights = load_predictor(folder).state_dict().values()
+    weights = read_predictor(folder).state_dict().values()
     assert one["parameters"] == sum(weight.numel() for weight in weights if weight.is_floating_point())
     assert main(["list"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -9,7 +9,7 @@ from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run
 from _helpers.wandb_files import offline_runs
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 
 CONFIG_WORDS = [
     word
@@ -38,7 +38,7 @@ def test_runs_without_a_logger_have_folders_like_others(here: Path) -> None:
         assert fit("--trainer.logger=false") == 0
         run = here / f"runs/predictor/version_{version}"
         assert {path.name for path in run.iterdir()} == WRITTEN
-        assert load_predictor(run / "predictor").architecture == "cross_layer"
+        assert read_predictor(run / "predictor").architecture == "cross_layer"
     assert {path.name for path in here.iterdir()} == {"traces", "checkpoints", "runs"}
     assert not list((here / "checkpoints").iterdir())
     # The run's own configuration leads to a folder of its own again.

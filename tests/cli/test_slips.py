@@ -6,11 +6,11 @@ import pytest
 import torch
 from _helpers.common import error_line, failure, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
+from moe_beyond.predictors.activation import subset_shift
 
 from moe_beyond.cli.options import parser
 from moe_beyond.cli.slips import one_line
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.objectives import subset_shift
 
 TRAINER, MODEL, DATA = (f"{CONFIGS / name}.yaml" for name in ("trainer/default", "model/cross_layer", "data/traces"))
 EXAMPLE = (
@@ -34,19 +34,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ([], f"fit needs --data and --model; {EXAMPLE}"),
         (["--data.traces=traces"], f"fit needs --model; {EXAMPLE}"),
         (
-            ["--model", "CrossLayer", "--data", "TraceDataModule"],
+            ["--model", "CrossLayerTask", "--data", "TraceDataModule"],
             f"--data: TraceDataModule needs traces; give --data.traces; {EXAMPLE}",
         ),
         (
-            ["--model", "CrossLayr", "--data.traces=traces"],
-            "--model: unknown class 'CrossLayr'; did you mean 'CrossLayer'?",
+            ["--model", "CrossLayrTask", "--data.traces=traces"],
+            "--model: unknown class 'CrossLayrTask'; did you mean 'CrossLayerTask'?",
         ),
         (
-            ["--model", "CrossLayer", "--model.widht=3", "--data.traces=traces"],
-            "--model: CrossLayer has no argument 'widht'; did you mean 'width'?",
+            ["--model", "CrossLayerTask", "--model.widht=3", "--data.traces=traces"],
+            "--model: CrossLayerTask has no argument 'widht'; did you mean 'width'?",
         ),
         (
-            ["--model", "CrossLayer", "--data", "TraceDataModule", "--data.trace=traces"],
+            ["--model", "CrossLayerTask", "--data", "TraceDataModule", "--data.trace=traces"],
             "--data: TraceDataModule has no argument 'trace'; did you mean 'traces'?",
         ),
         ([*ALL_CONFIGS, "--model.width=wide"], "--model.width: expects a whole number (got 'wide')"),
@@ -82,7 +82,9 @@ def test_a_precision_that_there_is_not_names_those_there_are(here: Path, capsys)
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_the_other_verbs_say_it_too(here: Path, capsys, verb: str) -> None:
     words = [verb, "-c", MODEL, "-c", DATA, "--data.traces=traces"]
-    assert failure(capsys, here, [*words, "--model.widht=3"]).startswith("--model: CrossLayer has no argument 'widht'")
+    assert failure(capsys, here, [*words, "--model.widht=3"]).startswith(
+        "--model: CrossLayerTask has no argument 'widht'"
+    )
     assert failure(capsys, here, [*words, "--trainer.accelerator=abacus"]).startswith("Trainer: ")
 
 

@@ -43,8 +43,11 @@ def test_a_sweep_starts_fits_that_know_its_parameters(
         assert main([*words[2:], "--print_config"]) == 0
         config = yaml.safe_load(capsys.readouterr().out)
         for name, value in chosen.items():
-            group, option = name.split(".")
-            assert config[group]["init_args"][option] == value
+            group, *options = name.split(".")
+            parsed = config[group]["init_args"]
+            for option in options:
+                parsed = parsed[option]
+            assert parsed == value
         assert config["data"]["init_args"]["traces"] == str(tmp_path / "traces")
         assert main([*words[2:], "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}"]) == 0
         capsys.readouterr()

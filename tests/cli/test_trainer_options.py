@@ -10,7 +10,7 @@ from _helpers.common import failure, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.io.folder import load_predictor
+from moe_beyond.predictors.io.folder import read_predictor
 
 WORK = {
     "accelerator": ("cpu",),
@@ -149,7 +149,7 @@ def test_a_value_that_works(here: Path, name: str, value: str) -> None:
     before = {path.name for path in here.iterdir()}
     assert main(words(f"--trainer.{name}={value}")) == 0
     (exported,) = here.rglob("predictor/config.json")
-    assert load_predictor(exported.parent).architecture == "cross_layer"
+    assert read_predictor(exported.parent).architecture == "cross_layer"
     # Nothing lands in the working folder but the folder of runs.
     allowed = {"runs", "lightning_logs"} if name == "logger" else {"runs"}
     assert {path.name for path in here.iterdir()} - before <= allowed

@@ -84,7 +84,7 @@ def test_a_predictor_reads_ids_that_it_was_not_fitted_on_as_unknown(padded: Path
     traces = collected(padded, tmp_path, "--generate", 4)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "known_tokens": 8, "ngram_buckets": 4}
-    fitted = create("token_causal", traces.geometry, KNOWN, remembered_tokens=4, **sizes).eval()
+    fitted = create("token_causal", traces.geometry, KNOWN, memory_tokens=4, **sizes).eval()
     sha256 = traces.manifest.tokenizer.sha256
     check_fits(fitted, traces.manifest, traces.folder, sha256)
     unknown = next(traces.traces())

@@ -27,7 +27,7 @@ from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.router_probe import find_routers, stored_routers
 from moe_beyond.errors import UserError
 from moe_beyond.pretrained import checkpoints_folder
-from moe_beyond.router_activations import SCORINGS
+from moe_beyond.router_activations import ROUTER_ACTIVATIONS
 from moe_beyond.traces.reader import TraceSet
 
 SMALL = checkpoints_folder() / "small-moe"
@@ -54,7 +54,7 @@ def test_states_are_what_the_layers_read_and_the_routers_choose_by(name: str) ->
     assert stored is not None
     read = torch.from_numpy(states.router_inputs).float()
     logits = torch.einsum("nld,led->nle", read, torch.from_numpy(stored.weight))
-    scores = SCORINGS[stored.scoring](logits + (0 if stored.bias is None else torch.from_numpy(stored.bias)))
+    scores = ROUTER_ACTIVATIONS[stored.scoring](logits + (0 if stored.bias is None else torch.from_numpy(stored.bias)))
     scores = scores + (0 if stored.selection_bias is None else torch.from_numpy(stored.selection_bias))
     top = scores.topk(call.experts.shape[-1]).indices
     chosen = torch.from_numpy(call.experts)

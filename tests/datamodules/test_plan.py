@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_beyond.datamodules.batch_plan import Piece, PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import BatchingSettings, Segment, plan_batches
 from moe_beyond.datamodules.stream import PlannedBatches
 
 shards = st.lists(
@@ -14,14 +14,14 @@ shards = st.lists(
     max_size=6,
 )
 plans = st.builds(
-    PlanSettings,
+    BatchingSettings,
     token_budget=st.integers(1, 200),
     max_tokens=st.none() | st.integers(1, 70),
     window=st.integers(1, 8),
     seed=st.integers(0, 1000),
     shuffle=st.booleans(),
 )
-SHUFFLED = PlanSettings(token_budget=64, max_tokens=16, window=2, seed=0, shuffle=True)
+SHUFFLED = BatchingSettings(token_budget=64, max_tokens=16, window=2, seed=0, shuffle=True)
 LENGTHS = [np.random.default_rng(i).integers(1, 40, 10) for i in range(5)]
 
 
@@ -88,7 +88,7 @@ def test_every_epoch_has_the_same_number_of_batches(lengths, plan, epochs):
 def test_windows_are_of_equal_size():
     """Nine shards of one batch each in windows of eight: five are mixed, and four."""
     lengths = [np.full(4, 4)] * 9
-    batches = plan_batches(lengths, PlanSettings(16, None, 8, 0, True), epoch=3)
+    batches = plan_batches(lengths, BatchingSettings(16, None, 8, 0, True), epoch=3)
     mixed = [{piece.shard for batch in part for piece in batch} for part in (batches[:5], batches[5:])]
     if len(mixed[0]) != 5:
         mixed = [{piece.shard for batch in part for piece in batch} for part in (batches[:4], batches[4:])]
@@ -100,7 +100,7 @@ def test_other_epochs_and_seeds_give_other_plans():
     plans = [
         plan_batches(LENGTHS, SHUFFLED, 0),
         plan_batches(LENGTHS, SHUFFLED, 1),
-        plan_batches(LENGTHS, PlanSettings(64, 16, 2, 1, True), 0),
+        plan_batches(LENGTHS, BatchingSettings(64, 16, 2, 1, True), 0),
     ]
     assert all(first != second for i, first in enumerate(plans) for second in plans[:i])
     # Not only the order of the batches: other pieces meet.
@@ -109,19 +109,19 @@ def test_other_epochs_and_seeds_give_other_plans():
 
 def test_an_unshuffled_plan_by_hand():
     lengths = [np.array([3, 1, 2]), np.array([5, 1])]
-    plan = plan_batches(lengths, PlanSettings(4, None, 1, 0, False), epoch=3)
+    plan = plan_batches(lengths, BatchingSettings(4, None, 1, 0, False), epoch=3)
     # By length within a shard; 1 and 2 share a batch of 2 x 2, a third piece of 3 would make 9.
     assert plan == [
-        (Piece(0, 1, 0, 1), Piece(0, 2, 0, 2)),
-        (Piece(0, 0, 0, 3),),
-        (Piece(1, 1, 0, 1),),
-        (Piece(1, 0, 0, 5),),
+        (Segment(0, 1, 0, 1), Segment(0, 2, 0, 2)),
+        (Segment(0, 0, 0, 3),),
+        (Segment(1, 1, 0, 1),),
+        (Segment(1, 0, 0, 5),),
     ]
 
 
 def test_pieces_of_similar_length_share_batches():
     lengths = [np.random.default_rng(0).integers(1, 257, 2000)]
-    batches = plan_batches(lengths, PlanSettings(2048, 256, 1, 0, True), epoch=0)
+    batches = plan_batches(lengths, BatchingSettings(2048, 256, 1, 0, True), epoch=0)
     padded = sum(len(batch) * max(piece.stop - piece.start for piece in batch) for batch in batches)
     assert lengths[0].sum() / padded > 0.97
 
@@ -129,7 +129,7 @@ def test_pieces_of_similar_length_share_batches():
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_ranks_share_the_plan_without_overlap(ranks, shuffle):
-    settings = PlanSettings(64, 16, 2, 0, shuffle)
+    settings = BatchingSettings(64, 16, 2, 0, shuffle)
     for epoch in (0, 1):
         whole = plan_batches(LENGTHS, settings, epoch)
         parts = []

@@ -12,7 +12,7 @@ from _helpers.common import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
 from _helpers.predictor_variants import counted
 
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches
+from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches
 from moe_beyond.datamodules.stream import ShardedTraces
 from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
@@ -145,14 +145,14 @@ def test_no_more_shards_than_the_window_are_in_memory_and_each_is_decoded_once(t
     shards, lengths = traces.shards("train"), traces.lengths("train")
     assert len(shards) > 2 * 3
     reader = ShardedTraces(traces, shards, window)
-    for pieces in plan_batches(lengths, PlanSettings(48, 8, window, 0, True), epoch=0):
+    for pieces in plan_batches(lengths, BatchingSettings(48, 8, window, 0, True), epoch=0):
         reader[pieces]
         assert len(reader._decoded) <= window
     assert sorted(traces.decoded) == [info.file for info in shards]
 
 
 def test_the_training_text_counts_the_training_split_alone(trace_set):
-    text = module(trace_set).training_text()
+    text = module(trace_set).training_stats()
     ids = np.concatenate([trace.token_ids for trace in trace_set.traces("train")])
     assert text.token_counts.tolist() == np.bincount(ids, minlength=VOCAB).tolist()
     assert text.token_strings is None  # this set carries no tokenizer
@@ -175,7 +175,9 @@ def test_a_missing_training_split_is_named_before_anything_runs(trace_set):
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_a_missing_validation_split_is_named_before_anything_runs(trace_set, stage):
     data = module(trace_set, val_split="dev")
-    with pytest.raises(UserError, match=f"^{re.escape(trace_set.folder)}: has no split 'dev'.*--data.val_split null"):
+    with pytest.raises(
+        UserError, match=f"^{re.escape(trace_set.folder)}: has no validation split 'dev'.*--data.val_split null"
+    ):
         data.setup(stage)
 
 
@@ -217,7 +219,7 @@ def traces_of(folder: Path, tokenizer: Tokenizer, word: str | None = None) -> st
 def test_trace_sets_of_another_tokenizer_are_refused(tmp_path, role, vocab_size, words):
     first = traces_of(tmp_path / "a", Tokenizer("tests", VOCAB), words[0])
     second = traces_of(tmp_path / "b", Tokenizer("tests", vocab_size), words[1])
-    with pytest.raises(UserError, match=f"^{re.escape(second)}: its tokenizer"):
+    with pytest.raises(UserError, match=f"^{re.escape(second)}: has another tokenizer"):
         TraceDataModule(first, **{role: second})
 
 
@@ -237,10 +239,10 @@ def test_a_damaged_shard_is_named_and_not_skipped(trace_set):
 
 
 @pytest.mark.parametrize("holes", [0.0, 0.4])
-def test_the_training_text_counts_the_experts_of_the_tokens_it_is_asked_for(tmp_path, monkeypatch, holes):
-    monkeypatch.setattr("moe_beyond.datamodules.traces.TOKENS_AT_ONCE", 5)
+def test_training_statistics_count_the_experts_of_given_tokens(tmp_path, monkeypatch, holes):
+    monkeypatch.setattr("moe_beyond.datamodules.traces.COUNTED_TOKENS", 5)
     trace_set = tiny_traces(tmp_path / "traces", holes=holes)
-    text, traces = module(trace_set).training_text(), list(trace_set.traces("train"))
+    text, traces = module(trace_set).training_stats(), list(trace_set.traces("train"))
     asked = np.random.default_rng(0).permutation(VOCAB)[: VOCAB // 2]
     assert np.array_equal(text.expert_counts(asked), counted(traces, trace_set.geometry.num_experts)(asked))
     demanded = sum(int((trace.experts < 8).sum()) for trace in traces)

@@ -10,15 +10,16 @@ import pytest
 import torch
 from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import VARIANTS, fitted_once, probabilities, random_trace
+from moe_beyond.predictors.fit_calibration import calibrate
 from torch import Tensor
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors import calibration
-from moe_beyond.predictors.base import Predictor, Stepper
+from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.calibration import calibrate
-from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.io.folder import load_predictor, save_predictor
+from moe_beyond.predictors.information import InformationSet
+from moe_beyond.predictors.io.folder import read_predictor, save_predictor
+from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
@@ -31,12 +32,12 @@ class Distorted(Predictor):
 
     def __init__(self, link: str, scale: Tensor, shift: Tensor) -> None:
         super().__init__(TINY, VOCAB)
-        self.link, self.scale, self.shift = link, scale, shift
+        self.activation, self.scale, self.shift = link, scale, shift
         self.truth = torch.randn(VOCAB, LAYERS, EXPERTS, generator=torch.Generator().manual_seed(1)) * 1.5
 
     @property
-    def information(self) -> Information:
-        return Information(("token",))
+    def information(self) -> InformationSet:
+        return InformationSet(("token",))
 
     def stepper(self) -> Stepper:
         raise NotImplementedError
@@ -84,7 +85,7 @@ def test_every_predictor_can_be_calibrated_and_keeps_its_order(variant, tmp_path
     assert error_of(predictor, batch) <= before + 1e-4
     assert (predictor.calibration(plain).gather(-1, plain.argsort(-1)).diff(dim=-1) >= 0).all()
     save_predictor(predictor, tmp_path / "p", {})
-    loaded = load_predictor(tmp_path / "p")
+    loaded = read_predictor(tmp_path / "p")
     np.testing.assert_allclose(probabilities(loaded, batch), probabilities(predictor, batch), atol=1e-6)
 
 
@@ -130,5 +131,5 @@ def test_a_damaged_calibration_is_named(change: dict, words: str, tmp_path: Path
     config["calibration"] = {"scale": [[1.0] * LAYERS], "shift": [[0.0] * LAYERS], **change}
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=words) as caught:
-        load_predictor(tmp_path / "p")
+        read_predictor(tmp_path / "p")
     assert "config.json" in str(caught.value)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from _helpers.common import TINY, VOCAB, there, with_holes
+from _helpers.common import TINY, VOCAB, with_holes
 from _helpers.predictor_variants import (
     HIDDEN,
     LONG,
@@ -23,75 +23,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import GradientPredictor, Stepper
+from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.calibration import Calibration
-from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES, create
+from moe_beyond.testing import check_predictor
+from moe_beyond.testing.predictors import STEP_TOLERANCE, assert_steps, check_information_set
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
 CAUSAL = [variant for variant in VARIANTS if "later ids" not in variant.reads]
-BY_GRADIENT = [v for v in VARIANTS if issubclass(predictor_class(v.architecture), GradientPredictor)]
-TOLERANCE = 2e-5
+BY_GRADIENT = [v for v in VARIANTS if issubclass(ARCHITECTURES[v.architecture], GradientPredictor)]
 
 
 def every(variants: list[Variant]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("variant", variants, ids=str)
 
 
-def known_now(scores: np.ndarray, following: np.ndarray, lookaheads: tuple[int | str, ...], routed: int) -> np.ndarray:
-    """What of a token's ``(H, L, E)`` batch scores, and the next one's, is known once layers up to ``routed`` are."""
-    known = np.full(scores.shape[1:], np.nan, np.float32)
-    if "next" in lookaheads:
-        known[: routed + 1] = following[lookaheads.index("next"), : routed + 1]
-    for layer in range(routed + 1, len(known)):
-        # h reaches the layer once layer - h is routed; a layer before the first always is.
-        reaching = [h for h in lookaheads if isinstance(h, int) and layer - h <= routed]
-        if reaching:
-            known[layer] = scores[lookaheads.index(min(reaching)), layer]
-        else:
-            named = [h for h in ("token", "next") if h in lookaheads]
-            known[layer] = scores[lookaheads.index(named[0]), layer] if named else np.nan
-    return known
-
-
-def assert_steps(
-    stepper: Stepper,
-    trace: Trace,
-    scores: np.ndarray,
-    lookaheads: tuple[int | str, ...],
-    first: int = 0,
-    beyond: int | None = None,
-) -> None:
-    """Step tokens from ``first`` on, and compare every moment with the batch's ``(T, H, L, E)`` scores."""
-    found, expected = [], []
-    kind = stepper._predictor.information.hidden_states
-    if beyond is None:
-        beyond = len(trace) - ("next" in lookaheads)  # of the last no batch says what comes next
-    for token in range(first, beyond):
-        stepper.observe_token(int(trace.token_ids[token]))
-        for routed in range(-1, scores.shape[2]):
-            if routed >= 0:
-                stepper.observe_layer(routed, there(trace.experts[token, routed]), told(trace, kind, token, routed))
-            now = stepper.scores()
-            assert isinstance(now, np.ndarray)
-            assert now.dtype == np.float32
-            found.append(now.copy())
-            expected.append(known_now(scores[token], scores[min(token + 1, len(scores) - 1)], lookaheads, routed))
-    np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=0, atol=TOLERANCE)
-
-
-def told(trace: Trace, kind: str | None, token: int, layer: int) -> np.ndarray | None:
-    """The hidden state that comes with a layer of a token, if the predictor reads any."""
-    if kind is None or (kind == "layer_inputs" and layer + 1 == trace.experts.shape[1]):
-        return None
-    states = trace.hidden_states
-    return states.router_inputs[token, layer] if kind == "router_inputs" else states.layer_inputs[token, layer + 1]
-
-
 def test_the_variants_cover_the_registry():
     assert {variant.architecture for variant in VARIANTS} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("geometry", [TINY, WIDE], ids=lambda g: g.model)
+@every(VARIANTS)
+def test_the_contract(variant, geometry):
+    check_predictor(fitted_once(variant, geometry))
 
 
 @pytest.mark.parametrize("geometry", [TINY, WIDE], ids=lambda g: g.model)
@@ -138,7 +95,7 @@ def test_stepping_equals_the_batch(variant, geometry):
     predictor = fitted_once(variant, geometry)
     trace = random_trace("a", LONG if geometry == TINY else 8, 0, geometry)
     scores = probabilities(predictor, collate([trace]))[0]
-    assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+    assert_steps(predictor.stepper(), trace, scores, predictor)
 
 
 @pytest.mark.parametrize("geometry", [TINY, WIDE], ids=lambda g: g.model)
@@ -154,10 +111,10 @@ def test_slots_without_an_expert(variant, geometry):
     scores = probabilities(predictor, batch)[0]
     np.testing.assert_allclose(probabilities(predictor, others)[0], scores, rtol=0, atol=1e-6)
     if variant in CAUSAL:
-        assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+        assert_steps(predictor.stepper(), trace, scores, predictor)
         stepper, last = predictor.stepper(), len(trace) - 2
         stepper.observe_tokens(trace.token_ids[:last], trace.experts[:last])
-        assert_steps(stepper, trace, scores, predictor.information.lookaheads, first=last)
+        assert_steps(stepper, trace, scores, predictor, first=last)
     if isinstance(predictor, GradientPredictor):
         with torch.inference_mode():
             loss, other_loss = (predictor.loss(predictor(b), b) for b in (batch, others))
@@ -171,7 +128,7 @@ def test_stepping_one_layer_models(variant):
     predictor = fitted_once(variant, geometry)
     trace = random_trace("a", 6, 0, geometry)
     scores = probabilities(predictor, collate([trace]))[0]
-    assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+    assert_steps(predictor.stepper(), trace, scores, predictor)
 
 
 @every(CAUSAL)
@@ -185,7 +142,7 @@ def test_stepping_equals_the_batch_calibrated(variant):
     )
     scores = probabilities(predictor, collate([trace]))[0]
     assert not np.allclose(scores, plain)
-    assert_steps(predictor.stepper(), trace, scores, predictor.information.lookaheads)
+    assert_steps(predictor.stepper(), trace, scores, predictor)
 
 
 @every(CAUSAL)
@@ -198,7 +155,7 @@ def test_reset_forgets_the_sequence(variant):
     stepper.observe_layer(0, trace.experts[0, 0])
     stepper.reset()
     assert np.isnan(stepper.scores()).all()
-    assert_steps(stepper, trace, probabilities(predictor, collate([trace]))[0], predictor.information.lookaheads)
+    assert_steps(stepper, trace, probabilities(predictor, collate([trace]))[0], predictor)
 
 
 @every(CAUSAL)
@@ -212,7 +169,7 @@ def test_a_prefix_at_once_equals_its_tokens_one_by_one(variant, prefix, seed):
     # Every layer of its last token is routed.
     assert np.isnan(stepper.scores()).all() == (prefix == 0 or "next" not in predictor.information.lookaheads)
     scores = probabilities(predictor, collate([trace]))[0]
-    assert_steps(stepper, trace, scores, predictor.information.lookaheads, first=prefix)
+    assert_steps(stepper, trace, scores, predictor, first=prefix)
 
 
 @every(CAUSAL)
@@ -222,7 +179,7 @@ def test_steppers_of_one_predictor_do_not_disturb_each_other(variant):
     stepper, second = predictor.stepper(), predictor.stepper()
     scores = probabilities(predictor, collate([trace]))[0]
     for token in range(len(trace) - 1):
-        assert_steps(stepper, trace, scores, predictor.information.lookaheads, token, token + 1)
+        assert_steps(stepper, trace, scores, predictor, token, token + 1)
         second.observe_tokens(other.token_ids[token : token + 1], other.experts[token : token + 1])
 
 
@@ -280,26 +237,7 @@ shifts = st.integers(1, EXPERTS // 2 - 1)
 @settings(max_examples=15, deadline=None)
 @given(at=positions, shift=shifts, seed=st.integers(0, 5))
 def test_nothing_outside_the_information_set_moves_a_score(variant, at, shift, seed):
-    predictor = fitted_once(variant)
-    trace = random_trace("a", LONG, seed)
-    later = slice(at + 1, None)
-    before = probabilities(predictor, collate([trace]))[0]
-    for routed in range(-1, LAYERS):
-        # Of token `at` the layers up to `routed` are known. All that comes after them changes, and so do the ids of
-        # later tokens, which a predictor that is not causal may see.
-        altered = changed_experts(trace, slice(at, at + 1), slice(routed + 1, None), shift)
-        altered = changed_experts(altered, later, slice(None), shift)
-        altered = changed_states(changed_states(altered, slice(at, at + 1), routed + 1, shift), later, 0, shift)
-        if predictor.information.causal:
-            altered = changed_ids(altered, later, shift)
-        after = probabilities(predictor, collate([altered]))[0]
-        np.testing.assert_allclose(after[:at], before[:at], rtol=0, atol=1e-6)
-        for index, lookahead in enumerate(predictor.information.lookaheads):
-            reach = min(LAYERS, max(lookahead, routed + lookahead + 1)) if isinstance(lookahead, int) else LAYERS
-            np.testing.assert_allclose(after[at, index, :reach], before[at, index, :reach], rtol=0, atol=1e-6)
-            if lookahead == "next":
-                now, then = after[at + 1, index, : routed + 1], before[at + 1, index, : routed + 1]
-                np.testing.assert_allclose(now, then, rtol=0, atol=1e-6)
+    check_information_set(fitted_once(variant), random_trace("a", LONG, seed), at, shift)
 
 
 def one_state(trace: Trace, token: int, layer: int, shift: int) -> Trace:
@@ -372,7 +310,7 @@ def test_padding_changes_nothing(variant):
     together = probabilities(predictor, collate(traces))
     for row, trace in enumerate(traces):
         alone = probabilities(predictor, collate([trace]))[0]
-        np.testing.assert_allclose(together[row, : len(trace)], alone, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(together[row, : len(trace)], alone, rtol=0, atol=STEP_TOLERANCE)
 
 
 @every(VARIANTS)
@@ -383,7 +321,7 @@ def test_the_order_of_a_batch_does_not_matter(variant):
     backwards = probabilities(predictor, collate(traces[::-1]))[::-1]
     for row, trace in enumerate(traces):
         length = len(trace)
-        np.testing.assert_allclose(backwards[row, :length], forwards[row, :length], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(backwards[row, :length], forwards[row, :length], rtol=0, atol=STEP_TOLERANCE)
 
 
 # A window of one token leaves nothing to weigh, and so no gradient to some weights.

@@ -1,4 +1,4 @@
-"""Copying, token by token and expert by expert."""
+"""CopyAttention, token by token and expert by expert."""
 
 import math
 
@@ -10,17 +10,17 @@ from _helpers.predictor_variants import LONG, VARIANTS, fitted_once, random_trac
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.modules import copy_attention as copying
-from moe_beyond.predictors.modules.copy_attention import Copying, LayerCopying
+from moe_beyond.predictors.modules.copy_attention import CopyAttention, LayerCopyAttention
 from moe_beyond.predictors.registry import create
 
-COPYING = [v for v in VARIANTS if v.arguments.get("copies") or v.arguments.get("layer_copies")]
+COPYING = [v for v in VARIANTS if v.arguments.get("copy_heads") or v.arguments.get("layer_copy_heads")]
 WINDOW, TOTAL = 4, 6
 
 
 @torch.inference_mode()
 def test_a_head_adds_what_earlier_tokens_used():
     torch.manual_seed(0)
-    heads = Copying(5, 2, WINDOW, TOTAL)
+    heads = CopyAttention(5, 2, WINDOW, TOTAL)
     for parameter in heads.parameters():
         parameter.copy_(torch.randn_like(parameter))
     ids = [3, 7, 3, 7, 3, 3]
@@ -50,7 +50,7 @@ def test_a_head_adds_what_earlier_tokens_used():
 def test_after_each_layer_earlier_tokens_are_picked_anew():
     torch.manual_seed(0)
     layers, experts, width, lookaheads, length = 3, 4, 5, 2, 5
-    heads = LayerCopying(layers, experts, width, lookaheads, 2, WINDOW)
+    heads = LayerCopyAttention(layers, experts, width, lookaheads, 2, WINDOW)
     for parameter in heads.parameters():
         parameter.copy_(torch.randn_like(parameter))
     states, used = torch.randn(layers, length, width), (torch.rand(1, length, layers, experts) < 0.4).float()
@@ -89,9 +89,9 @@ def test_parts_make_no_difference(variant, monkeypatch):
 @pytest.mark.parametrize(
     ("architecture", "arguments"),
     [
-        ("token_causal", {"copies": 1, "window": 1}),
-        ("cross_layer", {"layer_copies": 1, "window": 1}),
-        ("token_causal", {"copies": -1}),
+        ("token_causal", {"copy_heads": 1, "window": 1}),
+        ("cross_layer", {"layer_copy_heads": 1, "window": 1}),
+        ("token_causal", {"copy_heads": -1}),
         ("token_causal", {"objective": "subsets"}),
     ],
 )

@@ -28,7 +28,7 @@ def batch_of(*sequences: Sequence) -> Batch:
 
 def fitted(*sequences: Sequence, capacity: int = 4, backoff: float = 1.0, ahead: int = 1) -> Eamc:
     predictor = Eamc(SMALL, VOCAB, capacity, backoff, ahead)
-    predictor.observe(batch_of(*sequences))
+    predictor.partial_fit(batch_of(*sequences))
     return predictor.eval()
 
 
@@ -61,11 +61,11 @@ def test_a_full_collection_gives_up_the_most_similar_matrix():
     assert predictor.matrices.tolist() == [mixed, twos]
     assert predictor.tokens.tolist() == [1, 1]
     # cos with mixed: 3 / (2 * 2); with twos: 1 / (2 * 2).
-    predictor.observe(batch_of(NEARLY_MIXED))
+    predictor.partial_fit(batch_of(NEARLY_MIXED))
     nearly = [[1, 1, 0, 0], [1, 0, 1, 0]]
     assert predictor.matrices.tolist() == [nearly, twos]
     # Length does not count: three times the same is the same direction.
-    predictor.observe(batch_of(TWOS * 3))
+    predictor.partial_fit(batch_of(TWOS * 3))
     assert predictor.matrices.tolist() == [nearly, [[0, 0, 3, 3], [0, 0, 3, 3]]]
     assert predictor.tokens.tolist() == [1, 3]
 
@@ -73,9 +73,9 @@ def test_a_full_collection_gives_up_the_most_similar_matrix():
 def test_a_batch_is_its_sequences_one_after_the_other():
     traces = [random_trace(f"s{i}", LONG - 3 * i, i) for i in range(9)]
     together, apart = (Eamc(TINY, TINY_VOCAB, capacity=4) for _ in range(2))
-    together.observe(collate(traces))
+    together.partial_fit(collate(traces))
     for trace in traces:
-        apart.observe(collate([trace]))
+        apart.partial_fit(collate([trace]))
     assert torch.equal(together.matrices, apart.matrices)
     assert torch.equal(together.tokens, apart.tokens)
     assert len(set(together.tokens.tolist())) == 4  # no two sequences are of one length
@@ -157,7 +157,7 @@ def test_what_is_equally_similar_is_so_to_the_bit(times: int):
 
 def test_rows_are_those_of_plain_arithmetic():
     predictor = Eamc(TINY, TINY_VOCAB, capacity=8)
-    predictor.observe(collate([random_trace(f"train{i}", 3 + i, 100 + i) for i in range(6)]))
+    predictor.partial_fit(collate([random_trace(f"train{i}", 3 + i, 100 + i) for i in range(6)]))
     trace = random_trace("a", 12, 0)
     expected, own = [], np.zeros(TINY.shape()[:2], int)
     for token, by_layer in enumerate(trace.experts):
@@ -178,9 +178,9 @@ def test_a_sequence_longer_than_its_matrix_counts_is_refused():
     predictor = fitted(ONES)
     before = predictor.matrices.clone()
     with pytest.raises(UserError, match=r"counts to 32,767, and sequence 's1' is longer; set data.max_tokens"):
-        predictor.observe(batch_of(TWOS, TWOS * 32_768))
+        predictor.partial_fit(batch_of(TWOS, TWOS * 32_768))
     assert torch.equal(predictor.matrices, before)
-    predictor.observe(batch_of(TWOS * 32_767))
+    predictor.partial_fit(batch_of(TWOS * 32_767))
     assert predictor.matrices[1].tolist() == [[0, 0, 32_767, 32_767]] * 2
     np.testing.assert_allclose(scores(predictor, TWOS * 2)[0, 1], [[[0, 0, 1, 1]] * 2] * 2, atol=1e-4)
 

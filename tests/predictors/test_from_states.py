@@ -8,13 +8,13 @@ import pytest
 import torch
 from _helpers.common import TINY, VOCAB, error_line, plain_routers, plain_states, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, fit
-from _helpers.predictor_variants import random_trace, training_text
+from _helpers.predictor_variants import random_trace, training_stats
+from moe_beyond.predictors.training_stats import TrainingStats
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.architectures.next_gate import NextGate
 from moe_beyond.predictors.architectures.pre_attention import PreAttention
-from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits, read_config
 from moe_beyond.traces.router_weights import Routers
@@ -31,14 +31,14 @@ def with_plain_states(name="a", length=6):
 
 
 def text_of(routers):
-    counted = training_text([random_trace("a", 5, 0)])
-    return TrainingText(counted.token_counts, counted.token_strings, counted.expert_counts, routers)
+    counted = training_stats([random_trace("a", 5, 0)])
+    return TrainingStats(counted.token_counts, counted.token_strings, counted.expert_counts, routers)
 
 
 def test_next_gate_lets_each_router_read_what_an_earlier_one_read():
     predictor, trace = NextGate(TINY, VOCAB, EXPERTS, lookaheads=2), with_plain_states()
     predictor.prepare(text_of(plain_routers(TINY)))
-    predictor.observe(collate([trace]))
+    predictor.partial_fit(collate([trace]))
     logits = predictor(collate([trace]))[0]
     for ahead in (1, 2):
         found = logits[:, ahead - 1, ahead:].topk(TOP_K, dim=-1).indices.sort(-1).values
@@ -54,7 +54,7 @@ def test_next_gate_scores_a_layer_without_selection_bias_as_the_others():
     bias[1] = 0
     predictor, trace = NextGate(TINY, VOCAB, EXPERTS, lookaheads=1), with_plain_states()
     predictor.prepare(text_of(Routers(weight, "sigmoid", selection_bias=bias[:, 0])))
-    predictor.observe(collate([trace]))
+    predictor.partial_fit(collate([trace]))
     expected = predictor.probabilities(predictor(collate([trace])))[0, 0, 0]
     stepper = predictor.stepper()
     stepper.observe_token(0)
@@ -106,7 +106,7 @@ def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path
     traces = tiny_traces(tmp_path / "traces", sequences=40, hidden_states=True)
     configs = str(CONFIGS / "trainer/default.yaml"), str(CONFIGS / f"model/{name}.yaml")
     words = ["-c", configs[0], "-c", configs[1], "--model.width=32"]
-    run = fit(tmp_path, tmp_path / "traces", *words, "--trainer.max_epochs=30", "--model.lr=0.02")
+    run = fit(tmp_path, tmp_path / "traces", *words, "--trainer.max_epochs=30", "--model.optimizer.lr=0.02")
     capsys.readouterr()
     asked = ["evaluate", str(run / "predictor"), "--traces", traces.folder, "--split", "validation", "--budget", "50%"]
     assert main([*asked, "--json", "-"]) == 0
@@ -131,7 +131,7 @@ def test_a_teacher_may_read_states_that_its_pupil_does_not(tmp_path):
     mlp = [*trainer, "-c", str(CONFIGS / "model/layer_mlp.yaml"), "--model.width=8"]
     teacher = fit(tmp_path / "teacher", tmp_path / "traces", *mlp)
     words = [*trainer, "-c", str(CONFIGS / "model/cross_layer.yaml"), *TINY_CROSS_LAYER]
-    words += ["--model.lookaheads=1", "--model.next_use=false", f"--model.teachers=[{teacher / 'predictor'}]"]
+    words += ["--model.lookaheads=1", "--model.next_token_head=false", f"--model.teachers=[{teacher / 'predictor'}]"]
     pupil = fit(tmp_path, tmp_path / "traces", *words) / "predictor"
     assert read_config(pupil)["hidden_states"] is None
     assert read_config(pupil)["training"]["recipe"]["teachers"] == 1

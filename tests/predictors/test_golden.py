@@ -13,16 +13,17 @@ import pytest
 import torch
 from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import HIDDEN, VARIANTS
+from moe_beyond.predictors.training_stats import TrainingStats
 from safetensors.numpy import load_file, save_file
 
-from moe_beyond.predictors.base import CountingPredictor, TrainingText
+from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES, create
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 
 FOLDER = Path(__file__).parents[1] / "data" / "golden"
-LEARNED = [name for name in ARCHITECTURES if not issubclass(predictor_class(name), CountingPredictor)]
+LEARNED = [name for name in ARCHITECTURES if not issubclass(ARCHITECTURES[name], CountingPredictor)]
 
 
 def golden_batch() -> Batch:
@@ -53,7 +54,7 @@ def golden_logits(architecture: str) -> dict[str, np.ndarray]:
     found = {}
     for variant in (variant for variant in VARIANTS if variant.architecture == architecture):
         predictor = create(architecture, TINY, VOCAB, **variant.arguments).eval()
-        predictor.prepare(TrainingText(counts, [f"{i * i}" for i in range(VOCAB)], expert_counts))
+        predictor.prepare(TrainingStats(counts, [f"{i * i}" for i in range(VOCAB)], expert_counts))
         for number, (_, parameter) in enumerate(sorted(predictor.named_parameters())):
             waves = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) + number)
             parameter.copy_((0.1 * waves).view_as(parameter))

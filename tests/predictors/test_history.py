@@ -29,7 +29,7 @@ def batch_of(*sequences: list[int]) -> Batch:
 def fitted(*batches: Batch) -> History:
     predictor = History(SMALL, VOCAB)
     for batch in batches:
-        predictor.observe(batch)
+        predictor.partial_fit(batch)
     return predictor.eval()
 
 
@@ -145,7 +145,7 @@ def test_counts_are_those_of_plain_arithmetic(sizes: tuple[int, ...]):
     counts, tokens, done = np.zeros((layers, experts)), 0, 0
     for size in sizes:
         batch, done = traces[done : done + size], done + size
-        predictor.observe(collate(batch))
+        predictor.partial_fit(collate(batch))
         for trace in batch:
             tokens += len(trace)
             for chosen in trace.experts:

@@ -7,13 +7,13 @@ import pytest
 from _helpers.common import TINY, VOCAB
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
-from moe_beyond.tasks import CrossLayer, LayerMlp, RowEncoder, TokenCausal
+from moe_beyond.predictors.registry import ARCHITECTURES, create
+from moe_beyond.tasks import AdamWSettings, CrossLayerTask, LayerMlpTask, RowEncoderTask, TokenCausalTask
 from moe_beyond.tasks.gradient import GradientTask
 
 OF_NAMES = ("objective",)
 """Arguments that are names; constructors refuse unknown ones."""
-AT_LEAST_0 = ("copies", "layer_copies", "remembered_tokens", "known_tokens", "ngram_buckets", "ahead")
+AT_LEAST_0 = ("copy_heads", "layer_copy_heads", "memory_tokens", "known_tokens", "ngram_buckets", "ahead")
 WRONG = {
     int: (-1, 1.5, "4", None, True),
     float: (float("nan"), float("inf"), "0.5", None, True),
@@ -22,7 +22,7 @@ WRONG = {
 
 
 def arguments(name: str) -> dict[str, inspect.Parameter]:
-    parameters = list(inspect.signature(predictor_class(name).__init__).parameters.values())[3:]
+    parameters = list(inspect.signature(ARCHITECTURES[name].__init__).parameters.values())[3:]
     return {parameter.name: parameter for parameter in parameters if parameter.name not in OF_NAMES}
 
 
@@ -73,12 +73,12 @@ def test_heads_divide_the_width(architecture: str) -> None:
         create(architecture, TINY, VOCAB, heads=3, width=16)
 
 
-@pytest.mark.parametrize("task", [CrossLayer, TokenCausal, RowEncoder, LayerMlp])
+@pytest.mark.parametrize("task", [CrossLayerTask, TokenCausalTask, RowEncoderTask, LayerMlpTask])
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("lr", 0), ("lr", -1.0), ("lr", float("inf")), ("weight_decay", -1), ("warmup", -0.1), ("warmup", 1.1)],
 )
 def test_a_wrong_setting_of_gradient_descent_is_named(task: type[GradientTask], setting: str, value: float) -> None:
-    small: dict[str, Any] = {"width": 8} | ({"hidden_size": 8} if task is LayerMlp else {})
+    small: dict[str, Any] = {"width": 8} | ({"hidden_size": 8} if task is LayerMlpTask else {})
     with pytest.raises(UserError, match=rf": {setting} must be .* \(got {value!r}\)"):
-        task(TINY.to_json(), VOCAB, **small, **{setting: value})
+        task(TINY, VOCAB, optimizer=AdamWSettings(**{setting: value}), **small)

@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.architectures.row_encoder import RowEncoder
 from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.numba_activation import ACTIVATIONS, apply_activation_numba
 from moe_beyond.predictors.objectives import (
     binary_cross_entropy,
     k_positive_cross_entropy,
@@ -20,7 +21,6 @@ from moe_beyond.predictors.objectives import (
     subset_cross_entropy,
     subset_shift,
 )
-from moe_beyond.predictors.stepping.activation import LINKS, link_now
 from moe_beyond.traces.trace import Trace
 
 
@@ -100,7 +100,7 @@ def test_logits_however_far_apart_add_up_to_k(scale):
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * scale
     assert (x - subset_shift(x, 6)).sigmoid().sum(-1).numpy() == pytest.approx(6, abs=0.02)
     rows, one = np.arange(200), np.ones((1, 200), np.float32)  # as many layers, and a calibration that changes nothing
-    now = link_now(x.numpy(), one, one - 1, rows - rows, rows, LINKS.index("subset"), 6)
+    now = apply_activation_numba(x.numpy(), one, one - 1, rows - rows, rows, ACTIVATIONS.index("subset"), 6)
     assert now.sum(-1) == pytest.approx(6, abs=0.02)
 
 

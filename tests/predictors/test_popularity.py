@@ -33,7 +33,7 @@ PROFILE = [[3.5 / 5, 3.5 / 5, 1.5 / 5, 1.5 / 5], [2.5 / 5, 2.5 / 5, 3.5 / 5, 1.5
 def counted(*batches: Batch) -> Popularity:
     predictor = Popularity(SMALL, VOCAB)
     for batch in batches:
-        predictor.observe(batch)
+        predictor.partial_fit(batch)
     return predictor.eval()
 
 
@@ -76,9 +76,9 @@ def test_an_expert_that_always_and_one_that_never_came_have_finite_logits():
 def test_counts_do_not_depend_on_the_batches(cut: int):
     traces = [random_trace(f"s{i}", LONG - i, i) for i in range(4)]
     whole, parts = (Popularity(TINY, TINY_VOCAB) for _ in range(2))
-    whole.observe(collate(traces))
+    whole.partial_fit(collate(traces))
     for part in (traces[:cut], traces[cut:]):
-        parts.observe(collate(part))
+        parts.partial_fit(collate(part))
     assert torch.equal(whole.counts, parts.counts)
     assert torch.equal(whole.tokens, parts.tokens)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config, save_predictor
+from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor, save_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 
@@ -61,7 +61,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 def refused(folder: Path, file: str, reason: str = "") -> None:
     """Loading fails with one line that names the file."""
     with pytest.raises(UserError, match=re.escape(str(folder / file))) as caught:
-        load_predictor(folder)
+        read_predictor(folder)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -70,7 +70,7 @@ def refused(folder: Path, file: str, reason: str = "") -> None:
 def test_what_is_loaded_scores_to_the_bit_as_what_was_saved(variant: Variant, tmp_path: Path):
     predictor = fitted_once(variant)
     save_predictor(predictor, tmp_path / "p", TRAINING)
-    loaded = load_predictor(tmp_path / "p")
+    loaded = read_predictor(tmp_path / "p")
     assert type(loaded) is type(predictor)
     assert not loaded.training
     assert loaded.geometry == TINY
@@ -86,7 +86,7 @@ def test_what_is_loaded_scores_to_the_bit_as_what_was_saved(variant: Variant, tm
 def test_half_precision_scores_nearly_the_same_in_half_the_bytes(variant: Variant, tmp_path: Path):
     predictor = fitted_once(variant)
     save_predictor(predictor, tmp_path / "p", TRAINING, dtype=torch.float16)
-    loaded = load_predictor(tmp_path / "p")
+    loaded = read_predictor(tmp_path / "p")
     np.testing.assert_allclose(probabilities(loaded, batch()), probabilities(predictor, batch()), atol=5e-3)
     stored = load_file(tmp_path / "p" / "model.safetensors")
     for name, tensor in predictor.state_dict().items():
@@ -109,7 +109,7 @@ def test_a_folder_holds_the_weights_the_configuration_and_a_card(folder: Path):
         "geometry": TINY.to_json(),
         "vocab_size": VOCAB,
         "lookaheads": [1],
-        "available": "routed",
+        "available_after": "routed",
         "hidden_states": None,
         "causal": True,
         "training": TRAINING,
@@ -127,7 +127,7 @@ def test_whoever_may_read_the_configuration_may_read_the_weights(folder: Path):
 
 
 def test_saving_the_same_predictor_twice_writes_the_same_bytes(folder: Path, tmp_path: Path):
-    save_predictor(load_predictor(folder), tmp_path / "again", TRAINING)
+    save_predictor(read_predictor(folder), tmp_path / "again", TRAINING)
     for name in ("README.md", "config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -136,7 +136,7 @@ def test_saving_over_a_predictor_replaces_all_of_it(folder: Path, tmp_path: Path
     (folder / "README.md").write_text("of the one before")
     save_predictor(fitted_once(ONE_EACH[0]), folder, TRAINING)
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert load_predictor(folder).architecture == ONE_EACH[0].architecture
+    assert read_predictor(folder).architecture == ONE_EACH[0].architecture
     assert f"# {ONE_EACH[0].architecture}" in (folder / "README.md").read_text()
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -152,7 +152,7 @@ def test_saving_over_a_folder_that_holds_more_is_refused(folder: Path):
 def test_an_empty_folder_is_filled(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     save_predictor(fitted_once(ONE_EACH[0]), tmp_path / "empty", TRAINING)
-    load_predictor(tmp_path / "empty")
+    read_predictor(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -196,7 +196,7 @@ def test_a_missing_folder_or_configuration_is_named(folder: Path, tmp_path: Path
     for missing in (tmp_path / "nowhere", folder):
         (missing / "config.json").unlink(missing_ok=True)
         with pytest.raises(UserError, match=re.escape(f"{missing}: is not a predictor folder (it has no config.json)")):
-            load_predictor(missing)
+            read_predictor(missing)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", '"text"', "{}", '{"architecture": "cross_layer"}'])

@@ -174,7 +174,7 @@ def test_an_index_that_is_none_is_named(tmp_path, content):
         {"sha256": {"scores-00000.safetensors": "aa"}},
         {"causal": "no"},
         {"causal": 0},
-        {"available": ["routed"]},
+        {"available_after": ["routed"]},
         {"lookaheads": [1, 1]},
         {"lookaheads": [3, "token"]},
         {"lookaheads": [True, "token"]},

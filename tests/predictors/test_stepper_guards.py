@@ -7,7 +7,7 @@ from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import HIDDEN, VARIANTS, Variant, fitted_once, random_trace
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import Stepper
+from moe_beyond.predictors.stepper import Stepper
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
 CAUSAL = [variant for variant in VARIANTS if "later ids" not in variant.reads]

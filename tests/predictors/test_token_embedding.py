@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from _helpers.predictor_variants import uncounted
+from moe_beyond.predictors.training_stats import TrainingStats
 
-from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
 
 STRINGS = ["the", "then", "Ġthe", "a", "b", "ab", "ba", "é", "日本", "", "<", "aaaa", "aaaaa", "internationalisation"]
@@ -20,7 +20,7 @@ def embedding(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = TokenEmbedding(len(counts), 6, known, min_count, buckets)
-    made.prepare(TrainingText(np.array(counts), strings, uncounted))
+    made.prepare(TrainingStats(np.array(counts), strings, uncounted))
     return made
 
 
@@ -43,7 +43,7 @@ def test_a_token_below_the_least_count_is_unknown():
 
 def test_preparing_again_forgets_the_first_text():
     made = embedding([9] * 4 + [0] * (VOCAB - 4))
-    made.prepare(TrainingText(np.array([0] * (VOCAB - 1) + [7]), None, uncounted))
+    made.prepare(TrainingStats(np.array([0] * (VOCAB - 1) + [7]), None, uncounted))
     assert made.rows.tolist() == [0] * (VOCAB - 1) + [1]
     assert made.ngrams.abs().sum() == 0
 

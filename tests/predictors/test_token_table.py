@@ -5,12 +5,12 @@ import pytest
 import torch
 from _helpers.common import TINY
 from _helpers.common import VOCAB as TINY_VOCAB
-from _helpers.predictor_variants import LONG, random_trace, training_text, uncounted
+from _helpers.predictor_variants import LONG, random_trace, training_stats, uncounted
+from moe_beyond.predictors.training_stats import TrainingStats
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.token_table import TokenTable
-from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.traces.trace import Trace
 
@@ -37,9 +37,9 @@ COUNTED = batch_of(
 
 def table(batches: list[Batch], backoff: float = 2.0) -> TokenTable:
     predictor = TokenTable(SMALL, VOCAB, backoff)
-    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
+    predictor.prepare(TrainingStats(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
     for batch in batches:
-        predictor.observe(batch)
+        predictor.partial_fit(batch)
     return predictor.eval()
 
 
@@ -108,11 +108,11 @@ def test_counts_do_not_depend_on_the_batches():
     traces = [random_trace(f"s{i}", LONG, i) for i in range(4)]
     whole, parts = (TokenTable(TINY, TINY_VOCAB) for _ in range(2))
     for predictor in (whole, parts):
-        predictor.prepare(training_text(traces))
-    whole.observe(collate(traces))
+        predictor.prepare(training_stats(traces))
+    whole.partial_fit(collate(traces))
     with torch.inference_mode():
         for part in (traces[:1], traces[1:]):
-            parts.observe(collate(part))
+            parts.partial_fit(collate(part))
             parts(collate(part))  # scoring in between keeps nothing of the counts so far
         assert torch.equal(whole.table, parts.table)
         assert torch.equal(whole(collate(traces)), parts(collate(traces)))
@@ -120,8 +120,8 @@ def test_counts_do_not_depend_on_the_batches():
 
 def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
     predictor = TokenTable(SMALL, VOCAB, min_count=2)
-    predictor.prepare(TrainingText(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
-    predictor.observe(COUNTED)
+    predictor.prepare(TrainingStats(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
+    predictor.partial_fit(COUNTED)
     assert predictor.token_ids.tolist() == [-1, 5]
     assert predictor.occurrences.tolist() == [1, 3]
     own = table([COUNTED])

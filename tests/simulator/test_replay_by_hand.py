@@ -489,11 +489,11 @@ def test_misses_of_an_event_queue_for_the_link():
 ONE_AHEAD = {"prefetch": "top1", "lookahead": 1, "lookaheads": (1,), "first_layer_prefetch": False}
 
 
-@pytest.mark.parametrize(("available", "begins"), [("routed", 4), ("computed", 5)])
-def test_a_late_hit_waits_for_the_rest_of_its_transfer(available: str, begins: int):
+@pytest.mark.parametrize(("available_after", "begins"), [("routed", 4), ("computed", 5)])
+def test_a_late_hit_waits_for_the_rest_of_its_transfer(available_after: str, begins: int):
     # a0M: routed at 1, there at 4, through at 5. b0 is asked for at 1 and goes behind a0 at 4, or is asked for at 5.
     # b is routed at 6: it waits for what is left.
-    result, spans, log = clock(2, [[[0], [0]]], [[[], [0]]], available=available, **ONE_AHEAD)
+    result, spans, log = clock(2, [[[0], [0]]], [[[], [0]]], available_after=available_after, **ONE_AHEAD)
     assert log == [(0, 1, 4, False), (4, begins, begins + 3, True)]
     assert spans == [(1, 4, 5), (6, begins + 3, begins + 4)]
     assert (result.hits, result.late_hits, result.misses) == (0, 1, 1)

@@ -14,7 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.tasks import Popularity
+from moe_beyond.tasks import PopularityTask
 from moe_beyond.tasks.checkpoint_io import WholeCheckpointIO
 
 EARLIER, LATER = {"weight": torch.zeros(100)}, {"weight": torch.ones(100_000)}
@@ -87,6 +87,6 @@ def test_a_fit_writes_whole_checkpoints_unless_told_otherwise(given: type | None
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     data = TraceDataModule(tiny_traces(tmp_path / "traces").folder)
-    trainer.fit(Popularity(TINY.to_json(), VOCAB), data)
+    trainer.fit(PopularityTask(TINY, VOCAB), data)
     assert type(trainer.strategy.checkpoint_io) is (given or WholeCheckpointIO)
     assert list(tmp_path.glob("checkpoints/*.ckpt"))

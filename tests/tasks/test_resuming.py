@@ -20,8 +20,8 @@ from moe_beyond.callbacks import ExportBest
 from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.tasks import CrossLayer, Popularity, PredictorTask
+from moe_beyond.predictors.io.folder import read_predictor
+from moe_beyond.tasks import CrossLayerTask, PopularityTask, PredictorTask
 from moe_beyond.tasks.resuming import seed_batch
 
 SIZES: dict[str, Any] = {"width": 16, "heads": 2, "depth": 1, "window": 8, "layer_width": 16}
@@ -32,7 +32,7 @@ EVENTS = (
 
 
 class Killed(BaseException):
-    """Ends a fit where nothing expects it."""
+    """Ends a fit at an unexpected moment."""
 
 
 class Watch(L.Callback):
@@ -84,7 +84,7 @@ def fit(
     resume: Path | None = None,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
-    task: type[PredictorTask] = CrossLayer,
+    task: type[PredictorTask] = CrossLayerTask,
     saving: dict[str, Any] | None = None,
     stopping: dict[str, Any] | None = None,
     **trainer: Any,
@@ -114,7 +114,7 @@ def fit(
     done = Fit(watch.events, watch.rates, watch.recalls, watch.logged, fitted.planned_steps, loop.global_step)
     done.weights = {name: tensor.clone() for name, tensor in fitted.state_dict().items()}
     if (folder / "run/version_0/predictor").exists():
-        done.exported = load_predictor(folder / "run/version_0/predictor").state_dict()
+        done.exported = read_predictor(folder / "run/version_0/predictor").state_dict()
     return done
 
 
@@ -202,7 +202,7 @@ def test_a_fit_may_be_killed_anywhere(
 
 
 BATCHES = 6
-"""Of an epoch of these traces, at the settings of `fit`."""
+"""Number of batches per epoch of these traces, at the settings of `fit`."""
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,9 @@ def test_as_many_steps_are_made_as_planned(how: dict[str, Any], steps: int, trac
 
 
 def test_an_endless_fit_is_refused(traces: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"trainer\.max_epochs is -1, .* set trainer.max_epochs or trainer.max_steps"):
+    with pytest.raises(
+        UserError, match=r"trainer\.max_epochs: .* \(got -1\); set trainer.max_epochs or trainer.max_steps"
+    ):
         fit(tmp_path, traces, max_epochs=-1)
 
 
@@ -247,7 +249,7 @@ def test_a_fit_that_had_stopped_early_does_not_go_on(epoch_end: bool, traces: Pa
 
 
 def test_counting_goes_on_where_it_stopped(traces: Path, tmp_path: Path) -> None:
-    how: dict[str, Any] = {"task": Popularity, "model": {}, "max_epochs": 1, "gradient_clip_val": None}
+    how: dict[str, Any] = {"task": PopularityTask, "model": {}, "max_epochs": 1, "gradient_clip_val": None}
     expected = fit(tmp_path / "undisturbed", traces, **how)
     assert expected.steps == BATCHES
     assert_resumes(expected, nth(expected.events, "on_train_batch_end", 2), tmp_path, traces, **how)
@@ -265,14 +267,14 @@ def test_another_cut_of_the_epoch_is_refused_within_it_and_fine_at_its_end(trace
 
 def test_weights_alone_are_no_checkpoint_to_resume(traces: Path, tmp_path: Path) -> None:
     fit(tmp_path / "a", traces, max_epochs=1, saving={"save_weights_only": True})
-    with pytest.raises(UserError, match="holds weights without the optimiser's state"):
+    with pytest.raises(UserError, match="has weights without the state of the optimiser"):
         fit(tmp_path / "b", traces, resume=tmp_path / "a/run/version_0/checkpoints/last.ckpt")
 
 
 def test_a_longer_plan_is_said(traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path / "a", traces, max_epochs=1)
     fit(tmp_path / "b", traces, max_epochs=2, resume=newest_checkpoint(tmp_path / "a"))
-    assert "planned for 6 steps, now for 12; from here on the learning rate follows" in capsys.readouterr().err
+    assert "planned for 6 steps, now for 12; the learning rate follows" in capsys.readouterr().err
 
 
 def test_a_run_that_was_moved_keeps_its_best(undisturbed: Callable[..., Fit], traces: Path, tmp_path: Path) -> None:

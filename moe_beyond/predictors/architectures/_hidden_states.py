@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import Predictor, Stepper
+from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.stepper import Stepper
 
 
-class FromStates(Predictor):
+class HiddenStatePredictor(Predictor):
     """A predictor of lookaheads ``ahead`` from hidden states; `information` says which.
 
     Args:
@@ -42,7 +43,7 @@ class FromStates(Predictor):
         self.hidden_size, self.ahead = hidden_size, ahead
 
     @abstractmethod
-    def of_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
+    def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
         """Return logits ``(N, n, E)`` of n layers.
 
         Args:
@@ -52,7 +53,7 @@ class FromStates(Predictor):
         """
 
     @abstractmethod
-    def without_states(self) -> Tensor:
+    def prior_logits(self) -> Tensor:
         """Return logits ``(min(H, L), E)`` of the first layers where no state was told, H the largest lookahead."""
 
     def told(self, batch: Batch) -> Tensor:
@@ -72,11 +73,11 @@ class FromStates(Predictor):
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, H, L, E)``."""
         states, layers = self.told(batch).float().flatten(0, 1), self.geometry.num_layers
-        first = self.without_states()
+        first = self.prior_logits()
         slices = []
         for ahead in self.ahead:
             waiting = min(ahead, layers)
-            known = self.of_states(states[:, : layers - waiting], ahead, slice(waiting, layers))
+            known = self.logits_from_states(states[:, : layers - waiting], ahead, slice(waiting, layers))
             slices.append(torch.cat([first[:waiting].expand(len(states), -1, -1), known], 1))
         found = torch.stack(slices, 1)
         return found.view(*batch.token_ids.shape, *found.shape[1:])
@@ -87,7 +88,7 @@ class FromStates(Predictor):
 
 
 class _FromStatesStepper(Stepper):
-    _predictor: FromStates
+    _predictor: HiddenStatePredictor
 
     def _reset(self) -> None:
         self._scores = np.full(self._predictor.geometry.shape()[:2], np.nan, np.float32)
@@ -96,7 +97,7 @@ class _FromStatesStepper(Stepper):
     def _start_token(self, token_id: int) -> None:
         predictor, layers = self._predictor, self._predictor.geometry.num_layers
         self._reset()
-        for layer, logits in enumerate(predictor.without_states()):
+        for layer, logits in enumerate(predictor.prior_logits()):
             # Of the lookaheads that no layer is before, the smallest.
             index = next(i for i, ahead in enumerate(predictor.ahead) if ahead > layer or ahead >= layers)
             self._put(layer, index, logits)
@@ -111,13 +112,13 @@ class _FromStatesStepper(Stepper):
         states = torch.from_numpy(state)[None, None]
         for index, ahead in enumerate(predictor.ahead):
             if (target := layer + ahead) < len(self._scores):
-                self._put(target, index, predictor.of_states(states, ahead, slice(target, target + 1))[0, 0])
+                self._put(target, index, predictor.logits_from_states(states, ahead, slice(target, target + 1))[0, 0])
 
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores
 
     def _put(self, layer: int, index: int, logits: Tensor) -> None:
-        found = self._predictor.probabilities_now(
+        found = self._predictor.step_probabilities(
             logits[None].numpy(), np.array([index], np.int64), np.array([layer], np.int64)
         )
         self._scores[layer] = found[0]

@@ -16,14 +16,14 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.architectures.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, averaged
-from moe_beyond.predictors.base import Stepper
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.modules.copy_attention import LayerCopying
-from moe_beyond.predictors.modules.next_token_head import NextUse, NextUseState
-from moe_beyond.predictors.stepping.copy_attention import LayerCopyingState
-from moe_beyond.predictors.stepping.gru import one_more_layer
+from moe_beyond.predictors.modules.copy_attention import LayerCopyAttention
+from moe_beyond.predictors.modules.next_token_head import NextTokenHead, NextTokenHeadState
+from moe_beyond.predictors.stepper import Stepper
+from moe_beyond.predictors.stepping.copy_attention import LayerCopyAttentionState
+from moe_beyond.predictors.stepping.gru import gru_step
 
 
 class CrossLayer(TokenCausal):
@@ -40,12 +40,12 @@ class CrossLayer(TokenCausal):
         depth: Transformer blocks over tokens.
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
-        copies: Heads that pick earlier tokens.
+        copy_heads: Heads that pick earlier tokens.
         objective: What is fitted (`moe_beyond.predictors.architectures.token_causal.OBJECTIVES`; see there).
         layer_width: Features of the recurrent state over layers.
-        layer_copies: Heads that pick earlier tokens after every layer.
-        next_use: Whether lookahead ``"next"`` is predicted as well.
-        remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
+        layer_copy_heads: Heads that pick earlier tokens after every layer.
+        next_token_head: Whether lookahead ``"next"`` is predicted as well.
+        memory_tokens: Tokens whose routing in training is remembered; 0 does without.
         known_tokens: Tokens with an own vector; 0 does without.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams; 0 does without.
@@ -64,12 +64,12 @@ class CrossLayer(TokenCausal):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
-        copies: int = 4,
+        copy_heads: int = 4,
         objective: Literal["softmax", "subset", "sigmoid", "ranking"] = "subset",
         layer_width: int = 256,
-        layer_copies: int = 1,
-        next_use: bool = True,
-        remembered_tokens: int = 12288,
+        layer_copy_heads: int = 1,
+        next_token_head: bool = True,
+        memory_tokens: int = 12288,
         known_tokens: int = 0,
         min_count: int = 2,
         ngram_buckets: int = 0,
@@ -78,12 +78,12 @@ class CrossLayer(TokenCausal):
     ) -> None:
         check_arguments(self.architecture, locals())
         super().__init__(
-            geometry, vocab_size, width, depth, heads, window, copies, objective, remembered_tokens, known_tokens,
+            geometry, vocab_size, width, depth, heads, window, copy_heads, objective, memory_tokens, known_tokens,
             min_count, ngram_buckets, dropout, token_dropout,
         )  # fmt: skip
-        if layer_copies and window < 2:
-            raise UserError("cross_layer: layer_copies look at earlier tokens; window must be at least 2")
-        self.lookaheads, self.layer_width, self.layer_copies = lookaheads, layer_width, layer_copies
+        if layer_copy_heads and window < 2:
+            raise UserError("cross_layer: layer_copy_heads look at earlier tokens; window must be at least 2")
+        self.lookaheads, self.layer_width, self.layer_copy_heads = lookaheads, layer_width, layer_copy_heads
         layers, experts, _ = geometry.shape()
         self.start = nn.Linear(width, layer_width)
         self.routed = nn.Parameter(torch.randn(layers, experts, layer_width) * 0.1)
@@ -91,20 +91,26 @@ class CrossLayer(TokenCausal):
         self.from_state = nn.Parameter(torch.randn(lookaheads, layers, layer_width, experts) * layer_width**-0.5)
         self.from_expert = nn.Parameter(torch.zeros(layers * (layers - 1) // 2, experts, experts))
         self.layer_copying = (
-            LayerCopying(layers, experts, layer_width, lookaheads, layer_copies, window) if layer_copies else None
+            LayerCopyAttention(layers, experts, layer_width, lookaheads, layer_copy_heads, window)
+            if layer_copy_heads
+            else None
         )
-        self.next_use = next_use
-        self.following = NextUse(layers, experts, width, layer_width, len(DECAYS), copies, window) if next_use else None
+        self.next_token_head = next_token_head
+        self.following = (
+            NextTokenHead(layers, experts, width, layer_width, len(DECAYS), copy_heads, window)
+            if next_token_head
+            else None
+        )
         # The layers that each part of `from_expert` maps from and to: every pair, earlier one first.
         self.register_buffer("pairs", torch.triu_indices(layers, layers, 1), persistent=False)
 
     pairs: Tensor
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Lookaheads 1 .. H, and perhaps the next run; known when the layer is routed, causal."""
         lookaheads: list[Lookahead] = list(range(1, self.lookaheads + 1))
-        return Information((*lookaheads, "next") if self.next_use else tuple(lookaheads))
+        return InformationSet((*lookaheads, "next") if self.next_token_head else tuple(lookaheads))
 
     def _layers(self, x: Tensor, logits: Tensor, used: Tensor, batch: Batch) -> Tensor:
         """Return logits ``(N, H, L, E)`` of the N real tokens.
@@ -186,7 +192,7 @@ class _CrossLayerStepper(Stepper):
         for routed in range(layers + 1):
             ahead = list(range(min(lookaheads, layers - routed)))
             targets = [routed + i for i in ahead]
-            if predictor.next_use and routed:
+            if predictor.next_token_head and routed:
                 ahead, targets = [*ahead, lookaheads], [*targets, routed - 1]
             self._scored.append((np.array(ahead, np.int64), np.array(targets, np.int64)))
         super().__init__(predictor)
@@ -195,9 +201,9 @@ class _CrossLayerStepper(Stepper):
         self._tokens = TokenState(self._predictor)
         copying = self._predictor.layer_copying
         top_k = self._predictor.geometry.top_k
-        self._copying = LayerCopyingState(copying, top_k) if copying is not None else None
+        self._copying = LayerCopyAttentionState(copying, top_k) if copying is not None else None
         following, shape = self._predictor.following, self._predictor.geometry.shape()[:2]
-        self._following = NextUseState(following, RETAINED) if following is not None else None
+        self._following = NextTokenHeadState(following, RETAINED) if following is not None else None
         self._scores = np.full(shape, np.nan, np.float32)
 
     @torch.inference_mode()
@@ -210,12 +216,12 @@ class _CrossLayerStepper(Stepper):
         if self._predictor.following is not None and np.isnan(self._scores[0, 0]):  # a sequence starts
             first, layers = self._predictor.following.first.numpy(), np.arange(len(self._scores))
             ahead = np.full(len(layers), self._predictor.lookaheads)
-            self._scores = self._predictor.probabilities_now(first, ahead, layers)
+            self._scores = self._predictor.step_probabilities(first, ahead, layers)
         self._score(0)
 
     def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
         self._tokens.route(layer, experts)
-        self._state = one_more_layer(
+        self._state = gru_step(
             self._state, experts, self._routed[layer], self._bias, self._hidden, self._hidden_bias,
             self._logits[layer + 1 :], self._from_expert[layer],
         )  # fmt: skip
@@ -236,4 +242,4 @@ class _CrossLayerStepper(Stepper):
                 logits += self._copying.step(routed, self._state, self._tokens.past.rows)
         if self._following is not None and experts is not None:
             logits = np.concatenate([logits, self._following.step(routed - 1, experts, self._state)])
-        self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)
+        self._scores[targets] = self._predictor.step_probabilities(logits, ahead, targets)

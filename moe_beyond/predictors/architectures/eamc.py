@@ -16,10 +16,11 @@ from torch.nn import functional
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.predictors.base import CountingPredictor, Stepper
+from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
+from moe_beyond.predictors.stepper import Stepper
 
 # What a stored count can be.
 MOST = torch.iinfo(torch.int16).max
@@ -45,7 +46,7 @@ class Eamc(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "eamc"
-    link = "sigmoid"
+    activation = "sigmoid"
 
     matrices: Tensor
     tokens: Tensor
@@ -61,12 +62,12 @@ class Eamc(CountingPredictor):
         self.register_buffer("tokens", torch.zeros(capacity, dtype=torch.int64))  # 0: a place that is free
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Experts of earlier tokens, and of this one's earlier layers."""
         lookaheads: list[Lookahead] = [*range(1, self.ahead + 1), "token"]
-        return Information(tuple(lookaheads), token_ids=False)
+        return InformationSet(tuple(lookaheads), token_ids=False)
 
-    def observe(self, batch: Batch) -> None:
+    def partial_fit(self, batch: Batch) -> None:
         """Store the matrix of each sequence.
 
         Raises:

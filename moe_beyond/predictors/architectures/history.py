@@ -11,8 +11,8 @@ from torch import Tensor
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.stepper import WholeTokenStepper
+from moe_beyond.predictors.information import InformationSet
+from moe_beyond.predictors.stepper import TokenStepper
 from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, Profile
 
 AGES, RATES = len(AGE_EDGES) + 1, len(RATE_EDGES) + 1
@@ -46,13 +46,13 @@ class History(Popularity):
         self.register_buffer("trials", torch.zeros(AGES, RATES, dtype=torch.int64))
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Experts of earlier tokens."""
-        return Information(("token",), token_ids=False)
+        return InformationSet(("token",), token_ids=False)
 
-    def observe(self, batch: Batch) -> None:
+    def partial_fit(self, batch: Batch) -> None:
         """Count a batch."""
-        super().observe(batch)
+        super().partial_fit(batch)
         used = batch.targets(self.geometry.num_experts)
         found = self.trials.new_zeros(2 * AGES * RATES)
         for token, (bucket, now) in enumerate(zip(self._buckets(used), used.unbind(1), strict=True)):
@@ -126,7 +126,7 @@ class _Past:
         self._age.add_(1).masked_fill_(used, 1)
 
 
-class HistoryStepper(WholeTokenStepper):
+class HistoryStepper(TokenStepper):
     """Keeps every expert's past."""
 
     def __init__(self, predictor: History) -> None:

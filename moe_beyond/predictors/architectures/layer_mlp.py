@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.architectures._hidden_states import FromStates
+from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.objectives import subset_cross_entropy
 
 
-class LayerMlp(FromStates, GradientPredictor):
+class LayerMlp(HiddenStatePredictor, GradientPredictor):
     """Predicts lookahead s, its stride.
 
     States are scaled to unit root mean square, as the model's own norms would.
@@ -29,7 +29,7 @@ class LayerMlp(FromStates, GradientPredictor):
     """
 
     architecture: ClassVar[str] = "layer_mlp"
-    link = "subset"
+    activation = "subset"
 
     def __init__(
         self, geometry: Geometry, vocab_size: int, hidden_size: int, stride: int = 1, width: int = 256
@@ -46,21 +46,21 @@ class LayerMlp(FromStates, GradientPredictor):
         self.out_bias = nn.Parameter(torch.zeros(reached, experts))
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Router inputs, which exist when a layer is routed."""
-        return Information(self.ahead, token_ids=False, hidden_states="router_inputs")
+        return InformationSet(self.ahead, token_ids=False, hidden_states="router_inputs")
 
-    def without_states(self) -> Tensor:
+    def prior_logits(self) -> Tensor:
         """Return what was learned for the first layers."""
         return self.first
 
-    def of_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
+    def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
         """Run the layers' perceptrons."""
         part = slice(layers.start - self.stride, layers.stop - self.stride)
         scaled = functional.rms_norm(states, states.shape[-1:])
         hidden = functional.silu(torch.einsum("nld,ldw->nlw", scaled, self.into[part]) + self.into_bias[part])
         return torch.einsum("nlw,lwe->nle", hidden, self.out[part]) + self.out_bias[part]
 
-    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
         """Return the cross-entropy of each expert being chosen, given that K are."""
-        return subset_cross_entropy(logits, batch, wanted)
+        return subset_cross_entropy(logits, batch, soft_targets)

@@ -14,10 +14,12 @@ from torch import Tensor
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.history import History
 from moe_beyond.predictors.architectures.token_table import TokenTable
-from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
+from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
+from moe_beyond.predictors.stepper import Stepper
+from moe_beyond.predictors.training_stats import TrainingStats
 
 
 class NaiveBayes(CountingPredictor):
@@ -45,7 +47,7 @@ class NaiveBayes(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "naive_bayes"
-    link = "sigmoid"
+    activation = "sigmoid"
 
     pairs: Tensor
 
@@ -75,18 +77,18 @@ class NaiveBayes(CountingPredictor):
         self.register_buffer("pairs", torch.zeros(shape, dtype=torch.int32))
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Lookaheads 1 .. H, known when the layer is routed."""
-        return Information(tuple(range(1, self.lookaheads + 1)), token_ids=self.token != 0)
+        return InformationSet(tuple(range(1, self.lookaheads + 1)), token_ids=self.token != 0)
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: TrainingStats) -> None:
         """Take in the training split's vocabulary."""
         self.table.prepare(text)
 
-    def observe(self, batch: Batch) -> None:
+    def partial_fit(self, batch: Batch) -> None:
         """Count a batch."""
-        self.table.observe(batch)
-        self.past.observe(batch)
+        self.table.partial_fit(batch)
+        self.past.partial_fit(batch)
         used = batch.targets(self.geometry.num_experts)[batch.mask].float().transpose(0, 1)  # (L, N, E)
         for d, pairs in self._distances(self.pairs):
             pairs[d:] += torch.bmm(used[:-d].transpose(1, 2), used[d:]).to(pairs.dtype)
@@ -172,4 +174,4 @@ class _NaiveBayesStepper(Stepper):
         if len(ahead):
             targets = ahead + routed + 1
             logits = self._logits.numpy()[ahead, targets]
-            self._scores[targets] = self._predictor.probabilities_now(logits, ahead, targets)
+            self._scores[targets] = self._predictor.step_probabilities(logits, ahead, targets)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import CountingPredictor, Stepper
+from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
-from moe_beyond.predictors.stepper import WholeTokenStepper
+from moe_beyond.predictors.information import InformationSet
+from moe_beyond.predictors.stepper import Stepper, TokenStepper
 from moe_beyond.usage_profile import Profile, default_hazard
 
 
@@ -24,7 +24,7 @@ class Popularity(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "popularity"
-    link = "sigmoid"
+    activation = "sigmoid"
 
     counts: Tensor
     tokens: Tensor
@@ -36,11 +36,11 @@ class Popularity(CountingPredictor):
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Nothing of the sequence, so known before the token."""
-        return Information(("token",), token_ids=False)
+        return InformationSet(("token",), token_ids=False)
 
-    def observe(self, batch: Batch) -> None:
+    def partial_fit(self, batch: Batch) -> None:
         """Count a batch."""
         self.counts += batch.targets(self.geometry.num_experts).sum((0, 1))
         self.tokens += batch.lengths.sum()
@@ -65,7 +65,7 @@ class Popularity(CountingPredictor):
         return _PopularityStepper(self)
 
 
-class _PopularityStepper(WholeTokenStepper):
+class _PopularityStepper(TokenStepper):
     def _logits(self, token_id: int) -> Tensor:
         assert isinstance(self._predictor, Popularity)
         return self._predictor._logits()  # noqa: SLF001

@@ -12,17 +12,17 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.architectures._hidden_states import FromStates
+from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
 
 CHOSEN, OTHERS = 3.0, 0.5  # weights of their cross-entropies
 MARGIN, HINGE = 0.1, 0.3  # by which the chosen shall be above the others; and that term's weight
 
 
-class PreAttention(FromStates, GradientPredictor):
+class PreAttention(HiddenStatePredictor, GradientPredictor):
     """Predicts lookahead 1, computed.
 
     The published objective, a cross-entropy that weighs experts by their rank and a hinge on pairs, as far as traces
@@ -36,7 +36,7 @@ class PreAttention(FromStates, GradientPredictor):
     """
 
     architecture: ClassVar[str] = "pre_attention"
-    link = "sigmoid"
+    activation = "sigmoid"
 
     def __init__(self, geometry: Geometry, vocab_size: int, hidden_size: int, width: int = 256) -> None:
         check_arguments(self.architecture, {"width": width})
@@ -49,28 +49,28 @@ class PreAttention(FromStates, GradientPredictor):
         self.out_bias = nn.Parameter(torch.zeros(layers - 1, experts))
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Layer inputs, which exist when the layer before is computed."""
-        return Information(self.ahead, available="computed", token_ids=False, hidden_states="layer_inputs")
+        return InformationSet(self.ahead, available_after="computed", token_ids=False, hidden_states="layer_inputs")
 
-    def without_states(self) -> Tensor:
+    def prior_logits(self) -> Tensor:
         """Return what was learned for the first layer."""
         return self.first
 
-    def of_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
+    def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
         """Map the layers' states."""
         part = slice(layers.start - 1, layers.stop - 1)
         scaled = functional.rms_norm(states, states.shape[-1:])
         hidden = torch.einsum("nld,ldw->nlw", scaled, self.into[part])
         return torch.einsum("nlw,lwe->nle", hidden, self.out[part]) + self.out_bias[part]
 
-    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
         """Return the weighted cross-entropy of each expert being chosen, and the hinge of chosen over other experts.
 
         Raises:
-            UserError: Something is wanted in place of the choices.
+            UserError: Something is soft_targets in place of the choices.
         """
-        if wanted is not None:
+        if soft_targets is not None:
             raise UserError("pre_attention fits an order, not probabilities; give it no teachers")
         experts = logits.shape[-1]
         found, chosen = logits[batch.mask][:, 0].float(), batch.targets(experts)[batch.mask]  # (N, L, E)

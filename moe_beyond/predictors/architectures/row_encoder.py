@@ -13,13 +13,14 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
+from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
 from moe_beyond.predictors.objectives import binary_cross_entropy
-from moe_beyond.predictors.stepper import WholeTokenStepper
+from moe_beyond.predictors.stepper import Stepper, TokenStepper
+from moe_beyond.predictors.training_stats import TrainingStats
 
 # Tokens whose rows attend at once: bounds the memory of long sequences.
 TOKENS_AT_ONCE = 16
@@ -46,7 +47,7 @@ class RowEncoder(GradientPredictor):
     """
 
     architecture: ClassVar[str] = "row_encoder"
-    link = "sigmoid"
+    activation = "sigmoid"
 
     def __init__(
         self,
@@ -80,17 +81,17 @@ class RowEncoder(GradientPredictor):
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, geometry.num_experts))
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Token ids: the present one and those before it, and later ones if bidirectional."""
-        return Information(("token",), causal=not self.bidirectional)
+        return InformationSet(("token",), causal=not self.bidirectional)
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: TrainingStats) -> None:
         """Take in the training split's vocabulary."""
         self.tokens.prepare(text)
 
-    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
         """Binary cross-entropy over all labels, as published."""
-        return binary_cross_entropy(logits, batch, wanted) / logits.shape[-1]
+        return binary_cross_entropy(logits, batch, soft_targets) / logits.shape[-1]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""
@@ -176,7 +177,7 @@ class _RowBlock(nn.Module):
         return out
 
 
-class _RowEncoderStepper(WholeTokenStepper):
+class _RowEncoderStepper(TokenStepper):
     def _reset(self) -> None:
         super()._reset()
         assert isinstance(self._predictor, RowEncoder)

@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import GradientPredictor, Stepper, TrainingText
+from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.modules.copy_attention import Copying
+from moe_beyond.predictors.modules.copy_attention import CopyAttention
 from moe_beyond.predictors.modules.routing_memory import RoutingMemory
 from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
 from moe_beyond.predictors.modules.window_attention import WindowBlock
@@ -28,9 +28,10 @@ from moe_beyond.predictors.objectives import (
     ranking_loss,
     subset_cross_entropy,
 )
-from moe_beyond.predictors.stepper import WholeTokenStepper
-from moe_beyond.predictors.stepping.copy_attention import CopyingState, copied
-from moe_beyond.predictors.stepping.ring_buffer import Recent
+from moe_beyond.predictors.stepper import Stepper, TokenStepper
+from moe_beyond.predictors.stepping.copy_attention import CopyAttentionState, copied
+from moe_beyond.predictors.stepping.ring_buffer import RingBuffer
+from moe_beyond.predictors.training_stats import TrainingStats
 
 # How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
 DECAYS = (0.7, 0.97)
@@ -59,10 +60,10 @@ class TokenCausal(GradientPredictor):
         depth: Transformer blocks over tokens.
         heads: Attention heads.
         window: Tokens a block sees back; with it the stepper's state is bounded.
-        copies: Heads that pick earlier tokens.
+        copy_heads: Heads that pick earlier tokens.
         objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.objectives`). Where tokens may have fewer than
             K experts, sigmoid: probabilities of the others add up to K.
-        remembered_tokens: Tokens whose routing in training is remembered; 0 does without.
+        memory_tokens: Tokens whose routing in training is remembered; 0 does without.
         known_tokens: Tokens with an own vector; 0 does without.
         min_count: Training occurrences that an own vector needs.
         ngram_buckets: Vectors shared by all character n-grams; 0 does without.
@@ -71,7 +72,7 @@ class TokenCausal(GradientPredictor):
     """
 
     architecture: ClassVar[str] = "token_causal"
-    link: Literal["sigmoid", "softmax", "subset"] = "softmax"
+    activation: Literal["sigmoid", "softmax", "subset"] = "softmax"
 
     def __init__(
         self,
@@ -81,9 +82,9 @@ class TokenCausal(GradientPredictor):
         depth: int = 3,
         heads: int = 8,
         window: int = 128,
-        copies: int = 4,
+        copy_heads: int = 4,
         objective: Literal["softmax", "subset", "sigmoid", "ranking"] = "subset",
-        remembered_tokens: int = 12288,
+        memory_tokens: int = 12288,
         known_tokens: int = 0,
         min_count: int = 2,
         ngram_buckets: int = 0,
@@ -94,12 +95,12 @@ class TokenCausal(GradientPredictor):
         check_arguments(self.architecture, locals())
         if width % heads:
             raise UserError(f"{self.architecture}: heads must divide width (got heads {heads}, width {width})")
-        if copies and window < 2:
-            raise UserError(f"{self.architecture}: copies look at earlier tokens; window must be at least 2")
+        if copy_heads and window < 2:
+            raise UserError(f"{self.architecture}: copy_heads look at earlier tokens; window must be at least 2")
         if objective not in OBJECTIVES:
             raise unknown(f"{self.architecture}: objective", objective, OBJECTIVES)
         self.width, self.depth, self.heads, self.window = width, depth, heads, window
-        self.copies, self.objective, self.link = copies, objective, OBJECTIVES[objective][1]
+        self.copy_heads, self.objective, self.activation = copy_heads, objective, OBJECTIVES[objective][1]
         self.known_tokens, self.min_count, self.ngram_buckets = known_tokens, min_count, ngram_buckets
         self.dropout, self.token_dropout = dropout, token_dropout
         total = geometry.total_experts
@@ -110,26 +111,26 @@ class TokenCausal(GradientPredictor):
         self.drop = nn.Dropout(dropout)
         self.from_token = nn.Linear(width, total)
         self.from_history = nn.Parameter(torch.zeros(len(DECAYS), total))
-        self.copying = Copying(width, copies, window, total) if copies else None
-        self.remembered_tokens = remembered_tokens
-        self.memory = RoutingMemory(vocab_size, remembered_tokens, total, width) if remembered_tokens else None
-        self.from_memory = nn.Linear(width, total, bias=False) if remembered_tokens else None
+        self.copying = CopyAttention(width, copy_heads, window, total) if copy_heads else None
+        self.memory_tokens = memory_tokens
+        self.memory = RoutingMemory(vocab_size, memory_tokens, total, width) if memory_tokens else None
+        self.from_memory = nn.Linear(width, total, bias=False) if memory_tokens else None
         nn.init.normal_(self.previous.weight, std=0.02)
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """Before the token's first layer, causal."""
-        return Information(("token",))
+        return InformationSet(("token",))
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: TrainingStats) -> None:
         """Take in the training split's vocabulary, and what was routed where if that is to be remembered."""
         self.tokens.prepare(text)
         if self.memory is not None:
             self.memory.prepare(text)
 
-    def loss(self, logits: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
         """The objective."""
-        return OBJECTIVES[self.objective][0](logits, batch, wanted)
+        return OBJECTIVES[self.objective][0](logits, batch, soft_targets)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, H, L, E)``; zero where padded."""
@@ -207,9 +208,9 @@ class TokenState:
         self._from_memory = None if model.from_memory is None else model.from_memory.weight.detach().numpy()
         self.averages = np.zeros(self._from_history.shape, np.float32)
         self._shape, self._top_k = (layers, experts), top_k
-        self.past = Recent(max(model.window - 1, 1), layers * top_k, dtype=np.int32)
+        self.past = RingBuffer(max(model.window - 1, 1), layers * top_k, dtype=np.int32)
         self._chosen: npt.NDArray[np.int32] | None = None
-        self._copying = CopyingState(model.copying) if model.copying is not None else None
+        self._copying = CopyAttentionState(model.copying) if model.copying is not None else None
 
     def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
         """Note a layer's experts."""
@@ -244,7 +245,7 @@ class TokenState:
         return state, logits.reshape(self._shape)
 
 
-class _TokenCausalStepper(WholeTokenStepper):
+class _TokenCausalStepper(TokenStepper):
     def _reset(self) -> None:
         super()._reset()
         assert isinstance(self._predictor, TokenCausal)

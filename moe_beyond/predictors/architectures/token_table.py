@@ -7,11 +7,12 @@ from torch import Tensor
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import CountingPredictor, Stepper, TrainingText
+from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.information import Information
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
-from moe_beyond.predictors.stepper import WholeTokenStepper
+from moe_beyond.predictors.stepper import Stepper, TokenStepper
+from moe_beyond.predictors.training_stats import TrainingStats
 
 
 class TokenTable(CountingPredictor):
@@ -29,7 +30,7 @@ class TokenTable(CountingPredictor):
     """
 
     architecture: ClassVar[str] = "token_table"
-    link = "sigmoid"
+    activation = "sigmoid"
 
     token_ids: Tensor
     occurrences: Tensor
@@ -50,17 +51,17 @@ class TokenTable(CountingPredictor):
         self._popularity: Tensor | None = None
 
     @property
-    def information(self) -> Information:
+    def information(self) -> InformationSet:
         """The token's id alone."""
-        return Information(("token",))
+        return InformationSet(("token",))
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: TrainingStats) -> None:
         """Make a row for every token id that is frequent enough in the training split, ascending."""
         frequent = (torch.from_numpy(text.token_counts) >= max(self.min_count, 1)).nonzero()[:, 0]
         self._resize(len(frequent))
         self.token_ids[1:] = frequent
 
-    def observe(self, batch: Batch) -> None:
+    def partial_fit(self, batch: Batch) -> None:
         """Count a batch."""
         real = batch.mask
         rows = self._rows(batch.token_ids[real])
@@ -103,7 +104,7 @@ class TokenTable(CountingPredictor):
             raise UserError("token_table: weights of an earlier layout, without a row for all other tokens; fit anew")
 
 
-class _TokenTableStepper(WholeTokenStepper):
+class _TokenTableStepper(TokenStepper):
     def _logits(self, token_id: int) -> Tensor:
         assert isinstance(self._predictor, TokenTable)
         return self._predictor.of_tokens(torch.tensor(token_id))

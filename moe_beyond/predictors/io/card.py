@@ -12,7 +12,7 @@ from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE
 MARKS = {
     Relation.TRAINING: ("**Training text**: the predictor was fitted on this text; expect less on other text.\n",),
     Relation.UNKNOWN: ("**Unknown overlap**: the predictor may have been fitted on this text.\n",),
-    Relation.CHOSE: ("This text chose the epoch or calibrated the predictor; expect a little less on other text.\n",),
+    Relation.TUNING: ("This text chose the epoch or calibrated the predictor; expect a little less on other text.\n",),
 }
 """Text of a card before figures of text that is not held out."""
 
@@ -49,7 +49,7 @@ It predicts which experts of {geometry.model} ({shapes}) a token is routed to.
 {summary}
 
 - Knows: lookahead {lookaheads}; {"causal" if config["causal"] else "sees later tokens"}; a score is there once a layer
-  is {config["available"]}. It reads {reads}.
+  is {config["available_after"]}. It reads {reads}.
 - Fitted on: {training.get("source", "unknown")}, {split}, fingerprint
   `{training.get("fingerprint", "unknown")}`.
 - Recipe: {recipe or "unknown"}.

@@ -11,7 +11,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.folder import load_weights
-from moe_beyond.predictors.registry import create
+from moe_beyond.predictors.registry import PACKAGE, create
 
 CHECKPOINT_KEY = "moe_beyond"
 """Where a checkpoint says what its weights are, in plain values."""
@@ -55,7 +55,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: is not a checkpoint of this package")
     told = checkpoint[CHECKPOINT_KEY]
     geometry = Geometry.from_json(told["geometry"])
-    predictor = create(told["architecture"], geometry, told["vocab_size"], source=str(path), **told["arguments"])
+    predictor = create(
+        told["architecture"],
+        geometry,
+        told["vocab_size"],
+        source=str(path),
+        package=told.get("package", PACKAGE),
+        **told["arguments"],
+    )
     prefix = "predictor."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_weights(predictor, weights, str(path))

@@ -15,7 +15,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.io.card import card
-from moe_beyond.predictors.registry import create
+from moe_beyond.predictors.registry import ARCHITECTURES, PACKAGE, create
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
 from moe_beyond.version import __version__
@@ -48,14 +48,15 @@ def save_predictor(
     config = {
         "format_version": FORMAT_VERSION,
         "architecture": predictor.architecture,
+        "package": ARCHITECTURES.package(predictor.architecture),
         "arguments": predictor.arguments(),
         "geometry": predictor.geometry.to_json(),
         "vocab_size": predictor.vocab_size,
         "lookaheads": list(information.lookaheads),
-        "available": information.available,
+        "available_after": information.available_after,
         "causal": information.causal,
         "hidden_states": information.hidden_states,
-        "link": predictor.link,
+        "activation": predictor.activation,
         "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "training": training,
@@ -103,7 +104,7 @@ def _is_predictor(folder: Path) -> bool:
     return is_earlier_result(folder, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
-def load_predictor(folder: str | Path) -> Predictor:
+def read_predictor(folder: str | Path) -> Predictor:
     """Load a predictor folder, ready to score.
 
     Raises:
@@ -118,7 +119,8 @@ def load_predictor(folder: str | Path) -> Predictor:
         arguments, sha256 = dict(config["arguments"]), config["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: a field is missing or wrong ({error})") from error
-    predictor = create(config["architecture"], geometry, vocab_size, source=source, **arguments)
+    package = str(config.get("package", PACKAGE))
+    predictor = create(config["architecture"], geometry, vocab_size, source=source, package=package, **arguments)
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise UserError(f"{path}: not found")

@@ -13,7 +13,7 @@ FEATURES = 32  # of a query, and of a key
 TOKENS_AT_ONCE = 256
 
 
-class Copying(nn.Module):
+class CopyAttention(nn.Module):
     """Heads that each pick earlier tokens when a token starts.
 
     A head's part is gate(t) * weight(l, e) * sum over s < t of a(t, s) * used(s, l, e), with a softmax over the last
@@ -63,7 +63,7 @@ class Copying(nn.Module):
         return torch.cat(added, 1)
 
 
-class LayerCopying(nn.Module):
+class LayerCopyAttention(nn.Module):
     """Heads that pick earlier tokens anew after every layer, by where those had been routed up to it.
 
     Once j layers of a token are routed, a head compares the recurrent state with those of earlier tokens at the same

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_beyond.predictors.modules.copy_attention import Copying
-from moe_beyond.predictors.stepping.copy_attention import CopyingState, Ids, copied
+from moe_beyond.predictors.modules.copy_attention import CopyAttention
+from moe_beyond.predictors.stepping.copy_attention import CopyAttentionState, Ids, copied
 
 Floats = npt.NDArray[np.float32]
 
 
-class NextUse(nn.Module):
+class NextTokenHead(nn.Module):
     """Logits of each layer for the token after, once the layer was routed.
 
     They are the sum of maps of the token's state, of running averages of the sequence's own experts up to this token,
@@ -28,12 +28,12 @@ class NextUse(nn.Module):
         width: Features of a token's state.
         layer_width: Features of the recurrent state.
         averages: How many running averages there are.
-        copies: Heads that pick earlier tokens.
+        copy_heads: Heads that pick earlier tokens.
         window: Tokens back that those see, and one.
     """
 
     def __init__(
-        self, layers: int, experts: int, width: int, layer_width: int, averages: int, copies: int, window: int
+        self, layers: int, experts: int, width: int, layer_width: int, averages: int, copy_heads: int, window: int
     ) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.zeros(layers, experts))  # before a sequence
@@ -41,7 +41,7 @@ class NextUse(nn.Module):
         self.from_history = nn.Parameter(torch.zeros(averages, layers * experts))
         self.from_expert = nn.Parameter(torch.zeros(layers, experts, experts))
         self.from_state = nn.Parameter(torch.randn(layers, layer_width, experts) * layer_width**-0.5)
-        self.copying = Copying(width, copies, window, layers * experts) if copies else None
+        self.copying = CopyAttention(width, copy_heads, window, layers * experts) if copy_heads else None
 
     def forward(self, x: Tensor, used: Tensor, token_ids: Tensor, real: Tensor, states: Tensor, past: Tensor) -> Tensor:
         """Return logits ``(N, L, E)``, of each real token those that were known before it.
@@ -68,16 +68,16 @@ class NextUse(nn.Module):
         return known_before
 
 
-class NextUseState:
-    """What a stepper keeps for `NextUse`.
+class NextTokenHeadState:
+    """What a stepper keeps for `NextTokenHead`.
 
     Args:
         model: The module.
         decays: ``(averages, 1)``, of the running averages.
     """
 
-    def __init__(self, model: NextUse, decays: Floats) -> None:
-        self._copying = CopyingState(model.copying) if model.copying is not None else None
+    def __init__(self, model: NextTokenHead, decays: Floats) -> None:
+        self._copying = CopyAttentionState(model.copying) if model.copying is not None else None
         self._from_state, self._from_expert = model.from_state.detach().numpy(), model.from_expert.detach().numpy()
         self._from_token, self._bias = (x.detach().numpy() for x in (model.from_token.weight, model.from_token.bias))
         history = model.from_history.detach().numpy()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_beyond.predictors.base import TrainingText
 from moe_beyond.predictors.modules.token_embedding import look_up
+from moe_beyond.predictors.training_stats import TrainingStats
 
 BACKOFF = 2.0  # occurrences that the popularity counts for
 FLOOR = 0.01  # added to shares before their logarithm is taken
@@ -46,7 +46,7 @@ class RoutingMemory(nn.Module):
         self._counts: tuple[Tensor, Tensor, Tensor] | None = None
         self.register_state_dict_pre_hook(_fold_first)  # type: ignore[no-untyped-call]
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: TrainingStats) -> None:
         """Take in what the most frequent training tokens were routed to."""
         found = text.most_frequent(self.known_tokens)
         counts = torch.from_numpy(text.expert_counts(found))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import TrainingText
+from moe_beyond.predictors.training_stats import TrainingStats
 
 NGRAM_SIZES = (1, 2, 3, 4)
 NGRAMS_PER_TOKEN = 16
@@ -57,7 +57,7 @@ class TokenEmbedding(nn.Module):
         per_token = NGRAMS_PER_TOKEN if ngram_buckets else 0
         self.register_buffer("ngrams", torch.zeros(vocab_size, per_token, dtype=torch.int32))
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: TrainingStats) -> None:
         """Give the most frequent training tokens their rows, and every token its n-grams."""
         frequent = text.most_frequent(self.known_tokens, self.min_count)
         self.rows.zero_()

@@ -8,28 +8,28 @@ import numpy.typing as npt
 import torch
 
 from moe_beyond.compiling import compiled
-from moe_beyond.predictors.modules.copy_attention import FEATURES, Copying, LayerCopying
-from moe_beyond.predictors.stepping.ring_buffer import Recent
+from moe_beyond.predictors.modules.copy_attention import FEATURES, CopyAttention, LayerCopyAttention
+from moe_beyond.predictors.stepping.ring_buffer import RingBuffer
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
 
-class CopyingState:
+class CopyAttentionState:
     """Of the last tokens, keys and ids.
 
     Args:
         model: The module.
     """
 
-    def __init__(self, model: Copying) -> None:
+    def __init__(self, model: CopyAttention) -> None:
         scale = FEATURES**-0.5
         maps = [model.query.weight * scale, model.key.weight, model.gate.weight]
         biases = [model.query.bias * scale, model.key.bias, model.gate.bias]
         self._map, self._map_bias = torch.cat(maps).detach().numpy(), torch.cat(biases).detach().numpy()
         self._bias, self._same, self.weight = (x.detach().numpy() for x in (model.bias, model.same, model.weight))
-        self._keys = Recent(model.window - 1, model.heads, FEATURES)
-        self._ids = Recent(model.window - 1, 2, dtype=np.int64)  # of each, and of the one before it
+        self._keys = RingBuffer(model.window - 1, model.heads, FEATURES)
+        self._ids = RingBuffer(model.window - 1, 2, dtype=np.int64)  # of each, and of the one before it
         self._own: tuple[Floats, tuple[int, int]] | None = None
 
     def start(self, x: Floats, token_id: int) -> Floats:
@@ -52,7 +52,7 @@ class CopyingState:
         return _shares(queries, self._keys.rows, self._bias, gates, self._same @ alike.T.astype(np.float32))
 
 
-class LayerCopyingState:
+class LayerCopyAttentionState:
     """Of the last tokens, keys after every layer.
 
     Args:
@@ -60,14 +60,14 @@ class LayerCopyingState:
         top_k: K.
     """
 
-    def __init__(self, model: LayerCopying, top_k: int) -> None:
+    def __init__(self, model: LayerCopyAttention, top_k: int) -> None:
         layers, self._experts = model.weight.shape[2:]
         self._lookaheads, self._top_k = model.lookaheads, top_k
         maps = torch.cat([model.query * FEATURES**-0.5, model.key, model.gate], -1).detach()
         self._maps, self._gate_bias = maps.numpy(), model.gate_bias.detach().numpy()
         self._bias, self._nothing = model.bias.detach().numpy(), np.zeros((model.heads, model.window), np.float32)
         self._weights = model.weights_ahead().flatten(2).detach().numpy()
-        self._keys = [Recent(model.window - 1, model.heads, FEATURES) for _ in range(layers)]
+        self._keys = [RingBuffer(model.window - 1, model.heads, FEATURES) for _ in range(layers)]
 
     def step(self, routed: int, state: Floats, past: Ids) -> Floats:
         """Return ``(n, E)``, what is added for the n <= H layers that come after so many are routed.

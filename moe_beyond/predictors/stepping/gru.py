@@ -9,7 +9,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @compiled
-def one_more_layer(
+def gru_step(
     state: Floats,
     experts: npt.NDArray[np.int64],
     inputs: Floats,

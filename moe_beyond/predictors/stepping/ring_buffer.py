@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-class Recent:
+class RingBuffer:
     """Keeps the last rows, oldest first.
 
     They lie in a buffer of twice their number, and move to its front only when its end is reached.

@@ -63,7 +63,7 @@ def write_page(
         UserError: A file of the run cannot be read.
     """
     geometry, manifest = traces.geometry, traces.manifest
-    known = {"lookaheads": source.lookaheads, "causal": source.causal, "available": source.available}
+    known = {"lookaheads": source.lookaheads, "causal": source.causal, "available_after": source.available_after}
     config = read_config(subject.folder) | known
     run_config = {} if subject.run is None else read_run_config(subject.run)
     curves = None if subject.run is None else read_curves(subject.run)

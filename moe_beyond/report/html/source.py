@@ -11,12 +11,10 @@ from typing import Any
 import yaml
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import CONFIG_FILE as RUN_CONFIG
-from moe_beyond.evaluation.checkpoints import EXPORTED, is_run
 from moe_beyond.fields import brief
 from moe_beyond.pretrained import CONFIG_FILE, find_predictor
+from moe_beyond.run_folder import METRICS_FILE, PREDICTOR_FOLDER, RUN_CONFIG_FILE, is_run
 
-METRICS_FILE = "metrics.csv"
 SECRET = re.compile(r"(?:.*_)?(?:key|token|password|secret)s?", re.IGNORECASE)
 """Names of what a run's configuration may hold and nobody else shall read."""
 
@@ -44,18 +42,18 @@ def find_subject(name: str) -> Subject:
         UserError: It is none, or a run that exported no predictor.
     """
     if is_run(name):
-        folder = Path(name) / EXPORTED
+        folder = Path(name) / PREDICTOR_FOLDER
         if not (folder / CONFIG_FILE).exists():
             raise UserError(
-                f"{name}: the run has no {EXPORTED}/ (its fit did not end, or has no ExportBest); "
+                f"{name}: the run has no {PREDICTOR_FOLDER}/ (its fit did not end, or has no ExportBest); "
                 "make one of a checkpoint: moe-beyond package"
             )
         return Subject(folder, Path(name))
     folder = find_predictor(name)
     if not (folder / CONFIG_FILE).exists():
-        raise UserError(f"{name}: is neither a run (no {RUN_CONFIG}, no checkpoints) nor a predictor folder")
+        raise UserError(f"{name}: is neither a run (no {RUN_CONFIG_FILE}, no checkpoints) nor a predictor folder")
     above = folder.resolve().parent
-    of_run = folder.resolve().name == EXPORTED and (is_run(above) or (above / METRICS_FILE).exists())
+    of_run = folder.resolve().name == PREDICTOR_FOLDER and (is_run(above) or (above / METRICS_FILE).exists())
     return Subject(folder, above if of_run else None)
 
 
@@ -65,7 +63,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
     Raises:
         UserError: It cannot be read.
     """
-    path = run / RUN_CONFIG
+    path = run / RUN_CONFIG_FILE
     if not path.exists():
         return {}
     try:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.registry import predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.report.html.model import Section
 from moe_beyond.report.tables.results import leaks_of
 from moe_beyond.traces.reader import TraceSet
@@ -37,7 +37,7 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
         "model": f"{geometry.model}, {geometry.describe_shape()}",
         "parameters": f"{parameters:,}" if parameters else "none that are learned: it counts",
         "lookaheads": ", ".join(map(str, config["lookaheads"])),
-        "knows": f"a score is there {AVAILABLE.get(config['available'], config['available'])}; "
+        "knows": f"a score is there {AVAILABLE.get(config['available_after'], config['available_after'])}; "
         + (f"LEAK: {', '.join(leaks)}, which no runtime could" if leaks else "causal: no later token is read"),
         "probabilities": f"of a {config.get('link', 'link unknown')}, "
         + ("calibrated by lookahead and layer" if config.get("calibration") else "not calibrated"),
@@ -60,7 +60,7 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
 
 
 def _summary(architecture: str) -> str:
-    return next(iter((predictor_class(architecture).__doc__ or "").splitlines()), "").rstrip(".")
+    return next(iter((ARCHITECTURES[architecture].__doc__ or "").splitlines()), "").rstrip(".")
 
 
 def limits_section(

@@ -9,13 +9,13 @@ from moe_beyond.compiling import compiled
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
-LINKS = ("sigmoid", "softmax", "subset")
+ACTIVATIONS = ("sigmoid", "softmax", "subset")
 # Of the search for the shift of a subset; here, since numba's store of compiled code sees changes of this file alone.
 MOST_STEPS, SMALL_STEP, SURELY = 60, 1e-4, 20.0
 
 
 @compiled
-def link_now(
+def apply_activation_numba(
     logits: Floats, scale: Floats, shift: Floats, lookaheads: Indices, layers: Indices, link: int, top_k: int
 ) -> Floats:
     """Return probabilities ``(n, E)`` of logits ``(n, E)``.
@@ -26,7 +26,7 @@ def link_now(
         shift: ``(H, L)``, and then adds.
         lookaheads: ``(n,)``, of each its index into H.
         layers: ``(n,)``, and its layer.
-        link: Index into `LINKS`.
+        link: Index into `ACTIVATIONS`.
         top_k: K.
     """
     out = np.empty_like(logits)

@@ -1,4 +1,4 @@
-"""The folder of a run."""
+"""The folder in which a trainer saves its run."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import lightning as L
 
 
-def run_folder(trainer: L.Trainer) -> Path:
+def trainer_folder(trainer: L.Trainer) -> Path:
     """Return the folder of a run, in which Lightning puts ``checkpoints/``; all ranks must call it.
 
-    The first logger decides it. Without a logger it is the trainer's ``default_root_dir``.
+    It is the folder of the first logger, or the trainer's ``default_root_dir`` without a logger.
     """
     folder = trainer.default_root_dir
     if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -1,0 +1,46 @@
+"""The layout of a run's folder, which `moe-beyond fit` writes.
+
+```
+runs/NAME/version_0/
+  config.yaml      the resolved configuration
+  metrics.csv      the logged figures
+  checkpoints/     Lightning's checkpoints, for resuming
+  predictor/       the exported predictor folder
+  scores/          the scores that `moe-beyond predict` writes
+```
+"""
+
+from pathlib import Path
+
+__all__ = [
+    "INTERRUPTED_CHECKPOINT",
+    "METRICS_FILE",
+    "PREDICTOR_FOLDER",
+    "RUN_CONFIG_FILE",
+    "SCORES_FOLDER",
+    "checkpoints_of",
+    "is_run",
+    "run_of",
+]
+
+RUN_CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
+PREDICTOR_FOLDER = "predictor"
+SCORES_FOLDER = "scores"
+INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
+
+
+def is_run(folder: str | Path) -> bool:
+    """Return whether a folder is a run's folder: it has a configuration or checkpoints."""
+    return (Path(folder) / RUN_CONFIG_FILE).exists() or any(Path(folder).glob("checkpoints/*.ckpt"))
+
+
+def checkpoints_of(run: str | Path) -> list[Path]:
+    """Return the checkpoints of a run, without hidden files, which are still being written."""
+    return [path for path in Path(run).rglob("*.ckpt") if not path.name.startswith(".")]
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that wrote a checkpoint; without a configuration, the checkpoint's own folder."""
+    nearby = (checkpoint.parent.parent, checkpoint.parent)
+    return next((folder for folder in nearby if (folder / RUN_CONFIG_FILE).exists()), checkpoint.parent)
