@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from moe_beyond.callbacks.export import _lender
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors import from_pretrained
 from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.pretrained import find_predictor, find_pretrained, published_predictors
 
@@ -45,14 +45,14 @@ def test_an_architecture_that_is_not_registered_is_refused(hub: Hub, folder: Pat
     edit_config(folder, architecture=architecture)
     put(hub, folder)
     with pytest.raises(UserError, match=r"config\.json: .*(unknown predictor architecture|unhashable)"):
-        Predictor.from_pretrained("org/tiny")
+        from_pretrained("org/tiny")
 
 
 def test_weights_that_are_not_those_of_the_configuration_are_refused(hub: Hub, folder: Path):
     (folder / "model.safetensors").write_bytes(b"others")
     put(hub, folder)
     with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
-        Predictor.from_pretrained("org/tiny")
+        from_pretrained("org/tiny")
 
 
 def test_what_was_downloaded_serves_without_a_network(hub: Hub, folder: Path, monkeypatch):
@@ -114,10 +114,10 @@ def test_a_name_that_means_two_is_refused_with_both(hub: Hub, folder: Path, tmp_
     put(hub, folder)
     with pytest.raises(UserError, match=r"'org/tiny' is a folder here, and .*; write \./org/tiny or hf:org/tiny"):
         find_pretrained("org/tiny")
-    assert Predictor.from_pretrained("./org/tiny").architecture == "popularity"
-    assert Predictor.from_pretrained(Path("org/tiny")).architecture == "popularity"
+    assert from_pretrained("./org/tiny").architecture == "popularity"
+    assert from_pretrained(Path("org/tiny")).architecture == "popularity"
     for there in (("hf:org/tiny", None), ("org/tiny", "main")):
-        assert Predictor.from_pretrained(*there).architecture == "cross_layer"
+        assert from_pretrained(*there).architecture == "cross_layer"
     assert find_predictor("org/tiny") == Path("org/tiny")  # on the command line the Hub is always named
     with pytest.raises(UserError, match="give one"):
         find_pretrained("hf:org/tiny@main", revision="main")

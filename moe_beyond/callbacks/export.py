@@ -14,10 +14,11 @@ from moe_beyond.evaluation.checkpoints import EXPORTED, find_trained, load_train
 from moe_beyond.files import check_is_free
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.calibration import Calibration, calibrate
+from moe_beyond.predictors.calibration import Calibration
+from moe_beyond.predictors.fit_calibration import calibrate
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
 from moe_beyond.predictors.io.folder import read_predictor, save_predictor
-from moe_beyond.predictors.training_text import recorded_uses, seen_by
+from moe_beyond.predictors.training_text import calibration_texts, record_uses
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.base import PredictorTask
 
@@ -73,7 +74,7 @@ class ExportBest(L.Callback):
             predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
             predictor.train(was_training)
         uses = ["chose the epoch of"] * bool(best and monitored) + ["calibrated"] * calibrated
-        training = recorded_uses(training, uses, [] if self._lender is None else seen_by(self._lender))
+        training = record_uses(training, uses, [] if self._lender is None else calibration_texts(self._lender))
         save_predictor(predictor, folder, training, dtype=torch.float16 if self.half else torch.float32)
         self.exported = folder
 

@@ -16,8 +16,8 @@ from moe_beyond.datamodules.batch_plan import PlanSettings, plan_batches, whole_
 from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import TrainingStats
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
@@ -99,7 +99,7 @@ class TraceDataModule(L.LightningDataModule):
         """Width of the hidden states, where the traces have some."""
         return self.manifest.hidden_size
 
-    def training_text(self) -> TrainingStats:
+    def training_stats(self) -> TrainingStats:
         """Count the training split's tokens, and name them."""
         counts = np.zeros(self.vocab_size, np.int64)
         for info in self.traces.shards(self.train_split):

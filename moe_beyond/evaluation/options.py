@@ -14,7 +14,7 @@ from moe_beyond.evaluation.systems import Unavailable, system_names, system_stra
 from moe_beyond.geometry import budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.io.folder import read_config
-from moe_beyond.predictors.training_text import MeasuredText, Training, measured_text
+from moe_beyond.predictors.training_text import MeasuredText, TrainingRecord, measured_text
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import load_device
@@ -101,7 +101,7 @@ class Conditions:
     common: ReplaySettings
     profile: Profile | None
     quotas: Quotas
-    fitted: tuple[tuple[str, Training | None], ...] = ()
+    fitted: tuple[tuple[str, TrainingRecord | None], ...] = ()
 
 
 def asked_conditions(request: Request, traces: TraceSet) -> Conditions:

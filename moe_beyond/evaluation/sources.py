@@ -17,7 +17,7 @@ from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
-from moe_beyond.predictors.training_text import Training
+from moe_beyond.predictors.training_text import TrainingRecord
 from moe_beyond.pretrained import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
@@ -44,7 +44,7 @@ class ScoreSource:
     causal: bool
     available_after: str
     sequences: Callable[[TraceSet, str | None, bool], Iterator[Scored]]
-    training: Training | None = None
+    training: TrainingRecord | None = None
 
 
 def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | None = None) -> ScoreSource:

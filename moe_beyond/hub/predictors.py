@@ -12,7 +12,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.io.folder import read_config, read_predictor
-from moe_beyond.predictors.training_text import marked, relation_of_figures
+from moe_beyond.predictors.training_text import mark_relation, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.report.plots.recorded import recorded_figure, recorded_name
 from moe_beyond.report.plots.replay import png
@@ -83,7 +83,7 @@ def predictor_card(text: str, config: dict[str, Any], repository: str, dataset: 
 def _results(config: dict[str, Any]) -> Iterator[EvalResult]:
     """Yield recorded figures as a model index has them: recall by lookahead, and the replay's hits and bytes."""
     for one in config.get("figures", []):
-        source = marked(one["source"], relation_of_figures(config.get("training"), one))
+        source = mark_relation(one["source"], relation_of_figures(config.get("training"), one))
         about = {
             "task_type": TASK,
             "task_name": "Prediction of the experts that a mixture of experts routes to",
@@ -116,9 +116,9 @@ stepper.scores()  # (layers, experts): probabilities of what is known of each la
 ## From the Hub
 
 ```python
-from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors import from_pretrained
 
-predictor = Predictor.from_pretrained("{repository}"){stepping if config["causal"] else ""}
+predictor = from_pretrained("{repository}"){stepping if config["causal"] else ""}
 ```
 
 On the command line it is a predictor like any other:
@@ -132,5 +132,7 @@ moe-beyond evaluate hf:{repository} --traces TRACES --budget 10%
 def _picture(config: dict[str, Any], repository: str) -> bytes:
     title = f"{repository}: {config['architecture']} for {config['geometry']['model']}"
     training = config.get("training")
-    shown = [{**one, "source": marked(one["source"], relation_of_figures(training, one))} for one in config["figures"]]
+    shown = [
+        {**one, "source": mark_relation(one["source"], relation_of_figures(training, one))} for one in config["figures"]
+    ]
     return png(recorded_figure(shown, title))

@@ -145,7 +145,7 @@ class PredictorTask(L.LightningModule):
             self._figures_before = {}
             self._lent_steps, self._stop_at_epoch_end = 0, False
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
-            self.predictor.prepare(self.data.training_text())
+            self.predictor.prepare(self.data.training_stats())
             self.trained_on = {**fitted_on(self.data), "recipe": self.recipe()}
             self.predictor.fitted_on = self.trained_on
 

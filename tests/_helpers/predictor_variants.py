@@ -10,9 +10,10 @@ import torch
 
 from _helpers.common import TINY, VOCAB, there
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import CountingPredictor, Predictor, TrainingStats
+from moe_beyond.predictors.base import CountingPredictor, Predictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import create
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype
@@ -158,7 +159,7 @@ def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, v
     return Trace(name, "tests", token_ids, chosen, length, hidden_states=states)
 
 
-def training_text(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingStats:
+def training_stats(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingStats:
     """Count the traces' ids; every id has a string of its own, and there are routers."""
     counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB)
     strings = [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)]
@@ -194,7 +195,7 @@ def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         predictor = create(variant.architecture, geometry, VOCAB, **variant.arguments)
-        predictor.prepare(training_text(traces, geometry.num_experts))
+        predictor.prepare(training_stats(traces, geometry.num_experts))
         if isinstance(predictor, CountingPredictor):
             predictor.partial_fit(collate(traces))
         with torch.no_grad():

@@ -7,7 +7,7 @@ from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run
 from _helpers.hub_stand_in import Hub
 
 from moe_beyond.cli.main import main
-from moe_beyond.predictors.base import Predictor
+from moe_beyond.predictors import from_pretrained
 from moe_beyond.predictors.io.folder import read_predictor
 
 SMALL = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)
@@ -38,7 +38,7 @@ def test_a_fit_publishes_its_best(hub: Hub, fitted, capsys) -> None:
     repository = hub.model("org/tiny")
     assert f"{hub.url}/org/tiny, commit {repository.branches['main']}" in capsys.readouterr().err
     assert repository.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert Predictor.from_pretrained("org/tiny").architecture == "cross_layer"
+    assert from_pretrained("org/tiny").architecture == "cross_layer"
 
 
 def test_a_push_that_fails_loses_no_fit(hub: Hub, fitted, capsys) -> None:

@@ -68,17 +68,17 @@ def test_the_decision_by_hand(tmp_path: Path) -> None:
     without = {name: value for name, value in record_of(traces).items() if name not in ("texts", "seen")}
     cases = [
         (record, traces, "train", Relation.TRAINING, "p was fitted on split train of this set"),
-        (record, traces, "validation", Relation.CHOSE, f"{CHOSE} and calibrated p"),
+        (record, traces, "validation", Relation.TUNING, f"{CHOSE} and calibrated p"),
         (record, traces, "test", Relation.HELD_OUT, ""),
         (record, same_texts, "all", Relation.TRAINING, "p was fitted on 3 of these 6 texts"),
         (record, other, "train", Relation.HELD_OUT, ""),
         ({**record, "seen": []}, traces, "validation", Relation.HELD_OUT, ""),
         # What older folders record: no texts, and not what chose the epoch.
         (without, traces, "train", Relation.TRAINING, "p was fitted on split train of this set"),
-        (without, traces, "test", Relation.CHOSE, "split test is of the set that p was fitted on"),
+        (without, traces, "test", Relation.TUNING, "split test belongs to the trace set that p was fitted on"),
         (without, same_texts, "all", Relation.UNKNOWN, "p was fitted on the same source (mine)"),
         ({**without, "source": "another"}, same_texts, "all", Relation.HELD_OUT, ""),
-        (None, traces, "test", Relation.UNKNOWN, "what p was fitted on is not recorded"),
+        (None, traces, "test", Relation.UNKNOWN, "the training text of p is not recorded"),
     ]  # fmt: skip
     for training, measured, split, relation, sentence in cases:
         found = measured_text(measured, split, [("p", training)])
@@ -97,7 +97,7 @@ def test_the_default_split_is_the_one_that_nothing_was_fitted_on(tmp_path: Path)
     assert measured_text(traces, None, [("p", fitted), ("q", record_of(traces, "validation"))]).split == "test"
     assert measured_text(traces, None, []).split is None
     chosen = measured_text(traces, None, [("p", validated)])
-    assert chosen.lines == ["measured on split test: split train is training text of p; --split measures another"]
+    assert chosen.lines == ["measured on split test: split train is training text of p; use --split to choose another"]
     # Where there is nothing else, all is measured, and said.
     only = traces_of(tmp_path / "b", {"train": a})
     found = measured_text(only, None, [("p", record_of(only))])
@@ -189,7 +189,7 @@ def test_recorded_figures_of_older_folders_are_judged_by_fingerprint_and_split()
     for figures, relation in (
         ({"fingerprint": "f", "split": "train"}, Relation.TRAINING),
         ({"fingerprint": "f", "split": None}, Relation.TRAINING),
-        ({"fingerprint": "f", "split": "validation"}, Relation.CHOSE),
+        ({"fingerprint": "f", "split": "validation"}, Relation.TUNING),
         ({"fingerprint": "g", "split": "train"}, Relation.HELD_OUT),
         ({"fingerprint": "g", "split": "train", "relation": "training text"}, Relation.TRAINING),
     ):

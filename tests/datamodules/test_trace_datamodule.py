@@ -151,7 +151,7 @@ def test_no_more_shards_than_the_window_are_in_memory_and_each_is_decoded_once(t
 
 
 def test_the_training_text_counts_the_training_split_alone(trace_set):
-    text = module(trace_set).training_text()
+    text = module(trace_set).training_stats()
     ids = np.concatenate([trace.token_ids for trace in trace_set.traces("train")])
     assert text.token_counts.tolist() == np.bincount(ids, minlength=VOCAB).tolist()
     assert text.token_strings is None  # this set carries no tokenizer
@@ -239,7 +239,7 @@ def test_a_damaged_shard_is_named_and_not_skipped(trace_set):
 def test_the_training_text_counts_the_experts_of_the_tokens_it_is_asked_for(tmp_path, monkeypatch, holes):
     monkeypatch.setattr("moe_beyond.datamodules.traces.TOKENS_AT_ONCE", 5)
     trace_set = tiny_traces(tmp_path / "traces", holes=holes)
-    text, traces = module(trace_set).training_text(), list(trace_set.traces("train"))
+    text, traces = module(trace_set).training_stats(), list(trace_set.traces("train"))
     asked = np.random.default_rng(0).permutation(VOCAB)[: VOCAB // 2]
     assert np.array_equal(text.expert_counts(asked), counted(traces, trace_set.geometry.num_experts)(asked))
     demanded = sum(int((trace.experts < 8).sum()) for trace in traces)

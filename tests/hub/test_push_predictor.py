@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard, constants
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
+from moe_beyond.predictors import from_pretrained
 from moe_beyond.predictors.architectures.popularity import Popularity
-from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import read_predictor
 
@@ -43,13 +43,13 @@ def test_what_is_pulled_scores_to_the_bit_as_what_was_pushed(hub: Hub, folder: P
     expected = probabilities(read_predictor(folder), batch)
     sha256 = json.loads((folder / "config.json").read_text())["sha256"]
     for name, revision in (("org/tiny", None), ("hf:org/tiny", "main"), (f"hf:org/tiny@{commit}", None)):
-        pulled = Predictor.from_pretrained(name, revision=revision)
+        pulled = from_pretrained(name, revision=revision)
         assert np.array_equal(probabilities(pulled, batch), expected)
         said = capsys.readouterr().err
         assert said.startswith("hf:org/tiny@")
         assert said.endswith(f" is {commit}, model.safetensors has sha256 {sha256}\n")
     with pytest.raises(UserError, match="org/tiny: is a cross_layer, not a Popularity"):
-        Popularity.from_pretrained("org/tiny")
+        from_pretrained("org/tiny", expected=Popularity)
 
 
 def test_the_card_keeps_its_prose_and_has_the_figures_as_metadata(hub: Hub, folder: Path):
@@ -59,7 +59,7 @@ def test_the_card_keeps_its_prose_and_has_the_figures_as_metadata(hub: Hub, fold
     local, card = (folder / "README.md").read_text(), ModelCard(files["README.md"].decode())
     assert card.text.startswith(local.split("---\n", 2)[2].rstrip())
     assert "![Hits against bytes moved, as recorded](replay.png)" in card.text
-    assert 'Predictor.from_pretrained("org/tiny")' in card.text
+    assert 'from_pretrained("org/tiny")' in card.text
     data = card.data
     assert (data.library_name, data.license, data.base_model) == ("moe-beyond", "mit", "org/tiny-moe")
     assert (data.model_name, data.pipeline_tag, data.datasets) == ("tiny", None, None)
@@ -109,14 +109,14 @@ def test_a_push_into_a_repository_that_is_there_is_a_further_commit(hub: Hub, fo
     assert len(repository.commits) == 3
     assert sorted(repository.files) == [".gitattributes", *FILES[:3]]  # an old picture would show what is not there
     assert repository.files["model.safetensors"] == (other / "model.safetensors").read_bytes()
-    assert Predictor.from_pretrained("org/tiny", revision=first).architecture == "cross_layer"
-    assert Predictor.from_pretrained("org/tiny").architecture == "popularity"
+    assert from_pretrained("org/tiny", revision=first).architecture == "cross_layer"
+    assert from_pretrained("org/tiny").architecture == "popularity"
 
 
 def test_a_branch_leaves_the_main_one_alone(hub: Hub, folder: Path):
     pushed(folder, "--revision", "next/try")
     assert sorted(hub.model("org/tiny").files) == [".gitattributes"]
-    assert Predictor.from_pretrained("hf:org/tiny@next/try").architecture == "cross_layer"
+    assert from_pretrained("hf:org/tiny@next/try").architecture == "cross_layer"
 
 
 def test_private_is_private_or_refused(hub: Hub, folder: Path, capsys):

@@ -13,12 +13,13 @@ from _helpers.predictor_variants import VARIANTS, fitted_once, probabilities, ra
 from torch import Tensor
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors import calibration
-from moe_beyond.predictors.base import Predictor, Stepper
+from moe_beyond.predictors import fit_calibration
+from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.calibration import calibrate
+from moe_beyond.predictors.fit_calibration import calibrate
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.io.folder import read_predictor, save_predictor
+from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
@@ -96,9 +97,9 @@ def error_of(predictor: Predictor, batch: Batch) -> float:
 
 
 def test_long_and_short_text_have_their_part(monkeypatch):
-    monkeypatch.setattr(calibration, "TOKENS", 40)
+    monkeypatch.setattr(fit_calibration, "MAX_TOKENS", 40)
     seen = []
-    monkeypatch.setattr(calibration, "_fit", lambda predictor, x, y: seen.append(x) or (torch.ones(LAYERS),) * 2)
+    monkeypatch.setattr(fit_calibration, "_fit", lambda predictor, x, y: seen.append(x) or (torch.ones(LAYERS),) * 2)
     predictor = fitted_once(VARIANTS[1])
     long, short = (collate([random_trace(name, length, length)]) for name, length in (("long", 300), ("short", 20)))
     calibrate(predictor, [short, long])

@@ -23,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import GradientPredictor, Stepper
+from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 

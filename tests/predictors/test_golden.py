@@ -15,9 +15,10 @@ from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import HIDDEN, VARIANTS
 from safetensors.numpy import load_file, save_file
 
-from moe_beyond.predictors.base import CountingPredictor, TrainingStats
+from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 

@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.architectures.row_encoder import RowEncoder
 from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.numba_activation import ACTIVATIONS, apply_activation_numba
 from moe_beyond.predictors.objectives import (
     binary_cross_entropy,
     k_positive_cross_entropy,
@@ -20,7 +21,6 @@ from moe_beyond.predictors.objectives import (
     subset_cross_entropy,
     subset_shift,
 )
-from moe_beyond.predictors.stepping.activation import ACTIVATIONS, apply_activation_numba
 from moe_beyond.traces.trace import Trace
 
 

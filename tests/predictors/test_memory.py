@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from _helpers.common import TINY, VOCAB
-from _helpers.predictor_variants import random_trace, training_text
+from _helpers.predictor_variants import random_trace, training_stats
 
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.modules.routing_memory import RoutingMemory
@@ -14,7 +14,7 @@ TRACES = [random_trace(f"s{i}", length, i, vocab=12) for i, length in enumerate(
 def memory(traces: list = TRACES, known: int = VOCAB) -> RoutingMemory:
     torch.manual_seed(0)
     made = RoutingMemory(VOCAB, known, TOTAL, 6)
-    made.prepare(training_text(traces))
+    made.prepare(training_stats(traces))
     return made
 
 

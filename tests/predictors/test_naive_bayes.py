@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from _helpers.common import VOCAB
-from _helpers.predictor_variants import random_trace, training_text
+from _helpers.predictor_variants import random_trace, training_stats
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -19,7 +19,7 @@ TRAINED = [random_trace(f"s{i}", 9, i, SMALL) for i in range(3)]
 
 def fitted(**arguments) -> NaiveBayes:
     predictor = NaiveBayes(SMALL, VOCAB, **arguments)
-    predictor.prepare(training_text(TRAINED))
+    predictor.prepare(training_stats(TRAINED))
     for trace in TRAINED:  # in several batches
         predictor.partial_fit(collate([trace]))
     return predictor.eval()

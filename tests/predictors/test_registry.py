@@ -27,8 +27,10 @@ def test_an_unknown_argument_is_named(name):
 
 
 def test_an_information_set_says_what_it_holds():
-    assert InformationSet((1, 2)).describe() == "lookahead 1, 2; known when routed"
+    assert InformationSet((1, 2)).describe() == "lookahead 1, 2; available when routed"
     text = InformationSet(
         ("token",), "computed", causal=False, hidden_states="layer_inputs", gate_weights=True
     ).describe()
-    assert text == ("lookahead token; known when computed; sees later tokens; reads layer inputs; reads gate weights")
+    assert text == (
+        "lookahead token; available when computed; reads later tokens; reads layer inputs; reads gate weights"
+    )

@@ -7,7 +7,7 @@ from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import HIDDEN, VARIANTS, Variant, fitted_once, random_trace
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import Stepper
+from moe_beyond.predictors.stepper import Stepper
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
 CAUSAL = [variant for variant in VARIANTS if "later ids" not in variant.reads]
@@ -53,13 +53,13 @@ def test_calls_out_of_order_are_refused_and_change_nothing(variant: Variant) -> 
 @pytest.mark.parametrize(
     ("experts", "line"),
     [
-        ([0, EXPERTS], f"expert {EXPERTS} is not one of 0..{EXPERTS - 1}"),
-        ([-1, 0], "expert -1 is not one of"),
-        (np.array([255, 0], np.uint8), "expert 255 is not one of"),
-        (list(range(TOP_K + 1)), f"{TOP_K + 1} experts, but a token has at most {TOP_K}"),
-        ([3, 3], "an expert is named twice (got [3, 3])"),
-        ([[0, 1]], "experts have shape (1, 2)"),
-        (3, "experts have shape ()"),
+        ([0, EXPERTS], f"expert {EXPERTS} is not in 0..{EXPERTS - 1}"),
+        ([-1, 0], "expert -1 is not in"),
+        (np.array([255, 0], np.uint8), "expert 255 is not in"),
+        (list(range(TOP_K + 1)), f"a token has at most {TOP_K} experts in a layer (got {TOP_K + 1})"),
+        ([3, 3], "an expert is repeated (got [3, 3])"),
+        ([[0, 1]], "experts must have shape (n,), the ids of one layer (got (1, 2))"),
+        (3, "experts must have shape (n,), the ids of one layer (got ())"),
         ([0.0, 1.0], "not whole numbers (got float64)"),
         ([True, False], "not whole numbers (got bool)"),
         (["a"], "not whole numbers"),
@@ -81,7 +81,7 @@ def test_token_ids_that_cannot_be_are_refused(variant: Variant) -> None:
     assert "a token id is a whole number (got '1')" in refused(stepper, "observe_token", "1")
     if predictor.information.token_ids:
         for wrong in (VOCAB, 10**6, -1):
-            assert f"token id {wrong} is not one of 0..{VOCAB - 1}" in refused(stepper, "observe_token", wrong)
+            assert f"token id {wrong} is not in 0..{VOCAB - 1}" in refused(stepper, "observe_token", wrong)
     for right in (np.int32(3), torch.tensor(3)):
         stepper.observe_token(right)
         stepper.reset()
@@ -107,8 +107,8 @@ def test_states_that_cannot_be_are_refused(variant: Variant) -> None:
     stepper.observe_token(0)
     right = np.linspace(-1, 1, HIDDEN, dtype=np.float16)
     for wrong, line in (
-        (right[:-1], f"has shape ({HIDDEN - 1},), not ({HIDDEN},)"),
-        (right[None], f"has shape (1, {HIDDEN}), not ({HIDDEN},)"),
+        (right[:-1], f"must have shape ({HIDDEN},), as in training (got ({HIDDEN - 1},))"),
+        (right[None], f"must have shape ({HIDDEN},), as in training (got (1, {HIDDEN}))"),
         (np.where(right > 0.9, np.nan, right), "is not finite"),
         (np.where(right > 0.9, np.inf, right), "is not finite"),
         (["a"] * HIDDEN, "is not an array of numbers"),

@@ -5,13 +5,13 @@ import pytest
 import torch
 from _helpers.common import TINY
 from _helpers.common import VOCAB as TINY_VOCAB
-from _helpers.predictor_variants import LONG, random_trace, training_text, uncounted
+from _helpers.predictor_variants import LONG, random_trace, training_stats, uncounted
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.token_table import TokenTable
-from moe_beyond.predictors.base import TrainingStats
 from moe_beyond.predictors.batch import Batch, collate
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.trace import Trace
 
 SMALL = Geometry("small", (0, 1), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)
@@ -108,7 +108,7 @@ def test_counts_do_not_depend_on_the_batches():
     traces = [random_trace(f"s{i}", LONG, i) for i in range(4)]
     whole, parts = (TokenTable(TINY, TINY_VOCAB) for _ in range(2))
     for predictor in (whole, parts):
-        predictor.prepare(training_text(traces))
+        predictor.prepare(training_stats(traces))
     whole.partial_fit(collate(traces))
     with torch.inference_mode():
         for part in (traces[:1], traces[1:]):

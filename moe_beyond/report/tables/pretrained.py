@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_beyond.predictors.training_text import marked, relation_of_figures
+from moe_beyond.predictors.training_text import mark_relation, relation_of_figures
 from moe_beyond.report.tables.fitted import FittedTable
 
 NOTHING = "nothing recorded"
@@ -19,7 +19,7 @@ def published_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
         for figures in one["figures"]:
             recall = ", ".join(f"{row['lookahead']}: {100 * row['recall_at_k']:.1f}" for row in figures["metrics"])
             split = "" if figures["split"] is None else f", split {figures['split']}"
-            source = marked(f"{figures['source']}{split}", relation_of_figures(one["training"], figures))
+            source = mark_relation(f"{figures['source']}{split}", relation_of_figures(one["training"], figures))
             rows.setdefault(source, []).append((name, size, recall, *_best(figures["replay"])))
         if not one["figures"]:
             rows.setdefault(NOTHING, []).append((name, size, ", ".join(map(str, one["lookaheads"])), "-", "-"))
