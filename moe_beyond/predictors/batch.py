@@ -83,7 +83,7 @@ class Batch:
         """Return the batch on another device.
 
         Args:
-            device: Target device.
+            device: Device of the returned tensors.
             **kwargs: Further arguments of `torch.Tensor.to`.
         """
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

@@ -21,7 +21,7 @@ def calibrate(predictor: Predictor, batches: Iterable[Batch]) -> Calibration:
 
     Args:
         predictor: Predictor in evaluation mode; its own calibration is ignored.
-        batches: Held-out sequences.
+        batches: Held-out sequences, of any length.
 
     Raises:
         UserError: There are no held-out sequences.

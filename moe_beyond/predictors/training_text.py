@@ -33,7 +33,7 @@ class Note:
     """Relation of measured text to one predictor.
 
     Attributes:
-        relation: The relation.
+        relation: Relation of the text to the predictor.
         sentence: The evidence in one sentence; empty for held-out text.
     """
 

@@ -334,7 +334,7 @@ def test_traces_of_the_same_shape_and_tokenizer_fit():
         (manifest(replace(TINY, num_experts=9)), "4 MoE layers x 9 experts, top-2"),
         (manifest(replace(TINY, top_k=3)), "4 MoE layers x 8 experts, top-3"),
         (manifest(vocab_size=VOCAB + 1), "'named' has 33 ids, but the predictor was fitted with 32"),
-        (manifest(sha256="b" * 64), "'named' is not the one"),
+        (manifest(sha256="b" * 64), "'named' is not the tokenizer of the predictor's training text"),
     ],
     ids=["layers", "experts", "top_k", "vocabulary", "tokenizer"],
 )

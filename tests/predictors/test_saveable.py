@@ -103,13 +103,11 @@ def test_what_a_folder_could_not_rebuild_is_refused(made: Any, arguments: Any, l
 
 
 def test_a_class_that_is_not_registered_is_refused(monkeypatch) -> None:
-    with pytest.raises(UserError, match="Scaled cannot be saved: its architecture is not registered .got 'scaled'"):
+    with pytest.raises(UserError, match=r"Scaled cannot be saved: its architecture is not registered \(got 'scaled'\)"):
         check_saveable(Scaled(TINY, VOCAB))
     register(monkeypatch, Scaled)
     check_saveable(Scaled(TINY, VOCAB, 2.0))
-    with pytest.raises(
-        UserError, match="Doubled cannot be saved: architecture 'scaled' is registered for another class"
-    ):
+    with pytest.raises(UserError, match="architecture 'scaled' is registered for another class"):
         check_saveable(Doubled(TINY, VOCAB))
 
 

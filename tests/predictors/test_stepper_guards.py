@@ -77,8 +77,8 @@ def test_experts_that_cannot_be_are_refused(variant: Variant, experts: object, l
 def test_token_ids_that_cannot_be_are_refused(variant: Variant) -> None:
     predictor = fitted_once(variant)
     stepper = predictor.stepper()
-    assert "a token id is a whole number (got 1.5)" in refused(stepper, "observe_token", 1.5)
-    assert "a token id is a whole number (got '1')" in refused(stepper, "observe_token", "1")
+    assert "a token id must be a whole number (got 1.5)" in refused(stepper, "observe_token", 1.5)
+    assert "a token id must be a whole number (got '1')" in refused(stepper, "observe_token", "1")
     if predictor.information.token_ids:
         for wrong in (VOCAB, 10**6, -1):
             assert f"token id {wrong} is not in 0..{VOCAB - 1}" in refused(stepper, "observe_token", wrong)
@@ -97,7 +97,7 @@ def test_a_prefix_of_another_shape_is_refused(variant: Variant) -> None:
         (trace.token_ids, trace.experts[0]),
         (trace.token_ids[None], trace.experts),
     ):
-        assert f"write (T,) and (T, {LAYERS}, {TOP_K})" in refused(stepper, "observe_tokens", ids, experts)
+        assert f"pass (T,) and (T, {LAYERS}, {TOP_K})" in refused(stepper, "observe_tokens", ids, experts)
     stepper.observe_tokens([], [])
 
 

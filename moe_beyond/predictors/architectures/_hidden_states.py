@@ -50,7 +50,7 @@ class HiddenStatePredictor(Predictor):
 
         Args:
             states: Hidden states ``(N, n, D)`` float32 that are available ``ahead`` layers before each of these layers.
-            ahead: Lookahead.
+            ahead: Lookahead of these layers, at least 1.
             layers: The n layers.
         """
 

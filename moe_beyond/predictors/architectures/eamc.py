@@ -75,7 +75,7 @@ class Eamc(CountingPredictor):
         """Store the matrix of each sequence.
 
         Args:
-            batch: Training sequences.
+            batch: Training sequences, each passed once.
 
         Raises:
             UserError: A sequence is longer than the largest count of a matrix.

@@ -75,7 +75,7 @@ def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
     """Record an evaluation in a predictor folder's configuration and card; it replaces an earlier one on the same data.
 
     Args:
-        folder: Predictor folder.
+        folder: Path of the predictor folder.
         figures: ``source``, ``fingerprint``, ``split``, ``relation``, ``command``, ``metrics`` and ``replay`` as
             JSON-serialisable values. Rows of the last two may have ``intervals``, as in an `Evaluation`.
 
@@ -97,7 +97,7 @@ def around_figures(folder: str | Path) -> tuple[str, str]:
     """Return the text of a card before and after its figures.
 
     Args:
-        folder: Predictor folder.
+        folder: Path of the predictor folder.
 
     Raises:
         UserError: The card has a line `BEGIN` but no line `END`.

@@ -30,7 +30,7 @@ def save_predictor(
     """Write a predictor folder; an existing predictor folder is replaced.
 
     Args:
-        predictor: Fitted predictor.
+        predictor: Fitted predictor to write.
         folder: Folder to write.
         training: Training record as JSON-serialisable values: ``fingerprint``, ``split``, ``model_id``, ``tokenizer``,
             and so on.
@@ -85,7 +85,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the configuration of a predictor folder.
 
     Args:
-        folder: Predictor folder.
+        folder: Path of the predictor folder.
 
     Raises:
         UserError: The folder is not a predictor folder of this format.
@@ -113,7 +113,7 @@ def read_predictor(folder: str | Path) -> Predictor:
     """Read a predictor folder.
 
     Args:
-        folder: Predictor folder.
+        folder: Path of the predictor folder.
 
     Returns:
         The predictor in evaluation mode, on the CPU.
@@ -212,5 +212,5 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
         )
     if tokenizer_sha256 is not None and sha256 is not None and sha256 != tokenizer_sha256:
         raise UserError(
-            f"{traces}: its tokenizer {manifest.tokenizer.name!r} is not the one that the predictor was fitted with"
+            f"{traces}: its tokenizer {manifest.tokenizer.name!r} is not the tokenizer of the predictor's training text"
         )

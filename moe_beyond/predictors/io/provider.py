@@ -14,7 +14,7 @@ def provider(predictor: type[Predictor]) -> str:
     """Return the import name of the top-level package that defines a predictor class.
 
     Args:
-        predictor: Predictor class.
+        predictor: Class of a predictor.
     """
     return predictor.__module__.partition(".")[0]
 

@@ -43,7 +43,8 @@ def check_saveable(predictor: Predictor) -> None:
     if (rebuilt := twin.arguments()) != arguments:
         name = next(name for name, value in arguments.items() if rebuilt[name] != value)
         raise UserError(
-            f"{where}: argument {name!r} changes from {arguments[name]!r} to {rebuilt[name]!r}; store it as is"
+            f"{where}: argument {name!r} is rebuilt as {shown(rebuilt[name])} (got {shown(arguments[name])}); keep "
+            "each argument unchanged in the attribute of its name"
         )
     if twin.information != predictor.information:
         raise UserError(f"{where}: its information set is rebuilt differently; derive it from the arguments only")
