@@ -34,7 +34,7 @@ from moe_beyond.files import read_json, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import read_predictor
-from moe_beyond.predictors.registry import predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.traces.reader import TraceSet
@@ -94,7 +94,7 @@ def record(folder: Path, library: Path, tokens: int) -> TraceSet:
 
 def fit(traces: TraceSet, folder: Path, epochs: int, architecture: str, *words: str) -> Path:
     """Fit a predictor, unless it is there; return its folder."""
-    counts = issubclass(predictor_class(architecture), CountingPredictor)
+    counts = issubclass(ARCHITECTURES[architecture], CountingPredictor)
     command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", "0"]
     for config in (f"trainer/{'counting' if counts else 'default'}", f"model/{architecture}", "data/traces"):
         command += ["-c", str(CONFIGS / f"{config}.yaml")]

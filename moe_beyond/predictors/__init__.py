@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from moe_beyond.predictors.io.auto import from_pretrained as from_pretrained
     from moe_beyond.predictors.io.folder import read_predictor as read_predictor
     from moe_beyond.predictors.io.folder import save_predictor as save_predictor
-    from moe_beyond.predictors.io.saveable import check_saveable as check_saveable
     from moe_beyond.predictors.registry import ARCHITECTURES as ARCHITECTURES
     from moe_beyond.predictors.registry import create as create
+    from moe_beyond.predictors.registry import register as register
+    from moe_beyond.predictors.saveable import check_saveable as check_saveable
     from moe_beyond.predictors.stepper import Stepper as Stepper
     from moe_beyond.predictors.stepper import TokenStepper as TokenStepper
     from moe_beyond.predictors.training_stats import TrainingStats as TrainingStats
@@ -66,11 +67,12 @@ _MODULES = {
     "TokenTable": "architectures.token_table",
     "TrainingStats": "training_stats",
     "calibrate": "fit_calibration",
-    "check_saveable": "io.saveable",
+    "check_saveable": "saveable",
     "collate": "batch",
     "create": "registry",
     "from_pretrained": "io.auto",
     "read_predictor": "io.folder",
+    "register": "registry",
     "save_predictor": "io.folder",
 }
 """Public name -> module of this package."""

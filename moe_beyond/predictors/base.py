@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation, apply_activation
 from moe_beyond.predictors.batch import Batch
@@ -28,7 +27,7 @@ class Predictor(nn.Module, ABC):
 
     A subclass takes ``geometry`` and ``vocab_size`` first, then annotated, JSON-serialisable arguments, and keeps each
     argument in an attribute of the same name. From these a predictor folder rebuilds the instance;
-    `moe_beyond.predictors.io.saveable.check_saveable` verifies it.
+    `moe_beyond.predictors.saveable.check_saveable` verifies it.
 
     Args:
         geometry: Shape of the model.
@@ -120,14 +119,9 @@ class Predictor(nn.Module, ABC):
         """Return the constructor's arguments by name, without `BASE_ARGUMENTS`, as JSON-serialisable values.
 
         Raises:
-            UserError: An argument has no attribute of the same name.
+            AttributeError: An argument has no attribute of the same name.
         """
         names = [name for name in inspect.signature(type(self)).parameters if name not in BASE_ARGUMENTS]
-        if missing := [name for name in names if not hasattr(self, name)]:
-            raise UserError(
-                f"{type(self).__name__}: constructor argument {missing[0]!r} has no attribute of the same name; "
-                f"set self.{missing[0]} in __init__"
-            )
         return {name: getattr(self, name) for name in names}
 
 

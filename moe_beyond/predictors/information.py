@@ -27,11 +27,3 @@ class InformationSet:
     token_ids: bool = True
     hidden_states: Literal["router_inputs", "layer_inputs"] | None = None
     gate_weights: bool = False
-
-    def describe(self) -> str:
-        """Return a one-line description for tables and cards."""
-        parts = ["lookahead " + ", ".join(map(str, self.lookaheads)), f"available when {self.available_after}"]
-        parts += [] if self.causal else ["reads later tokens"]
-        parts += [f"reads {self.hidden_states.replace('_', ' ')}"] if self.hidden_states else []
-        parts += ["reads gate weights"] if self.gate_weights else []
-        return "; ".join(parts)

@@ -1,14 +1,31 @@
-"""The predictors this package knows, by name: configs and predictor folders name one of these, never an import path."""
+"""The registry of predictor architectures; configs and predictor folders name one of these, never an import path.
 
-import importlib
-from typing import Any
+Another package adds its predictor by an entry point, under the architecture's name:
 
-from moe_beyond.errors import UserError, unknown
+```toml
+[project.entry-points."moe_beyond.predictors"]
+most_recent = "moe_beyond_example.predictor:MostRecent"
+
+[project.entry-points."moe_beyond.tasks"]
+most_recent = "moe_beyond_example.task:MostRecentTask"
+```
+
+A notebook calls `register` instead.
+"""
+
+from typing import Any, TypeVar
+
+from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
+from moe_beyond.registry import Registry
 
-ARCHITECTURES: dict[str, str] = {
+P = TypeVar("P", bound=type[Predictor])
+
+PACKAGE = __name__.partition(".")[0]
+"""Import name of this package."""
+CLASSES = {
     "popularity": "Popularity",
     "token_table": "TokenTable",
     "eamc": "Eamc",
@@ -21,40 +38,54 @@ ARCHITECTURES: dict[str, str] = {
     "layer_mlp": "LayerMlp",
     "pre_attention": "PreAttention",
 }
-"""Name -> class, in the module of that name; a module is imported only when its predictor is asked for."""
+"""Class names of this package's architectures; each class is in ``architectures/NAME.py``."""
+ARCHITECTURES: Registry[type[Predictor]] = Registry(
+    "predictor architecture",
+    "moe_beyond.predictors",
+    {name: f"{PACKAGE}.predictors.architectures.{name}:{cls}" for name, cls in CLASSES.items()},
+)
+"""Predictor classes by the name of their architecture."""
 
 
-def predictor_class(architecture: str) -> type[Predictor]:
-    """Return the class of an architecture.
+def register(predictor: P) -> P:
+    """Add a predictor class for this process, under its ``architecture``; use it as a decorator.
 
     Raises:
-        UserError: There is no such architecture.
+        UserError: Another class has this name.
     """
-    if architecture not in ARCHITECTURES:
-        raise unknown("predictor architecture", architecture, ARCHITECTURES)
-    module = importlib.import_module(f"moe_beyond.predictors.architectures.{architecture}")
-    found: type[Predictor] = getattr(module, ARCHITECTURES[architecture])
-    return found
+    ARCHITECTURES.register(predictor.architecture, predictor)
+    return predictor
 
 
 def create(
-    architecture: str, geometry: Geometry, vocab_size: int, *, source: str = "predictor", **arguments: Any
+    architecture: str,
+    geometry: Geometry,
+    vocab_size: int,
+    *,
+    source: str = "predictor",
+    package: str = PACKAGE,
+    **arguments: Any,
 ) -> Predictor:
-    """Build an unfitted predictor out of what a file says.
+    """Build an unfitted predictor from the values in a file.
 
     Args:
-        architecture: Its name.
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        source: The file, for error messages.
-        **arguments: Of the constructor.
+        architecture: Name of the architecture.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        source: File that holds the values, for error messages (default: ``"predictor"``).
+        package: Import name of the package that provides the architecture (default: this package).
+        **arguments: Further arguments of the constructor.
 
     Raises:
-        UserError: There is no such architecture, or its arguments are not such.
+        UserError: The architecture is not registered, another package provides it, or the arguments are wrong.
     """
     try:
-        return predictor_class(architecture)(geometry, vocab_size, **arguments)
+        if architecture not in ARCHITECTURES and package != PACKAGE:
+            raise UserError(f"{architecture} is a predictor of package {package}, which is not installed; install it")
+        if package != (provider := ARCHITECTURES.package(architecture)):
+            raise UserError(f"{architecture} is a predictor of package {package} (got {provider}'s); remove {provider}")
+        return ARCHITECTURES[architecture](geometry, vocab_size, **arguments)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # whatever torch makes of a wrong size
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # torch's errors about wrong sizes
         raise UserError(f"{source}: {architecture}: {brief(error)}") from error

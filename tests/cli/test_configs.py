@@ -8,7 +8,7 @@ from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, TINY_TOKEN_CAUSAL, fit
 
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import read_predictor
-from moe_beyond.predictors.registry import ARCHITECTURES, predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES
 
 TINY_SIZES = {
     "cross_layer": TINY_CROSS_LAYER,
@@ -42,7 +42,7 @@ def composed(path: Path) -> list[Path]:
     if path.parent.name == "experiment":
         return [path]
     architecture = architecture_of(path)
-    trainer = "counting" if issubclass(predictor_class(architecture), CountingPredictor) else "default"
+    trainer = "counting" if issubclass(ARCHITECTURES[architecture], CountingPredictor) else "default"
     parts = {
         "trainer": CONFIGS / f"trainer/{trainer}.yaml",
         "model": CONFIGS / f"model/{architecture}.yaml",

@@ -26,14 +26,14 @@ from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.calibration import Calibration
-from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES, create
 from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
 CAUSAL = [variant for variant in VARIANTS if "later ids" not in variant.reads]
-BY_GRADIENT = [v for v in VARIANTS if issubclass(predictor_class(v.architecture), GradientPredictor)]
+BY_GRADIENT = [v for v in VARIANTS if issubclass(ARCHITECTURES[v.architecture], GradientPredictor)]
 TOLERANCE = 2e-5
 
 

@@ -17,13 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch, collate
-from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES, create
 from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 
 FOLDER = Path(__file__).parents[1] / "data" / "golden"
-LEARNED = [name for name in ARCHITECTURES if not issubclass(predictor_class(name), CountingPredictor)]
+LEARNED = [name for name in ARCHITECTURES if not issubclass(ARCHITECTURES[name], CountingPredictor)]
 
 
 def golden_batch() -> Batch:

@@ -7,7 +7,7 @@ import pytest
 from _helpers.common import TINY, VOCAB
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES, create
 from moe_beyond.tasks import CrossLayer, LayerMlp, RowEncoder, TokenCausal
 from moe_beyond.tasks.gradient import GradientTask
 
@@ -22,7 +22,7 @@ WRONG = {
 
 
 def arguments(name: str) -> dict[str, inspect.Parameter]:
-    parameters = list(inspect.signature(predictor_class(name).__init__).parameters.values())[3:]
+    parameters = list(inspect.signature(ARCHITECTURES[name].__init__).parameters.values())[3:]
     return {parameter.name: parameter for parameter in parameters if parameter.name not in OF_NAMES}
 
 

@@ -3,13 +3,12 @@ from _helpers.common import TINY, VOCAB
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.information import InformationSet
-from moe_beyond.predictors.registry import ARCHITECTURES, create, predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES, create
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_class_calls_itself_what_the_registry_does(name):
-    found = predictor_class(name)
+    found = ARCHITECTURES[name]
     assert issubclass(found, Predictor)
     assert found.architecture == name
     assert found.activation in ("sigmoid", "softmax", "subset")
@@ -17,20 +16,10 @@ def test_a_class_calls_itself_what_the_registry_does(name):
 
 def test_an_unknown_architecture_names_the_near_miss():
     with pytest.raises(UserError, match="'cros_layer'; did you mean 'cross_layer'"):
-        predictor_class("cros_layer")
+        ARCHITECTURES["cros_layer"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_unknown_argument_is_named(name):
     with pytest.raises(UserError, match=f"{name}.*no_such_argument"):
         create(name, TINY, VOCAB, no_such_argument=1)
-
-
-def test_an_information_set_says_what_it_holds():
-    assert InformationSet((1, 2)).describe() == "lookahead 1, 2; available when routed"
-    text = InformationSet(
-        ("token",), "computed", causal=False, hidden_states="layer_inputs", gate_weights=True
-    ).describe()
-    assert text == (
-        "lookahead token; available when computed; reads later tokens; reads layer inputs; reads gate weights"
-    )

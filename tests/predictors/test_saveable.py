@@ -8,8 +8,7 @@ from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import VARIANTS, Variant, fitted_once
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors import InformationSet, Popularity, Predictor, check_saveable, create
-from moe_beyond.predictors.io import provider, saveable
+from moe_beyond.predictors import InformationSet, Popularity, check_saveable, saveable
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -79,22 +78,22 @@ class Changing(Scaled):
 @pytest.mark.parametrize(
     ("made", "arguments", "line"),
     [
-        (Scaled, (object(),), "argument 'scale' does not survive JSON"),
-        (Scaled, ((1, 2),), "argument 'scale' does not survive JSON"),
-        (Scaled, (float("nan"),), "argument 'scale' does not survive JSON"),
-        (Scaled, ({1: 2},), "argument 'scale' does not survive JSON"),
-        (Unannotated, (), "'scale' has no type"),
+        (Scaled, (object(),), "scaled: scale is not a plain JSON value"),
+        (Scaled, ((1, 2),), "scaled: scale is not a plain JSON value"),
+        (Scaled, (float("nan"),), "scaled: scale is not a plain JSON value"),
+        (Scaled, ({1: 2},), "scaled: scale is not a plain JSON value"),
+        (Unannotated, (), "scaled: constructor argument scale has no type; annotate it"),
         (Variadic, (), "has no fixed name"),
-        (Renamed, (), "'factor' has no attribute of the same name; set self.factor in __init__"),
-        (OtherOrder, (), "the first constructor arguments must be geometry and vocab_size"),
-        (Doubled, (), "argument 'scale' is rebuilt as 4.0 (got 2.0)"),
-        (Grown, (), "the weights do not match a scaled"),
+        (Renamed, (), "no attribute 'factor'; keep every argument of the constructor as an attribute"),
+        (OtherOrder, (), "its first constructor arguments must be geometry and vocab_size"),
+        (Doubled, (), "scaled: scale is rebuilt as 4.0 (got 2.0)"),
+        (Grown, (), "scaled: the rebuilt predictor has other weights"),
         (Changing, (), "information set is rebuilt differently"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_a_folder_could_not_rebuild_is_refused(made: Any, arguments: Any, line: str, monkeypatch) -> None:
-    register(monkeypatch, made)
+    monkeypatch.setattr(saveable, "ARCHITECTURES", {"scaled": made})
     predictor = made(VOCAB, TINY) if made is OtherOrder else made(TINY, VOCAB, *arguments)
     with pytest.raises(UserError) as error:
         check_saveable(predictor)
@@ -103,23 +102,9 @@ def test_what_a_folder_could_not_rebuild_is_refused(made: Any, arguments: Any, l
 
 
 def test_a_class_that_is_not_registered_is_refused(monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"Scaled cannot be saved: its architecture is not registered \(got 'scaled'\)"):
+    with pytest.raises(UserError, match=r"^scaled: .*Scaled is not registered under this name; call"):
         check_saveable(Scaled(TINY, VOCAB))
-    register(monkeypatch, Scaled)
+    monkeypatch.setattr(saveable, "ARCHITECTURES", {"scaled": Scaled})
     check_saveable(Scaled(TINY, VOCAB, 2.0))
-    with pytest.raises(UserError, match="architecture 'scaled' is registered for another class"):
+    with pytest.raises(UserError, match="Doubled is not registered under this name"):
         check_saveable(Doubled(TINY, VOCAB))
-
-
-def register(monkeypatch: pytest.MonkeyPatch, made: type[Predictor]) -> None:
-    """Register a class for one test."""
-    monkeypatch.setattr(saveable, "ARCHITECTURES", {"scaled": made})
-    monkeypatch.setattr(saveable, "predictor_class", lambda architecture: made)
-    monkeypatch.setattr(
-        saveable, "create", lambda name, geometry, vocab, *, source, **given: made(geometry, vocab, **given)
-    )
-
-
-def test_the_provider_is_the_package_of_the_class() -> None:
-    assert provider.provider(type(create("eamc", TINY, VOCAB))) == "moe_beyond"
-    assert provider.provider(Scaled) == Scaled.__module__.partition(".")[0]

@@ -132,7 +132,7 @@ def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
 
 def test_weights_of_the_layout_without_a_row_for_others_are_refused():
     weights = {name: value[1:] for name, value in table([COUNTED]).state_dict().items()}
-    with pytest.raises(UserError, match="earlier layout"):
+    with pytest.raises(UserError, match="an old layout"):
         TokenTable(SMALL, VOCAB).load_state_dict(weights)
 
 

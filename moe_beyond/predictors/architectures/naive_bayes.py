@@ -26,13 +26,15 @@ from moe_beyond.predictors.training_stats import TrainingStats
 class NaiveBayes(CountingPredictor):
     """Adds weighted log-odds of each source relative to the popularity.
 
-    With P(e) the popularity of e in layer l, the logit of lookahead h is::
+    P(e) is the popularity of e in layer l. The logit of lookahead h is the sum of
 
-        logit P(e) + token * (logit P(e | token) - logit P(e)) + history * (logit P(e | its past) - logit P(e))
-        + layers * sum over d = h .. h + sources - 1, and over the experts f of layer l - d, of log P(e | f) / P(e)
+    - ``logit P(e)``,
+    - ``token * (logit P(e | token) - logit P(e))``,
+    - ``history * (logit P(e | its past) - logit P(e))``, and
+    - ``layers * log(P(e | f) / P(e))`` for every expert f of the layers l - d, d = h .. h + sources - 1.
 
-    Here P(e | f) = (tokens that used both + smoothing * P(e)) / (tokens that used f + smoothing). The sources are not
-    independent, so their weights are below 1.
+    Here ``P(e | f) = (tokens that used both + smoothing * P(e)) / (tokens that used f + smoothing)``. The sources are
+    not independent, so their weights are below 1.
 
     Args:
         geometry: Shape of the model.

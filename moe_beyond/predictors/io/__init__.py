@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from moe_beyond.predictors.io.folder import read_config as read_config
     from moe_beyond.predictors.io.folder import read_predictor as read_predictor
     from moe_beyond.predictors.io.folder import save_predictor as save_predictor
-    from moe_beyond.predictors.io.saveable import check_saveable as check_saveable
 
 _MODULES = {
     "Checkpoint": "checkpoint",
     "check_fits": "folder",
-    "check_saveable": "saveable",
     "from_pretrained": "auto",
     "load_checkpoint": "checkpoint",
     "read_config": "folder",

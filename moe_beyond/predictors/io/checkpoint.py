@@ -11,7 +11,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.folder import load_weights
-from moe_beyond.predictors.registry import create
+from moe_beyond.predictors.registry import PACKAGE, create
 
 CHECKPOINT_KEY = "moe_beyond"
 """Key of a checkpoint's entry that describes its predictor in JSON-serialisable values."""
@@ -54,8 +54,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint of this package")
     content = checkpoint[CHECKPOINT_KEY]
-    geometry, arguments = Geometry.from_json(content["geometry"]), content["arguments"]
-    predictor = create(content["architecture"], geometry, content["vocab_size"], source=str(path), **arguments)
+    predictor = create(
+        content["architecture"],
+        Geometry.from_json(content["geometry"]),
+        content["vocab_size"],
+        source=str(path),
+        package=content.get("package", PACKAGE),
+        **content["arguments"],
+    )
     prefix = "predictor."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_weights(predictor, weights, str(path))

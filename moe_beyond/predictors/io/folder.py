@@ -15,8 +15,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.io.card import card
-from moe_beyond.predictors.io.provider import check_provider, provider
-from moe_beyond.predictors.registry import create
+from moe_beyond.predictors.registry import ARCHITECTURES, PACKAGE, create
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
 from moe_beyond.version import __version__
@@ -50,7 +49,7 @@ def save_predictor(
     config = {
         "format_version": FORMAT_VERSION,
         "architecture": predictor.architecture,
-        "package": provider(type(predictor)),
+        "package": ARCHITECTURES.package(predictor.architecture),
         "arguments": predictor.arguments(),
         "geometry": predictor.geometry.to_json(),
         "vocab_size": predictor.vocab_size,
@@ -127,11 +126,11 @@ def read_predictor(folder: str | Path) -> Predictor:
     source = f"{folder / CONFIG_FILE}"
     try:
         geometry, vocab_size = Geometry.from_json(config["geometry"], source=source), int(config["vocab_size"])
-        arguments, package, sha256 = dict(config["arguments"]), config["package"], config["sha256"]
+        arguments, sha256 = dict(config["arguments"]), config["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: a field is missing or wrong ({error})") from error
-    check_provider(config["architecture"], package, source)
-    predictor = create(config["architecture"], geometry, vocab_size, source=source, **arguments)
+    package = str(config.get("package", PACKAGE))
+    predictor = create(config["architecture"], geometry, vocab_size, source=source, package=package, **arguments)
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise UserError(f"{path}: not found")

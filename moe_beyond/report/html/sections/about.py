@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.registry import predictor_class
+from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.report.html.model import Section
 from moe_beyond.report.tables.results import leaks_of
 from moe_beyond.traces.reader import TraceSet
@@ -60,7 +60,7 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
 
 
 def _summary(architecture: str) -> str:
-    return next(iter((predictor_class(architecture).__doc__ or "").splitlines()), "").rstrip(".")
+    return next(iter((ARCHITECTURES[architecture].__doc__ or "").splitlines()), "").rstrip(".")
 
 
 def limits_section(
