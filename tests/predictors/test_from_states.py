@@ -1,4 +1,4 @@
-"""Predictors that read hidden states: what they make of them, by hand, and through the command line."""
+"""Predictors that read hidden states, checked by hand and through the command line."""
 
 import json
 import math
@@ -102,7 +102,7 @@ def test_the_loss_of_pre_attention_by_hand():
 
 @pytest.mark.parametrize("name", ["layer_mlp", "pre_attention"])
 def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path, capsys):
-    """What a layer reads tells its own choice here, which the one reads before, and the other after it was made."""
+    """A layer's input determines its experts here; one predictor reads that input, the other an earlier one."""
     traces = tiny_traces(tmp_path / "traces", sequences=40, hidden_states=True)
     configs = str(CONFIGS / "trainer/default.yaml"), str(CONFIGS / f"model/{name}.yaml")
     words = ["-c", configs[0], "-c", configs[1], "--model.width=32"]

@@ -1,6 +1,6 @@
 """Stored logits: an architecture's arithmetic may not drift, or published weights would mean something else.
 
-``python tests/predictors/test_golden.py`` stores them anew.
+``python tests/predictors/test_golden.py`` stores them again.
 """
 
 import sys

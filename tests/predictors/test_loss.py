@@ -139,7 +139,7 @@ def test_binary_cross_entropy_by_hand():
 
 
 def test_the_ranking_loss_by_hand():
-    # Experts 0 and 2 were chosen. Of other - chosen there are 1 - 2, 1 - 0, -1 - 2 and -1 - 0.
+    # Experts 0 and 2 are selected. The differences other - selected are 1 - 2, 1 - 0, -1 - 2 and -1 - 0.
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).view(1, 1, 1, 1, 4)
     expected = math.log(1 + math.exp(-1) + math.exp(1) + math.exp(-3) + math.exp(-1))
     chosen = batch([[[0, 2]]])

@@ -1,4 +1,4 @@
-"""Traces whose recording told no token ids: what reads them is neither fitted nor used on such, and the rest is."""
+"""Traces without token ids: only predictors that read none are fitted on them and score them."""
 
 from dataclasses import replace
 from pathlib import Path
