@@ -102,6 +102,18 @@ class Geometry:
         return {**asdict(self), "moe_layers": list(self.moe_layers)}
 
     @classmethod
+    def of(cls, value: "Geometry | Mapping[str, Any]") -> "Geometry":
+        """Return a geometry, given a geometry or its dictionary.
+
+        Args:
+            value: Geometry, or the dictionary that `to_json` returns.
+
+        Raises:
+            UserError: The dictionary is not a geometry.
+        """
+        return value if isinstance(value, Geometry) else cls.from_json(value)
+
+    @classmethod
     def from_json(cls, content: Mapping[str, Any], *, source: str = "geometry") -> "Geometry":
         """Build a geometry from a dictionary.
 

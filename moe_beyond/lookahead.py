@@ -1,24 +1,25 @@
-"""When a score is known."""
+"""Lookaheads: when a score becomes available."""
 
 from typing import Literal
 
 from moe_beyond.errors import UserError
 
 Lookahead = int | Literal["token", "next"]
-"""``h >= 1`` layers ahead, before the token's first layer (``"token"``), or as soon as the layer ran (``"next"``).
-
-``h`` means: after layer l-h of the same token was routed. Where l < h there is no such layer, and the score uses the
-token's id and everything before the token, and exists when the token starts. ``0`` reads the router's own input; no
-predictor of this package has it, but imported scores may. ``"next"`` is known once layer l of the token before was
-routed, or, for a sequence's first token, when that starts; the token's id has no part in it.
-"""
+"""``"token"``: before the token's first MoE layer, for all layers. ``h >= 1``: once layer l - h of the same token is
+routed; for l < h the score uses the token id and earlier tokens only, and is available when the token starts.
+``"next"``: for layer l's next run, once the layer has run for the current token (for a sequence's first token: when the
+token starts); the next token's id is not used. ``0``: the score reads the router's own input; no predictor of this
+package has it, but imported scores may."""
 
 
 def parse_lookahead(text: str | int) -> Lookahead:
-    """Read a lookahead as options and JSON write it.
+    """Parse a lookahead of an option or of a JSON file.
+
+    Args:
+        text: ``"token"``, ``"next"`` or a number of layers.
 
     Raises:
-        UserError: It is neither ``token``, ``next`` nor a whole number from 0.
+        UserError: The text is not a lookahead.
 
     Example:
         >>> parse_lookahead("2"), parse_lookahead("token")

@@ -1,4 +1,4 @@
-"""What routers make of their logits before a selection bias is added, by the names that configurations use."""
+"""Activations of routers: functions from a router's logits to the values that a selection bias is added to."""
 
 from collections.abc import Callable
 
@@ -11,3 +11,4 @@ ROUTER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda logits: logits.sigmoid(),
     "sqrtsoftplus": lambda logits: functional.softplus(logits).sqrt(),
 }
+"""Name, as model configurations use it -> function of logits ``(..., E)``."""

@@ -437,3 +437,4 @@ def test_a_larger_budget_never_buys_fewer_slots(one, other, unit, geometry):
 def test_geometry_survives_json(layers, experts, top_k, params, name):
     geometry = Geometry(name, tuple(sorted(layers)), experts, min(top_k, experts), params, params)
     assert Geometry.from_json(json.loads(json.dumps(geometry.to_json()))) == geometry
+    assert Geometry.of(geometry.to_json()) == Geometry.of(geometry) == geometry

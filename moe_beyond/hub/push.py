@@ -14,6 +14,7 @@ from moe_beyond.hub.predictors import LIBRARY, PICTURE_FILE, predictor_files
 from moe_beyond.hub.traces import trace_files
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.pretrained import CONFIG_FILE
+from moe_beyond.run_folder import PREDICTOR_FOLDER
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from moe_beyond.version import __version__
 

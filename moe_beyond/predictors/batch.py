@@ -1,4 +1,4 @@
-"""The batch that predictors read."""
+"""Batches: the input of predictors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,17 +14,18 @@ from moe_beyond.traces.trace import Trace
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences (or pieces of long ones), padded on the right.
+    """Sequences, or segments of long sequences, padded on the right.
 
     Attributes:
-        token_ids: ``(B, T)`` int64, 0 where padded.
-        experts: ``(B, T, L, K)`` uint8 or int16, 0 where padded, as in a `Trace` elsewhere; `ids` is to index with.
-        lengths: ``(B,)`` int64, tokens of each row.
-        sequence_ids: One a row.
-        starts: Position in its sequence at which each row starts; not 0 only for later pieces of a long sequence.
-        gate_weights: ``(B, T, L, K)`` float16, 0 where padded, or None where they were not recorded.
-        router_inputs: ``(B, T, L, D)`` float16, what each layer's router read, where hidden states were asked for.
-        layer_inputs: ``(B, T, L, D)`` float16, what each layer read before its attention, likewise.
+        token_ids: Token ids ``(B, T)`` int64, 0 where padded.
+        experts: Expert ids ``(B, T, L, K)`` uint8 or int16 as in a `Trace`, 0 where padded; use `ids` for indexing.
+        lengths: Number of tokens of each row, ``(B,)`` int64.
+        sequence_ids: Sequence id of each row.
+        starts: Position in its sequence at which each row starts; above 0 only for later segments of a sequence.
+        gate_weights: Gate weights ``(B, T, L, K)`` float16, 0 where padded; None if they were not recorded.
+        router_inputs: Inputs of each layer's router, ``(B, T, L, D)`` float16; None if they were not requested.
+        layer_inputs: Inputs of each layer before its attention, ``(B, T, L, D)`` float16; None if they were not
+            requested.
     """
 
     token_ids: Tensor
@@ -38,24 +39,39 @@ class Batch:
 
     @property
     def mask(self) -> Tensor:
-        """``(B, T)`` bool, true where there is a token."""
+        """Mask ``(B, T)`` bool of real tokens."""
         positions = torch.arange(self.token_ids.shape[1], device=self.lengths.device)
         return positions < self.lengths[:, None]
 
     def ids(self, num_experts: int) -> Tensor:
-        """``(B, T, L, K)`` int64 ids of experts, E where a slot holds none; 0 where padded."""
-        found = self.experts.long()
-        return found.masked_fill((found < 0) | (found >= num_experts), num_experts)
+        """Return expert ids ``(B, T, L, K)`` int64; padding of the top-k is E, padded tokens have 0.
+
+        Args:
+            num_experts: Experts per layer, E.
+        """
+        ids = self.experts.long()
+        return ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)
 
     def targets(self, num_experts: int) -> Tensor:
-        """``(B, T, L, E)`` bool, true where the expert was chosen; false where padded."""
-        shape = (*self.experts.shape[:-1], num_experts + 1)  # the last one is none
-        chosen = torch.zeros(shape, dtype=torch.bool, device=self.experts.device)
-        chosen.scatter_(-1, self.ids(num_experts), True)
-        return chosen[..., :num_experts] & self.mask[:, :, None, None]
+        """Return ``(B, T, L, E)`` bool: whether each expert was selected; false where padded.
+
+        Args:
+            num_experts: Experts per layer, E.
+        """
+        shape = (*self.experts.shape[:-1], num_experts + 1)  # the last index holds the padding
+        targets = torch.zeros(shape, dtype=torch.bool, device=self.experts.device)
+        targets.scatter_(-1, self.ids(num_experts), True)
+        return targets[..., :num_experts] & self.mask[:, :, None, None]
 
     def gate_shares(self, num_experts: int) -> Tensor | None:
-        """``(B, T, L, E)`` float32 shares of a token's gate weights; 0 where padded; None where none were recorded."""
+        """Return each expert's share of a token's gate weights, ``(B, T, L, E)`` float32; 0 where padded.
+
+        Args:
+            num_experts: Experts per layer, E.
+
+        Returns:
+            The shares, or None if gate weights were not recorded.
+        """
         if self.gate_weights is None:
             return None
         weights = self.gate_weights.float()
@@ -64,17 +80,22 @@ class Batch:
         return shares[..., :num_experts] * self.mask[:, :, None, None]
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
-        """Move the tensors to a device."""
+        """Return the batch on another device.
+
+        Args:
+            device: Device of the returned tensors.
+            **kwargs: Further arguments of `torch.Tensor.to`.
+        """
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device, **kwargs) for name, tensor in tensors.items()})
 
 
 def collate(traces: Sequence[Trace], starts: Sequence[int] | None = None) -> Batch:
-    """Pad traces (or pieces of them) into a batch.
+    """Pad traces, or segments of traces, into a batch.
 
     Args:
-        traces: At least one, all of one geometry.
-        starts: Position at which each starts in its sequence; all 0 by default.
+        traces: At least one trace; all have the same geometry.
+        starts: Position of each trace in its sequence (default: 0 for all).
     """
     lengths = [len(trace) for trace in traces]
     longest, first = max(lengths), traces[0].experts
@@ -83,7 +104,7 @@ def collate(traces: Sequence[Trace], starts: Sequence[int] | None = None) -> Bat
     for row, (trace, length) in enumerate(zip(traces, lengths, strict=True)):
         token_ids[row, :length] = trace.token_ids
         experts[row, :length] = trace.experts
-    states = [trace.hidden_states for trace in traces]
+    hidden_states = [trace.hidden_states for trace in traces]
     return Batch(
         token_ids=torch.from_numpy(token_ids),
         experts=torch.from_numpy(experts),
@@ -91,17 +112,17 @@ def collate(traces: Sequence[Trace], starts: Sequence[int] | None = None) -> Bat
         sequence_ids=tuple(trace.sequence_id for trace in traces),
         starts=tuple(starts) if starts is not None else (0,) * len(traces),
         gate_weights=_padded([trace.gate_weights for trace in traces], longest),
-        router_inputs=_padded([None if one is None else one.router_inputs for one in states], longest),
-        layer_inputs=_padded([None if one is None else one.layer_inputs for one in states], longest),
+        router_inputs=_padded([None if states is None else states.router_inputs for states in hidden_states], longest),
+        layer_inputs=_padded([None if states is None else states.layer_inputs for states in hidden_states], longest),
     )
 
 
 def _padded(rows: Sequence[npt.NDArray[Any] | None], longest: int) -> Tensor | None:
-    """Pad rows ``(T, ...)`` with zeros; None where any has none."""
-    there = [row for row in rows if row is not None]
-    if len(there) < len(rows):
+    """Pad rows ``(T, ...)`` with zeros; return None if any row is missing."""
+    arrays = [row for row in rows if row is not None]
+    if len(arrays) < len(rows):
         return None
-    padded = np.zeros((len(there), longest, *there[0].shape[1:]), there[0].dtype)
-    for place, row in zip(padded, there, strict=True):
-        place[: len(row)] = row
+    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), arrays[0].dtype)
+    for target, array in zip(padded, arrays, strict=True):
+        target[: len(array)] = array
     return torch.from_numpy(padded)

@@ -1,4 +1,4 @@
-"""What a predictor knows, and when."""
+"""InformationSet sets: everything that a predictor reads, and when its scores are available."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,17 +8,17 @@ from moe_beyond.lookahead import Lookahead
 
 @dataclass(frozen=True)
 class InformationSet:
-    """The information set of one predictor instance; derived from its arguments, checked by tests.
+    """InformationSet set of one predictor instance, derived from its arguments and checked by tests.
 
     Attributes:
-        lookaheads: What its H outputs are, in order.
-        available_after: Whether a score exists once a layer is *routed*, or only once it is *computed* (predictors that
-            read layer inputs).
+        lookaheads: Lookahead of each of the H outputs, in order.
+        available_after: Point at which layer l's inputs suffice for the scores of later layers: once layer l is
+            ``"routed"``, or only once it is ``"computed"`` (predictors that read layer inputs).
         causal: Whether every score ignores later tokens.
-        token_ids: Whether it reads token ids.
-        hidden_states: Which hidden states of the present token it reads, if any: router inputs, which exist once a
-            layer is routed, or layer inputs, once the layer before is computed.
-        gate_weights: Whether it reads router weights.
+        token_ids: Whether the predictor reads token ids.
+        hidden_states: Hidden states of the current token that the predictor reads: ``"router_inputs"``, which exist
+            once a layer is routed, ``"layer_inputs"``, which exist once the layer before is computed, or None.
+        gate_weights: Whether the predictor reads gate weights.
     """
 
     lookaheads: tuple[Lookahead, ...]
@@ -27,11 +27,3 @@ class InformationSet:
     token_ids: bool = True
     hidden_states: Literal["router_inputs", "layer_inputs"] | None = None
     gate_weights: bool = False
-
-    def describe(self) -> str:
-        """Say it in a line, for tables and cards."""
-        words = ["lookahead " + ", ".join(map(str, self.lookaheads)), f"known when {self.available_after}"]
-        words += [] if self.causal else ["sees later tokens"]
-        words += [f"reads {self.hidden_states.replace('_', ' ')}"] if self.hidden_states else []
-        words += ["reads gate weights"] if self.gate_weights else []
-        return "; ".join(words)

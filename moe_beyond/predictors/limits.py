@@ -1,4 +1,4 @@
-"""The values that the arguments of predictors may have, by the argument's name."""
+"""Permitted values of predictor arguments, by name."""
 
 import math
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from typing import Any
 from moe_beyond.fields import FLAG, Kind, check_kinds
 
 
-def _whole(least: int) -> Kind:
-    return Kind(f"a whole number, at least {least}", lambda value: type(value) is int and value >= least)
+def _whole(minimum: int) -> Kind:
+    return Kind(f"a whole number, at least {minimum}", lambda value: type(value) is int and value >= minimum)
 
 
-def _number(words: str, least: float, most: float) -> Kind:
-    """Finite numbers within bounds, the bounds included."""
+def _number(description: str, minimum: float, maximum: float) -> Kind:
+    """Return the kind of finite numbers within inclusive bounds."""
     return Kind(
-        words,
+        description,
         lambda value: (
             isinstance(value, int | float)
             and type(value) is not bool
             and math.isfinite(value)
-            and least <= value <= most
+            and minimum <= value <= maximum
         ),
     )
 
@@ -30,7 +30,7 @@ FINITE = _number("a finite number", -math.inf, math.inf)
 NOT_NEGATIVE = _number("a finite number, at least 0", 0, math.inf)
 POSITIVE = _number("a finite number above 0", LEAST_ABOVE_0, math.inf)
 SHARE = _number("a number within 0..1", 0, 1)
-DROPPED = _number("a number from 0 to below 1", 0, MOST_BELOW_1)
+DROPOUT = _number("a number from 0 to below 1", 0, MOST_BELOW_1)
 
 ARGUMENTS: dict[str, Kind] = {
     # sizes
@@ -54,12 +54,12 @@ ARGUMENTS: dict[str, Kind] = {
     "known_tokens": COUNT_OR_NONE,
     "memory_tokens": COUNT_OR_NONE,
     "ngram_buckets": COUNT_OR_NONE,
-    # copying from earlier tokens
+    # copy attention
     "copy_heads": COUNT_OR_NONE,
     "layer_copy_heads": COUNT_OR_NONE,
     # training
-    "dropout": DROPPED,
-    "token_dropout": DROPPED,
+    "dropout": DROPOUT,
+    "token_dropout": DROPOUT,
     # counting
     "backoff": NOT_NEGATIVE,
     "smoothing": POSITIVE,
@@ -70,19 +70,19 @@ ARGUMENTS: dict[str, Kind] = {
     "bidirectional": FLAG,
     "next_token_head": FLAG,
 }
-"""Argument -> its values; an argument means the same in all architectures."""
+"""Argument -> permitted values; an argument has the same meaning in all architectures."""
 OPTIMIZATION: dict[str, Kind] = {"lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "warmup": SHARE}
-"""Argument of gradient descent -> its values."""
+"""Argument of the optimiser -> permitted values."""
 
 
 def check_arguments(architecture: str, values: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not within their limits.
+    """Check arguments against `ARGUMENTS`.
 
     Args:
-        architecture: Name of the predictor, for the message.
-        values: Arguments by name; those without a limit are not looked at.
+        architecture: Name of the architecture, for error messages.
+        values: Arguments by name; names without an entry in `ARGUMENTS` are ignored.
 
     Raises:
-        UserError: An argument is out of its limits.
+        UserError: An argument has a value that is not permitted.
     """
     check_kinds({name: kind for name, kind in ARGUMENTS.items() if name in values}, values, f"{architecture}: ")

@@ -1,4 +1,4 @@
-"""Probabilities out of a few logits: what `Predictor.probabilities` computes, sooner than torch can be called."""
+"""Activations for steppers: `Predictor.probabilities` for a few layers, without the overhead of torch."""
 
 import math
 
@@ -10,60 +10,61 @@ from moe_beyond.compiling import compiled
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 ACTIVATIONS = ("sigmoid", "softmax", "subset")
-# Of the search for the shift of a subset; here, since numba's store of compiled code sees changes of this file alone.
-MOST_STEPS, SMALL_STEP, SURELY = 60, 1e-4, 20.0
+# Settings of the search for the shift of a subset. They are defined here because numba's cache of compiled code
+# notices changes of this file only.
+MAX_STEPS, STEP_TOLERANCE, CERTAIN_LOGIT = 60, 1e-4, 20.0
 
 
 @compiled
 def apply_activation_numba(
-    logits: Floats, scale: Floats, shift: Floats, lookaheads: Indices, layers: Indices, link: int, top_k: int
+    logits: Floats, scale: Floats, shift: Floats, lookaheads: Indices, layers: Indices, activation: int, top_k: int
 ) -> Floats:
-    """Return probabilities ``(n, E)`` of logits ``(n, E)``.
+    """Calibrate logits and return probabilities ``(n, E)``.
 
     Args:
-        logits: Of n layers.
-        scale: ``(H, L)``, what the calibration multiplies by.
-        shift: ``(H, L)``, and then adds.
-        lookaheads: ``(n,)``, of each its index into H.
-        layers: ``(n,)``, and its layer.
-        link: Index into `ACTIVATIONS`.
-        top_k: K.
+        logits: Logits ``(n, E)`` of n layers.
+        scale: Calibration scale ``(H, L)``.
+        shift: Calibration shift ``(H, L)``.
+        lookaheads: Index into H of each row, ``(n,)``.
+        layers: Layer of each row, ``(n,)``.
+        activation: Index into `ACTIVATIONS`.
+        top_k: Experts per token and layer, K.
     """
     out = np.empty_like(logits)
     for row in range(len(logits)):
         x = logits[row] * scale[lookaheads[row], layers[row]] + shift[lookaheads[row], layers[row]]
-        if link == 0:
+        if activation == 0:
             out[row] = 1 / (1 + np.exp(-x))
             continue
         highest = x.max()
         total = 0.0
         for value in x:
             total += math.exp(value - highest)
-        if link == 1:
+        if activation == 1:
             for i in range(len(x)):
                 out[row, i] = min(top_k * math.exp(x[i] - highest) / total, 1.0)
             continue
-        moved = x.min() - SURELY
+        subset_shift = x.min() - CERTAIN_LOGIT
         if top_k < len(x):
             odds = math.log(top_k / (len(x) - top_k))
             low, high = x.min() - odds, highest - odds
-            moved = min(highest + math.log(total) - math.log(top_k), high)
-            for _ in range(MOST_STEPS):
+            subset_shift = min(highest + math.log(total) - math.log(top_k), high)
+            for _ in range(MAX_STEPS):
                 total = slope = 0.0
                 for value in x:
-                    chosen = 1 / (1 + math.exp(moved - value))
-                    total += chosen
-                    slope += chosen * (1 - chosen)
+                    probability = 1 / (1 + math.exp(subset_shift - value))
+                    total += probability
+                    slope += probability * (1 - probability)
                 if total > top_k:
-                    low = moved
+                    low = subset_shift
                 else:
-                    high = moved
-                found = moved + math.log(total / top_k) / max(slope / total, 1e-12)
-                if not low <= found <= high:
-                    found = (low + high) / 2
-                step, moved = abs(found - moved), found
-                if step < SMALL_STEP:
+                    high = subset_shift
+                proposal = subset_shift + math.log(total / top_k) / max(slope / total, 1e-12)
+                if not low <= proposal <= high:
+                    proposal = (low + high) / 2
+                step, subset_shift = abs(proposal - subset_shift), proposal
+                if step < STEP_TOLERANCE:
                     break
         for i in range(len(x)):
-            out[row, i] = 1 / (1 + math.exp(moved - x[i]))
+            out[row, i] = 1 / (1 + math.exp(subset_shift - x[i]))
     return out

@@ -19,7 +19,7 @@ from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
-from moe_beyond.traces.schema import experts_dtype, none_id
+from moe_beyond.traces.schema import experts_dtype, padding_id
 from moe_beyond.traces.trace import Trace
 
 Scores = npt.NDArray[np.float32]
@@ -202,7 +202,7 @@ def assert_steps(
             if routed >= 0:
                 experts = trace.experts[token, routed]
                 state = observed_state(trace, kind, token, routed)
-                stepper.observe_layer(routed, experts[experts != none_id(experts.dtype)], state)
+                stepper.observe_layer(routed, experts[experts != padding_id(experts.dtype)], state)
             _equal(
                 stepper.scores(),
                 available_scores(scores[token], scores[min(token + 1, len(scores) - 1)], lookaheads, routed),
@@ -285,7 +285,7 @@ def random_trace(predictor: Predictor, sequence_id: str, tokens: int, seed: int)
 def with_padding(experts: Experts, share: float = 0.4) -> Experts:
     """Return experts of which a random share is replaced by padding."""
     padded = np.random.default_rng(0).random(experts.shape) < share
-    return np.where(padded, none_id(experts.dtype), experts).astype(experts.dtype)
+    return np.where(padded, padding_id(experts.dtype), experts).astype(experts.dtype)
 
 
 def observed_state(trace: Trace, kind: str | None, token: int, layer: int) -> npt.NDArray[np.float16] | None:

@@ -26,7 +26,8 @@ class Routers:
 
     Attributes:
         weight: ``(L, E, D)`` float32; logits are its product with the router's input.
-        scoring: Name of the function that turns logits into scores, from `moe_beyond.router_activations.ROUTER_ACTIVATIONS`.
+        scoring: Name of the function that turns logits into scores, a key of
+            `moe_beyond.router_activations.ROUTER_ACTIVATIONS`.
         bias: ``(L, E)`` float32, added to the logits, or None.
         selection_bias: ``(L, E)`` float32, added to the scores only for the selection, or None.
     """

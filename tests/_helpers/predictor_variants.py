@@ -1,4 +1,4 @@
-"""Tiny instances of every registered predictor, whose weights make everything they read matter."""
+"""Tiny instances of every registered predictor, with weights for which every input matters."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from moe_beyond.predictors.training_stats import TrainingStats
 
 from _helpers.common import TINY, VOCAB, there
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Predictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import create
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype
@@ -32,10 +32,10 @@ WIDE = Geometry("wide", (0, 3, 5), num_experts=300, top_k=3, params_per_expert=1
 
 @dataclass(frozen=True)
 class Variant:
-    """A predictor's constructor arguments, a name for test ids, and what it reads.
+    """A predictor's constructor arguments, a name for test ids, and its inputs.
 
-    ``reads`` holds some of "own id", "earlier ids", "earlier experts" (of earlier tokens), "earlier layers" (of this
-    token), "own states" and "later ids". What ``jumps`` need not move with every change of what it reads.
+    ``reads`` contains some of "own id", "earlier ids", "earlier experts" (of earlier tokens), "earlier layers" (of this
+    token), "own states" and "later ids". The scores of a variant that ``jumps`` need not change with every input.
     """
 
     architecture: str
@@ -150,7 +150,7 @@ VARIANTS = [
 
 
 def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, vocab: int = VOCAB) -> Trace:
-    """A trace of random ids and experts, for any number of experts."""
+    """Return a trace of random ids and experts, for any number of experts."""
     rng = np.random.default_rng(seed)
     layers, experts, top_k = geometry.shape()
     chosen = rng.random((length, layers, experts)).argsort(-1)[..., :top_k].astype(experts_dtype(geometry))
@@ -160,7 +160,7 @@ def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, v
 
 
 def training_stats(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingStats:
-    """Count the traces' ids; every id has a string of its own, and there are routers."""
+    """Return statistics of the traces, with a different string for every id, and with routers."""
     counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB)
     strings = [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)]
     weight = np.random.default_rng(3).normal(size=(traces[0].experts.shape[1], num_experts, HIDDEN))
@@ -169,7 +169,7 @@ def training_stats(traces: Sequence[Trace], num_experts: int = TINY.num_experts)
 
 
 def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What `TrainingStats.expert_counts` is of these traces, by a plain loop."""
+    """Return `TrainingStats.expert_counts` of these traces, by a plain loop."""
     layers = traces[0].experts.shape[1]
 
     def expert_counts(token_ids: np.ndarray) -> np.ndarray:
@@ -185,8 +185,8 @@ def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray],
 
 
 def uncounted(token_ids: np.ndarray) -> np.ndarray:
-    """The same where nobody may ask."""
-    raise AssertionError("this predictor does not remember routing")
+    """Fail: a predictor without a routing memory must not count routing."""
+    raise AssertionError("this predictor has no routing memory")
 
 
 def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:
@@ -209,5 +209,5 @@ fitted_once = cache(fitted)
 
 @torch.inference_mode()
 def probabilities(predictor: Predictor, batch: Batch) -> np.ndarray:
-    """``(B, T, H, L, E)`` probabilities of a batch."""
+    """Return the probabilities ``(B, T, H, L, E)`` of a batch."""
     return predictor.probabilities(predictor(batch)).numpy()

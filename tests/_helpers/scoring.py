@@ -1,4 +1,4 @@
-"""Scores and profiles for tests of replays: noisy foresight, as a source and as folders."""
+"""Scores and usage profiles for tests of replays: noisy foresight, as a source and as folders."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from moe_beyond.traces.trace import Trace
 
 
 def foresight(trace: Trace, slices: int, num_experts: int, name: str = "seer") -> np.ndarray:
-    """Scores ``(T, H, L, E)`` that find about four in five of the experts, the same ones each time."""
+    """Return scores ``(T, H, L, E)`` that find about four in five of the experts, the same ones in each call."""
     rng = np.random.default_rng(zlib.crc32(f"{name} {trace.sequence_id}".encode()))
     used = np.zeros((*trace.experts.shape[:2], num_experts))
     np.put_along_axis(used, trace.experts.astype(np.int64), 1.0, axis=-1)
@@ -26,7 +26,7 @@ def foresight(trace: Trace, slices: int, num_experts: int, name: str = "seer") -
 
 
 def seer(name: str = "seer", lookaheads: Sequence[Lookahead] = (1,), *, backwards: bool = False) -> ScoreSource:
-    """A source of `foresight`; ``backwards`` goes through the traces in reverse wherever order is not asked for."""
+    """Return a source of `foresight`; ``backwards`` reverses the traces unless their order is required."""
 
     def sequences(traces: TraceSet, split: str | None, in_order: bool = False) -> Iterator[Scored]:
         found = list(traces.traces(split))
@@ -39,7 +39,7 @@ def seer(name: str = "seer", lookaheads: Sequence[Lookahead] = (1,), *, backward
 def scores_folder(
     folder: Path, traces: TraceSet, lookaheads: Sequence[Lookahead] = (1,), *, causal: bool = True
 ) -> str:
-    """Write `foresight` as a scores folder; return its path."""
+    """Write `foresight` as a scores folder and return its path."""
     with writing_scores(
         folder,
         geometry=traces.geometry,
@@ -54,7 +54,7 @@ def scores_folder(
 
 
 def history_folder(folder: Path, traces: TraceSet, **training: object) -> str:
-    """Count a history predictor on the traces, which is a profile too; return its path."""
+    """Fit a history predictor, which is also a usage profile, on the traces; return its path."""
     predictor = History(traces.geometry, traces.manifest.tokenizer.vocab_size)
     predictor.partial_fit(collate(list(traces.traces("train"))))
     save_predictor(predictor, folder, {"fingerprint": traces.manifest.fingerprint, **training})

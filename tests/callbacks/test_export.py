@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
-from moe_beyond.predictors.fit_calibration import calibrate
 
 from moe_beyond.cli.main import main
 from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.predictors.fit_calibration import calibrate
 from moe_beyond.predictors.io.folder import read_predictor
 
 SMALL = ("--data.token_budget=64", "--data.max_tokens=16", "--trainer.max_epochs=1", *TINY_CROSS_LAYER)

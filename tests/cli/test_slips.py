@@ -6,11 +6,11 @@ import pytest
 import torch
 from _helpers.common import error_line, failure, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
-from moe_beyond.predictors.activation import subset_shift
 
 from moe_beyond.cli.options import parser
 from moe_beyond.cli.slips import one_line
 from moe_beyond.errors import UserError
+from moe_beyond.predictors.activation import subset_shift
 
 TRAINER, MODEL, DATA = (f"{CONFIGS / name}.yaml" for name in ("trainer/default", "model/cross_layer", "data/traces"))
 EXAMPLE = (

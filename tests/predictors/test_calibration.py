@@ -1,4 +1,4 @@
-"""Calibration: what was distorted is put right, order stays, and what a folder holds is checked."""
+"""Calibration undoes a distortion and keeps the order; a folder's calibration is checked."""
 
 import copy
 import json
@@ -10,13 +10,13 @@ import pytest
 import torch
 from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import VARIANTS, fitted_once, probabilities, random_trace
-from moe_beyond.predictors.fit_calibration import calibrate
 from torch import Tensor
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors import calibration
+from moe_beyond.predictors import fit_calibration
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch, collate
+from moe_beyond.predictors.fit_calibration import calibrate
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.io.folder import read_predictor, save_predictor
 from moe_beyond.predictors.stepper import Stepper
@@ -26,13 +26,13 @@ LAYERS, EXPERTS, TOP_K = TINY.shape()
 
 
 class Distorted(Predictor):
-    """Knows the truth about draws from weights, and tells it with another temperature and shift in each layer."""
+    """Returns the true logits of weighted draws, with another scale and shift in each layer."""
 
     architecture: ClassVar[str] = "distorted"
 
-    def __init__(self, link: str, scale: Tensor, shift: Tensor) -> None:
+    def __init__(self, activation: str, scale: Tensor, shift: Tensor) -> None:
         super().__init__(TINY, VOCAB)
-        self.activation, self.scale, self.shift = link, scale, shift
+        self.activation, self.scale, self.shift = activation, scale, shift
         self.truth = torch.randn(VOCAB, LAYERS, EXPERTS, generator=torch.Generator().manual_seed(1)) * 1.5
 
     @property
@@ -48,7 +48,7 @@ class Distorted(Predictor):
 
 
 def drawn(predictor: Distorted, tokens: int) -> Batch:
-    """Tokens whose experts are drawn one by one, by weights; a layer's K are near to what a subset says."""
+    """Draw tokens' experts one by one, by weights; this is close to the subset activation."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, VOCAB, (tokens,), generator=generator)
     p = predictor.truth[ids].softmax(-1).flatten(0, 1)
@@ -57,22 +57,22 @@ def drawn(predictor: Distorted, tokens: int) -> Batch:
 
 
 def error(predictor: Predictor, batch: Batch) -> float:
-    """Negative log-likelihood, in nats a layer and token."""
+    """Return the negative log-likelihood, in nats per layer and token."""
     p = torch.from_numpy(probabilities(predictor, batch)[0, :, 0])
     chosen = batch.targets(EXPERTS)[0]
     return -float(torch.where(chosen, p, 1 - p).clamp(min=1e-6).log().sum(-1).mean())
 
 
-@pytest.mark.parametrize("link", ["sigmoid", "subset"])
-def test_a_known_distortion_is_undone(link):
+@pytest.mark.parametrize("activation", ["sigmoid", "subset"])
+def test_a_known_distortion_is_undone(activation):
     scale, shift = torch.linspace(0.4, 2.5, LAYERS), torch.linspace(-1, 1, LAYERS)
-    straight = Distorted(link, torch.ones(LAYERS), torch.zeros(LAYERS))
-    bent = Distorted(link, scale, shift)
+    straight = Distorted(activation, torch.ones(LAYERS), torch.zeros(LAYERS))
+    bent = Distorted(activation, scale, shift)
     batch = drawn(straight, 4000)
     straight.calibration, bent.calibration = calibrate(straight, [batch]), calibrate(bent, [batch])
     torch.testing.assert_close(bent.calibration.scale[0] * scale, straight.calibration.scale[0], rtol=0.03, atol=0)
     assert error(bent, batch) == pytest.approx(error(straight, batch), abs=1e-3)
-    uncalibrated = Distorted(link, scale, shift)
+    uncalibrated = Distorted(activation, scale, shift)
     assert error(bent, batch) < error(uncalibrated, batch) - 0.01
 
 
@@ -97,9 +97,9 @@ def error_of(predictor: Predictor, batch: Batch) -> float:
 
 
 def test_long_and_short_text_have_their_part(monkeypatch):
-    monkeypatch.setattr(calibration, "TOKENS", 40)
+    monkeypatch.setattr(fit_calibration, "MAX_TOKENS", 40)
     seen = []
-    monkeypatch.setattr(calibration, "_fit", lambda predictor, x, y: seen.append(x) or (torch.ones(LAYERS),) * 2)
+    monkeypatch.setattr(fit_calibration, "_fit", lambda predictor, x, y: seen.append(x) or (torch.ones(LAYERS),) * 2)
     predictor = fitted_once(VARIANTS[1])
     long, short = (collate([random_trace(name, length, length)]) for name, length in (("long", 300), ("short", 20)))
     calibrate(predictor, [short, long])

@@ -241,7 +241,7 @@ def test_nothing_outside_the_information_set_moves_a_score(variant, at, shift, s
 
 
 def one_state(trace: Trace, token: int, layer: int, shift: int) -> Trace:
-    """Change the states that are told with one layer of a token."""
+    """Change the hidden states that come with one layer of a token."""
     router, inputs = trace.hidden_states.router_inputs.copy(), trace.hidden_states.layer_inputs.copy()
     router[token, layer] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
     inputs[token, layer + 1 : layer + 2] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
@@ -249,7 +249,7 @@ def one_state(trace: Trace, token: int, layer: int, shift: int) -> Trace:
 
 
 def movements(variant: Variant, at: int, shift: int, seed: int) -> dict[str, np.ndarray]:
-    """How far the scores of token ``at`` move, ``(H, L)``, with each part of what a predictor may read."""
+    """Return the change ``(H, L)`` of the scores of token ``at`` with each input."""
     predictor = fitted_once(variant)
     trace = random_trace("a", LONG, seed, vocab=SEEN)  # a predictor need not tell unseen ids apart
     before = probabilities(predictor, collate([trace]))[0]
@@ -258,7 +258,7 @@ def movements(variant: Variant, at: int, shift: int, seed: int) -> dict[str, np.
     def moved(altered: Trace) -> np.ndarray:
         return np.abs(probabilities(predictor, collate([altered]))[0] - before)[at].max(-1)
 
-    # A score of lookahead h is of layer l once l - h is routed: move that layer, where there is one.
+    # A score of lookahead h for layer l reads layer l - h: change that layer if it exists.
     of_layers = [moved(changed_experts(trace, own, slice(routed, routed + 1), shift)) for routed in range(LAYERS)]
     nearest = [
         [of_layers[layer - h][index, layer] if isinstance(h, int) and layer >= h else np.nan for layer in range(LAYERS)]
@@ -296,7 +296,7 @@ def test_scores_move_with_what_is_read_and_nothing_else(variant, at, shift, seed
 
 @every([variant for variant in VARIANTS if variant.jumps])
 def test_scores_that_jump_do_so_with_all_that_is_read(variant):
-    """The test above asks this of every change; a jump comes with some of them, for every lookahead and layer."""
+    """The test above requires this for every change; here some changes suffice, for every lookahead and layer."""
     changes = [movements(variant, at, 1, seed) for at in range(1, 9) for seed in range(6)]
     for name in variant.reads:
         farthest = np.max([change[name] for change in changes], 0)

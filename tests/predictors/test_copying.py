@@ -82,7 +82,7 @@ def test_parts_make_no_difference(variant, monkeypatch):
     batch = collate([random_trace("a", LONG, 0, TINY), random_trace("b", 11, 1, TINY)])
     with torch.inference_mode():
         whole = predictor(batch)
-        monkeypatch.setattr(copying, "TOKENS_AT_ONCE", 7)
+        monkeypatch.setattr(copying, "TOKENS_PER_CHUNK", 7)
         torch.testing.assert_close(predictor(batch), whole, atol=2e-5, rtol=1e-4)
 
 

@@ -83,7 +83,7 @@ def test_a_batch_is_its_sequences_one_after_the_other():
 
 # Its matrix is [[3, 2, 1, 0], [2, 2, 1, 1]]; squared norms 14 and 10.
 SPREAD: Sequence = [[[0, 1], [0, 1]], [[0, 1], [0, 1]], [[0, 2], [2, 3]]]
-# Of the four tokens of SPREAD and MIXED, and an imaginary one.
+# Counts over the four tokens of SPREAD and MIXED and one imaginary token.
 POPULARITY = np.array([[4.5, 3.5, 1.5, 0.5], [2.5, 2.5, 2.5, 2.5]]) / 5
 OF_SPREAD = (np.array([[3, 2, 1, 0], [2, 2, 1, 1]]) + POPULARITY) / 4
 OF_MIXED = (np.array([[1, 1, 0, 0], [0, 0, 1, 1]]) + POPULARITY) / 2
@@ -94,7 +94,7 @@ def test_probabilities_by_hand():
     expected = np.empty((2, 2, 2, 4))  # tokens, lookaheads 1 and "token", layers, experts
     # Nothing is routed before the first token's first layer.
     expected[0, :] = POPULARITY
-    # Then the first layer alone compares: 5**2 / 14 < 2**2 / 2, where whole norms would say 5**2 / 24 > 2**2 / 4.
+    # Then only the first layer compares: 5**2 / 14 < 2**2 / 2, although 5**2 / 24 > 2**2 / 4 for whole norms.
     expected[0, 0, 1] = OF_MIXED[1]
     # After the first token 9**2 / 24 > 2**2 / 4; and with one more layer 14**2 / 24 > 4**2 / 4, over all layers.
     expected[1, :] = OF_SPREAD
@@ -177,7 +177,7 @@ def test_rows_are_those_of_plain_arithmetic():
 def test_a_sequence_longer_than_its_matrix_counts_is_refused():
     predictor = fitted(ONES)
     before = predictor.matrices.clone()
-    with pytest.raises(UserError, match=r"counts to 32,767, and sequence 's1' is longer; set data.max_tokens"):
+    with pytest.raises(UserError, match="'s1' has more than 32,767 tokens, the largest count; set data"):
         predictor.partial_fit(batch_of(TWOS, TWOS * 32_768))
     assert torch.equal(predictor.matrices, before)
     predictor.partial_fit(batch_of(TWOS * 32_767))

@@ -1,4 +1,4 @@
-"""Predictors that read hidden states: what they make of them, by hand, and through the command line."""
+"""Predictors that read hidden states, checked by hand and through the command line."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import torch
 from _helpers.common import TINY, VOCAB, error_line, plain_routers, plain_states, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, fit
 from _helpers.predictor_variants import random_trace, training_stats
-from moe_beyond.predictors.training_stats import TrainingStats
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
@@ -17,6 +16,7 @@ from moe_beyond.predictors.architectures.next_gate import NextGate
 from moe_beyond.predictors.architectures.pre_attention import PreAttention
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits, read_config
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.trace import Trace
 
@@ -73,9 +73,9 @@ def test_next_gate_adds_a_selection_bias_to_what_the_scoring_makes():
 
 
 def test_next_gate_asks_for_routers_and_all_for_states():
-    with pytest.raises(UserError, match="next_gate reads the model's routers, and the traces hold none"):
+    with pytest.raises(UserError, match="next_gate reads the model's routers, and the traces have none"):
         NextGate(TINY, VOCAB, EXPERTS).prepare(text_of(None))
-    with pytest.raises(UserError, match="next_gate reads hidden states, and the traces hold none; collect them"):
+    with pytest.raises(UserError, match="next_gate reads hidden states, and the traces have none; collect them"):
         NextGate(TINY, VOCAB, None)
     with pytest.raises(UserError, match="next_gate: lookaheads must be a whole number, at least 1"):
         NextGate(TINY, VOCAB, EXPERTS, lookaheads=0)
@@ -83,7 +83,7 @@ def test_next_gate_asks_for_routers_and_all_for_states():
 
 def test_states_of_another_width_are_refused(tmp_path):
     manifest = tiny_traces(tmp_path / "traces", hidden_states=True).manifest
-    with pytest.raises(UserError, match=f"its hidden states are of {EXPERTS} numbers, .* was fitted for {EXPERTS + 1}"):
+    with pytest.raises(UserError, match=f"its hidden states have width {EXPERTS}, .* was fitted for {EXPERTS + 1}"):
         check_fits(PreAttention(TINY, VOCAB, EXPERTS + 1), manifest, "traces")
 
 
@@ -96,13 +96,13 @@ def test_the_loss_of_pre_attention_by_hand():
     logits.scatter_(-1, torch.from_numpy(trace.experts.astype(np.int64))[None, :, None], 1.0)
     expected = 2 * 3 * math.log(1 + math.exp(-1)) + 6 * 0.5 * math.log(2)
     assert float(predictor.loss(logits, collate([trace]))) == pytest.approx(expected)
-    with pytest.raises(UserError, match="give it no teachers"):
+    with pytest.raises(UserError, match="remove the teachers"):
         predictor.loss(logits, collate([trace]), logits.sigmoid())
 
 
 @pytest.mark.parametrize("name", ["layer_mlp", "pre_attention"])
 def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path, capsys):
-    """What a layer reads tells its own choice here, which the one reads before, and the other after it was made."""
+    """A layer's input determines its experts here; one predictor reads that input, the other an earlier one."""
     traces = tiny_traces(tmp_path / "traces", sequences=40, hidden_states=True)
     configs = str(CONFIGS / "trainer/default.yaml"), str(CONFIGS / f"model/{name}.yaml")
     words = ["-c", configs[0], "-c", configs[1], "--model.width=32"]
@@ -116,12 +116,12 @@ def test_it_learns_is_evaluated_and_refuses_traces_without_states(name, tmp_path
     tiny_traces(tmp_path / "without")
     said = error_line(capsys, ["evaluate", run / "predictor", "--traces", tmp_path / "without"])
     assert said == (
-        f"{tmp_path / 'without'}: holds no hidden states, which {name} reads; collect with --record "
+        f"{tmp_path / 'without'}: has no hidden states, which {name} requires; collect with --record "
         "experts,gate_weights,hidden_states"
     )
     assert main(["fit", "-c", str(CONFIGS / "data/traces.yaml"), *words, f"--data.traces={tmp_path / 'without'}"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"moe-beyond: error: {name} reads hidden states, and the traces hold none")
+    assert said.startswith(f"moe-beyond: error: {name} reads hidden states, and the traces have none")
 
 
 def test_a_teacher_may_read_states_that_its_pupil_does_not(tmp_path):

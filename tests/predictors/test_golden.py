@@ -1,6 +1,6 @@
 """Stored logits: an architecture's arithmetic may not drift, or published weights would mean something else.
 
-``python tests/predictors/test_golden.py`` stores them anew.
+``python tests/predictors/test_golden.py`` stores them again.
 """
 
 import sys
@@ -13,12 +13,12 @@ import pytest
 import torch
 from _helpers.common import TINY, VOCAB
 from _helpers.predictor_variants import HIDDEN, VARIANTS
-from moe_beyond.predictors.training_stats import TrainingStats
 from safetensors.numpy import load_file, save_file
 
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import ARCHITECTURES, create
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.trace import Trace
 

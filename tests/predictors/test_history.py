@@ -45,7 +45,7 @@ def table(cells: dict[tuple[int, int], int]) -> list[list[int]]:
     return found.tolist()
 
 
-# Of the five tokens and an imaginary one 3 1/16 of 6 use expert 0, 1 1/16 each of 1 and 5, 1/16 each of the others.
+# Over the five tokens and one imaginary token, 3 1/16 of 6 use expert 0, 1 1/16 each of 1 and 5, 1/16 each of others.
 BATCH = batch_of([0, 0, 1, 0], [5])
 # So before anything is used, expert 0 is in the last bucket of rates, 1 and 5 in the sixth (.159 .. .219), the other 13
 # in the first. Nothing leaves these buckets but expert 5, at the fourth token: 24 * .177 / (24 + 2.9109) = .158.

@@ -139,25 +139,25 @@ def test_binary_cross_entropy_by_hand():
 
 
 def test_the_ranking_loss_by_hand():
-    # Experts 0 and 2 were chosen. Of other - chosen there are 1 - 2, 1 - 0, -1 - 2 and -1 - 0.
+    # Experts 0 and 2 are selected. The differences other - selected are 1 - 2, 1 - 0, -1 - 2 and -1 - 0.
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).view(1, 1, 1, 1, 4)
     expected = math.log(1 + math.exp(-1) + math.exp(1) + math.exp(-3) + math.exp(-1))
     chosen = batch([[[0, 2]]])
     for constant in (0, 5):
         assert float(ranking_loss(logits + constant, chosen)) == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(UserError, match="objective ranking fits an order"):
+    with pytest.raises(UserError, match="objective ranking: fits an order"):
         ranking_loss(logits, chosen, logits)
 
 
 @pytest.mark.parametrize("objective", [k_positive_cross_entropy, subset_cross_entropy, binary_cross_entropy])
-def test_what_is_wanted_stands_in_for_the_choices(objective):
+def test_soft_targets_replace_the_selected_experts(objective):
     torch.manual_seed(0)
     both = collate([random_trace("a", 4, 0), random_trace("b", 2, 1)])
     layers, experts, _ = TINY.shape()
     logits = torch.randn(2, 4, 2, layers, experts) * 3
     chosen = both.targets(experts)[:, :, None].float().expand_as(logits)
     torch.testing.assert_close(objective(logits, both, chosen), objective(logits, both))
-    # In half of what is wanted another K were chosen: the loss is linear in what is wanted.
+    # Half of the soft targets select another K experts: the loss is linear in its targets.
     other = chosen.roll(1, -1)
     mixed, apart = objective(logits, both, (chosen + other) / 2), objective(logits, both, other)
     torch.testing.assert_close(mixed, (apart + objective(logits, both)) / 2)

@@ -106,6 +106,8 @@ def test_a_folder_holds_the_weights_the_configuration_and_a_card(folder: Path):
     expected = {
         "format_version": 1,
         "architecture": "cross_layer",
+        "package": "moe_beyond",
+        "activation": "softmax",
         "geometry": TINY.to_json(),
         "vocab_size": VOCAB,
         "lookaheads": [1],
@@ -224,6 +226,11 @@ def test_a_configuration_that_is_not_text_is_named(folder: Path):
         ({"arguments": 3}, ""),
         ({"geometry": None}, "geometry"),
         ({"geometry": {"model": "tiny"}}, ""),
+        ({"package": "elsewhere"}, "cross_layer is a predictor of package elsewhere (got moe_beyond's)"),
+        (
+            {"package": "elsewhere", "architecture": "new"},
+            "new is a predictor of package elsewhere, which is not",
+        ),
         ({"vocab_size": None}, "vocab_size"),
         ({"vocab_size": "many"}, "many"),
         ({"sha256": None}, "sha256"),
@@ -327,8 +334,8 @@ def test_traces_of_the_same_shape_and_tokenizer_fit():
         (manifest(replace(TINY, moe_layers=(1, 2, 3))), "3 MoE layers x 8 experts, top-2"),
         (manifest(replace(TINY, num_experts=9)), "4 MoE layers x 9 experts, top-2"),
         (manifest(replace(TINY, top_k=3)), "4 MoE layers x 8 experts, top-3"),
-        (manifest(vocab_size=VOCAB + 1), "'named' has 33 ids, but the predictor knows 32"),
-        (manifest(sha256="b" * 64), "'named' is not the one"),
+        (manifest(vocab_size=VOCAB + 1), "'named' has 33 ids, but the predictor was fitted with 32"),
+        (manifest(sha256="b" * 64), "'named' is not the tokenizer of the predictor's training text"),
     ],
     ids=["layers", "experts", "top_k", "vocabulary", "tokenizer"],
 )

@@ -3,7 +3,6 @@ from _helpers.common import TINY, VOCAB
 
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.registry import ARCHITECTURES, create
 
 
@@ -24,11 +23,3 @@ def test_an_unknown_architecture_names_the_near_miss():
 def test_an_unknown_argument_is_named(name):
     with pytest.raises(UserError, match=f"{name}.*no_such_argument"):
         create(name, TINY, VOCAB, no_such_argument=1)
-
-
-def test_an_information_set_says_what_it_holds():
-    assert InformationSet((1, 2)).describe() == "lookahead 1, 2; known when routed"
-    text = InformationSet(
-        ("token",), "computed", causal=False, hidden_states="layer_inputs", gate_weights=True
-    ).describe()
-    assert text == ("lookahead token; known when computed; sees later tokens; reads layer inputs; reads gate weights")

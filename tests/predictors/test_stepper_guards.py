@@ -53,13 +53,13 @@ def test_calls_out_of_order_are_refused_and_change_nothing(variant: Variant) -> 
 @pytest.mark.parametrize(
     ("experts", "line"),
     [
-        ([0, EXPERTS], f"expert {EXPERTS} is not one of 0..{EXPERTS - 1}"),
-        ([-1, 0], "expert -1 is not one of"),
-        (np.array([255, 0], np.uint8), "expert 255 is not one of"),
-        (list(range(TOP_K + 1)), f"{TOP_K + 1} experts, but a token has at most {TOP_K}"),
-        ([3, 3], "an expert is named twice (got [3, 3])"),
-        ([[0, 1]], "experts have shape (1, 2)"),
-        (3, "experts have shape ()"),
+        ([0, EXPERTS], f"expert {EXPERTS} is not in 0..{EXPERTS - 1}"),
+        ([-1, 0], "expert -1 is not in"),
+        (np.array([255, 0], np.uint8), "expert 255 is not in"),
+        (list(range(TOP_K + 1)), f"a token has at most {TOP_K} experts in a layer (got {TOP_K + 1})"),
+        ([3, 3], "an expert is repeated (got [3, 3])"),
+        ([[0, 1]], "experts must have shape (n,), the ids of one layer (got (1, 2))"),
+        (3, "experts must have shape (n,), the ids of one layer (got ())"),
         ([0.0, 1.0], "not whole numbers (got float64)"),
         ([True, False], "not whole numbers (got bool)"),
         (["a"], "not whole numbers"),
@@ -77,11 +77,11 @@ def test_experts_that_cannot_be_are_refused(variant: Variant, experts: object, l
 def test_token_ids_that_cannot_be_are_refused(variant: Variant) -> None:
     predictor = fitted_once(variant)
     stepper = predictor.stepper()
-    assert "a token id is a whole number (got 1.5)" in refused(stepper, "observe_token", 1.5)
-    assert "a token id is a whole number (got '1')" in refused(stepper, "observe_token", "1")
+    assert "a token id must be a whole number (got 1.5)" in refused(stepper, "observe_token", 1.5)
+    assert "a token id must be a whole number (got '1')" in refused(stepper, "observe_token", "1")
     if predictor.information.token_ids:
         for wrong in (VOCAB, 10**6, -1):
-            assert f"token id {wrong} is not one of 0..{VOCAB - 1}" in refused(stepper, "observe_token", wrong)
+            assert f"token id {wrong} is not in 0..{VOCAB - 1}" in refused(stepper, "observe_token", wrong)
     for right in (np.int32(3), torch.tensor(3)):
         stepper.observe_token(right)
         stepper.reset()
@@ -97,7 +97,7 @@ def test_a_prefix_of_another_shape_is_refused(variant: Variant) -> None:
         (trace.token_ids, trace.experts[0]),
         (trace.token_ids[None], trace.experts),
     ):
-        assert f"write (T,) and (T, {LAYERS}, {TOP_K})" in refused(stepper, "observe_tokens", ids, experts)
+        assert f"pass (T,) and (T, {LAYERS}, {TOP_K})" in refused(stepper, "observe_tokens", ids, experts)
     stepper.observe_tokens([], [])
 
 
@@ -107,8 +107,8 @@ def test_states_that_cannot_be_are_refused(variant: Variant) -> None:
     stepper.observe_token(0)
     right = np.linspace(-1, 1, HIDDEN, dtype=np.float16)
     for wrong, line in (
-        (right[:-1], f"has shape ({HIDDEN - 1},), not ({HIDDEN},)"),
-        (right[None], f"has shape (1, {HIDDEN}), not ({HIDDEN},)"),
+        (right[:-1], f"must have shape ({HIDDEN},), as in training (got ({HIDDEN - 1},))"),
+        (right[None], f"must have shape ({HIDDEN},), as in training (got (1, {HIDDEN}))"),
         (np.where(right > 0.9, np.nan, right), "is not finite"),
         (np.where(right > 0.9, np.inf, right), "is not finite"),
         (["a"] * HIDDEN, "is not an array of numbers"),

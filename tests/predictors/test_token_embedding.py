@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from _helpers.predictor_variants import uncounted
-from moe_beyond.predictors.training_stats import TrainingStats
 
 from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
+from moe_beyond.predictors.training_stats import TrainingStats
 
 STRINGS = ["the", "then", "Ġthe", "a", "b", "ab", "ba", "é", "日本", "", "<", "aaaa", "aaaaa", "internationalisation"]
 VOCAB = len(STRINGS)
@@ -69,7 +69,7 @@ def test_a_known_token_is_its_own_vector_plus_the_mean_of_its_pieces():
     made = embedding([0, 0, 0, 7] + [0] * (VOCAB - 4))
     buckets = made.ngrams[3][made.ngrams[3] > 0].long()
     assert len(buckets) == 6  # "<a>": three single characters, two pairs, one triple
-    expected = made.known.weight[1] + made.pieces.weight[buckets].mean(0)
+    expected = made.known.weight[1] + made.ngram_embedding.weight[buckets].mean(0)
     torch.testing.assert_close(vectors(made)[3], expected.detach())
 
 

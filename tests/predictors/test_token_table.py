@@ -6,12 +6,12 @@ import torch
 from _helpers.common import TINY
 from _helpers.common import VOCAB as TINY_VOCAB
 from _helpers.predictor_variants import LONG, random_trace, training_stats, uncounted
-from moe_beyond.predictors.training_stats import TrainingStats
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.token_table import TokenTable
 from moe_beyond.predictors.batch import Batch, collate
+from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.trace import Trace
 
 SMALL = Geometry("small", (0, 1), num_experts=4, top_k=2, params_per_expert=1, other_params_per_layer=1)
@@ -132,7 +132,7 @@ def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
 
 def test_weights_of_the_layout_without_a_row_for_others_are_refused():
     weights = {name: value[1:] for name, value in table([COUNTED]).state_dict().items()}
-    with pytest.raises(UserError, match="earlier layout"):
+    with pytest.raises(UserError, match="an old layout"):
         TokenTable(SMALL, VOCAB).load_state_dict(weights)
 
 

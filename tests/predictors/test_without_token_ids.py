@@ -1,4 +1,4 @@
-"""Traces whose recording told no token ids: what reads them is neither fitted nor used on such, and the rest is."""
+"""Traces without token ids: only predictors that read none are fitted on them and score them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_a_predictor_that_reads_token_ids_is_not_used(variant: Variant, trace_se
     check_fits(predictor, manifest, "traces")
     manifest = replace(manifest, tokenizer=NO_TOKEN_IDS)
     if predictor.information.token_ids:
-        with pytest.raises(UserError, match=f"^traces: its recording told no token ids, which {variant.architecture}"):
+        with pytest.raises(UserError, match=f"^traces: has no token ids, which {variant.architecture} requires"):
             check_fits(predictor, manifest, "traces")
     else:
         check_fits(predictor, manifest, "traces", "another sha256")
@@ -49,7 +49,5 @@ def test_what_reads_none_is_fitted_and_evaluated_and_the_rest_is_refused(tmp_pat
     words = ["fit", "-c", str(CONFIGS / "data/traces.yaml"), *configs, str(CONFIGS / "model/token_table.yaml")]
     assert main([*words, f"--data.traces={traces.folder}"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(
-        f"moe-beyond: error: {traces.folder}: its recording told no token ids, which token_table reads"
-    )
+    assert said.startswith(f"moe-beyond: error: {traces.folder}: has no token ids, which token_table requires")
     assert len(list(tmp_path.glob("runs/*/*/predictor"))) == 1

@@ -1,7 +1,7 @@
-"""cross_layer: token_causal, and a recurrent network over the layers that a token was routed at so far.
+"""cross_layer: token_causal, and a recurrent network over the layers of the current token that are routed so far.
 
-It knows token ids and expert ids only: of earlier tokens everything, of the present token its id and the layers routed
-so far. One pass gives lookaheads 1 .. H, and what each layer uses when it runs next.
+It reads token ids and expert ids only: all of earlier tokens; of the current token, its id and its routed layers. One
+pass predicts lookaheads 1 .. H, and each layer's next run.
 """
 
 from typing import ClassVar, Literal
@@ -15,42 +15,44 @@ from torch.nn import functional
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.predictors.architectures.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, averaged
+from moe_beyond.predictors.architectures.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, average_logits
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.modules.copy_attention import LayerCopyAttention
-from moe_beyond.predictors.modules.next_token_head import NextTokenHead, NextTokenHeadState
+from moe_beyond.predictors.modules.next_token_head import NextTokenHead
 from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.predictors.stepping.copy_attention import LayerCopyAttentionState
 from moe_beyond.predictors.stepping.gru import gru_step
+from moe_beyond.predictors.stepping.next_token_head import NextTokenHeadState
 
 
 class CrossLayer(TokenCausal):
-    """Predicts lookaheads 1 .. H from ids.
+    """Predicts lookaheads 1 .. H from token ids and expert ids.
 
-    To the logits that a `TokenCausal` has when the token starts it adds, of layer l, a map of the recurrent state over
-    the layers routed so far, and one of every single expert routed so far.
+    To the logits of a `TokenCausal` it adds, for each layer, a map of the recurrent state over the layers routed so far
+    and a map of every expert of those layers.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        lookaheads: H.
-        width: Features of a token's state.
-        depth: Transformer blocks over tokens.
-        heads: Attention heads.
-        window: Tokens a block sees back; with it the stepper's state is bounded.
-        copy_heads: Heads that pick earlier tokens.
-        objective: What is fitted (`moe_beyond.predictors.architectures.token_causal.OBJECTIVES`; see there).
-        layer_width: Features of the recurrent state over layers.
-        layer_copy_heads: Heads that pick earlier tokens after every layer.
-        next_token_head: Whether lookahead ``"next"`` is predicted as well.
-        memory_tokens: Tokens whose routing in training is remembered; 0 does without.
-        known_tokens: Tokens with an own vector; 0 does without.
-        min_count: Training occurrences that an own vector needs.
-        ngram_buckets: Vectors shared by all character n-grams; 0 does without.
-        dropout: Probability of dropping a feature in training.
-        token_dropout: Probability of treating a token as unknown in training.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        lookaheads: Number of lookaheads, H (default: 3).
+        width: Features per token (default: 256).
+        depth: Number of transformer blocks over tokens (default: 3).
+        heads: Number of attention heads; must divide width (default: 8).
+        window: Tokens that a block attends to; bounds the stepper's state (default: 128).
+        copy_heads: Number of copy-attention heads, which attend when a token starts; 0 disables them (default: 4).
+        objective: Training objective, a name of `moe_beyond.predictors.objectives.OBJECTIVES` (default: subset). If
+            tokens may use fewer than K experts, only sigmoid is valid.
+        layer_width: Features of the recurrent state over layers (default: 256).
+        layer_copy_heads: Number of copy-attention heads that attend after every layer; 0 disables them (default: 1).
+        next_token_head: Whether lookahead ``"next"`` is predicted as well (default: true).
+        memory_tokens: Maximum number of tokens whose routing in training is stored; 0 disables it (default: 12288).
+        known_tokens: Maximum number of tokens with a learned embedding; 0 disables it (default: 0).
+        min_count: Minimum training occurrences of a token with a learned embedding (default: 2).
+        ngram_buckets: Number of vectors that all character n-grams share; 0 disables n-grams (default: 0).
+        dropout: Probability of dropping a feature in training (default: 0.15).
+        token_dropout: Probability of treating a token as unknown in training (default: 0.1).
     """
 
     architecture: ClassVar[str] = "cross_layer"
@@ -78,11 +80,25 @@ class CrossLayer(TokenCausal):
     ) -> None:
         check_arguments(self.architecture, locals())
         super().__init__(
-            geometry, vocab_size, width, depth, heads, window, copy_heads, objective, memory_tokens, known_tokens,
-            min_count, ngram_buckets, dropout, token_dropout,
-        )  # fmt: skip
+            geometry,
+            vocab_size,
+            width=width,
+            depth=depth,
+            heads=heads,
+            window=window,
+            copy_heads=copy_heads,
+            objective=objective,
+            memory_tokens=memory_tokens,
+            known_tokens=known_tokens,
+            min_count=min_count,
+            ngram_buckets=ngram_buckets,
+            dropout=dropout,
+            token_dropout=token_dropout,
+        )
         if layer_copy_heads and window < 2:
-            raise UserError("cross_layer: layer_copy_heads look at earlier tokens; window must be at least 2")
+            raise UserError(
+                f"cross_layer: layer_copy_heads attend to earlier tokens (got window {window}); set window to 2 or more"
+            )
         self.lookaheads, self.layer_width, self.layer_copy_heads = lookaheads, layer_width, layer_copy_heads
         layers, experts, _ = geometry.shape()
         self.start = nn.Linear(width, layer_width)
@@ -101,71 +117,71 @@ class CrossLayer(TokenCausal):
             if next_token_head
             else None
         )
-        # The layers that each part of `from_expert` maps from and to: every pair, earlier one first.
+        # Source and target layer of each map in `from_expert`: every pair, the earlier layer first.
         self.register_buffer("pairs", torch.triu_indices(layers, layers, 1), persistent=False)
 
     pairs: Tensor
 
     @property
     def information(self) -> InformationSet:
-        """Lookaheads 1 .. H, and perhaps the next run; known when the layer is routed, causal."""
+        """Causal; lookaheads 1 .. H, available when a layer is routed, and the next run if it is predicted."""
         lookaheads: list[Lookahead] = list(range(1, self.lookaheads + 1))
         return InformationSet((*lookaheads, "next") if self.next_token_head else tuple(lookaheads))
 
     def _layers(self, x: Tensor, logits: Tensor, used: Tensor, batch: Batch) -> Tensor:
-        """Return logits ``(N, H, L, E)`` of the N real tokens.
+        """Return the logits ``(N, H, L, E)`` of the N real tokens.
 
         Args:
-            x: ``(B, T, width)`` states.
-            logits: ``(N, L*E)``, what those and earlier tokens say.
-            used: ``(B, T, L*E)``, 1 where the token is routed to the expert.
-            batch: The tokens.
+            x: Features ``(B, T, width)`` of the tokens.
+            logits: Logits ``(N, L*E)`` that are available when a token starts.
+            used: 1 if the token is routed to the expert, ``(B, T, L*E)``.
+            batch: Batch of the tokens.
         """
         layers, experts, _ = self.geometry.shape()
         real = batch.mask
-        start, own = torch.tanh(self.start(x[real]))[None], used[real]
-        by_layer = own.view(-1, layers, experts).transpose(0, 1)
+        start, current = torch.tanh(self.start(x[real]))[None], used[real]
+        by_layer = current.view(-1, layers, experts).transpose(0, 1)
         states = torch.cat([start, self.recurrent(torch.bmm(by_layer, self.routed), start)[0]])
-        states, after = self.drop(states).split([layers, 1])  # states[l] knows layers 0 .. l-1
-        logits = logits + own @ self._from_layers_within_reach()
+        states, last_state = self.drop(states).split([layers, 1])  # states[l] depends on layers 0 .. l-1
+        logits = logits + current @ self._maps_beyond_lookaheads()
         logits = logits.view(-1, layers, experts)
-        nearer = []
+        slices = []
         for ahead in range(self.lookaheads, 0, -1):
-            if ahead < min(self.lookaheads, layers):  # one source layer more than the lookahead before
-                logits = logits + functional.pad(self._from_layer(by_layer, ahead), (0, 0, ahead, 0))
-            waiting = min(ahead - 1, layers)  # layers so early that nothing of this token is routed yet
-            known = torch.cat([states[:1].expand(waiting, -1, -1), states[: layers - waiting]])
-            nearer.append(logits + torch.bmm(known, self.from_state[ahead - 1]).transpose(0, 1))
-        found = torch.stack(nearer[::-1], 1)
+            if ahead < min(self.lookaheads, layers):  # one source layer more than for the lookahead before
+                logits = logits + functional.pad(self._logits_ahead(by_layer, ahead), (0, 0, ahead, 0))
+            early = min(ahead - 1, layers)  # layers predicted before any layer of this token is routed
+            sources = torch.cat([states[:1].expand(early, -1, -1), states[: layers - early]])
+            slices.append(logits + torch.bmm(sources, self.from_state[ahead - 1]).transpose(0, 1))
+        stacked = torch.stack(slices[::-1], 1)
         if self.layer_copying is not None:
-            found = found + self.layer_copying(states, used.view(*real.shape, layers, experts), real)
+            stacked = stacked + self.layer_copying(states, used.view(*real.shape, layers, experts), real)
         if self.following is not None:
-            past = averaged(used, real, self.following.from_history)
-            after = torch.cat([states[1:], after])
+            past = average_logits(used, real, self.following.from_history)
+            after = torch.cat([states[1:], last_state])
             following = self.following(x, used, batch.token_ids, real, after, past)
-            found = torch.cat([found, following[:, None]], 1)
-        return found
+            stacked = torch.cat([stacked, following[:, None]], 1)
+        return stacked
 
-    def _from_layers_within_reach(self) -> Tensor:
-        """Return the maps ``(L*E, L*E)`` between layers that are at least H apart."""
+    def _maps_beyond_lookaheads(self) -> Tensor:
+        """Return the maps ``(L*E, L*E)`` from experts to experts of layers that are at least H layers apart."""
         layers, experts, _ = self.geometry.shape()
         (source, target), apart = self.pairs, self.pairs[1] - self.pairs[0] >= self.lookaheads
         maps = self.from_expert.new_zeros(layers, layers, experts, experts)
         maps = maps.index_put((source[apart], target[apart]), self.from_expert[apart])
         return maps.transpose(1, 2).reshape(layers * experts, -1)
 
-    def _from_layer(self, by_layer: Tensor, ahead: int) -> Tensor:
-        """What the experts of each layer say of the layer ``ahead`` later: ``(N, L - ahead, E)``."""
+    def _logits_ahead(self, by_layer: Tensor, ahead: int) -> Tensor:
+        """Return the logits ``(N, L - ahead, E)`` that the experts of each layer add ``ahead`` layers later."""
         maps = self.from_expert[self.pairs[1] - self.pairs[0] == ahead]
         return torch.bmm(by_layer[: len(maps)], maps).transpose(0, 1)
 
     def stepper(self) -> Stepper:
-        """Return a stepper; its state is ``window`` tokens of keys and values a block, and a few vectors."""
+        """Return a stepper; its state is keys and values of ``window`` tokens per block, and a few vectors."""
         return _CrossLayerStepper(self)
 
 
 class _CrossLayerStepper(Stepper):
-    """Steps tokens in torch, and layers in numpy, which are so small that calling torch would take longer."""
+    """Steps tokens in torch, and layers in numpy: a layer is so small that a call of torch would take longer."""
 
     _predictor: CrossLayer
 
@@ -173,8 +189,8 @@ class _CrossLayerStepper(Stepper):
     def __init__(self, predictor: CrossLayer) -> None:
         recurrent = dict(predictor.recurrent.named_parameters())
         layers, lookaheads = predictor.geometry.num_layers, predictor.lookaheads
-        # Laid out as a step reads them: of each layer, what its experts say of all later ones; and of each count of
-        # routed layers, what the state says of those in reach.
+        # In the order in which a step reads them: for each layer, the maps of its experts to all later layers; for each
+        # number of routed layers, the maps of the state to the layers within reach.
         later = [layers - 1 - layer for layer in range(layers)]
         self._from_expert = [
             part.transpose(0, 1).contiguous().numpy() for part in torch.split(predictor.from_expert, later)
@@ -183,11 +199,11 @@ class _CrossLayerStepper(Stepper):
             torch.cat([predictor.from_state[i, routed + i] for i in range(min(lookaheads, layers - routed))], 1).numpy()
             for routed in range(layers)
         ]
-        # What an expert adds to the gates' inputs, and what all of a layer share.
+        # Input of the gates from each expert, and the parts of the GRU that all layers share.
         self._routed = (predictor.routed @ recurrent["weight_ih_l0"].T).numpy()
         self._bias, self._hidden_bias = recurrent["bias_ih_l0"].numpy(), recurrent["bias_hh_l0"].numpy()
         self._hidden = recurrent["weight_hh_l0"].T.contiguous().numpy()
-        # What is scored once so many layers are routed: indices of lookaheads, and layers; the next run's is the last.
+        # Scores to compute once a number of layers is routed: indices of lookaheads, and layers; the next run is last.
         self._scored = []
         for routed in range(layers + 1):
             ahead = list(range(min(lookaheads, layers - routed)))
@@ -198,13 +214,12 @@ class _CrossLayerStepper(Stepper):
         super().__init__(predictor)
 
     def _reset(self) -> None:
-        self._tokens = TokenState(self._predictor)
-        copying = self._predictor.layer_copying
-        top_k = self._predictor.geometry.top_k
-        self._copying = LayerCopyAttentionState(copying, top_k) if copying is not None else None
-        following, shape = self._predictor.following, self._predictor.geometry.shape()[:2]
+        predictor = self._predictor
+        self._tokens = TokenState(predictor)
+        copying, following = predictor.layer_copying, predictor.following
+        self._copying = LayerCopyAttentionState(copying, self._shape[2]) if copying is not None else None
         self._following = NextTokenHeadState(following, RETAINED) if following is not None else None
-        self._scores = np.full(shape, np.nan, np.float32)
+        self._scores = np.full(self._shape[:2], np.nan, np.float32)
 
     @torch.inference_mode()
     def _start_token(self, token_id: int) -> None:
@@ -222,10 +237,16 @@ class _CrossLayerStepper(Stepper):
     def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
         self._tokens.route(layer, experts)
         self._state = gru_step(
-            self._state, experts, self._routed[layer], self._bias, self._hidden, self._hidden_bias,
-            self._logits[layer + 1 :], self._from_expert[layer],
-        )  # fmt: skip
-        self._scores = self._scores.copy()  # what `scores` returned before stays as it was
+            self._state,
+            experts,
+            self._routed[layer],
+            self._bias,
+            self._hidden,
+            self._hidden_bias,
+            self._logits[layer + 1 :],
+            self._from_expert[layer],
+        )
+        self._scores = self._scores.copy()  # arrays returned by `scores` before stay unchanged
         self._scores[layer] = np.nan
         self._score(layer + 1, experts)
 
@@ -233,7 +254,12 @@ class _CrossLayerStepper(Stepper):
         return self._scores
 
     def _score(self, routed: int, experts: npt.NDArray[np.int64] | None = None) -> None:
-        """Score the layers within reach once so many are routed, the last of them to these experts."""
+        """Score the layers within reach.
+
+        Args:
+            routed: Number of routed layers.
+            experts: Experts of the last of them; None if none is routed.
+        """
         ahead, targets = self._scored[routed]
         logits = self._logits[routed : routed + self._predictor.lookaheads]
         if len(logits):

@@ -1,4 +1,4 @@
-"""layer_mlp: a two-layer perceptron a layer, on what the router s layers earlier read (ProMoE, arXiv 2410.22134)."""
+"""layer_mlp: one two-layer perceptron per layer, on the router input s layers earlier (ProMoE, arXiv 2410.22134)."""
 
 from typing import ClassVar
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
@@ -16,20 +17,20 @@ from moe_beyond.predictors.objectives import subset_cross_entropy
 
 
 class LayerMlp(HiddenStatePredictor, GradientPredictor):
-    """Predicts lookahead s, its stride.
+    """Predicts lookahead s from router inputs.
 
-    States are scaled to unit root mean square, as the model's own norms would.
+    The inputs are scaled to unit root mean square, like the model's norms do.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        hidden_size: Width of what a router reads, D.
-        stride: s, at least 1; a larger one leaves more time for transfers.
-        width: Hidden units of each perceptron.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        hidden_size: Width of the router inputs, D.
+        stride: Lookahead s in layers, at least 1; a larger one leaves more time for transfers (default: 1).
+        width: Hidden units of each perceptron (default: 256).
     """
 
     architecture: ClassVar[str] = "layer_mlp"
-    activation = "subset"
+    activation: Activation = "subset"
 
     def __init__(
         self, geometry: Geometry, vocab_size: int, hidden_size: int, stride: int = 1, width: int = 256
@@ -47,20 +48,20 @@ class LayerMlp(HiddenStatePredictor, GradientPredictor):
 
     @property
     def information(self) -> InformationSet:
-        """Router inputs, which exist when a layer is routed."""
+        """Router inputs, available when a layer is routed."""
         return InformationSet(self.ahead, token_ids=False, hidden_states="router_inputs")
 
     def prior_logits(self) -> Tensor:
-        """Return what was learned for the first layers."""
+        """Return the learned logits of the first layers."""
         return self.first
 
     def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
-        """Run the layers' perceptrons."""
+        """Apply the layers' perceptrons."""
         part = slice(layers.start - self.stride, layers.stop - self.stride)
         scaled = functional.rms_norm(states, states.shape[-1:])
         hidden = functional.silu(torch.einsum("nld,ldw->nlw", scaled, self.into[part]) + self.into_bias[part])
         return torch.einsum("nlw,lwe->nle", hidden, self.out[part]) + self.out_bias[part]
 
     def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
-        """Return the cross-entropy of each expert being chosen, given that K are."""
+        """Return the cross-entropy of each expert's selection, given that K are selected."""
         return subset_cross_entropy(logits, batch, soft_targets)

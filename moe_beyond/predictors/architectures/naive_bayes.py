@@ -1,6 +1,6 @@
-"""naive_bayes: the token, the layers routed before and the expert's own past, as if each told by itself.
+"""naive_bayes: token id, earlier layers and each expert's past, combined as if they were independent.
 
-It is what counting can do: no gradient, one pass over the data, and it shows what a fitted network has to beat.
+It is fitted by counting, in one pass and without gradients, and serves as a baseline for neural predictors.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures.history import History
 from moe_beyond.predictors.architectures.token_table import TokenTable
 from moe_beyond.predictors.base import CountingPredictor
@@ -23,31 +24,33 @@ from moe_beyond.predictors.training_stats import TrainingStats
 
 
 class NaiveBayes(CountingPredictor):
-    """Adds up what each source says beyond the popularity, in log-odds, weighted.
+    """Adds weighted log-odds of each source relative to the popularity.
 
-    With P(e) the popularity of e in layer l, the score of lookahead h is
+    P(e) is the popularity of e in layer l. The logit of lookahead h is the sum of
 
-        logit P(e) + token * (logit P(e | token) - logit P(e)) + history * (logit P(e | its past) - logit P(e))
-        + layers * sum over d = h .. h + sources - 1, and over the experts f of layer l - d, of log P(e | f) / P(e)
+    - ``logit P(e)``,
+    - ``token * (logit P(e | token) - logit P(e))``,
+    - ``history * (logit P(e | its past) - logit P(e))``, and
+    - ``layers * log(P(e | f) / P(e))`` for every expert f of the layers l - d, d = h .. h + sources - 1.
 
-    where P(e | f) = (tokens that used both + smoothing * P(e)) / (tokens that used f + smoothing). Sources are not
-    independent, and so their weights are below 1.
+    Here ``P(e | f) = (tokens that used both + smoothing * P(e)) / (tokens that used f + smoothing)``. The sources are
+    not independent, so their weights are below 1.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        lookaheads: H, layers ahead that are scored.
-        sources: Routed layers that are looked at, from the last on.
-        token: Weight of the token's id.
-        history: Weight of the expert's own past.
-        layers: Weight of each expert routed before.
-        backoff: Occurrences of a token that the popularity counts for.
-        min_count: Training occurrences that a token needs.
-        smoothing: Occurrences of an expert that the popularity counts for.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        lookaheads: Number of lookaheads, H (default: 3).
+        sources: Number of routed layers that are read, from the last one backwards (default: 3).
+        token: Weight of the token id (default: 0.6).
+        history: Weight of the expert's past in the sequence (default: 0.9).
+        layers: Weight of each expert of the layers that are read (default: 0.2).
+        backoff: Weight of the popularity for a token id, in occurrences of the token (default: 2).
+        min_count: Minimum training occurrences of a token with its own counts (default: 1).
+        smoothing: Weight of the popularity for an expert pair, in occurrences of the expert (default: 8).
     """
 
     architecture: ClassVar[str] = "naive_bayes"
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
 
     pairs: Tensor
 
@@ -72,21 +75,21 @@ class NaiveBayes(CountingPredictor):
         self.table = TokenTable(geometry, vocab_size, backoff, min_count)
         self.past = History(geometry, vocab_size)
         experts = geometry.num_experts
-        # [d - 1, l, f, e]: tokens that used f in layer l - d, and e in layer l.
+        # [d - 1, l, f, e]: number of tokens that used f in layer l - d and e in layer l.
         shape = (lookaheads + sources - 1, geometry.num_layers, experts, experts)
         self.register_buffer("pairs", torch.zeros(shape, dtype=torch.int32))
 
     @property
     def information(self) -> InformationSet:
-        """Lookaheads 1 .. H, known when the layer is routed."""
+        """Causal; lookaheads 1 .. H, available when a layer is routed."""
         return InformationSet(tuple(range(1, self.lookaheads + 1)), token_ids=self.token != 0)
 
-    def prepare(self, text: TrainingStats) -> None:
-        """Take in the training split's vocabulary."""
-        self.table.prepare(text)
+    def prepare(self, stats: TrainingStats) -> None:
+        """Read the training split's vocabulary."""
+        self.table.prepare(stats)
 
     def partial_fit(self, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch to the counts."""
         self.table.partial_fit(batch)
         self.past.partial_fit(batch)
         used = batch.targets(self.geometry.num_experts)[batch.mask].float().transpose(0, 1)  # (L, N, E)
@@ -94,7 +97,7 @@ class NaiveBayes(CountingPredictor):
             pairs[d:] += torch.bmm(used[:-d].transpose(1, 2), used[d:]).to(pairs.dtype)
 
     def _distances(self, by_distance: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Pair each distance that the model has with its slice."""
+        """Yield each distance that occurs in the model, and its slice."""
         return ((d, part) for d, part in enumerate(by_distance, 1) if d < self.geometry.num_layers)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -103,19 +106,24 @@ class NaiveBayes(CountingPredictor):
         used = batch.targets(self.geometry.num_experts).float().transpose(0, 2).flatten(1, 2)  # (L, T * B, E)
         logits = base.transpose(0, 2).flatten(1, 2)[None].repeat(self.lookaheads, 1, 1, 1)  # (H, L, T * B, E)
         for d, ratios in self._distances(self._ratios()):
-            told = torch.bmm(used[:-d], ratios[d:])
+            evidence = torch.bmm(used[:-d], ratios[d:])
             for ahead in self._lookaheads_at(d):
-                logits[ahead - 1, d:] += told
+                logits[ahead - 1, d:] += evidence
         shape = (self.lookaheads, self.geometry.num_layers, *batch.token_ids.shape[::-1], self.geometry.num_experts)
         return logits.view(shape).permute(3, 2, 0, 1, 4)
 
     def _base(self, table: Tensor, past: Tensor) -> Tensor:
-        """Add up what is known when a token starts: logits ``(..., L, E)`` of the token's id and of the past."""
+        """Return the logits ``(..., L, E)`` that are available when a token starts.
+
+        Args:
+            table: Logits ``(..., L, E)`` given the token id.
+            past: Logits ``(..., L, E)`` given the experts' past.
+        """
         popular = self.past._logits()  # noqa: SLF001
         return popular + self.token * (table - popular) + self.history * (past - popular)
 
     def _ratios(self) -> Tensor:
-        """Return the weighted log-ratios ``(D, L, E, E)`` that a routed expert adds."""
+        """Return the weighted log-ratios ``(D, L, E, E)`` that each routed expert adds."""
         popular = self.past._shares().float()  # noqa: SLF001
         counts = self.past.counts.float()
         ratios = torch.zeros(self.pairs.shape, device=counts.device)
@@ -126,11 +134,11 @@ class NaiveBayes(CountingPredictor):
         return ratios
 
     def _lookaheads_at(self, distance: int) -> range:
-        """Return the lookaheads that look at the layer so far back."""
+        """Return the lookaheads that read the layer at a distance."""
         return range(max(1, distance - self.sources + 1), min(distance, self.lookaheads) + 1)
 
     def stepper(self) -> Stepper:
-        """Return a stepper; its state is two numbers an expert."""
+        """Return a stepper; its state is two numbers per expert."""
         return _NaiveBayesStepper(self)
 
 
@@ -148,27 +156,27 @@ class _NaiveBayesStepper(Stepper):
 
     @torch.inference_mode()
     def _start_token(self, token_id: int) -> None:
-        table, past = self._predictor.table.of_tokens(torch.tensor(token_id)), self._past.logits()
+        table, past = self._predictor.table.token_logits(torch.tensor(token_id)), self._past.logits()
         base = self._predictor._base(table, past)  # noqa: SLF001
         self._logits = base[None].repeat(self._predictor.lookaheads, 1, 1)
         self._score(-1)
 
     @torch.inference_mode()
     def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
-        chosen = torch.from_numpy(experts)
-        self._past.add(layer, chosen)
+        ids = torch.from_numpy(experts)
+        self._past.add(layer, ids)
         for d in range(1, len(self._ratios) + 1):
             if layer + d < len(self._scores):
-                told = self._ratios[d - 1, layer + d, chosen].sum(0)
+                evidence = self._ratios[d - 1, layer + d, ids].sum(0)
                 for ahead in self._predictor._lookaheads_at(d):  # noqa: SLF001
-                    self._logits[ahead - 1, layer + d] += told
+                    self._logits[ahead - 1, layer + d] += evidence
         self._score(layer)
 
     def scores(self) -> npt.NDArray[np.float32]:
         return self._scores
 
     def _score(self, routed: int) -> None:
-        """Score the layers within reach once layers up to ``routed`` are known."""
+        """Score the layers within reach; ``routed`` is the last routed layer, or -1."""
         self._scores = np.full_like(self._scores, np.nan)
         ahead = np.arange(min(self._predictor.lookaheads, len(self._scores) - routed - 1))
         if len(ahead):

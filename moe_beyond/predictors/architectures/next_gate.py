@@ -1,7 +1,7 @@
-"""next_gate: an earlier layer's router input, read by a later layer's router.
+"""next_gate: an earlier layer's router input, passed to a later layer's router.
 
-What the residual stream holds changes slowly from layer to layer, so that a later router names much of what it will
-choose already now. Nothing is trained: FATE (arXiv 2502.12224) and AdapMoE (arXiv 2408.10284) do so one layer ahead.
+The residual stream changes slowly from layer to layer, so a later router selects mostly the same experts from an
+earlier input. Nothing is trained. FATE (arXiv 2502.12224) and AdapMoE (arXiv 2408.10284) do this one layer ahead.
 """
 
 from typing import ClassVar
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
@@ -21,20 +22,20 @@ from moe_beyond.router_activations import ROUTER_ACTIVATIONS
 
 
 class NextGate(HiddenStatePredictor, CountingPredictor):
-    """Predicts lookaheads 1 .. H by the model's own routers.
+    """Predicts lookaheads 1 .. H with the model's own routers.
 
-    Layers before which no router has read are scored by popularity, which is all that is counted. Groups that limit a
-    router's choice are not known here.
+    The first layers, for which no router input exists yet, are scored by popularity; only that is counted. Expert
+    groups that limit a router's selection are ignored.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        hidden_size: Width of what a router reads, D.
-        lookaheads: H.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        hidden_size: Width of the router inputs, D.
+        lookaheads: Number of lookaheads, H (default: 3).
     """
 
     architecture: ClassVar[str] = "next_gate"
-    activation = "subset"
+    activation: Activation = "subset"
 
     weight: Tensor
     bias: Tensor
@@ -51,37 +52,41 @@ class NextGate(HiddenStatePredictor, CountingPredictor):
         self.register_buffer("weight", torch.zeros(layers, experts, hidden_size))
         self.register_buffer("bias", torch.zeros(layers, experts))
         self.register_buffer("selection_bias", torch.zeros(layers, experts))
-        self.register_buffer("scoring", torch.zeros((), dtype=torch.int64))  # its place in ROUTER_ACTIVATIONS
+        self.register_buffer("scoring", torch.zeros((), dtype=torch.int64))  # index into ROUTER_ACTIVATIONS
         self.register_buffer("counts", torch.zeros(min(lookaheads, layers), experts, dtype=torch.int64))
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
 
     @property
     def information(self) -> InformationSet:
-        """Router inputs, which exist when a layer is routed."""
+        """Router inputs, available when a layer is routed."""
         return InformationSet(self.ahead, token_ids=False, hidden_states="router_inputs")
 
-    def prepare(self, text: TrainingStats) -> None:
-        """Take in the routers.
+    def prepare(self, stats: TrainingStats) -> None:
+        """Copy the routers' weights.
+
+        Args:
+            stats: Statistics of the training split.
 
         Raises:
-            UserError: The traces hold none.
+            UserError: The traces contain no routers.
         """
-        routers = text.routers
+        routers = stats.routers
         if routers is None or routers.scoring not in ROUTER_ACTIVATIONS:
             raise UserError(
-                "next_gate reads the model's routers, and the traces hold none: they are recorded with hidden states, "
-                "where one weight a layer explains the choice"
+                "next_gate reads the model's routers, and the traces have none: they are recorded with hidden states, "
+                "if one weight matrix per layer explains the selection; collect with --record "
+                "experts,gate_weights,hidden_states"
             )
         self.weight.copy_(torch.from_numpy(routers.weight))
         for name in ("bias", "selection_bias"):
-            if (found := getattr(routers, name)) is not None:
-                getattr(self, name).copy_(torch.from_numpy(found))
+            if (values := getattr(routers, name)) is not None:
+                getattr(self, name).copy_(torch.from_numpy(values))
         self.scoring.fill_(list(ROUTER_ACTIVATIONS).index(routers.scoring))
 
     def partial_fit(self, batch: Batch) -> None:
-        """Count a batch's first layers."""
-        chosen = batch.targets(self.geometry.num_experts)
-        self.counts += chosen[:, :, : len(self.counts)].sum((0, 1))
+        """Add the first layers of a batch to the counts."""
+        used = batch.targets(self.geometry.num_experts)
+        self.counts += used[:, :, : len(self.counts)].sum((0, 1))
         self.tokens += batch.lengths.sum()
 
     def prior_logits(self) -> Tensor:
@@ -90,8 +95,8 @@ class NextGate(HiddenStatePredictor, CountingPredictor):
         return torch.logit((self.counts.double() + top_k / experts) / (self.tokens + 1), eps=1e-9).float()
 
     def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
-        """Let the layers' routers read."""
+        """Apply the layers' routers."""
         logits = torch.einsum("nld,led->nle", states, self.weight[layers]) + self.bias[layers]
-        if not self.selection_bias.any():  # of all layers: a layer scores alike, alone and with others
-            return logits  # in the order of any scoring
+        if not self.selection_bias.any():  # of all layers, so a layer's scores do not depend on `layers`
+            return logits  # every activation keeps their order
         return ROUTER_ACTIVATIONS[list(ROUTER_ACTIVATIONS)[int(self.scoring)]](logits) + self.selection_bias[layers]

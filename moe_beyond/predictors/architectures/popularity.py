@@ -1,4 +1,4 @@
-"""popularity: how often each expert of each layer was chosen at all."""
+"""popularity: how often each expert of each layer was selected, whatever the token."""
 
 from typing import ClassVar
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
@@ -14,17 +15,17 @@ from moe_beyond.usage_profile import Profile, default_hazard
 
 
 class Popularity(CountingPredictor):
-    """Counts per layer; the same scores for every token.
+    """Counts each layer's experts; the scores are the same for every token.
 
-    P(e | l) = (count of e in layer l + K/E) / (tokens + 1): one imaginary token chose evenly.
+    P(e | l) = (count of e in layer l + K/E) / (tokens + 1): one imaginary token used all experts evenly.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
     """
 
     architecture: ClassVar[str] = "popularity"
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
 
     counts: Tensor
     tokens: Tensor
@@ -37,20 +38,20 @@ class Popularity(CountingPredictor):
 
     @property
     def information(self) -> InformationSet:
-        """Nothing of the sequence, so known before the token."""
+        """Nothing of the sequence, so available before the token."""
         return InformationSet(("token",), token_ids=False)
 
     def partial_fit(self, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch to the counts."""
         self.counts += batch.targets(self.geometry.num_experts).sum((0, 1))
         self.tokens += batch.lengths.sum()
 
     def profile(self) -> Profile:
-        """Return the popularity, with a table that was not counted here."""
+        """Return the usage profile: the popularity, and the default reuse table."""
         return Profile(self._shares().cpu().numpy(), default_hazard())
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return logits ``(B, T, 1, L, E)``, the same everywhere."""
+        """Return logits ``(B, T, 1, L, E)``, the same for every token."""
         return self._logits().expand(*batch.token_ids.shape, 1, -1, -1)
 
     def _shares(self) -> Tensor:
@@ -61,11 +62,12 @@ class Popularity(CountingPredictor):
         return torch.logit(self._shares(), eps=1e-9).float()
 
     def stepper(self) -> Stepper:
-        """Return a stepper; it keeps nothing."""
+        """Return a stepper; it has no state."""
         return _PopularityStepper(self)
 
 
 class _PopularityStepper(TokenStepper):
+    _predictor: Popularity
+
     def _logits(self, token_id: int) -> Tensor:
-        assert isinstance(self._predictor, Popularity)
         return self._predictor._logits()  # noqa: SLF001

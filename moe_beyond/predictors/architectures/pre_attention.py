@@ -1,7 +1,7 @@
-"""pre_attention: two linear maps a layer, on what the layer reads before its attention (arXiv 2511.10676).
+"""pre_attention: two linear maps per layer, on the layer's input before its attention (arXiv 2511.10676).
 
-That is what the layer before has computed: its scores come later than those of a predictor that waits for routing
-alone, and leave one attention for transfers.
+The input is the output of the layer before. The scores are therefore available later than those of a predictor that
+waits only for routing, and leave the time of one attention for transfers.
 """
 
 from typing import ClassVar
@@ -12,31 +12,32 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.limits import check_arguments
 
-CHOSEN, OTHERS = 3.0, 0.5  # weights of their cross-entropies
-MARGIN, HINGE = 0.1, 0.3  # by which the chosen shall be above the others; and that term's weight
+SELECTED_WEIGHT, OTHER_WEIGHT = 3.0, 0.5  # weights of the cross-entropies of selected and other experts
+MARGIN, HINGE_WEIGHT = 0.1, 0.3  # distance by which selected experts should rank above others, and weight of that term
 
 
 class PreAttention(HiddenStatePredictor, GradientPredictor):
-    """Predicts lookahead 1, computed.
+    """Predicts lookahead 1 from layer inputs.
 
-    The published objective, a cross-entropy that weighs experts by their rank and a hinge on pairs, as far as traces
-    tell ranks: which K experts come before all others.
+    The objective is the paper's: a cross-entropy that weights experts by rank, plus a hinge on pairs. Traces contain
+    only part of the ranks: which K experts rank above all others.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        hidden_size: Width of what a layer reads, D.
-        width: Between the two maps.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        hidden_size: Width of the layer inputs, D.
+        width: Features between the two maps (default: 256).
     """
 
     architecture: ClassVar[str] = "pre_attention"
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
 
     def __init__(self, geometry: Geometry, vocab_size: int, hidden_size: int, width: int = 256) -> None:
         check_arguments(self.architecture, {"width": width})
@@ -50,34 +51,34 @@ class PreAttention(HiddenStatePredictor, GradientPredictor):
 
     @property
     def information(self) -> InformationSet:
-        """Layer inputs, which exist when the layer before is computed."""
+        """Layer inputs, available when the layer before is computed."""
         return InformationSet(self.ahead, available_after="computed", token_ids=False, hidden_states="layer_inputs")
 
     def prior_logits(self) -> Tensor:
-        """Return what was learned for the first layer."""
+        """Return the learned logits of the first layer."""
         return self.first
 
     def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
-        """Map the layers' states."""
+        """Apply the layers' maps."""
         part = slice(layers.start - 1, layers.stop - 1)
         scaled = functional.rms_norm(states, states.shape[-1:])
         hidden = torch.einsum("nld,ldw->nlw", scaled, self.into[part])
         return torch.einsum("nlw,lwe->nle", hidden, self.out[part]) + self.out_bias[part]
 
     def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
-        """Return the weighted cross-entropy of each expert being chosen, and the hinge of chosen over other experts.
+        """Return the weighted cross-entropy of each expert's selection, plus the hinge of selected over other experts.
 
         Raises:
-            UserError: Something is soft_targets in place of the choices.
+            UserError: There are soft targets.
         """
         if soft_targets is not None:
-            raise UserError("pre_attention fits an order, not probabilities; give it no teachers")
+            raise UserError("pre_attention: fits an order and takes no probabilities; remove the teachers")
         experts = logits.shape[-1]
-        found, chosen = logits[batch.mask][:, 0].float(), batch.targets(experts)[batch.mask]  # (N, L, E)
-        weights = torch.where(chosen, CHOSEN, OTHERS)
-        entropy = functional.binary_cross_entropy_with_logits(found, chosen.float(), weights) * experts
+        scores, selected = logits[batch.mask][:, 0].float(), batch.targets(experts)[batch.mask]  # (N, L, E)
+        weights = torch.where(selected, SELECTED_WEIGHT, OTHER_WEIGHT)
+        entropy = functional.binary_cross_entropy_with_logits(scores, selected.float(), weights) * experts
         ids = batch.ids(experts)[batch.mask]
-        of_chosen = functional.pad(found, (0, 1)).gather(-1, ids)  # (N, L, K)
-        pairs = (ids < experts)[..., None] & ~chosen[..., None, :]
-        short = functional.relu(MARGIN - of_chosen[..., None] + found[..., None, :])
-        return entropy + HINGE * ((short * pairs).sum((-2, -1)) / pairs.sum((-2, -1)).clamp(min=1)).mean()
+        of_selected = functional.pad(scores, (0, 1)).gather(-1, ids)  # (N, L, K)
+        pairs = (ids < experts)[..., None] & ~selected[..., None, :]
+        shortfall = functional.relu(MARGIN - of_selected[..., None] + scores[..., None, :])
+        return entropy + HINGE_WEIGHT * ((shortfall * pairs).sum((-2, -1)) / pairs.sum((-2, -1)).clamp(min=1)).mean()

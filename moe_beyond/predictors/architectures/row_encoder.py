@@ -1,8 +1,8 @@
-"""row_encoder: the architecture of MoE-Beyond (arXiv 2508.17137), fed with nothing but token ids.
+"""row_encoder: the architecture of MoE-Beyond (arXiv 2508.17137), with token ids as its only input.
 
-Its rows are (token, layer) pairs: token embedding and learned layer embedding side by side, projected to the encoder's
-width. The published one reads the router's own input instead of a token embedding, and later tokens besides; here the
-token's id stands in, and attention is causal by token unless asked otherwise.
+Its rows are (token, layer) pairs: a token embedding and a learned layer embedding, concatenated and projected to the
+encoder's width. The paper's predictor reads the router's own input instead of a token embedding, and also later tokens.
+Here the input is the token id, and attention is causal by token unless ``bidirectional`` is set.
 """
 
 from typing import ClassVar
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
@@ -22,32 +23,32 @@ from moe_beyond.predictors.objectives import binary_cross_entropy
 from moe_beyond.predictors.stepper import Stepper, TokenStepper
 from moe_beyond.predictors.training_stats import TrainingStats
 
-# Tokens whose rows attend at once: bounds the memory of long sequences.
-TOKENS_AT_ONCE = 16
+# Tokens whose rows attend at the same time; bounds the memory of long sequences.
+TOKENS_PER_CHUNK = 16
 
 
 class RowEncoder(GradientPredictor):
     """A transformer encoder over (token, layer) rows.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        token_width: Features of a token's embedding (published: 2048, the model's hidden size).
-        layer_width: Features of a layer's embedding.
-        width: Features of a row in the encoder.
-        depth: Encoder layers.
-        heads: Attention heads.
-        feedforward: Features inside an encoder layer.
-        context_tokens: A row sees rows of this many tokens: its own and those before it.
-        bidirectional: Whether it also sees as many tokens after it, as the published one does.
-        known_tokens: Tokens with an own vector.
-        min_count: Training occurrences that an own vector needs.
-        ngram_buckets: Vectors shared by all character n-grams; 0 does without.
-        dropout: Probability of dropping a feature in training.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        token_width: Features of a token embedding (default: 512; the paper's: 2048, the model's hidden size).
+        layer_width: Features of a layer embedding (default: 512).
+        width: Features of a row in the encoder (default: 512).
+        depth: Number of encoder layers (default: 4).
+        heads: Number of attention heads; must divide width (default: 8).
+        feedforward: Features inside the MLP of an encoder layer (default: 2048).
+        context_tokens: Tokens whose rows a row attends to: its own token and those before it (default: 512).
+        bidirectional: Whether a row also attends to as many later tokens, as in the paper (default: false).
+        known_tokens: Maximum number of tokens with a learned embedding (default: 16384).
+        min_count: Minimum training occurrences of a token with a learned embedding (default: 2).
+        ngram_buckets: Number of vectors that all character n-grams share; 0 disables n-grams (default: 8192).
+        dropout: Probability of dropping a feature in training (default: 0.1).
     """
 
     architecture: ClassVar[str] = "row_encoder"
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
 
     def __init__(
         self,
@@ -82,15 +83,15 @@ class RowEncoder(GradientPredictor):
 
     @property
     def information(self) -> InformationSet:
-        """Token ids: the present one and those before it, and later ones if bidirectional."""
+        """Token ids of the current and earlier tokens, and of later tokens if bidirectional."""
         return InformationSet(("token",), causal=not self.bidirectional)
 
-    def prepare(self, text: TrainingStats) -> None:
-        """Take in the training split's vocabulary."""
-        self.tokens.prepare(text)
+    def prepare(self, stats: TrainingStats) -> None:
+        """Read the training split's vocabulary."""
+        self.tokens.prepare(stats)
 
     def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
-        """Binary cross-entropy over all labels, as published."""
+        """Return the binary cross-entropy over all labels, as in the paper."""
         return binary_cross_entropy(logits, batch, soft_targets) / logits.shape[-1]
 
     def forward(self, batch: Batch) -> Tensor:
@@ -102,25 +103,28 @@ class RowEncoder(GradientPredictor):
         return logits
 
     def _rows(self, token_ids: Tensor) -> Tensor:
-        """Embed ``(B, T)`` tokens as rows ``(B, T, L, width)``."""
+        """Return rows ``(B, T, L, width)`` of token ids ``(B, T)``."""
         tokens = self.tokens(token_ids)[:, :, None].expand(-1, -1, self.geometry.num_layers, -1)
         layers = self.layers.weight.expand(*tokens.shape[:2], -1, -1)
         rows: Tensor = self.project(torch.cat([tokens, layers], -1))
         return rows
 
     def stepper(self) -> Stepper:
-        """Return a stepper; its state is the keys and values of ``context_tokens`` tokens' rows.
+        """Return a stepper; its state is keys and values of the rows of ``context_tokens`` tokens.
 
         Raises:
             UserError: The predictor is bidirectional.
         """
         if self.bidirectional:
-            raise UserError("a bidirectional row_encoder sees later tokens; it cannot be stepped while decoding")
+            raise UserError(
+                "row_encoder: a bidirectional predictor reads later tokens, which do not exist while decoding; "
+                "set bidirectional to false"
+            )
         return _RowEncoderStepper(self)
 
 
 class _RowBlock(nn.Module):
-    """A post-norm encoder layer, as torch's default, whose rows attend by token index."""
+    """A post-norm encoder layer, as torch's default, in which rows attend by token index."""
 
     def __init__(self, width: int, heads: int, feedforward: int, context: int, dropout: float) -> None:
         super().__init__()
@@ -133,19 +137,25 @@ class _RowBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, real: Tensor, bidirectional: bool) -> Tensor:
-        """Map rows ``(B, T, L, width)`` to the same shape; ``real`` is ``(B, T)`` bool."""
+        """Return rows of the same shape.
+
+        Args:
+            x: Rows ``(B, T, L, width)``.
+            real: Mask ``(B, T)`` bool of real tokens.
+            bidirectional: Whether rows attend to later tokens.
+        """
         length, layers = x.shape[1:3]
         queries, keys, values = self._project(x)
         mixed = []
-        for start in range(0, length, TOKENS_AT_ONCE):
-            stop = min(start + TOKENS_AT_ONCE, length)
+        for start in range(0, length, TOKENS_PER_CHUNK):
+            stop = min(start + TOKENS_PER_CHUNK, length)
             first = max(0, start - self.context + 1)
             last = min(length, stop + self.context - 1) if bidirectional else stop
             position = torch.arange(first, last, device=x.device)
             distance = torch.arange(start, stop, device=x.device)[:, None] - position
-            seen = (distance.abs() < self.context) & (bidirectional | (distance >= 0))
-            # A padded token sees itself, so that no row of the softmax is empty.
-            mask = seen & (real[:, None, first:last] | (distance == 0))
+            visible = (distance.abs() < self.context) & (bidirectional | (distance >= 0))
+            # A padded token attends to itself, so that no row of the softmax is empty.
+            mask = visible & (real[:, None, first:last] | (distance == 0))
             mask = mask.repeat_interleave(layers, 1).repeat_interleave(layers, 2)[:, None]
             part = functional.scaled_dot_product_attention(
                 queries[:, :, start * layers : stop * layers],
@@ -157,7 +167,15 @@ class _RowBlock(nn.Module):
         return self._finish(x, torch.cat(mixed, 2))
 
     def step(self, x: Tensor, cache: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Take in one token's rows ``(1, 1, L, width)``; the cache holds keys and values of earlier rows."""
+        """Process the rows of one token.
+
+        Args:
+            x: Rows ``(1, 1, L, width)`` of the token.
+            cache: Keys and values of earlier rows; None at the start.
+
+        Returns:
+            The token's output rows, and the cache for the next token.
+        """
         queries, keys, values = self._project(x)
         if cache is not None:
             keys, values = torch.cat([cache[0], keys], 2), torch.cat([cache[1], values], 2)
@@ -178,17 +196,17 @@ class _RowBlock(nn.Module):
 
 
 class _RowEncoderStepper(TokenStepper):
+    _predictor: RowEncoder
+
     def _reset(self) -> None:
         super()._reset()
-        assert isinstance(self._predictor, RowEncoder)
         self._caches: list[tuple[Tensor, Tensor] | None] = [None] * self._predictor.depth
 
     def _logits(self, token_id: int) -> Tensor:
-        model = self._predictor
-        assert isinstance(model, RowEncoder)
-        x = model._rows(torch.tensor([[token_id]]))  # noqa: SLF001
-        for index, block in enumerate(model.blocks):
+        predictor = self._predictor
+        x = predictor._rows(torch.tensor([[token_id]]))  # noqa: SLF001
+        for index, block in enumerate(predictor.blocks):
             assert isinstance(block, _RowBlock)
             x, self._caches[index] = block.step(x, self._caches[index])
-        logits: Tensor = model.head(x)[0, 0]
+        logits: Tensor = predictor.head(x)[0, 0]
         return logits

@@ -1,9 +1,8 @@
-"""token_causal: a causal transformer over tokens; all layers of a token from one pass, before its first is routed.
+"""token_causal: a causal transformer over tokens; one pass predicts all layers of a token before its first is routed.
 
-It knows token ids and expert ids only: of earlier tokens everything, of the present token its id.
+It reads token ids and expert ids only: all of earlier tokens, and the id of the current token.
 """
 
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
@@ -22,57 +22,43 @@ from moe_beyond.predictors.modules.copy_attention import CopyAttention
 from moe_beyond.predictors.modules.routing_memory import RoutingMemory
 from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
 from moe_beyond.predictors.modules.window_attention import WindowBlock
-from moe_beyond.predictors.objectives import (
-    binary_cross_entropy,
-    k_positive_cross_entropy,
-    ranking_loss,
-    subset_cross_entropy,
-)
+from moe_beyond.predictors.objectives import OBJECTIVES
 from moe_beyond.predictors.stepper import Stepper, TokenStepper
-from moe_beyond.predictors.stepping.copy_attention import CopyAttentionState, copied
+from moe_beyond.predictors.stepping.copy_attention import CopyAttentionState, copy_experts
 from moe_beyond.predictors.stepping.ring_buffer import RingBuffer
 from moe_beyond.predictors.training_stats import TrainingStats
 
-# How fast the running averages of a sequence's own experts forget, per token: a sentence, and a conversation.
+# Decay per token of the running averages of the sequence's experts: about a sentence, and about a conversation.
 DECAYS = (0.7, 0.97)
 RETAINED = np.array(DECAYS, np.float32)[:, None]
-# What can be fitted: the loss, and the link that makes probabilities of its logits.
-OBJECTIVES: dict[
-    str, tuple[Callable[[Tensor, Batch, Tensor | None], Tensor], Literal["sigmoid", "softmax", "subset"]]
-] = {
-    "softmax": (k_positive_cross_entropy, "softmax"),
-    "subset": (subset_cross_entropy, "subset"),
-    "sigmoid": (binary_cross_entropy, "sigmoid"),
-    "ranking": (ranking_loss, "subset"),
-}
 
 
 class TokenCausal(GradientPredictor):
     """Predicts a token's experts at all layers when the token starts.
 
-    Logits are the sum of maps: of the token's state, of running averages of the sequence's own experts, of the experts
-    of earlier tokens that it picks, and of what training routed the token to.
+    The logits are a sum of maps: of the token's features, of running averages of the sequence's experts, of the experts
+    of earlier tokens that copy heads attend to, and of the token's routing in training.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        width: Features of a token's state.
-        depth: Transformer blocks over tokens.
-        heads: Attention heads.
-        window: Tokens a block sees back; with it the stepper's state is bounded.
-        copy_heads: Heads that pick earlier tokens.
-        objective: What is fitted (`OBJECTIVES`; `moe_beyond.predictors.objectives`). Where tokens may have fewer than
-            K experts, sigmoid: probabilities of the others add up to K.
-        memory_tokens: Tokens whose routing in training is remembered; 0 does without.
-        known_tokens: Tokens with an own vector; 0 does without.
-        min_count: Training occurrences that an own vector needs.
-        ngram_buckets: Vectors shared by all character n-grams; 0 does without.
-        dropout: Probability of dropping a feature in training.
-        token_dropout: Probability of treating a token as unknown in training.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        width: Features per token (default: 256).
+        depth: Number of transformer blocks over tokens (default: 3).
+        heads: Number of attention heads; must divide width (default: 8).
+        window: Tokens that a block attends to; bounds the stepper's state (default: 128).
+        copy_heads: Number of copy-attention heads; 0 disables them (default: 4).
+        objective: Training objective, a name of `moe_beyond.predictors.objectives.OBJECTIVES` (default: subset). If
+            tokens may use fewer than K experts, only sigmoid is valid.
+        memory_tokens: Maximum number of tokens whose routing in training is stored; 0 disables it (default: 12288).
+        known_tokens: Maximum number of tokens with a learned embedding; 0 disables it (default: 0).
+        min_count: Minimum training occurrences of a token with a learned embedding (default: 2).
+        ngram_buckets: Number of vectors that all character n-grams share; 0 disables n-grams (default: 0).
+        dropout: Probability of dropping a feature in training (default: 0.15).
+        token_dropout: Probability of treating a token as unknown in training (default: 0.1).
     """
 
     architecture: ClassVar[str] = "token_causal"
-    activation: Literal["sigmoid", "softmax", "subset"] = "softmax"
+    activation: Activation = "softmax"
 
     def __init__(
         self,
@@ -96,13 +82,16 @@ class TokenCausal(GradientPredictor):
         if width % heads:
             raise UserError(f"{self.architecture}: heads must divide width (got heads {heads}, width {width})")
         if copy_heads and window < 2:
-            raise UserError(f"{self.architecture}: copy_heads look at earlier tokens; window must be at least 2")
+            raise UserError(
+                f"{self.architecture}: copy_heads attend to earlier tokens (got window {window}); set window to 2 or "
+                "more"
+            )
         if objective not in OBJECTIVES:
             raise unknown(f"{self.architecture}: objective", objective, OBJECTIVES)
         self.width, self.depth, self.heads, self.window = width, depth, heads, window
         self.copy_heads, self.objective, self.activation = copy_heads, objective, OBJECTIVES[objective][1]
         self.known_tokens, self.min_count, self.ngram_buckets = known_tokens, min_count, ngram_buckets
-        self.dropout, self.token_dropout = dropout, token_dropout
+        self.memory_tokens, self.dropout, self.token_dropout = memory_tokens, dropout, token_dropout
         total = geometry.total_experts
         self.tokens = TokenEmbedding(vocab_size, width, known_tokens, min_count, ngram_buckets)
         self.previous = nn.Linear(total, width, bias=False)
@@ -112,24 +101,23 @@ class TokenCausal(GradientPredictor):
         self.from_token = nn.Linear(width, total)
         self.from_history = nn.Parameter(torch.zeros(len(DECAYS), total))
         self.copying = CopyAttention(width, copy_heads, window, total) if copy_heads else None
-        self.memory_tokens = memory_tokens
         self.memory = RoutingMemory(vocab_size, memory_tokens, total, width) if memory_tokens else None
         self.from_memory = nn.Linear(width, total, bias=False) if memory_tokens else None
         nn.init.normal_(self.previous.weight, std=0.02)
 
     @property
     def information(self) -> InformationSet:
-        """Before the token's first layer, causal."""
+        """Causal; available before the token's first layer."""
         return InformationSet(("token",))
 
-    def prepare(self, text: TrainingStats) -> None:
-        """Take in the training split's vocabulary, and what was routed where if that is to be remembered."""
-        self.tokens.prepare(text)
+    def prepare(self, stats: TrainingStats) -> None:
+        """Read the training split's vocabulary, and its routing if the predictor has a routing memory."""
+        self.tokens.prepare(stats)
         if self.memory is not None:
-            self.memory.prepare(text)
+            self.memory.prepare(stats)
 
     def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
-        """The objective."""
+        """Return the objective."""
         return OBJECTIVES[self.objective][0](logits, batch, soft_targets)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -137,14 +125,14 @@ class TokenCausal(GradientPredictor):
         real = batch.mask
         used = batch.targets(self.geometry.num_experts).flatten(2).float()  # (B, T, L*E)
         hidden = torch.rand(real.shape, device=real.device) < self.token_dropout if self.training else None
-        before = functional.pad(used[:, :-1], (0, 0, 1, 0))  # of the token before each
+        before = functional.pad(used[:, :-1], (0, 0, 1, 0))  # experts of the token before
         x = self.tokens(batch.token_ids, hidden) + self.previous(before)
         memory = None if self.memory is None else self.memory(batch.token_ids, hidden, used)
         x = self.drop(x if memory is None else x + memory)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        logits = self.from_token(x[real]) + averaged(before, real, self.from_history)
+        logits = self.from_token(x[real]) + average_logits(before, real, self.from_history)
         if memory is not None and self.from_memory is not None:
             logits = logits + self.from_memory(memory[real])
         if self.copying is not None:
@@ -155,28 +143,28 @@ class TokenCausal(GradientPredictor):
         return out
 
     def _layers(self, x: Tensor, logits: Tensor, used: Tensor, batch: Batch) -> Tensor:
-        """Return logits ``(N, H, L, E)`` of the N real tokens.
+        """Return the logits ``(N, H, L, E)`` of the N real tokens.
 
         Args:
-            x: ``(B, T, width)`` states.
-            logits: ``(N, L*E)``, what those and earlier tokens say.
-            used: ``(B, T, L*E)``, 1 where the token is routed to the expert; not for this predictor to see.
-            batch: The tokens.
+            x: Features ``(B, T, width)`` of the tokens.
+            logits: Logits ``(N, L*E)`` that are available when a token starts.
+            used: 1 if the token is routed to the expert, ``(B, T, L*E)``; this class may not read it.
+            batch: Batch of the tokens.
         """
         return logits.view(-1, 1, *self.geometry.shape()[:2])
 
     def stepper(self) -> Stepper:
-        """Return a stepper; its state is ``window`` tokens of keys and values a block, and a few vectors."""
+        """Return a stepper; its state is keys and values of ``window`` tokens per block, and a few vectors."""
         return _TokenCausalStepper(self)
 
 
-def averaged(used: Tensor, real: Tensor, weights: Tensor) -> Tensor:
-    """Return what running averages say: the part of the logits ``(N, L*E)`` of the N real tokens.
+def average_logits(used: Tensor, real: Tensor, weights: Tensor) -> Tensor:
+    """Return the logits ``(N, L*E)`` of the N real tokens that running averages of experts add.
 
     Args:
-        used: ``(B, T, L*E)``, what is averaged, each token's own included.
-        real: ``(B, T)`` bool.
-        weights: ``(averages, L*E)``.
+        used: Values ``(B, T, L*E)`` to average; the average of a token includes the token's own values.
+        real: Mask ``(B, T)`` bool of real tokens.
+        weights: Weight of each average and expert, ``(averages, L*E)``.
     """
     position = torch.arange(real.shape[1], device=real.device)
     age = position[:, None] - position
@@ -188,67 +176,80 @@ def averaged(used: Tensor, real: Tensor, weights: Tensor) -> Tensor:
 
 
 class TokenState:
-    """What a stepper keeps of the tokens so far.
+    """A stepper's state over tokens.
 
     Args:
-        model: The predictor.
+        predictor: Predictor that is stepped.
 
     Attributes:
-        past: The last ``window - 1`` tokens' experts, as ``layer * E + expert``, -1 for none: rows ``(L*K,)``.
-        averages: ``(averages, L*E)``, of the tokens before the present one.
+        past: Experts of the last ``window - 1`` tokens, rows ``(L*K,)`` of ``layer * E + expert``; -1 for padding.
+        averages: Running averages ``(averages, L*E)`` over the tokens before the current one.
     """
 
-    def __init__(self, model: TokenCausal) -> None:
-        layers, experts, top_k = model.geometry.shape()
-        self._model = model
-        self._caches: list[tuple[Tensor, Tensor] | None] = [None] * model.depth
-        self._previous = model.previous.weight.detach().T.contiguous()
-        maps = model.from_token.weight, model.from_token.bias, model.from_history
+    def __init__(self, predictor: TokenCausal) -> None:
+        layers, experts, top_k = predictor.geometry.shape()
+        self._predictor = predictor
+        self._caches: list[tuple[Tensor, Tensor] | None] = [None] * predictor.depth
+        self._previous = predictor.previous.weight.detach().T.contiguous()
+        maps = predictor.from_token.weight, predictor.from_token.bias, predictor.from_history
         self._from_token, self._bias, self._from_history = (part.detach().numpy() for part in maps)
-        self._from_memory = None if model.from_memory is None else model.from_memory.weight.detach().numpy()
+        self._from_memory = None if predictor.from_memory is None else predictor.from_memory.weight.detach().numpy()
         self.averages = np.zeros(self._from_history.shape, np.float32)
         self._shape, self._top_k = (layers, experts), top_k
-        self.past = RingBuffer(max(model.window - 1, 1), layers * top_k, dtype=np.int32)
-        self._chosen: npt.NDArray[np.int32] | None = None
-        self._copying = CopyAttentionState(model.copying) if model.copying is not None else None
+        self.past = RingBuffer(max(predictor.window - 1, 1), layers * top_k, dtype=np.int32)
+        self._current: npt.NDArray[np.int32] | None = None  # experts of the current token, as in `past`
+        self._copying = CopyAttentionState(predictor.copying) if predictor.copying is not None else None
 
     def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
-        """Note a layer's experts."""
-        assert self._chosen is not None
+        """Store the experts of a layer of the current token.
+
+        Args:
+            layer: MoE layer, counted from 0.
+            experts: Ids ``(n,)`` of its experts, n <= K.
+        """
+        assert self._current is not None
         first = layer * self._top_k
-        self._chosen[first : first + len(experts)] = experts + layer * self._shape[1]
+        self._current[first : first + len(experts)] = experts + layer * self._shape[1]
 
     def start(self, token_id: int) -> tuple[Tensor, npt.NDArray[np.float32]]:
-        """Begin a token; return its state ``(width,)``, and logits ``(L, E)`` of that and the history."""
-        model = self._model
+        """Start a token.
+
+        Args:
+            token_id: Id of the token.
+
+        Returns:
+            Features ``(width,)`` of the token, and its logits ``(L, E)`` before any layer is routed.
+        """
+        predictor = self._predictor
         self.averages = RETAINED * self.averages
         ids = torch.tensor([[token_id]])
-        x = model.tokens(ids)
-        if self._chosen is not None:  # the token before is an earlier one now
-            self.past.append(self._chosen)
-            chosen = self._chosen[self._chosen >= 0]
-            self.averages[:, chosen] += 1 - RETAINED
-            x = x + self._previous[torch.from_numpy(chosen)].sum(0)
-        memory = None if model.memory is None else model.memory(ids)
+        x = predictor.tokens(ids)
+        if self._current is not None:  # the last token becomes an earlier token
+            self.past.append(self._current)
+            experts = self._current[self._current >= 0]
+            self.averages[:, experts] += 1 - RETAINED
+            x = x + self._previous[torch.from_numpy(experts)].sum(0)
+        memory = None if predictor.memory is None else predictor.memory(ids)
         x = x if memory is None else x + memory
-        for index, block in enumerate(model.blocks):
+        for index, block in enumerate(predictor.blocks):
             assert isinstance(block, WindowBlock)
             x, self._caches[index] = block.step(x, self._caches[index])
-        state = model.norm(x)[0, 0]
-        token = state.numpy()
+        features = predictor.norm(x)[0, 0]
+        token = features.numpy()
         logits = self._from_token @ token + self._bias + (self.averages * self._from_history).sum(0)
         if memory is not None and self._from_memory is not None:
             logits += self._from_memory @ memory[0, 0].numpy()
         if self._copying is not None:
-            logits += copied(self._copying.start(token, token_id), self.past.rows, self._copying.weight)
-        self._chosen = np.full(self.past.rows.shape[1], -1, np.int32)
-        return state, logits.reshape(self._shape)
+            logits += copy_experts(self._copying.start(token, token_id), self.past.rows, self._copying.weight)
+        self._current = np.full(self.past.rows.shape[1], -1, np.int32)
+        return features, logits.reshape(self._shape)
 
 
 class _TokenCausalStepper(TokenStepper):
+    _predictor: TokenCausal
+
     def _reset(self) -> None:
         super()._reset()
-        assert isinstance(self._predictor, TokenCausal)
         self._state = TokenState(self._predictor)
 
     def _logits(self, token_id: int) -> Tensor:

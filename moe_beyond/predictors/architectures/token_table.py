@@ -1,4 +1,4 @@
-"""token_table: how often each expert went with each token id, backed off to how often it was chosen at all."""
+"""token_table: how often each token id used each expert, with backoff to the popularity."""
 
 from typing import Any, ClassVar
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
@@ -16,21 +17,21 @@ from moe_beyond.predictors.training_stats import TrainingStats
 
 
 class TokenTable(CountingPredictor):
-    """Counts per token id and layer.
+    """Counts experts per token id and layer.
 
-    P(e | token, l) = (count of the token with e + backoff * popularity of e) / (count of the token + backoff), where
-    the popularity is the share of all tokens that chose e in layer l, with one imaginary token that chose evenly.
-    Tokens that are rare in the training split, or not in it, share one row.
+    P(e | token, l) = (count of the token with e + backoff * popularity of e) / (count of the token + backoff). The
+    popularity is the share of all tokens that used e in layer l, plus one imaginary token that used all experts evenly.
+    Tokens that are rare or absent in the training split share one row.
 
     Args:
-        geometry: The model's shape.
-        vocab_size: Ids of the tokenizer.
-        backoff: Occurrences that the popularity counts for.
-        min_count: Training occurrences that a row of a token's own needs.
+        geometry: Shape of the model.
+        vocab_size: Number of token ids of the tokenizer.
+        backoff: Weight of the popularity, in occurrences of the token (default: 2).
+        min_count: Minimum training occurrences of a token with its own row (default: 1).
     """
 
     architecture: ClassVar[str] = "token_table"
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
 
     token_ids: Tensor
     occurrences: Tensor
@@ -43,7 +44,7 @@ class TokenTable(CountingPredictor):
         self._resize(0)
 
     def _resize(self, tokens: int) -> None:
-        """Make a row for all others, then one for each of so many tokens."""
+        """Allocate a row for all other tokens, then one row for each of a number of tokens."""
         layers, experts, _ = self.geometry.shape()
         self.register_buffer("token_ids", torch.full((1 + tokens,), -1))
         self.register_buffer("occurrences", torch.zeros(1 + tokens, dtype=torch.int64))
@@ -52,34 +53,33 @@ class TokenTable(CountingPredictor):
 
     @property
     def information(self) -> InformationSet:
-        """The token's id alone."""
+        """The id of the current token."""
         return InformationSet(("token",))
 
-    def prepare(self, text: TrainingStats) -> None:
-        """Make a row for every token id that is frequent enough in the training split, ascending."""
-        frequent = (torch.from_numpy(text.token_counts) >= max(self.min_count, 1)).nonzero()[:, 0]
+    def prepare(self, stats: TrainingStats) -> None:
+        """Allocate a row for every token id that is frequent enough in the training split, in ascending order."""
+        frequent = (torch.from_numpy(stats.token_counts) >= max(self.min_count, 1)).nonzero()[:, 0]
         self._resize(len(frequent))
         self.token_ids[1:] = frequent
 
     def partial_fit(self, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch to the counts."""
         real = batch.mask
         rows = self._rows(batch.token_ids[real])
         self._popularity = None
         self.occurrences.index_add_(0, rows, torch.ones_like(rows))
-        chosen = batch.targets(self.geometry.num_experts)[real]
-        self.table.index_add_(0, rows, chosen.to(self.table.dtype))
+        used = batch.targets(self.geometry.num_experts)[real]
+        self.table.index_add_(0, rows, used.to(self.table.dtype))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""
-        return self.of_tokens(batch.token_ids)[:, :, None]
+        return self.token_logits(batch.token_ids)[:, :, None]
 
-    def of_tokens(self, token_ids: Tensor) -> Tensor:
+    def token_logits(self, token_ids: Tensor) -> Tensor:
         """Return logits ``(..., L, E)`` of token ids of any shape."""
         _, experts, top_k = self.geometry.shape()
-        if (
-            self._popularity is None or self._popularity.device != self.table.device
-        ):  # of every token: too much to add up for each
+        # Cached, because it is a sum over all tokens.
+        if self._popularity is None or self._popularity.device != self.table.device:
             self._popularity = (self.table.sum(0) + top_k / experts) / (self.occurrences.sum() + 1)
         popularity, rows = self._popularity, self._rows(token_ids)
         weight = self.occurrences[rows][..., None, None] + self.backoff
@@ -87,24 +87,27 @@ class TokenTable(CountingPredictor):
         return torch.logit(shares, eps=1e-6)
 
     def _rows(self, token_ids: Tensor) -> Tensor:
-        """Return each token's row, 0 where it has none of its own."""
+        """Return each token's row; 0 if it has no row of its own."""
         rows = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
         return torch.where(self.token_ids[rows] == token_ids, rows, 0)
 
     def stepper(self) -> Stepper:
-        """Return a stepper; it keeps nothing."""
+        """Return a stepper; it has no state."""
         return _TokenTableStepper(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The number of rows is that of the tokens seen, which only the weights know.
+        # The number of rows depends on the training split, so it is read from the weights.
         if (key := f"{prefix}token_ids") in state_dict:
             self._resize(max(len(state_dict[key]), 1) - 1)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.token_ids[0] != -1:
-            raise UserError("token_table: weights of an earlier layout, without a row for all other tokens; fit anew")
+            raise UserError(
+                "token_table: the weights have no row for all other tokens, an old layout; fit the predictor again"
+            )
 
 
 class _TokenTableStepper(TokenStepper):
+    _predictor: TokenTable
+
     def _logits(self, token_id: int) -> Tensor:
-        assert isinstance(self._predictor, TokenTable)
-        return self._predictor.of_tokens(torch.tensor(token_id))
+        return self._predictor.token_logits(torch.tensor(token_id))

@@ -1,4 +1,4 @@
-"""Predictors out of Lightning's checkpoints."""
+"""Predictors in Lightning checkpoints."""
 
 import pickle
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from moe_beyond.predictors.io.folder import load_weights
 from moe_beyond.predictors.registry import PACKAGE, create
 
 CHECKPOINT_KEY = "moe_beyond"
-"""Where a checkpoint says what its weights are, in plain values."""
+"""Key of a checkpoint's entry that describes its predictor in JSON-serialisable values."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a fit had at some moment.
+    """State of a fit.
 
     Attributes:
-        predictor: Ready to score.
-        training: Record of its training text, as `PredictorTask.trained_on`.
+        predictor: Predictor, ready to score.
+        training: Training record, as `PredictorTask.trained_on`.
         epoch: Finished or running epoch, from 0.
-        step: Optimiser steps done (batches, for counting predictors).
-        best: File name of the best checkpoint of the fit so far; None where nothing was monitored.
+        step: Number of optimiser steps (batches, for counting predictors).
+        best: File name of the fit's best checkpoint so far; None if no metric was monitored.
     """
 
     predictor: Predictor
@@ -37,13 +37,13 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Load the predictor of a checkpoint, whichever its architecture.
+    """Load the predictor of a checkpoint, whatever its architecture.
 
     Args:
-        path: A ``.ckpt`` that a fit of this package wrote; read with ``weights_only=True``.
+        path: File ``.ckpt`` that a fit of this package wrote; read with ``weights_only=True``.
 
     Raises:
-        UserError: The file is missing, is no checkpoint, or is not of this package.
+        UserError: The file is missing, is not a checkpoint, or was not written by this package.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,27 +53,26 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: is not a checkpoint that can be read safely") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint of this package")
-    told = checkpoint[CHECKPOINT_KEY]
-    geometry = Geometry.from_json(told["geometry"])
+    content = checkpoint[CHECKPOINT_KEY]
     predictor = create(
-        told["architecture"],
-        geometry,
-        told["vocab_size"],
+        content["architecture"],
+        Geometry.from_json(content["geometry"]),
+        content["vocab_size"],
         source=str(path),
-        package=told.get("package", PACKAGE),
-        **told["arguments"],
+        package=content.get("package", PACKAGE),
+        **content["arguments"],
     )
     prefix = "predictor."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_weights(predictor, weights, str(path))
-    predictor.fitted_on = told["training"]
+    predictor.fitted_on = content["training"]
     return Checkpoint(
-        predictor.eval(), told["training"], checkpoint["epoch"], checkpoint["global_step"], _best(checkpoint)
+        predictor.eval(), content["training"], checkpoint["epoch"], checkpoint["global_step"], _best(checkpoint)
     )
 
 
 def _best(checkpoint: dict[str, Any]) -> str | None:
-    """Return the name of the best checkpoint's file, as Lightning's `ModelCheckpoint` notes it."""
+    """Return the file name of the best checkpoint that Lightning's `ModelCheckpoint` stored; None if there is none."""
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, dict) and state.get("monitor") and state.get("best_model_path"):
             return PurePath(state["best_model_path"]).name

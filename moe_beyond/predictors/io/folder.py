@@ -1,4 +1,4 @@
-"""A fitted predictor on disk: ``model.safetensors``, ``config.json`` and a card. Nothing else is ever loaded."""
+"""Predictor folders: ``model.safetensors``, ``config.json`` and a card. No other file is loaded."""
 
 import hashlib
 import textwrap
@@ -26,16 +26,17 @@ FORMAT_VERSION = 1
 def save_predictor(
     predictor: Predictor, folder: str | Path, training: dict[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a predictor folder, replacing one that is there.
+    """Write a predictor folder; an existing predictor folder is replaced.
 
     Args:
-        predictor: The fitted predictor.
-        folder: Where to.
-        training: What it was fitted on: ``fingerprint``, ``split``, ``model_id``, ``tokenizer``, ... as plain values.
-        dtype: Floating-point weights are stored so; float16 halves the folder.
+        predictor: Fitted predictor to write.
+        folder: Folder to write.
+        training: Training record as JSON-serialisable values: ``fingerprint``, ``split``, ``model_id``, ``tokenizer``,
+            and so on.
+        dtype: Data type of stored floating-point weights (default: float32); float16 halves the folder.
 
     Raises:
-        UserError: The folder exists and is not a predictor's.
+        UserError: The folder exists and is not a predictor folder.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_predictor(folder))):
@@ -71,7 +72,7 @@ def save_predictor(
 
 
 def _narrowest(numbers: torch.Tensor) -> torch.dtype:
-    """Return the integers to store these as: tables of a large vocabulary are a good part of a small folder."""
+    """Return the smallest integer type that holds the numbers: vocabulary tables are a large part of a small folder."""
     for dtype in (torch.int16, torch.int32):
         bounds = torch.iinfo(dtype)
         if numbers.numel() == 0 or (bounds.min <= int(numbers.min()) and int(numbers.max()) <= bounds.max):
@@ -80,17 +81,20 @@ def _narrowest(numbers: torch.Tensor) -> torch.dtype:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read a predictor folder's configuration.
+    """Read the configuration of a predictor folder.
+
+    Args:
+        folder: Path of the predictor folder.
 
     Raises:
-        UserError: It is not a predictor folder of this format.
+        UserError: The folder is not a predictor folder of this format.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
         raise UserError(f"{folder}: is not a predictor folder (it has no {CONFIG_FILE})")
     config = read_json(path)
     if not isinstance(config, dict) or "architecture" not in config or "format_version" not in config:
-        raise UserError(f"{path}: is not a predictor's configuration")
+        raise UserError(f"{path}: is not the configuration of a predictor")
     if config["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format version {config['format_version']!r}; this package reads {FORMAT_VERSION}")
     return config
@@ -105,11 +109,17 @@ def _is_predictor(folder: Path) -> bool:
 
 
 def read_predictor(folder: str | Path) -> Predictor:
-    """Load a predictor folder, ready to score.
+    """Read a predictor folder.
+
+    Args:
+        folder: Path of the predictor folder.
+
+    Returns:
+        The predictor in evaluation mode, on the CPU.
 
     Raises:
-        UserError: It is not a predictor folder, its architecture is not registered, or its weights are damaged or
-            not those of its configuration.
+        UserError: The folder is not a predictor folder, its architecture is not registered or belongs to another
+            package, or its weights are damaged or do not match its configuration.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -130,16 +140,21 @@ def read_predictor(folder: str | Path) -> Predictor:
         load_weights(predictor, load_file(path), str(path))
     except SafetensorError as error:
         raise UserError(f"{path}: is not a safetensors file ({error})") from error
-    if (found := config.get("calibration")) is not None:
+    if (calibration := config.get("calibration")) is not None:
         shape = len(predictor.information.lookaheads), geometry.num_layers
-        predictor.calibration = Calibration.from_json(found, shape, source)
+        predictor.calibration = Calibration.from_json(calibration, shape, source)
     training = config.get("training")
     predictor.fitted_on = training if isinstance(training, dict) else None
     return predictor.eval()
 
 
 def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Put weights into a predictor, each key and shape as it must be.
+    """Load weights into a predictor; keys and shapes must match exactly.
+
+    Args:
+        predictor: Predictor to change.
+        weights: Tensor of each state-dict key.
+        source: Path of the file, for error messages.
 
     Raises:
         UserError: A key is missing or unknown, or a shape differs.
@@ -148,20 +163,20 @@ def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source:
         predictor.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 240)
-        raise UserError(f"{source}: weights do not fit the {predictor.architecture} they claim ({reason})") from error
+        raise UserError(f"{source}: the weights do not match a {predictor.architecture} ({reason})") from error
 
 
 def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_sha256: str | None = None) -> None:
-    """Refuse traces of another model shape or another tokenizer, or without what the predictor reads.
+    """Check that a predictor can score a trace set: the same model shape and tokenizer, and all data that it reads.
 
     Args:
-        predictor: What is to score them.
-        manifest: Of the traces.
-        traces: Where they are, for error messages.
-        tokenizer_sha256: Hash of the tokenizer that the predictor was fitted with, if known.
+        predictor: Predictor to check.
+        manifest: Manifest of the trace set.
+        traces: Path of the trace set, for error messages.
+        tokenizer_sha256: Hash of the tokenizer that the predictor was fitted with; None if it is not recorded.
 
     Raises:
-        UserError: They do not fit.
+        UserError: The predictor cannot score the trace set.
     """
     if predictor.geometry.shape() != manifest.geometry.shape():
         raise UserError(
@@ -170,32 +185,31 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
         )
     if not manifest.has_token_ids and predictor.information.token_ids:
         raise UserError(
-            f"{traces}: its recording told no token ids, which {predictor.architecture} reads; popularity, history and "
-            "eamc do without"
+            f"{traces}: has no token ids, which {predictor.architecture} requires; use popularity, history or eamc"
         )
     if predictor.information.hidden_states and manifest.hidden_size is None:
         raise UserError(
-            f"{traces}: holds no hidden states, which {predictor.architecture} reads; collect with --record "
+            f"{traces}: has no hidden states, which {predictor.architecture} requires; collect with --record "
             "experts,gate_weights,hidden_states"
         )
-    if predictor.information.hidden_states and (size := predictor.hidden_size) != manifest.hidden_size:
+    if predictor.information.hidden_states and predictor.hidden_size != manifest.hidden_size:
         raise UserError(
-            f"{traces}: its hidden states are of {manifest.hidden_size} numbers, "
-            f"but the predictor was fitted for {size}"
+            f"{traces}: its hidden states have width {manifest.hidden_size}, "
+            f"but the predictor was fitted for {predictor.hidden_size}"
         )
     if not predictor.information.token_ids and NO_TOKEN_IDS.vocab_size in (
         predictor.vocab_size,
         manifest.tokenizer.vocab_size,
     ):
-        return  # one side knows no tokenizer, and neither needs it
-    found = manifest.tokenizer.sha256
-    same = found is not None and found == tokenizer_sha256  # then more ids are padding and added tokens: all unknown
+        return  # one side has no tokenizer, and neither needs one
+    sha256 = manifest.tokenizer.sha256
+    same = sha256 is not None and sha256 == tokenizer_sha256  # additional ids are padding and added tokens: unknown
     if predictor.vocab_size != manifest.tokenizer.vocab_size and not same:
         raise UserError(
             f"{traces}: its tokenizer {manifest.tokenizer.name!r} has {manifest.tokenizer.vocab_size} ids, "
-            f"but the predictor knows {predictor.vocab_size}"
+            f"but the predictor was fitted with {predictor.vocab_size}"
         )
-    if tokenizer_sha256 is not None and found is not None and found != tokenizer_sha256:
+    if tokenizer_sha256 is not None and sha256 is not None and sha256 != tokenizer_sha256:
         raise UserError(
-            f"{traces}: its tokenizer {manifest.tokenizer.name!r} is not the one the predictor was fitted with"
+            f"{traces}: its tokenizer {manifest.tokenizer.name!r} is not the tokenizer of the predictor's training text"
         )

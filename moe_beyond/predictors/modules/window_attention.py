@@ -1,21 +1,22 @@
-"""Causal attention over the last W tokens: exact in blocks for a batch, and step by step with a state of W tokens."""
+"""Causal attention over the last W tokens: in exact blocks for a batch, or step by step with a state of W tokens."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NEVER = float("-inf")
+MASKED = float("-inf")
+"""Bias of a pair of tokens that may not attend."""
 
 
 class WindowBlock(nn.Module):
-    """A pre-norm transformer block whose tokens see themselves and the ``window - 1`` tokens before them.
+    """A pre-norm transformer block in which each token attends to itself and to the ``window - 1`` tokens before it.
 
-    Positions enter as a learned bias per head and distance, so that a step needs no absolute position.
+    Positions enter as a learned bias per head and distance, so a step needs no absolute position.
 
     Args:
-        width: Features of a token.
-        heads: Attention heads.
-        window: Tokens that a token sees, W.
+        width: Features per token.
+        heads: Number of attention heads.
+        window: Tokens that a token attends to, W.
         dropout: Probability of dropping a feature of either branch's output.
     """
 
@@ -29,31 +30,38 @@ class WindowBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, T, width)`` to the same shape; linear in T."""
+        """Return the block's output, in time linear in T.
+
+        Args:
+            x: Features ``(B, T, width)``.
+
+        Returns:
+            Features ``(B, T, width)``.
+        """
         queries, keys, values = self._project(x)
         if x.shape[1] <= self.window:
-            mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask(x.shape[1], 0))
+            bias = self._bias_by_distance(x.shape[1], 0)
+            mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
         else:
             mixed = self._in_blocks(queries, keys, values)
         return self._finish(x, mixed.transpose(1, 2).flatten(2))
 
     def step(self, x: Tensor, cache: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Take in one token.
+        """Process one token.
 
         Args:
-            x: ``(1, 1, width)``.
-            cache: Keys and values ``(1, heads, t, width / heads)`` of the last t < W tokens, or None at the start.
+            x: Features ``(1, 1, width)`` of the token.
+            cache: Keys and values ``(1, heads, t, width / heads)`` of the last t < W tokens; None at the start.
 
         Returns:
-            The token's output ``(1, 1, width)`` and the cache for the next one.
+            The token's output ``(1, 1, width)``, and the cache for the next token.
         """
         queries, keys, values = self._project(x)
         if cache is not None:
             keys, values = torch.cat([cache[0], keys], 2), torch.cat([cache[1], values], 2)
         bias = self.bias[:, : keys.shape[2]].flip(-1)[None, :, None]
         mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-        keep = self.window - 1
-        start = max(0, keys.shape[2] - keep)
+        start = max(0, keys.shape[2] - (self.window - 1))
         return self._finish(x, mixed.transpose(1, 2).flatten(2)), (keys[:, :, start:], values[:, :, start:])
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,22 +74,22 @@ class WindowBlock(nn.Module):
         out: Tensor = x + self.dropout(self.mlp(self.before_mlp(x)))
         return out
 
-    def _mask(self, length: int, earlier: int) -> Tensor:
-        """Bias ``(heads, length, earlier + length)`` by distance; `NEVER` for later tokens and beyond the window."""
-        here = torch.arange(length, device=self.bias.device)
-        distance = here[:, None] + earlier - torch.arange(earlier + length, device=self.bias.device)
-        seen = (distance >= 0) & (distance < self.window)
-        return self.bias[:, distance.clamp(0, self.window - 1)].masked_fill(~seen, NEVER)
+    def _bias_by_distance(self, length: int, earlier: int) -> Tensor:
+        """Return the bias ``(heads, length, earlier + length)``; `MASKED` for later tokens and outside the window."""
+        query = torch.arange(length, device=self.bias.device)
+        distance = query[:, None] + earlier - torch.arange(earlier + length, device=self.bias.device)
+        visible = (distance >= 0) & (distance < self.window)
+        return self.bias[:, distance.clamp(0, self.window - 1)].masked_fill(~visible, MASKED)
 
     def _in_blocks(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend block by block of W queries to the block's own keys and those of the block before."""
+        """Attend from each block of W queries to the keys of the block and of the block before it."""
         batch, heads, length, size = queries.shape
         width = self.window
         blocks = -(-length // width)
         padded = [functional.pad(x, (0, 0, 0, blocks * width - length)) for x in (queries, keys, values)]
         queries, keys, values = (x.view(batch, heads, blocks, width, size).transpose(1, 2) for x in padded)
         keys, values = (torch.cat([functional.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], 3) for x in (keys, values))
-        mask = self._mask(width, width).expand(blocks, -1, -1, -1).clone()
-        mask[0, :, :, :width] = NEVER
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        bias = self._bias_by_distance(width, width).expand(blocks, -1, -1, -1).clone()
+        bias[0, :, :, :width] = MASKED
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
         return mixed.transpose(1, 2).reshape(batch, heads, blocks * width, size)[:, :, :length]

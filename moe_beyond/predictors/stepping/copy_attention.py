@@ -1,6 +1,6 @@
-"""What steppers keep of earlier tokens, for the heads that copy their experts.
+"""Decoding state of copy attention: keys and experts of earlier tokens.
 
-Experts are kept as ids, not as rows of zeros and ones: what a head copies is a sum over those few.
+Experts are kept as ids, not as rows of zeros and ones, because a head's output is a sum over a few experts.
 """
 
 import numpy as np
@@ -16,98 +16,104 @@ Ids = npt.NDArray[np.int32]
 
 
 class CopyAttentionState:
-    """Of the last tokens, keys and ids.
+    """Keys and token ids of the last tokens.
 
     Args:
-        model: The module.
+        module: Copy attention that is stepped.
+
+    Attributes:
+        weight: Weight of each head and expert, ``(heads, L*E)``.
     """
 
-    def __init__(self, model: CopyAttention) -> None:
+    def __init__(self, module: CopyAttention) -> None:
         scale = FEATURES**-0.5
-        maps = [model.query.weight * scale, model.key.weight, model.gate.weight]
-        biases = [model.query.bias * scale, model.key.bias, model.gate.bias]
+        maps = [module.query.weight * scale, module.key.weight, module.gate.weight]
+        biases = [module.query.bias * scale, module.key.bias, module.gate.bias]
         self._map, self._map_bias = torch.cat(maps).detach().numpy(), torch.cat(biases).detach().numpy()
-        self._bias, self._same, self.weight = (x.detach().numpy() for x in (model.bias, model.same, model.weight))
-        self._keys = RingBuffer(model.window - 1, model.heads, FEATURES)
-        self._ids = RingBuffer(model.window - 1, 2, dtype=np.int64)  # of each, and of the one before it
-        self._own: tuple[Floats, tuple[int, int]] | None = None
+        self._bias, self._same, self.weight = (x.detach().numpy() for x in (module.bias, module.same, module.weight))
+        self._keys = RingBuffer(module.window - 1, module.heads, FEATURES)
+        self._ids = RingBuffer(module.window - 1, 2, dtype=np.int64)  # ids of a token and of the token before it
+        self._current: tuple[Floats, tuple[int, int]] | None = None
 
     def start(self, x: Floats, token_id: int) -> Floats:
-        """Begin a token; return its shares ``(heads, t)`` in the t tokens before it, oldest first.
+        """Start a token and return its attention to earlier tokens.
 
         Args:
-            x: ``(width,)``, its state.
-            token_id: Its id.
+            x: Features ``(width,)`` of the token.
+            token_id: Id of the token.
+
+        Returns:
+            Gated attention ``(heads, t)`` to the t tokens before it, oldest first.
         """
         ids = token_id, -1
-        if self._own is not None:  # the token before is an earlier one now
-            key, before = self._own
+        if self._current is not None:  # the last token becomes an earlier token
+            key, last_ids = self._current
             self._keys.append(key)
-            self._ids.append(before)
-            ids = token_id, before[0]
-        queries, keys, gates = _mapped(self._map @ x + self._map_bias, len(self._bias))
-        alike = self._ids.rows == ids
-        alike[:, 1] &= alike[:, 0]
-        self._own = keys, ids
-        return _shares(queries, self._keys.rows, self._bias, gates, self._same @ alike.T.astype(np.float32))
+            self._ids.append(last_ids)
+            ids = token_id, last_ids[0]
+        queries, keys, gates = _split(self._map @ x + self._map_bias, len(self._bias))
+        same = self._ids.rows == ids
+        same[:, 1] &= same[:, 0]
+        self._current = keys, ids
+        return _attention(queries, self._keys.rows, self._bias, gates, self._same @ same.T.astype(np.float32))
 
 
 class LayerCopyAttentionState:
-    """Of the last tokens, keys after every layer.
+    """Keys of the last tokens after every layer.
 
     Args:
-        model: The module.
-        top_k: K.
+        module: Layer copy attention that is stepped.
+        top_k: Experts per token and layer, K.
     """
 
-    def __init__(self, model: LayerCopyAttention, top_k: int) -> None:
-        layers, self._experts = model.weight.shape[2:]
-        self._lookaheads, self._top_k = model.lookaheads, top_k
-        maps = torch.cat([model.query * FEATURES**-0.5, model.key, model.gate], -1).detach()
-        self._maps, self._gate_bias = maps.numpy(), model.gate_bias.detach().numpy()
-        self._bias, self._nothing = model.bias.detach().numpy(), np.zeros((model.heads, model.window), np.float32)
-        self._weights = model.weights_ahead().flatten(2).detach().numpy()
-        self._keys = [RingBuffer(model.window - 1, model.heads, FEATURES) for _ in range(layers)]
+    def __init__(self, module: LayerCopyAttention, top_k: int) -> None:
+        layers, self._experts = module.weight.shape[2:]
+        self._lookaheads, self._top_k = module.lookaheads, top_k
+        maps = torch.cat([module.query * FEATURES**-0.5, module.key, module.gate], -1).detach()
+        self._maps, self._gate_bias = maps.numpy(), module.gate_bias.detach().numpy()
+        self._bias, self._no_bonus = module.bias.detach().numpy(), np.zeros((module.heads, module.window), np.float32)
+        self._weights = module.weights_ahead().flatten(2).detach().numpy()
+        self._keys = [RingBuffer(module.window - 1, module.heads, FEATURES) for _ in range(layers)]
 
     def step(self, routed: int, state: Floats, past: Ids) -> Floats:
-        """Return ``(n, E)``, what is added for the n <= H layers that come after so many are routed.
+        """Return the logits ``(n, E)`` that are added for the n <= H layers after ``routed`` layers.
 
         Args:
-            routed: How many. Every count below L comes once a token, in order.
-            state: ``(layer_width,)``, the recurrent one.
-            past: ``(t, L*K)``, what the t tokens before were routed to, as ``layer * E + expert``, -1 for none.
+            routed: Number of routed layers; each number below L comes once per token, in order.
+            state: Recurrent state ``(layer_width,)``.
+            past: Experts of the t tokens before, ``(t, L*K)``, as ``layer * E + expert``; -1 for padding.
         """
         keys = self._keys[routed]
-        coming = min(self._lookaheads, len(self._keys) - routed)
-        queries, own, gates = _mapped(state @ self._maps[routed], len(self._bias))
-        shares = _shares(queries, keys.rows, self._bias, gates + self._gate_bias[routed], self._nothing)
-        keys.append(own)
-        chosen = past[:, routed * self._top_k : (routed + coming) * self._top_k]
-        found: Floats = copied(shares, chosen, self._weights[routed], routed * self._experts)
-        return found.reshape(-1, self._experts)[:coming]
+        reached = min(self._lookaheads, len(self._keys) - routed)
+        queries, current_keys, gates = _split(state @ self._maps[routed], len(self._bias))
+        attention = _attention(queries, keys.rows, self._bias, gates + self._gate_bias[routed], self._no_bonus)
+        keys.append(current_keys)
+        experts = past[:, routed * self._top_k : (routed + reached) * self._top_k]
+        logits: Floats = copy_experts(attention, experts, self._weights[routed], routed * self._experts)
+        return logits.reshape(-1, self._experts)[:reached]
 
 
-def _mapped(found: Floats, heads: int) -> tuple[Floats, Floats, Floats]:
-    """Part into queries and keys, ``(heads, F)``, and gates, ``(heads,)``."""
+def _split(mapped: Floats, heads: int) -> tuple[Floats, Floats, Floats]:
+    """Split into queries ``(heads, F)``, keys ``(heads, F)`` and gates ``(heads,)``."""
     size = heads * FEATURES
-    return found[:size].reshape(heads, -1), found[size : 2 * size].reshape(heads, -1), found[2 * size :]
+    return mapped[:size].reshape(heads, -1), mapped[size : 2 * size].reshape(heads, -1), mapped[2 * size :]
 
 
 @compiled
-def copied(shares: Floats, chosen: Ids, weight: Floats, first: int = 0) -> Floats:
-    """Return ``(N,)``, the sum of heads' shares in tokens, times the weights of what those were routed to.
+def copy_experts(attention: Floats, experts: Ids, weight: Floats, first: int = 0) -> Floats:
+    """Return the logits ``(N,)`` that heads copy: sums of attention times the weights of the attended tokens' experts.
 
     Args:
-        shares: ``(heads, t)``.
-        chosen: ``(t, m)``, ids of experts, -1 for none.
-        weight: ``(heads, N)``, of the experts from ``first`` on.
-        first: The id that the weights begin with.
+        attention: Attention ``(heads, t)`` to t tokens.
+        experts: Expert ids ``(t, m)`` of those tokens; -1 for padding.
+        weight: Weights ``(heads, N)`` of the N experts from ``first`` on.
+        first: Id of the first expert (default: 0).
     """
     out = np.zeros(weight.shape[1], np.float32)
-    for head in range(len(shares)):
-        for token in range(len(chosen)):
-            share = shares[head, token]
-            for expert in chosen[token]:
+    for head in range(len(attention)):
+        for token in range(len(experts)):
+            share = attention[head, token]
+            for expert in experts[token]:
                 if expert < 0:
                     continue
                 out[expert - first] += share * weight[head, expert - first]
@@ -115,29 +121,29 @@ def copied(shares: Floats, chosen: Ids, weight: Floats, first: int = 0) -> Float
 
 
 @compiled
-def _shares(queries: Floats, keys: Floats, bias: Floats, gates: Floats, more: Floats) -> Floats:
-    """Return ``(heads, t)``: gated softmaxes of queries ``(heads, F)`` times keys ``(t, heads, F)``, oldest first.
+def _attention(queries: Floats, keys: Floats, bias: Floats, gates: Floats, bonus: Floats) -> Floats:
+    """Return gated softmaxes ``(heads, t)`` of query times key, oldest token first.
 
     Args:
-        queries: Scaled.
-        keys: Of the tokens before.
-        bias: ``(heads, window)``, by distance.
-        gates: ``(heads,)``, logits.
-        more: ``(heads, t)``, added to what is compared.
+        queries: Scaled queries ``(heads, F)``.
+        keys: Keys ``(t, heads, F)`` of the tokens before.
+        bias: Bias ``(heads, window)`` by distance.
+        gates: Logits ``(heads,)`` of the gates.
+        bonus: Values ``(heads, t)`` that are added before the softmax.
     """
-    shares = np.empty((len(queries), len(keys)), np.float32)
+    attention = np.empty((len(queries), len(keys)), np.float32)
     for head in range(len(queries)):
         highest = np.float32(-np.inf)
         for token in range(len(keys)):
-            match = bias[head, len(keys) - token] + more[head, token]
+            match = bias[head, len(keys) - token] + bonus[head, token]
             for feature in range(queries.shape[1]):
                 match += queries[head, feature] * keys[token, head, feature]
-            shares[head, token] = match
+            attention[head, token] = match
             highest = max(highest, match)
         total = np.float32(0)
         for token in range(len(keys)):
-            shares[head, token] = np.exp(shares[head, token] - highest)
-            total += shares[head, token]
+            attention[head, token] = np.exp(attention[head, token] - highest)
+            total += attention[head, token]
         for token in range(len(keys)):
-            shares[head, token] /= total * (1 + np.exp(-gates[head]))
-    return shares
+            attention[head, token] /= total * (1 + np.exp(-gates[head]))
+    return attention

@@ -1,4 +1,4 @@
-"""A step of a recurrent network over layers, sooner than torch or numpy can be called for its parts."""
+"""One step of a recurrent network over layers, compiled: its parts are too small for calls of torch or numpy."""
 
 import numpy as np
 import numpy.typing as npt
@@ -19,35 +19,35 @@ def gru_step(
     logits: Floats,
     from_expert: Floats,
 ) -> Floats:
-    """Return the state after one more layer, and add to the logits of later layers what its experts say of them.
+    """Return the recurrent state after one more layer, and add the layer's experts to the logits of later layers.
 
-    The state is a gated recurrent unit's, as torch defines it.
+    The state is that of a gated recurrent unit, as torch defines it.
 
     Args:
-        state: ``(width,)``, before.
-        experts: ``(K,)`` or fewer, what the layer was routed to.
-        inputs: ``(E, 3 * width)``, what each expert of the layer adds to the gates.
-        bias: ``(3 * width,)``, of the inputs.
-        hidden: ``(width, 3 * width)``, from the state to the gates.
-        hidden_bias: ``(3 * width,)``, of that.
-        logits: ``(later, E)``, changed in place.
-        from_expert: ``(E, later, E)``.
+        state: State ``(width,)`` before the layer.
+        experts: Ids ``(n,)`` of the layer's experts, n <= K.
+        inputs: Input of the gates from each expert of the layer, ``(E, 3 * width)``.
+        bias: Bias ``(3 * width,)`` of the inputs.
+        hidden: Map ``(width, 3 * width)`` from the state to the gates.
+        hidden_bias: Bias ``(3 * width,)`` of that map.
+        logits: Logits ``(later, E)`` of the later layers, changed in place.
+        from_expert: Logits ``(E, later, E)`` that each expert of the layer adds.
     """
     width, one = len(state), np.float32(1)
-    given, kept = bias.copy(), hidden_bias.copy()
+    from_inputs, from_state = bias.copy(), hidden_bias.copy()
     for expert in experts:
         for i in range(3 * width):
-            given[i] += inputs[expert, i]
+            from_inputs[i] += inputs[expert, i]
         for layer in range(len(logits)):
             for other in range(logits.shape[1]):
                 logits[layer, other] += from_expert[expert, layer, other]
     for feature in range(width):
         for i in range(3 * width):
-            kept[i] += state[feature] * hidden[feature, i]
+            from_state[i] += state[feature] * hidden[feature, i]
     after = np.empty_like(state)
     for i in range(width):
-        reset = one / (one + np.exp(-(given[i] + kept[i])))
-        keep = one / (one + np.exp(-(given[width + i] + kept[width + i])))
-        fresh = np.tanh(given[2 * width + i] + reset * kept[2 * width + i])
-        after[i] = fresh + keep * (state[i] - fresh)
+        reset = one / (one + np.exp(-(from_inputs[i] + from_state[i])))
+        update = one / (one + np.exp(-(from_inputs[width + i] + from_state[width + i])))
+        candidate = np.tanh(from_inputs[2 * width + i] + reset * from_state[2 * width + i])
+        after[i] = candidate + update * (state[i] - candidate)
     return after
