@@ -1,15 +1,19 @@
 """How the text that a predictor is measured on relates to its training text: decided here, for every command."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import Predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.texts import count_shared, text_hashes
+
+if TYPE_CHECKING:
+    from moe_beyond.predictors.base import Predictor
 
 Training = Mapping[str, Any]
 """Entry ``training`` of a predictor's configuration: `TraceSet.describe` of the training split, ``texts`` (a sketch of

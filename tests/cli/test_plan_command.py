@@ -49,7 +49,7 @@ def test_the_smallest_budget_is_the_replays(capsys, more):
     assert (found["target"], found["unavailable"]) == ("55%", [])
     answer = found["answers"][0]
     slots = answer["budget_slots"]
-    assert (answer["strategy"], answer["binds"], answer["budget_bytes"]) == ("lru", None, 2000 * slots)
+    assert (answer["strategy"], answer["bottleneck"], answer["budget_bytes"]) == ("lru", None, 2000 * slots)
     assert answer["result"] == replayed(capsys, slots, *more)
     assert answer["result"]["hit_rate"] >= 0.55 > replayed(capsys, slots - 1, *more)["hit_rate"]
     cold = [one["strategy"] for one in found["answers"]]
@@ -92,7 +92,7 @@ def test_systems_and_what_they_lack(capsys):
         "moe-spac", "llama.cpp", "lru", "belady", "lru, window 8", "clairvoyant prefetch",
     ]  # fmt: skip
     missing = {one["strategy"]: one["why"] for one in found["unavailable"]}
-    assert set(missing) == {"ours", "moe-beyond", "moe-infinity", "specmd", "od-moe"}
+    assert set(missing) == {"belief-cross-layer", "moe-beyond", "moe-infinity", "specmd", "od-moe"}
     assert missing["od-moe"] == "it keeps no cache, so it has no budget"
 
 

@@ -9,7 +9,7 @@ from _helpers.scoring import history_folder, scores_folder
 
 from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.cli.main import main
-from moe_beyond.evaluation.profiles import load_profile
+from moe_beyond.evaluation.sources import load_profile
 from moe_beyond.traces.reader import TraceSet
 
 COUNTS = {
@@ -113,13 +113,27 @@ def test_named_systems(capsys):
     assert [result["lookahead"] for result in found["results"][:3]] == [0, None, None]
     assert found["results"][0]["causal"] is False
     missing = {one["strategy"]: one["why"] for one in found["unavailable"]}
-    assert set(missing) == {"ours", "moe-infinity", "specmd", "od-moe"}
+    assert set(missing) == {"belief-cross-layer", "moe-infinity", "specmd", "od-moe"}
     assert (
-        main(["replay", "--traces", "traces", "--strategy", "moe-beyond", "--strategy", "ours", "--scores", "leak"])
+        main(
+            [
+                "replay",
+                "--traces",
+                "traces",
+                "--strategy",
+                "moe-beyond",
+                "--strategy",
+                "belief-cross-layer",
+                "--scores",
+                "leak",
+            ]
+        )
         == 0
     )
     said = capsys.readouterr().out
-    assert "ours: not available: no published cross_layer predictor is for this model and tokenizer" in said
+    assert (
+        "belief-cross-layer: not available: no published cross_layer predictor is for this model and tokenizer" in said
+    )
     assert "LEAK" in said
     assert "as published" in said
 

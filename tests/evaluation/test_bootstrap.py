@@ -11,8 +11,8 @@ from _helpers.scoring import foresight, seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import RecallSums, recall_intervals, resampled, result_intervals
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.strategies import beside, combinations, strategy
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.strategies import grid, strategy, with_baselines
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.simulator.sums import SequenceSums
@@ -69,7 +69,7 @@ def test_against_plain_python(traces: TraceSet) -> None:
     """Every sequence by itself, drawn by another generator: the ends agree as far as chance allows."""
     draws = 3000
     common = replace(COMMON, device=SLOW)
-    asked = beside(combinations(common, [8], ["lru"], ["top2"], SOURCE, [1]), common, TINY)
+    asked = with_baselines(grid(common, [8], ["lru"], ["top2"], SOURCE, [1]), common, TINY)
     found = evaluate(traces, asked, sources=[SOURCE], measure=SOURCE, resamples=draws)
     kept = [trace for trace in traces.traces() if len(trace) > 3]
     assert 2 < len(kept) < len(list(traces.traces()))

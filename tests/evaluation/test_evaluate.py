@@ -10,9 +10,9 @@ from _helpers.scoring import foresight, history_folder, seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation import run as module
-from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
-from moe_beyond.evaluation.strategies import beside, combinations, strategy
+from moe_beyond.evaluation.strategies import grid, strategy, with_baselines
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
@@ -40,8 +40,8 @@ def test_threads_and_portions_change_nothing(
 ) -> None:
     common = replace(COMMON, device=device)
     source = seer("seer", (1, 2))
-    asked = beside(
-        combinations(common, [8, 16], ["belief", "lru"], ["p>0.5"], source, [1, 2]), common, trace_set.geometry
+    asked = with_baselines(
+        grid(common, [8, 16], ["belief", "lru"], ["p>0.5"], source, [1, 2]), common, trace_set.geometry
     )
     whole = evaluate(trace_set, asked, sources=[source], measure=source)
     assert [(r.strategy, r.budget_slots, r.lookahead) for r in whole.results] == [

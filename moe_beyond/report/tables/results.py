@@ -5,8 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
-from moe_beyond.evaluation.systems import Unavailable
+from moe_beyond.evaluation.results import CheckpointEvaluation, Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.report.tables.conditions import conditions
