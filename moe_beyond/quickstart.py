@@ -45,7 +45,7 @@ WRITTEN = ("traces", "predictor", "checkpoints", "metrics.csv", "hparams.yaml", 
 
 
 def quickstart(out: str | Path, console: Console) -> ReplayOutcome:
-    """Record the small model's routing on prompts that it was not trained on, fit a predictor, and replay held-out prompts.
+    """Record the small model's routing on new prompts, fit a predictor, and replay held-out prompts.
 
     Args:
         out: Folder for ``traces/``, ``predictor/``, ``results.json`` and ``hits.png``; replaces an earlier result.
@@ -136,7 +136,7 @@ class _EpochLines(L.Callback):
 
 
 def fit(traces: TraceSet, out: Path, console: Console) -> Path:
-    """Fit a small cross_layer with a replay of the held-out prompts at every validation; return the predictor folder."""
+    """Fit a small cross_layer, and replay the held-out prompts at every validation; return the predictor folder."""
     L.seed_everything(0, verbose=False)
     data = TraceDataModule(traces.folder, token_budget=1024, max_tokens=256)
     task = CrossLayer(

@@ -11,7 +11,6 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.cli.replay_options import (
-    PREDICTOR_HELP,
     add_budgets,
     add_conditions,
     add_grid,
@@ -30,12 +29,14 @@ def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "evaluate",
-        "Measure a predictor on a trace set by lookahead, and replay it under a memory budget; or compare all checkpoints "
-        "of a run, by default on the split that it validated on.",
+        "Measure a predictor on a trace set by lookahead, and replay it under a memory budget; or compare all "
+        "checkpoints of a run, by default on the split that it validated on.",
         "moe-beyond evaluate runs/predictor/version_0/predictor --traces traces/webglm --budget 10%",
     )
     known.add_argument(
-        "predictor", metavar="PREDICTOR", help=f"{PREDICTOR_HELP}; all checkpoints of a run are compared"
+        "predictor",
+        metavar="PREDICTOR",
+        help="predictor folder, pretrained name, hf:ORG/REPO, or the folder of a run, whose checkpoints are compared",
     )
     add_measured_traces(known, required=False)
     add_budgets(known)

@@ -20,8 +20,8 @@ def options() -> ArgumentParser:
     known = parser(
         "plan",
         "Find the smallest budget at which each strategy reaches a target, or the bottleneck if none does, and the "
-        "experts to pin. On a device, budgets stay within its memory, less its other weights and a reserve of an eighth. "
-        "The budget is the smallest one if a larger budget is never worse, which lfu_in_cache does not guarantee.",
+        "experts to pin. On a device, budgets stay within its memory, less its other weights and a reserve of an "
+        "eighth. The budget is the smallest one if a larger budget is never worse; with lfu_in_cache it can be worse.",
         "moe-beyond plan --traces traces/webglm --device rtx4060-laptop --target 10tok/s --strategy all",
     )
     add_measured_traces(known)

@@ -17,8 +17,8 @@ def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "replay",
-        "Replay traces through a cache under a memory budget, and on a device with times. Every result is shown next to "
-        "LRU, Belady and the best fixed choice of experts.",
+        "Replay traces through a cache under a memory budget, and on a device with times. Every result is shown "
+        "next to LRU, Belady and the best fixed choice of experts.",
         "moe-beyond replay --traces traces/webglm --budget 10% --strategy all --device rtx4060-laptop",
     )
     add_measured_traces(known)

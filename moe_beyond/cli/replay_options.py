@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from moe_beyond.evaluation.sources import ScoreSource
 
 SPLIT_HELP = (
-    f"split of the trace set to measure, or {ALL_SPLITS} (default: all; with a predictor, a split that it was not fitted "
-    "on, if any)"
+    f"split of the trace set to measure, or {ALL_SPLITS} (default: all; with a predictor, a split that it was not "
+    "fitted on, if any)"
 )
 BUDGET_HELP = "memory budget: 10% of all experts, 166 slots, 2.9GB or 2.7GiB; repeatable"
 DEVICE_HELP = "device preset, see `moe-beyond devices`, or JSON file; enables the timing model"
@@ -89,8 +89,9 @@ def add_grid(options: ArgumentParser) -> None:
         "--lookahead",
         action="append",
         metavar="H",
-        help="lookahead of the scores that prefetchers select by: token, 1, 2, ...; when a token starts, layers without "
-        "an earlier layer at that distance use the smallest lookahead; repeatable (default: the predictor's first)",
+        help="lookahead of the scores that prefetchers select by: token, 1, 2, ...; when a token starts, layers "
+        "without an earlier layer at that distance use the smallest lookahead; repeatable (default: the "
+        "predictor's first)",
     )
 
 

@@ -17,8 +17,8 @@ def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "report",
-        "Write a page about a predictor: its training data, its figures on a trace set, and its replay under budgets and "
-        "on devices. The page is one HTML file that makes no network requests.",
+        "Write a page about a predictor: its training data, its figures on a trace set, and its replay under budgets "
+        "and on devices. The page is one HTML file that makes no network requests.",
         "moe-beyond report runs/predictor/version_0 --traces traces/webglm --out report.html",
     )
     known.add_argument("predictor", metavar="RUN_OR_PREDICTOR", help=PREDICTOR_HELP)

@@ -1,8 +1,8 @@
 """95 % intervals over sequences by the paired bootstrap.
 
 A draw resamples the sequences with replacement and computes every figure. All strategies share each draw, so the
-interval of a difference compares the same sequences. Fitting and tuning are not repeated: the intervals cover the choice
-of sequences, not the choice of training text.
+interval of a difference compares the same sequences. Fitting and tuning are not repeated: the intervals cover the
+choice of sequences, not the choice of training text.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def check_resamples(resamples: int) -> None:
     """
     if resamples and resamples < MIN_RESAMPLES:
         raise UserError(
-            f"--bootstrap: too few draws for an interval (got {resamples}); give at least {MIN_RESAMPLES}, or 0 for none"
+            f"--bootstrap: too few draws for an interval (got {resamples}); give {MIN_RESAMPLES} or more, or 0 for none"
         )
 
 

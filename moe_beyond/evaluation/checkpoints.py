@@ -191,8 +191,8 @@ def evaluate_run(
         options: Options of the replay.
         run: Folder of the run.
         traces: Trace set (default: the one that the run validated on).
-        split: Name of a split, or ``all`` (default: the one that the run validated on; with ``traces``, one that the run
-            was not fitted on, if any).
+        split: Name of a split, or ``all`` (default: the one that the run validated on; with ``traces``, one that the
+            run was not fitted on, if any).
         progress: Function that receives the finished and the total number of tokens of all checkpoints (default: no
             progress).
 

@@ -1,4 +1,4 @@
-"""Replays of strategies on traces, with metrics of the scores, in as few passes over the traces as there are sources."""
+"""Replays of strategies on traces, with metrics of the scores, in one pass over the traces per source."""
 
 from __future__ import annotations
 

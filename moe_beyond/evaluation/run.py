@@ -1,4 +1,4 @@
-"""Replays and evaluations from options to results: the service behind the command line, the Python API and quickstart."""
+"""Replays and evaluations from options to results: the service behind command line and Python API."""
 
 from __future__ import annotations
 

@@ -168,9 +168,9 @@ def run_sizing(
     split: str | None = None,
     progress: Progress | None = None,
 ) -> SizingReport:
-    """Find the smallest budgets of the optioned strategies, of LRU, of Belady and, on a device, of clairvoyant prefetch.
+    """Find the smallest budgets of strategies, of LRU, of Belady and, on a device, of clairvoyant prefetch.
 
-    On a device budgets stay within its memory.
+    On a device, budgets stay within its memory.
 
     Args:
         options: Options of the replay; the budget is ignored.
@@ -239,8 +239,8 @@ def size_budgets(
 ) -> list[SizingResult]:
     """Find the smallest budget of each strategy.
 
-    A strategy is replayed at evenly spaced budgets. Then the gap below the smallest sufficient one is bisected down to a
-    single slot. If a larger budget can be worse, as with ``lfu_in_cache``, a smaller one than the one found may suffice.
+    A strategy is replayed at evenly spaced budgets. Then the gap below the smallest sufficient one is bisected down to
+    a single slot. If a larger budget can be worse, as with ``lfu_in_cache``, a still smaller budget may suffice.
 
     Args:
         geometry: Geometry of the model.
@@ -276,17 +276,17 @@ def size_budgets(
         budgets = [
             (index, middle) for index, of_one in enumerate(tried) if (middle := _middle(target, of_one)) is not None
         ]
-    known: dict[str, Result] = {}
+    reference_results: dict[str, Result] = {}
     answers = []
     for index, of_one in enumerate(tried):
-        slots = _smallest(target, of_one)
-        if slots is not None:
-            answers.append(SizingResult(of_one[slots].strategy, of_one[slots], None))
+        enough = _smallest(target, of_one)
+        if enough is not None:
+            answers.append(SizingResult(of_one[enough].strategy, of_one[enough], None))
             continue
-        known = known or references()
+        reference_results = reference_results or references()
         best = max(of_one.values(), key=lambda result: (target.value(result), -result.budget_slots))
         beyond = replay([strategies[index](total)])[0] if most < total else None
-        answers.append(SizingResult(best.strategy, best, _bottleneck(target, best, known, most, beyond)))
+        answers.append(SizingResult(best.strategy, best, _bottleneck(target, best, reference_results, most, beyond)))
     return answers
 
 

@@ -1,4 +1,4 @@
-"""Settings of strategies: single ones, grids, named strategies, and the baselines that every result is compared with."""
+"""Settings of strategies: single ones, grids, named strategies, and the baselines of every result."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

@@ -114,25 +114,11 @@ def test_named_systems(capsys):
     assert found["results"][0]["causal"] is False
     missing = {one["strategy"]: one["why"] for one in found["unavailable"]}
     assert set(missing) == {"belief-cross-layer", "moe-infinity", "specmd", "od-moe"}
-    assert (
-        main(
-            [
-                "replay",
-                "--traces",
-                "traces",
-                "--strategy",
-                "moe-beyond",
-                "--strategy",
-                "belief-cross-layer",
-                "--scores",
-                "leak",
-            ]
-        )
-        == 0
-    )
+    words = ("--strategy", "moe-beyond", "--strategy", "belief-cross-layer", "--scores", "leak")
+    assert main(["replay", "--traces", "traces", *words]) == 0
     said = capsys.readouterr().out
     assert (
-        "belief-cross-layer: not available: no published cross_layer predictor is for this model and tokenizer" in said
+        "belief-cross-layer: not available: no pretrained cross_layer predictor fits this model and tokenizer" in said
     )
     assert "LEAK" in said
     assert "as published" in said

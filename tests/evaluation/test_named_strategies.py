@@ -10,8 +10,9 @@ from _helpers.scoring import history_folder, seer
 
 from moe_beyond import pretrained as published
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.named_strategies import STRATEGIES, system_names, system_strategies
+from moe_beyond.evaluation.named_strategies import STRATEGIES, strategy_names
 from moe_beyond.evaluation.sources import pretrained_source
+from moe_beyond.evaluation.strategies import named_strategies
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES
@@ -42,7 +43,7 @@ ON_DEVICE = {
 @pytest.mark.parametrize(("device", "expected"), [(None, LINES), ("rtx3060", ON_DEVICE)])
 def test_every_system_at_every_budget(device: str | None, expected: dict[str, tuple[object, ...]]) -> None:
     common = replace(COMMON, device=device and DEVICES[device])
-    found, sources, missing = system_strategies(STRATEGIES, common, [8, 16, 8], 6, RELEASED, PUBLISHED.get)
+    found, sources, missing = named_strategies(STRATEGIES, common, [8, 16, 8], 6, RELEASED, PUBLISHED.get)
     lines = {(s.strategy, s.slots): (s.policy, s.prefetch, s.predictor, s.lookahead, s.window) for s in found}
     assert lines == {(name, slots): line for name, line in expected.items() for slots in (8, 16)}
     assert len(found) == len(lines)
@@ -54,29 +55,29 @@ def test_every_system_at_every_budget(device: str | None, expected: dict[str, tu
 
 
 def test_a_wider_window_of_all_is_not_narrowed() -> None:
-    [spac], _, _ = system_strategies(["moe-spac"], replace(COMMON, window=16), [8], 2, None, PUBLISHED.get)
+    [spac], _, _ = named_strategies(["moe-spac"], replace(COMMON, window=16), [8], 2, None, PUBLISHED.get)
     assert spac.window == 16
 
 
 @pytest.mark.parametrize("given", [None, seer("p", (1,))])
 def test_what_is_not_available_says_why(given: object) -> None:
-    found, sources, missing = system_strategies(STRATEGIES, COMMON, [8], 2, given, lambda architecture: None)
+    found, sources, missing = named_strategies(STRATEGIES, COMMON, [8], 2, given, lambda architecture: None)
     assert [s.strategy for s in found] == ["moe-spac", "llama.cpp"]
     assert sources == []
     assert {one.strategy: one.why for one in missing} == {
-        "belief-cross-layer": "no published cross_layer predictor is for this model and tokenizer",
-        "moe-beyond": "needs the released predictions: --scores of lookahead 0",
-        "moe-infinity": "no published eamc predictor is for this model and tokenizer",
-        "specmd": "no published cross_layer predictor is for this model and tokenizer",
-        "od-moe": "a matter of time alone: needs --device",
+        "belief-cross-layer": "no pretrained cross_layer predictor fits this model and tokenizer",
+        "moe-beyond": "needs the released predictions; give --scores of lookahead 0",
+        "moe-infinity": "no pretrained eamc predictor fits this model and tokenizer",
+        "specmd": "no pretrained cross_layer predictor fits this model and tokenizer",
+        "od-moe": "is defined only by time; give --device",
     }
 
 
 def test_names_are_resolved_once_each() -> None:
-    assert system_names(["specmd", "belief-cross-layer", "specmd"]) == ["specmd", "belief-cross-layer"]
-    assert system_names(["belief-cross-layer", "all"]) == list(STRATEGIES)
+    assert strategy_names(["specmd", "belief-cross-layer", "specmd"]) == ["specmd", "belief-cross-layer"]
+    assert strategy_names(["belief-cross-layer", "all"]) == list(STRATEGIES)
     with pytest.raises(UserError, match=r"unknown strategy 'moe-infinty'; did you mean 'moe-infinity'\?"):
-        system_names(["all", "moe-infinty"])
+        strategy_names(["all", "moe-infinty"])
 
 
 def write(folder: Path, model: str = "m", word: str | None = "a", geometry: Geometry = TINY) -> TraceSet:

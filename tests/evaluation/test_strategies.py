@@ -7,8 +7,7 @@ from _helpers.common import TINY
 from _helpers.scoring import seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.named_strategies import system_strategies
-from moe_beyond.evaluation.strategies import CLAIRVOYANT, grid, with_baselines
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, grid, named_strategies, with_baselines
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES
 
@@ -59,7 +58,7 @@ def test_on_a_device_there_is_what_the_link_allows_and_all_resident_once() -> No
 
 
 def test_lru_stands_next_to_a_window_in_the_same_windows() -> None:
-    [spac], _, _ = system_strategies(["moe-spac"], COMMON, [8], 2, None, lambda architecture: None)
+    [spac], _, _ = named_strategies(["moe-spac"], COMMON, [8], 2, None, lambda architecture: None)
     plain = grid(COMMON, [8, 16], ["lfu"])
     found = with_baselines([spac, *plain], COMMON, TINY)
     windowed = [s for s in found if s.window > 1]
