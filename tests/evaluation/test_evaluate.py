@@ -9,7 +9,7 @@ from _helpers.common import tiny_traces
 from _helpers.scoring import foresight, history_folder, seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation import run as module
+from moe_beyond.evaluation import engine as module
 from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import grid, strategy, with_baselines
@@ -117,7 +117,7 @@ def test_a_predictor_scores_in_order_where_asked_to(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_longer_than_all_leaves_nothing(trace_set: TraceSet) -> None:
-    with pytest.raises(UserError, match="--warmup-tokens 20: no sequence is longer"):
+    with pytest.raises(UserError, match="--warmup-tokens 20: no sequence has more tokens"):
         evaluate(trace_set, [strategy(COMMON, 8, "lru"), strategy(replace(COMMON, warmup_tokens=20), 8, "lru")])
 
 
