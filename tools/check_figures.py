@@ -39,7 +39,7 @@ MOST_BYTES_PER_ENTRY = 5.0
 
 def first_recall(traces: TraceSet, source: ScoreSource) -> float:
     """Return recall@k in percent at the source's first lookahead, over all tokens."""
-    return 100 * float(evaluate(traces, [], sources=[source], measure=source).metrics[0]["recall_at_k"])
+    return 100 * evaluate(traces, [], sources=[source], measure=source).metrics[0].recall_at_k
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
+from moe_beyond.metrics import FIGURES
 from moe_beyond.metrics.names import EQUAL, of_lookahead
-from moe_beyond.metrics.routing import FIGURES
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.tasks.base import PredictorTask
 

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.simulator import Result
 from moe_beyond.tasks.base import PredictorTask
@@ -145,19 +146,21 @@ def git_revision() -> dict[str, Any] | None:
     return {"commit": commit.strip(), "dirty": bool(changes)}
 
 
-def layers_shown(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def layers_shown(measured: Sequence[LookaheadMetrics]) -> dict[str, Any]:
     """Return the table of figures by lookahead and layer, and the curves of recall over layers.
 
     Args:
-        measured: As `RoutingMetrics.to_rows` gives it.
+        measured: One row per lookahead.
     """
     import wandb
 
-    names = [name for name in measured[0]["by_layer"][0] if name != "f1"]  # of K experts it is recall@k
-    rows = [[str(one["lookahead"]), *(layer[name] for name in names)] for one in measured for layer in one["by_layer"]]
-    recall = [[layer["recall_at_k"] for layer in one["by_layer"]] for one in measured]
-    layers = [layer["layer"] for layer in measured[0]["by_layer"]]
-    lookaheads = [f"lookahead {one['lookahead']}" for one in measured]
+    names = ["layer", *(name for name in measured[0].figures() if name != "f1")]  # of K experts it is recall@k
+    rows = [
+        [str(row.lookahead), *(getattr(layer, name) for name in names)] for row in measured for layer in row.by_layer
+    ]
+    recall = [[layer.recall_at_k for layer in row.by_layer] for row in measured]
+    layers = [layer.layer for layer in measured[0].by_layer]
+    lookaheads = [f"lookahead {row.lookahead}" for row in measured]
     return {
         "by_layer": wandb.Table(columns=["lookahead", *names], data=rows),
         "recall_by_layer": wandb.plot.line_series(layers, recall, lookaheads, "recall@k", "MoE layer", True),

@@ -1,6 +1,6 @@
 """Metrics of one source's scores; imports torch, so the engine imports it only to measure."""
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,7 @@ import torch
 from moe_beyond.evaluation.bootstrap import RecallSums, recall_intervals
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
-from moe_beyond.metrics import RoutingMetrics
+from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
 from moe_beyond.predictors.batch import collate
 from moe_beyond.traces.trace import Trace
 
@@ -39,18 +39,17 @@ class Measurement:
         """
         metrics, recall = self._metrics, self._recall
         batch, experts = collate([trace]), scores.shape[-1]
-        found, chosen = metrics.found.clone(), metrics.chosen.sum(-1)
+        found, chosen = metrics.true_positives.clone(), metrics.chosen.sum(-1)
         metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
         if self._resamples:
             recall.names.append(trace.sequence_id)
-            recall.found.append((metrics.found - found).double().numpy())
+            recall.found.append((metrics.true_positives - found).double().numpy())
             recall.chosen.append((metrics.chosen.sum(-1) - chosen).double().numpy())
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[LookaheadMetrics]:
         """Return one row per lookahead, with intervals if there are draws."""
-        rows = self._metrics.to_rows(self.source.lookaheads, self._layers)
-        rows = [{**row, "causal": self.source.causal} for row in rows]
+        rows = self._metrics.rows(self.source.lookaheads, self._layers, causal=self.source.causal)
         if self._resamples:
             intervals = recall_intervals(self._recall, self._resamples)
-            rows = [{**row, "intervals": {"recall_at_k": ends}} for row, ends in zip(rows, intervals, strict=True)]
+            rows = [replace(row, intervals={"recall_at_k": ends}) for row, ends in zip(rows, intervals, strict=True)]
         return rows

@@ -13,8 +13,6 @@ REPLAY_FIELDS = (
     *("budget_slots", "budget_share", "hit_rate", "bytes_ratio", "intervals"),
 )
 """Fields of a result that a card shows."""
-LONG_FIELDS = ("by_layer", "reliability")
-"""Fields of a metrics row that are too long for a card."""
 
 
 def check_recordable(folder: Path, text: MeasuredText, *, training_text: bool = False) -> None:
@@ -52,14 +50,10 @@ def record_outcome(folder: Path, outcome: ReplayOutcome, command: str) -> None:
         "split": outcome.measured_on.split,
         "relation": str(outcome.measured_on.relation),
         "command": command,
-        "metrics": [_without(row, LONG_FIELDS) for row in outcome.metrics],
+        "metrics": [row.summary() for row in outcome.metrics],
         "replay": [
             {name: value for name, value in result.to_json().items() if name in REPLAY_FIELDS}
             for result in outcome.results
         ],
     }
     record_figures(folder, figures)
-
-
-def _without(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in names}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.simulator import Result
 
 Progress = Callable[[int, int], object]
@@ -37,14 +38,18 @@ class Evaluation:
         resamples: Number of bootstrap draws behind the intervals of both; 0 without intervals (default: 0).
     """
 
-    metrics: list[dict[str, Any]]
+    metrics: list[LookaheadMetrics]
     results: list[Result]
     resamples: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         resamples = {"resamples": self.resamples} if self.resamples else {}
-        return {"metrics": self.metrics, "results": [result.to_json() for result in self.results], **resamples}
+        return {
+            "metrics": [row.to_json() for row in self.metrics],
+            "results": [result.to_json() for result in self.results],
+            **resamples,
+        }
 
 
 @dataclass(frozen=True)

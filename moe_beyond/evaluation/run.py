@@ -19,6 +19,7 @@ from moe_beyond.evaluation.results import Evaluation, Progress, Unavailable
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.evaluation.strategies import with_baselines
 from moe_beyond.geometry import Geometry
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.usage_profile import Profile
@@ -91,7 +92,7 @@ class ReplayOutcome:
         return self.evaluation.results
 
     @property
-    def metrics(self) -> Sequence[dict[str, Any]]:
+    def metrics(self) -> Sequence[LookaheadMetrics]:
         """Metrics of the predictor, one row per lookahead; empty if nothing was measured."""
         return self.evaluation.metrics
 

@@ -5,17 +5,17 @@ configuration can monitor it for every predictor; the other figures of that look
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.metrics.rows import LookaheadMetrics
 
 HEADLINE = "recall_at_k"
 EQUAL = ("f1",)
 """Figures of `RoutingMetrics` that are not logged: where a router fills its K slots, F1 of the best K is recall@k."""
 
 
-def of_lookahead(stage: str, lookahead: Lookahead | str, figure: str, *, first: bool = False) -> str:
+def of_lookahead(stage: str, lookahead: Lookahead | str | None, figure: str, *, first: bool = False) -> str:
     """Name a figure of one lookahead.
 
     Args:
@@ -39,11 +39,11 @@ def of_budget(stage: str, budget: str, figure: str) -> str:
     return f"{stage}_budget_{text}/{figure}"
 
 
-def lookahead_figures(rows: Sequence[Mapping[str, Any]], stage: str) -> dict[str, float]:
-    """Return the figures to log of `RoutingMetrics.to_rows`, by name."""
+def lookahead_figures(rows: Sequence[LookaheadMetrics], stage: str) -> dict[str, float]:
+    """Return the figures to log, by name."""
     return {
-        of_lookahead(stage, row["lookahead"], figure, first=number == 0): value
+        of_lookahead(stage, row.lookahead, figure, first=number == 0): value
         for number, row in enumerate(rows)
-        for figure, value in row.items()
-        if isinstance(value, float) and figure not in EQUAL
+        for figure, value in row.figures().items()
+        if figure not in EQUAL
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.provenance import fitted_on
 from moe_beyond.errors import UserError
-from moe_beyond.metrics import RoutingMetrics
+from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
 from moe_beyond.metrics.names import HEADLINE, lookahead_figures
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
@@ -47,7 +47,7 @@ class PredictorTask(L.LightningModule):
         predictor: What is fitted.
 
     Attributes:
-        measured: Figures of the last validation or test, as `RoutingMetrics.to_rows` gives them.
+        measured: Figures of the last validation or test, one row per lookahead.
         planned_steps: Optimiser steps of the whole fit, where a schedule needs them; None otherwise.
     """
 
@@ -60,7 +60,7 @@ class PredictorTask(L.LightningModule):
         self.test_metrics = RoutingMetrics(lookaheads, *shape)
         self.training: bool
         self.trained_on: dict[str, Any] = {}
-        self.measured: list[dict[str, Any]] = []
+        self.measured: list[LookaheadMetrics] = []
         self.planned_steps: int | None = None
         self._seed: int | None = None
         self._resumed: Progress | None = None
@@ -232,7 +232,7 @@ class PredictorTask(L.LightningModule):
 
     def _log_metrics(self, stage: str, metrics: RoutingMetrics) -> None:
         lookaheads, layers = self.predictor.information.lookaheads, self.predictor.geometry.moe_layers
-        self.measured = metrics.to_rows(lookaheads, layers)
+        self.measured = metrics.rows(lookaheads, layers)
         metrics.reset()
         for name, value in lookahead_figures(self.measured, stage).items():
             headline = name == f"{stage}/{HEADLINE}"

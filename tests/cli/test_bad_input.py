@@ -75,7 +75,10 @@ def test_traces_of_another_geometry_or_tokenizer(run: Run, packaged: Path, tmp_p
         (["--budget", "7", "--scope", "per-layer"], "give at least 8 slots"),
         (["--budget", "33"], "more than all 32 experts"),
         (["--budget", "lots"], "budget 'lots' cannot be read"),
-        (["--budget", "0.001GB", "--quantization", "0"], "--quantization: bits per parameter must be more than 0 (got 0)"),
+        (
+            ["--budget", "0.001GB", "--quantization", "0"],
+            "--quantization: bits per parameter must be more than 0 (got 0)",
+        ),
         (["--policy", "lrx"], "unknown policy 'lrx'; did you mean 'lru'?"),
         (["--scope", "local", "--budget", "50%"], "scope 'local'"),
         (["--prefetch", "best6", "--budget", "50%"], "prefetch 'best6' cannot be read"),

@@ -84,7 +84,10 @@ SCORES = ("--scores", "scores")
         # Slots by layer.
         (("--quotas", "2,2,2,2"), "--quotas 2,2,2,2: quotas need a cache per layer; add --scope per-layer"),
         (("--quotas", "proportional"), "--quotas proportional: quotas need a cache per layer; add --scope per-layer"),
-        ((*LOCAL, "--quotas", "evenly"), "--quotas: cannot be read (got 'evenly'); write even, proportional or slots per layer: 10,8,8"),
+        (
+            (*LOCAL, "--quotas", "evenly"),
+            "--quotas: cannot be read (got 'evenly'); write even, proportional or slots per layer: 10,8,8",
+        ),
         ((*LOCAL, "--quotas", "2,2,2,"), "--quotas: cannot be read (got '2,2,2,'); write even"),
         ((*LOCAL, "--quotas", "2,2,4"), "quotas are 3 numbers that sum to 8, not 4 to 8 slots"),
         ((*LOCAL, "--quotas", "2,2,2,3"), "quotas are 4 numbers that sum to 9, not 4 to 8 slots"),
@@ -103,7 +106,10 @@ SCORES = ("--scores", "scores")
         (("--batch-size", "0"), "--batch-size 0 is less than 1"),
         (("--quantization", "-4"), "--quantization: bits per parameter must be more than 0 (got -4)"),
         # What does not go together.
-        (("--strategy", "llama.cpp", "--policy", "lru"), "--strategy: a strategy has its own policy and prefetcher; leave"),
+        (
+            ("--strategy", "llama.cpp", "--policy", "lru"),
+            "--strategy: a strategy has its own policy and prefetcher; leave",
+        ),
         (("--strategy", "all", "--prefetch", "top2", *SCORES), "leave out --policy, --prefetch and --lookahead"),
         (("--strategy", "od-moe"), "strategy od-moe: not available: is defined only by time; give --device"),
         (("--policy", "od_moe"), "give --device"),

@@ -102,7 +102,7 @@ def test_against_plain_python(traces: TraceSet) -> None:
         "bytes": result.intervals["bytes_ratio"],
         "speed": result.intervals["tokens_per_second"],
         "minus": result.intervals["minus_lru"]["hit_rate"],
-        "recall": found.metrics[0]["intervals"]["recall_at_k"],
+        "recall": found.metrics[0].intervals["recall_at_k"],
     }
     for name, values in figures.items():
         ends = np.quantile(values, [0.025, 0.975])

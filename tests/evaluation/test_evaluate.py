@@ -78,7 +78,7 @@ def test_several_sources_each_serve_their_own(trace_set: TraceSet) -> None:
     assert found.results == alone
     assert alone[0].hits != alone[2].hits
     assert found.metrics == evaluate(trace_set, [], sources=[two], measure=two).metrics
-    assert [row["lookahead"] for row in found.metrics] == [2, 3]
+    assert [row.lookahead for row in found.metrics] == [2, 3]
 
 
 def test_a_carried_cache_finds_the_sequences_as_one(trace_set: TraceSet) -> None:

@@ -1,6 +1,5 @@
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -295,21 +294,21 @@ def test_rows_name_lookaheads_and_layers_and_average_over_layers():
     data = random_data(4, 10)
     metrics = RoutingMetrics(*SHAPE, k=3)
     metrics.update(*data)
-    rows: list[dict[str, Any]] = metrics.to_rows(["token", 2])
+    rows = metrics.rows(["token", 2])
     expected = measured(data, k=3)
-    assert [row["lookahead"] for row in rows] == ["token", 2]
+    assert [row.lookahead for row in rows] == ["token", 2]
     for index, row in enumerate(rows):
-        assert (row["k"], row["tokens"]) == (3, int(data[2].sum()))
-        assert [layer["layer"] for layer in row["by_layer"]] == list(range(LAYERS))
+        assert (row.k, row.tokens) == (3, int(data[2].sum()))
+        assert [layer.layer for layer in row.by_layer] == list(range(LAYERS))
         for name, values in expected.items():
-            assert [layer[name] for layer in row["by_layer"]] == values[index].tolist()
-            assert type(row[name]) is float
+            assert [getattr(layer, name) for layer in row.by_layer] == values[index].tolist()
+            assert type(getattr(row, name)) is float
             if name != "f1_micro":
-                assert math.isclose(row[name], values[index].mean())
+                assert math.isclose(getattr(row, name), values[index].mean())
         # Micro F1 is over all labels alike, whichever their layer.
         probabilities, targets, mask = data
         above, truth = (probabilities[mask][:, index] > 0.5).numpy(), targets[mask].numpy()
-        assert math.isclose(row["f1_micro"], 2 * (above & truth).sum() / (above.sum() + truth.sum()))
+        assert math.isclose(row.f1_micro, 2 * (above & truth).sum() / (above.sum() + truth.sum()))
 
 
 def test_reliability_by_hand():
@@ -320,26 +319,26 @@ def test_reliability_by_hand():
     targets[0, 0, 0, [2, 3]] = targets[0, 0, 1, [1, 3]] = targets[0, 1, :, 2:] = True
     metrics = RoutingMetrics(1, 2, 4, 2)
     metrics.update(scores, targets, torch.ones(1, 2, dtype=torch.bool))
-    (row,) = metrics.to_rows([1])
-    bins = row["reliability"]
-    assert [(bin["from"], bin["to"]) for bin in bins] == [(n / 15, (n + 1) / 15) for n in range(15)]
-    assert {n: bin["labels"] for n, bin in enumerate(bins) if bin["labels"]} == {0: 8, 7: 1, 8: 3, 14: 4}
-    assert (bins[1]["mean_probability"], bins[1]["chosen_share"]) == (None, None)
+    (row,) = metrics.rows([1])
+    bins = row.reliability
+    assert [(bin.low, bin.high) for bin in bins] == [(n / 15, (n + 1) / 15) for n in range(15)]
+    assert {n: bin.labels for n, bin in enumerate(bins) if bin.labels} == {0: 8, 7: 1, 8: 3, 14: 4}
+    assert (bins[1].mean_probability, bins[1].chosen_share) == (None, None)
     for number, probability, share in ((0, 0.035, 1 / 8), (7, 0.52, 1), (8, 0.59, 2 / 3), (14, 1.0, 1)):
-        assert bins[number]["mean_probability"] == pytest.approx(probability)
-        assert bins[number]["chosen_share"] == share
+        assert bins[number].mean_probability == pytest.approx(probability)
+        assert bins[number].chosen_share == share
 
 
 def test_reliability_of_one_layer_is_its_calibration_error():
     metrics = RoutingMetrics(LOOKAHEADS, 1, EXPERTS, TOP_K)
     probabilities, targets, mask = random_data(6, 20)
     metrics.update(probabilities[:, :, :, :1], targets[:, :, :1], mask)
-    for row in metrics.to_rows([1, 2]):
-        bins = [bin for bin in row["reliability"] if bin["labels"]]
-        labels = sum(bin["labels"] for bin in bins)
+    for row in metrics.rows([1, 2]):
+        bins = [bin for bin in row.reliability if bin.labels]
+        labels = sum(bin.labels for bin in bins)
         assert labels == int(mask.sum()) * EXPERTS
-        gaps = sum(bin["labels"] * abs(bin["mean_probability"] - bin["chosen_share"]) for bin in bins)
-        assert row["calibration_error"] == pytest.approx(gaps / labels)
+        gaps = sum(bin.labels * abs(bin.mean_probability - bin.chosen_share) for bin in bins)
+        assert row.calibration_error == pytest.approx(gaps / labels)
 
 
 def test_gate_mass_by_hand():
@@ -354,5 +353,5 @@ def test_gate_mass_by_hand():
     metrics.reset()
     metrics.update(scores, targets, mask, shares)
     assert metrics.compute()["gate_mass_at_k"].item() == pytest.approx(0.875)
-    (row,) = metrics.to_rows([1])
-    assert (row["gate_mass_at_k"], row["by_layer"][0]["gate_mass_at_k"]) == (pytest.approx(0.875),) * 2
+    (row,) = metrics.rows([1])
+    assert (row.gate_mass_at_k, row.by_layer[0].gate_mass_at_k) == (pytest.approx(0.875),) * 2

@@ -8,6 +8,7 @@ from _helpers.common import TINY
 from _helpers.scoring import seer
 
 from moe_beyond.geometry import load_preset
+from moe_beyond.metrics import ReliabilityBin
 from moe_beyond.report.html.sections.prediction import fixed_recall
 from moe_beyond.report.html.strategies import default_slots, page_strategies
 from moe_beyond.report.html.svg import (
@@ -73,8 +74,7 @@ def test_lines_go_where_their_points_are_and_names_stand_apart():
 
 
 def test_a_calibration_chart_shows_the_bins_that_hold_labels():
-    bins = [{"from": 0, "to": 0.5, "labels": 1000, "mean_probability": 0.1, "chosen_share": 0.2},
-            {"from": 0.5, "to": 1, "labels": 0, "mean_probability": None, "chosen_share": None}]  # fmt: skip
+    bins = [ReliabilityBin(0, 0.5, 1000, 0.1, 0.2), ReliabilityBin(0.5, 1, 0, None, None)]
     svg = drawn(reliability_chart("c", bins, "s2"))
     [bar] = [rect for rect in svg.iter("rect") if rect.get("class") == "bar"]
     assert bar.find("title").text == "said 10.0%, chosen 20.0%, 1,000 labels from 0% to 50%"

@@ -19,13 +19,14 @@ from moe_beyond.evaluation.results import CheckpointEvaluation, Evaluation
 from moe_beyond.evaluation.sizing import SizingResult, parse_target
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.geometry import load_preset
+from moe_beyond.metrics import FIGURES, LookaheadMetrics
 from moe_beyond.pretrained import published_figures
 from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.report.tables.inspection import inspection_tables
 from moe_beyond.report.tables.intervals import intervals_tables
 from moe_beyond.report.tables.pretrained import published_tables
-from moe_beyond.report.tables.results import FIGURES, checkpoints_table, metrics_table, results_table
+from moe_beyond.report.tables.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
@@ -64,8 +65,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         found[f"replay, {name}"] = results_table([large, *results[1:]], geometry)
     sized = evaluate(traces, with_baselines(asked, common, geometry), sources=[source], measure=source, resamples=100)
     found |= {f"intervals: {t.title}": t for t in intervals_tables(sized.metrics, sized.results, 100)}
-    row = {name: 0.98765 for name in FIGURES} | {"nll": 123.45, "tokens": 1_234_567, "k": 6, "causal": False}
-    rows = [{**row, "lookahead": lookahead} for lookahead in (1, 2, 3, "next")]
+    figures = {**dict.fromkeys(FIGURES, 0.98765), "nll": 123.45}
+    row = LookaheadMetrics(lookahead=1, k=6, tokens=1_234_567, by_layer=(), reliability=(), causal=False, **figures)
+    rows = [replace(row, lookahead=lookahead) for lookahead in (1, 2, 3, "next")]
     found["metrics"] = metrics_table(rows)
     checkpoints = [
         CheckpointEvaluation(f"epoch={n}-step={n}00000.ckpt", n, 100_000 * n, Evaluation(rows, results))

@@ -7,13 +7,14 @@ pointed at; who cannot see the chart hears its label, and finds the numbers in a
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
+
+from moe_beyond.metrics import ReliabilityBin
 
 WIDTH, HEIGHT = 340, 240  # about as wide as a phone, so that letters are as large there as they are beside
 LEFT, TOP, BOTTOM = 44, 26, 40
@@ -156,12 +157,12 @@ def line_chart(
     return _markup(svg)
 
 
-def reliability_chart(label: str, bins: Sequence[dict[str, Any]], style: str) -> Markup:
+def reliability_chart(label: str, bins: Sequence[ReliabilityBin], style: str) -> Markup:
     """Draw how often labels came against how probable they were said to be, and below it how many labels there were.
 
     Args:
         label: What the chart shows, for who cannot see it.
-        bins: As `RoutingMetrics.to_rows` gives them.
+        bins: Bins of the calibration error.
         style: A class of `SERIES`.
     """
     svg, right, bottom = _svg(label, WIDTH, HEIGHT + 40), WIDTH - 18, HEIGHT - BOTTOM - 18
@@ -174,21 +175,21 @@ def reliability_chart(label: str, bins: Sequence[dict[str, Any]], style: str) ->
 
     (x1, y1), (x2, y2) = at(0, 0), at(1, 1)
     _add(svg, "line", class_="mark", x1=x1, y1=y1, x2=x2, y2=y2)
-    filled = [one for one in bins if one["labels"]]
-    places = [at(one["mean_probability"], one["chosen_share"]) for one in filled]
+    filled = [one for one in bins if one.labels]
+    places = [at(one.mean_probability or 0.0, one.chosen_share or 0.0) for one in filled]
     group = _add(svg, "g", class_=f"line {style}")
     _add(group, "polyline", points=" ".join(f"{_n(a)},{_n(b)}" for a, b in places))
     # The least probable bin holds nearly all labels: only the logarithm of the counts can be seen.
-    floor, most = HEIGHT + 6, max((one["labels"] for one in filled), default=1)
+    floor, most = HEIGHT + 6, max((one.labels for one in filled), default=1)
     for one, (across, up) in zip(filled, places, strict=True):
         told = (
-            f"said {one['mean_probability']:.1%}, chosen {one['chosen_share']:.1%}, {one['labels']:,} labels "
-            f"from {one['from']:.0%} to {one['to']:.0%}"
+            f"said {one.mean_probability:.1%}, chosen {one.chosen_share:.1%}, {one.labels:,} labels "
+            f"from {one.low:.0%} to {one.high:.0%}"
         )
         point = _add(group, "path", d=MARKERS[style], transform=f"translate({_n(across)} {_n(up)})")
         _add(point, "title", told)
-        tall = 4 + 30 * math.log10(one["labels"]) / max(1.0, math.log10(most))
-        begins, ends = (LEFT + one[end] * (right - LEFT) for end in ("from", "to"))
+        tall = 4 + 30 * math.log10(one.labels) / max(1.0, math.log10(most))
+        begins, ends = (LEFT + end * (right - LEFT) for end in (one.low, one.high))
         bar = _add(svg, "rect", class_="bar", x=begins + 1, y=floor - tall, width=ends - begins - 2, height=tall)
         _add(bar, "title", told)
     _add(svg, "text", "labels", class_="soft", x=LEFT - 6, y=floor - 12, text_anchor="end")

@@ -1,15 +1,15 @@
 """The table of 95 % intervals that ``moe-beyond evaluate --bootstrap`` shows."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.simulator import Result
 
 
-def intervals_tables(metrics: Sequence[dict[str, Any]], results: Sequence[Result], resamples: int) -> list[Table]:
+def intervals_tables(metrics: Sequence[LookaheadMetrics], results: Sequence[Result], resamples: int) -> list[Table]:
     """Lay out the results of an evaluation with intervals.
 
     Args:
@@ -22,10 +22,10 @@ def intervals_tables(metrics: Sequence[dict[str, Any]], results: Sequence[Result
     """
     recall = FittedTable(title="recall with 95 % intervals over sequences")
     recall.add_column("lookahead")
-    recall.add_column(f"recall@{metrics[0]['k']}, %" if metrics else "recall, %", justify="right")
+    recall.add_column(f"recall@{metrics[0].k}, %" if metrics else "recall, %", justify="right")
     for row in metrics:
-        words = interval_words(row["recall_at_k"], row["intervals"]["recall_at_k"], shares=True)
-        recall.add_row(str(row["lookahead"]), words)
+        words = interval_words(row.recall_at_k, (row.intervals or {})["recall_at_k"], shares=True)
+        recall.add_row(str(row.lookahead), words)
     timed = any(result.tokens_per_second is not None for result in results)
     replays = FittedTable(title="replays with 95 % intervals over sequences", keys=(0, 1, 2))
     for name in ("slots", "strategy", "ahead", "hits, %", "bytes", *(("tok/s",) if timed else ())):

@@ -1,13 +1,13 @@
 """Tables of metrics and replay results."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 
 from moe_beyond.evaluation.results import CheckpointEvaluation, Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.report.tables.conditions import conditions
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.simulator import Result
@@ -27,17 +27,19 @@ FIGURES = {
 }
 
 
-def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Lay out what `RoutingMetrics.to_rows` returned, a line a lookahead."""
-    table = FittedTable(title=f"prediction over {rows[0]['tokens']:,} tokens, k = {rows[0]['k']}")
+def metrics_table(rows: Sequence[LookaheadMetrics]) -> Table:
+    """Lay out metrics, one line per lookahead."""
+    table = FittedTable(title=f"prediction over {rows[0].tokens:,} tokens, k = {rows[0].k}")
     table.add_column("lookahead")
-    shown = {name: how for name, how in FIGURES.items() if name in rows[0]}
+    shown = {name: how for name, how in FIGURES.items() if name in rows[0].figures()}
     for heading, _ in shown.values():
         table.add_column(heading, justify="right")
     for row in rows:
-        figures = (format(row[name], shape) for name, (_, shape) in shown.items())
-        table.add_row(lookahead_words(row["lookahead"], row["causal"]), *figures)
-    mass = "gate mass: the share of a token's gate weights that is found; " if "gate_mass_at_k" in rows[0] else ""
+        figures = (format(getattr(row, name), shape) for name, (_, shape) in shown.items())
+        table.add_row(lookahead_words(row.lookahead, row.causal), *figures)
+    mass = (
+        "gate mass: the share of a token's gate weights that is found; " if rows[0].gate_mass_at_k is not None else ""
+    )
     table.caption = (
         f"recall ranks the scores (where k = K it is F1); {mass}micro, macro and exact cut them at 0.5; NLL (nats a "
         "token and layer) and calibration error take them as probabilities; two-class F1 and accuracy (per label) are "
@@ -113,17 +115,17 @@ def _caption(results: Sequence[Result]) -> str:
 def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
     """Lay out a run's checkpoints, a line each: recall by lookahead, then hits @ bytes of every strategy."""
     first = rows[0].evaluation
-    table = FittedTable(title=f"checkpoints over {first.metrics[0]['tokens']:,} tokens")
+    table = FittedTable(title=f"checkpoints over {first.metrics[0].tokens:,} tokens")
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("step", justify="right")
     for row in first.metrics:
-        ahead = lookahead_words(row["lookahead"], row["causal"])
-        table.add_column(f"recall@{row['k']}\nahead: {ahead}", justify="right")
+        ahead = lookahead_words(row.lookahead, row.causal)
+        table.add_column(f"recall@{row.k}\nahead: {ahead}", justify="right")
     for result in first.results:
         ahead = "" if result.predictor is None else f"\nahead: {scores_words(result)}"
         table.add_column(f"{result.strategy}\n{result.budget_slots} slots{ahead}", justify="right")
     for found in rows:
-        recalls = [f"{row['recall_at_k']:.1%}" for row in found.evaluation.metrics]
+        recalls = [f"{row.recall_at_k:.1%}" for row in found.evaluation.metrics]
         hits = [f"{result.hit_rate:.1%} @ {result.bytes_ratio:.2f}" for result in found.evaluation.results]
         table.add_row(found.checkpoint, f"{found.step:,}", *recalls, *hits)
     table.caption = f"ahead: lookahead; cells: hit rate @ bytes over demanded bytes; {geometry.describe_shape()}"

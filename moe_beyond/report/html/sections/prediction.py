@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.report.html.model import NOTHING, Chart, Section, Table
 from moe_beyond.report.html.svg import SERIES, Line, axis, line_chart, number, percent, reliability_chart
 from moe_beyond.report.tables.results import FIGURES, leaks_of, lookahead_words
@@ -38,7 +38,7 @@ def fixed_recall(counts: npt.NDArray[np.int64], top_k: int) -> npt.NDArray[np.fl
 
 
 def prediction_section(
-    metrics: Sequence[dict[str, Any]], fixed: npt.NDArray[np.float64], geometry: Geometry
+    metrics: Sequence[LookaheadMetrics], fixed: npt.NDArray[np.float64], geometry: Geometry
 ) -> Section:
     """Show how well experts are predicted: by lookahead, by layer, and as probabilities.
 
@@ -47,11 +47,11 @@ def prediction_section(
         fixed: ``(L,)``, recall of the best fixed choice.
         geometry: The model.
     """
-    k, tokens = metrics[0]["k"], metrics[0]["tokens"]
-    names = [lookahead_words(row["lookahead"], row["causal"]) for row in metrics]
-    shown = {name: how for name, how in FIGURES.items() if name in SHOWN and name in metrics[0]}
+    k, tokens = metrics[0].k, metrics[0].tokens
+    names = [lookahead_words(row.lookahead, row.causal) for row in metrics]
+    shown = {name: how for name, how in FIGURES.items() if name in SHOWN and name in metrics[0].figures()}
     figures = [
-        [name, *(format(row[figure], shape) for figure, (_, shape) in shown.items())]
+        [name, *(format(getattr(row, figure), shape) for figure, (_, shape) in shown.items())]
         for name, row in zip(names, metrics, strict=True)
     ]
     headings = ["lookahead", *(heading for heading, _ in shown.values())]
@@ -72,7 +72,7 @@ def prediction_section(
     ):  # fmt: skip
         shares = words is percent
         lines = [
-            _by_layer(_short(row), layers, [layer[figure] for layer in row["by_layer"]], style, shares)
+            _by_layer(_short(row), layers, [getattr(layer, figure) for layer in row.by_layer], style, shares)
             for row, style in zip(metrics, itertools.cycle(SERIES), strict=False)
         ]
         if shares:
@@ -83,8 +83,8 @@ def prediction_section(
                            whole=True), y, lines)  # fmt: skip
         charts.append(Chart(title, chart, f"A line a lookahead, over {tokens:,} tokens. {caption}"))
     for name, row, style in zip(names, metrics, itertools.cycle(SERIES), strict=False):
-        chart = reliability_chart(f"Share chosen by probability said, lookahead {name}", row["reliability"], style)
-        caption = f"Calibration error {row['calibration_error']:.2%}. On the dotted line what is said comes as often."
+        chart = reliability_chart(f"Share chosen by probability said, lookahead {name}", row.reliability, style)
+        caption = f"Calibration error {row.calibration_error:.2%}. On the dotted line what is said comes as often."
         charts.append(Chart(f"Calibration, lookahead {name}", chart, caption))
     recalls = Table(
         "Recall by layer, as a table",
@@ -92,7 +92,7 @@ def prediction_section(
         ["layer", *(f"lookahead {name}" for name in names), "best fixed"],
         [
             [
-                [str(layer), *(f"{row['by_layer'][n]['recall_at_k']:.1%}" for row in metrics), f"{fixed[n]:.1%}"]
+                [str(layer), *(f"{row.by_layer[n].recall_at_k:.1%}" for row in metrics), f"{fixed[n]:.1%}"]
                 for n, layer in enumerate(layers)
             ]
         ],
@@ -110,9 +110,9 @@ def prediction_section(
     )
 
 
-def _short(row: dict[str, Any]) -> str:
+def _short(row: LookaheadMetrics) -> str:
     """Name a lookahead at the end of a line."""
-    return f"{row['lookahead']}{' (LEAK)' if leaks_of(row['lookahead'] == 0, row['causal']) else ''}"
+    return f"{row.lookahead}{' (LEAK)' if leaks_of(row.lookahead == 0, row.causal) else ''}"
 
 
 def _by_layer(name: str, layers: Sequence[int], values: Sequence[float], style: str, shares: bool) -> Line:
@@ -121,17 +121,17 @@ def _by_layer(name: str, layers: Sequence[int], values: Sequence[float], style: 
     return Line(name, tuple(zip(map(float, layers), values, strict=True)), style, tuple(told))
 
 
-def _reliability_table(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+def _reliability_table(metrics: Sequence[LookaheadMetrics], names: Sequence[str]) -> Table:
     headings = ["probability"]
     for name in names:
         headings += [f"lookahead {name}: labels", "said", "chosen"]
     rows = []
-    for number_, one in enumerate(metrics[0]["reliability"]):
-        cells = [f"{one['from']:.1%} to {one['to']:.1%}"]
+    for number_, one in enumerate(metrics[0].reliability):
+        cells = [f"{one.low:.1%} to {one.high:.1%}"]
         for row in metrics:
-            found = row["reliability"][number_]
-            shares = (found["mean_probability"], found["chosen_share"])
-            cells += [f"{found['labels']:,}", *(NOTHING if share is None else f"{share:.1%}" for share in shares)]
+            found = row.reliability[number_]
+            shares = (found.mean_probability, found.chosen_share)
+            cells += [f"{found.labels:,}", *(NOTHING if share is None else f"{share:.1%}" for share in shares)]
         rows.append(cells)
     return Table(
         "Calibration, as a table",

@@ -1,10 +1,10 @@
 """The figures that a page begins with."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from moe_beyond.evaluation.strategies import CLAIRVOYANT
 from moe_beyond.geometry import Geometry
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.report.html.model import Key
 from moe_beyond.report.html.sections.replay import speed
 from moe_beyond.report.html.strategies import at_headline
@@ -13,7 +13,7 @@ from moe_beyond.simulator import Result
 
 
 def keys(
-    metrics: Sequence[dict[str, Any]],
+    metrics: Sequence[LookaheadMetrics],
     results: Sequence[Result],
     fixed: float,
     geometry: Geometry,
@@ -28,15 +28,15 @@ def keys(
         geometry: The model.
         devices: Names of the devices; the first one's time is shown.
     """
-    row, k = metrics[0], metrics[0]["k"]
+    row, k = metrics[0], metrics[0].k
     plain = {result.strategy: result for result in at_headline([r for r in results if r.device is None])}
     ours, lru, belady = next(iter(plain.values())), plain["lru"], plain["belady"]
     budget = f"{ours.budget_slots:,} slots, {ours.budget_share:.1%} of all experts"
     found = [
         Key(
-            f"recall@{k}, lookahead {lookahead_words(row['lookahead'], row['causal'])}",
-            f"{row['recall_at_k']:.1%}",
-            f"over {row['tokens']:,} tokens; the best fixed {k} experts a layer: {fixed:.1%}; "
+            f"recall@{k}, lookahead {lookahead_words(row.lookahead, row.causal)}",
+            f"{row.recall_at_k:.1%}",
+            f"over {row.tokens:,} tokens; the best fixed {k} experts a layer: {fixed:.1%}; "
             f"by chance: {geometry.top_k / geometry.num_experts:.1%}",
         ),
         Key(
@@ -62,8 +62,6 @@ def keys(
                 "MoE layers alone, by the replay's clock",
             )
         )
-    error = f"{row['calibration_error']:.2%}"
-    beside = (
-        f"lookahead {row['lookahead']}: how far probabilities are off on average; NLL {row['nll']:.2f} nats a token "
-    )
+    error = f"{row.calibration_error:.2%}"
+    beside = f"lookahead {row.lookahead}: how far probabilities are off on average; NLL {row.nll:.2f} nats a token "
     return [*found, Key("calibration error", error, f"{beside}and layer")]
