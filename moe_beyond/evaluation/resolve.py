@@ -138,9 +138,7 @@ def _resolve_quotas(options: ReplayOptions, traces: TraceSet, profile: Profile |
         raise UserError(f"--quotas {options.quotas}: quotas need a cache per layer; add --scope per-layer")
     if options.quotas == "proportional":
         if profile is None:
-            raise UserError(
-                "--quotas proportional: the split needs the layers' demand in training text; give --profile"
-            )
+            raise UserError("--quotas proportional: the split needs the layers' demand in training; give --profile")
         return lambda slots: proportional_quotas(traces.geometry, slots, profile.popularity)
     try:
         listed = tuple(int(part) for part in options.quotas.split(","))

@@ -77,7 +77,7 @@ def test_traces_of_another_geometry_or_tokenizer(run: Run, packaged: Path, tmp_p
         (["--budget", "lots"], "budget 'lots' cannot be read"),
         (
             ["--budget", "0.001GB", "--quantization", "0"],
-            "--quantization: bits per parameter must be more than 0 (got 0)",
+            "must be more than 0 (got 0)",
         ),
         (["--policy", "lrx"], "unknown policy 'lrx'; did you mean 'lru'?"),
         (["--scope", "local", "--budget", "50%"], "scope 'local'"),

@@ -86,7 +86,7 @@ SCORES = ("--scores", "scores")
         (("--quotas", "proportional"), "--quotas proportional: quotas need a cache per layer; add --scope per-layer"),
         (
             (*LOCAL, "--quotas", "evenly"),
-            "--quotas: cannot be read (got 'evenly'); write even, proportional or slots per layer: 10,8,8",
+            "--quotas: cannot be read (got 'evenly'); write even, proportional or slots",
         ),
         ((*LOCAL, "--quotas", "2,2,2,"), "--quotas: cannot be read (got '2,2,2,'); write even"),
         ((*LOCAL, "--quotas", "2,2,4"), "quotas are 3 numbers that sum to 8, not 4 to 8 slots"),
@@ -108,7 +108,7 @@ SCORES = ("--scores", "scores")
         # What does not go together.
         (
             ("--strategy", "llama.cpp", "--policy", "lru"),
-            "--strategy: a strategy has its own policy and prefetcher; leave",
+            "--strategy: a strategy has its own policy",
         ),
         (("--strategy", "all", "--prefetch", "top2", *SCORES), "leave out --policy, --prefetch and --lookahead"),
         (("--strategy", "od-moe"), "strategy od-moe: not available: is defined only by time; give --device"),

@@ -1,5 +1,6 @@
 """The systems of the field by name: what each becomes, what each lacks, and which published predictor may serve."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from _helpers.common import TINY, tiny_trace, word_tokenizer
 from _helpers.scoring import history_folder, seer
 
 from moe_beyond import pretrained as published
+from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.named_strategies import STRATEGIES, strategy_names
+from moe_beyond.evaluation.named_strategies import STRATEGIES, NamedStrategy, strategy_names
 from moe_beyond.evaluation.sources import pretrained_source
 from moe_beyond.evaluation.strategies import named_strategies
 from moe_beyond.geometry import Geometry
@@ -111,3 +113,17 @@ def test_only_a_predictor_of_the_same_checkpoint_and_tokenizer_serves(
     assert pretrained_source("history", traces).name == "history.m-b"
     history_folder(package / "checkpoints" / "history.m-a", traces, **training)
     assert pretrained_source("history", traces).name == "history.m-a"
+
+
+def test_another_package_adds_a_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(STRATEGIES, "_registered", dict(STRATEGIES._registered))
+    STRATEGIES.register("recent-first", NamedStrategy("lru", "oracle", note="for a test"))
+    write(tmp_path / "traces")
+    assert main(["replay", "--help"]) == 0
+    assert "recent-first" in capsys.readouterr().out
+    assert main(["replay", "--traces", str(tmp_path / "traces"), "--strategy", "recent-first", "--json", "-"]) == 0
+    [result, *_] = json.loads(capsys.readouterr().out)["results"]
+    assert (result["strategy"], result["policy"], result["prefetch"]) == ("recent-first", "lru", "oracle")
+    assert "recent-first" in strategy_names(["all"])
