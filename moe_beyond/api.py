@@ -176,7 +176,7 @@ def record(
 
     Args:
         model: Loaded transformers mixture-of-experts model, on any device, offloaded or not.
-        tokenizer: Its tokenizer.
+        tokenizer: Loaded tokenizer of the model.
         prompts: Texts; chats, each a list of messages with ``role`` and ``content``; records as in a ``.jsonl`` file;
             or `Prompt` objects with their own names, sources and splits.
         out: Trace set to write.

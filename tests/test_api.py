@@ -218,7 +218,7 @@ def test_a_notebook_shows_one_table_and_one_picture(trace_set, monkeypatch: pyte
 
 
 def test_training_text_is_left_out_or_warned_of(run: Run) -> None:
-    predictor = mb.load_predictor(run.folder)  # a run stands for the predictor that it exported
+    predictor = mb.load_predictor(run.folder)  # a run means the predictor that it exported
     with pytest.warns(UserWarning, match="measured on split validation: split train is training text of cross_layer"):
         found = mb.evaluate(run.traces, predictor, budget="25%")
     assert found.measured_on.split == "validation"

@@ -25,16 +25,25 @@ SPLIT_HELP = (
     "fitted on, if any)"
 )
 BUDGET_HELP = "memory budget: 10% of all experts, 166 slots, 2.9GB or 2.7GiB; repeatable"
-DEVICE_HELP = "device preset, see `moe-beyond devices`, or JSON file; enables the timing model"
 PREDICTOR_HELP = (
     "a predictor folder, a pretrained name, hf:ORG/REPO, or the folder of a run (its exported predictor, otherwise its "
     "best checkpoint, otherwise its last one)"
 )
 
 
+PREFETCH_SYNTAX = ("none", "top6", "'p>0.5'", "'top6,p>0.1'", "adaptive", "moe_infinity", "oracle")
+
+
 def choices(names: Iterable[str]) -> str:
     """Return the names of a registry for a help text."""
     return ", ".join(names)
+
+
+def device_help() -> str:
+    """Return the help of ``--device``."""
+    from moe_beyond.simulator.devices import DEVICES  # imported only for parsers of replays
+
+    return f"device that enables the timing model: {choices(DEVICES)}, or a JSON file, see `moe-beyond devices`"
 
 
 def add_measured_traces(options: ArgumentParser, *, required: bool = True) -> None:
@@ -81,9 +90,8 @@ def add_grid(options: ArgumentParser) -> None:
         "--prefetch",
         action="append",
         metavar="F",
-        help="prefetcher: none, top6, 'p>0.5' or 'top6,p>0.1' (quoted, because a shell redirects at >), each with an "
-        "optional distance for whole-token scores (top6@2); adaptive, moe_infinity or oracle; repeatable (default: "
-        "top<K> with scores, none without)",
+        help=f"prefetcher: {choices(PREFETCH_SYNTAX)}; quote >, at which a shell redirects; top6 and p>0.5 take a "
+        "distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, none without)",
     )
     options.add_argument(
         "--lookahead",
@@ -97,7 +105,7 @@ def add_grid(options: ArgumentParser) -> None:
 
 def add_conditions(options: ArgumentParser) -> None:
     """Add the options that all strategies of a replay share."""
-    options.add_argument("--device", metavar="D", help=f"{DEVICE_HELP} (default: no timing)")
+    options.add_argument("--device", metavar="D", help=f"{device_help()} (default: no timing)")
     options.add_argument(
         "--scope", default="global", metavar="S", help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)"
     )

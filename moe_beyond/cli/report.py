@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, parser, progress_bar
-from moe_beyond.cli.replay_options import BUDGET_HELP, DEVICE_HELP, PREDICTOR_HELP, add_measured_traces
+from moe_beyond.cli.replay_options import BUDGET_HELP, PREDICTOR_HELP, add_measured_traces, device_help
 from moe_beyond.errors import UserError
 
 DEFAULT_BUDGETS = "5, 10, 15, 20, 30, 40, 50 and 60% of all experts"
@@ -26,7 +26,7 @@ def options() -> ArgumentParser:
     known.add_argument("--out", metavar="FILE", required=True, help="HTML file to write")
     known.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})")
     known.add_argument(
-        "--device", action="append", metavar="D", help=f"{DEVICE_HELP}; repeatable (default: {DEFAULT_DEVICES})"
+        "--device", action="append", metavar="D", help=f"{device_help()}; repeatable (default: {DEFAULT_DEVICES})"
     )
     known.add_argument(
         "--warmup-tokens",

@@ -190,8 +190,8 @@ def evaluate_run(
     Args:
         options: Options of the replay.
         run: Folder of the run.
-        traces: Trace set (default: the one that the run validated on).
-        split: Name of a split, or ``all`` (default: the one that the run validated on; with ``traces``, one that the
+        traces: Trace set (default: the validation data of the run).
+        split: Name of a split, or ``all`` (default: the validation split of the run; with ``traces``, one that the
             run was not fitted on, if any).
         progress: Function that receives the finished and the total number of tokens of all checkpoints (default: no
             progress).

@@ -46,7 +46,7 @@ def evaluate(
     The traces are read once per source that a strategy names or that is measured.
 
     Args:
-        traces: Trace set.
+        traces: Trace set to replay.
         strategies: Settings of each strategy.
         split: Name of a split (default: all splits).
         sources: Sources of scores, by the names in the settings' ``predictor`` (default: none).

@@ -20,7 +20,7 @@ class NamedStrategy:
 
     Attributes:
         policy: Name of the eviction policy.
-        prefetch: Prefetcher; ``{k}`` stands for the model's top-k (default: none).
+        prefetch: Prefetcher; ``{k}`` is replaced by the model's top-k (default: none).
         on_device: Prefetcher with a device, if it differs (default: ``prefetch``).
         architecture: Architecture of the pretrained predictor that it uses (default: no predictor).
         released: Whether it uses the released predictions of MoE-Beyond, with lookahead 0 (default: False).

@@ -19,8 +19,8 @@ def check_recordable(folder: Path, text: MeasuredText, *, training_text: bool = 
     """Check that a folder can record figures of a text, before they are computed.
 
     Args:
-        folder: Predictor folder.
-        text: Measured text.
+        folder: Predictor folder to write to.
+        text: Split, and relation of its text to the predictors.
         training_text: Whether text that the predictor was, or may have been, fitted on is allowed (default: False).
 
     Raises:
@@ -36,7 +36,7 @@ def record_outcome(folder: Path, outcome: ReplayOutcome, command: str) -> None:
     """Write the figures of an evaluation into a predictor folder.
 
     Args:
-        folder: Predictor folder.
+        folder: Predictor folder to write to.
         outcome: Outcome of `run_evaluation`.
         command: Command line that prints the figures.
 

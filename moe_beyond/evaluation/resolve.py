@@ -160,7 +160,7 @@ def resolve_grid(
 
     Args:
         options: Options of the replay.
-        traces: Trace set.
+        traces: Trace set to replay.
         shared: Settings that all strategies share.
         source: Source of scores; None without scores.
         default_lookaheads: Lookaheads to select by if the options name none (default: the first of the source).
@@ -194,7 +194,7 @@ def resolve_strategies(
 
     Args:
         options: Options of the replay.
-        traces: Trace set.
+        traces: Trace set to replay.
         shared: Settings that all strategies share.
         source: Source of scores; None without scores.
 
@@ -230,7 +230,7 @@ def resolve_text(
     """Choose the measured split, and relate its text to the predictors whose scores or counts are used.
 
     Args:
-        traces: Trace set.
+        traces: Trace set to replay.
         split: Name of a split; ``all`` for every split; None for one that no predictor was fitted on, if there is one.
         shared: Settings that all strategies share.
         sources: Sources of scores.

@@ -33,7 +33,7 @@ class ResolvedReplay:
     """Inputs of a replay, checked and complete.
 
     Attributes:
-        traces: Trace set.
+        traces: Trace set to replay.
         measured_on: Split, and relation of its text to the predictors.
         strategies: Settings of each strategy, baselines included.
         sources: Sources of the scores (default: none).
@@ -80,7 +80,7 @@ class ReplayOutcome:
 
     Attributes:
         evaluation: Metrics of the scores, and one result per strategy.
-        replay: Inputs.
+        replay: Inputs of the replay.
     """
 
     evaluation: Evaluation
@@ -138,7 +138,7 @@ def resolve_replay(
 
     Args:
         options: Options of the replay.
-        traces: Trace set.
+        traces: Trace set to replay.
         source: Source of scores (default: none).
         split: Name of a split, or ``all`` (default: all; with a predictor, one that it was not fitted on, if any).
 
@@ -171,7 +171,7 @@ def resolve_evaluation(
 
     Args:
         options: Options of the replay.
-        traces: Trace set.
+        traces: Trace set to replay.
         source: Source of scores.
         split: Name of a split, or ``all`` (default: one that the predictor was not fitted on, if any).
         bootstrap: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
@@ -197,8 +197,8 @@ def measured_replay(
     """Make the inputs of an evaluation of one source, and add the baselines.
 
     Args:
-        traces: Trace set.
-        text: Measured text.
+        traces: Trace set to replay.
+        text: Split, and relation of its text to the predictors.
         settings: Settings of each strategy, without baselines.
         source: Source of scores to measure.
         shared: Settings that all strategies share.
@@ -220,7 +220,7 @@ def run_replay(
 
     Args:
         options: Options of the replay.
-        traces: Trace set.
+        traces: Trace set to replay.
         source: Source of scores (default: none).
         split: Name of a split, or ``all`` (default: all; with a predictor, one that it was not fitted on, if any).
         progress: Function that receives the finished and the total number of tokens (default: no progress).
@@ -244,7 +244,7 @@ def run_evaluation(
 
     Args:
         options: Options of the replay.
-        traces: Trace set.
+        traces: Trace set to replay.
         source: Source of scores.
         split: Name of a split, or ``all`` (default: one that the predictor was not fitted on, if any).
         bootstrap: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
@@ -261,7 +261,7 @@ def counted(progress: Progress | None, traces: TraceSet, split: str | None, stra
 
     Args:
         progress: Function that receives the finished and the total number of tokens; None for no progress.
-        traces: Trace set.
+        traces: Trace set to replay.
         split: Name of a split; None for all splits.
         strategies: Number of strategies.
     """

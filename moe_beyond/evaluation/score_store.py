@@ -48,7 +48,7 @@ class ScoresWriter:
     """Writer of shards; `writing_scores` makes one.
 
     Args:
-        folder: Existing folder.
+        folder: Folder to write to; exists.
 
     Attributes:
         files: Sequence id -> file name of its shard.
@@ -136,10 +136,10 @@ class ScoresFolder:
     """Reader of a scores folder.
 
     Args:
-        folder: Scores folder.
+        folder: Scores folder to read.
 
     Attributes:
-        folder: Scores folder.
+        folder: Scores folder to read.
         lookaheads: Lookaheads of the H slices of the scores.
         geometry: Geometry of the model.
         predictor: Name of the predictor in tables.

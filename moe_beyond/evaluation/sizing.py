@@ -122,7 +122,7 @@ class SizingReport:
     """Smallest budgets of all strategies.
 
     Attributes:
-        target: Target.
+        target: Target to reach.
         measured_on: Split, and relation of its text to the predictors.
         answers: One result per strategy.
         unavailable: Named strategies that cannot be sized.
@@ -174,8 +174,8 @@ def run_sizing(
 
     Args:
         options: Options of the replay; the budget is ignored.
-        traces: Trace set.
-        target: Target.
+        traces: Trace set to replay.
+        target: Target to reach.
         source: Source of scores (default: none).
         split: Name of a split, or ``all`` (default: all; with a predictor, one that it was not fitted on, if any).
         progress: Function that receives the finished and the total number of tokens of a round of replays (default: no
@@ -244,7 +244,7 @@ def size_budgets(
 
     Args:
         geometry: Geometry of the model.
-        target: Target.
+        target: Target to reach.
         strategies: Functions from the number of slots to the settings of each strategy.
         replay: Function that replays several settings.
         min_slots: Slots for one token's event, K, or K per layer; a strategy with larger events needs more.
@@ -308,7 +308,7 @@ def _bottleneck(target: Target, best: Result, references: dict[str, Result], mos
     """Name what keeps a strategy from a target at every budget.
 
     Args:
-        target: Target.
+        target: Target to reach.
         best: Best result of the strategy.
         references: Results with all slots.
         most: Slots that fit in the device's memory.
@@ -364,7 +364,7 @@ def choose_pins(options: ReplayOptions, traces: TraceSet, *, split: str | None =
 
     Args:
         options: Options of the replay, with one budget.
-        traces: Trace set.
+        traces: Trace set to replay.
         split: Name of a split, or ``all`` (default: all).
 
     Raises:
@@ -398,7 +398,7 @@ def pins(
     """List the most used experts that fill a budget.
 
     Args:
-        traces: Trace set.
+        traces: Trace set to replay.
         split: Name of a split; None for all splits.
         slots: Number of slots.
         scope: ``"global"`` or ``"per-layer"``.

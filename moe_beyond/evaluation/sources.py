@@ -56,7 +56,7 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
     """Score with a predictor.
 
     Args:
-        predictor: Fitted predictor.
+        predictor: Fitted predictor to score with.
         name: Name in tables and results.
         tokenizer_sha256: Hash of the tokenizer of the training text; traces of another tokenizer are an error
             (default: unknown).
@@ -158,7 +158,7 @@ def load_profile(folder: str | Path, traces: TraceSet) -> Profile:
     """Load the usage profile of a fitted ``history`` or ``popularity`` predictor.
 
     Args:
-        folder: Predictor folder.
+        folder: Predictor folder to read.
         traces: Trace set that the profile is used on.
 
     Raises:

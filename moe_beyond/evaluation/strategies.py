@@ -114,7 +114,7 @@ def named_strategies(
     """Make the settings of named strategies at every budget.
 
     Args:
-        names: Registered names.
+        names: Registered names of strategies.
         common: Settings shared by all.
         slots: Numbers of slots.
         top_k: Experts per token and layer of the model.

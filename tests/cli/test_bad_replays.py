@@ -1,4 +1,4 @@
-"""What a replay or a plan cannot do is one line that says what to do instead; and nothing is written."""
+"""Refusals of replays and plans: one line with the way out, and nothing is written."""
 
 import json
 import subprocess
@@ -180,7 +180,7 @@ def test_a_plan_knows_how_many_slots_a_union_needs(house: Path) -> None:
         (("--target", "90%", "--policy", "static"), "policy static needs to know"),
         (("--pins", "pins.json", "--budget", "9"), "--pins: the list is for one budget (got 2); give --budget once"),
         (("--pins", "pins.json", *LOCAL, "--quotas", "2,2,2,3"), "quotas are 4 numbers that sum to 9"),
-        # Pins are not left behind where the plan beside them cannot be.
+        # No pins are left behind if the plan fails.
         (("--pins", "pins.json", "--target", "fast"), "cannot be read"),
         (("--pins", "pins.json", "--target", "90%", "--strategy", "our"), "unknown strategy"),
         (("--pins", "pins.json", "--target", "90%", "--strategy", "specmd"), "strategy specmd: not available"),

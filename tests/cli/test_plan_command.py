@@ -115,7 +115,7 @@ def test_pins(capsys):
     plan("--pins", "profiled.json", "--budget", "50%", "--profile", "history", "--target", "50%")
     profiled = json.loads(Path("profiled.json").read_text())
     assert profiled["counted_on"] == "history"
-    assert profiled["layers"] != counted["layers"]  # it was counted on the train split alone
+    assert profiled["layers"] != counted["layers"]  # it was counted on the train split only
     plan("--pins", "train.json", "--budget", "50%", "--split", "train")
     assert json.loads(Path("train.json").read_text())["layers"] == profiled["layers"]
 

@@ -91,7 +91,7 @@ def test_a_device_adds_times(capsys, house):
     resident = found[-1]
     assert (resident["stall_ms_per_token"], resident["budget_slots"]) == (0, 32)
     assert all(resident["tokens_per_second"] > result["tokens_per_second"] for result in found[:-1])
-    assert found[1]["lookahead"] is None  # adaptive asks by all there are
+    assert found[1]["lookahead"] is None  # adaptive reads all lookaheads
     # A field changed, bits changed: half the bytes at double the speed, a quarter of the time on the link.
     again = results(capsys, *words, "--device", "mine.json,link_gb_per_s=0.006", "--quantization", "8")
     assert again[0]["device"] == "mine,link_gb_per_s=0.006"
@@ -149,7 +149,7 @@ def test_a_warm_start_is_paid_for_and_the_references_are_cold(capsys):
     traces = TraceSet("traces")
     assert warm[0]["prefetch_transfers"] == 8 * len(list(traces.traces()))
     assert warm[0]["hits"] > cold[0]["hits"]
-    assert warm[2:] == cold[1:]  # Belady and hindsight; LRU itself is asked for warm, and stands beside it cold
+    assert warm[2:] == cold[1:]  # Belady and hindsight; LRU itself is replayed warm, and cold as a baseline
     assert warm[1] == cold[0]
 
 

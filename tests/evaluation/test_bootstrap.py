@@ -66,7 +66,7 @@ def test_the_order_in_which_sequences_came_changes_nothing(traces: TraceSet) -> 
 
 
 def test_against_plain_python(traces: TraceSet) -> None:
-    """Every sequence by itself, drawn by another generator: the ends agree as far as chance allows."""
+    """Every sequence separately, drawn by another generator: the ends agree as far as chance allows."""
     draws = 3000
     common = replace(COMMON, device=SLOW)
     asked = with_baselines(grid(common, [8], ["lru"], ["top2"], SOURCE, [1]), common, TINY)
@@ -110,7 +110,7 @@ def test_against_plain_python(traces: TraceSet) -> None:
 
 
 def recalled(trace: Trace) -> list[tuple[int, int]]:
-    """Of every layer: the chosen experts among the two best of `foresight`'s first slice, and all chosen ones."""
+    """The chosen experts among the two best of `foresight`'s first slice, and all chosen ones."""
     scores, sums = foresight(trace, 2, 8), []
     for layer in range(4):
         best = [sorted(range(8), key=lambda e, row=row: (-row[e], e))[:2] for row in scores[:, 0, layer].tolist()]

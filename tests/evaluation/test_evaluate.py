@@ -1,4 +1,4 @@
-"""Evaluations: the same whatever runs beside what, and in which portions."""
+"""Evaluations: the same figures for any number of threads and any size of blocks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_threads_and_portions_change_nothing(
         monkeypatch.setattr(module.os, "cpu_count", lambda cores=cores: cores)
         monkeypatch.setattr(module, "BLOCK_TOKENS", tokens)
         assert evaluate(trace_set, asked, sources=[source], measure=source).to_json() == whole.to_json()
-    # And each by itself is what it was beside the others.
+    # A strategy has the same result separately as with the others.
     for settings, result in zip(asked, whole.results, strict=True):
         assert evaluate(trace_set, [settings], sources=[source]).results == [result]
 
@@ -97,7 +97,7 @@ def test_a_carried_cache_finds_the_sequences_as_one(trace_set: TraceSet) -> None
 
 def test_batches_are_of_neighbours_in_the_traces(trace_set: TraceSet) -> None:
     source = seer("seer", (1,), backwards=True)
-    settings = replace(strategy(COMMON, 20, "lru", "p>0.5", source), batch_size=5)  # 12 sequences: the last two alone
+    settings = replace(strategy(COMMON, 20, "lru", "p>0.5", source), batch_size=5)  # 12 sequences: a last batch of two
     [found] = evaluate(trace_set, [settings], sources=[source]).results
     assert found == by_hand(trace_set, settings)
     assert counted(found) != counted(by_hand(trace_set, settings, backwards=True))
@@ -128,5 +128,5 @@ def test_a_split_alone(trace_set: TraceSet) -> None:
     whole = evaluate(trace_set, asked, None, [source]).results
     assert counted(whole[0]) == tuple(np.add(counted(parts[0][0]), counted(parts[1][0])))
     assert parts[0][1].accesses + parts[1][1].accesses == whole[1].accesses
-    # Hindsight knows what it is judged on, and no more.
+    # Hindsight knows the counted tokens only.
     assert parts[0][1].hits + parts[1][1].hits >= whole[1].hits

@@ -1,4 +1,4 @@
-"""The systems of the field by name: what each becomes, what each lacks, and which published predictor may serve."""
+"""Named strategies: their settings, reasons why they are unavailable, and the pretrained predictors that fit."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ COMMON = ReplaySettings(TINY.total_experts, warmup_tokens=1)
 PUBLISHED = {"cross_layer": seer("cross_layer.x", (1, 2)), "eamc": seer("eamc.x", ("token",))}
 RELEASED = seer("released", (0,))
 
-# Policy, prefetcher, predictor, lookahead that it asks by, window.
+# Policy, prefetcher, predictor, lookahead that it selects by, window.
 LINES = {
     "belief-cross-layer": ("belief", "p>0.24", "cross_layer.x", 1, 1),
     "moe-beyond": ("lru", "top6", "released", 0, 1),
@@ -108,7 +108,7 @@ def test_only_a_predictor_of_the_same_checkpoint_and_tokenizer_serves(
     assert pretrained_source("history", write(tmp_path / "no-words", word=None)) is None
     assert pretrained_source("history", write(tmp_path / "larger", geometry=replace(TINY, num_experts=16))) is None
     assert pretrained_source("history", write(tmp_path / "hungry", geometry=replace(TINY, top_k=3))) is None
-    # Of several the first by name; and one that is for another model is passed over.
+    # The first by name is taken, and a predictor of another model is passed over.
     history_folder(package / "checkpoints" / "history.m-a", traces, **{**training, "model_id": "other"})
     assert pretrained_source("history", traces).name == "history.m-b"
     history_folder(package / "checkpoints" / "history.m-a", traces, **training)

@@ -1,4 +1,4 @@
-"""Plans: the smallest budget, what binds where there is none, and the experts to pin."""
+"""Sizing: the smallest budget, the bottleneck if there is none, and the experts to pin."""
 
 import math
 from collections import Counter
@@ -92,13 +92,13 @@ def only(traces: TraceSet, target: str, line: tuple[str, str], device: Device | 
     return answer
 
 
-def test_computing_binds(traces: TraceSet) -> None:
+def test_computing_is_the_bottleneck(traces: TraceSet) -> None:
     # Resident, a token takes 4 layers * (10 kB + 2 * 2 kB) / 0.02 GB/s = 2.8 ms.
     answer = only(traces, "358tok/s", ("lru", "none"), SLOW)
     assert answer.bottleneck == "computing: 357.14 tok/s with all experts resident"
 
 
-def test_the_link_binds_time(traces: TraceSet) -> None:
+def test_the_interconnect_is_the_bottleneck_of_time(traces: TraceSet) -> None:
     answer = only(traces, "357tok/s", ("lru", "none"), SLOW)
     speed = evaluate(traces, [strategy(replace(COMMON, device=SLOW), 32, "belady", "oracle")]).results[0]
     assert answer.bottleneck == (
@@ -106,7 +106,7 @@ def test_the_link_binds_time(traces: TraceSet) -> None:
     )
 
 
-def test_the_policy_binds_time(traces: TraceSet) -> None:
+def test_the_policy_is_the_bottleneck_of_time(traces: TraceSet) -> None:
     common = replace(COMMON, device=SLOW)
     asked = [strategy(common, 32, "lru"), strategy(common, 32, "belady", "oracle")]
     lru, clairvoyant = (r.tokens_per_second for r in evaluate(traces, asked).results)
@@ -117,8 +117,8 @@ def test_the_policy_binds_time(traces: TraceSet) -> None:
 
 
 @pytest.mark.parametrize("room", [12, 20])
-def test_a_plan_stays_within_the_devices_memory(traces: TraceSet, room: int) -> None:
-    # Of so many kB an eighth is kept, 4 layers take 10,000 bytes, and an expert 2,000.
+def test_sizing_stays_within_the_devices_memory(traces: TraceSet, room: int) -> None:
+    # An eighth of so many kB is kept, 4 layers take 10,000 bytes, and an expert 2,000.
     device = replace(SLOW, memory_gb=(room * 2000 + 40_000) / 7 * 8 * 1e-9)
     assert device_slots(device, TINY, 16) == room
     speeds = {slots: result.tokens_per_second for slots, result in every_budget(traces, "lru", device).items()}
@@ -130,7 +130,7 @@ def test_a_plan_stays_within_the_devices_memory(traces: TraceSet, room: int) -> 
     assert beyond.result.tokens_per_second == speeds[room]
     planned = Planned(traces, f"{speeds[room + 4] - 1e-3:.4f}tok/s", [("lru", "none"), ("belady", "none")], device)
     assert {settings.slots for settings in planned.tried if settings.slots > room} == {32}
-    # What no memory would help with is still said first.
+    # A bottleneck that no memory removes is still named first.
     assert only(traces, "357tok/s", ("lru", "none"), device).bottleneck.startswith("interconnect: ")
 
 
@@ -140,7 +140,7 @@ def test_a_device_that_holds_no_event_has_no_plan(traces: TraceSet) -> None:
         only(traces, "10tok/s", ("lru", "none"), device)
 
 
-def test_the_working_set_binds_hits(traces: TraceSet) -> None:
+def test_the_working_set_is_the_bottleneck_of_hits(traces: TraceSet) -> None:
     first_uses = sum(len(np.unique(t.experts[:, layer])) for t in traces.traces() for layer in range(4))
     share = first_uses / (traces.manifest.tokens * TINY.demand_per_token)
     answer = only(traces, f"{100 * (1 - share) + 0.1:.2f}%", ("lru", "none"))
@@ -152,7 +152,7 @@ def test_the_working_set_binds_hits(traces: TraceSet) -> None:
     assert answer.to_json(2000)["budget_bytes"] is None
 
 
-def test_the_link_binds_hits_that_come_late(traces: TraceSet) -> None:
+def test_the_interconnect_is_the_bottleneck_of_late_hits(traces: TraceSet) -> None:
     device = replace(SLOW, link_gb_per_s=0.0002)
     answer = only(traces, "95%", ("belady", "oracle"), device)
     late = answer.result.late_hits / answer.result.accesses
@@ -160,7 +160,7 @@ def test_the_link_binds_hits_that_come_late(traces: TraceSet) -> None:
     assert answer.bottleneck == f"interconnect: {late:.1%} of accesses are late hits"
 
 
-def test_the_policy_binds_hits(traces: TraceSet) -> None:
+def test_the_policy_is_the_bottleneck_of_hits(traces: TraceSet) -> None:
     """A stand-in: a policy that is worse than LRU with all slots is none of ours."""
     lru = evaluate(traces, [strategy(COMMON, 32, "lru")]).results[0]
 
@@ -174,12 +174,12 @@ def test_the_policy_binds_hits(traces: TraceSet) -> None:
     assert answer.result.budget_slots == 2  # of equals the smallest
 
 
-def test_an_answer_tells_its_bytes(traces: TraceSet) -> None:
+def test_a_sizing_result_has_its_bytes(traces: TraceSet) -> None:
     answer = only(traces, "30%", ("lru", "none"))
-    told = answer.to_json(2000.5)
-    assert told["budget_slots"] == answer.result.budget_slots == told["result"]["budget_slots"]
-    assert told["budget_bytes"] == math.ceil(2000.5 * answer.result.budget_slots)
-    assert (told["strategy"], told["bottleneck"]) == ("lru", None)
+    record = answer.to_json(2000.5)
+    assert record["budget_slots"] == answer.result.budget_slots == record["result"]["budget_slots"]
+    assert record["budget_bytes"] == math.ceil(2000.5 * answer.result.budget_slots)
+    assert (record["strategy"], record["bottleneck"]) == ("lru", None)
 
 
 @pytest.mark.parametrize(

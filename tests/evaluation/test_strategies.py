@@ -1,4 +1,4 @@
-"""What stands in a replay table."""
+"""Rows of a replay table: strategies and their baselines."""
 
 from dataclasses import replace
 
