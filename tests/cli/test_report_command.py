@@ -222,7 +222,7 @@ def test_scores_that_no_runtime_could_have_are_marked(run: Run, tmp_path: Path) 
         (["--budget", "lots"], "budget 'lots' cannot be read"),
         (["--split", "tset"], "unknown split"),
         (["--warmup-tokens", "-1"], "--warmup-tokens -1 is less than 0"),
-        (["--warmup-tokens", "99"], "--warmup-tokens 99: no sequence is longer"),
+        (["--warmup-tokens", "99"], "--warmup-tokens 99: no sequence has more tokens"),
         (["--device", "rtx9999x"], "unknown device 'rtx9999x'"),
         (["--device", "rtx3060", "--device", "rtx4090,name=rtx3060"], "two are called 'rtx3060'"),
     ],
