@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
+from moe_beyond import pretrained
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.options import DEFAULT_BUDGET, ReplayOptions
 from moe_beyond.evaluation.run import ReplayOutcome, run_evaluation, run_replay
 from moe_beyond.fields import shown
-from moe_beyond.pretrained import CONFIG_FILE, published_predictors
 from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
 
@@ -298,7 +298,7 @@ def list_pretrained(architecture: str | None = None) -> list[str]:
         >>> mb.list_pretrained("history")
         ['history.deepseek-v2-lite-puffin']
     """
-    return [name for name in published_predictors() if architecture in (None, name.partition(".")[0])]
+    return [name for name in pretrained.published_predictors() if architecture in (None, name.partition(".")[0])]
 
 
 @_public
@@ -492,7 +492,7 @@ def _traces(traces: TracesLike, function: str) -> TraceSet:
     if not isinstance(traces, str | Path) and _is_predictor(traces):
         raise UserError(f"{function}: traces is a predictor ({traces.architecture}); {order}")
     path = _path(traces, f"{function}: traces")
-    if path in published_predictors() or (Path(path) / CONFIG_FILE).is_file():
+    if path in pretrained.published_predictors() or (Path(path) / pretrained.CONFIG_FILE).is_file():
         raise UserError(f"{function}: traces is a predictor ({path}); {order}")
     return TraceSet(path)
 

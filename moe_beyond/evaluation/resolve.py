@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.errors import UserError, unknown
@@ -29,9 +29,6 @@ from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.usage_profile import Profile
 
-if TYPE_CHECKING:
-    from moe_beyond.predictors.training_text import Training
-
 
 @dataclass(frozen=True)
 class SharedSettings:
@@ -47,7 +44,7 @@ class SharedSettings:
     common: ReplaySettings
     quotas: Quotas = even_split
     profile: Profile | None = None
-    fitted: tuple[tuple[str, Training | None], ...] = ()
+    fitted: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def _profile_folder(options: ReplayOptions, traces: TraceSet) -> Path | None:
     return pretrained_for("history", traces) if options.strategy else None
 
 
-def _profile_training(folder: Path) -> tuple[str, Training | None]:
+def _profile_training(folder: Path) -> tuple[str, Mapping[str, Any] | None]:
     """Return name and training record of a profile's predictor."""
     from moe_beyond.predictors.io.folder import read_config  # imports torch, which a plain replay does not need
 
