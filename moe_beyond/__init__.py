@@ -7,30 +7,46 @@ Example:
     >>> mb.replay(traces, predictor, budget="10%", device="rtx4060-laptop").table()  # doctest: +SKIP
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moe_beyond.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from moe_beyond.api import Replayed as Replayed
+    from moe_beyond.api import ReplayReport as ReplayReport
     from moe_beyond.api import evaluate as evaluate
+    from moe_beyond.api import list_pretrained as list_pretrained
     from moe_beyond.api import load_predictor as load_predictor
     from moe_beyond.api import load_traces as load_traces
     from moe_beyond.api import record as record
     from moe_beyond.api import replay as replay
+    from moe_beyond.errors import UserError as UserError
+    from moe_beyond.geometry import Geometry as Geometry
+    from moe_beyond.traces.reader import TraceSet as TraceSet
 
-OFFERED = ("Replayed", "evaluate", "load_predictor", "load_traces", "record", "replay")
-"""Of `moe_beyond.api`, what is there by its name alone."""
+_MODULES = {
+    "Geometry": "geometry",
+    "ReplayReport": "api",
+    "TraceSet": "traces.reader",
+    "UserError": "errors",
+    "evaluate": "api",
+    "list_pretrained": "api",
+    "load_predictor": "api",
+    "load_traces": "api",
+    "record": "api",
+    "replay": "api",
+}
+"""Public name -> module of this package; a module is imported on first use, so that the package imports at once."""
+
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a script uses when it first does: the package itself is there at once."""
-    if name not in OFFERED:
+    """Import a public name on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moe_beyond import api
-
-    return getattr(api, name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted((*globals(), *OFFERED))
+    return sorted({*globals(), *__all__})

@@ -1,94 +1,96 @@
-"""What ``import moe_beyond as mb`` offers in a script or a notebook."""
+"""Python API of ``import moe_beyond``, for scripts and notebooks; each function gives what its command prints.
 
+Functions import torch and transformers only if they need them: a replay without a predictor needs neither.
+"""
+
+from __future__ import annotations
+
+import inspect
 import io
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from functools import wraps
 from numbers import Integral, Number, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from moe_beyond.collect.collection import collect
-from moe_beyond.collect.config import CollectConfig, ProcessRank
-from moe_beyond.collect.prompts import Prompt, as_prompts
+from moe_beyond import pretrained
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.evaluation.checkpoints import find_source, find_trained, load_trained
-from moe_beyond.evaluation.options import (
-    Conditions,
-    Request,
-    asked_combinations,
-    asked_conditions,
-    asked_strategies,
-    text_to_measure,
-)
-from moe_beyond.evaluation.run import evaluate as measure_and_replay
-from moe_beyond.evaluation.sources import ScoreSource, from_predictor
-from moe_beyond.evaluation.strategies import beside
+from moe_beyond.evaluation.options import DEFAULT_BUDGET, ReplayOptions
+from moe_beyond.evaluation.run import ReplayOutcome, run_evaluation, run_replay
 from moe_beyond.fields import shown
-from moe_beyond.geometry import Geometry
-from moe_beyond.metrics import LookaheadMetrics
-from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.training_text import MeasuredText
-from moe_beyond.pretrained import CONFIG_FILE, published_predictors
-from moe_beyond.report.plots.replay import budgets_figure, frontier_figure
-from moe_beyond.report.tables.results import metrics_table, results_table
-from moe_beyond.simulator import Result
 from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from rich.console import RenderableType
+    from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moe_beyond.collect.prompts import Prompt
+    from moe_beyond.evaluation.sources import ScoreSource
+    from moe_beyond.predictors.base import Predictor
+    from moe_beyond.predictors.training_text import MeasuredText
+    from moe_beyond.traces.steering import Steering
+
+    TracesLike: TypeAlias = TraceSet | str | Path
+    PredictorLike: TypeAlias = Predictor | str | Path
+    Budget: TypeAlias = str | int | float
 
 NOTEBOOK_WIDTH = 120
 NOTEBOOK_CODE = '<pre style="font-family: ui-monospace, Menlo, Consolas, monospace; line-height: 1.2">{code}</pre>'
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """Results of a replay, one line per strategy; a notebook displays them as a table.
+class ReplayReport(ReplayOutcome):
+    """Results of a replay, one record per strategy; a notebook displays them as tables."""
 
-    Attributes:
-        results: One record per strategy, with LRU, Belady and the best fixed choice at every budget.
-        geometry: The model.
-        title: Model and source of the traces.
-        metrics: Figures of the predictor, one row per lookahead; empty where none was measured.
-        measured_on: The split, and how its text relates to the training text of the predictor.
-    """
-
-    results: Sequence[Result]
-    geometry: Geometry
-    title: str
-    metrics: Sequence[LookaheadMetrics] = ()
-    measured_on: MeasuredText = field(default_factory=lambda: MeasuredText(None))
+    @classmethod
+    def of(cls, outcome: ReplayOutcome) -> ReplayReport:
+        """Make the report of an outcome."""
+        return cls(outcome.evaluation, outcome.replay)
 
     def table(self) -> Table:
-        """Return the replay as a table, as ``moe-beyond replay`` prints it."""
+        """Return the results as a table, as ``moe-beyond replay`` prints them."""
+        from moe_beyond.report.tables.results import results_table
+
         return results_table(self.results, self.geometry)
 
     def metrics_table(self) -> Table:
-        """Return the predictor's figures by lookahead, as ``moe-beyond evaluate`` prints them.
+        """Return the metrics of the predictor by lookahead, as ``moe-beyond evaluate`` prints them.
 
         Raises:
-            UserError: Nothing was measured: `replay` does not, `evaluate` does.
+            UserError: Nothing was measured: `replay` measures no predictor.
         """
+        from moe_beyond.report.tables.results import metrics_table
+
         if not self.metrics:
-            raise UserError("metrics_table: a replay measures no predictor; moe_beyond.evaluate does")
+            raise UserError("metrics_table: a replay measures no predictor; call moe_beyond.evaluate")
         return metrics_table(self.metrics)
 
-    def plot(self) -> "Figure":
-        """Draw hits and bytes against the budget, or, of a single budget, against each other."""
+    def parts(self) -> list[RenderableType]:
+        """Return everything that the command prints: remarks on the text, tables, and unavailable strategies."""
+        from moe_beyond.report.tables.intervals import intervals_tables
+        from moe_beyond.report.tables.results import unavailable_lines
+
+        metrics = [self.metrics_table()] if self.metrics else []
+        intervals = intervals_tables(self.metrics, self.results, self.resamples) if self.resamples else []
+        return [
+            *self.measured_on.lines, *metrics, self.table(), *intervals, *unavailable_lines(self.unavailable),
+        ]  # fmt: skip
+
+    def plot(self) -> Figure:
+        """Draw hit rate and bytes over the budget; with a single budget, against each other."""
+        from moe_beyond.report.plots.replay import budgets_figure, frontier_figure
+
         several = len({result.budget_slots for result in self.results if result.policy != "all_resident"}) > 1
         return (budgets_figure if several else frontier_figure)(self.results, self.title)
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with one row per strategy, without the counts by layer.
 
         Raises:
@@ -101,32 +103,32 @@ class Replayed:
 
         return pd.DataFrame(self.to_json()["results"]).drop(columns="per_layer")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, as ``--json`` writes them."""
-        content: dict[str, Any] = {"measured_on": self.measured_on.to_json()}
-        content |= {"metrics": [row.to_json() for row in self.metrics]} if self.metrics else {}
-        return content | {"results": [result.to_json() for result in self.results]}
-
     def _repr_html_(self) -> str:
-        # In a notebook rich would display the tables by itself as well.
+        from rich.console import Console
+
+        # rich would display the tables in a notebook once more, without force_jupyter.
         console = Console(record=True, width=NOTEBOOK_WIDTH, file=io.StringIO(), force_jupyter=False)
-        for line in self.measured_on.lines:
-            console.print(line, highlight=False, markup=False)
-        if self.metrics:
-            console.print(self.metrics_table())
-        console.print(self.table())
+        for part in self.parts():
+            if isinstance(part, str):
+                console.print(part, highlight=False, markup=False)
+            else:
+                console.print(part)
         return console.export_html(inline_styles=True, code_format=NOTEBOOK_CODE)
 
 
-Options = ParamSpec("Options")
+Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
+_FUNCTIONS: dict[str, list[str]] = {}
+"""Name of each function of the API -> names of its parameters."""
 
 
-def _one_line(function: Callable[Options, Returned]) -> Callable[Options, Returned]:
-    """Turn the system's error about a path that cannot be read or written into a `UserError`."""
+def _public(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Turn an unknown argument, and an error of the system about a path, into a `UserError` of one line."""
+    _FUNCTIONS[function.__name__] = list(inspect.signature(function).parameters)
 
     @wraps(function)
-    def wrapped(*arguments: Options.args, **options: Options.kwargs) -> Returned:
+    def wrapped(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
+        _check_names(function.__name__, options)
         try:
             return function(*arguments, **options)
         except OSError as error:
@@ -137,44 +139,92 @@ def _one_line(function: Callable[Options, Returned]) -> Callable[Options, Return
     return wrapped
 
 
-@_one_line
-def record(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: "Iterable[str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Prompt]",
-    out: str | Path,
-    **options: Any,
-) -> TraceSet:
-    """Run a model over prompts, optionally let it answer, and write its routing as a trace set.
-
-    Args:
-        model: A transformers mixture of experts, on any device, offloaded or not.
-        tokenizer: Its tokenizer.
-        prompts: Texts; chats, each a list of messages with ``role`` and ``content``; records as a ``.jsonl`` file holds
-            them; or `Prompt` objects with names, sources and splits of their own.
-        out: The trace set to make.
-        **options: Fields of `moe_beyond.collect.config.CollectConfig`: ``generate``, ``batch_size``, ``max_tokens``,
-            ``steering``, ...
+def _check_names(function: str, options: Mapping[str, Any]) -> None:
+    """Check the names of a function's arguments.
 
     Raises:
-        UserError: The model is no mixture of experts, a prompt is empty, too long or no text, an option is unknown, or
-            ``out`` exists.
+        UserError: The function has no such parameter.
+    """
+    for name in options:
+        if name in _FUNCTIONS[function]:
+            continue
+        others = [other for other, names in _FUNCTIONS.items() if name in names]
+        if others:
+            raise UserError(f"{function}: takes no {name}; moe_beyond.{others[0]} does")
+        raise unknown("option", name, _FUNCTIONS[function])
+
+
+@_public
+def record(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Prompt],
+    out: str | Path,
+    *,
+    generate: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
+    val_blocks: str | None = None,
+    gate_weights: bool = True,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    shard_tokens: int = 65536,
+    hidden_states: bool = False,
+    steering: Steering | None = None,
+) -> TraceSet:
+    """Run a model over prompts, optionally generate, and write its routing as a trace set.
+
+    Args:
+        model: Loaded transformers mixture-of-experts model, on any device, offloaded or not.
+        tokenizer: Loaded tokenizer of the model.
+        prompts: Texts; chats, each a list of messages with ``role`` and ``content``; records as in a ``.jsonl`` file;
+            or `Prompt` objects with their own names, sources and splits.
+        out: Trace set to write.
+        generate: Tokens to generate after each prompt (default: 0, the model only reads).
+        temperature: Temperature of sampling; 0 takes the most probable token (default: 0).
+        seed: Random seed for sampling; results also depend on the batch size (default: 0).
+        val_blocks: ``SIZE:EVERY`` moves blocks of consecutive prompts to the split ``validation`` (default: no split).
+        gate_weights: Whether gate weights are recorded (default: True).
+        batch_size: Prompts per batch (default: 8).
+        max_tokens: Tokens to which longer prompts are truncated (default: the model's positions; longer is an error).
+        shard_tokens: Tokens at which a shard is closed (default: 65536).
+        hidden_states: Whether hidden states and router weights are recorded; takes about a hundred times the space of
+            the routing (default: False).
+        steering: Experts that are forced on or off (default: none).
+
+    Raises:
+        UserError: The model is no mixture-of-experts model, a prompt is empty or too long, an option is out of range,
+            or ``out`` exists.
 
     Warns:
-        UserWarning: Something that the options request cannot be recorded.
+        UserWarning: Something requested cannot be recorded.
 
     Example:
         >>> import moe_beyond as mb
         >>> chats = [[{"role": "user", "content": "hi"}]]
         >>> mb.record(model, tokenizer, chats, "traces/mine", generate=64)  # doctest: +SKIP
     """
-    _check_names(options, (field.name for field in fields(CollectConfig)))
+    from moe_beyond.collect.collection import collect
+    from moe_beyond.collect.config import CollectConfig, ProcessRank
+    from moe_beyond.collect.prompts import as_prompts
+
     _check_loaded(model, tokenizer)
+    config = CollectConfig(
+        generate=generate,
+        temperature=temperature,
+        seed=seed,
+        val_blocks=val_blocks,
+        gate_weights=gate_weights,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        shard_tokens=shard_tokens,
+        hidden_states=hidden_states,
+        steering=steering,
+    )
     notices: list[str] = []
     traces = collect(
-        model, tokenizer, as_prompts(prompts), _path(out, "out"), CollectConfig(**options), rank=ProcessRank(0, 1),
-        notice=notices.append,
-    )  # fmt: skip
+        model, tokenizer, as_prompts(prompts), _path(out, "out"), config, rank=ProcessRank(0, 1), notice=notices.append
+    )
     for line in notices:
         warnings.warn(line, stacklevel=3)
     assert traces is not None
@@ -182,10 +232,10 @@ def record(
 
 
 def _check_loaded(model: Any, tokenizer: Any) -> None:
-    """Refuse what is no loaded model and no tokenizer, and name the right order if they are swapped.
+    """Check that a model and a tokenizer are loaded and in this order.
 
     Raises:
-        UserError: They are something else, or weights of the model are on no device.
+        UserError: They are something else, or the model has no weights.
     """
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -207,129 +257,281 @@ def _check_loaded(model: Any, tokenizer: Any) -> None:
         raise UserError("record: the model is on the meta device and has no weights; load it with from_pretrained")
 
 
-@_one_line
+@_public
 def load_traces(folder: str | Path) -> TraceSet:
     """Open a trace set.
 
     Args:
-        folder: A folder, ``hf:ORG/REPO``, or a URL that fsspec reads.
+        folder: Folder, ``hf:ORG/REPO``, or a URL that fsspec reads.
 
     Raises:
-        UserError: It is not a trace set.
+        UserError: There is no trace set.
     """
     return TraceSet(_path(folder, "traces"))
 
 
-@_one_line
+@_public
 def load_predictor(name: str | Path) -> Predictor:
-    """Load a predictor, ready to score.
+    """Load a fitted predictor.
 
     Args:
-        name: A predictor folder, a name that ``moe-beyond list`` shows, ``hf:ORG/REPO``, or a run's folder: its
-            exported predictor, else its best checkpoint, else its last.
+        name: Predictor folder, pretrained name (`list_pretrained`), ``hf:ORG/REPO``, or folder of a run (its exported
+            predictor, otherwise its best checkpoint, otherwise its last one).
 
     Raises:
-        UserError: It is none, or it is damaged.
+        UserError: There is no such predictor, or it is damaged.
     """
+    from moe_beyond.evaluation.checkpoints import find_trained, load_trained
+
     return load_trained(find_trained(_path(name, "predictor")))[0]
 
 
-@_one_line
-def replay(
-    traces: TraceSet | str | Path,
-    predictor: Predictor | str | Path | None = None,
-    *,
-    split: str | None = None,
-    **options: Any,
-) -> Replayed:
-    """Replay traces through a cache under a memory budget, with LRU, Belady and the best fixed choice for comparison.
+@_public
+def list_pretrained(architecture: str | None = None) -> list[str]:
+    """List the names of the pretrained predictors, ``architecture.model-data[-size]``.
 
     Args:
-        traces: A trace set.
-        predictor: The predictor whose scores are used, if any; a loaded one, or a name as `load_predictor` takes it.
-        split: One split of the trace set. By default all; with a predictor, one that it was not fitted on, if there is
-            one. A warning says where the text may flatter the predictor.
-        **options: The options of ``moe-beyond replay`` by their names, one value or several: ``budget="10%"``,
-            ``policy=["lru", "belief"]``, ``prefetch="top6"``, ``device="rtx4060-laptop"``, ``strategy="all"``, ...
-            (`moe_beyond.evaluation.options.Request` has them all). A budget may be a number: a float up to 1.0 is a
-            share of all experts (0.1 and ``"10%"`` are the same, 1.0 is all of them), an int is slots (1 is one slot).
+        architecture: Architecture to list, such as ``cross_layer`` (default: all).
+
+    Example:
+        >>> import moe_beyond as mb
+        >>> mb.list_pretrained("history")
+        ['history.deepseek-v2-lite-puffin']
+    """
+    return [name for name in pretrained.published_predictors() if architecture in (None, name.partition(".")[0])]
+
+
+@_public
+def replay(
+    traces: TracesLike,
+    predictor: PredictorLike | None = None,
+    *,
+    split: str | None = None,
+    budget: Budget | Iterable[Budget] = DEFAULT_BUDGET,
+    strategy: str | Iterable[str] = (),
+    policy: str | Iterable[str] = (),
+    prefetch: str | Iterable[str] = (),
+    lookahead: str | int | Iterable[str | int] = (),
+    device: str | Path | None = None,
+    scope: str = "global",
+    quotas: str | None = None,
+    profile: str | Path | None = None,
+    warm_start: bool = False,
+    carry_over: bool = False,
+    cold_host: bool = False,
+    prefill_chunk: int = 0,
+    batch_size: int = 1,
+    sequential: bool = False,
+    warmup_tokens: int = 0,
+    no_first_layer_prefetch: bool = False,
+    quantization: float | None = None,
+) -> ReplayReport:
+    """Replay traces through a cache under a memory budget, next to LRU, Belady and the best fixed choice of experts.
+
+    Args:
+        traces: Trace set, its folder, ``hf:ORG/REPO``, or a URL that fsspec reads.
+        predictor: Predictor whose scores are used, or a name as in `load_predictor` (default: none).
+        split: Split to measure, or ``all`` (default: all; with a predictor, a split that it was not fitted on, if any).
+        budget: Memory budget or budgets. A float up to 1.0 is a share of all experts, an int a number of slots; text is
+            ``"10%"``, ``"166"``, ``"2.9GB"`` or ``"2.7GiB"`` (default: 10%).
+        strategy: Named strategy or strategies, or ``"all"``, in place of policy and prefetch (default: none).
+        policy: Eviction policy or policies (default: lru).
+        prefetch: Prefetcher or prefetchers, such as ``"top6"`` or ``"p>0.5"`` (default: ``top<K>`` with a predictor).
+        lookahead: Lookahead or lookaheads of the scores that prefetchers select by (default: the predictor's first).
+        device: Device preset or JSON file; enables the timing model (default: no timing).
+        scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
+        quotas: Slots per layer with ``"per-layer"``: ``"even"``, ``"proportional"`` or ``"10,8,8"`` (default: even).
+        profile: Fitted ``history`` or ``popularity`` predictor for policies that need a usage profile (default: none).
+        warm_start: Whether every sequence starts with the profile's most popular experts (default: False).
+        carry_over: Whether a sequence starts with the cache of the sequence before (default: False).
+        cold_host: Whether host memory before flash starts empty (default: False).
+        prefill_chunk: Prompt tokens per step; 0 makes every token a step (default: 0).
+        batch_size: Sequences decoded together (default: 1).
+        sequential: Whether to count access by access, as other simulators do (default: False).
+        warmup_tokens: Tokens at the start of each sequence that do not count (default: 0).
+        no_first_layer_prefetch: Whether to skip prefetching for layers whose scores exist when the token starts
+            (default: False).
+        quantization: Bits per parameter (default: as recorded in the trace set).
 
     Raises:
         UserError: An option cannot be read, or the predictor does not fit the traces.
+
+    Warns:
+        UserWarning: The predictor may have been fitted on the measured text.
 
     Example:
         >>> import moe_beyond as mb
         >>> traces = mb.load_traces("traces/webglm")  # doctest: +SKIP
         >>> mb.replay(traces, "cross_layer.deepseek-v2-lite-puffin", budget=[0.1, 0.2]).plot()  # doctest: +SKIP
     """
-    opened, source, request = _opened(traces, "replay"), _source(predictor, "replay"), _request(options)
-    conditions = asked_conditions(request, opened)
-    asked = asked_strategies(request, opened, conditions, source)
-    text = _text(opened, split, conditions, asked.sources)
-    lines = beside(asked.strategies, conditions.common, opened.geometry, conditions.quotas)
-    found = measure_and_replay(opened, lines, text.split, asked.sources, profile=conditions.profile)
-    return Replayed(found.results, opened.geometry, _title(opened), measured_on=text)
+    opened = _traces(traces, "replay")
+    options = _options(
+        budget=budget,
+        strategy=strategy,
+        policy=policy,
+        prefetch=prefetch,
+        lookahead=lookahead,
+        device=device,
+        scope=scope,
+        quotas=quotas,
+        profile=profile,
+        warm_start=warm_start,
+        carry_over=carry_over,
+        cold_host=cold_host,
+        prefill_chunk=prefill_chunk,
+        batch_size=batch_size,
+        sequential=sequential,
+        warmup_tokens=warmup_tokens,
+        no_first_layer_prefetch=no_first_layer_prefetch,
+        quantization=quantization,
+    )
+    report = ReplayReport.of(run_replay(options, opened, _source(predictor, "replay"), split=_split(split)))
+    _warn(report.measured_on)
+    return report
 
 
-@_one_line
+@_public
 def evaluate(
-    traces: TraceSet | str | Path, predictor: Predictor | str | Path, *, split: str | None = None, **options: Any
-) -> Replayed:
-    """Measure a predictor by lookahead, and replay with each lookahead under a memory budget.
+    traces: TracesLike,
+    predictor: PredictorLike,
+    *,
+    split: str | None = None,
+    bootstrap: int = 0,
+    budget: Budget | Iterable[Budget] = DEFAULT_BUDGET,
+    policy: str | Iterable[str] = (),
+    prefetch: str | Iterable[str] = (),
+    lookahead: str | int | Iterable[str | int] = (),
+    device: str | Path | None = None,
+    scope: str = "global",
+    quotas: str | None = None,
+    profile: str | Path | None = None,
+    warm_start: bool = False,
+    carry_over: bool = False,
+    cold_host: bool = False,
+    prefill_chunk: int = 0,
+    batch_size: int = 1,
+    sequential: bool = False,
+    warmup_tokens: int = 0,
+    no_first_layer_prefetch: bool = False,
+    quantization: float | None = None,
+) -> ReplayReport:
+    """Measure a predictor by lookahead, and replay it under a memory budget at every lookahead.
 
     Args:
-        traces: A trace set.
-        predictor: The predictor to measure, as in `replay`.
-        split: As in `replay`.
-        **options: As in `replay`, but for ``strategy``.
+        traces: Trace set, as in `replay`.
+        predictor: Predictor, or a name as in `load_predictor`.
+        split: Split to measure, or ``all`` (default: a split that the predictor was not fitted on, if any).
+        bootstrap: Bootstrap draws for 95 % intervals over sequences; 0 for none (default: 0).
+        budget: Memory budget or budgets, as in `replay` (default: 10%).
+        policy: Eviction policy or policies (default: lru).
+        prefetch: Prefetcher or prefetchers (default: ``top<K>``).
+        lookahead: Lookahead or lookaheads that prefetchers select by (default: all of the predictor).
+        device: Device preset or JSON file; enables the timing model (default: no timing).
+        scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
+        quotas: Slots per layer with ``"per-layer"``, as in `replay` (default: even).
+        profile: Fitted ``history`` or ``popularity`` predictor, as in `replay` (default: none).
+        warm_start: Whether every sequence starts with the profile's most popular experts (default: False).
+        carry_over: Whether a sequence starts with the cache of the sequence before (default: False).
+        cold_host: Whether host memory before flash starts empty (default: False).
+        prefill_chunk: Prompt tokens per step; 0 makes every token a step (default: 0).
+        batch_size: Sequences decoded together (default: 1).
+        sequential: Whether to count access by access, as other simulators do (default: False).
+        warmup_tokens: Tokens at the start of each sequence that do not count in the replay (default: 0).
+        no_first_layer_prefetch: Whether to skip prefetching for layers whose scores exist when the token starts
+            (default: False).
+        quantization: Bits per parameter (default: as recorded in the trace set).
 
     Raises:
         UserError: An option cannot be read, or the predictor does not fit the traces.
+
+    Warns:
+        UserWarning: The predictor may have been fitted on the measured text.
+
+    Example:
+        >>> import moe_beyond as mb
+        >>> traces = mb.load_traces("traces/webglm")  # doctest: +SKIP
+        >>> mb.evaluate(traces, "history.deepseek-v2-lite-puffin", bootstrap=10_000).metrics_table()  # doctest: +SKIP
     """
-    opened, source = _opened(traces, "evaluate"), _source(predictor, "evaluate")
+    opened, source = _traces(traces, "evaluate"), _source(predictor, "evaluate")
     if source is None:
-        raise UserError("evaluate: a predictor is missing; write evaluate(traces, predictor), or use replay without")
-    if "strategy" in options:
-        raise UserError("evaluate: measures one predictor and takes no strategy; replay(traces, strategy=...) does")
-    request = _request(options)
-    conditions = asked_conditions(request, opened)
-    lookaheads = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
-    asked = asked_combinations(request, opened, conditions, source, lookaheads)
-    text = _text(opened, split, conditions, [source])
-    lines = beside(asked, conditions.common, opened.geometry, conditions.quotas)
-    found = measure_and_replay(opened, lines, text.split, [source], measure=source, profile=conditions.profile)
-    return Replayed(found.results, opened.geometry, _title(opened), found.metrics, text)
+        raise UserError("evaluate: a predictor is missing; write evaluate(traces, predictor)")
+    options = _options(
+        budget=budget,
+        policy=policy,
+        prefetch=prefetch,
+        lookahead=lookahead,
+        device=device,
+        scope=scope,
+        quotas=quotas,
+        profile=profile,
+        warm_start=warm_start,
+        carry_over=carry_over,
+        cold_host=cold_host,
+        prefill_chunk=prefill_chunk,
+        batch_size=batch_size,
+        sequential=sequential,
+        warmup_tokens=warmup_tokens,
+        no_first_layer_prefetch=no_first_layer_prefetch,
+        quantization=quantization,
+    )
+    draws = _value("bootstrap", bootstrap)
+    report = ReplayReport.of(run_evaluation(options, opened, source, split=_split(split), bootstrap=draws))
+    _warn(report.measured_on)
+    return report
 
 
-def _opened(traces: TraceSet | str | Path, function: str) -> TraceSet:
-    """Open a trace set, and name the right order if a predictor was given instead."""
+def _traces(traces: TracesLike, function: str) -> TraceSet:
+    """Open a trace set; if it is a predictor, name the right order of arguments.
+
+    Raises:
+        UserError: There is no trace set.
+    """
     if isinstance(traces, TraceSet):
         return traces
     order = f"write {function}(traces, predictor)"
-    if isinstance(traces, Predictor):
+    if not isinstance(traces, str | Path) and _is_predictor(traces):
         raise UserError(f"{function}: traces is a predictor ({traces.architecture}); {order}")
     path = _path(traces, f"{function}: traces")
-    if path in published_predictors() or (Path(path) / CONFIG_FILE).is_file():
+    if path in pretrained.published_predictors() or (Path(path) / pretrained.CONFIG_FILE).is_file():
         raise UserError(f"{function}: traces is a predictor ({path}); {order}")
-    return load_traces(path)
+    return TraceSet(path)
 
 
-def _source(predictor: Predictor | str | Path | None, function: str) -> ScoreSource | None:
-    """Open a predictor as a source of scores, and name the right order if a trace set was given instead."""
+def _source(predictor: PredictorLike | None, function: str) -> ScoreSource | None:
+    """Open a predictor as a source of scores; if it is a trace set, name the right order of arguments.
+
+    Raises:
+        UserError: There is no predictor.
+    """
     if predictor is None:
         return None
-    if isinstance(predictor, Predictor):
-        return from_predictor(predictor, predictor.architecture)
     order = f"write {function}(traces, predictor)"
     if isinstance(predictor, TraceSet):
         raise UserError(f"{function}: predictor is a trace set ({predictor.folder}); {order}")
+    # Imported here, because a replay without a predictor does not need torch.
+    from moe_beyond.evaluation.checkpoints import find_source
+    from moe_beyond.evaluation.sources import from_predictor
+
+    if not isinstance(predictor, str | Path) and _is_predictor(predictor):
+        return from_predictor(predictor, predictor.architecture)
     path = _path(predictor, f"{function}: predictor")
     if (Path(path) / MANIFEST_FILE).is_file():
         raise UserError(f"{function}: predictor is a trace set ({path}); {order}")
     return find_source(path)
 
 
+def _is_predictor(value: Any) -> bool:
+    from moe_beyond.predictors.base import Predictor
+
+    return isinstance(value, Predictor)
+
+
 def _path(value: Any, what: str) -> str:
+    """Check a name or a path.
+
+    Raises:
+        UserError: The value is neither, or is empty.
+    """
     if not isinstance(value, str | Path):
         raise UserError(f"{what} is a name or a path (got {shown(value)})")
     if not str(value).strip() or "\0" in str(value):
@@ -337,69 +539,84 @@ def _path(value: Any, what: str) -> str:
     return str(value)
 
 
-def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    names = list(known)
-    for name in options:
-        if name not in names:
-            raise unknown("option", name, names)
+def _split(split: Any) -> str | None:
+    """Check the name of a split.
+
+    Raises:
+        UserError: It is no text.
+    """
+    if not isinstance(split, str | None):
+        raise UserError(f"split: is the name of a split (got {shown(split)})")
+    return split
+
+
+def _warn(text: MeasuredText) -> None:
+    """Warn about the measured text at the line that called the public function."""
+    for line in text.lines:
+        warnings.warn(line, stacklevel=4)
 
 
 SEVERAL = frozenset(("budget", "strategy", "policy", "prefetch", "lookahead"))
 """Options that take one value or several."""
-UNITS = (str, Path, Number, bytes, bytearray, memoryview, Mapping)
-"""Types that can be iterated over, and yet are one value."""
-KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("warm_start", "carry_over", "sequential", "no_first_layer_prefetch"), (bool,)),
-    **dict.fromkeys(("prefill_chunk", "batch_size", "warmup_tokens"), (Integral,)),
+SINGLE = (str, Path, Number, bytes, bytearray, memoryview, Mapping)
+"""Iterable types that are a single value."""
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("warm_start", "carry_over", "cold_host", "sequential", "no_first_layer_prefetch"), (bool,)),
+    **dict.fromkeys(("prefill_chunk", "batch_size", "warmup_tokens", "bootstrap"), (Integral,)),
     "quantization": (Real,),
     **dict.fromkeys(("device", "scope", "quotas", "profile", "strategy", "policy", "prefetch"), (str, Path)),
     "lookahead": (str, Integral),
 }
-"""Types of the values of each option that the command line reads as text."""
-NAMES = {bool: "True or False", Integral: "a whole number", Real: "a number", str: "text"}
+"""Types of the values of each option but the budget."""
+TYPE_NAMES = {bool: "True or False", Integral: "a whole number", Real: "a number", str: "text"}
 
 
-def _request(options: dict[str, Any]) -> Request:
-    """Turn keyword arguments into a request.
+def _options(**values: Any) -> ReplayOptions:
+    """Convert arguments to the options of a replay.
 
     Raises:
-        UserError: An option is unknown, or its value is of another kind.
+        UserError: A value has another type.
     """
-    _check_names(options, (field.name for field in fields(Request)))
-    given: dict[str, Any] = {}
-    for name, value in options.items():
+    options: dict[str, Any] = {}
+    for name, value in values.items():
         if name in SEVERAL:
-            single = isinstance(value, UNITS) or not isinstance(value, Iterable)
-            values = [_value(name, each) for each in ([value] if single else value)]
-            if not values and name == "budget":
-                raise UserError("budget: names no budget; write 0.1 or '10%'")
-            given[name] = values
-        elif value is not None:  # None means that the option is absent
-            given[name] = _value(name, value)
-    return Request(**given)
+            single = isinstance(value, SINGLE) or not isinstance(value, Iterable)
+            options[name] = [_value(name, each) for each in ([value] if single else value)]
+        elif value is not None:  # None is the default of an absent option
+            options[name] = _value(name, value)
+    if not options["budget"]:
+        raise UserError("budget: names no budget; write 0.1 or '10%'")
+    return ReplayOptions(**options)
 
 
 def _value(name: str, value: Any) -> Any:
-    """Check one value, and bring it into the form that the command line has."""
+    """Check one value, and convert it to the type of the command line.
+
+    Raises:
+        UserError: The value has another type.
+    """
     if name == "budget":
         return _budget(value)
-    kinds = KINDS[name]
+    types = TYPES[name]
     if isinstance(value, np.bool_):
         value = bool(value)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(
-            f"{name}: is {' or '.join(NAMES[kind] for kind in kinds if kind in NAMES)} (got {shown(value)})"
-        )
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = " or ".join(TYPE_NAMES[kind] for kind in types if kind in TYPE_NAMES)
+        raise UserError(f"{name}: is {names} (got {shown(value)})")
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, bool | str):
         return value
     number: Any = value
-    return float(number) if Real in kinds else int(number)
+    return float(number) if Real in types else int(number)
 
 
 def _budget(value: Any) -> str:
-    """Write a budget as the command line has it: a float up to 1.0 is a share, an int is slots."""
+    """Convert a budget to text: a float up to 1.0 is a share, an int is slots.
+
+    Raises:
+        UserError: The value is no budget.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -410,17 +627,3 @@ def _budget(value: Any) -> str:
         f"budget: is a share (a float above 0 and up to 1.0), slots (an int), or text such as '10%' and '2.9GB' "
         f"(got {shown(value)})"
     )
-
-
-def _text(traces: TraceSet, split: str | None, conditions: Conditions, sources: Sequence[ScoreSource]) -> MeasuredText:
-    """Settle the split; warn in Python's way where its text may flatter a predictor."""
-    if not isinstance(split, str | None):
-        raise UserError(f"split: is the name of a split (got {shown(split)})")
-    text = text_to_measure(traces, split, conditions, sources)
-    for line in text.lines:
-        warnings.warn(line, stacklevel=4)
-    return text
-
-
-def _title(traces: TraceSet) -> str:
-    return f"{traces.geometry.model}, {traces.manifest.source}"

@@ -1,4 +1,4 @@
-"""The whole path on the small model that ships with this package: record, fit, replay, picture."""
+"""Quickstart on the bundled small model: record its routing, fit a predictor, replay, and draw the results."""
 
 import json
 import logging
@@ -21,37 +21,38 @@ from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.evaluation.run import Evaluation, evaluate
+from moe_beyond.evaluation.options import ReplayOptions
+from moe_beyond.evaluation.run import ReplayOutcome, run_evaluation
 from moe_beyond.evaluation.sources import from_predictor_folder
-from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
 from moe_beyond.pretrained import checkpoints_folder
 from moe_beyond.report.plots.replay import budgets_figure, save
 from moe_beyond.report.tables.results import metrics_table, results_table
-from moe_beyond.simulator import ReplaySettings
 from moe_beyond.tasks import AdamWSettings, CrossLayerTask
 from moe_beyond.traces.reader import TraceSet
 
 MODEL = "small-moe"
-HELD_OUT_ONE_IN = 4  # of the files that prompts come from
-BUDGETS = ("25%", "50%")  # in the table; the picture has all tenths
+HELD_OUT_EVERY = 4
+"""Every fourth source file of the prompts is held out."""
+BUDGETS = ("25%", "50%")
+"""Budgets of the table; the picture adds every tenth."""
 EPOCHS = 12
 PICTURE = "hits.png"
 RESULTS = "results.json"
 WRITTEN = ("traces", "predictor", "checkpoints", "metrics.csv", "hparams.yaml", PICTURE)
 
 
-def quickstart(out: str | Path, console: Console) -> Evaluation:
-    """Record the small model's routing on prompts it never saw, fit a predictor, and replay held-out prompts.
+def quickstart(out: str | Path, console: Console) -> ReplayOutcome:
+    """Record the small model's routing on new prompts, fit a predictor, and replay held-out prompts.
 
     Args:
-        out: Folder for ``traces/``, ``predictor/``, ``results.json`` and ``hits.png``; replaces an earlier one.
-        console: Where progress and tables go.
+        out: Folder for ``traces/``, ``predictor/``, ``results.json`` and ``hits.png``; replaces an earlier result.
+        console: Console for progress and tables.
 
     Returns:
-        The figures of the held-out prompts.
+        Metrics and results on the held-out prompts.
     """
     out = Path(out)
     with replacing_folder(out, overwrite=is_earlier_result(out, RESULTS, *WRITTEN)) as folder:
@@ -59,45 +60,47 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
             traces = record_small_model(folder / "traces")
             splits = traces.manifest.to_json()["splits"]
             console.print(
-                f"    {splits['train']['tokens']:,} tokens to fit on, "
-                f"{splits['validation']['tokens']:,} from other files held out"
+                f"    {splits['train']['tokens']:,} training tokens, "
+                f"{splits['validation']['tokens']:,} held-out tokens from other files"
             )
         with _step(console, f"2/3 fit: cross_layer, {EPOCHS} epochs"):
             predictor = fit(traces, folder, console)
         with _step(console, "3/3 replay: held-out prompts, every budget"):
-            found = _replay(traces, predictor)
-        save(budgets_figure(found.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
-        write_json(folder / RESULTS, found.to_json())
-    shown = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
-    console.print(metrics_table(found.metrics))
-    console.print(results_table([r for r in found.results if r.budget_slots in shown], traces.geometry))
+            outcome = _replay(traces, predictor)
+        save(budgets_figure(outcome.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
+        write_json(folder / RESULTS, outcome.to_json())
+    table_slots = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
+    console.print(metrics_table(outcome.metrics))
+    console.print(results_table([r for r in outcome.results if r.budget_slots in table_slots], traces.geometry))
     console.print(f"picture: {out / PICTURE}   all budgets: {out / RESULTS}   predictor: {out / 'predictor'}")
-    return found
+    return outcome
 
 
-def _replay(traces: TraceSet, predictor: Path) -> Evaluation:
+def _replay(traces: TraceSet, predictor: Path) -> ReplayOutcome:
+    """Measure the predictor on the held-out prompts, and replay it at every budget."""
     source, geometry = from_predictor_folder(predictor), traces.geometry
     budgets = (*BUDGETS, *(f"{tenth}0%" for tenth in range(1, 11)))
     slots = sorted({budget_slots(budget, geometry) for budget in budgets})
-    common = ReplaySettings(geometry.total_experts, bits=traces.manifest.quantization_bits)
-    asked = combinations(common, slots, ("belief", "lru"), (f"top{geometry.top_k}",), source, source.lookaheads[:1])
-    return evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
+    options = ReplayOptions(
+        budget=[str(count) for count in slots], policy=["belief", "lru"], lookahead=source.lookaheads[:1]
+    )
+    return run_evaluation(options, traces, source, split="validation")
 
 
 def bundled_prompts() -> list[Prompt]:
-    """Read the small model's prompts, those of every fourth file held out."""
+    """Read the small model's prompts; those of every fourth source file form the split ``validation``."""
     path = checkpoints_folder() / MODEL / "prompts.jsonl"
     prompts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    # Whole files are held out: two excerpts of one file are too much alike.
-    held_out = set(sorted({prompt["source"] for prompt in prompts})[::HELD_OUT_ONE_IN])
+    # Whole files are held out, because two excerpts of one file are too similar.
+    held_out = set(sorted({prompt["source"] for prompt in prompts})[::HELD_OUT_EVERY])
     return [
-        Prompt(one["text"], one["id"], one["source"], "validation" if one["source"] in held_out else "train")
-        for one in prompts
+        Prompt(row["text"], row["id"], row["source"], "validation" if row["source"] in held_out else "train")
+        for row in prompts
     ]
 
 
 def record_small_model(folder: Path) -> TraceSet:
-    """Run the small model over its bundled prompts, and write its routing as a trace set."""
+    """Run the small model over its bundled prompts, and write its routing to a trace set in ``folder``."""
     weights = checkpoints_folder() / MODEL
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
@@ -125,7 +128,7 @@ def _describe_epoch(trainer: L.Trainer) -> str:
 
 
 def fit(traces: TraceSet, out: Path, console: Console) -> Path:
-    """Fit a small cross_layer, replaying the held-out prompts at every validation; return the predictor's folder."""
+    """Fit a small cross_layer, and replay the held-out prompts at every validation; return the predictor folder."""
     L.seed_everything(0, verbose=False)
     data = TraceDataModule(traces.folder, token_budget=1024, max_tokens=256)
     task = CrossLayerTask(
@@ -138,8 +141,8 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
         logger=CSVLogger(out, name="", version=""),
         callbacks=[
             CacheReplay(budget=BUDGETS[0]),
-            ModelCheckpoint(),  # the last weights: choosing the best on the held-out prompts would flatter them
-            ExportBest(calibration=None),  # as calibrating on them would
+            ModelCheckpoint(),  # keeps the last weights: choosing the best by the held-out prompts would overstate them
+            ExportBest(calibration=None),  # calibrating on the held-out prompts would overstate them, too
             EpochSummary(lambda line: console.print(f"    {line}"), _describe_epoch),
         ],
         gradient_clip_val=1.0,
@@ -153,9 +156,9 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
 
 
 @contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
-    """Say what is done, and how long it took; keep Lightning's remarks on hardware to itself meanwhile."""
-    console.print(what)
+def _step(console: Console, title: str) -> Iterator[None]:
+    """Print the title of a step and its duration; Lightning's remarks on hardware and all warnings are suppressed."""
+    console.print(title)
     began = time.monotonic()
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

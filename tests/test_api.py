@@ -1,20 +1,26 @@
 """The package as a script or a notebook uses it: the same answers as the command line's."""
 
+import inspect
 import json
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from _helpers.fitting import Run
 from _helpers.scoring import history_folder
+from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_beyond as mb
 from moe_beyond.cli.main import main
+from moe_beyond.cli.replay_options import add_budgets, add_conditions, add_strategies
 from moe_beyond.errors import UserError
+from moe_beyond.evaluation.options import DEFAULT_BUDGET, ReplayOptions
 from moe_beyond.geometry import budget_slots
 from moe_beyond.pretrained import checkpoints_folder
 
@@ -44,7 +50,7 @@ def test_replay_answers_as_the_command_does(run: Run, capsys: pytest.CaptureFixt
     html = found._repr_html_()
     assert "belief + top2" in html
     assert "<script" not in html
-    with pytest.raises(UserError, match=r"moe_beyond\.evaluate does"):
+    with pytest.raises(UserError, match=r"call moe_beyond\.evaluate"):
         found.metrics_table()
 
 
@@ -97,7 +103,7 @@ def test_a_share_is_exact() -> None:
     from moe_beyond.api import _budget
 
     assert [_budget(share) for share in (0.1, 0.07, 0.29, 1e-3)] == ["10.0%", "7.00%", "29.00%", "0.100%"]
-    assert budget_slots(_budget(0.29), mb.load_traces.__globals__["Geometry"]("g", (0,), 100, 2, 1, 1)) == 29
+    assert budget_slots(_budget(0.29), mb.Geometry("g", (0,), 100, 2, 1, 1)) == 29
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None
             mb.evaluate(*arguments)
         assert len(str(error.value)) < 200
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"takes no strategy; replay\(traces, strategy="):
+    with pytest.raises(UserError, match=r"evaluate: takes no strategy; moe_beyond\.replay does"):
         mb.evaluate(trace_set, predictor, strategy="all")
 
 
@@ -212,7 +218,7 @@ def test_a_notebook_shows_one_table_and_one_picture(trace_set, monkeypatch: pyte
 
 
 def test_training_text_is_left_out_or_warned_of(run: Run) -> None:
-    predictor = mb.load_predictor(run.folder)  # a run stands for the predictor that it exported
+    predictor = mb.load_predictor(run.folder)  # a run means the predictor that it exported
     with pytest.warns(UserWarning, match="measured on split validation: split train is training text of cross_layer"):
         found = mb.evaluate(run.traces, predictor, budget="25%")
     assert found.measured_on.split == "validation"
@@ -259,3 +265,66 @@ def test_what_cannot_be_recorded_is_one_line_before_work(tmp_path: Path) -> None
             mb.record(model, tokenizer, ["a"], tmp_path / "out", **options)
         assert str(error.value).startswith(says)
     assert not list(tmp_path.iterdir())
+
+
+def keywords(function: Callable[..., object]) -> dict[str, object]:
+    """The keyword-only parameters of a function, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_functions_have_the_options_of_their_commands() -> None:
+    parser = ArgumentParser()
+    for add in (add_budgets, add_strategies, add_conditions):
+        add(parser)
+    options = {action.dest for action in parser._actions} - {"help", "predictor", "scores"}
+    defaults = {field.name: field.default for field in fields(ReplayOptions)} | {"budget": DEFAULT_BUDGET}
+    assert keywords(mb.replay) == {"split": None, **defaults}
+    assert options == set(defaults)
+    assert keywords(mb.evaluate) == {
+        name: value for name, value in keywords(mb.replay).items() if name != "strategy"
+    } | {"bootstrap": 0}
+
+
+def test_record_has_the_options_of_a_collection(trace_set, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+
+    def collect(model: object, tokenizer: object, prompts: object, out: str, config: object, **more: object) -> object:
+        configs.append(config)
+        return trace_set
+
+    monkeypatch.setattr("moe_beyond.api._check_loaded", lambda model, tokenizer: None)
+    monkeypatch.setattr("moe_beyond.collect.collection.collect", collect)
+    mb.record(None, None, ["hi"], "out")
+    [config] = configs
+    assert config == type(config)()
+    assert keywords(mb.record) == {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def test_pretrained_predictors_are_listed() -> None:
+    assert "history.deepseek-v2-lite-puffin" in mb.list_pretrained()
+    assert mb.list_pretrained("history") == ["history.deepseek-v2-lite-puffin"]
+    assert mb.list_pretrained("histor") == []
+
+
+def test_public_names_are_there() -> None:
+    assert all(getattr(mb, name) is not None for name in mb.__all__)
+
+
+def test_all_splits_are_measured_on_request(run: Run) -> None:
+    with pytest.warns(UserWarning, match="was fitted on split train of this set"):
+        report = mb.evaluate(run.traces, run.folder / "predictor", split="all", budget="25%")
+    assert report.measured_on.split is None
+    assert report.to_json()["measured_on"]["relation"] == "training text"
+    assert report.metrics[0].tokens == mb.load_traces(run.traces).manifest.tokens
+
+
+def test_a_bootstrap_adds_intervals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run.folder / "predictor"
+    report = mb.evaluate(run.traces, folder, split="train", budget="25%", bootstrap=100)
+    words = ("evaluate", str(folder), "--traces", str(run.traces), "--split", "train", "--budget", "25%")
+    assert report.to_json() == said_by(capsys, *words, "--bootstrap", "100")
+    assert report.resamples == 100
+    assert "95 % intervals" in report._repr_html_()
+    with pytest.raises(UserError, match="bootstrap: is a whole number"):
+        mb.evaluate(run.traces, folder, bootstrap=1.5)

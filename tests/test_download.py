@@ -142,7 +142,7 @@ def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder:
             assert main([*asked, "--traces", str(tmp_path / "traces"), "--json", "-"]) == 0
             said.append(capsys.readouterr().out)
         assert said[0] == said[1]
-    assert "--record writes into a folder" in error_line(
+    assert "is on the Hub, not in a folder" in error_line(
         capsys, ["evaluate", "hf:org/tiny", "--traces", tmp_path / "traces", "--record"]
     )
 

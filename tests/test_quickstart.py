@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from _helpers.fitting import Run
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.quickstart import _replay
 from moe_beyond.traces.analysis.counts import count_routing
 from moe_beyond.traces.reader import TraceSet
 
@@ -60,6 +62,17 @@ def test_the_quickstart_from_a_wheel_beats_lru(tmp_path: Path) -> None:
     train, held_out = ({t.source for t in traces.traces(split)} for split in ("train", "validation"))
     assert not train & held_out
     assert read_predictor(out / "predictor").information.lookaheads == (1, 2, 3, "next")
+
+
+def test_held_out_prompts_are_replayed_at_every_tenth_with_baselines(run: Run) -> None:
+    outcome = _replay(TraceSet(str(run.traces)), run.folder / "predictor")
+    assert outcome.measured_on.split == "validation"
+    assert {result.budget_slots for result in outcome.results} == {3, 6, 8, 9, 12, 16, 19, 22, 25, 28, 32}
+    rows = [(result.strategy, result.lookahead) for result in outcome.results if result.budget_slots == 8]
+    assert rows == [
+        ("belief + top2", 1), ("lru + top2", 1), ("lru", None), ("belady", None), ("static_hindsight", None),
+    ]  # fmt: skip
+    assert outcome.to_json().keys() == {"measured_on", "metrics", "results"}
 
 
 def test_a_folder_of_somebody_elses_stays(tmp_path: Path) -> None:

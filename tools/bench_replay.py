@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.cli.replay_options import showing_progress
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.sources import from_predictor_folder, published_source
-from moe_beyond.evaluation.strategies import combinations
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.sources import from_predictor_folder, pretrained_source
+from moe_beyond.evaluation.strategies import grid
 from moe_beyond.files import write_json
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import Replay, ReplaySettings
@@ -75,7 +75,7 @@ def main() -> None:
     accesses = stream.experts.size
     console.print(f"{traces.manifest.source}: {accesses:,} accesses, {args.slots} of {geometry.total_experts} slots")
     source = from_predictor_folder(find_predictor(args.predictor)) if args.predictor else None
-    source = source or published_source("cross_layer", traces)
+    source = source or pretrained_source("cross_layer", traces)
     scored = _scored(traces, source, args.scored_tokens) if source is not None else None
     seconds: dict[str, list[float]] = {}
     agree = {}
@@ -141,7 +141,7 @@ def _scored(traces: TraceSet, source: Any, tokens: int) -> Sequence:
 def _sweep(traces: TraceSet) -> dict[str, float]:
     """Replay all budgets and policies; return seconds, and how many cores were busy on average."""
     slots = [int(budget[:-1]) * traces.geometry.total_experts // 100 for budget in SWEEP_BUDGETS]
-    lines = combinations(ReplaySettings(traces.geometry.total_experts), slots, SWEEP_POLICIES)
+    lines = grid(ReplaySettings(traces.geometry.total_experts), slots, SWEEP_POLICIES)
     evaluate(traces, lines[:6], traces.manifest.splits[-1])  # compiles
     began, cpu = time.perf_counter(), time.process_time()
     with showing_progress(traces, None, "sweeping", len(lines)) as progress:

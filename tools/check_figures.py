@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
-from moe_beyond.evaluation.strategies import combinations
+from moe_beyond.evaluation.strategies import grid
 from moe_beyond.geometry import load_preset
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import ReplaySettings
@@ -58,7 +58,7 @@ def main() -> None:
             size = sum(s.bytes for s in manifest.shards) / (manifest.tokens * preset.geometry.num_layers)
             rows.append((f"{manifest.source}: bytes an entry", size, f"at most {MOST_BYTES_PER_ENTRY}", size <= 5))
         common = ReplaySettings(preset.geometry.total_experts, warmup_tokens=10)
-        asked = combinations(common, [166, 332], ("lru", "belady"))
+        asked = grid(common, [166, 332], ("lru", "belady"))
         for result in evaluate(webglm, asked).results:
             target, found = CACHES[result.policy, result.budget_slots], 100 * result.hit_rate
             name = f"{result.policy}, {result.budget_slots} slots: hits % @ {result.bytes_ratio:.2f} bytes"

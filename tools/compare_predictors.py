@@ -27,9 +27,9 @@ from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import Prompt
-from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder
-from moe_beyond.evaluation.strategies import beside, combinations
+from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.files import read_json, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics import LookaheadMetrics
@@ -124,8 +124,8 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     slots = budget_slots(BUDGET, geometry)
     common = ReplaySettings(geometry.total_experts, bits=traces.manifest.quantization_bits)
     prefetch = (f"top{geometry.top_k}",)
-    asked = combinations(common, [slots], ("lru",), prefetch, source, [h for h in source.lookaheads if h != "next"])
-    found = evaluate(traces, beside(asked, common, geometry), "validation", [source], measure=source)
+    asked = grid(common, [slots], ("lru",), prefetch, source, [h for h in source.lookaheads if h != "next"])
+    found = evaluate(traces, with_baselines(asked, common, geometry), "validation", [source], measure=source)
     information = read_predictor(predictor).information
     return {
         "reads": (information.hidden_states or "ids").replace("_", " "),

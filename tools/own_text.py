@@ -35,7 +35,7 @@ from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.load import load_model
 from moe_beyond.collect.prompts import read_prompts
-from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder, published_source
+from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder, pretrained_source
 from moe_beyond.files import write_json
 from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.metrics.routing import RoutingMetrics
@@ -128,7 +128,7 @@ def compare(read: TraceSet, written: TraceSet, args: argparse.Namespace) -> dict
     if args.predictor:
         source = from_predictor_folder(find_predictor(args.predictor))
     else:
-        source = published_source("cross_layer", read)
+        source = pretrained_source("cross_layer", read)
     sides = [count(traces, shorter, args, source) for traces in (read, written)]
     paired = sides[0].names == sides[1].names
     return {

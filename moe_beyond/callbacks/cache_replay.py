@@ -7,7 +7,7 @@ import torch
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import from_predictor
-from moe_beyond.evaluation.strategies import REFERENCES, strategy
+from moe_beyond.evaluation.strategies import BASELINES, strategy
 from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.metrics.names import of_budget
@@ -18,7 +18,7 @@ from moe_beyond.simulator.sequence import Sequence
 from moe_beyond.tasks.base import PredictorTask
 from moe_beyond.traces.manifest import Manifest
 
-PREFIXES = ("", *(f"{policy}_" for policy in REFERENCES))
+PREFIXES = ("", *(f"{policy}_" for policy in BASELINES))
 """Prefixes of the figures: none for the policy with prefetch, then one per baseline."""
 FIGURES = ("hit_rate", "bytes_ratio")
 """Fields of a `Result` that are logged; those of the first budget are on the progress bar."""
@@ -96,7 +96,7 @@ class CacheReplay(L.Callback):
         self._strategies = []
         for budget in slots:
             self._strategies.append(strategy(common, budget, self.policy, prefetch, source, lookahead))
-            self._strategies += [strategy(common, budget, name) for name in REFERENCES]
+            self._strategies += [strategy(common, budget, name) for name in BASELINES]
         self._scoreless = {}
         self._begin(pl_module)
 

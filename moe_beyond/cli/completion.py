@@ -10,7 +10,7 @@ from moe_beyond.cli.main import VERBS
 from moe_beyond.cli.options import Output, parser
 from moe_beyond.cli.slips import option_strings
 from moe_beyond.errors import unknown
-from moe_beyond.evaluation.systems import SYSTEMS
+from moe_beyond.evaluation.named_strategies import STRATEGIES
 from moe_beyond.geometry import PRESETS
 from moe_beyond.pretrained import published_predictors
 from moe_beyond.simulator.devices import DEVICES
@@ -76,7 +76,7 @@ def completion_script(shell: str) -> str:
     predictors = published_predictors()
     values = {
         "--policy": list(POLICIES),
-        "--strategy": ["all", *SYSTEMS],
+        "--strategy": ["all", *STRATEGIES],
         "--device": list(DEVICES),
         "--predictor": predictors,
         "--profile": [name for name in predictors if name.split(".")[0] in ("history", "popularity")],

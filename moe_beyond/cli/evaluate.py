@@ -1,72 +1,59 @@
 """``moe-beyond evaluate``."""
 
+from __future__ import annotations
+
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import SPLIT_HELP, TRACES_HELP, Output, parser
+from moe_beyond.cli.options import Output, parser, progress_bar
 from moe_beyond.cli.replay_options import (
     add_budgets,
-    add_combinations,
     add_conditions,
-    request_of,
-    showing_progress,
+    add_grid,
+    add_measured_traces,
+    options_from_args,
 )
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import evaluate_run, validation_data
-from moe_beyond.evaluation.options import asked_combinations, asked_conditions, text_to_measure
-from moe_beyond.evaluation.run import Evaluation, evaluate
-from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
-from moe_beyond.evaluation.strategies import beside
-from moe_beyond.lookahead import Lookahead
-from moe_beyond.predictors.io.card import around_figures, record_figures
-from moe_beyond.predictors.training_text import MeasuredText, Relation
 from moe_beyond.pretrained import find_predictor
-from moe_beyond.report.tables.intervals import intervals_tables
-from moe_beyond.report.tables.results import checkpoints_table, metrics_table, results_table
-from moe_beyond.run_folder import is_run
-from moe_beyond.traces.reader import TraceSet
 
-RECORDED = (
-    *("strategy", "predictor", "lookahead", "leaks", "causal"),
-    *("budget_slots", "budget_share", "hit_rate", "bytes_ratio", "intervals"),
-)
-"""Of a replay's record, what a predictor's card shows."""
-"""Of a metrics' record, what is too long for a card."""
+if TYPE_CHECKING:
+    from moe_beyond.traces.reader import TraceSet
 
 
 def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "evaluate",
-        "Measure a predictor on a trace set, by lookahead, and replay what it is worth under a budget; "
-        "or compare all checkpoints of a run (on the split it validated on, unless --traces says otherwise).",
+        "Measure a predictor on a trace set by lookahead, and replay it under a memory budget; or compare all "
+        "checkpoints of a run, by default on the split that it validated on.",
         "moe-beyond evaluate runs/predictor/version_0/predictor --traces traces/webglm --budget 10%",
     )
     known.add_argument(
-        "predictor", metavar="PREDICTOR", help="a predictor folder, a published name, hf:ORG/REPO, or a run's folder"
+        "predictor",
+        metavar="PREDICTOR",
+        help="predictor folder, pretrained name, hf:ORG/REPO, or the folder of a run, whose checkpoints are compared",
     )
-    known.add_argument("--traces", metavar="DIR", help=TRACES_HELP)
-    known.add_argument("--split", metavar="S", help=SPLIT_HELP)
+    add_measured_traces(known, required=False)
     add_budgets(known)
-    add_combinations(known)
+    add_grid(known)
     add_conditions(known)
     known.add_argument(
         "--bootstrap",
         type=int,
         default=0,
         metavar="N",
-        help="draws of a bootstrap, with a fixed seed, for 95 percent intervals over sequences of all figures and of "
-        "their differences from LRU; 10000 take seconds (default: 0, no intervals)",
+        help="bootstrap draws, with a fixed seed, for 95 percent intervals over sequences of all figures and of their "
+        "differences from LRU; 10000 draws take seconds (default: 0, no intervals)",
     )
     known.add_argument(
         "--record",
         action="store_true",
-        help="write the figures into the config and the card of the predictor folder; refused for its training text",
+        help="write the figures into the configuration and the card of the predictor folder; training text is an error",
     )
     known.add_argument(
         "--record-training-text",
@@ -79,116 +66,93 @@ def options() -> ArgumentParser:
 def run(words: list[str]) -> None:
     """Evaluate a predictor, or all checkpoints of a run."""
     args = options().parse_args(words[1:])
+    # Imported here, so that help and completion do not wait for it.
+    from moe_beyond.run_folder import is_run
+
     args.record = args.record or args.record_training_text
     if is_run(args.predictor):
-        if args.record:
-            raise UserError(f"--record is for a predictor folder; {args.predictor} is a run")
-        if args.bootstrap:
-            raise UserError(f"--bootstrap is for one predictor; {args.predictor} is a run of several checkpoints")
-        _run_folder(args)
+        _checkpoints(args)
     else:
         _predictor(args, words)
 
 
-def _predictor(args: Namespace, words: Sequence[str]) -> None:
+def _predictor(args: Namespace, arguments: Sequence[str]) -> None:
+    """Evaluate one predictor, and record its figures on request."""
+    from moe_beyond.evaluation.recording import check_recordable, record_outcome
+    from moe_beyond.evaluation.run import resolve_evaluation
+    from moe_beyond.evaluation.sources import from_predictor_folder
+    from moe_beyond.report.tables.intervals import intervals_tables
+    from moe_beyond.report.tables.results import metrics_table, results_table
+
     if args.record and is_hub_name(args.predictor):
-        raise UserError(f"--record writes into a folder; get one of {args.predictor} by `hf download --local-dir DIR`")
+        raise UserError(
+            f"--record: {args.predictor} is on the Hub, not in a folder; get it by `hf download --local-dir DIR`"
+        )
     folder = find_predictor(args.predictor)
-    if args.traces is None:
-        raise UserError("evaluate needs a trace set; give --traces DIR")
-    traces = TraceSet(args.traces)
-    if args.record:
-        around_figures(folder)  # is there a place for them?
+    traces = _traces(args)
+    if traces is None:
+        raise UserError("evaluate: a trace set is missing; give --traces DIR")
     source = from_predictor_folder(folder)
-    asked_by = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
-    shared = asked_conditions(request_of(args), traces)
-    text = text_to_measure(traces, args.split, shared, [source])
-    if args.record and not args.record_training_text:
-        _check_recordable(text)
-    found = _evaluate(args, traces, text.split, source, asked_by)
-    output = Output(args)
-    output.show(*text.lines, metrics_table(found.metrics), results_table(found.results, traces.geometry))
-    if args.bootstrap:
-        output.show(*intervals_tables(found.metrics, found.results, args.bootstrap))
-    output.result({"measured_on": text.to_json(), **found.to_json()})
+    replay = resolve_evaluation(options_from_args(args), traces, source, split=args.split, bootstrap=args.bootstrap)
     if args.record:
-        manifest = traces.manifest
-        figures = {
-            "source": manifest.source,
-            "fingerprint": manifest.fingerprint,
-            "split": text.split,
-            "relation": str(text.relation),
-            "command": _command(words[1:], args.predictor, folder.name),
-            "metrics": [row.summary() for row in found.metrics],
-            "replay": [{n: value for n, value in row.to_json().items() if n in RECORDED} for row in found.results],
-        }
-        record_figures(folder, figures)
+        check_recordable(folder, replay.measured_on, training_text=args.record_training_text)
+    output = Output(args)
+    with progress_bar(f"evaluating {source.name}", quiet=args.quiet) as progress:
+        outcome = replay.run(progress)
+    output.show(
+        *outcome.measured_on.lines, metrics_table(outcome.metrics), results_table(outcome.results, outcome.geometry)
+    )
+    if args.bootstrap:
+        output.show(*intervals_tables(outcome.metrics, outcome.results, args.bootstrap))
+    output.result(outcome.to_json())
+    if args.record:
+        record_outcome(folder, outcome, _command(arguments[1:], args.predictor, folder.name))
 
 
-def _check_recordable(text: MeasuredText) -> None:
-    """Refuse to record figures of text that the predictor was fitted on, or may have been.
+def _checkpoints(args: Namespace) -> None:
+    """Evaluate all checkpoints of a run."""
+    from moe_beyond.evaluation.checkpoints import evaluate_run
+    from moe_beyond.report.tables.conditions import conditions
+    from moe_beyond.report.tables.results import checkpoints_table
 
-    Raises:
-        UserError: It was, or may have been.
+    for option in ("record", "bootstrap"):
+        if args[option]:
+            raise UserError(f"--{option}: {args.predictor} is a run of several checkpoints; name one predictor")
+    output = Output(args)
+    with progress_bar(f"evaluating {args.predictor}", quiet=args.quiet) as progress:
+        evaluation = evaluate_run(
+            options_from_args(args), args.predictor, traces=_traces(args), split=args.split, progress=progress
+        )
+    output.show(
+        *evaluation.measured_on.lines,
+        checkpoints_table(evaluation.checkpoints, evaluation.geometry),
+        f"conditions: {conditions(evaluation.checkpoints[0].evaluation.results)}",
+    )
+    output.result(evaluation.to_json())
+
+
+def _traces(args: Namespace) -> TraceSet | None:
+    from moe_beyond.traces.reader import TraceSet
+
+    return None if args.traces is None else TraceSet(args.traces)
+
+
+def _command(arguments: Sequence[str], predictor: str, name: str) -> str:
+    """Return the command line that prints the figures elsewhere: without paths and without options of the output.
+
+    Args:
+        arguments: Arguments after the name of the command.
+        predictor: The predictor among them.
+        name: Name of the predictor folder.
     """
-    if text.relation in (Relation.TRAINING, Relation.UNKNOWN):
-        why = next(note.sentence for note in text.notes if note.relation is text.relation)
-        raise UserError(f"--record: {why}; measure other text, or add --record-training-text, which marks the figures")
-
-
-def _command(words: Sequence[str], predictor: str, name: str) -> str:
-    """Return the command line without what is another's concern: where things lie, and where a copy went."""
-    kept, words = ["moe-beyond", "evaluate", name, "--traces", "DIR"], list(words)
-    words.remove(predictor)  # once: an option may name the same
-    rest = iter(words)
-    for word in rest:
-        option, joined, _ = word.partition("=")
+    kept, remaining = ["moe-beyond", "evaluate", name, "--traces", "DIR"], list(arguments)
+    remaining.remove(predictor)  # only once: an option may have the same value
+    rest = iter(remaining)
+    for argument in rest:
+        option, joined, _ = argument.partition("=")
         if option in ("--traces", "--json"):
             if not joined:
                 next(rest, None)
-        elif word not in ("--record", "--record-training-text", "--quiet"):
-            kept.append(Path(word).name if Path(word).is_dir() else word)
+        elif argument not in ("--record", "--record-training-text", "--quiet"):
+            kept.append(Path(argument).name if Path(argument).is_dir() else argument)
     return shlex.join(kept)
-
-
-def _run_folder(args: Namespace) -> None:
-    folder, split = (args.traces, args.split) if args.traces else validation_data(args.predictor)
-    traces = TraceSet(folder)
-    shared = asked_conditions(request_of(args), traces)
-    texts: list[MeasuredText] = []
-
-    def evaluated(source: ScoreSource) -> Evaluation:
-        if not texts:  # all checkpoints of a run were fitted on the same
-            of_run = replace(source, name="the run")
-            texts.append(text_to_measure(traces, args.split or split, shared, [of_run]))
-        # One lookahead is enough to compare checkpoints by; --lookahead asks for others.
-        return _evaluate(args, traces, texts[0].split, source, source.lookaheads[:1])
-
-    found = list(evaluate_run(args.predictor, evaluated))
-    output = Output(args)
-    output.show(*texts[0].lines, checkpoints_table(found, traces.geometry))
-    rows = [
-        {"checkpoint": one.checkpoint, "epoch": one.epoch, "step": one.step, **one.evaluation.to_json()}
-        for one in found
-    ]
-    output.result({"measured_on": texts[0].to_json(), "checkpoints": rows})
-
-
-def _evaluate(
-    args: Namespace, traces: TraceSet, split: str | None, source: ScoreSource, lookaheads: Sequence[Lookahead]
-) -> Evaluation:
-    request = request_of(args)
-    shared = asked_conditions(request, traces)
-    found = asked_combinations(request, traces, shared, source, lookaheads)
-    asked = beside(found, shared.common, traces.geometry, shared.quotas)
-    with showing_progress(traces, split, f"evaluating {source.name}", len(asked), quiet=args.quiet) as progress:
-        return evaluate(
-            traces,
-            asked,
-            split,
-            [source],
-            measure=source,
-            profile=shared.profile,
-            resamples=args.bootstrap,
-            progress=progress,
-        )

@@ -9,17 +9,17 @@ def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "quickstart",
-        "Record a small bundled mixture of experts, fit a predictor on its routing, and replay prompts it never saw.",
+        "Record a small bundled model, fit a predictor on its routing, and replay prompts that neither was fitted on.",
         "moe-beyond quickstart --out demo",
     )
-    known.add_argument("--out", metavar="DIR", default="demo", help="folder to make (default: demo)")
+    known.add_argument("--out", metavar="DIR", default="demo", help="output folder (default: demo)")
     return known
 
 
 def run(words: list[str]) -> None:
-    """Run the whole path."""
+    """Record, fit and replay."""
     args = options().parse_args(words[1:])
     output = Output(args)
-    from moe_beyond.quickstart import quickstart  # heavy imports, after the options are known to be right
+    from moe_beyond.quickstart import quickstart  # imported here, so that wrong options are refused at once
 
     output.result(quickstart(args.out, output.console).to_json())

@@ -1,35 +1,27 @@
 """``moe-beyond replay``."""
 
-from typing import Any
-
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, add_plots, add_traces, check_plots, parser
+from moe_beyond.cli.options import Output, add_plots, check_plots, parser, progress_bar
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
+    add_measured_traces,
     add_strategies,
-    asked_source,
-    request_of,
-    showing_progress,
+    open_source,
+    options_from_args,
 )
-from moe_beyond.evaluation.options import asked_conditions, asked_strategies, text_to_measure
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.strategies import beside
-from moe_beyond.report.plots.files import pictures, write_pictures
-from moe_beyond.report.tables.results import results_table, unavailable_lines
-from moe_beyond.traces.reader import TraceSet
 
 
 def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "replay",
-        "Replay traces through a cache under a memory budget, on a device's clock if one is named; LRU, Belady and the "
-        "best fixed choice stand beside every result.",
+        "Replay traces through a cache under a memory budget, and on a device with times. Every result is shown "
+        "next to LRU, Belady and the best fixed choice of experts.",
         "moe-beyond replay --traces traces/webglm --budget 10% --strategy all --device rtx4060-laptop",
     )
-    add_traces(known)
+    add_measured_traces(known)
     add_budgets(known)
     add_strategies(known)
     add_conditions(known)
@@ -38,22 +30,29 @@ def options() -> ArgumentParser:
 
 
 def run(words: list[str]) -> None:
-    """Replay."""
+    """Replay traces."""
     args = options().parse_args(words[1:])
     output = Output(args)
     check_plots(args.plots)
+    # Imported here, so that help and completion do not wait for it.
+    from moe_beyond.evaluation.run import run_replay
+    from moe_beyond.report.tables.results import results_table, unavailable_lines
+    from moe_beyond.traces.reader import TraceSet
+
     traces = TraceSet(args.traces)
-    request = request_of(args)
-    shared = asked_conditions(request, traces)
-    asked = asked_strategies(request, traces, shared, asked_source(args))
-    text = text_to_measure(traces, args.split, shared, asked.sources)
-    lines = beside(asked.strategies, shared.common, traces.geometry, shared.quotas)
-    with showing_progress(traces, text.split, "replaying", len(lines), quiet=args.quiet) as progress:
-        found = evaluate(traces, lines, text.split, asked.sources, profile=shared.profile, progress=progress)
-    output.show(*text.lines, results_table(found.results, traces.geometry), *unavailable_lines(asked.missing))
+    with progress_bar("replaying", quiet=args.quiet) as progress:
+        outcome = run_replay(options_from_args(args), traces, open_source(args), split=args.split, progress=progress)
+    output.show(
+        *outcome.measured_on.lines,
+        results_table(outcome.results, outcome.geometry),
+        *unavailable_lines(outcome.unavailable),
+    )
     if args.plots:
-        drawn = pictures(traces, lines, found.results, asked.sources, shared.profile, text.split)
+        from moe_beyond.report.plots.files import pictures, write_pictures
+
+        replay = outcome.replay
+        drawn = pictures(
+            traces, replay.strategies, outcome.results, replay.sources, replay.profile, outcome.measured_on.split
+        )
         output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))
-    content: dict[str, Any] = {"measured_on": text.to_json(), "results": [result.to_json() for result in found.results]}
-    unavailable = [{"strategy": one.strategy, "why": one.why} for one in asked.missing]
-    output.result(content | ({"unavailable": unavailable} if unavailable else {}))
+    output.result(outcome.to_json())

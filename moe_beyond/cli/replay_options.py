@@ -1,153 +1,186 @@
-"""The options that say what to replay, shared by ``evaluate``, ``replay`` and ``plan``."""
+"""Options of a replay, shared by ``evaluate``, ``replay`` and ``plan``.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+Nothing here imports what a replay needs: parsers are built for ``--help`` and for completion, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import progress_bar
+from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cli.options import TRACES_HELP
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.checkpoints import find_source
-from moe_beyond.evaluation.options import DEFAULT_BUDGET, Request
-from moe_beyond.evaluation.sources import ScoreSource, from_scores_folder
-from moe_beyond.evaluation.systems import SYSTEMS
-from moe_beyond.traces.reader import TraceSet
+from moe_beyond.evaluation.named_strategies import ALL, STRATEGIES
+from moe_beyond.evaluation.options import ALL_SPLITS, DEFAULT_BUDGET, SCOPES, ReplayOptions
+
+if TYPE_CHECKING:
+    from moe_beyond.evaluation.sources import ScoreSource
+
+SPLIT_HELP = (
+    f"split of the trace set to measure, or {ALL_SPLITS} (default: all; with a predictor, a split that it was not "
+    "fitted on, if any)"
+)
+BUDGET_HELP = "memory budget: 10% of all experts, 166 slots, 2.9GB or 2.7GiB; repeatable"
+PREDICTOR_HELP = (
+    "a predictor folder, a pretrained name, hf:ORG/REPO, or the folder of a run (its exported predictor, otherwise its "
+    "best checkpoint, otherwise its last one)"
+)
+
+
+PREFETCH_SYNTAX = ("none", "top6", "'p>0.5'", "'top6,p>0.1'", "adaptive", "moe_infinity", "oracle")
+
+
+def choices(names: Iterable[str]) -> str:
+    """Return the names of a registry for a help text."""
+    return ", ".join(names)
+
+
+def device_help() -> str:
+    """Return the help of ``--device``."""
+    from moe_beyond.simulator.devices import DEVICES  # imported only for parsers of replays
+
+    return f"device that enables the timing model: {choices(DEVICES)}, or a JSON file, see `moe-beyond devices`"
+
+
+def add_measured_traces(options: ArgumentParser, *, required: bool = True) -> None:
+    """Add ``--traces`` and ``--split``.
+
+    Args:
+        options: Parser of a command.
+        required: Whether ``--traces`` is required (default: True).
+    """
+    options.add_argument("--traces", metavar="DIR", required=required, help=TRACES_HELP)
+    options.add_argument("--split", metavar="S", help=SPLIT_HELP)
 
 
 def add_budgets(options: ArgumentParser) -> None:
     """Add ``--budget``."""
-    options.add_argument(
-        "--budget",
-        action="append",
-        metavar="B",
-        help=f"10%, 166 (slots), 2.9GB or 2.7GiB; repeat for more (default: {DEFAULT_BUDGET})",
-    )
+    options.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGET})")
 
 
 def add_strategies(options: ArgumentParser) -> None:
-    """Add ``--strategy``, and what it does without: policies, prefetchers, and the scores that they use."""
+    """Add ``--strategy``, the options of a grid, and those of its scores."""
     options.add_argument(
         "--strategy",
         action="append",
         metavar="S",
-        help=f"a named system instead of --policy and --prefetch: {', '.join(SYSTEMS)}, or all; repeat for more",
+        help="named strategy in place of --policy and --prefetch: "
+        f"{choices(STRATEGIES)}, or {ALL}; repeatable (default: none)",
     )
-    add_combinations(options)
+    add_grid(options)
+    options.add_argument("--predictor", metavar="P", help=f"predictor whose scores are used: {PREDICTOR_HELP}")
     options.add_argument(
-        "--predictor",
-        metavar="P",
-        help="predictor whose scores are used: a folder, a published name, hf:ORG/REPO, or a run's folder "
-        "(its exported predictor, else its best checkpoint, else its last)",
-    )
-    options.add_argument(
-        "--scores", metavar="DIR", help="scores that `moe-beyond predict` wrote, instead of --predictor"
+        "--scores", metavar="DIR", help="scores folder of `moe-beyond predict`, in place of --predictor (default: none)"
     )
 
 
-def add_combinations(options: ArgumentParser) -> None:
-    """Add the options that combine policies and prefetchers."""
+def add_grid(options: ArgumentParser) -> None:
+    """Add the options that form a grid: policies, prefetchers and lookaheads."""
     options.add_argument(
         "--policy",
         action="append",
         metavar="P",
-        help="lru (default), lfu, lfu_in_cache, lfru, class_lru, static, least_stale, moe_infinity, moe_spac, hobbit, "
-        "belief, belady or belady_bypass; repeat for more",
+        help=f"eviction policy: {choices(POLICIES)}; repeatable (default: lru)",
     )
     options.add_argument(
         "--prefetch",
         action="append",
         metavar="F",
-        help="none, top6, 'p>0.5', 'top6,p>0.1' (in quotes: a shell takes > for a file), each also with a distance for "
-        "whole-token scores (top6@2); adaptive, moe_infinity or oracle; repeat for more (default with scores: top<K>)",
+        help=f"prefetcher: {choices(PREFETCH_SYNTAX)}; quote >, at which a shell redirects; top6 and p>0.5 take a "
+        "distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, none without)",
     )
     options.add_argument(
         "--lookahead",
         action="append",
         metavar="H",
-        help="scores to ask by: token, 1, 2, ... (default: the first); at a token's start, layers before which none "
-        "runs are prefetched by those of the smallest lookahead; repeat for more",
+        help="lookahead of the scores that prefetchers select by: token, 1, 2, ...; when a token starts, layers "
+        "without an earlier layer at that distance use the smallest lookahead; repeatable (default: the "
+        "predictor's first)",
     )
 
 
 def add_conditions(options: ArgumentParser) -> None:
     """Add the options that all strategies of a replay share."""
-    options.add_argument("--device", metavar="D", help="a preset of `moe-beyond devices`, or a JSON file: counts time")
-    options.add_argument("--scope", default="global", help="global (default) or per-layer")
+    options.add_argument("--device", metavar="D", help=f"{device_help()} (default: no timing)")
+    options.add_argument(
+        "--scope", default="global", metavar="S", help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)"
+    )
     options.add_argument(
         "--quotas",
         metavar="Q",
-        help="of --scope per-layer: even (default), proportional, or slots by layer: 10,8,8,...",
+        help="slots per layer with --scope per-layer: even, proportional, or a list such as 10,8,8 (default: even)",
     )
-    options.add_argument("--profile", metavar="P", help="a fitted history or popularity predictor, named likewise")
+    options.add_argument(
+        "--profile",
+        metavar="P",
+        help="fitted history or popularity predictor for policies that need a usage profile (default: none; with "
+        "--strategy, the pretrained history)",
+    )
     options.add_argument(
         "--warm-start",
         action="store_true",
-        help="each sequence starts with the profile's most popular experts, whose transfers count",
+        help="start every sequence with the profile's most popular experts; their transfers count",
     )
-    options.add_argument("--carry-over", action="store_true", help="a sequence finds the cache as the last one left it")
+    options.add_argument(
+        "--carry-over", action="store_true", help="start every sequence with the cache of the sequence before"
+    )
     options.add_argument(
         "--cold-host",
         action="store_true",
-        help="host memory of a device with flash begins empty (default: with as many experts as fit)",
+        help="start with empty host memory on a device with flash (default: with as many experts as fit)",
     )
     options.add_argument(
-        "--prefill-chunk", type=int, default=0, metavar="N", help="prompt tokens of a step (default: each is a step)"
+        "--prefill-chunk", type=int, default=0, metavar="N", help="prompt tokens per step (default: 0, one step each)"
     )
-    options.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences of a step (default: 1)")
-    options.add_argument("--sequential", action="store_true", help="access by access, as other simulators do")
+    options.add_argument(
+        "--batch-size", type=int, default=1, metavar="B", help="sequences decoded together (default: 1)"
+    )
+    options.add_argument("--sequential", action="store_true", help="count access by access, as other simulators do")
     options.add_argument(
         "--warmup-tokens",
         type=int,
         default=0,
         metavar="N",
-        help="tokens of a sequence that do not count; a sequence with no more is left out (default: 0)",
+        help="tokens at the start of each sequence that do not count; sequences without more tokens are left out "
+        "(default: 0)",
     )
     options.add_argument(
         "--no-first-layer-prefetch",
         action="store_true",
-        help="do not prefetch the layers whose scores exist when the token starts",
+        help="do not prefetch for layers whose scores exist when the token starts",
     )
     options.add_argument(
-        "--quantization", type=float, metavar="BITS", help="bits per parameter, for bytes and times; the traces' own"
+        "--quantization",
+        type=float,
+        metavar="BITS",
+        help="bits per parameter, used for bytes and times (default: as recorded in the trace set)",
     )
 
 
-def asked_source(args: Namespace) -> ScoreSource | None:
-    """Open the predictor or the scores that are named, if any.
+def open_source(args: Namespace) -> ScoreSource | None:
+    """Open the named predictor or scores; None without either.
 
     Raises:
-        UserError: Both are, or what is named is none.
+        UserError: Both are named, or the named one cannot be read.
     """
     if args.predictor and args.scores:
         raise UserError("--predictor and --scores exclude each other; give one")
     if args.predictor:
+        from moe_beyond.evaluation.checkpoints import find_source  # imports torch, which stored scores do not need
+
         return find_source(args.predictor)
-    return from_scores_folder(args.scores) if args.scores else None
+    if args.scores:
+        from moe_beyond.evaluation.sources import from_scores_folder  # imports what a replay needs, as help does not
+
+        return from_scores_folder(args.scores)
+    return None
 
 
-def request_of(args: Namespace) -> Request:
-    """Return what the options ask for."""
-    given = {field.name: args[field.name] for field in fields(Request) if args.get(field.name) is not None}
-    return Request(**given)
-
-
-@contextmanager
-def showing_progress(
-    traces: TraceSet, split: str | None, what: str, strategies: int = 1, *, quiet: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """Show a bar over the tokens of a split, times the strategies, on standard error and only on a terminal.
-
-    Yields:
-        What to call with the tokens that were done.
-    """
-    total, done = sum(shard.tokens for shard in traces.shards(split)) * strategies, 0
-
-    with progress_bar(what, quiet=quiet) as progress:
-
-        def advance(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(done, total)
-
-        yield advance
+def options_from_args(args: Namespace) -> ReplayOptions:
+    """Return the options of a replay from parsed arguments; absent ones keep their defaults."""
+    names = [field.name for field in fields(ReplayOptions)]
+    return ReplayOptions(**{name: args[name] for name in names if args.get(name) is not None})

@@ -4,56 +4,42 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, add_traces, parser
-from moe_beyond.cli.replay_options import showing_progress
+from moe_beyond.cli.options import Output, parser, progress_bar
+from moe_beyond.cli.replay_options import BUDGET_HELP, PREDICTOR_HELP, add_measured_traces, device_help
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.profiles import load_profile
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.sources import from_predictor_folder, published_for
-from moe_beyond.geometry import budget_slots
-from moe_beyond.predictors.training_text import measured_text
-from moe_beyond.report.html.build import write_page
-from moe_beyond.report.html.source import find_subject
-from moe_beyond.report.html.strategies import DEVICES, SHARES, default_slots, page_strategies
-from moe_beyond.simulator import ReplaySettings
-from moe_beyond.simulator.devices import load_device
-from moe_beyond.traces.reader import TraceSet
+
+DEFAULT_BUDGETS = "5, 10, 15, 20, 30, 40, 50 and 60% of all experts"
+DEFAULT_DEVICES = "rtx4060-laptop, rtx4090, jetson-agx-orin"
+"""Defaults of the page in words: `moe_beyond.report.html.strategies` has them, and imports what help does not need."""
 
 
 def options() -> ArgumentParser:
     """Return the parser of this verb's options."""
     known = parser(
         "report",
-        "Write a page to look at: what a predictor was fitted on, how well it predicts a trace set, and what that is "
-        "worth under budgets and on devices. One HTML file that needs nothing else.",
+        "Write a page about a predictor: its training data, its figures on a trace set, and its replay under budgets "
+        "and on devices. The page is one HTML file that makes no network requests.",
         "moe-beyond report runs/predictor/version_0 --traces traces/webglm --out report.html",
     )
+    known.add_argument("predictor", metavar="RUN_OR_PREDICTOR", help=PREDICTOR_HELP)
+    add_measured_traces(known)
+    known.add_argument("--out", metavar="FILE", required=True, help="HTML file to write")
+    known.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})")
     known.add_argument(
-        "predictor", metavar="RUN_OR_PREDICTOR", help="a run's folder, a predictor folder, or a published name"
-    )
-    add_traces(known)
-    known.add_argument("--out", metavar="FILE", required=True, help="the HTML file to write")
-    shares = ", ".join(f"{share}%" for share in SHARES)
-    known.add_argument(
-        "--budget",
-        action="append",
-        metavar="B",
-        help=f"10%, 166 (slots), 2.9GB or 2.7GiB; repeat for more (default: {shares})",
+        "--device", action="append", metavar="D", help=f"{device_help()}; repeatable (default: {DEFAULT_DEVICES})"
     )
     known.add_argument(
-        "--device",
-        action="append",
-        metavar="D",
-        help=f"a preset of `moe-beyond devices`, or a JSON file; repeat for more (default: {', '.join(DEVICES)})",
-    )
-    known.add_argument(
-        "--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence that replays do not count (0)"
+        "--warmup-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens at the start of each sequence that replays do not count (default: 0)",
     )
     return known
 
 
 def run(words: list[str]) -> None:
-    """Measure, write the page."""
+    """Evaluate a predictor, and write the page."""
     args = options().parse_args(words[1:])
     if Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, {Path(args.out) / 'report.html'} for example")
@@ -61,31 +47,48 @@ def run(words: list[str]) -> None:
 
 
 def _report(args: Namespace) -> None:
+    # Imported here, so that help and completion do not wait for it.
+    from moe_beyond.evaluation.resolve import SharedSettings, resolve_text
+    from moe_beyond.evaluation.run import ResolvedReplay
+    from moe_beyond.evaluation.sources import from_predictor_folder, load_profile, pretrained_for
+    from moe_beyond.geometry import budget_slots
+    from moe_beyond.report.html.build import write_page
+    from moe_beyond.report.html.source import find_subject
+    from moe_beyond.report.html.strategies import DEVICES, default_slots, page_strategies
+    from moe_beyond.simulator import ReplaySettings
+    from moe_beyond.simulator.devices import load_device
+    from moe_beyond.traces.reader import TraceSet
+
     subject, traces = find_subject(args.predictor), TraceSet(args.traces)
+    output = Output(args)
     geometry, bits = traces.geometry, traces.manifest.quantization_bits
     devices = [load_device(text) for text in dict.fromkeys(args.device or DEVICES)]
     slots = [budget_slots(budget, geometry, bits) for budget in args.budget or ()] or default_slots(geometry)
     source = from_predictor_folder(subject.folder)
     common = ReplaySettings(geometry.total_experts, warmup_tokens=args.warmup_tokens, bits=bits)
-    lines = page_strategies(common, slots, source, geometry, devices)
-    history = published_for("history", traces)
-    profile = None if history is None else load_profile(history, traces)
-    text = measured_text(traces, args.split, [(source.name, source.training)])
-    with showing_progress(traces, text.split, f"replaying {source.name}", len(lines), quiet=args.quiet) as progress:
-        found = evaluate(traces, lines, text.split, [source], measure=source, profile=profile, progress=progress)
+    history = pretrained_for("history", traces)
+    replay = ResolvedReplay(
+        traces,
+        resolve_text(traces, args.split, SharedSettings(common), [source]),
+        page_strategies(common, slots, source, geometry, devices),
+        [source],
+        profile=None if history is None else load_profile(history, traces),
+        measure=source,
+    )
+    with progress_bar(f"replaying {source.name}", quiet=args.quiet) as progress:
+        outcome = replay.run(progress)
     write_page(
         args.out,
         subject,
         traces,
-        text.split,
-        found,
-        notes=text.lines,
+        outcome.measured_on.split,
+        outcome.evaluation,
+        notes=outcome.measured_on.lines,
         source=source,
         devices=devices,
         bits=bits,
         warmup_tokens=args.warmup_tokens,
         profile=None if history is None else history.name,
     )
-    output = Output(args)
-    output.show(*text.lines, f"page: {args.out}")
-    output.result({"measured_on": text.to_json(), **found.to_json()})
+    output.show(*outcome.measured_on.lines, f"page: {args.out}")
+    output.result(outcome.to_json())

@@ -1,10 +1,8 @@
-"""95 % intervals over sequences, by the paired bootstrap.
+"""95 % intervals over sequences by the paired bootstrap.
 
-Sequences are drawn with replacement, and all figures are computed for each draw.
-
-Every draw is used for all strategies, so that a difference between two is of the same sequences. What was fitted or
-tuned before stays as it is: the intervals say how far other sequences of the same kind would move a figure, not how
-far another fit would.
+A draw resamples the sequences with replacement and computes every figure. All strategies share each draw, so the
+interval of a difference compares the same sequences. Fitting and tuning are not repeated: the intervals cover the
+choice of sequences, not the choice of training text.
 """
 
 from collections.abc import Sequence
@@ -20,11 +18,11 @@ from moe_beyond.simulator.sums import COLUMNS, SequenceSums
 
 Floats = npt.NDArray[np.float64]
 
-FEWEST = 100
-"""Draws, at least: fewer do not have 95 % of anything."""
+MIN_RESAMPLES = 100
+"""Least number of draws: the ends of a 95 % interval need a few draws beyond them."""
 SEED = 0
-ENDS = (0.025, 0.975)
-TOGETHER = 128
+QUANTILES = (0.025, 0.975)
+DRAWS_PER_BLOCK = 128
 """Draws whose weights are in memory at once."""
 
 
@@ -32,11 +30,11 @@ def check_resamples(resamples: int) -> None:
     """Check the number of draws.
 
     Raises:
-        UserError: It is neither 0 nor large enough.
+        UserError: The number is neither 0 nor at least `MIN_RESAMPLES`.
     """
-    if resamples and resamples < FEWEST:
+    if resamples and resamples < MIN_RESAMPLES:
         raise UserError(
-            f"--bootstrap {resamples}: too few draws for an interval; give at least {FEWEST}, or 0 for none"
+            f"--bootstrap: too few draws for an interval (got {resamples}); give {MIN_RESAMPLES} or more, or 0 for none"
         )
 
 
@@ -46,55 +44,67 @@ class RecallSums:
 
     Attributes:
         names: Ids of the sequences.
-        found: ``(H, L)`` each, the chosen experts among the k best scored.
-        named: ``(H, L)`` each, the chosen experts.
+        found: ``(H, L)`` float64 per sequence, the selected experts that are among the k best-scored.
+        chosen: ``(H, L)`` float64 per sequence, the selected experts.
     """
 
     names: list[str] = field(default_factory=list)
     found: list[Floats] = field(default_factory=list)
-    named: list[Floats] = field(default_factory=list)
+    chosen: list[Floats] = field(default_factory=list)
 
 
 def resampled(rows: Floats, resamples: int) -> Floats:
-    """Draw rows with replacement, as many as there are, and add them up; ``(n, C) -> (resamples, C)``.
+    """Draw as many rows as there are, with replacement, and sum them.
 
-    The draws depend only on n and on their number, so that tables of the same sequences are drawn alike.
+    The draws depend only on both counts, so tables of the same sequences share their draws.
+
+    Args:
+        rows: ``(n, C)``, one row per sequence.
+        resamples: Number of draws.
+
+    Returns:
+        ``(resamples, C)`` float64.
 
     Raises:
-        UserError: There is but one row.
+        UserError: There are fewer than two rows.
     """
     if len(rows) < 2:
-        raise UserError("--bootstrap draws among sequences, and not two count; give more sequences or --bootstrap 0")
+        raise UserError(
+            f"--bootstrap: draws need at least two sequences that count (got {len(rows)}); give more, or --bootstrap 0"
+        )
     rng, sums = np.random.default_rng(SEED), np.empty((resamples, rows.shape[1]))
-    for start in range(0, resamples, TOGETHER):
-        part = sums[start : start + TOGETHER]
+    for start in range(0, resamples, DRAWS_PER_BLOCK):
+        part = sums[start : start + DRAWS_PER_BLOCK]
         part[:] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=len(part)) @ rows
     return sums
 
 
 def interval(values: Floats) -> list[float]:
-    """Return the ends of the middle 95 % of values; draws in which there was nothing to divide by are left out."""
-    return [float(end) for end in np.nanquantile(values, ENDS)]
+    """Return the ends of the middle 95 % of values; draws with a zero denominator (NaN) are left out."""
+    return [float(end) for end in np.nanquantile(values, QUANTILES)]
 
 
 def recall_intervals(sums: RecallSums, resamples: int) -> list[list[float]]:
     """Return the interval of each lookahead's recall@k, the mean over layers."""
     order = np.argsort(sums.names, kind="stable")
-    rows = np.stack([np.stack(sums.found), np.stack(sums.named)], axis=1)[order]  # (n, 2, H, L)
-    found, named = np.moveaxis(resampled(rows.reshape(len(rows), -1), resamples).reshape(-1, *rows.shape[1:]), 1, 0)
-    recall = _quotient(found, named).mean(-1)
+    rows = np.stack([np.stack(sums.found), np.stack(sums.chosen)], axis=1)[order]  # (n, 2, H, L)
+    found, chosen = np.moveaxis(resampled(rows.reshape(len(rows), -1), resamples).reshape(-1, *rows.shape[1:]), 1, 0)
+    recall = _quotient(found, chosen).mean(-1)
     return [interval(recall[:, lookahead]) for lookahead in range(recall.shape[1])]
 
 
 def result_intervals(results: Sequence[Result], sums: Sequence[SequenceSums], resamples: int) -> list[Result]:
-    """Return the results with intervals of hit rate, bytes and speed, and of their differences from LRU's.
+    """Add intervals of hit rate, bytes ratio and speed, and of their differences from LRU, to results.
 
     Args:
         results: One record per strategy.
         sums: Contributions of the sequences, one object per result.
         resamples: Number of draws.
+
+    Returns:
+        The records with ``intervals``.
     """
-    tables = [_by_name(part) for part in sums]
+    tables = [_sorted_rows(part) for part in sums]
     drawn = np.split(resampled(np.concatenate(tables, axis=1), resamples), len(tables), axis=1)
     figures = [_figures(result, table, part.once) for result, table, part in zip(results, drawn, sums, strict=True)]
     lru = {result.budget_slots: n for n, result in enumerate(results) if result.strategy == "lru"}
@@ -102,20 +112,20 @@ def result_intervals(results: Sequence[Result], sums: Sequence[SequenceSums], re
     for result, figure in zip(results, figures, strict=True):
         intervals: dict[str, Any] = {name: interval(values) for name, values in figure.items()}
         if result.strategy != "lru" and result.budget_slots in lru:
-            reference = figures[lru[result.budget_slots]]
-            intervals["minus_lru"] = {name: interval(figure[name] - reference[name]) for name in figure}
+            baseline = figures[lru[result.budget_slots]]
+            intervals["minus_lru"] = {name: interval(figure[name] - baseline[name]) for name in figure}
         with_intervals.append(replace(result, intervals=intervals))
     return with_intervals
 
 
-def _by_name(sums: SequenceSums) -> Floats:
-    """Return the rows ``(n, C)`` by the names of their sequences: strategies need not have gone over them alike."""
+def _sorted_rows(sums: SequenceSums) -> Floats:
+    """Return the rows ``(n, C)`` sorted by sequence id: strategies may see the sequences in different orders."""
     order = sorted(range(len(sums.names)), key=sums.names.__getitem__)
     return np.stack(sums.rows)[order]
 
 
 def _figures(result: Result, table: Floats, once: int) -> dict[str, Floats]:
-    """Return the figures of each draw."""
+    """Return the figures of each draw, ``(resamples,)`` float64 by name."""
     column = dict(zip(COLUMNS, table.T, strict=True))
     figures = {
         "hit_rate": _quotient(column["hits"], column["accesses"]),
@@ -126,7 +136,8 @@ def _figures(result: Result, table: Floats, once: int) -> dict[str, Floats]:
     return figures
 
 
-def _quotient(above: Floats, below: Floats) -> Floats:
-    quotient = np.full(above.shape, np.nan)
-    np.divide(above, below, out=quotient, where=below > 0)
+def _quotient(numerator: Floats, denominator: Floats) -> Floats:
+    """Divide; NaN for a zero denominator."""
+    quotient = np.full(numerator.shape, np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
     return quotient

@@ -1,50 +1,68 @@
-"""All checkpoints of a run, those saved between validations too, on equal terms."""
+"""Runs of a fit: their folders, their predictor, and the evaluation of all their checkpoints on equal terms."""
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.run import Evaluation
+from moe_beyond.evaluation.options import ReplayOptions
+from moe_beyond.evaluation.resolve import resolve_grid, resolve_settings, resolve_text
+from moe_beyond.evaluation.results import CheckpointEvaluation, Progress
+from moe_beyond.evaluation.run import measured_replay
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
+from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.checkpoint import Checkpoint, load_checkpoint
 from moe_beyond.predictors.io.folder import read_config, read_predictor
+from moe_beyond.predictors.training_text import MeasuredText
 from moe_beyond.pretrained import CONFIG_FILE as PREDICTOR_CONFIG
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.run_folder import PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints_of, is_run, run_of
+from moe_beyond.traces.reader import TraceSet
 
 COPIES = ("last", "interrupted")
-"""Beginnings of the names of checkpoints that may be second copies of others."""
+"""Prefixes of the names of checkpoints that may be second copies of others."""
 
 
 @dataclass(frozen=True)
-class CheckpointEvaluation:
-    """One checkpoint's figures: its file's name, when it was saved, and what was found."""
+class RunEvaluation:
+    """Evaluation of all checkpoints of a run.
 
-    checkpoint: str
-    epoch: int
-    step: int
-    evaluation: Evaluation
+    Attributes:
+        measured_on: Split, and relation of its text to the run's training text.
+        geometry: Geometry of the model.
+        checkpoints: One evaluation per checkpoint, in the order of their steps.
+    """
+
+    measured_on: MeasuredText
+    geometry: Geometry
+    checkpoints: Sequence[CheckpointEvaluation]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, as ``--json`` writes them."""
+        return {
+            "measured_on": self.measured_on.to_json(),
+            "checkpoints": [checkpoint.to_json() for checkpoint in self.checkpoints],
+        }
 
 
 def find_trained(name: str) -> Path:
-    """Find the predictor that a name refers to; for a run, say on standard error which part of it that is.
+    """Find the predictor of a name; the predictor of a run is printed to standard error.
 
-    A run refers to the predictor that it exported, otherwise to its best checkpoint, otherwise to its last.
+    The predictor of a run is the exported one, otherwise the best checkpoint, otherwise the last one.
 
     Args:
-        name: A run's folder, a predictor folder, a published name, or ``hf:ORG/REPO``.
+        name: Folder of a run, predictor folder, pretrained name, or ``hf:ORG/REPO``.
 
     Returns:
         A predictor folder, or a checkpoint of the run.
 
     Raises:
-        UserError: It is none of them, or a run without a predictor and without checkpoints.
+        UserError: There is no predictor of this name, or the run has neither predictor nor checkpoints.
     """
     folder = Path(name)
     if not is_run(folder) or (folder / PREDICTOR_CONFIG).exists():
@@ -52,7 +70,7 @@ def find_trained(name: str) -> Path:
     trained = folder / PREDICTOR_FOLDER
     if not (trained / PREDICTOR_CONFIG).exists():
         if not (files := checkpoints_of(folder)):
-            raise UserError(f"{name}: holds no checkpoint (*.ckpt)")
+            raise UserError(f"{name}: has no checkpoint (*.ckpt); name a run that has one")
         last = max(files, key=lambda path: (load_checkpoint(path).step, path.stem.startswith(COPIES), path.name))
         best = load_checkpoint(last).best
         trained = next((path for path in files if path.name == best), last)
@@ -61,13 +79,16 @@ def find_trained(name: str) -> Path:
 
 
 def load_trained(path: Path) -> tuple[Predictor, dict[str, Any]]:
-    """Load what `find_trained` found.
+    """Load a predictor folder or a checkpoint.
+
+    Args:
+        path: Path that `find_trained` returned.
 
     Returns:
-        The predictor, ready to score, and what is recorded of its training.
+        The predictor, and the record of its training.
 
     Raises:
-        UserError: It is damaged.
+        UserError: The folder or the checkpoint is damaged.
     """
     if path.is_dir():
         return read_predictor(path), read_config(path).get("training") or {}
@@ -76,30 +97,30 @@ def load_trained(path: Path) -> tuple[Predictor, dict[str, Any]]:
 
 
 def find_source(name: str) -> ScoreSource:
-    """Score with the predictor that a name refers to (`find_trained`).
+    """Score with the predictor of a name (`find_trained`).
 
     Raises:
-        UserError: There is no such predictor, or it is damaged.
+        UserError: There is no predictor of this name, or it is damaged.
     """
     path = find_trained(name)
-    return from_predictor_folder(path) if path.is_dir() else _of_checkpoint(load_checkpoint(path))
+    return from_predictor_folder(path) if path.is_dir() else _checkpoint_source(load_checkpoint(path))
 
 
-def _of_checkpoint(checkpoint: Checkpoint, name: str | None = None) -> ScoreSource:
+def _checkpoint_source(checkpoint: Checkpoint, name: str | None = None) -> ScoreSource:
     tokenizer = checkpoint.training.get("tokenizer", {}).get("sha256")
     predictor = checkpoint.predictor
     return from_predictor(predictor, name or predictor.architecture, tokenizer_sha256=tokenizer)
 
 
 def validation_data(run: str | Path) -> tuple[str, str]:
-    """Return the trace set and the split that a run validated on, from its configuration.
+    """Return the trace set and the split that a run validated on, by its configuration.
 
     Raises:
         UserError: There is no configuration, or the run had no validation.
     """
     path = Path(run) / RUN_CONFIG_FILE
     if not path.exists():
-        raise UserError(f"{path}: not found; name the trace set with --traces")
+        raise UserError(f"{path}: is missing; name the trace set with --traces")
     data = yaml.safe_load(path.read_text(encoding="utf-8")).get("data", {}).get("init_args", {})
     if not data.get("val_split"):
         raise UserError(f"{run}: the run had no validation; name a trace set with --traces")
@@ -107,7 +128,7 @@ def validation_data(run: str | Path) -> tuple[str, str]:
 
 
 def resumed_from(run: str | Path) -> Path | None:
-    """Return the checkpoint that a run went on from, as its configuration names it; None for none, or none any more."""
+    """Return the checkpoint that a run resumed, by its configuration; None without one, or if it was deleted."""
     path = Path(run) / RUN_CONFIG_FILE
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     named = config.get("ckpt_path") if isinstance(config, dict) else None
@@ -115,12 +136,12 @@ def resumed_from(run: str | Path) -> Path | None:
 
 
 def checkpoints_of_fit(run: str | Path) -> dict[Path, int]:
-    """List the checkpoints of a fit with their steps: those of a run, and of the runs it resumed, until it did.
+    """List the checkpoints of a fit with their steps: those of a run, and those of the resumed runs up to that point.
 
     Args:
         run: Folder of the fit's last run.
     """
-    # Loaded here and evaluated later, so that one at a time is in memory.
+    # Only the steps are kept: each checkpoint is loaded again when it is evaluated, one at a time.
     steps = {path: load_checkpoint(path).step for path in checkpoints_of(run)}
     seen, resumed = {Path(run).resolve()}, resumed_from(run)
     while resumed is not None:
@@ -135,24 +156,68 @@ def checkpoints_of_fit(run: str | Path) -> dict[Path, int]:
     return steps
 
 
-def evaluate_run(run: str | Path, evaluating: Callable[[ScoreSource], Evaluation]) -> Iterator[CheckpointEvaluation]:
-    """Evaluate a run's checkpoints, and those of the runs that it resumed, in the order of their steps.
+def evaluate_run(
+    options: ReplayOptions,
+    run: str | Path,
+    *,
+    traces: TraceSet | None = None,
+    split: str | None = None,
+    progress: Progress | None = None,
+) -> RunEvaluation:
+    """Evaluate the checkpoints of a run, and those of the runs that it resumed.
+
+    Strategies select by the first lookahead, which is enough to compare checkpoints, unless the options name others.
 
     Args:
-        run: Its folder.
-        evaluating: Evaluates one of them.
+        options: Options of the replay.
+        run: Folder of the run.
+        traces: Trace set (default: the validation data of the run).
+        split: Name of a split, or ``all`` (default: the validation split of the run; with ``traces``, one that the
+            run was not fitted on, if any).
+        progress: Function that receives the finished and the total number of tokens of all checkpoints (default: no
+            progress).
+
+    Raises:
+        UserError: There is no checkpoint, one cannot be read, or an option cannot be read.
+    """
+    if traces is None:
+        folder, val_split = validation_data(run)
+        traces, split = TraceSet(folder), split or val_split
+    shared = resolve_settings(options, traces)
+    paths = _distinct_checkpoints(run)
+    text: MeasuredText | None = None
+    evaluations = []
+    for number, path in enumerate(paths):
+        checkpoint = load_checkpoint(path)
+        source = _checkpoint_source(checkpoint, path.stem)
+        if text is None:  # all checkpoints of a run have the same training text
+            text = resolve_text(traces, split, shared, [replace(source, name="the run")])
+        settings = resolve_grid(options, traces, shared, source, source.lookaheads[:1])
+        outcome = measured_replay(traces, text, settings, source, shared).run(_part(progress, number, len(paths)))
+        evaluations.append(CheckpointEvaluation(path.name, checkpoint.epoch, checkpoint.step, outcome.evaluation))
+    assert text is not None
+    return RunEvaluation(text, traces.geometry, evaluations)
+
+
+def _distinct_checkpoints(run: str | Path) -> list[Path]:
+    """List the checkpoints of a fit in the order of their steps, without second copies.
 
     Raises:
         UserError: There is no checkpoint, or one cannot be read.
     """
     steps = checkpoints_of_fit(run)
     if not steps:
-        raise UserError(f"{run}: holds no checkpoint (*.ckpt)")
-    seen: set[int] = set()
+        raise UserError(f"{run}: has no checkpoint (*.ckpt); name a run that has one")
+    paths: list[Path] = []
     for path in sorted(steps, key=lambda path: (steps[path], path.stem.startswith(COPIES), path.name)):
-        if steps[path] in seen and path.stem.startswith(COPIES):
-            continue
-        seen.add(steps[path])
-        checkpoint = load_checkpoint(path)
-        source = _of_checkpoint(checkpoint, path.stem)
-        yield CheckpointEvaluation(path.name, checkpoint.epoch, checkpoint.step, evaluating(source))
+        if not path.stem.startswith(COPIES) or steps[path] not in {steps[other] for other in paths}:
+            paths.append(path)
+    return paths
+
+
+def _part(progress: Progress | None, number: int, parts: int) -> Progress | None:
+    """Report the progress of one of several equal parts as progress of all."""
+    if progress is None:
+        return None
+    report = progress
+    return lambda done, total: report(number * total + done, parts * total)

@@ -1,4 +1,4 @@
-"""MoE-Beyond's released predictions (arXiv 2508.17137) as a scores folder, to replay them with their bytes counted."""
+"""Import of MoE-Beyond's released predictions (arXiv 2508.17137) as scores, so that a replay counts their bytes."""
 
 from pathlib import Path
 
@@ -9,22 +9,23 @@ from moe_beyond.evaluation.score_store import writing_scores
 from moe_beyond.traces.formats.moe_beyond_csv import column_ids, layer_order, prompt_files, read_csv
 from moe_beyond.traces.reader import TraceSet
 
-PUBLISHED_TRAINING_SOURCE = "MoE-Beyond release, puffin"
-"""What the paper's predictor was fitted on, by the name that `moe-beyond import moe-beyond-csv` gives that text."""
+TRAINING_SOURCE = "MoE-Beyond release, puffin"
+"""Training text of the paper's predictor, by the source name of `moe-beyond import moe-beyond-csv`."""
 
 
 def import_released_predictions(source: str | Path, out: str | Path, traces: TraceSet) -> None:
-    """Turn ``prompt_N_data_predicted.csv`` files into scores: 1 for a predicted expert, 0 for others.
+    """Write a scores folder from ``prompt_N_data_predicted.csv`` files: 1 for a predicted expert, 0 for others.
 
-    They come of the router's own input and of later tokens too: lookahead 0, not causal, and marked so wherever shown.
+    The predictor reads the router's own input and later tokens, so the scores have lookahead 0 and are not causal, and
+    every table marks them as a leak.
 
     Args:
-        source: Folder of the files, numbered as those of the traces.
-        out: The scores folder to make.
-        traces: What was imported from the same prompts' recordings.
+        source: Folder of the files, with the prompt numbers of the traces.
+        out: Scores folder to write.
+        traces: Trace set of the same prompts.
 
     Raises:
-        UserError: A prompt has no predictions, or they are for other experts than it was routed to.
+        UserError: A prompt has no predictions, or its predictions list other activated experts than the traces.
     """
     files = prompt_files(Path(source))
     geometry = traces.geometry
@@ -36,12 +37,12 @@ def import_released_predictions(source: str | Path, out: str | Path, traces: Tra
         causal=False,
         predictor="MoE-Beyond as released",
         traces=traces.manifest.fingerprint,
-        training={"source": PUBLISHED_TRAINING_SOURCE},
+        training={"source": TRAINING_SOURCE},
     ) as writer:
         for trace in traces.traces():
             number = int(trace.sequence_id.rsplit("-", 1)[1])
             if number not in files:
-                raise UserError(f"{source}: has no predictions for prompt {number} of {traces.folder}")
+                raise UserError(f"{source}: has no predictions for prompt {number} of {traces.folder}; add its file")
             path = files[number]
             table = read_csv(path, "Predicted Expert IDs")
             order, length, _ = layer_order(path, table, geometry)
@@ -50,7 +51,10 @@ def import_released_predictions(source: str | Path, out: str | Path, traces: Tra
                 for name in ("Activated Expert IDs", "Predicted Expert IDs")
             )
             if not np.array_equal(np.sort(true), np.sort(trace.experts)):
-                raise UserError(f"{path}: its activated experts are not those of prompt {number} of {traces.folder}")
+                raise UserError(
+                    f"{path}: its activated experts are not those of prompt {number} of {traces.folder}; "
+                    "import both from one release"
+                )
             scores = np.zeros((length, 1, layers, num_experts), np.float32)
             np.put_along_axis(scores[:, 0], predicted.astype(np.int64), 1.0, axis=-1)
             writer.write(trace.sequence_id, scores)

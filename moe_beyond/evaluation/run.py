@@ -1,205 +1,278 @@
-"""Traces and scores in; metrics of the scores, and replays of what they are worth under a budget, out."""
+"""Replays and evaluations from options to results: the service behind command line and Python API."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from moe_beyond.cache.policy_inputs import Stream
-from moe_beyond.errors import UserError
-from moe_beyond.evaluation.bootstrap import RecallSums, check_resamples, recall_intervals, result_intervals
-from moe_beyond.evaluation.sources import Scored, ScoreSource
-from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
-from moe_beyond.predictors.batch import collate
-from moe_beyond.simulator import Replay, ReplaySettings, Result
-from moe_beyond.simulator.bounds import Bound
-from moe_beyond.simulator.sequence import Grouping
-from moe_beyond.simulator.sequence import Sequence as Steppable
-from moe_beyond.simulator.settings import BOUNDS
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.options import ReplayOptions
+from moe_beyond.evaluation.resolve import (
+    SharedSettings,
+    resolve_grid,
+    resolve_settings,
+    resolve_strategies,
+    resolve_text,
+)
+from moe_beyond.evaluation.results import Evaluation, Progress, Unavailable
+from moe_beyond.evaluation.sources import ScoreSource
+from moe_beyond.evaluation.strategies import with_baselines
+from moe_beyond.geometry import Geometry
+from moe_beyond.metrics import LookaheadMetrics
+from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.trace import Trace
 from moe_beyond.usage_profile import Profile
 
-BLOCK_TOKENS = 4096
-"""Tokens whose scores are in memory at once, at least; strategies share a block, each on a core of its own."""
+if TYPE_CHECKING:
+    from moe_beyond.predictors.training_text import MeasuredText
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found.
+class ResolvedReplay:
+    """Inputs of a replay, checked and complete.
 
     Attributes:
-        metrics: One row per lookahead; empty where none were asked for.
-        results: One record a strategy, in the order asked for.
-        resamples: Draws of sequences that ``intervals`` in both are of; 0 where there are none.
+        traces: Trace set to replay.
+        measured_on: Split, and relation of its text to the predictors.
+        strategies: Settings of each strategy, baselines included.
+        sources: Sources of the scores (default: none).
+        profile: Usage profile of training text (default: none).
+        measure: Source of ``sources`` to measure (default: none).
+        unavailable: Named strategies that cannot be replayed (default: none).
+        resamples: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
     """
 
-    metrics: list[LookaheadMetrics]
-    results: list[Result]
+    traces: TraceSet
+    measured_on: MeasuredText
+    strategies: Sequence[ReplaySettings]
+    sources: Sequence[ScoreSource] = ()
+    profile: Profile | None = None
+    measure: ScoreSource | None = None
+    unavailable: Sequence[Unavailable] = ()
     resamples: int = 0
 
+    def run(self, progress: Progress | None = None) -> ReplayOutcome:
+        """Replay.
+
+        Args:
+            progress: Function that receives the finished and the total number of tokens (default: no progress).
+
+        Raises:
+            UserError: A source does not fit the traces, or the warm-up excludes every token.
+        """
+        evaluation = evaluate(
+            self.traces,
+            self.strategies,
+            self.measured_on.split,
+            self.sources,
+            measure=self.measure,
+            profile=self.profile,
+            resamples=self.resamples,
+            progress=counted(progress, self.traces, self.measured_on.split, len(self.strategies)),
+        )
+        return ReplayOutcome(evaluation, self)
+
+
+@dataclass(frozen=True)
+class ReplayOutcome:
+    """Results of a replay with its inputs.
+
+    Attributes:
+        evaluation: Metrics of the scores, and one result per strategy.
+        replay: Inputs of the replay.
+    """
+
+    evaluation: Evaluation
+    replay: ResolvedReplay = field(repr=False)
+
+    @property
+    def results(self) -> Sequence[Result]:
+        """One record per strategy, with LRU, Belady and the best fixed choice at every budget."""
+        return self.evaluation.results
+
+    @property
+    def metrics(self) -> Sequence[LookaheadMetrics]:
+        """Metrics of the predictor, one row per lookahead; empty if nothing was measured."""
+        return self.evaluation.metrics
+
+    @property
+    def resamples(self) -> int:
+        """Number of bootstrap draws behind the intervals; 0 without intervals."""
+        return self.evaluation.resamples
+
+    @property
+    def measured_on(self) -> MeasuredText:
+        """Split, and relation of its text to the training text of the predictors."""
+        return self.replay.measured_on
+
+    @property
+    def unavailable(self) -> Sequence[Unavailable]:
+        """Named strategies that cannot be replayed."""
+        return self.replay.unavailable
+
+    @property
+    def geometry(self) -> Geometry:
+        """Geometry of the model."""
+        return self.replay.traces.geometry
+
+    @property
+    def title(self) -> str:
+        """Name of the model, and source of the traces."""
+        return f"{self.geometry.model}, {self.replay.traces.manifest.source}"
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        drawn = {"resamples": self.resamples} if self.resamples else {}
-        return {
-            "metrics": [row.to_json() for row in self.metrics],
-            "results": [result.to_json() for result in self.results],
-            **drawn,
-        }
+        """Return plain values, as ``--json`` writes them."""
+        content: dict[str, Any] = {"measured_on": self.measured_on.to_json(), **self.evaluation.to_json()}
+        if self.replay.measure is None:
+            del content["metrics"]
+        if self.unavailable:
+            content["unavailable"] = [each.to_json() for each in self.unavailable]
+        return content
 
 
-def evaluate(
-    traces: TraceSet,
-    strategies: Sequence[ReplaySettings],
-    split: str | None = None,
-    sources: Sequence[ScoreSource] = (),
-    *,
-    measure: ScoreSource | None = None,
-    profile: Profile | None = None,
-    resamples: int = 0,
-    progress: Callable[[int], None] = lambda tokens: None,
-) -> Evaluation:
-    """Measure scores, and replay every strategy, each on a core of its own.
-
-    The traces are gone over once for every source that a strategy names or that is measured.
+def resolve_replay(
+    options: ReplayOptions, traces: TraceSet, source: ScoreSource | None = None, *, split: str | None = None
+) -> ResolvedReplay:
+    """Resolve the options of a replay, and add the baselines.
 
     Args:
-        traces: What to replay.
-        strategies: How.
-        split: One split, or all.
-        sources: Of the scores, by the names that strategies call their predictors.
-        measure: The one of them to measure.
-        profile: What is known of training text.
-        resamples: Draws of sequences for 95 % intervals (`moe_beyond.evaluation.bootstrap`); 0 for none.
-        progress: Called with the tokens that were gone over, times the share of the strategies that did.
+        options: Options of the replay.
+        traces: Trace set to replay.
+        source: Source of scores (default: none).
+        split: Name of a split, or ``all`` (default: all; with a predictor, one that it was not fitted on, if any).
 
     Raises:
-        UserError: A source does not fit the traces, a strategy does not fit the model or lacks something, or the
-            warm-up leaves nothing to count.
+        UserError: An option cannot be read or excludes another, or the source does not fit.
     """
-    _check_sources(strategies, sources)
-    check_resamples(resamples)
-    geometry = traces.geometry
-    streams: dict[tuple[int, ...], Stream] = {}
-    replays = [_begin(traces, settings, split, profile, streams) for settings in strategies]
-    passes = [source for source in sources if source is measure or source.name in {s.predictor for s in strategies}]
-    metrics = None if measure is None else RoutingMetrics(len(measure.lookaheads), *geometry.shape())
-    recall = RecallSums()
-    in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, source in enumerate(passes or [None]):
-            share = [r for r in replays if r.settings.predictor == (source.name if source else None)]
-            if number == 0 and source is not None:
-                share += [r for r in replays if r.settings.predictor is None]
-            if share or source is measure:
-                found = _unscored(traces, split) if source is None else source.sequences(traces, split, in_order)
-                for block in _blocks(found):
-                    if metrics is not None and source is measure:
-                        for trace, scores in block:
-                            _measure(metrics, trace, scores, recall if resamples else None)
-                    sequences = [Steppable(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
-                    for _ in pool.map(lambda replaying, part=sequences: _add(replaying, part), share):
-                        progress(sum(map(len, sequences)))
-    rows: list[LookaheadMetrics] = []
-    if metrics is not None and measure is not None:
-        rows = metrics.rows(measure.lookaheads, geometry.moe_layers, causal=measure.causal)
-    results = _results(replays)
-    if resamples:
-        ends = recall_intervals(recall, resamples) if rows else []
-        rows = [replace(row, intervals={"recall_at_k": pair}) for row, pair in zip(rows, ends, strict=True)]
-        results = result_intervals(results, [replaying.sums for replaying in replays], resamples)
-    return Evaluation(rows, results, resamples)
-
-
-def _check_sources(strategies: Sequence[ReplaySettings], sources: Sequence[ScoreSource]) -> None:
-    names = [source.name for source in sources]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two sources of scores are called {twice!r}; give one of them another name")
-    for settings in strategies:
-        if settings.predictor is not None and settings.predictor not in names:
-            raise UserError(f"strategy {settings.strategy}: the scores of {settings.predictor!r} are not given")
-
-
-def _begin(
-    traces: TraceSet,
-    settings: ReplaySettings,
-    split: str | None,
-    profile: Profile | None,
-    streams: dict[tuple[int, ...], Stream],
-) -> Replay | Bound:
-    if settings.policy in BOUNDS:
-        return Bound(traces.geometry, settings)
-    stream = None
-    if settings.carry_over and "future" in settings.needs:
-        key = (
-            settings.prefill_chunk,
-            settings.batch_size,
-            settings.window,
-            settings.warmup_tokens,
-            settings.sequential,
-        )
-        if key not in streams:
-            streams[key] = _whole_stream(traces, settings, split)
-        stream = streams[key]
-    return Replay(traces.geometry, settings, profile, stream)
-
-
-def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None) -> Stream:
-    """Return the demands of all sequences in a row, grouped as a replay groups them."""
-    grouping = Grouping(settings)
-    sequences = (
-        Steppable(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
+    shared = resolve_settings(options, traces)
+    strategies = resolve_strategies(options, traces, shared, source)
+    return ResolvedReplay(
+        traces,
+        resolve_text(traces, split, shared, strategies.sources),
+        with_baselines(strategies.settings, shared.common, traces.geometry, shared.quotas),
+        strategies.sources,
+        shared.profile,
+        unavailable=strategies.unavailable,
     )
-    groups = [group for sequence in sequences for group in grouping.add(sequence)]
-    parts = [group.stream for group in (*groups, *grouping.rest())]
-    if not parts:
-        return Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
-    begins = np.cumsum([0] + [len(part.ids) for part in parts])
-    offsets = [part.offsets[:-1] + begin for part, begin in zip(parts, begins[:-1], strict=True)]
-    return Stream(np.concatenate([part.ids for part in parts]), np.concatenate([*offsets, begins[-1:]]))
 
 
-def _unscored(traces: TraceSet, split: str | None) -> Iterator[tuple[Trace, None]]:
-    return ((trace, None) for trace in traces.traces(split))
+def resolve_evaluation(
+    options: ReplayOptions,
+    traces: TraceSet,
+    source: ScoreSource,
+    *,
+    split: str | None = None,
+    bootstrap: int = 0,
+) -> ResolvedReplay:
+    """Resolve the options of an evaluation: metrics of one source, and its replay by every lookahead.
+
+    Prefetchers that select by one lookahead are replayed at each but ``next``, unless the options name lookaheads.
+
+    Args:
+        options: Options of the replay.
+        traces: Trace set to replay.
+        source: Source of scores.
+        split: Name of a split, or ``all`` (default: one that the predictor was not fitted on, if any).
+        bootstrap: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
+
+    Raises:
+        UserError: An option cannot be read or excludes another, or the source does not fit.
+    """
+    shared = resolve_settings(options, traces)
+    text = resolve_text(traces, split, shared, [source])
+    lookaheads = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
+    settings = resolve_grid(options, traces, shared, source, lookaheads)
+    return measured_replay(traces, text, settings, source, shared, bootstrap)
 
 
-def _blocks(found: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Scored | tuple[Trace, None]]]:
-    """Gather sequences until they have some thousand tokens."""
-    block: list[Scored | tuple[Trace, None]] = []
-    tokens = 0
-    for one in found:
-        block.append(one)
-        tokens += len(one[0])
-        if tokens >= BLOCK_TOKENS:
-            yield block
-            block, tokens = [], 0
-    if block:
-        yield block
+def measured_replay(
+    traces: TraceSet,
+    text: MeasuredText,
+    settings: Sequence[ReplaySettings],
+    source: ScoreSource,
+    shared: SharedSettings,
+    bootstrap: int = 0,
+) -> ResolvedReplay:
+    """Make the inputs of an evaluation of one source, and add the baselines.
+
+    Args:
+        traces: Trace set to replay.
+        text: Split, and relation of its text to the predictors.
+        settings: Settings of each strategy, without baselines.
+        source: Source of scores to measure.
+        shared: Settings that all strategies share.
+        bootstrap: Number of bootstrap draws; 0 for none (default: 0).
+    """
+    strategies = with_baselines(settings, shared.common, traces.geometry, shared.quotas)
+    return ResolvedReplay(traces, text, strategies, [source], shared.profile, source, resamples=bootstrap)
 
 
-def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any, recall: RecallSums | None) -> None:
-    """Add a sequence to the metrics, and its part to recall's sums, if there are any."""
-    batch, experts = collate([trace]), scores.shape[-1]
-    found, named = metrics.true_positives.clone(), metrics.chosen.sum(-1)
-    metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
-    if recall is not None:
-        recall.names.append(trace.sequence_id)
-        recall.found.append((metrics.true_positives - found).double().numpy())
-        recall.named.append((metrics.chosen.sum(-1) - named).double().numpy())
+def run_replay(
+    options: ReplayOptions,
+    traces: TraceSet,
+    source: ScoreSource | None = None,
+    *,
+    split: str | None = None,
+    progress: Progress | None = None,
+) -> ReplayOutcome:
+    """Replay traces: `resolve_replay`, then run.
+
+    Args:
+        options: Options of the replay.
+        traces: Trace set to replay.
+        source: Source of scores (default: none).
+        split: Name of a split, or ``all`` (default: all; with a predictor, one that it was not fitted on, if any).
+        progress: Function that receives the finished and the total number of tokens (default: no progress).
+
+    Raises:
+        UserError: An option cannot be read or excludes another, or the source does not fit.
+    """
+    return resolve_replay(options, traces, source, split=split).run(progress)
 
 
-def _add(replaying: Replay | Bound, sequences: Sequence[Steppable]) -> None:
-    for sequence in sequences:
-        replaying.add_sequence(sequence)
+def run_evaluation(
+    options: ReplayOptions,
+    traces: TraceSet,
+    source: ScoreSource,
+    *,
+    split: str | None = None,
+    bootstrap: int = 0,
+    progress: Progress | None = None,
+) -> ReplayOutcome:
+    """Measure a source of scores and replay it: `resolve_evaluation`, then run.
+
+    Args:
+        options: Options of the replay.
+        traces: Trace set to replay.
+        source: Source of scores.
+        split: Name of a split, or ``all`` (default: one that the predictor was not fitted on, if any).
+        bootstrap: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
+        progress: Function that receives the finished and the total number of tokens (default: no progress).
+
+    Raises:
+        UserError: An option cannot be read or excludes another, or the source does not fit.
+    """
+    return resolve_evaluation(options, traces, source, split=split, bootstrap=bootstrap).run(progress)
 
 
-def _results(replays: Sequence[Replay | Bound]) -> list[Result]:
-    results = [replaying.result() for replaying in replays]
-    if empty := next((result for result in results if result.accesses == 0), None):
-        warmup = replays[results.index(empty)].settings.warmup_tokens
-        raise UserError(f"--warmup-tokens {warmup}: no sequence is longer, so there is nothing to count")
-    return results
+def counted(progress: Progress | None, traces: TraceSet, split: str | None, strategies: int) -> Callable[[int], object]:
+    """Turn a function of finished and total tokens into one that receives the tokens of each strategy's block.
+
+    Args:
+        progress: Function that receives the finished and the total number of tokens; None for no progress.
+        traces: Trace set to replay.
+        split: Name of a split; None for all splits.
+        strategies: Number of strategies.
+    """
+    if progress is None:
+        return lambda tokens: None
+    report, done = progress, 0
+    total = sum(shard.tokens for shard in traces.shards(split)) * strategies
+
+    def advance(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        report(done, total)
+
+    return advance

@@ -1,4 +1,4 @@
-"""Scores on disk: a folder of safetensors shards, one tensor a sequence, and an index with the hash of every shard."""
+"""Scores folders: safetensors shards with one tensor per sequence, and an index with the hash of every shard."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from moe_beyond.lookahead import Lookahead, parse_lookahead
 FORMAT_VERSION = 1
 INDEX_FILE = "scores.json"
 VALUES_PER_SHARD = 64 * 2**20
+"""Number of scores at which a shard is written."""
 OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
 INDEX_FIELDS = {
     "predictor": TEXT,
@@ -40,34 +41,44 @@ INDEX_FIELDS = {
     "files": Kind("an object of plain file names", lambda value: _is_object_of(PLAIN_NAME, value)),
     "sha256": Kind("an object of hashes, 64 hexadecimal digits each", lambda value: _is_object_of(SHA256, value)),
 }
-"""Kinds of the fields of the index."""
+"""Types of the fields of the index."""
 
 
 class ScoresWriter:
-    """Collects scores into shards; made by `writing_scores`."""
+    """Writer of shards; `writing_scores` makes one.
+
+    Args:
+        folder: Folder to write to; exists.
+
+    Attributes:
+        files: Sequence id -> file name of its shard.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Start in an existing folder."""
         self._folder = folder
         self._pending: dict[str, npt.NDArray[np.float32]] = {}
         self.files: dict[str, str] = {}
         self._shards = 0
 
     def write(self, sequence_id: str, scores: npt.NDArray[np.float32]) -> None:
-        """Add a sequence's ``(T, H, L, E)`` float32 scores.
+        """Add the scores of a sequence.
+
+        Args:
+            sequence_id: Id of the sequence.
+            scores: ``(T, H, L, E)`` float32.
 
         Raises:
-            UserError: The sequence was written before.
+            UserError: The sequence has scores already.
         """
         if sequence_id in self.files:
-            raise UserError(f"scores of sequence {sequence_id!r} were written already")
+            raise UserError(f"scores of sequence {sequence_id!r} were written already; give every sequence its own id")
         self._pending[sequence_id] = np.ascontiguousarray(scores, np.float32)
         self.files[sequence_id] = f"scores-{self._shards:05d}.safetensors"
         if sum(s.size for s in self._pending.values()) >= VALUES_PER_SHARD:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as a shard."""
+        """Write the pending scores as a shard."""
         if self._pending:
             save_file(self._pending, self._folder / f"scores-{self._shards:05d}.safetensors")
             self._pending, self._shards = {}, self._shards + 1
@@ -85,20 +96,23 @@ def writing_scores(
     available_after: str = "routed",
     training: Mapping[str, Any] | None = None,
 ) -> Iterator[ScoresWriter]:
-    """Write a scores folder, which appears, whole, when the block ends without an error.
+    """Write a scores folder; it appears complete when the block ends without an error.
 
     Args:
-        folder: The folder to make.
-        geometry: The shape of the model.
-        lookaheads: What the H slices are.
-        predictor: What to call the predictor in tables.
+        folder: Folder to write.
+        geometry: Geometry of the model.
+        lookaheads: Lookaheads of the H slices of the scores.
+        predictor: Name of the predictor in tables.
         traces: Fingerprint of the trace set.
-        causal: Whether the scores ignore later tokens.
-        available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
-        training: Record of the predictor's training text, if there is one.
+        causal: Whether the scores ignore later tokens (default: True).
+        available_after: State of a layer after which a score exists: ``"routed"`` (default) or ``"computed"``.
+        training: Record of the predictor's training text (default: none).
+
+    Yields:
+        Writer of the scores.
     """
-    ours = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
-    with replacing_folder(folder, overwrite=ours) as temporary:
+    overwrite = is_earlier_result(folder, INDEX_FILE, "scores-*.safetensors")
+    with replacing_folder(folder, overwrite=overwrite) as temporary:
         writer = ScoresWriter(temporary)
         yield writer
         writer.flush()
@@ -118,26 +132,38 @@ def writing_scores(
 
 
 class ScoresFolder:
-    """A scores folder opened for reading.
+    """Reader of a scores folder.
 
     Args:
-        folder: The folder.
+        folder: Scores folder to read.
+
+    Attributes:
+        folder: Scores folder to read.
+        lookaheads: Lookaheads of the H slices of the scores.
+        geometry: Geometry of the model.
+        predictor: Name of the predictor in tables.
+        causal: Whether the scores ignore later tokens.
+        available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
+        traces: Fingerprint of the trace set.
+        training: Record of the predictor's training text; None without a record.
 
     Raises:
-        UserError: It is not a scores folder of this format.
+        UserError: The folder is no scores folder of this format.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / INDEX_FILE).exists():
-            raise UserError(f"{folder}: is not a scores folder (it has no {INDEX_FILE})")
+            raise UserError(
+                f"{folder}: is not a scores folder (it has no {INDEX_FILE}); name the output of `moe-beyond predict`"
+            )
         path = file_in(self.folder, INDEX_FILE)
         index = read_json(path)
         try:
             _check_index(index)
             self.lookaheads: tuple[Lookahead, ...] = tuple(map(parse_lookahead, index["lookaheads"]))
             if len(set(self.lookaheads)) != len(self.lookaheads):
-                raise UserError(f"lookaheads name one twice: {', '.join(map(str, self.lookaheads))}")
+                raise UserError(f"lookaheads are repeated (got {', '.join(map(str, self.lookaheads))}); predict again")
             self.geometry = Geometry.from_json(index["geometry"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -148,20 +174,23 @@ class ScoresFolder:
         self.traces: str = index["traces"]
         self.training: dict[str, Any] | None = index["training"]
         self._files: dict[str, str] = index["files"]
-        self._unverified: dict[str, str] = dict(index["sha256"])  # file -> hash, of those not read so far
+        self._unverified: dict[str, str] = dict(index["sha256"])  # file -> hash, until the file is read
 
     def scores(self, sequence_id: str, tokens: int) -> npt.NDArray[np.float32]:
-        """Read one sequence's ``(T, H, L, E)`` float32 scores.
+        """Read the scores of a sequence.
 
         Args:
-            sequence_id: Which.
-            tokens: How many tokens it has, T.
+            sequence_id: Id of the sequence.
+            tokens: Number of its tokens, T.
+
+        Returns:
+            ``(T, H, L, E)`` float32.
 
         Raises:
-            UserError: It is not there, or has another shape, or holds something that is no probability.
+            UserError: The sequence has no scores, or they are damaged, of another shape, or no probabilities.
         """
         if sequence_id not in self._files:
-            raise UserError(f"{self.folder}: has no scores for sequence {sequence_id!r}")
+            raise UserError(f"{self.folder}: has no scores for sequence {sequence_id!r}; predict again")
         name = self._files[sequence_id]
         path = file_in(self.folder, name)
         try:
@@ -170,24 +199,24 @@ class ScoresFolder:
                     raise UserError(f"{path}: is damaged (its sha256 is not the one in {INDEX_FILE}); predict again")
                 del self._unverified[name]
             with safe_open(path, framework="numpy") as file:
-                found: npt.NDArray[Any] = file.get_tensor(sequence_id)
+                scores: npt.NDArray[Any] = file.get_tensor(sequence_id)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: cannot be read ({printable(str(error))})") from error
-        if found.dtype != np.float32:
-            raise UserError(f"{path}: scores of {shown(sequence_id)} are {found.dtype}, not float32")
+            raise UserError(f"{path}: cannot be read ({printable(str(error))}); predict again") from error
+        if scores.dtype != np.float32:
+            raise UserError(f"{path}: scores of {shown(sequence_id)} are {scores.dtype}, not float32; predict again")
         expected = (tokens, len(self.lookaheads), *self.geometry.shape()[:2])
-        if found.shape != expected:
-            raise UserError(f"{path}: scores of {sequence_id!r} have shape {found.shape}, expected {expected}")
-        if not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
-            raise UserError(f"{path}: scores of {sequence_id!r} are not all finite and within 0..1")
-        return found
+        if scores.shape != expected:
+            raise UserError(f"{path}: scores of {sequence_id!r} have shape {scores.shape}, expected {expected}")
+        if not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
+            raise UserError(f"{path}: scores of {sequence_id!r} are not all finite and within 0..1; predict again")
+        return scores
 
 
 def _check_index(index: Any) -> None:
-    """Refuse an index whose fields are missing or of wrong types, or whose files have no hash.
+    """Check an index.
 
     Raises:
-        UserError: One is.
+        UserError: A field is missing or of another type, or a file has no hash.
     """
     if not isinstance(index, Mapping):
         raise UserError("is not an object")

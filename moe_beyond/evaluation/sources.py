@@ -1,26 +1,30 @@
-"""Where an evaluation's scores come from: a predictor, computed in the batches that `test` reads; or a folder."""
+"""Sources of scores (predictors and scores folders), and usage profiles of fitted predictors.
+
+Functions that compute with a predictor import torch themselves: a replay without a predictor does not need it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
-from moe_beyond.predictors.training_text import TrainingRecord
 from moe_beyond.pretrained import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
+from moe_beyond.usage_profile import Profile
+
+if TYPE_CHECKING:
+    from moe_beyond.predictors.base import Predictor
+    from moe_beyond.predictors.training_text import TrainingRecord
 
 Scored = tuple[Trace, npt.NDArray[np.float32]]
 """A sequence and its scores ``(T, H, L, E)``."""
@@ -31,12 +35,13 @@ class ScoreSource:
     """Scores of a trace set's sequences.
 
     Attributes:
-        name: What tables call it.
-        lookaheads: What the H slices of the scores are.
+        name: Name in tables and results.
+        lookaheads: Lookaheads of the H slices of the scores.
         causal: Whether the scores ignore later tokens.
         available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
-        sequences: Yields every sequence of a split (None: of all) with its scores; given true, in the traces' order.
-        training: Record of the text that the predictor was fitted on; None where there is none.
+        sequences: Function from a trace set, a split (None: all splits) and a flag to every sequence with its scores;
+            the flag keeps the order of the traces.
+        training: Record of the predictor's training text; None without a record (default: None).
     """
 
     name: str
@@ -51,18 +56,25 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
     """Score with a predictor.
 
     Args:
-        predictor: Ready to score.
-        name: What to call it.
-        tokenizer_sha256: Hash of the tokenizer it was fitted with, if known; traces of another are refused.
+        predictor: Fitted predictor to score with.
+        name: Name in tables and results.
+        tokenizer_sha256: Hash of the tokenizer of the training text; traces of another tokenizer are an error
+            (default: unknown).
     """
+    # Whoever has a predictor has imported torch; the imports are here for replays without one.
+    import torch
+
+    from moe_beyond.datamodules.traces import whole_sequences
+    from moe_beyond.predictors.batch import collate
+    from moe_beyond.predictors.io.folder import check_fits
 
     def sequences(traces: TraceSet, split: str | None, in_order: bool = False) -> Iterator[Scored]:
         check_fits(predictor, traces.manifest, traces.folder, tokenizer_sha256)
         reading, read = traces.traces(split), dict[str, Trace]()
         states = predictor.information.hidden_states is not None
-        # By length within a shard, which pads least; or, where order matters, each alone.
-        alone = (collate([trace]) for trace in traces.traces(split, hidden_states=states))
-        batches = alone if in_order else whole_sequences(traces, split, hidden_states=states)
+        # Batches of similar length need the least padding; in order, every batch is one sequence.
+        single = (collate([trace]) for trace in traces.traces(split, hidden_states=states))
+        batches = single if in_order else whole_sequences(traces, split, hidden_states=states)
         with torch.inference_mode():
             for batch in batches:
                 probabilities = predictor.probabilities(predictor(batch)).numpy()
@@ -73,16 +85,20 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
                     trace = read.pop(sequence_id)
                     yield trace, probabilities[row, : len(trace)]
 
-    known = predictor.information
-    return ScoreSource(name, known.lookaheads, known.causal, known.available_after, sequences, predictor.fitted_on)
+    information = predictor.information
+    return ScoreSource(
+        name, information.lookaheads, information.causal, information.available_after, sequences, predictor.fitted_on
+    )
 
 
 def from_predictor_folder(folder: str | Path) -> ScoreSource:
     """Score with a predictor folder.
 
     Raises:
-        UserError: It is not a predictor folder, or is damaged.
+        UserError: The folder is no predictor folder, or is damaged.
     """
+    from moe_beyond.predictors.io.folder import read_config, read_predictor
+
     predictor = read_predictor(folder)
     tokenizer = read_config(folder).get("training", {}).get("tokenizer") or {}
     name = name_of_folder(folder, predictor.architecture)
@@ -90,16 +106,16 @@ def from_predictor_folder(folder: str | Path) -> ScoreSource:
 
 
 def name_of_folder(folder: str | Path, architecture: str) -> str:
-    """Return what tables call a predictor: its published name, or else its architecture."""
-    published = Path(folder).resolve().parent == checkpoints_folder().resolve()
-    return Path(folder).name if published else architecture
+    """Return the name of a predictor in tables: the name of a pretrained one, otherwise the architecture."""
+    pretrained = Path(folder).resolve().parent == checkpoints_folder().resolve()
+    return Path(folder).name if pretrained else architecture
 
 
 def from_scores_folder(folder: str | Path) -> ScoreSource:
-    """Read scores that `predict` wrote, or another program.
+    """Read stored scores.
 
     Raises:
-        UserError: It is not a scores folder.
+        UserError: The folder is no scores folder.
     """
     stored = ScoresFolder(folder)
 
@@ -107,7 +123,7 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         if stored.geometry.shape() != traces.geometry.shape():
             raise UserError(
                 f"{folder}: scores are for {stored.geometry.describe_shape()}, "
-                f"but {traces.folder} has {traces.geometry.describe_shape()}"
+                f"but {traces.folder} has {traces.geometry.describe_shape()}; predict again"
             )
         if stored.traces != traces.manifest.fingerprint:
             raise UserError(f"{folder}: scores were made for another trace set than {traces.folder}; predict again")
@@ -119,12 +135,14 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
     )
 
 
-def published_for(architecture: str, traces: TraceSet) -> Path | None:
-    """Find the published predictor of an architecture that was fitted for these traces' model and tokenizer.
+def pretrained_for(architecture: str, traces: TraceSet) -> Path | None:
+    """Find the pretrained predictor of an architecture that was fitted for the model and tokenizer of a trace set.
 
     Returns:
-        The folder of the first by name; None if there is none.
+        Its folder, the first by name; None without such a predictor.
     """
+    from moe_beyond.predictors.io.folder import read_config
+
     for name in published_predictors():
         folder = checkpoints_folder() / name
         if name.split(".")[0] == architecture and _is_for(read_config(folder), traces):
@@ -132,19 +150,41 @@ def published_for(architecture: str, traces: TraceSet) -> Path | None:
     return None
 
 
-def published_source(architecture: str, traces: TraceSet) -> ScoreSource | None:
-    """Score with the published predictor of an architecture for these traces, if there is one."""
-    folder = published_for(architecture, traces)
+def pretrained_source(architecture: str, traces: TraceSet) -> ScoreSource | None:
+    """Score with the pretrained predictor of an architecture for these traces; None without such a predictor."""
+    folder = pretrained_for(architecture, traces)
     return None if folder is None else from_predictor_folder(folder)
 
 
+def load_profile(folder: str | Path, traces: TraceSet) -> Profile:
+    """Load the usage profile of a fitted ``history`` or ``popularity`` predictor.
+
+    Args:
+        folder: Predictor folder to read.
+        traces: Trace set that the profile is used on.
+
+    Raises:
+        UserError: The predictor has no profile, or does not fit the traces.
+    """
+    from moe_beyond.predictors.architectures.popularity import Popularity
+    from moe_beyond.predictors.io.folder import check_fits, read_predictor
+
+    predictor = read_predictor(folder)
+    if not isinstance(predictor, Popularity):
+        raise UserError(
+            f"{folder}: a profile is a fitted history or popularity predictor (got {predictor.architecture}); "
+            "name another predictor"
+        )
+    check_fits(predictor, traces.manifest, traces.folder)
+    return predictor.profile()
+
+
 def _is_for(config: dict[str, Any], traces: TraceSet) -> bool:
-    """Expert ids hold for one checkpoint of a model, token ids for one tokenizer."""
+    """Compare model and tokenizer: expert ids are valid for one checkpoint, token ids for one tokenizer."""
     training, manifest = config.get("training", {}), traces.manifest
     tokenizer = training.get("tokenizer") or {}
-    known = manifest.tokenizer
     return (
         training.get("model_id") == manifest.model_id
         and Geometry.from_json(config["geometry"]).shape() == manifest.geometry.shape()
-        and (tokenizer.get("name"), tokenizer.get("sha256")) == (known.name, known.sha256)
+        and (tokenizer.get("name"), tokenizer.get("sha256")) == (manifest.tokenizer.name, manifest.tokenizer.sha256)
     )

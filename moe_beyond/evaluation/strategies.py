@@ -1,27 +1,33 @@
-"""Which strategies an evaluation replays: what was asked for, and beside it what every result is compared with."""
+"""Settings of strategies: single ones, grids, named strategies, and the baselines of every result."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moe_beyond.cache.prefetchers.settings import ADAPTIVE, MOE_INFINITY, SCORED, parse_prefetch
+from moe_beyond.evaluation.named_strategies import STRATEGIES
+from moe_beyond.evaluation.results import Unavailable
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.settings import reads_scores
 
-REFERENCES = ("lru", "belady")
-"""Policies that stand next to every result, without prefetch: what is easy, and the optimum over whole sequences of all
-that must take in what is demanded."""
+BASELINES = ("lru", "belady")
+"""Policies shown next to every result, without prefetching: the usual choice, and the optimum for whole sequences among
+policies that must admit every demanded expert."""
+
+HINDSIGHT = "static_hindsight"
+"""Third baseline: the best fixed choice of experts, known only afterwards."""
 
 CLAIRVOYANT = "clairvoyant prefetch"
+"""Name of the baseline on a device that prefetches the next demanded experts."""
 
 Quotas = Callable[[int], tuple[int, ...] | None]
-"""Slots of each layer, of so many in all; None splits them evenly."""
+"""Function from the number of slots to the slots of each layer; None splits the slots evenly."""
 
 
-def evenly(slots: int) -> None:
+def even_split(slots: int) -> None:
     """Split slots evenly."""
 
 
@@ -32,23 +38,23 @@ def strategy(
     prefetch: str = "none",
     source: ScoreSource | None = None,
     lookahead: Lookahead | None = None,
-    quotas: Quotas = evenly,
+    quotas: Quotas = even_split,
     name: str | None = None,
 ) -> ReplaySettings:
-    """Put a strategy together.
+    """Make the settings of one strategy.
 
     Args:
-        common: What it shares with others.
-        slots: The budget.
-        policy: Eviction policy.
-        prefetch: Prefetcher.
-        source: Of scores, if there is one; used by policies and prefetchers that read any.
-        lookahead: Which of them top<m> and p><t> ask by; the source's first by default.
-        quotas: Slots of each layer.
-        name: Of the strategy, where it has one.
+        common: Settings shared with other strategies.
+        slots: Number of slots.
+        policy: Name of the eviction policy.
+        prefetch: Prefetcher (default: none).
+        source: Source of scores, for policies and prefetchers that read any (default: none).
+        lookahead: Lookahead of the scores that ``top<m>`` and ``p><t>`` select by (default: the first of the source).
+        quotas: Slots of each layer (default: an even split).
+        name: Name of the strategy (default: policy and prefetcher).
 
     Raises:
-        UserError: The prefetcher cannot be read, or two settings do not go together.
+        UserError: The prefetcher cannot be read, or two settings exclude each other.
     """
     kind = parse_prefetch(prefetch).kind
     scores: dict[str, Any] = {}
@@ -63,36 +69,107 @@ def strategy(
     return replace(common, slots=slots, policy=policy, quotas=quotas(slots), prefetch=prefetch, name=name, **scores)
 
 
-def combinations(
+def grid(
     common: ReplaySettings,
     slots: Iterable[int],
     policies: Sequence[str],
     prefetches: Sequence[str] = ("none",),
     source: ScoreSource | None = None,
     lookaheads: Sequence[Lookahead] = (),
-    quotas: Quotas = evenly,
+    quotas: Quotas = even_split,
 ) -> list[ReplaySettings]:
-    """List every combination of budgets, policies and prefetchers; those that ask by one lookahead at each given one.
+    """List every combination of budget, policy, prefetcher and, for prefetchers that select by one, lookahead.
+
+    Args:
+        common: Settings shared by all.
+        slots: Numbers of slots.
+        policies: Names of eviction policies.
+        prefetches: Prefetchers (default: none).
+        source: Source of scores (default: none).
+        lookaheads: Lookaheads to select by (default: the first of the source).
+        quotas: Slots of each layer (default: an even split).
 
     Raises:
-        UserError: A prefetcher cannot be read, or there are no scores for it.
+        UserError: A prefetcher cannot be read, or needs scores that are missing.
     """
-    found = []
+    settings = []
     for budget in dict.fromkeys(slots):
         for policy in policies:
             for prefetch in prefetches:
-                by_one = parse_prefetch(prefetch).kind == SCORED and source is not None
-                for lookahead in (lookaheads or (None,)) if by_one else (None,):
-                    found.append(strategy(common, budget, policy, prefetch, source, lookahead, quotas))
-    return list(dict.fromkeys(found))
+                by_lookahead = parse_prefetch(prefetch).kind == SCORED and source is not None
+                for lookahead in (lookaheads or (None,)) if by_lookahead else (None,):
+                    settings.append(strategy(common, budget, policy, prefetch, source, lookahead, quotas))
+    return list(dict.fromkeys(settings))
 
 
-def in_windows(
-    strategies: Iterable[ReplaySettings], cold: ReplaySettings, slots: int, quotas: Quotas = evenly
+def named_strategies(
+    names: Iterable[str],
+    common: ReplaySettings,
+    slots: Iterable[int],
+    top_k: int,
+    given: ScoreSource | None,
+    pretrained: Callable[[str], ScoreSource | None],
+    quotas: Quotas = even_split,
+) -> tuple[list[ReplaySettings], list[ScoreSource], list[Unavailable]]:
+    """Make the settings of named strategies at every budget.
+
+    Args:
+        names: Registered names of strategies.
+        common: Settings shared by all.
+        slots: Numbers of slots.
+        top_k: Experts per token and layer of the model.
+        given: Scores that the user named; used as the released MoE-Beyond predictions if they have lookahead 0.
+        pretrained: Function from an architecture to the scores of its pretrained predictor for these traces; None if
+            there is no such predictor.
+        quotas: Slots of each layer (default: an even split).
+
+    Returns:
+        Settings, the sources of their scores, and the strategies that are unavailable.
+    """
+    settings: list[ReplaySettings] = []
+    sources: dict[str, ScoreSource] = {}
+    unavailable: list[Unavailable] = []
+    budgets = list(dict.fromkeys(slots))
+    for name in names:
+        named = STRATEGIES[name]
+        source = None
+        if named.released:
+            source = given if given is not None and 0 in given.lookaheads else None
+            if source is None:
+                unavailable.append(Unavailable(name, "needs the released predictions; give --scores of lookahead 0"))
+                continue
+        elif named.architecture is not None:
+            source = pretrained(named.architecture)
+            if source is None:
+                why = f"no pretrained {named.architecture} predictor fits this model and tokenizer"
+                unavailable.append(Unavailable(name, why))
+                continue
+        if named.needs_device and common.device is None:
+            unavailable.append(Unavailable(name, "is defined only by time; give --device"))
+            continue
+        if source is not None:
+            sources[source.name] = source
+        prefetch = named.prefetch if common.device is None else named.on_device or named.prefetch
+        shared = replace(common, window=max(named.window, common.window), note=named.note)
+        settings += [
+            strategy(shared, budget, named.policy, prefetch.format(k=top_k), source, quotas=quotas, name=name)
+            for budget in budgets
+        ]
+    return settings, list(sources.values()), unavailable
+
+
+def lru_in_windows(
+    strategies: Iterable[ReplaySettings], cold: ReplaySettings, slots: int, quotas: Quotas = even_split
 ) -> list[ReplaySettings]:
-    """Return LRU in the windows of each strategy whose windows are wider than those that all have.
+    """List LRU with the window of every strategy whose window is wider than the common one.
 
-    A window loads an expert once for all its tokens, whatever the policy, so LRU token by token says nothing of it.
+    A window loads an expert once for all its tokens, whatever the policy, so LRU token by token is no comparison.
+
+    Args:
+        strategies: Settings of the strategies.
+        cold: Settings shared by all baselines.
+        slots: Number of slots.
+        quotas: Slots of each layer (default: an even split).
     """
     windows = dict.fromkeys(settings.window for settings in strategies if settings.window > cold.window)
     return [
@@ -101,26 +178,47 @@ def in_windows(
     ]
 
 
-def beside(
-    asked: Iterable[ReplaySettings], common: ReplaySettings, geometry: Geometry, quotas: Quotas = evenly
-) -> list[ReplaySettings]:
-    """Set the references next to strategies, budget by budget.
+def clairvoyant(cold: ReplaySettings, slots: int, quotas: Quotas = even_split) -> ReplaySettings:
+    """Make the settings of prefetching by the next demands: near the optimum of a device, but no bound."""
+    return strategy(cold, slots, "belady", "oracle", quotas=quotas, name=CLAIRVOYANT)
 
-    LRU, Belady, and the best fixed choice in hindsight; LRU in the same windows as a strategy that verifies drafted
-    tokens together; on a device also clairvoyant prefetch over the same link, and, once, all experts resident.
+
+def all_resident(cold: ReplaySettings, geometry: Geometry) -> ReplaySettings:
+    """Make the settings of a device that holds all experts."""
+    return replace(cold, slots=geometry.total_experts, policy="all_resident", scope="global", quotas=None)
+
+
+def with_baselines(
+    strategies: Iterable[ReplaySettings], common: ReplaySettings, geometry: Geometry, quotas: Quotas = even_split
+) -> list[ReplaySettings]:
+    """Add the baselines to strategies, budget by budget.
+
+    The baselines are LRU, Belady, the best fixed choice in hindsight, and LRU with the window of each strategy that
+    verifies drafted tokens together. A device adds clairvoyant prefetching at every budget, and all experts resident
+    once.
+
+    Args:
+        strategies: Settings of the strategies.
+        common: Settings shared by all; baselines start cold.
+        geometry: Geometry of the model.
+        quotas: Slots of each layer (default: an even split).
     """
     cold = replace(common, warm_start=False)
     by_budget: dict[int, list[ReplaySettings]] = {}
-    for settings in asked:
+    for settings in strategies:
         by_budget.setdefault(settings.slots, []).append(settings)
-    found = []
-    for slots, lines in by_budget.items():
-        references = [strategy(cold, slots, policy, quotas=quotas) for policy in (*REFERENCES, "static_hindsight")]
-        references += in_windows(lines, cold, slots, quotas)
+    rows = []
+    for slots, of_budget in by_budget.items():
+        rows += of_budget
+        rows += [strategy(cold, slots, policy, quotas=quotas) for policy in (*BASELINES, HINDSIGHT)]
+        rows += lru_in_windows(of_budget, cold, slots, quotas)
         if common.device is not None:
-            clairvoyant = strategy(cold, slots, "belady", "oracle", quotas=quotas, name=CLAIRVOYANT)
-            references.append(replace(clairvoyant, note="brings in what is missing next; near the optimum, no bound"))
-        found += [*lines, *references]
+            rows.append(
+                replace(
+                    clairvoyant(cold, slots, quotas),
+                    note="prefetches the next demanded experts that are missing; near the optimum, no bound",
+                )
+            )
     if common.device is not None:
-        found.append(replace(cold, slots=geometry.total_experts, policy="all_resident", scope="global", quotas=None))
-    return list(dict.fromkeys(found))
+        rows.append(all_resident(cold, geometry))
+    return list(dict.fromkeys(rows))

@@ -1,15 +1,19 @@
 """Relation of measured text to a predictor's training text, decided here for every command."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import Predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.texts import Hashes, count_shared, text_hashes
+
+if TYPE_CHECKING:
+    from moe_beyond.predictors.base import Predictor
 
 TrainingRecord = Mapping[str, Any]
 """Entry ``training`` of a predictor's configuration: `TraceSet.describe` of the training split, and ``texts``, a sketch

@@ -10,9 +10,9 @@ from _helpers.fitting import TINY_CROSS_LAYER
 
 from moe_beyond.callbacks import CacheReplay
 from moe_beyond.datamodules import TraceDataModule
-from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import from_predictor
-from moe_beyond.evaluation.strategies import REFERENCES, strategy
+from moe_beyond.evaluation.strategies import BASELINES, strategy
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.tasks import CrossLayerTask
@@ -65,7 +65,7 @@ def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
     asked = []
     for slots in (16, 24):
         asked.append(strategy(common, slots, "lru", "top3", source, lookahead))
-        asked += [strategy(common, slots, policy) for policy in REFERENCES]
+        asked += [strategy(common, slots, policy) for policy in BASELINES]
     found = evaluate(TraceSet(str(tmp_path / "traces")), asked, "validation", [source]).results
     # Also what was replayed at the first of two validations alone.
     assert [counts(result) for result in replay.results] == [counts(result) for result in found]

@@ -75,12 +75,15 @@ def test_traces_of_another_geometry_or_tokenizer(run: Run, packaged: Path, tmp_p
         (["--budget", "7", "--scope", "per-layer"], "give at least 8 slots"),
         (["--budget", "33"], "more than all 32 experts"),
         (["--budget", "lots"], "budget 'lots' cannot be read"),
-        (["--budget", "0.001GB", "--quantization", "0"], "--quantization 0"),
+        (
+            ["--budget", "0.001GB", "--quantization", "0"],
+            "must be more than 0 (got 0)",
+        ),
         (["--policy", "lrx"], "unknown policy 'lrx'; did you mean 'lru'?"),
         (["--scope", "local", "--budget", "50%"], "scope 'local'"),
         (["--prefetch", "best6", "--budget", "50%"], "prefetch 'best6' cannot be read"),
         (["--prefetch", "top2", "--budget", "50%"], "needs scores; give --predictor or --scores"),
-        (["--lookahead", "1", "--budget", "50%"], "--lookahead 1: the predictor is not given"),
+        (["--lookahead", "1", "--budget", "50%"], "--lookahead 1: there are no scores; add --predictor or --scores"),
         (["--split", "tset", "--budget", "50%"], "unknown split"),
         (["--warmup-tokens", "-1", "--budget", "50%"], "--warmup-tokens -1 is less than 0"),
     ],
@@ -93,8 +96,8 @@ def test_replay_options(run: Run, words: list[str], said: str, tmp_path: Path, r
 
 def test_lookaheads_and_distances_that_a_predictor_does_not_have(run: Run, packaged: Path, refused) -> None:
     words = ["replay", "--traces", str(run.traces), "--budget", "50%", "--predictor", str(packaged)]
-    assert "has 1, 2, 3" in refused(*words, "--lookahead", "4")
-    assert "has 1, 2, 3" in refused(*words, "--lookahead", "token")
+    assert "has no such scores; choose from 1, 2, 3" in refused(*words, "--lookahead", "4")
+    assert "has no such scores; choose from 1, 2, 3" in refused(*words, "--lookahead", "token")
     assert "neither 'token', 'next' nor a number" in refused(*words, "--lookahead", "soon")
     assert "a distance is for scores known for the whole token" in refused(*words, "--prefetch", "top2@2")
     assert "names more than a layer's 8 experts" in refused(*words, "--prefetch", "top9")
@@ -113,7 +116,7 @@ def test_a_predictor_that_is_none(run: Run, packaged: Path, tmp_path: Path, refu
     weights = (packaged / "model.safetensors").read_bytes()
     (packaged / "model.safetensors").write_bytes(weights[:-1] + b"\x01")
     assert "is damaged" in refused("evaluate", str(packaged), *traces)
-    assert "evaluate needs a trace set" in refused("evaluate", str(packaged))
+    assert "evaluate: a trace set is missing" in refused("evaluate", str(packaged))
 
 
 def test_scores_of_other_traces(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused) -> None:

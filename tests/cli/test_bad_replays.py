@@ -1,4 +1,4 @@
-"""What a replay or a plan cannot do is one line that says what to do instead; and nothing is written."""
+"""Refusals of replays and plans: one line with the way out, and nothing is written."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ SCORES = ("--scores", "scores")
         (("--device", "gone.json"), "gone.json: cannot be read"),
         (("--device", "other.json"), "other.json: holds no device"),
         (("--strategy", "llama"), "unknown strategy 'llama'; did you mean 'llama.cpp'?"),
-        (("--strategy", "zzz"), "unknown strategy 'zzz'; known: all, llama.cpp, moe-beyond"),
+        (("--strategy", "zzz"), "unknown strategy 'zzz'; known: all, belief-cross-layer, llama.cpp"),
         # Prefetchers, and scores that serve them.
         (("--prefetch", "p>1.01", *SCORES), "prefetch 'p>1.01': the threshold is a probability, 0 to 1"),
         (("--prefetch", "p>-0.1", *SCORES), "prefetch 'p>-0.1': the threshold is a probability, 0 to 1"),
@@ -78,14 +78,17 @@ SCORES = ("--scores", "scores")
         (("--prefetch", "moe_infinity", "--scores", "leak"), "but the scores have lookahead 0"),
         (("--prefetch", "top2@2", *SCORES), "a distance is for scores known for the whole token"),
         (("--policy", "moe_infinity"), "policy moe_infinity ranks by scores; give --predictor eamc"),
-        (("--lookahead", "token", *SCORES), "--lookahead token: the predictor has 1, 2"),
-        (("--lookahead", "0", *SCORES), "--lookahead 0: the predictor has 1, 2"),
+        (("--lookahead", "token", *SCORES), "--lookahead token: seer has no such scores; choose from 1, 2"),
+        (("--lookahead", "0", *SCORES), "--lookahead 0: seer has no such scores; choose from 1, 2"),
         (("--scores", "traces"), "traces: is not a scores folder (it has no scores.json)"),
         # Slots by layer.
-        (("--quotas", "2,2,2,2"), "--quotas 2,2,2,2 is for --scope per-layer"),
-        (("--quotas", "proportional"), "--quotas proportional is for --scope per-layer"),
-        ((*LOCAL, "--quotas", "evenly"), "--quotas 'evenly': write even, proportional, or slots by layer: 10,8,8,..."),
-        ((*LOCAL, "--quotas", "2,2,2,"), "--quotas '2,2,2,': write even"),
+        (("--quotas", "2,2,2,2"), "--quotas 2,2,2,2: quotas need a cache per layer; add --scope per-layer"),
+        (("--quotas", "proportional"), "--quotas proportional: quotas need a cache per layer; add --scope per-layer"),
+        (
+            (*LOCAL, "--quotas", "evenly"),
+            "--quotas: cannot be read (got 'evenly'); write even, proportional or slots",
+        ),
+        ((*LOCAL, "--quotas", "2,2,2,"), "--quotas: cannot be read (got '2,2,2,'); write even"),
         ((*LOCAL, "--quotas", "2,2,4"), "quotas are 3 numbers that sum to 8, not 4 to 8 slots"),
         ((*LOCAL, "--quotas", "2,2,2,3"), "quotas are 4 numbers that sum to 9, not 4 to 8 slots"),
         ((*LOCAL, "--quotas", "3,3,1,1"), "below one event's demand of 2 experts in each layer"),
@@ -94,18 +97,21 @@ SCORES = ("--scores", "scores")
         # Profiles.
         (("--warm-start",), "a warm start needs to know what was popular in training text; give --profile"),
         (("--policy", "static"), "policy static needs to know what was popular in training text; give --profile"),
-        (("--profile", "table"), "table: a profile is a fitted history or popularity predictor, not token_table"),
+        (("--profile", "table"), "table: a profile is a fitted history or popularity predictor (got token_table)"),
         (("--profile", "gone"), "'gone'; "),
         (("--profile", "popularity.deepseek-v2-lite-puffin"), "has 4 MoE layers x 8 experts, top-2, but"),
         # Numbers.
         (("--warmup-tokens", "-1"), "--warmup-tokens -1 is less than 0"),
         (("--prefill-chunk", "-2"), "--prefill-chunk -2 is less than 0"),
         (("--batch-size", "0"), "--batch-size 0 is less than 1"),
-        (("--quantization", "-4"), "--quantization -4: bits per parameter must be more than 0"),
+        (("--quantization", "-4"), "--quantization: bits per parameter must be more than 0 (got -4)"),
         # What does not go together.
-        (("--strategy", "ours", "--policy", "lru"), "--strategy names policy and prefetch; give it without --policy"),
-        (("--strategy", "all", "--prefetch", "top2", *SCORES), "give it without --policy, --prefetch and --lookahead"),
-        (("--strategy", "od-moe"), "strategy od-moe: not available: a matter of time alone: needs --device"),
+        (
+            ("--strategy", "llama.cpp", "--policy", "lru"),
+            "--strategy: a strategy has its own policy",
+        ),
+        (("--strategy", "all", "--prefetch", "top2", *SCORES), "leave out --policy, --prefetch and --lookahead"),
+        (("--strategy", "od-moe"), "strategy od-moe: not available: is defined only by time; give --device"),
         (("--policy", "od_moe"), "give --device"),
         (("--sequential", *DEVICE), "--sequential counts accesses alone"),
         (("--sequential", "--prefill-chunk", "4"), "--sequential goes access by access"),
@@ -164,20 +170,20 @@ def test_a_plan_knows_how_many_slots_a_union_needs(house: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "plan needs a --target to reach, or --pins FILE to write"),
-        (("--target", "fast"), "--target 'fast' cannot be read; write 90% (of hits) or 10tok/s"),
+        ((), "plan: nothing to do; give --target T to reach, or --pins FILE to write"),
+        (("--target", "fast"), "--target: cannot be read (got 'fast'); write 90% for a hit rate, or 10tok/s"),
         (("--target", "0%"), "cannot be read"),
         (("--target", "120%"), "cannot be read"),
-        (("--target", "10tok/s"), "--target 10tok/s is a matter of time; give --device"),
-        (("--target", "90%", "--strategy", "our"), "unknown strategy 'our'; did you mean 'ours'?"),
+        (("--target", "10tok/s"), "--target 10tok/s: a speed needs the timing model; add --device"),
+        (("--target", "90%", "--strategy", "specm"), "unknown strategy 'specm'; did you mean 'specmd'?"),
         (("--target", "90%", "--prefetch", "top2"), "needs scores; give --predictor or --scores"),
         (("--target", "90%", "--policy", "static"), "policy static needs to know"),
-        (("--pins", "pins.json", "--budget", "9"), "--pins is for one --budget"),
+        (("--pins", "pins.json", "--budget", "9"), "--pins: the list is for one budget (got 2); give --budget once"),
         (("--pins", "pins.json", *LOCAL, "--quotas", "2,2,2,3"), "quotas are 4 numbers that sum to 9"),
-        # Pins are not left behind where the plan beside them cannot be.
+        # No pins are left behind if the plan fails.
         (("--pins", "pins.json", "--target", "fast"), "cannot be read"),
         (("--pins", "pins.json", "--target", "90%", "--strategy", "our"), "unknown strategy"),
-        (("--pins", "pins.json", "--target", "90%", "--strategy", "ours"), "strategy ours: not available"),
+        (("--pins", "pins.json", "--target", "90%", "--strategy", "specmd"), "strategy specmd: not available"),
         (("--pins", "pins.json", "--target", "90%", "--prefetch", "top2"), "needs scores"),
         (("--pins", "pins.json", "--target", "90%", "--policy", "static"), "policy static needs to know"),
     ],

@@ -9,7 +9,7 @@ from _helpers.scoring import history_folder, scores_folder
 
 from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.cli.main import main
-from moe_beyond.evaluation.profiles import load_profile
+from moe_beyond.evaluation.sources import load_profile
 from moe_beyond.traces.reader import TraceSet
 
 COUNTS = {
@@ -91,7 +91,7 @@ def test_a_device_adds_times(capsys, house):
     resident = found[-1]
     assert (resident["stall_ms_per_token"], resident["budget_slots"]) == (0, 32)
     assert all(resident["tokens_per_second"] > result["tokens_per_second"] for result in found[:-1])
-    assert found[1]["lookahead"] is None  # adaptive asks by all there are
+    assert found[1]["lookahead"] is None  # adaptive reads all lookaheads
     # A field changed, bits changed: half the bytes at double the speed, a quarter of the time on the link.
     again = results(capsys, *words, "--device", "mine.json,link_gb_per_s=0.006", "--quantization", "8")
     assert again[0]["device"] == "mine,link_gb_per_s=0.006"
@@ -113,13 +113,13 @@ def test_named_systems(capsys):
     assert [result["lookahead"] for result in found["results"][:3]] == [0, None, None]
     assert found["results"][0]["causal"] is False
     missing = {one["strategy"]: one["why"] for one in found["unavailable"]}
-    assert set(missing) == {"ours", "moe-infinity", "specmd", "od-moe"}
-    assert (
-        main(["replay", "--traces", "traces", "--strategy", "moe-beyond", "--strategy", "ours", "--scores", "leak"])
-        == 0
-    )
+    assert set(missing) == {"belief-cross-layer", "moe-infinity", "specmd", "od-moe"}
+    words = ("--strategy", "moe-beyond", "--strategy", "belief-cross-layer", "--scores", "leak")
+    assert main(["replay", "--traces", "traces", *words]) == 0
     said = capsys.readouterr().out
-    assert "ours: not available: no published cross_layer predictor is for this model and tokenizer" in said
+    assert (
+        "belief-cross-layer: not available: no pretrained cross_layer predictor fits this model and tokenizer" in said
+    )
     assert "LEAK" in said
     assert "as published" in said
 
@@ -149,7 +149,7 @@ def test_a_warm_start_is_paid_for_and_the_references_are_cold(capsys):
     traces = TraceSet("traces")
     assert warm[0]["prefetch_transfers"] == 8 * len(list(traces.traces()))
     assert warm[0]["hits"] > cold[0]["hits"]
-    assert warm[2:] == cold[1:]  # Belady and hindsight; LRU itself is asked for warm, and stands beside it cold
+    assert warm[2:] == cold[1:]  # Belady and hindsight; LRU itself is replayed warm, and cold as a baseline
     assert warm[1] == cold[0]
 
 

@@ -1,4 +1,4 @@
-"""A page about a run or a predictor: what it holds, that it needs nothing else, and what it refuses."""
+"""The page about a run or a predictor: its content, its independence of other files, and its refusals."""
 
 import json
 import re
@@ -222,7 +222,7 @@ def test_scores_that_no_runtime_could_have_are_marked(run: Run, tmp_path: Path) 
         (["--budget", "lots"], "budget 'lots' cannot be read"),
         (["--split", "tset"], "unknown split"),
         (["--warmup-tokens", "-1"], "--warmup-tokens -1 is less than 0"),
-        (["--warmup-tokens", "99"], "--warmup-tokens 99: no sequence is longer"),
+        (["--warmup-tokens", "99"], "--warmup-tokens 99: no sequence has more tokens"),
         (["--device", "rtx9999x"], "unknown device 'rtx9999x'"),
         (["--device", "rtx3060", "--device", "rtx4090,name=rtx3060"], "two are called 'rtx3060'"),
     ],
@@ -261,3 +261,13 @@ def test_subjects_and_places_that_cannot_be(run: Run, tmp_path: Path, capsys) ->
     shutil.rmtree(broken / "predictor")
     assert f"{broken}: the run has no predictor/" in error_line(capsys, ["report", broken, *words])
     assert not (tmp_path / "out.html").exists()
+
+
+def test_help_states_the_defaults_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    from moe_beyond.report.html.strategies import DEVICES, SHARES
+
+    assert main(["report", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {', '.join(DEVICES)})" in text
+    *shares, last = SHARES
+    assert f"(default: {', '.join(map(str, shares))} and {last}% of all experts)" in text

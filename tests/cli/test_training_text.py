@@ -358,7 +358,7 @@ def test_a_run_stands_for_its_predictor_else_for_its_best_checkpoint(own: Run, t
     assert main([*words, "--predictor", str(run)]) == 0
     shutil.rmtree(run / "checkpoints")
     capsys.readouterr()
-    assert "holds no checkpoint" in error_line(capsys, ["package", run, "--out", tmp_path / "c"])
+    assert "has no checkpoint" in error_line(capsys, ["package", run, "--out", tmp_path / "c"])
 
 
 def test_package_overwrites_nothing(own: Run, tmp_path: Path, capsys) -> None:

@@ -11,8 +11,8 @@ from _helpers.scoring import foresight, seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import RecallSums, recall_intervals, resampled, result_intervals
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.strategies import beside, combinations, strategy
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.strategies import grid, strategy, with_baselines
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.simulator.sums import SequenceSums
@@ -66,10 +66,10 @@ def test_the_order_in_which_sequences_came_changes_nothing(traces: TraceSet) -> 
 
 
 def test_against_plain_python(traces: TraceSet) -> None:
-    """Every sequence by itself, drawn by another generator: the ends agree as far as chance allows."""
+    """Every sequence separately, drawn by another generator: the ends agree as far as chance allows."""
     draws = 3000
     common = replace(COMMON, device=SLOW)
-    asked = beside(combinations(common, [8], ["lru"], ["top2"], SOURCE, [1]), common, TINY)
+    asked = with_baselines(grid(common, [8], ["lru"], ["top2"], SOURCE, [1]), common, TINY)
     found = evaluate(traces, asked, sources=[SOURCE], measure=SOURCE, resamples=draws)
     kept = [trace for trace in traces.traces() if len(trace) > 3]
     assert 2 < len(kept) < len(list(traces.traces()))
@@ -110,7 +110,7 @@ def test_against_plain_python(traces: TraceSet) -> None:
 
 
 def recalled(trace: Trace) -> list[tuple[int, int]]:
-    """Of every layer: the chosen experts among the two best of `foresight`'s first slice, and all chosen ones."""
+    """The chosen experts among the two best of `foresight`'s first slice, and all chosen ones."""
     scores, sums = foresight(trace, 2, 8), []
     for layer in range(4):
         best = [sorted(range(8), key=lambda e, row=row: (-row[e], e))[:2] for row in scores[:, 0, layer].tolist()]
@@ -141,12 +141,12 @@ def test_batches_are_drawn_whole(traces: TraceSet) -> None:
 
 @pytest.mark.parametrize("resamples", [1, 99, -1])
 def test_too_few_draws(traces: TraceSet, resamples: int) -> None:
-    with pytest.raises(UserError, match=f"--bootstrap {resamples}: "):
+    with pytest.raises(UserError, match=rf"--bootstrap: too few draws .*got {resamples}\)"):
         evaluate(traces, [strategy(COMMON, 8, "lru")], resamples=resamples)
 
 
 def test_one_sequence_has_no_interval(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--bootstrap draws among sequences"):
+    with pytest.raises(UserError, match="--bootstrap: draws need at least two sequences"):
         evaluate(tiny_traces(tmp_path / "one", sequences=1), [strategy(ReplaySettings(32), 8, "lru")], resamples=100)
 
 

@@ -1,4 +1,4 @@
-"""Evaluations: the same whatever runs beside what, and in which portions."""
+"""Evaluations: the same figures for any number of threads and any size of blocks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +9,10 @@ from _helpers.common import tiny_traces
 from _helpers.scoring import foresight, history_folder, seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation import run as module
-from moe_beyond.evaluation.run import evaluate
+from moe_beyond.evaluation import engine as module
+from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
-from moe_beyond.evaluation.strategies import beside, combinations, strategy
+from moe_beyond.evaluation.strategies import grid, strategy, with_baselines
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
@@ -40,8 +40,8 @@ def test_threads_and_portions_change_nothing(
 ) -> None:
     common = replace(COMMON, device=device)
     source = seer("seer", (1, 2))
-    asked = beside(
-        combinations(common, [8, 16], ["belief", "lru"], ["p>0.5"], source, [1, 2]), common, trace_set.geometry
+    asked = with_baselines(
+        grid(common, [8, 16], ["belief", "lru"], ["p>0.5"], source, [1, 2]), common, trace_set.geometry
     )
     whole = evaluate(trace_set, asked, sources=[source], measure=source)
     assert [(r.strategy, r.budget_slots, r.lookahead) for r in whole.results] == [
@@ -51,7 +51,7 @@ def test_threads_and_portions_change_nothing(
         monkeypatch.setattr(module.os, "cpu_count", lambda cores=cores: cores)
         monkeypatch.setattr(module, "BLOCK_TOKENS", tokens)
         assert evaluate(trace_set, asked, sources=[source], measure=source).to_json() == whole.to_json()
-    # And each by itself is what it was beside the others.
+    # A strategy has the same result separately as with the others.
     for settings, result in zip(asked, whole.results, strict=True):
         assert evaluate(trace_set, [settings], sources=[source]).results == [result]
 
@@ -97,7 +97,7 @@ def test_a_carried_cache_finds_the_sequences_as_one(trace_set: TraceSet) -> None
 
 def test_batches_are_of_neighbours_in_the_traces(trace_set: TraceSet) -> None:
     source = seer("seer", (1,), backwards=True)
-    settings = replace(strategy(COMMON, 20, "lru", "p>0.5", source), batch_size=5)  # 12 sequences: the last two alone
+    settings = replace(strategy(COMMON, 20, "lru", "p>0.5", source), batch_size=5)  # 12 sequences: a last batch of two
     [found] = evaluate(trace_set, [settings], sources=[source]).results
     assert found == by_hand(trace_set, settings)
     assert counted(found) != counted(by_hand(trace_set, settings, backwards=True))
@@ -117,7 +117,7 @@ def test_a_predictor_scores_in_order_where_asked_to(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_longer_than_all_leaves_nothing(trace_set: TraceSet) -> None:
-    with pytest.raises(UserError, match="--warmup-tokens 20: no sequence is longer"):
+    with pytest.raises(UserError, match="--warmup-tokens 20: no sequence has more tokens"):
         evaluate(trace_set, [strategy(COMMON, 8, "lru"), strategy(replace(COMMON, warmup_tokens=20), 8, "lru")])
 
 
@@ -128,5 +128,5 @@ def test_a_split_alone(trace_set: TraceSet) -> None:
     whole = evaluate(trace_set, asked, None, [source]).results
     assert counted(whole[0]) == tuple(np.add(counted(parts[0][0]), counted(parts[1][0])))
     assert parts[0][1].accesses + parts[1][1].accesses == whole[1].accesses
-    # Hindsight knows what it is judged on, and no more.
+    # Hindsight knows the counted tokens only.
     assert parts[0][1].hits + parts[1][1].hits >= whole[1].hits

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from _helpers.common import TINY
 
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.strategies import beside, combinations
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.report.html.sections.replay import speed, verdicts
 from moe_beyond.report.tables.conditions import conditions
 from moe_beyond.report.tables.results import results_table
@@ -20,7 +20,7 @@ DEVICE = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02")
 
 def replayed(traces: TraceSet, **changes: object) -> list[Result]:
     common = replace(COMMON, **changes)
-    return evaluate(traces, beside(combinations(common, [8], ["lru"]), common, TINY)).results
+    return evaluate(traces, with_baselines(grid(common, [8], ["lru"]), common, TINY)).results
 
 
 def test_by_default(trace_set: TraceSet) -> None:

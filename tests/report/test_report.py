@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.sizing import Answer, parse_target
-from moe_beyond.evaluation.strategies import beside, combinations
-from moe_beyond.evaluation.systems import Unavailable
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.results import Unavailable
+from moe_beyond.evaluation.sizing import SizingResult, parse_target
+from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.report.plots import replay as plots
 from moe_beyond.report.plots.files import TIMELINE_TOKEN, pictures
 from moe_beyond.report.tables.results import results_table, scores_words, unavailable_lines
@@ -35,8 +35,8 @@ def text_of(table: Table, width: int = 200) -> str:
 
 def replayed(traces: TraceSet, slots: list[int], timed: bool) -> tuple[list[ReplaySettings], list[Result]]:
     common = ReplaySettings(32, device=DEVICE if timed else None)
-    asked = combinations(common, slots, ["lru"], ["top2"], SOURCE, [2])
-    lines = beside(asked, common, TINY)
+    asked = grid(common, slots, ["lru"], ["top2"], SOURCE, [2])
+    lines = with_baselines(asked, common, TINY)
     return lines, evaluate(traces, lines, sources=[SOURCE]).results
 
 
@@ -136,7 +136,7 @@ def test_a_policy_that_reads_the_routers_input_is_marked(
 ) -> None:
     """Whatever the prefetcher asks by, belief reads all the scores there are."""
     source = seer("seer", lookaheads)
-    settings = combinations(ReplaySettings(32), [8], ["belief"], [prefetch], source, [asked] if asked else [])
+    settings = grid(ReplaySettings(32), [8], ["belief"], [prefetch], source, [asked] if asked else [])
     [result] = evaluate(trace_set, settings, sources=[source]).results
     assert "LEAK" in text_of(results_table([result], TINY))
 
@@ -145,7 +145,7 @@ def test_what_is_missing_and_what_binds_is_said(trace_set: TraceSet) -> None:
     missing = [Unavailable("a", "needs x"), Unavailable("b", "needs y")]
     assert unavailable_lines(missing) == ["a: not available: needs x", "b: not available: needs y"]
     fits, fails = result_of(trace_set, hit_rate=0.9123, budget_slots=16), result_of(trace_set, hit_rate=0.5)
-    answers = [Answer("late", fails, "link: too slow"), Answer("good", fits, None)]
+    answers = [SizingResult("late", fails, "link: too slow"), SizingResult("good", fits, None)]
     said = text_of(plan_table(answers, parse_target("90%"), TINY, 2e9))
     good, late = [line for line in said.splitlines() if "│ good" in line or "│ late" in line]  # what works first
     assert [word in good for word in ("good", "16 (", "32.00", "91.2%")] == [True] * 4

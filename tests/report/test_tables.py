@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
-from moe_beyond.evaluation.run import Evaluation, evaluate
-from moe_beyond.evaluation.sizing import Answer, parse_target
-from moe_beyond.evaluation.strategies import beside, combinations
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.results import CheckpointEvaluation, Evaluation
+from moe_beyond.evaluation.sizing import SizingResult, parse_target
+from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.geometry import load_preset
 from moe_beyond.metrics import FIGURES, LookaheadMetrics
 from moe_beyond.pretrained import published_figures
@@ -59,12 +59,12 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     device = load_device("rtx4060-laptop")
     found: dict[str, Table] = {}
     for name, common in (("timed", ReplaySettings(32, device=device)), ("untimed", ReplaySettings(32))):
-        asked = combinations(common, [8, 16], ["lru", "belief"], ["top2,p>0.125"], source, [1, 2])
-        results = evaluate(traces, beside(asked, common, geometry), sources=[source]).results
+        asked = grid(common, [8, 16], ["lru", "belief"], ["top2,p>0.125"], source, [1, 2])
+        results = evaluate(traces, with_baselines(asked, common, geometry), sources=[source]).results
         big = {"tokens_per_second": 64285.7, "stall_ms_per_token": 12345.6} if name == "timed" else {}
         large = replace(results[0], prefetch_transfers=123_456_789, wasted_prefetches=98_765_432, lookahead=0, **big)
         found[f"replay, {name}"] = results_table([large, *results[1:]], geometry)
-    sized = evaluate(traces, beside(asked, common, geometry), sources=[source], measure=source, resamples=100)
+    sized = evaluate(traces, with_baselines(asked, common, geometry), sources=[source], measure=source, resamples=100)
     found |= {f"intervals: {t.title}": t for t in intervals_tables(sized.metrics, sized.results, 100)}
     figures = {**dict.fromkeys(FIGURES, 0.98765), "nll": 123.45}
     row = LookaheadMetrics(lookahead=1, k=6, tokens=1_234_567, by_layer=(), reliability=(), causal=False, **figures)
@@ -76,8 +76,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     ]
     found["checkpoints"] = checkpoints_table(checkpoints, geometry)
     answers = [
-        Answer("clairvoyant prefetch", results[0], "link: 12.34 GB/s is too slow"),
-        Answer("lru", results[1], None),
+        SizingResult("clairvoyant prefetch", results[0], "link: 12.34 GB/s is too slow"),
+        SizingResult("lru", results[1], None),
     ]
     found["plan"] = plan_table(answers, parse_target("90%"), geometry, 123_456_789)
     summary, difference = summarize(traces), contrast_traces(traces, other)

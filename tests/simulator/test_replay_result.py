@@ -97,7 +97,7 @@ def test_layers_add_up(result: Result):
             "token",
         ),
         (ReplaySettings(4, prefetch="top2", lookahead=0, lookaheads=(0,)), "lru + top2", 0),
-        (ReplaySettings(4, policy="belief", lookaheads=(1,), name="ours"), "ours", None),
+        (ReplaySettings(4, policy="belief", lookaheads=(1,), name="belief-cross-layer"), "belief-cross-layer", None),
     ],
 )
 def test_what_was_asked_for_is_on_record(settings: ReplaySettings, strategy: str, lookahead):

@@ -8,7 +8,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moe_beyond.evaluation.run import Evaluation
+from moe_beyond.evaluation.results import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
 from moe_beyond.predictors.io.folder import read_config

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import ScoreSource
-from moe_beyond.evaluation.strategies import beside, combinations
+from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import Device
@@ -52,10 +52,10 @@ def page_strategies(
     found = []
     for device in (None, *devices):
         shared = replace(common, device=device)
-        asked = combinations(shared, slots, policies, (prefetch,), source, () if ahead is None else (ahead,))
+        asked = grid(shared, slots, policies, (prefetch,), source, () if ahead is None else (ahead,))
         if device is not None and ahead is not None:
-            asked += combinations(shared, slots, ("belief",), ("none",), source, (ahead,))
-        lines = beside(asked, shared, geometry)
+            asked += grid(shared, slots, ("belief",), ("none",), source, (ahead,))
+        lines = with_baselines(asked, shared, geometry)
         # The best fixed choice needs no second look: a device changes its times alone.
         found += lines if device is None else [line for line in lines if line.policy != "static_hindsight"]
     return found

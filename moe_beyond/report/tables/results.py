@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
-from moe_beyond.evaluation.systems import Unavailable
+from moe_beyond.evaluation.results import CheckpointEvaluation, Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.metrics import LookaheadMetrics

@@ -1,4 +1,4 @@
-"""Plans: the smallest budget, what binds where there is none, and the experts to pin."""
+"""Sizing: the smallest budget, the bottleneck if there is none, and the experts to pin."""
 
 import math
 from collections import Counter
@@ -12,9 +12,9 @@ from _helpers.common import TINY, there, tiny_traces
 from _helpers.scoring import seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.run import evaluate
-from moe_beyond.evaluation.sizing import Answer, parse_target, pins, plan
-from moe_beyond.evaluation.strategies import CLAIRVOYANT, evenly, strategy
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.sizing import SizingResult, parse_target, pins, size_budgets
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, even_split, strategy
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import Device, device_slots, load_device
 from moe_beyond.traces.reader import TraceSet
@@ -39,7 +39,9 @@ class Planned:
         ladders = [partial(self.at, line) for line in self.lines]
         self.target = parse_target(target)
         most = None if device is None else device_slots(device, TINY, 16)
-        self.answers: list[Answer] = plan(TINY, self.target, ladders, self.replayed, TINY.top_k, self.bounds, most)
+        self.answers: list[SizingResult] = size_budgets(
+            TINY, self.target, ladders, self.replayed, TINY.top_k, self.bounds, most
+        )
 
     def at(self, line: ReplaySettings, slots: int) -> ReplaySettings:
         return replace(line, slots=slots)
@@ -78,58 +80,58 @@ def test_the_smallest_budget_is_exact(traces: TraceSet, device: Device | None) -
         for answer, policy in zip(planned.answers, ("lru", "belady"), strict=True):
             reached = [slots for slots, result in found[policy].items() if planned.target.reached(result)]
             if reached:
-                assert (answer.binds, answer.result) == (None, found[policy][min(reached)])
+                assert (answer.bottleneck, answer.result) == (None, found[policy][min(reached)])
             else:
-                assert answer.binds is not None
+                assert answer.bottleneck is not None
         assert len(planned.tried) == len(set(planned.tried))  # nothing is replayed twice
         assert len(planned.tried) <= 2 * (21 + math.ceil(math.log2(32 / 20)) + 1)
 
 
-def only(traces: TraceSet, target: str, line: tuple[str, str], device: Device | None = None) -> Answer:
+def only(traces: TraceSet, target: str, line: tuple[str, str], device: Device | None = None) -> SizingResult:
     [answer] = Planned(traces, target, [line], device).answers
     return answer
 
 
-def test_computing_binds(traces: TraceSet) -> None:
+def test_computing_is_the_bottleneck(traces: TraceSet) -> None:
     # Resident, a token takes 4 layers * (10 kB + 2 * 2 kB) / 0.02 GB/s = 2.8 ms.
     answer = only(traces, "358tok/s", ("lru", "none"), SLOW)
-    assert answer.binds == "computing: with all experts resident it is 357.14 tok/s"
+    assert answer.bottleneck == "computing: 357.14 tok/s with all experts resident"
 
 
-def test_the_link_binds_time(traces: TraceSet) -> None:
+def test_the_interconnect_is_the_bottleneck_of_time(traces: TraceSet) -> None:
     answer = only(traces, "357tok/s", ("lru", "none"), SLOW)
     speed = evaluate(traces, [strategy(replace(COMMON, device=SLOW), 32, "belady", "oracle")]).results[0]
-    assert answer.binds == (
-        f"link: even clairvoyant prefetch, all slots given, makes {speed.tokens_per_second:.2f} tok/s"
+    assert answer.bottleneck == (
+        f"interconnect: {speed.tokens_per_second:.2f} tok/s even with clairvoyant prefetch and all slots"
     )
 
 
-def test_the_policy_binds_time(traces: TraceSet) -> None:
+def test_the_policy_is_the_bottleneck_of_time(traces: TraceSet) -> None:
     common = replace(COMMON, device=SLOW)
     asked = [strategy(common, 32, "lru"), strategy(common, 32, "belady", "oracle")]
     lru, clairvoyant = (r.tokens_per_second for r in evaluate(traces, asked).results)
     answer = only(traces, f"{(lru + clairvoyant) / 2:.3f}tok/s", ("lru", "none"), SLOW)
-    assert answer.binds == "policy: clairvoyant prefetch over the same link would do"
+    assert answer.bottleneck == "policy: clairvoyant prefetch over the same interconnect would reach it"
     assert answer.result.tokens_per_second == lru  # the best there is, and no more slots than for that
     assert answer.to_json(2000)["budget_slots"] is None
 
 
 @pytest.mark.parametrize("room", [12, 20])
-def test_a_plan_stays_within_the_devices_memory(traces: TraceSet, room: int) -> None:
-    # Of so many kB an eighth is kept, 4 layers take 10,000 bytes, and an expert 2,000.
+def test_sizing_stays_within_the_devices_memory(traces: TraceSet, room: int) -> None:
+    # An eighth of so many kB is kept, 4 layers take 10,000 bytes, and an expert 2,000.
     device = replace(SLOW, memory_gb=(room * 2000 + 40_000) / 7 * 8 * 1e-9)
     assert device_slots(device, TINY, 16) == room
     speeds = {slots: result.tokens_per_second for slots, result in every_budget(traces, "lru", device).items()}
     within = only(traces, f"{speeds[room] - 1e-3:.4f}tok/s", ("lru", "none"), device)
-    assert (within.binds, within.result.budget_slots) == (None, room)
+    assert (within.bottleneck, within.result.budget_slots) == (None, room)
     beyond = only(traces, f"{speeds[room + 4] - 1e-3:.4f}tok/s", ("lru", "none"), device)
-    assert beyond.binds == f"memory: room for {room} experts; with all 32 it makes {speeds[32]:.2f} tok/s"
+    assert beyond.bottleneck == f"memory: room for {room} experts; all 32 would reach {speeds[32]:.2f} tok/s"
     assert beyond.result.budget_slots == room  # the best that there is room for
     assert beyond.result.tokens_per_second == speeds[room]
     planned = Planned(traces, f"{speeds[room + 4] - 1e-3:.4f}tok/s", [("lru", "none"), ("belady", "none")], device)
     assert {settings.slots for settings in planned.tried if settings.slots > room} == {32}
-    # What no memory would help with is still said first.
-    assert only(traces, "357tok/s", ("lru", "none"), device).binds.startswith("link: even clairvoyant prefetch")
+    # A bottleneck that no memory removes is still named first.
+    assert only(traces, "357tok/s", ("lru", "none"), device).bottleneck.startswith("interconnect: ")
 
 
 def test_a_device_that_holds_no_event_has_no_plan(traces: TraceSet) -> None:
@@ -138,50 +140,53 @@ def test_a_device_that_holds_no_event_has_no_plan(traces: TraceSet) -> None:
         only(traces, "10tok/s", ("lru", "none"), device)
 
 
-def test_the_working_set_binds_hits(traces: TraceSet) -> None:
+def test_the_working_set_is_the_bottleneck_of_hits(traces: TraceSet) -> None:
     first_uses = sum(len(np.unique(t.experts[:, layer])) for t in traces.traces() for layer in range(4))
     share = first_uses / (traces.manifest.tokens * TINY.demand_per_token)
     answer = only(traces, f"{100 * (1 - share) + 0.1:.2f}%", ("lru", "none"))
-    assert answer.binds == f"working set: {share:.1%} of accesses are first uses, which only prefetch makes hits"
+    assert (
+        answer.bottleneck
+        == f"working set: {share:.1%} of accesses are first uses, which only prefetching turns into hits"
+    )
     assert answer.result.hit_rate == pytest.approx(1 - share)
     assert answer.to_json(2000)["budget_bytes"] is None
 
 
-def test_the_link_binds_hits_that_come_late(traces: TraceSet) -> None:
+def test_the_interconnect_is_the_bottleneck_of_late_hits(traces: TraceSet) -> None:
     device = replace(SLOW, link_gb_per_s=0.0002)
     answer = only(traces, "95%", ("belady", "oracle"), device)
     late = answer.result.late_hits / answer.result.accesses
     assert answer.result.hit_rate < 0.95 <= answer.result.hit_rate + late
-    assert answer.binds == f"link: {late:.1%} of accesses were asked for and came late"
+    assert answer.bottleneck == f"interconnect: {late:.1%} of accesses are late hits"
 
 
-def test_the_policy_binds_hits(traces: TraceSet) -> None:
+def test_the_policy_is_the_bottleneck_of_hits(traces: TraceSet) -> None:
     """A stand-in: a policy that is worse than LRU with all slots is none of ours."""
     lru = evaluate(traces, [strategy(COMMON, 32, "lru")]).results[0]
 
     def worse(settings: list[ReplaySettings]) -> list[Result]:
         return [replace(lru, hit_rate=0.1, budget_slots=s.slots) for s in settings]
 
-    [answer] = plan(
+    [answer] = size_budgets(
         TINY, parse_target("50%"), [lambda n: strategy(COMMON, n, "lru")], worse, 2, lambda: {"lru": lru}
     )  # fmt: skip
-    assert answer.binds == "policy: with all slots LRU would do"
+    assert answer.bottleneck == "policy: LRU with all slots would reach it"
     assert answer.result.budget_slots == 2  # of equals the smallest
 
 
-def test_an_answer_tells_its_bytes(traces: TraceSet) -> None:
+def test_a_sizing_result_has_its_bytes(traces: TraceSet) -> None:
     answer = only(traces, "30%", ("lru", "none"))
-    told = answer.to_json(2000.5)
-    assert told["budget_slots"] == answer.result.budget_slots == told["result"]["budget_slots"]
-    assert told["budget_bytes"] == math.ceil(2000.5 * answer.result.budget_slots)
-    assert (told["strategy"], told["binds"]) == ("lru", None)
+    record = answer.to_json(2000.5)
+    assert record["budget_slots"] == answer.result.budget_slots == record["result"]["budget_slots"]
+    assert record["budget_bytes"] == math.ceil(2000.5 * answer.result.budget_slots)
+    assert (record["strategy"], record["bottleneck"]) == ("lru", None)
 
 
 @pytest.mark.parametrize(
     "text", ["", "90", "0%", "100.5%", "-5%", "ninety%", "nan%", "10 t/s", "tok/s", "0tok/s", "1e3tok/s", "90%%"]
 )
 def test_targets_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match="cannot be read; write 90%"):
+    with pytest.raises(UserError, match=r"--target: cannot be read .* write 90%"):
         parse_target(text)
 
 
@@ -207,7 +212,7 @@ def test_pins_are_the_most_used(traces: TraceSet, split: str | None, slots: int)
     used = counts(traces, split)
     every = [(layer, expert) for layer in range(4) for expert in range(8)]
     chosen = sorted(every, key=lambda one: (-used[one], one))[:slots]
-    found = pins(traces, split, slots, "global", evenly, None)
+    found = pins(traces, split, slots, "global", even_split, None)
     assert found == {str(layer + 1): [e for one, e in chosen if one == layer] for layer in range(4)}
 
 
@@ -227,12 +232,12 @@ def test_pins_keep_to_a_layers_slots_and_to_a_profile(traces: TraceSet) -> None:
     found = pins(traces, None, 14, "per-layer", lambda slots: quotas, popularity)
     assert found["2"] == [0, 1, 2, 3, 4]
     assert found["4"] == np.argsort(-popularity[3])[:4].tolist()
-    even = pins(traces, None, 14, "per-layer", evenly, popularity)
+    even = pins(traces, None, 14, "per-layer", even_split, popularity)
     assert [len(experts) for experts in even.values()] == [4, 4, 3, 3]
 
 
 def test_pins_of_slots_that_do_not_do(traces: TraceSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="below one event's demand"):
-        pins(traces, None, 7, "per-layer", evenly, None)
+        pins(traces, None, 7, "per-layer", even_split, None)
     with pytest.raises(UserError, match="quotas are 4 numbers that sum to 14, not 4 to 15"):
         pins(traces, None, 15, "per-layer", lambda slots: (2, 5, 3, 4), None)

@@ -1,0 +1,180 @@
+"""Replays of strategies on traces, with metrics of the scores, in one pass over the traces per source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_beyond.cache.policy_inputs import Stream
+from moe_beyond.errors import UserError
+from moe_beyond.evaluation.bootstrap import check_resamples, result_intervals
+from moe_beyond.evaluation.results import Evaluation
+from moe_beyond.evaluation.sources import Scored, ScoreSource
+from moe_beyond.simulator import Replay, ReplaySettings, Result
+from moe_beyond.simulator.bounds import Bound
+from moe_beyond.simulator.sequence import Grouping
+from moe_beyond.simulator.sequence import Sequence as Steppable
+from moe_beyond.simulator.settings import BOUNDS
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.trace import Trace
+from moe_beyond.usage_profile import Profile
+
+if TYPE_CHECKING:
+    from moe_beyond.evaluation.measure import Measurement
+
+BLOCK_TOKENS = 4096
+"""Least number of tokens whose scores are in memory at once; strategies share a block, each on its own core."""
+
+
+def evaluate(
+    traces: TraceSet,
+    strategies: Sequence[ReplaySettings],
+    split: str | None = None,
+    sources: Sequence[ScoreSource] = (),
+    *,
+    measure: ScoreSource | None = None,
+    profile: Profile | None = None,
+    resamples: int = 0,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Evaluation:
+    """Measure scores and replay strategies, each on its own core.
+
+    The traces are read once per source that a strategy names or that is measured.
+
+    Args:
+        traces: Trace set to replay.
+        strategies: Settings of each strategy.
+        split: Name of a split (default: all splits).
+        sources: Sources of scores, by the names in the settings' ``predictor`` (default: none).
+        measure: Source to measure, one of ``sources`` (default: none).
+        profile: Usage profile of training text (default: none).
+        resamples: Number of bootstrap draws for 95 % intervals (`moe_beyond.evaluation.bootstrap`); 0 for none
+            (default: 0).
+        progress: Function that receives the number of tokens that one strategy finished (default: no progress).
+
+    Raises:
+        UserError: A source does not fit the traces, a strategy does not fit the model or lacks scores, or the warm-up
+            excludes every token.
+    """
+    _check_sources(strategies, sources)
+    check_resamples(resamples)
+    geometry = traces.geometry
+    streams: dict[tuple[int, ...], Stream] = {}
+    replays = [_start(traces, settings, split, profile, streams) for settings in strategies]
+    passes = [source for source in sources if source is measure or source.name in {s.predictor for s in strategies}]
+    measurement = None if measure is None else _measurement(measure, traces, resamples)
+    in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, source in enumerate(passes or [None]):
+            share = [r for r in replays if r.settings.predictor == (source.name if source else None)]
+            if number == 0 and source is not None:
+                share += [r for r in replays if r.settings.predictor is None]
+            if not share and source is not measure:
+                continue
+            for block in _blocks(
+                _unscored(traces, split) if source is None else source.sequences(traces, split, in_order)
+            ):
+                if measurement is not None and source is measure:
+                    for trace, scores in block:
+                        if scores is not None:
+                            measurement.add(trace, scores)
+                sequences = [Steppable(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
+                for _ in pool.map(lambda replay, part=sequences: _add(replay, part), share):
+                    progress(sum(map(len, sequences)))
+    results = _results(replays)
+    rows = [] if measurement is None else measurement.rows()
+    if resamples:
+        results = result_intervals(results, [replay.sums for replay in replays], resamples)
+    return Evaluation(rows, results, resamples)
+
+
+def _measurement(source: ScoreSource, traces: TraceSet, resamples: int) -> Measurement:
+    from moe_beyond.evaluation.measure import Measurement  # imports torch, which a plain replay does not need
+
+    return Measurement(source, traces.geometry, resamples)
+
+
+def _check_sources(strategies: Sequence[ReplaySettings], sources: Sequence[ScoreSource]) -> None:
+    names = [source.name for source in sources]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"evaluate: two sources of scores have the name {repeated!r}; rename one")
+    for settings in strategies:
+        if settings.predictor is not None and settings.predictor not in names:
+            raise UserError(
+                f"strategy {settings.strategy}: the scores of {settings.predictor!r} are missing; add their source"
+            )
+
+
+def _start(
+    traces: TraceSet,
+    settings: ReplaySettings,
+    split: str | None,
+    profile: Profile | None,
+    streams: dict[tuple[int, ...], Stream],
+) -> Replay | Bound:
+    """Start a replay; ``streams`` keeps the demands of all sequences for replays that group them alike."""
+    if settings.policy in BOUNDS:
+        return Bound(traces.geometry, settings)
+    stream = None
+    if settings.carry_over and "future" in settings.needs:
+        key = (
+            settings.prefill_chunk,
+            settings.batch_size,
+            settings.window,
+            settings.warmup_tokens,
+            settings.sequential,
+        )
+        if key not in streams:
+            streams[key] = _whole_stream(traces, settings, split)
+        stream = streams[key]
+    return Replay(traces.geometry, settings, profile, stream)
+
+
+def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None) -> Stream:
+    """Return the demands of all sequences in order, grouped as a replay groups them."""
+    grouping = Grouping(settings)
+    sequences = (
+        Steppable(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
+    )
+    groups = [group for sequence in sequences for group in grouping.add(sequence)]
+    parts = [group.stream for group in (*groups, *grouping.rest())]
+    if not parts:
+        return Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    starts = np.cumsum([0] + [len(part.ids) for part in parts])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    return Stream(np.concatenate([part.ids for part in parts]), np.concatenate([*offsets, starts[-1:]]))
+
+
+def _unscored(traces: TraceSet, split: str | None) -> Iterator[tuple[Trace, None]]:
+    return ((trace, None) for trace in traces.traces(split))
+
+
+def _blocks(sequences: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Scored | tuple[Trace, None]]]:
+    """Group sequences into blocks of at least `BLOCK_TOKENS` tokens."""
+    block: list[Scored | tuple[Trace, None]] = []
+    tokens = 0
+    for sequence in sequences:
+        block.append(sequence)
+        tokens += len(sequence[0])
+        if tokens >= BLOCK_TOKENS:
+            yield block
+            block, tokens = [], 0
+    if block:
+        yield block
+
+
+def _add(replay: Replay | Bound, sequences: Sequence[Steppable]) -> None:
+    for sequence in sequences:
+        replay.add_sequence(sequence)
+
+
+def _results(replays: Sequence[Replay | Bound]) -> list[Result]:
+    results = [replay.result() for replay in replays]
+    if empty := next((result for result in results if result.accesses == 0), None):
+        warmup = replays[results.index(empty)].settings.warmup_tokens
+        raise UserError(f"--warmup-tokens {warmup}: no sequence has more tokens, so nothing counts; give fewer")
+    return results

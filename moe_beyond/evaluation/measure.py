@@ -1,0 +1,55 @@
+"""Metrics of one source's scores; imports torch, so the engine imports it only to measure."""
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moe_beyond.evaluation.bootstrap import RecallSums, recall_intervals
+from moe_beyond.evaluation.sources import ScoreSource
+from moe_beyond.geometry import Geometry
+from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
+from moe_beyond.predictors.batch import collate
+from moe_beyond.traces.trace import Trace
+
+
+class Measurement:
+    """Metrics of a source's scores, sequence by sequence.
+
+    Args:
+        source: Source of the scores.
+        geometry: Geometry of the model.
+        resamples: Number of bootstrap draws for intervals of recall; 0 for none.
+    """
+
+    def __init__(self, source: ScoreSource, geometry: Geometry, resamples: int) -> None:
+        self.source = source
+        self._layers = geometry.moe_layers
+        self._metrics = RoutingMetrics(len(source.lookaheads), *geometry.shape())
+        self._recall = RecallSums()
+        self._resamples = resamples
+
+    def add(self, trace: Trace, scores: npt.NDArray[np.float32]) -> None:
+        """Add a sequence.
+
+        Args:
+            trace: Trace of the sequence.
+            scores: ``(T, H, L, E)`` float32.
+        """
+        metrics, recall = self._metrics, self._recall
+        batch, experts = collate([trace]), scores.shape[-1]
+        found, chosen = metrics.true_positives.clone(), metrics.chosen.sum(-1)
+        metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
+        if self._resamples:
+            recall.names.append(trace.sequence_id)
+            recall.found.append((metrics.true_positives - found).double().numpy())
+            recall.chosen.append((metrics.chosen.sum(-1) - chosen).double().numpy())
+
+    def rows(self) -> list[LookaheadMetrics]:
+        """Return one row per lookahead, with intervals if there are draws."""
+        rows = self._metrics.rows(self.source.lookaheads, self._layers, causal=self.source.causal)
+        if self._resamples:
+            intervals = recall_intervals(self._recall, self._resamples)
+            rows = [replace(row, intervals={"recall_at_k": ends}) for row, ends in zip(rows, intervals, strict=True)]
+        return rows
