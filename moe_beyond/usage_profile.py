@@ -19,7 +19,7 @@ RATE_EDGES = tuple(0.045 * (0.3 / 0.045) ** (i / 6) for i in range(7))
 
 
 @dataclass(frozen=True)
-class Profile:
+class UsageProfile:
     """What was counted on training text.
 
     Attributes:

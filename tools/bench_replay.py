@@ -29,7 +29,7 @@ from moe_beyond.evaluation.strategies import combinations
 from moe_beyond.files import write_json
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import Replay, ReplaySettings
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.traces.formats.libcachesim import write_oracle_general
 from moe_beyond.traces.reader import TraceSet
 
@@ -48,7 +48,7 @@ def time_libcachesim(name: str, path: Path, slots: int) -> tuple[float, float]:
     return time.perf_counter() - began, misses
 
 
-def time_replay(settings: ReplaySettings, sequence: Sequence) -> tuple[float, Replay]:
+def time_replay(settings: ReplaySettings, sequence: ReplaySequence) -> tuple[float, Replay]:
     """Return seconds of the core, and the replay."""
     replaying = Replay(sequence.geometry, settings)
     sequence.alone(settings)  # sorted before, for all
@@ -71,7 +71,7 @@ def main() -> None:
     traces = TraceSet(args.data)
     geometry = traces.geometry
     console = Console(width=120)
-    stream = Sequence(geometry, np.concatenate([trace.experts for trace in traces.traces()]))
+    stream = ReplaySequence(geometry, np.concatenate([trace.experts for trace in traces.traces()]))
     accesses = stream.experts.size
     console.print(f"{traces.manifest.source}: {accesses:,} accesses, {args.slots} of {geometry.total_experts} slots")
     source = from_predictor_folder(find_predictor(args.predictor)) if args.predictor else None
@@ -127,7 +127,7 @@ def main() -> None:
         write_json(args.json, {"accesses": accesses, "speed": speed, "ratios": ratios, "hits": agree, "sweep": sweep})
 
 
-def _scored(traces: TraceSet, source: Any, tokens: int) -> Sequence:
+def _scored(traces: TraceSet, source: Any, tokens: int) -> ReplaySequence:
     """Return the first sequences that make so many tokens as one, with their scores."""
     experts, scores = [], []
     for trace, found in source.sequences(traces, None, True):
@@ -135,7 +135,7 @@ def _scored(traces: TraceSet, source: Any, tokens: int) -> Sequence:
         scores.append(found)
         if sum(map(len, experts)) >= tokens:
             break
-    return Sequence(traces.geometry, np.concatenate(experts), np.concatenate(scores))
+    return ReplaySequence(traces.geometry, np.concatenate(experts), np.concatenate(scores))
 
 
 def _sweep(traces: TraceSet) -> dict[str, float]:

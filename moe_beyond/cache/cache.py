@@ -13,7 +13,7 @@ from moe_beyond.cache.prefetchers import scored
 from moe_beyond.cache.prefetchers.settings import EVERYTHING, SCORED, Plan
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 
 class Cache:
@@ -41,7 +41,7 @@ class Cache:
         policy: str = "lru",
         scope: str = "global",
         quotas: Sequence[int] | None = None,
-        profile: Profile | None = None,
+        profile: UsageProfile | None = None,
         future: npt.NDArray[np.integer] | None = None,
     ) -> None:
         self._geometry = geometry

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.schema import expert_ids
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -53,7 +53,7 @@ class PolicyInputs:
     geometry: Geometry
     capacity: Ints
     future: Stream | None = None
-    profile: Profile | None = None
+    profile: UsageProfile | None = None
 
     @property
     def num_ids(self) -> int:

@@ -19,7 +19,7 @@ from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 DEFAULT_BUDGET = "10%"
 
@@ -99,7 +99,7 @@ class Conditions:
     """
 
     common: ReplaySettings
-    profile: Profile | None
+    profile: UsageProfile | None
     quotas: Quotas
     fitted: tuple[tuple[str, Training | None], ...] = ()
 
@@ -160,7 +160,7 @@ def text_to_measure(
     return measured_text(traces, split, [*((one.name, one.training) for one in sources), *conditions.fitted])
 
 
-def _quotas(request: Request, traces: TraceSet, profile: Profile | None) -> Quotas:
+def _quotas(request: Request, traces: TraceSet, profile: UsageProfile | None) -> Quotas:
     """Return how slots are split among layers."""
     if request.quotas is None or request.quotas == "even":
         return evenly

@@ -6,10 +6,10 @@ from moe_beyond.errors import UserError
 from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.io.folder import check_fits, load_predictor
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 
-def load_profile(folder: str | Path, traces: TraceSet) -> Profile:
+def load_profile(folder: str | Path, traces: TraceSet) -> UsageProfile:
     """Load the profile out of a fitted ``history`` or ``popularity`` predictor.
 
     Args:

@@ -17,12 +17,11 @@ from moe_beyond.metrics import RoutingMetrics
 from moe_beyond.predictors.batch import collate
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
-from moe_beyond.simulator.sequence import Grouping
-from moe_beyond.simulator.sequence import Sequence as Steppable
+from moe_beyond.simulator.sequence import Grouping, ReplaySequence
 from moe_beyond.simulator.settings import BOUNDS
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 BLOCK_TOKENS = 4096
 """Tokens whose scores are in memory at once, at least; strategies share a block, each on a core of its own."""
@@ -55,7 +54,7 @@ def evaluate(
     sources: Sequence[ScoreSource] = (),
     *,
     measure: ScoreSource | None = None,
-    profile: Profile | None = None,
+    profile: UsageProfile | None = None,
     resamples: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
@@ -97,7 +96,9 @@ def evaluate(
                     if metrics is not None and source is measure:
                         for trace, scores in block:
                             _measure(metrics, trace, scores, recall if resamples else None)
-                    sequences = [Steppable(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
+                    sequences = [
+                        ReplaySequence(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block
+                    ]
                     for _ in pool.map(lambda replaying, part=sequences: _add(replaying, part), share):
                         progress(sum(map(len, sequences)))
     rows = [] if metrics is None or measure is None else metrics.to_rows(measure.lookaheads, geometry.moe_layers)
@@ -123,7 +124,7 @@ def _begin(
     traces: TraceSet,
     settings: ReplaySettings,
     split: str | None,
-    profile: Profile | None,
+    profile: UsageProfile | None,
     streams: dict[tuple[int, ...], Stream],
 ) -> Replay | Bound:
     if settings.policy in BOUNDS:
@@ -147,7 +148,7 @@ def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None)
     """Return the demands of all sequences in a row, grouped as a replay groups them."""
     grouping = Grouping(settings)
     sequences = (
-        Steppable(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
+        ReplaySequence(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
     )
     groups = [group for sequence in sequences for group in grouping.add(sequence)]
     parts = [group.stream for group in (*groups, *grouping.rest())]
@@ -187,7 +188,7 @@ def _measure(metrics: RoutingMetrics, trace: Trace, scores: Any, recall: RecallS
         recall.named.append((metrics.chosen.sum(-1) - named).double().numpy())
 
 
-def _add(replaying: Replay | Bound, sequences: Sequence[Steppable]) -> None:
+def _add(replaying: Replay | Bound, sequences: Sequence[ReplaySequence]) -> None:
     for sequence in sequences:
         replaying.add_sequence(sequence)
 

@@ -12,7 +12,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
 from moe_beyond.simulator.interconnects import idle_link
 from moe_beyond.simulator.result import Clock, Result, make_result
-from moe_beyond.simulator.sequence import Group, Grouping, Sequence
+from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
 from moe_beyond.simulator.sums import SequenceSums
 
@@ -56,7 +56,7 @@ class Bound:
         self._groups: list[Group] = []
         self.sums = SequenceSums()
 
-    def add_sequence(self, sequence: Sequence) -> None:
+    def add_sequence(self, sequence: ReplaySequence) -> None:
         """Note one sequence, or put it aside until a batch is full."""
         self._groups += [group.without_scores() for group in self._grouping.add(sequence)]
 

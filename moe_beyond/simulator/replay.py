@@ -17,10 +17,10 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
 from moe_beyond.simulator.interconnects import idle_link
 from moe_beyond.simulator.result import Clock, Result, make_result
-from moe_beyond.simulator.sequence import Group, Grouping, Sequence
+from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
 from moe_beyond.simulator.sums import SequenceSums
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 NO_SPANS = np.zeros((0, 3))
 LOGGED_PER_EVENT = 64
@@ -43,7 +43,7 @@ class Replay:
         self,
         geometry: Geometry,
         settings: ReplaySettings,
-        profile: Profile | None = None,
+        profile: UsageProfile | None = None,
         stream: Stream | None = None,
     ) -> None:
         self.geometry, self.settings = geometry, settings
@@ -89,14 +89,14 @@ class Replay:
         Raises:
             UserError: The experts do not fit the model, or the scores the sequence, or are no probabilities.
         """
-        self.add_sequence(Sequence(self.geometry, experts, scores, decode_start))
+        self.add_sequence(ReplaySequence(self.geometry, experts, scores, decode_start))
 
-    def add_sequence(self, sequence: Sequence) -> None:
+    def add_sequence(self, sequence: ReplaySequence) -> None:
         """Replay one sequence, or put it aside until a batch is full."""
         for group in self._grouping.add(sequence):
             self._step(group)
 
-    def watch(self, sequence: Sequence) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def watch(self, sequence: ReplaySequence) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Replay one sequence and keep its times.
 
         Returns:
@@ -146,7 +146,7 @@ class Replay:
                 f"{self._pools[layer if len(self._pools) > 1 else 0]} slots it may have; give a larger budget"
             )
 
-    def prepare(self, sequence: Sequence) -> None:
+    def prepare(self, sequence: ReplaySequence) -> None:
         """Make the cache and what the policy knows of the future, as adding the sequence would by itself."""
         self._start(sequence.alone(self.settings), 0)
 

@@ -1,7 +1,6 @@
 """A sequence, or several that go together, as steps and events."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Sequence:
+class ReplaySequence:
     """What one sequence was routed to, and what was predicted of it.
 
     Attributes:
@@ -113,7 +112,7 @@ class Group:
         decoding: ``(S,)`` bool, whether they were written by the model, or are treated as if.
     """
 
-    def __init__(self, members: Many[Sequence], settings: ReplaySettings) -> None:
+    def __init__(self, members: Sequence[ReplaySequence], settings: ReplaySettings) -> None:
         self._members = members
         self.names = tuple(member.name for member in members)
         geometry = members[0].geometry
@@ -212,10 +211,10 @@ class Grouping:
 
     def __init__(self, settings: ReplaySettings) -> None:
         self._settings = settings
-        self._waiting: list[Sequence] = []
+        self._waiting: list[ReplaySequence] = []
         self.taken = self.too_short = 0
 
-    def add(self, sequence: Sequence) -> Iterator[Group]:
+    def add(self, sequence: ReplaySequence) -> Iterator[Group]:
         """Take a sequence and yield the group that it makes full, if it does.
 
         A sequence no longer than the warm-up is left out: it has no place in a batch and leaves no trace in a cache

@@ -7,9 +7,9 @@ import numpy as np
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.replay import Replay
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 Spans = list[tuple[float, float]]
 """Begin and end, in seconds on the clock of the replay."""
@@ -39,7 +39,7 @@ class Timeline:
 
 
 def timeline(
-    geometry: Geometry, settings: ReplaySettings, sequence: Sequence, token: int, profile: Profile | None
+    geometry: Geometry, settings: ReplaySettings, sequence: ReplaySequence, token: int, profile: UsageProfile | None
 ) -> Timeline:
     """Replay a sequence from a cold cache, and keep the times of one token.
 

@@ -14,9 +14,8 @@ from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import Device
-from moe_beyond.simulator.sequence import Group
-from moe_beyond.simulator.sequence import Sequence as Routed
-from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, Profile, default_hazard
+from moe_beyond.simulator.sequence import Group, ReplaySequence
+from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, UsageProfile, default_hazard
 
 TICK = 0.125
 """Times are whole multiples of it, in seconds: their sums are exact, and can be compared for equality."""
@@ -66,7 +65,7 @@ class Case:
     sequences: list[np.ndarray]
     scores: list[np.ndarray]
     decode_starts: list[int]
-    profile: Profile
+    profile: UsageProfile
     ticks: tuple[int, int, int, int, int]  # of a transfer, other, an expert, and flash; experts that host memory holds
 
     def changed(self, **settings) -> "Case":
@@ -95,7 +94,8 @@ class Case:
         ids, offsets = [], [0]
         for batch in self.batches:
             part = Group(
-                [Routed(self.geometry, self.sequences[i], None, self.decode_starts[i]) for i in batch], self.settings
+                [ReplaySequence(self.geometry, self.sequences[i], None, self.decode_starts[i]) for i in batch],
+                self.settings,
             )
             ids.extend(part.stream.ids.tolist())
             offsets.extend((part.stream.offsets[1:] + offsets[-1]).tolist())
@@ -243,7 +243,7 @@ def cases(
         for length in lengths
     ]
     popularity = rng.integers(1, 8, (layers, num_experts)) / 8
-    profile = Profile(popularity, default_hazard() if draw(st.booleans()) else rng.integers(1, 8, (8, 8)) / 8)
+    profile = UsageProfile(popularity, default_hazard() if draw(st.booleans()) else rng.integers(1, 8, (8, 8)) / 8)
     starts = [int(rng.integers(0, length + 1)) for length in lengths]
     case = Case(geometry, settings, sequences, scores, starts, profile, (0, 0, 0, 0, 0))
     case = case.changed(**draw(_slots(case, scopes)))
@@ -316,7 +316,7 @@ def replay(
     experts: list[list[list[int]]],
     scores: np.ndarray | None = None,
     decode_start: int = 0,
-    profile: Profile | None = None,
+    profile: UsageProfile | None = None,
 ) -> Result:
     """Replay one sequence."""
     replaying = Replay(geometry, settings, profile)

@@ -251,10 +251,10 @@ import sys
 import numpy as np
 from moe_beyond.cache.cache import Cache
 from moe_beyond.geometry import Geometry
-from moe_beyond.usage_profile import Profile, default_hazard
+from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 geometry = Geometry("small", (0, 1), 4, 1, 1, 1)
-profile = Profile(np.full((2, 4), 0.25), default_hazard())
+profile = UsageProfile(np.full((2, 4), 0.25), default_hazard())
 cache = Cache(geometry, 2, sys.argv[1], profile=profile, future=np.zeros((2, 2, 1), np.uint8))
 print(cache.prefetch(1, [3, 0, 1]), [cache.is_resident(1, expert) for expert in range(4)])
 print(cache.demand(0, [0]))

@@ -16,13 +16,13 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
 from moe_beyond.simulator.devices import resident_seconds
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 
 
 def bound(geometry: Geometry, config: ReplaySettings, sequences: Iterable[np.ndarray]) -> Result:
     accumulating = Bound(geometry, config)
     for experts in sequences:
-        accumulating.add_sequence(Sequence(geometry, experts))
+        accumulating.add_sequence(ReplaySequence(geometry, experts))
     return accumulating.result()
 
 

@@ -8,8 +8,8 @@ from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import Device
-from moe_beyond.simulator.sequence import Sequence
-from moe_beyond.usage_profile import Profile
+from moe_beyond.simulator.sequence import ReplaySequence
+from moe_beyond.usage_profile import UsageProfile
 
 COLUMNS = ("hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches", "wasted_prefetches")
 ALWAYS_ADMITTING = tuple(p for p in POLICIES if p not in ("belief", "moe_infinity", "belady_bypass", "static"))
@@ -22,9 +22,9 @@ def counts(result) -> tuple[int, ...]:
 NO_EXPERT = 255
 
 
-def profile(*popularity: list[float]) -> Profile:
+def profile(*popularity: list[float]) -> UsageProfile:
     """Popularity by layer; every history means 1/2."""
-    return Profile(np.array(popularity), np.full((8, 8), 0.5))
+    return UsageProfile(np.array(popularity), np.full((8, 8), 0.5))
 
 
 def one_layer(trace: list[int], policy: str, popularity: list[float]) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ def test_belief_does_not_fetch_what_would_be_the_worst(used_before: float, trans
     hazard = np.full((8, 8), used_before)
     hazard[0] = 0.5
     config = ReplaySettings(2, policy="belief", prefetch="p>0.2", lookahead=1, lookaheads=(1,))
-    known = Profile(np.full((2, 2), 0.5), hazard)
+    known = UsageProfile(np.full((2, 2), 0.5), hazard)
     result = replay(small_geometry(2, 2, 1), config, [[[0], [0]]] * 2, scores, profile=known)
     assert counts(result) == (2 - transfers, 2 + transfers, 2 + transfers, transfers, 0, transfers)
 
@@ -462,7 +462,7 @@ def clock(
     geometry = small_geometry(layers, 4, len(trace[0][0]))
     config = ReplaySettings(min(slots, 4 * layers), device=device or ticking(3), bits=8.0, **settings)
     scores = None if predicted is None else scored(geometry, predicted)
-    spans, log = Replay(geometry, config).watch(Sequence(geometry, np.array(trace), scores))
+    spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.array(trace), scores))
     return (
         replay(geometry, config, trace, scores),
         [tuple(int(time / TICK) for time in span) for span in spans],
@@ -559,7 +559,7 @@ def test_adaptive_does_not_spoil_what_it_took_before():
         bits=8.0,
     )
     geometry = small_geometry(3, 4, 1)
-    _, log = Replay(geometry, config).watch(Sequence(geometry, np.array([[[0], [1], [2]]]), scores))
+    _, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.array([[[0], [1], [2]]]), scores))
     assert (log / [1, TICK, TICK, 1]).tolist() == [[0, 2, 5, 0], [9, 5, 8, 1], [10, 8, 11, 1], [5, 11, 14, 0]]
 
 
@@ -600,7 +600,7 @@ def test_host_memory_begins_with_as_many_of_every_layer():
     geometry = small_geometry(2, 4, 1)
     config = ReplaySettings(2, device=ticking(1, flash=2, host_memory_gb=3), bits=8.0)
     for token, takes in (([[0], [0]], [1, 1]), ([[1], [1]], [1, 3]), ([[2], [3]], [3, 3])):
-        spans, _ = Replay(geometry, config).watch(Sequence(geometry, np.array([token])))
+        spans, _ = Replay(geometry, config).watch(ReplaySequence(geometry, np.array([token])))
         assert ((spans[:, 1] - spans[:, 0]) / TICK).tolist() == takes
 
 
@@ -616,7 +616,7 @@ def test_a_warm_start_takes_its_time_before_the_first_token():
     geometry = small_geometry(1, 3, 1)
     config = ReplaySettings(2, warm_start=True, device=ticking(3), bits=8.0)
     replaying = Replay(geometry, config, profile([0.1, 0.9, 0.5]))
-    spans, log = replaying.watch(Sequence(geometry, np.array([[[1]]])))
+    spans, log = replaying.watch(ReplaySequence(geometry, np.array([[[1]]])))
     assert (spans / TICK).tolist() == [[7, 7, 8]]
     assert (log[:, :3] / [1, TICK, TICK]).tolist() == [[2, 0, 3], [1, 3, 6]]
     assert replaying.clock.busy == 6 * TICK

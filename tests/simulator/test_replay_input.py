@@ -8,7 +8,7 @@ from moe_beyond.cache.cache import Cache
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay, ReplaySettings
-from moe_beyond.usage_profile import Profile, default_hazard
+from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 GEOMETRY = small_geometry(3, 8, 2)
 EXPERTS = np.array([[[0, 1], [2, 3], [4, 5]]] * 4, np.uint8)
@@ -240,12 +240,12 @@ def test_what_needs_a_profile(settings: ReplaySettings):
     with pytest.raises(UserError) as caught:
         Replay(GEOMETRY, settings)
     assert "--profile" in complaint(caught)
-    Replay(GEOMETRY, settings, Profile(np.full((3, 8), 0.25), default_hazard())).add(EXPERTS)
+    Replay(GEOMETRY, settings, UsageProfile(np.full((3, 8), 0.25), default_hazard())).add(EXPERTS)
 
 
 def test_a_profile_of_another_model():
     with pytest.raises(UserError) as caught:
-        Replay(GEOMETRY, ReplaySettings(8), Profile(np.full((3, 7), 0.25), default_hazard()))
+        Replay(GEOMETRY, ReplaySettings(8), UsageProfile(np.full((3, 7), 0.25), default_hazard()))
     assert "(3, 7)" in complaint(caught)
 
 

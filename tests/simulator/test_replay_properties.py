@@ -15,7 +15,7 @@ from moe_beyond.cache import core
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 
 few = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 ADMITTING = tuple(policy for policy in POLICIES if policy != "belady_bypass")
@@ -30,7 +30,7 @@ def watched(case: Case, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Times of the events of a sequence, and the log of the link."""
     replaying = Replay(case.geometry, case.settings, case.profile)
     scores = case.scores[number] if case.settings.lookaheads else None
-    return replaying.watch(Sequence(case.geometry, case.sequences[number], scores, case.decode_starts[number]))
+    return replaying.watch(ReplaySequence(case.geometry, case.sequences[number], scores, case.decode_starts[number]))
 
 
 @contextmanager

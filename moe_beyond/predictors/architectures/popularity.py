@@ -10,7 +10,7 @@ from moe_beyond.predictors.base import CountingPredictor, Stepper
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import Information
 from moe_beyond.predictors.stepper import WholeTokenStepper
-from moe_beyond.usage_profile import Profile, default_hazard
+from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 
 class Popularity(CountingPredictor):
@@ -45,9 +45,9 @@ class Popularity(CountingPredictor):
         self.counts += batch.targets(self.geometry.num_experts).sum((0, 1))
         self.tokens += batch.lengths.sum()
 
-    def profile(self) -> Profile:
+    def profile(self) -> UsageProfile:
         """Return the popularity, with a table that was not counted here."""
-        return Profile(self._shares().cpu().numpy(), default_hazard())
+        return UsageProfile(self._shares().cpu().numpy(), default_hazard())
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``, the same everywhere."""
