@@ -151,7 +151,7 @@ def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None)
         ReplaySequence(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
     )
     groups = [group for sequence in sequences for group in grouping.add(sequence)]
-    parts = [group.stream for group in (*groups, *grouping.rest())]
+    parts = [group.stream for group in (*groups, *grouping.flush())]
     if not parts:
         return Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
     begins = np.cumsum([0] + [len(part.ids) for part in parts])

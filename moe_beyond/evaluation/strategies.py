@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_beyond.cache.prefetchers.settings import ADAPTIVE, MOE_INFINITY, SCORED, parse_prefetch
+from moe_beyond.cache.prefetchers import parse_prefetch
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
@@ -50,11 +50,15 @@ def strategy(
     Raises:
         UserError: The prefetcher cannot be read, or two settings do not go together.
     """
-    kind = parse_prefetch(prefetch).kind
+    prefetcher = parse_prefetch(prefetch).prefetcher
     scores: dict[str, Any] = {}
-    if source is not None and (reads_scores(policy) or kind in (SCORED, ADAPTIVE, MOE_INFINITY)):
+    if source is not None and (reads_scores(policy) or prefetcher.reads_scores):
         scores = {
-            "lookahead": None if kind != SCORED else source.lookaheads[0] if lookahead is None else lookahead,
+            "lookahead": None
+            if not prefetcher.reads_one_lookahead
+            else source.lookaheads[0]
+            if lookahead is None
+            else lookahead,
             "lookaheads": source.lookaheads,
             "available": source.available,
             "predictor": source.name,
@@ -81,7 +85,7 @@ def combinations(
     for budget in dict.fromkeys(slots):
         for policy in policies:
             for prefetch in prefetches:
-                by_one = parse_prefetch(prefetch).kind == SCORED and source is not None
+                by_one = parse_prefetch(prefetch).prefetcher.reads_one_lookahead and source is not None
                 for lookahead in (lookaheads or (None,)) if by_one else (None,):
                     found.append(strategy(common, budget, policy, prefetch, source, lookahead, quotas))
     return list(dict.fromkeys(found))
