@@ -51,7 +51,7 @@ def time_libcachesim(name: str, path: Path, slots: int) -> tuple[float, float]:
 def time_replay(settings: ReplaySettings, sequence: ReplaySequence) -> tuple[float, Replay]:
     """Return seconds of the core, and the replay."""
     replaying = Replay(sequence.geometry, settings)
-    sequence.alone(settings)  # sorted before, for all
+    sequence.as_group(settings)  # sorted before, for all
     replaying.prepare(sequence)
     began = time.perf_counter()
     replaying.add_sequence(sequence)

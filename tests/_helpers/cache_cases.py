@@ -111,13 +111,13 @@ class Case:
     def outcome(self) -> Outcome:
         replaying = self.replayed()
         counts = replaying.counts().tolist()
-        clock = replaying.clock
-        spent = [tuple(row) for part in clock.spent for row in part.tolist()]
-        return Outcome(counts, spent, [int(n) for part in clock.tokens for n in part], clock.busy)
+        times = replaying.times
+        spent = [tuple(row) for part in times.stall_compute for row in part.tolist()]
+        return Outcome(counts, spent, [int(n) for part in times.tokens for n in part], times.busy)
 
     def rules(self) -> Rules:
         settings, (layers, experts, top_k) = self.settings, self.geometry.shape()
-        asked = settings.plan(self.geometry)
+        asked = settings.prefetch_settings(self.geometry)
         named = settings.prefetch.split("@")[0].split(",")
         top = [int(part[3:]) for part in named if part.startswith("top")]
         above = [float(part[2:]) for part in named if part.startswith("p>")]

@@ -619,8 +619,8 @@ def test_a_warm_start_takes_its_time_before_the_first_token():
     spans, log = replaying.watch(ReplaySequence(geometry, np.array([[[1]]])))
     assert (spans / TICK).tolist() == [[7, 7, 8]]
     assert (log[:, :3] / [1, TICK, TICK]).tolist() == [[2, 0, 3], [1, 3, 6]]
-    assert replaying.clock.busy == 6 * TICK
-    assert [part.tolist() for part in replaying.clock.spent] == [[[0, 2 * TICK]]]
+    assert replaying.times.busy == 6 * TICK
+    assert [part.tolist() for part in replaying.times.stall_compute] == [[[0, 2 * TICK]]]
 
 
 def test_only_decode_is_told_as_tokens_per_second():

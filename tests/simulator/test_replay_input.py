@@ -97,10 +97,10 @@ def test_a_threshold_that_is_no_probability(prefetch: str):
 def test_what_the_prefetcher_says():
     token = {"lookahead": "token", "lookaheads": ("token",)}
     found = {
-        text: ReplaySettings(8, prefetch=text, device=ticking(1), **token).plan(GEOMETRY)
+        text: ReplaySettings(8, prefetch=text, device=ticking(1), **token).prefetch_settings(GEOMETRY)
         for text in ("top6", "top6@2", "p>0.5", "top6,p>.25@34", "adaptive", "adaptive,p>0", "moe_infinity", "oracle")
     }
-    assert {text: (plan.most, plan.distance) for text, plan in found.items()} == {
+    assert {text: (prefetch.max_experts, prefetch.distance) for text, prefetch in found.items()} == {
         "top6": (6, 1),
         "top6@2": (6, 2),
         "p>0.5": (8, 1),  # all of a layer
@@ -110,7 +110,7 @@ def test_what_the_prefetcher_says():
         "moe_infinity": (2, 1),  # K
         "oracle": (8, 1),
     }
-    assert [plan.threshold for plan in found.values() if plan.threshold >= 0] == [0.5, 0.25, 0]
+    assert [prefetch.threshold for prefetch in found.values() if prefetch.threshold >= 0] == [0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("prefetch", ["top6", "top6@2", "p>0.5", "adaptive", "moe_infinity"])

@@ -150,4 +150,5 @@ def parse_prefetch(text: str) -> Prefetch:
             raise UserError(f"prefetch {text!r}: the threshold must be a probability, 0 to 1 (got {threshold:g})")
         max_experts, distance = (int(numbers[name]) if name in numbers else None for name in ("max", "distance"))
         return Prefetch(prefetcher, max_experts, threshold, distance)
-    raise UserError(f"prefetch {text!r} cannot be parsed; write one of {' '.join(SYNTAX)}")
+    *examples, last = SYNTAX
+    raise UserError(f"prefetch {text!r} cannot be parsed; write {', '.join(examples)} or {last}")

@@ -1,7 +1,7 @@
 """Calling a prefetcher by its number: compiled code calls no function that it does not know."""
 
+from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState
-from moe_beyond.cache.jit import jit
 from moe_beyond.cache.prefetchers import Kind, adaptive, moe_infinity, oracle, scored
 from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
 
