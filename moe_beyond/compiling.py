@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,7 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, UserProvidedCacheLocator
+from numba.core.caching import (
+    CompileResultCacheImpl,
+    FunctionCache,
+    IndexDataCacheFile,
+    NullCache,
+    UserProvidedCacheLocator,
+)
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -73,11 +80,48 @@ class _CacheFiles(CompileResultCacheImpl):
     _locator_classes = [*CompileResultCacheImpl._locator_classes, _PrivateFolder]  # noqa: SLF001, RUF012
 
 
+def _not_imported(*_: object) -> None:
+    """Stand-in for a class or function of a module that is not imported."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads an index without importing the modules of other packages, which may be gone or slow.
+
+    Signatures that name such a module are never looked up in this process.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class or function of an imported module, of this package or of numba; else a stand-in."""
+        if module in sys.modules or module.partition(".")[0] in ("moe_beyond", "numba"):
+            return super().find_class(module, name)
+        return _not_imported
+
+
+class _IndexFile(IndexDataCacheFile):
+    """Index of stored code by signature; policies of several packages share it."""
+
+    def _load_index(self) -> dict[Any, Any]:
+        """Return the data files by signature, or nothing if the index is missing or outdated."""
+        try:
+            with open(self._index_path, "rb") as file:
+                if pickle.load(file) != self._version:
+                    return {}
+                stamp, overloads = _IndexUnpickler(file).load()
+        except FileNotFoundError:
+            return {}
+        return dict(overloads) if stamp == self._source_stamp else {}
+
+
 class _Cache(FunctionCache):
     """Disk cache that treats unreadable and unwritable files as missing."""
 
     _impl_class = _CacheFiles
     announcement = ""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        file = self._cache_file
+        self._cache_file = _IndexFile(self._cache_path, self._impl.filename_base, file._source_stamp)  # type: ignore[no-untyped-call]  # noqa: SLF001
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         """Return the stored code, or None if there is none or its file is damaged."""
@@ -120,7 +164,7 @@ def keep_compiled(dispatcher: Any, function: Function, announcement: str = "") -
         announcement: Line to log when the function is compiled, once per process (default: none).
     """
     try:
-        dispatcher._cache = _Cache(function)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        dispatcher._cache = _Cache(function)  # noqa: SLF001
         dispatcher._cache.announcement = announcement  # noqa: SLF001
     except RuntimeError:  # no folder is writable, or the function has no file
         dispatcher._cache = NullCache()  # noqa: SLF001

@@ -48,13 +48,11 @@ def check_policy(policy: str | Policy, *, examples: int = 24, seed: int = 0) -> 
         where = f"policy {name}, example {example} (seed {seed})"
         expected = _Reference(where, case, implementation).run()
         first, second = (_stepped(where, case, implementation) for _ in range(2))
-        _check(first == second, f"{where}: two runs differ; init must return new arrays and use no random numbers")
-        _check(first == expected, f"{where}: the compiled hooks count or keep other experts than the same Python code")
+        _check(first.equals(second), f"{where}: two runs differ; init must return new arrays and no random numbers")
+        _check(first.equals(expected), f"{where}: the compiled core counts or keeps other experts than plain Python")
         if not case.prefetches:
-            hits = _replayed(case, implementation)
-            _check(
-                hits == expected[-1][0][:, Counter.HITS].sum(), f"{where}: a replay counts other hits than single steps"
-            )
+            hits, steps = _replayed(case, implementation), int(expected.rows[-1][0][:, Counter.HITS].sum())
+            _check(hits == steps, f"{where}: a replay counts {hits} hits, single steps {steps}")
             optimum = _replayed(case, POLICIES["belady_bypass" if implementation.HOOKS.bypass else "belady"])
             _check(hits <= optimum, f"{where}: has {hits} hits, more than the optimum of {optimum}")
 
@@ -72,7 +70,7 @@ def _check_attributes(name: str, policy: Any) -> None:
     _check(isinstance(policy.HOOKS, PolicyHooks), f"policy {name}: HOOKS must be a PolicyHooks (got {policy.HOOKS!r})")
     for hook in HOOKS:
         compiled = hasattr(getattr(policy.HOOKS, hook), "py_func")
-        _check(compiled, f"policy {name}: hook {hook} is not compiled; decorate it with moe_beyond.cache.jit")
+        _check(compiled, f"policy {name}: hook {hook} is not compiled; decorate it with jit of moe_beyond.cache")
     _check(
         isinstance(policy.NEEDS, tuple) and set(policy.NEEDS) <= set(NEEDS),
         f"policy {name}: NEEDS must be a tuple of some of {', '.join(NEEDS)} (got {policy.NEEDS!r})",
@@ -139,7 +137,8 @@ def _draw(rng: np.random.Generator, policy: Policy, example: int) -> _Case:
     )
     scored = "scores" in policy.NEEDS or example % 4 > 1
     levels = rng.integers(0, 5, (len(events), experts)) / 4
-    scores = [row.astype(np.float32) if scored else None for row in levels]
+    last = len(events) - layers  # first event of the last step: no run follows that reads its scores
+    scores = [row.astype(np.float32) if scored and i < last else None for i, row in enumerate(levels)]
     prefetches = {}
     for number in range(len(events) if example % 2 else 0):
         if (later := number % layers + 1) < layers:
@@ -147,26 +146,19 @@ def _draw(rng: np.random.Generator, policy: Policy, example: int) -> _Case:
     return _Case(geometry, pools, inputs, events, scores, prefetches)
 
 
-Record = list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+Row = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class _Record:
-    """Counters and places of all experts after every event; equal if all arrays are."""
+    """Counters and residents after every event; two records are equal if all arrays are."""
 
-    rows: Record
+    rows: list[Row]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Record) and all(
-            np.array_equal(mine, theirs)
-            for row, other_row in zip(self.rows, other.rows, strict=True)
-            for mine, theirs in zip(row, other_row, strict=True)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __getitem__(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        return self.rows[index]
+    def equals(self, other: "_Record") -> bool:
+        """Return whether all arrays are equal."""
+        pairs = zip(self.rows, other.rows, strict=True)
+        return all(np.array_equal(a, b) for row, other_row in pairs for a, b in zip(row, other_row, strict=True))
 
 
 def _init(where: str, case: _Case, policy: Policy) -> Any:
@@ -183,7 +175,7 @@ def _cache(case: _Case) -> CacheState:
     return core.empty_cache(case.geometry.num_layers, case.geometry.num_experts, case.pools)
 
 
-def _row(cache: CacheState) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def _row(cache: CacheState) -> Row:
     return cache.counters.copy(), cache.experts[Expert.PLACE] >= 0
 
 
@@ -265,7 +257,7 @@ class _Reference:
         """Step all events."""
         return _Record([self._event(number, layer) for number, layer in self.case.steps()])
 
-    def _event(self, number: int, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def _event(self, number: int, layer: int) -> Row:
         cache, clock = self.cache, self.cache.clock
         ids, tokens = self.case.events[number]
         if layer == 0:

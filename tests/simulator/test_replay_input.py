@@ -150,7 +150,7 @@ def test_a_distance_is_for_whole_token_scores(lookahead: int):
     with pytest.raises(UserError) as caught:
         ReplaySettings(8, prefetch="top6@2", lookahead=lookahead, lookaheads=(lookahead,))
     assert "'top6@2'" in complaint(caught)
-    assert f"{lookahead} layers ahead" in complaint(caught)
+    assert f"lookahead {lookahead}" in complaint(caught)
     assert ReplaySettings(8, prefetch="top6", lookahead=lookahead, lookaheads=(lookahead,)).distance == lookahead
 
 
