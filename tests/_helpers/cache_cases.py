@@ -90,7 +90,7 @@ class Case:
         return [long_enough[i : i + size] for i in range(0, len(long_enough), size)]
 
     def stream(self) -> Stream:
-        """All demands, as the package is told of them where the cache is carried over."""
+        """Demand of all events, the input of a replay that carries its cache over."""
         ids, offsets = [], [0]
         for batch in self.batches:
             part = Group(
@@ -117,7 +117,7 @@ class Case:
 
     def rules(self) -> Rules:
         settings, (layers, experts, top_k) = self.settings, self.geometry.shape()
-        asked = settings.prefetch_settings(self.geometry)
+        prefetch = settings.prefetch_settings(self.geometry)
         named = settings.prefetch.split("@")[0].split(",")
         top = [int(part[3:]) for part in named if part.startswith("top")]
         above = [float(part[2:]) for part in named if part.startswith("p>")]
@@ -131,7 +131,7 @@ class Case:
             prefetch="scored" if top or named[0].startswith("p>") else named[0],
             most=top[0] if top else None,
             threshold=above[0] if above else None,
-            distance=asked.distance,
+            distance=prefetch.distance,
             first_layers=settings.first_layer_prefetch,
             lookaheads=list(settings.lookaheads),
             computed=settings.available == "computed",
@@ -182,7 +182,7 @@ class Case:
 
 
 def ragged(experts: np.ndarray) -> list[list[list[int]]]:
-    """Of every token and layer the experts that there are."""
+    """Return the experts of every token and layer without padding."""
     return [[there(chosen).tolist() for chosen in layers] for layers in experts]
 
 
@@ -196,7 +196,7 @@ def cases(
     plain: bool = False,
     timed: bool | None = None,
 ) -> Case:
-    """Draw a case; ``plain`` is without warm-up, warm start, carry-over and unions, ``timed`` says if with a device."""
+    """Draw a case; ``plain`` is without warm-up, warm start, carry-over and unions, ``timed`` chooses a device."""
     layers, num_experts = draw(st.sampled_from([3, 2, 4, 1])), draw(st.sampled_from([4, 5, 6, 3, 2, 1]))
     top_k = draw(st.integers(1, min(3, num_experts)))
     geometry = small_geometry(layers, num_experts, top_k)
@@ -274,7 +274,7 @@ def _unusual(draw: Callable, layers: int) -> dict:
 
 @st.composite
 def _scored(draw: Callable, experts: int, layers: int, lookaheads: tuple) -> dict:
-    """A prefetcher that takes the best of a layer, and the lookahead it asks by."""
+    """A prefetcher that selects the best of a layer, and the lookahead of its scores."""
     words = draw(st.sampled_from([["top"], ["p"], ["top", "p"]]))
     written = {
         "top": f"top{draw(st.integers(1, experts))}",

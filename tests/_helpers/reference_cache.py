@@ -69,7 +69,7 @@ class Step:
     """Tokens that are computed together: of every layer how many tokens demand each expert, and what is predicted."""
 
     demands: list[dict[int, int]]
-    scores: dict  # lookahead -> Scores; empty where nothing is known
+    scores: dict  # lookahead -> Scores; empty without scores
     counted: bool
     tokens: int
     first: bool  # of its sequences
@@ -83,7 +83,7 @@ def split_slots(slots: int, layers: int, scope: str) -> list[int]:
 
 
 def chunks(length: int, decode_start: int, chunk: int, window: int, warmup: int) -> list[list[int]]:
-    """The tokens of every step of a sequence: prompt chunks if asked for, then windows; none goes past the warm-up."""
+    """The tokens of every step of a sequence: prompt chunks, if any, then windows; none goes past the warm-up."""
     steps: list[list[int]] = []
     read = min(decode_start, length) if chunk else 0
     for token in range(length):
@@ -140,14 +140,14 @@ class ReferenceCache:
     """A cold cache, and its clock.
 
     Args:
-        rules: See there.
+        rules: Rules of the cache, and the sizes of the model.
         future: The demands of every event to come, for those who know it.
     """
 
     def __init__(self, rules: Rules, future: list[set[Expert]]) -> None:
         self.rules, self.future = rules, future
         self.resident: set[Expert] = set()
-        self.held: set[Expert] = set()  # no victims: computing now, or asked for since that began
+        self.held: set[Expert] = set()  # no victims: computing now, or prefetched since that began
         self.open: set[Expert] = set()  # counted prefetches not demanded yet
         self.event = self.moment = self.step = 0  # numbers of the last event; of the last event or question
         self.layer = -1  # of the last event; -1 between steps
@@ -160,7 +160,7 @@ class ReferenceCache:
         self.told: dict[Expert, bool] = {}  # whether a score came after the layer's last run
         self.level: dict[Expert, int] = defaultdict(int)
         self.counts = [dict.fromkeys(COUNTERS, 0) for _ in range(rules.layers)]
-        # The link and what lies behind it.
+        # The interconnect and host memory.
         self.now = self.free = self.busy = 0.0
         self.arrives: dict[Expert, float] = {}
         self.queue: list[Expert] = []
@@ -223,7 +223,7 @@ class ReferenceCache:
             case "belief":
                 worth, tie = -self.wait(expert), last.moment
             case "belady" | "belady_bypass":
-                worth, tie = -self.next_use(expert), 0  # ties by the lowest expert alone
+                worth, tie = -self.next_use(expert), 0  # ties by the lowest expert only
             case _:
                 raise ValueError(f"the reference does not know the policy {rules.policy!r}")
         return worth, tie, expert
@@ -254,7 +254,7 @@ class ReferenceCache:
         return min(self.members(pool) - self.held, key=self.worth)
 
     def admits(self, expert: Expert, victim: Expert) -> bool:
-        """Whether a prefetch is let in for a victim (for belady_bypass, what was demanded too)."""
+        """Whether a prefetch is let in for a victim (for belady_bypass, a demanded expert too)."""
         match self.rules.policy:
             case "belief":
                 return self.wait(expert) < self.wait(victim)
@@ -467,7 +467,7 @@ class ReferenceCache:
         return named
 
     def adaptive(self, layer: int) -> list[Expert]:
-        """The best-scored that still fit among what was taken, each job done by its layer's routing."""
+        """The best-scored that still fit among the jobs taken, each done by its layer's routing."""
         candidates = []
         for later in range(layer + 1, self.rules.layers):
             for rank, expert in enumerate(self.best(later, 2 * self.rules.top_k, self.rules.threshold)):
@@ -513,8 +513,8 @@ class ReferenceCache:
             self.learn(layer, following.scores["next"][layer])
             self.said |= {(layer, expert): score for expert, score in enumerate(following.scores["next"][layer])}
         for later in range(layer + 1, rules.layers):
-            # Whole-token scores come as if from L layers before. Of those that come now the shortest lookahead tells;
-            # those of the next run came with the step before, unless there is none.
+            # Whole-token scores come as if from L layers before. The shortest lookahead among the scores that come now is
+            # used. Scores of the next run came with the step before, unless there is none.
             fresh = [
                 h
                 for h in rules.lookaheads

@@ -41,12 +41,12 @@ def test_an_event_that_demands_nothing_is_one():
 
 
 def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Do by hand what Replay does with a prefetch that asks for one layer at a time; return the counters."""
+    """Do by hand what Replay does with a prefetch of one layer at a time; return the counters."""
     config, layers = case.settings, case.geometry.num_layers
     prefetch = config.prefetch_settings(case.geometry)
     cache = Cache(case.geometry, config.slots, config.policy, config.scope, config.quotas, case.profile, future=experts)
 
-    def told(token: int, layer: int) -> np.ndarray:
+    def available(token: int, layer: int) -> np.ndarray:
         """What is known after a layer, or at -1 before the first."""
         fresh = np.full(scores.shape[2:], np.nan, np.float32)
         if "next" in config.lookaheads:
@@ -61,7 +61,7 @@ def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
             fresh[layer + 1] = scores[token, 0, layer + 1]
         return fresh
 
-    def ask(layer: int) -> None:
+    def prefetch_after(layer: int) -> None:
         """Ask for the layer after."""
         if layer + 1 < layers and (layer >= 0 or config.first_layer_prefetch):
             before = residents(cache, case)
@@ -72,20 +72,20 @@ def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
     for token in range(len(experts)):
         cache.start_token()
-        cache.set_scores(told(token, -1))
-        ask(-1)
+        cache.set_scores(available(token, -1))
+        prefetch_after(-1)
         for layer, demanded in enumerate(experts[token]):
             absent = sorted(expert for expert in demanded.tolist() if not cache.is_resident(layer, expert))
-            known = told(token, layer) if config.available == "routed" else None
+            known = available(token, layer) if config.available == "routed" else None
             assert cache.demand(layer, demanded, known) == absent
             if config.policy != "belady_bypass":
                 assert all(cache.is_resident(layer, expert) for expert in demanded)
             if config.available == "routed":
-                ask(layer)
+                prefetch_after(layer)
             cache.computed(layer, demanded)
             if config.available == "computed":
-                cache.set_scores(told(token, layer))
-                ask(layer)
+                cache.set_scores(available(token, layer))
+                prefetch_after(layer)
     cache.finish()
     return cache.state.counters
 
@@ -149,7 +149,10 @@ def test_a_prefetch_spares_the_present_event_and_what_was_asked_for_since(policy
     cache = Cache(small_geometry(3, 4, 1), 3, policy, future=future)
     cache.start_token()
     cache.demand(0, [0])
-    assert cache.prefetch(1, [3, 2, 1]) == [3, 2]  # beside the present expert there are two slots: the best two come in
+    assert cache.prefetch(1, [3, 2, 1]) == [
+        3,
+        2,
+    ]  # next to the present expert there are two slots: the best two come in
     assert cache.prefetch(2, [0]) == []  # all three slots are held
     cache.computed(0, [0])  # now 1 takes the slot of layer 0's expert; the last question waits still
     assert [cache.is_resident(1, expert) for expert in range(4)] == [False, True, True, True]

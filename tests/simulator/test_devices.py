@@ -20,7 +20,7 @@ from moe_beyond.simulator.devices import (
     transfer_seconds,
 )
 
-# At 8 bits an expert is 2 MB and the rest of a layer 10 MB.
+# At 8 bits an expert is 2 MB and the other weights of a layer 10 MB.
 GEOMETRY = Geometry("g", (0, 1, 2), 8, 2, params_per_expert=2_000_000, other_params_per_layer=10_000_000)
 ONE_TIER = Device("one", link_gb_per_s=4, link_latency_us=20, memory_gb=8, memory_gb_per_s=100)
 TWO_TIERS = replace(ONE_TIER, name="two", host_memory_gb=0.007, flash_gb_per_s=0.5, flash_latency_us=100.0)

@@ -1,4 +1,4 @@
-"""What a user may get wrong, and the one line that says so."""
+"""Mistakes of a user, and the one line that names each."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_fewer_slots_than_an_event_demands(slots: int, scope: str, need: int):
     assert f"at least {need} slots" in complaint(caught)
     with pytest.raises(UserError):
         Cache(GEOMETRY, slots, scope=scope)
-    Replay(GEOMETRY, ReplaySettings(need, scope=scope)).add(EXPERTS)  # what the message says is enough
+    Replay(GEOMETRY, ReplaySettings(need, scope=scope)).add(EXPERTS)  # the number of the message is enough
 
 
 @pytest.mark.parametrize("scope", ["global", "per-layer"])
@@ -83,7 +83,7 @@ def test_unreadable_prefetch(prefetch: str):
     with pytest.raises(UserError) as caught:
         ReplaySettings(8, prefetch=prefetch, lookahead="token", lookaheads=("token",))
     assert repr(prefetch) in complaint(caught)
-    assert "top6,p>0.1" in complaint(caught)  # says what can be written
+    assert "top6,p>0.1" in complaint(caught)  # examples of valid texts
 
 
 @pytest.mark.parametrize("prefetch", ["p>1.01", "p>-0.1", "top6,p>7", "adaptive,p>2"])
