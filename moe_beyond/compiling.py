@@ -85,16 +85,19 @@ def _not_imported(*_: object) -> None:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads an index without importing the modules of other packages, which may be gone or slow.
+    """Reads an index without importing modules of other packages, which may be slow or no longer installed.
 
-    Signatures that name such a module are never looked up in this process.
+    This process never looks up a signature of such a module.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class or function of an imported module, of this package or of numba; else a stand-in."""
-        if module in sys.modules or module.partition(".")[0] in ("moe_beyond", "numba"):
+        """Return a class or function of an imported module, of this package or of numba; otherwise a stand-in."""
+        if module not in sys.modules and module.partition(".")[0] not in ("moe_beyond", "numba"):
+            return _not_imported
+        try:
             return super().find_class(module, name)
-        return _not_imported
+        except (ImportError, AttributeError):  # a file or a name that was removed
+            return _not_imported
 
 
 class _IndexFile(IndexDataCacheFile):

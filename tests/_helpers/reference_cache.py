@@ -513,8 +513,8 @@ class ReferenceCache:
             self.learn(layer, following.scores["next"][layer])
             self.said |= {(layer, expert): score for expert, score in enumerate(following.scores["next"][layer])}
         for later in range(layer + 1, rules.layers):
-            # Whole-token scores come as if from L layers before. The shortest lookahead among the scores that come now is
-            # used. Scores of the next run came with the step before, unless there is none.
+            # Whole-token scores come as if from L layers before. The shortest lookahead among the scores that come now
+            # is used. Scores of the next run came with the step before, unless there is none.
             fresh = [
                 h
                 for h in rules.lookaheads
