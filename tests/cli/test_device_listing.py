@@ -84,7 +84,7 @@ def test_devices_of_ones_own(capsys, tmp_path):
         ("rtx3060,", "'' cannot be parsed; write FIELD=VALUE"),
         ("rtx3060,link_gb_per_s=fast", "link_gb_per_s must be a number (got 'fast')"),
         ("rtx3060,link_gb_per_s=", "link_gb_per_s must be a number (got '')"),
-        ("rtx3060,link_gb_per_s=0", "link_gb_per_s must be a finite number above 0 (got 0)"),
+        ("rtx3060,link_gb_per_s=0", "link_gb_per_s must be a finite number above 0 (got 0.0)"),
         ("rtx3060,link_gb_per_s=nan", "link_gb_per_s must be a finite number above 0 (got nan)"),
         ("rtx3060,memory_gb=1,memory_gb=2", "memory_gb is given twice"),
         ("rtx3060,flash_gb_per_s=3", "flash_gb_per_s is given without host_memory_gb; give both or none"),
