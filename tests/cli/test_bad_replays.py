@@ -173,7 +173,7 @@ def test_a_plan_knows_how_many_slots_a_union_needs(house: Path) -> None:
         (("--target", "90%", "--prefetch", "top2"), "needs scores; give --predictor or --scores"),
         (("--target", "90%", "--policy", "static"), "policy static needs the popularity"),
         (("--pins", "pins.json", "--budget", "9"), "--pins is for one --budget"),
-        (("--pins", "pins.json", *LOCAL, "--quotas", "2,2,2,3"), "quotas are 4 numbers that sum to 9"),
+        (("--pins", "pins.json", *LOCAL, "--quotas", "2,2,2,3"), "(got 4 numbers that sum to 9)"),
         # Pins are not left behind where the plan beside them cannot be.
         (("--pins", "pins.json", "--target", "fast"), "cannot be read"),
         (("--pins", "pins.json", "--target", "90%", "--strategy", "our"), "unknown strategy"),
