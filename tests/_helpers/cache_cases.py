@@ -190,7 +190,7 @@ def ragged(experts: np.ndarray) -> list[list[list[int]]]:
 def cases(
     draw: Callable,
     *,
-    policies: Sequence[str] = POLICIES,
+    policies: Sequence[str] = tuple(POLICIES),
     prefetches: Sequence[str] = PREFETCHES,
     scopes: Sequence[str] = ("global", "per-layer"),
     plain: bool = False,
