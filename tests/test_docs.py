@@ -131,7 +131,7 @@ def test_the_policy_that_contributing_adds_evicts_what_was_used_last(tmp_path) -
     block = next(block for block in blocks("CONTRIBUTING.md", "python") if "HOOKS" in block)
     (package / "cache/policies/most_recent.py").write_text(block)
     names = package / "cache/policies/__init__.py"
-    names.write_text(names.read_text().replace('SUMMARIES = {', 'SUMMARIES = {"most_recent": "most recently used",'))
+    names.write_text(names.read_text().replace("SUMMARIES = {", 'SUMMARIES = {"most_recent": "most recently used",'))
     # Two slots: 0 and 1 come in, 2 drops 1, 0 is there, 1 drops 0, 2 is there.
     replaying = (
         "from cache_cases import replay, small_geometry; from moe_beyond.simulator import ReplaySettings\n"
