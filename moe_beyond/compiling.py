@@ -1,10 +1,11 @@
-"""The store of code that numba compiles: it compiles once per machine, says so, and rebuilds a damaged store."""
+"""Disk cache of code that numba compiles: one compilation per machine, one log line, recovery from damage."""
 
 import getpass
 import hashlib
 import logging
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,7 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, UserProvidedCacheLocator
+from numba.core.caching import (
+    CompileResultCacheImpl,
+    FunctionCache,
+    IndexDataCacheFile,
+    NullCache,
+    UserProvidedCacheLocator,
+)
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -20,13 +27,13 @@ DAMAGE = (
     *(OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError),
     *(ImportError, RuntimeError, UnicodeDecodeError),
 )
-"""Errors of pickle and LLVM for a file that is cut short or cannot be read."""
+"""Errors of pickle and LLVM for a truncated or unreadable file."""
 
 log = logging.getLogger("moe_beyond")
 
 
 class _PrivateFolder(UserProvidedCacheLocator):
-    """Keeps compiled code in the user's own folder under TMPDIR, where neither package nor home can be written."""
+    """Stores compiled code in a private folder under TMPDIR if neither the package nor the home folder is writable."""
 
     def __init__(self, function: Any, file: str) -> None:
         self._py_file, self._lineno = file, function.__code__.co_firstlineno
@@ -35,7 +42,9 @@ class _PrivateFolder(UserProvidedCacheLocator):
 
     @classmethod
     def from_function(cls, function: Any, file: str) -> Any:
-        """Return a place that can be written, or None."""
+        """Return a locator whose folder is writable, or None."""
+        if not Path(file).is_file():  # a prompt or a string: its code has no stamp
+            return None
         try:
             locator = cls(function, file)
             locator.ensure_cache_path()  # type: ignore[no-untyped-call]
@@ -45,16 +54,16 @@ class _PrivateFolder(UserProvidedCacheLocator):
 
 
 def private_folder() -> Path:
-    """Return the user's own folder for compiled code under TMPDIR, made on the way.
+    """Create the user's private folder for compiled code under TMPDIR and return it.
 
     Raises:
-        OSError: It cannot be made, or belongs to somebody else, whose code must not be run.
+        OSError: The folder cannot be created, or belongs to another user, whose code must not run.
     """
     folder = Path(tempfile.gettempdir()) / f"moe-beyond-{_user()}"
     try:
         folder.mkdir(mode=0o700)
-        _note_once(f"compiled code goes to {folder}: neither the package nor the home folder can be written")
-    except FileExistsError:  # an earlier process made it, and said so
+        _note_once(f"compiled code is stored in {folder}: neither the package nor the home folder is writable")
+    except FileExistsError:  # an earlier process created and logged it
         pass
     if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
         raise PermissionError(f"{folder} belongs to another user")
@@ -67,18 +76,58 @@ def _user() -> str:
     return hashlib.sha256(getpass.getuser().encode()).hexdigest()[:8]
 
 
-class _Place(CompileResultCacheImpl):
+class _CacheFiles(CompileResultCacheImpl):
     _locator_classes = [*CompileResultCacheImpl._locator_classes, _PrivateFolder]  # noqa: SLF001, RUF012
 
 
-class _Cache(FunctionCache):
-    """A store that treats what cannot be read or written as not there."""
+def _not_imported(*_: object) -> None:
+    """Stand-in for a class or function of a module that is not imported."""
 
-    _impl_class = _Place
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads an index without importing modules of other packages, which may be slow or no longer installed.
+
+    This process never looks up a signature of such a module.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class or function of an imported module, of this package or of numba; otherwise a stand-in."""
+        if module not in sys.modules and module.partition(".")[0] not in ("moe_beyond", "numba"):
+            return _not_imported
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):  # a file or a name that was removed
+            return _not_imported
+
+
+class _IndexFile(IndexDataCacheFile):
+    """Index of stored code by signature; policies of several packages share it."""
+
+    def _load_index(self) -> dict[Any, Any]:
+        """Return the data files by signature, or nothing if the index is missing or outdated."""
+        try:
+            with open(self._index_path, "rb") as file:
+                if pickle.load(file) != self._version:
+                    return {}
+                stamp, overloads = _IndexUnpickler(file).load()
+        except FileNotFoundError:
+            return {}
+        return dict(overloads) if stamp == self._source_stamp else {}
+
+
+class _Cache(FunctionCache):
+    """Disk cache that treats unreadable and unwritable files as missing."""
+
+    _impl_class = _CacheFiles
     announcement = ""
 
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        file = self._cache_file
+        self._cache_file = _IndexFile(self._cache_path, self._impl.filename_base, file._source_stamp)  # type: ignore[no-untyped-call]  # noqa: SLF001
+
     def load_overload(self, signature: Any, target: Any) -> Any:
-        """Return what is stored; None where nothing is, or what is stored is damaged."""
+        """Return the stored code, or None if there is none or its file is damaged."""
         try:
             overload = super().load_overload(signature, target)  # type: ignore[no-untyped-call]
         except DAMAGE:
@@ -89,14 +138,14 @@ class _Cache(FunctionCache):
         return overload
 
     def save_overload(self, signature: Any, data: Any) -> None:
-        """Store what was compiled, where there is room."""
+        """Store compiled code if the disk has space."""
         try:
             super().save_overload(signature, data)  # type: ignore[no-untyped-call]
         except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
-            _note_once(f"compiled code is not kept ({error}): it is compiled again next time")
+            _note_once(f"compiled code is not stored ({error}): it is compiled again next time")
 
     def _drop(self) -> None:
-        """Remove a damaged index, without which nothing stored is found."""
+        """Remove a damaged index, so that all code is compiled again."""
         try:
             Path(self._cache_file._index_path).unlink(missing_ok=True)  # noqa: SLF001
         except OSError as error:
@@ -105,27 +154,27 @@ class _Cache(FunctionCache):
 
 @lru_cache
 def _note_once(line: str) -> None:
-    """Print a line on standard error, by the way that `logging` has for programs that set nothing up."""
+    """Log a warning once per process; without a logging configuration it is printed on standard error."""
     log.warning("moe-beyond: %s", line)
 
 
-def kept(dispatcher: Any, function: Function, announcement: str = "") -> Function:
-    """Keep what numba compiles of a function for later processes.
+def keep_compiled(dispatcher: Any, function: Function, announcement: str = "") -> Function:
+    """Store the code that numba compiles for a function, for later processes.
 
     Args:
         dispatcher: Result of `numba.njit` without ``cache=True``.
-        function: The function that was compiled.
-        announcement: Line to print when it has to be compiled, once per process; default: nothing.
+        function: Python function that was compiled.
+        announcement: Line to log when the function is compiled, once per process (default: none).
     """
     try:
-        dispatcher._cache = _Cache(function)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        dispatcher._cache = _Cache(function)  # noqa: SLF001
         dispatcher._cache.announcement = announcement  # noqa: SLF001
-    except RuntimeError:  # no place at all can be written
+    except RuntimeError:  # no folder is writable, or the function has no file
         dispatcher._cache = NullCache()  # noqa: SLF001
-        _note_once("no folder can be written for compiled code (set NUMBA_CACHE_DIR): it is compiled each time")
+        _note_once("no folder is writable for compiled code (set NUMBA_CACHE_DIR): it is compiled each time")
     return cast(Function, dispatcher)
 
 
 def compiled(function: Function) -> Function:
-    """Compile a module-level function, and keep the result for later processes."""
-    return kept(numba.njit(function), function)
+    """Compile a module-level function and store the result for later processes."""
+    return keep_compiled(numba.njit(function), function)

@@ -1,9 +1,9 @@
-"""What training text tells of a model's experts: how popular each is, and how their use comes in bursts.
+"""Usage profile of a model's experts, counted on training text: their popularity, and how their use clusters in time.
 
-The history of an expert in a sequence is its age, the tokens since it was last used (1: the token before used it; 0:
-none did), and its rate r = (PRIOR * popularity + c) / (PRIOR + Z), where per token c <- DECAY * c + used and Z <- DECAY
-* Z + 1. A table says how probable its use by the next token is, by buckets of both: it was counted, so that it is
-calibrated.
+The history of an expert in a sequence has two numbers. Its age is the number of tokens since its last use (1: the
+previous token used it; 0: no token did). Its rate is r = (PRIOR * popularity + c) / (PRIOR + Z), where for every token
+c <- DECAY * c + used and Z <- DECAY * Z + 1. A table gives the probability that the next token uses the expert, by
+buckets of age and rate. It is counted on training text, so it is calibrated.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ import numpy.typing as npt
 
 DECAY, PRIOR = 0.97, 24.0
 AGE_EDGES = (1.0, 2.0, 3.0, 5.0, 9.0, 17.0, 33.0)
-"""Where buckets of age begin, but for the first, which is age 0."""
+"""Lower edges of the buckets of age, except the first bucket, which is age 0."""
 RATE_EDGES = tuple(0.045 * (0.3 / 0.045) ** (i / 6) for i in range(7))
-"""Where buckets of rate begin, but for the first, which begins at 0."""
+"""Lower edges of the buckets of rate, except the first bucket, which starts at 0."""
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What was counted on training text.
+class UsageProfile:
+    """Counts of training text.
 
     Attributes:
-        popularity: ``(L, E)`` float64, the share of tokens that chose an expert.
-        hazard: ``(8, 8)`` float64, by buckets of age and rate: the probability that the next token uses an expert.
+        popularity: Share of tokens that use each expert, ``(L, E)`` float64.
+        hazard: Probability that the next token uses an expert, by bucket of age and of rate, ``(8, 8)`` float64.
     """
 
     popularity: npt.NDArray[np.float64]
@@ -32,7 +32,7 @@ class Profile:
 
 
 def default_hazard() -> npt.NDArray[np.float64]:
-    """Return a table ``(8, 8)`` for a model that none was counted for: rate times a factor of the age.
+    """Return a hazard table ``(8, 8)`` for a model without one: the rate times a factor of the age.
 
     The factors were counted on DeepSeek-V2-Lite's routing of Puffin prompts.
     """

@@ -128,10 +128,10 @@ def test_the_policy_that_contributing_adds_evicts_what_was_used_last(tmp_path) -
     package = shutil.copytree(
         ROOT / "moe_beyond", tmp_path / "moe_beyond", ignore=shutil.ignore_patterns("__pycache__")
     )
-    block = next(block for block in blocks("CONTRIBUTING.md", "python") if "VERBS" in block)
+    block = next(block for block in blocks("CONTRIBUTING.md", "python") if "HOOKS" in block)
     (package / "cache/policies/most_recent.py").write_text(block)
     names = package / "cache/policies/__init__.py"
-    names.write_text(names.read_text().replace('    "lru",\n', '    "lru",\n    "most_recent",\n'))
+    names.write_text(names.read_text().replace("SUMMARIES = {", 'SUMMARIES = {"most_recent": "most recently used",'))
     # Two slots: 0 and 1 come in, 2 drops 1, 0 is there, 1 drops 0, 2 is there.
     replaying = (
         "from cache_cases import replay, small_geometry; from moe_beyond.simulator import ReplaySettings\n"

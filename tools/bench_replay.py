@@ -1,12 +1,12 @@
-"""Speed of the cache core beside libcachesim, and whether both count the same.
+"""Speed of the cache core next to libcachesim, and a check that both count the same.
 
     python tools/bench_replay.py --data TRACES [--predictor P] [--slots N] [--repeats N] [--json FILE]
 
-All sequences of a trace set make one stream of experts. Access by access, LRU, LFU and Belady are timed in both, which
-must agree on every hit; then `belief`, event by event, with a predictor's scores and top<K> prefetch. One run gives all
-ratios: medians of several rounds, each of which times everything once. Everything that a replay counts is counted. What
-is not timed: reading the traces, sorting them into events, indexing Belady's future, computing the scores; and for
-libcachesim writing its trace file, which it is timed reading. Then a sweep of budgets and policies, on all cores.
+All sequences of a trace set form one stream of experts. LRU, LFU and Belady are timed access by access in both, and
+must agree on every hit. Then `belief` is timed event by event, with a predictor's scores and a top<K> prefetch. One run
+gives all ratios: medians of several rounds, each of which times everything once, with all counters of a replay. Reading
+the traces, sorting them into events, indexing Belady's future and computing the scores are not timed. The time of
+libcachesim includes reading its trace file, not writing it. A sweep of budgets and policies on all cores follows.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from moe_beyond.evaluation.strategies import grid
 from moe_beyond.files import write_json
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import Replay, ReplaySettings
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.traces.formats.libcachesim import write_oracle_general
 from moe_beyond.traces.reader import TraceSet
 
@@ -40,7 +40,7 @@ SWEEP_POLICIES = ("lru", "lfu", "lfru", "class_lru", "belief", "belady")
 
 
 def time_libcachesim(name: str, path: Path, slots: int) -> tuple[float, float]:
-    """Return seconds, and the share of misses."""
+    """Return the seconds and the share of misses."""
     reader = libcachesim.TraceReader(str(path), libcachesim.TraceType.ORACLE_GENERAL_TRACE)
     cache = getattr(libcachesim, name)(slots)
     began = time.perf_counter()
@@ -48,10 +48,10 @@ def time_libcachesim(name: str, path: Path, slots: int) -> tuple[float, float]:
     return time.perf_counter() - began, misses
 
 
-def time_replay(settings: ReplaySettings, sequence: Sequence) -> tuple[float, Replay]:
-    """Return seconds of the core, and the replay."""
+def time_replay(settings: ReplaySettings, sequence: ReplaySequence) -> tuple[float, Replay]:
+    """Return the seconds of the core and the replay."""
     replaying = Replay(sequence.geometry, settings)
-    sequence.alone(settings)  # sorted before, for all
+    sequence.as_group(settings)  # sorted into steps before the timing
     replaying.prepare(sequence)
     began = time.perf_counter()
     replaying.add_sequence(sequence)
@@ -61,17 +61,21 @@ def time_replay(settings: ReplaySettings, sequence: Sequence) -> tuple[float, Re
 def main() -> None:
     """Parse the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a trace set")
-    parser.add_argument("--predictor", help="of belief's scores; the published cross_layer of the model by default")
-    parser.add_argument("--slots", type=int, default=166)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scored-tokens", type=int, default=20_000, help="tokens that belief is timed on")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", required=True, help="folder of a trace set")
+    parser.add_argument(
+        "--predictor", help="predictor of the scores for belief (default: the pretrained cross_layer of the model)"
+    )
+    parser.add_argument("--slots", type=int, default=166, help="budget in slots (default: 166)")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed rounds (default: 5)")
+    parser.add_argument(
+        "--scored-tokens", type=int, default=20_000, help="number of tokens on which belief is timed (default: 20000)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the figures as JSON")
     args = parser.parse_args()
     traces = TraceSet(args.data)
     geometry = traces.geometry
     console = Console(width=120)
-    stream = Sequence(geometry, np.concatenate([trace.experts for trace in traces.traces()]))
+    stream = ReplaySequence(geometry, np.concatenate([trace.experts for trace in traces.traces()]))
     accesses = stream.experts.size
     console.print(f"{traces.manifest.source}: {accesses:,} accesses, {args.slots} of {geometry.total_experts} slots")
     source = from_predictor_folder(find_predictor(args.predictor)) if args.predictor else None
@@ -97,7 +101,7 @@ def main() -> None:
                 took, replaying = time_replay(settings, scored)
                 seconds.setdefault("belief", []).append(took * accesses / scored.experts.size)
     speed = {name: accesses / statistics.median(times[1:]) / 1e6 for name, times in seconds.items()}
-    table = Table(title=f"million accesses a second, medians of {args.repeats}")
+    table = Table(title=f"million accesses per second, medians of {args.repeats}")
     for name in ("policy", "here", "libcachesim", "ratio", "at least", "hits here / there"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     ratios = {}
@@ -127,19 +131,19 @@ def main() -> None:
         write_json(args.json, {"accesses": accesses, "speed": speed, "ratios": ratios, "hits": agree, "sweep": sweep})
 
 
-def _scored(traces: TraceSet, source: Any, tokens: int) -> Sequence:
-    """Return the first sequences that make so many tokens as one, with their scores."""
+def _scored(traces: TraceSet, source: Any, tokens: int) -> ReplaySequence:
+    """Return the first sequences with that many tokens as one sequence, with their scores."""
     experts, scores = [], []
-    for trace, found in source.sequences(traces, None, True):
+    for trace, sequence_scores in source.sequences(traces, None, True):
         experts.append(trace.experts)
-        scores.append(found)
+        scores.append(sequence_scores)
         if sum(map(len, experts)) >= tokens:
             break
-    return Sequence(traces.geometry, np.concatenate(experts), np.concatenate(scores))
+    return ReplaySequence(traces.geometry, np.concatenate(experts), np.concatenate(scores))
 
 
 def _sweep(traces: TraceSet) -> dict[str, float]:
-    """Replay all budgets and policies; return seconds, and how many cores were busy on average."""
+    """Replay all budgets and policies; return the seconds and the average number of busy cores."""
     slots = [int(budget[:-1]) * traces.geometry.total_experts // 100 for budget in SWEEP_BUDGETS]
     lines = grid(ReplaySettings(traces.geometry.total_experts), slots, SWEEP_POLICIES)
     evaluate(traces, lines[:6], traces.manifest.splits[-1])  # compiles

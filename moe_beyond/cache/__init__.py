@@ -1,1 +1,58 @@
-"""The cache core: one state machine that the replay and a runtime both step. numpy and numba only."""
+"""The cache core: one state machine for replay and runtime, with policies and prefetchers; NumPy and numba only."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moe_beyond.cache.counters import COUNTERS
+from moe_beyond.cache.policies import POLICIES, policy_summaries
+from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
+
+if TYPE_CHECKING:
+    from moe_beyond.cache.cache import Cache
+    from moe_beyond.cache.compiler import jit
+    from moe_beyond.cache.core import CacheState, Clock, Expert, PolicyHooks, Pool, admit_all, ignore_expert, is_pinned
+    from moe_beyond.cache.policies.scan import argmin_resident
+    from moe_beyond.cache.policy_inputs import PolicyInputs
+
+__all__ = [
+    "COUNTERS",
+    "POLICIES",
+    "PREFETCHERS",
+    "Cache",
+    "CacheState",
+    "Clock",
+    "Expert",
+    "PolicyHooks",
+    "PolicyInputs",
+    "Pool",
+    "admit_all",
+    "argmin_resident",
+    "ignore_expert",
+    "is_pinned",
+    "jit",
+    "parse_prefetch",
+    "policy_summaries",
+]
+
+_COMPILED = {
+    "Cache": "cache",
+    "CacheState": "core",
+    "Clock": "core",
+    "Expert": "core",
+    "Pool": "core",
+    "PolicyHooks": "core",
+    "PolicyInputs": "policy_inputs",
+    "admit_all": "core",
+    "argmin_resident": "policies.scan",
+    "ignore_expert": "core",
+    "is_pinned": "core",
+    "jit": "compiler",
+}
+"""Public name -> module that is imported when the name is first read, because it imports numba."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name that needs numba."""
+    if name not in _COMPILED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_COMPILED[name]}"), name)

@@ -1,445 +1,510 @@
-"""Stepping a cache of experts: what happens at an event, at a prefetch, and on the link between.
+"""State of an expert cache, and the compiled functions that step it.
 
-An expert is one number, ``layer * E + expert``. An event demands a set of them: hits are judged against what was
-resident before it, and all of the set holds slots while it computes, so that no victim comes from it. Whom to evict is
-the policy's to say, through compiled functions that are passed in (`Verbs`).
+An expert is one number, ``layer * E + expert``. An event demands a set of experts. Hits are judged against the
+residents before the event. All demanded experts hold slots while they compute, so no victim comes from the current
+demand. The policy chooses victims through compiled functions (`PolicyHooks`).
 
-Time passes in `advance`. Without a device every transfer takes none: what is asked for is there at once, as far as
-there is room.
+Time passes in `advance`. Without a device a transfer takes no time: a prefetched expert becomes resident immediately if
+its pool has room.
 
-A prefetch that has to wait becomes a use when it goes on the link, not when it is asked for. One whose pool has no room
-is overtaken by those behind it. An expert that is still on the link may be evicted once the next event has begun: its
-transfer is paid for and wasted. Ties between victims go by the moment of the last use, then by the lower (layer,
-expert), unless a policy says otherwise.
+A queued prefetch counts as a use when its transfer begins. A prefetch whose pool has no room is overtaken by later
+ones. An expert in transit may be evicted after the next event has begun; its transfer is counted as wasted. Ties
+between victims go by the time of the last use, then by the lower (layer, expert), unless a policy has another rule.
 """
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.interconnect import FREE, NOW, ORDERED, QUEUED, WAITS, LinkState, is_instant, new_link, send
-from moe_beyond.cache.jit import jit
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.counters import Counter
+from moe_beyond.cache.interconnect import LinkState, Queue, Seconds, Tally, is_instant, new_link, send
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Columns of the counters, one row a layer.
-ACCESSES, HITS, LATE_HITS, MISSES, DEMAND_TRANSFERS, PREFETCH_TRANSFERS, USEFUL, WASTED = range(8)
-COUNTERS = (
-    "accesses",
-    "hits",
-    "late_hits",
-    "misses",
-    "demand_transfers",
-    "prefetch_transfers",
-    "useful_prefetches",
-    "wasted_prefetches",
-)
 
-# What `experts` tells of each, one row a fact: the pool whose slots it competes for; its layer; where in its pool's row
-# of `residents` it is, -1 if nowhere; its origin; its shield; the last moment that demanded it, named it while it was
-# resident, or sent it on the link, 0 for never.
-POOL, IN_LAYER, PLACE, ORIGIN, SHIELD, LAST = range(6)
+class Expert(IntEnum):
+    """Rows of `CacheState.experts`.
 
-# Where a resident came from: demanded, or prefetched and not demanded since.
-DEMANDED, PREFETCHED, PREFETCHED_UNCOUNTED = range(3)
+    ``POOL`` is the pool whose slots the expert competes for. ``PLACE`` is its index in the pool's row of
+    `CacheState.residents`, -1 if it is not resident. ``ORIGIN`` is one of `Origin`. An expert is pinned while its
+    ``PIN_EPOCH`` equals that of the clock. ``LAST_USE`` is the clock's time of its last use, 0 for never: a demand, a
+    prefetch while it was resident, or the start of its transfer.
+    """
 
-# What `pools` tells of each: its slots; those taken; of those, the ones that hold a shielded expert.
-CAPACITY, USED, HELD = range(3)
+    POOL = 0
+    LAYER = 1
+    PLACE = 2
+    ORIGIN = 3
+    PIN_EPOCH = 4
+    LAST_USE = 5
 
-# What `now` holds: the number of the last event; of the last event or question; of the present shield; of the step;
-# the layer of the last event (-1 between steps); whether the step counts; whether prefetches are never refused.
-EVENT, MOMENT, MARK, STEP, LAYER, COUNTED, INSIST = range(7)
 
-# What `room` is for: what a prefetcher names; and its working.
-NAMED, ORDER, MARKED = range(3)
+class Origin(IntEnum):
+    """Reason why an expert is resident: demanded, or prefetched and not demanded since."""
+
+    DEMANDED = 0
+    PREFETCHED = 1
+    PREFETCHED_UNCOUNTED = 2
+
+
+class Pool(IntEnum):
+    """Columns of `CacheState.pools`: slots, slots in use, and slots whose expert is pinned."""
+
+    CAPACITY = 0
+    USED = 1
+    PINNED = 2
+
+
+class Clock(IntEnum):
+    """Entries of `CacheState.clock`.
+
+    ``EVENT`` numbers events. ``TIME`` is the logical time: it counts events and prefetch requests. ``LAYER`` is the
+    layer of the last event, -1 between steps. ``COUNTED`` is 1 if the step counts. ``FORCED`` is 1 if the policy must
+    admit every prefetch.
+    """
+
+    EVENT = 0
+    TIME = 1
+    PIN_EPOCH = 2
+    STEP = 3
+    LAYER = 4
+    COUNTED = 5
+    FORCED = 6
+
+
+class Scratch(IntEnum):
+    """Rows of `CacheState.scratch_int`: the experts that a prefetcher selects, and two rows for its work."""
+
+    SELECTED = 0
+    ORDER = 1
+    MARKED = 2
 
 
 class CacheState(NamedTuple):
-    """Who is resident, and why. Few arrays, of many rows: numba passes each in seven words.
+    """Arrays of a cache; few and with many rows, because numba passes each array in seven words.
 
     Attributes:
-        experts: ``(6, L*E)`` int32, the facts above; a resident is no victim while its shield is ``now[MARK]``.
-        pools: ``(pools, 3)``.
-        residents: ``(pools, largest capacity)``, who takes a pool's slots, in no order; int32.
-        known: ``(L*E,)`` float32, the score of an expert for the next time its layer runs; NaN where none is known now.
-        now: ``(7,)``.
-        counters: ``(L, 8)``, what is counted, by layer of the expert.
-        room: ``(3, L*E)``.
-        weights: ``(L*E,)`` float64, more room to work in.
-        link: What is on its way.
+        experts: Facts of each expert, ``(6, L*E)`` int32, rows `Expert`.
+        pools: Slots of each pool, ``(pools, 3)`` int64, columns `Pool`.
+        residents: Experts of each pool in no order, ``(pools, largest capacity)`` int32.
+        scores: Score of each expert for its layer's next run, ``(L*E,)`` float32; NaN if no score is available.
+        clock: Numbers of the current event and step, ``(7,)`` int64, entries `Clock`.
+        counters: Counts by layer of the expert, ``(L, 8)`` int64, columns `Counter`.
+        scratch_int: Work space of the prefetcher, ``(3, L*E)`` int64, rows `Scratch`.
+        scratch_float: Work space of the prefetcher, ``(L*E,)`` float64.
+        link: Interconnect, with its queue and transfers.
     """
 
     experts: npt.NDArray[np.int32]
     pools: Ints
     residents: npt.NDArray[np.int32]
-    known: npt.NDArray[np.float32]
-    now: Ints
+    scores: npt.NDArray[np.float32]
+    clock: Ints
     counters: Ints
-    room: Ints
-    weights: Floats
+    scratch_int: Ints
+    scratch_float: Floats
     link: LinkState
 
 
 @jit
 def unsigned(number: int) -> int:
-    """Make an index of a number from 0: numba asks of a signed one whether it counts from the end."""
+    """Convert a number to an unsigned index; numba checks every signed index for counting from the end."""
     return np.uint32(number)  # type: ignore[return-value]
 
 
 @jit
 def ignore_expert(policy: Any, cache: CacheState, expert: int) -> None:
-    """Take no interest in what becomes of an expert."""
+    """Hook of a policy that does not react to a hit, an insertion or an eviction."""
 
 
 @jit
-def ignore_event(policy: Any, cache: CacheState, experts: Ints, tokens: Ints) -> None:
-    """Take no interest in what an event demands."""
+def ignore_demand(policy: Any, cache: CacheState, experts: Ints, tokens: Ints) -> None:
+    """Hook of a policy that does not react to the demand of an event."""
 
 
 @jit
 def ignore_scores(policy: Any, cache: CacheState, layer: int) -> None:
-    """Take no interest in scores."""
+    """Hook of a policy that does not read scores."""
 
 
 @jit
-def admit(policy: Any, cache: CacheState, expert: int, victim: int) -> bool:
-    """Let in whatever is prefetched."""
+def admit_all(policy: Any, cache: CacheState, expert: int, victim: int) -> bool:
+    """Hook of a policy that admits every expert."""
     return True
 
 
-class Verbs(NamedTuple):
-    """What a policy does. Its first argument is always its own state, the second the `CacheState`, which it reads.
+class PolicyHooks(NamedTuple):
+    """Compiled functions of a policy.
+
+    The first argument of each function is the value that the policy's ``init`` returned. The second is the
+    `CacheState`, which a policy only reads.
 
     Attributes:
-        hit: ``(policy, cache, expert)``: a resident was demanded, or named by a prefetch; its last moment is up to
-            date.
-        insert: ``(policy, cache, expert)``: it came in.
-        evict: ``(policy, cache, expert)``: it has left, and another will take its slot.
-        victim: ``(policy, cache, pool)``: name a resident of the pool that is not shielded; there is one.
-        routed: ``(policy, cache, experts, tokens)``: an event demanded these, each for so many tokens.
-        learned: ``(policy, cache, layer)``: scores of a layer have become known.
-        admits: ``(policy, cache, expert, victim)``: whether to let a prefetch in for this victim. Where ``stages``
-            is set, it is asked about demanded experts too.
-        stages: Whether demanded experts compute in slots of their own next to the pool (K for a token, as many as are
-            demanded for a batch or a chunk), and are retained, or not, when their event ends. These slots come on top
-            of the budget.
+        hit: ``(policy, cache, expert)``, after a resident was demanded or prefetched again; its last use is updated.
+        insert: ``(policy, cache, expert)``, after an expert became resident.
+        evict: ``(policy, cache, expert)``, after an expert lost its slot and before another expert gets it.
+        victim: ``(policy, cache, pool) -> expert``, a resident of the pool that is not pinned; there is at least one.
+        on_demand: ``(policy, cache, experts, tokens)``, after an event demanded these experts, each for that many
+            tokens (default: nothing).
+        on_scores: ``(policy, cache, layer)``, after scores of a layer became available (default: nothing).
+        admit: ``(policy, cache, expert, victim) -> bool``, whether a prefetched expert may replace the victim; with
+            ``bypass`` also whether a demanded one may (default: always).
+        bypass: Whether demanded experts compute in slots next to the pool, and are admitted or not when their event
+            ends (default: False). These slots come on top of the budget: K for a token, or the demand of a batch or
+            chunk.
     """
 
     hit: Callable[[Any, CacheState, int], None]
     insert: Callable[[Any, CacheState, int], None]
     evict: Callable[[Any, CacheState, int], None]
     victim: Callable[[Any, CacheState, int], int]
-    routed: Callable[[Any, CacheState, Ints, Ints], None] = ignore_event
-    learned: Callable[[Any, CacheState, int], None] = ignore_scores
-    admits: Callable[[Any, CacheState, int, int], bool] = admit
-    stages: bool = False
+    on_demand: Callable[[Any, CacheState, Ints, Ints], None] = ignore_demand
+    on_scores: Callable[[Any, CacheState, int], None] = ignore_scores
+    admit: Callable[[Any, CacheState, int, int], bool] = admit_all
+    bypass: bool = False
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the policy reads scores."""
+        return self.on_scores is not ignore_scores
+
+    @property
+    def reads_events(self) -> bool:
+        """Whether the policy reads the demand of whole events."""
+        return self.on_demand is not ignore_demand
 
 
 def empty_cache(num_layers: int, num_experts: int, quotas: npt.ArrayLike, link: LinkState | None = None) -> CacheState:
     """Return an empty cache.
 
     Args:
-        num_layers: L.
-        num_experts: E.
-        quotas: Slots of each layer's pool, ``(L,)``; or of one pool for all, ``(1,)``.
-        link: What experts cross; one that takes no time by default.
+        num_layers: Number of MoE layers L.
+        num_experts: Number of experts per layer E.
+        quotas: Slots of each layer's pool, ``(L,)``, or of one pool for all layers, ``(1,)``.
+        link: Interconnect (default: one whose transfers take no time).
     """
     capacity = np.asarray(quotas, np.int64)
     total = num_layers * num_experts
-    experts = np.zeros((6, total), np.int32)
-    experts[IN_LAYER] = np.repeat(np.arange(num_layers), num_experts)
-    experts[POOL] = experts[IN_LAYER] if len(capacity) > 1 else 0
-    experts[PLACE] = -1
-    now = np.zeros(7, np.int64)
-    now[MARK], now[LAYER], now[COUNTED] = 1, -1, 1  # past every shield: nothing has been asked for yet
+    experts = np.zeros((len(Expert), total), np.int32)
+    experts[Expert.LAYER] = np.repeat(np.arange(num_layers), num_experts)
+    experts[Expert.POOL] = experts[Expert.LAYER] if len(capacity) > 1 else 0
+    experts[Expert.PLACE] = -1
+    clock = np.zeros(len(Clock), np.int64)
+    clock[Clock.PIN_EPOCH] = 1  # after the epoch 0 of all experts: none is pinned
+    clock[Clock.LAYER] = -1
+    clock[Clock.COUNTED] = 1
     return CacheState(
         experts=experts,
         pools=np.stack([capacity, np.zeros_like(capacity), np.zeros_like(capacity)], axis=1),
         residents=np.full((len(capacity), int(capacity.max())), -1, np.int32),
-        known=np.full(total, np.nan, np.float32),
-        now=now,
-        counters=np.zeros((num_layers, len(COUNTERS)), np.int64),
-        room=np.zeros((3, total), np.int64),
-        weights=np.zeros(total),
+        scores=np.full(total, np.nan, np.float32),
+        clock=clock,
+        counters=np.zeros((num_layers, len(Counter)), np.int64),
+        scratch_int=np.zeros((len(Scratch), total), np.int64),
+        scratch_float=np.zeros(total),
         link=new_link(total) if link is None else link,
     )
 
 
 @jit
-def is_held(cache: CacheState, expert: int) -> bool:
-    """Tell whether a resident is no victim now."""
-    return cache.experts[SHIELD, expert] == cache.now[MARK]
+def is_pinned(cache: CacheState, expert: int) -> bool:
+    """Return whether a resident is protected from eviction."""
+    return cache.experts[Expert.PIN_EPOCH, expert] == cache.clock[Clock.PIN_EPOCH]
 
 
 @jit
-def _hold(cache: CacheState, expert: int) -> None:
-    """Shield a resident until the next event, or until it is released."""
-    if not is_held(cache, expert):
-        cache.experts[SHIELD, expert] = cache.now[MARK]
-        cache.pools[cache.experts[POOL, expert], HELD] += 1
+def pin(cache: CacheState, expert: int) -> None:
+    """Protect a resident from eviction until the next event, or until `unpin`."""
+    if not is_pinned(cache, expert):
+        cache.experts[Expert.PIN_EPOCH, expert] = cache.clock[Clock.PIN_EPOCH]
+        cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] += 1
 
 
 @jit
-def _unshield_all(cache: CacheState) -> None:
-    cache.now[MARK] += 1
-    cache.pools[:, HELD] = 0
+def unpin(cache: CacheState, experts: Ints) -> None:
+    """End the computing of an event: its experts may be evicted."""
+    for expert in experts:
+        if cache.experts[Expert.PLACE, expert] >= 0 and is_pinned(cache, expert):
+            cache.experts[Expert.PIN_EPOCH, expert] = 0
+            cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] -= 1
 
 
 @jit
-def enter(cache: CacheState, policy: Any, verbs: Verbs, expert: int, origin: int) -> None:
+def unpin_all(cache: CacheState) -> None:
+    """Remove every pin by starting a new epoch."""
+    cache.clock[Clock.PIN_EPOCH] += 1
+    cache.pools[:, Pool.PINNED] = 0
+
+
+@jit
+def enter(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int, origin: int) -> None:
     """Give an expert a free slot of its pool."""
-    pool = cache.experts[POOL, expert]
-    _settle(cache, policy, verbs, expert, pool, cache.pools[pool, USED], origin)
-    cache.pools[pool, USED] += 1
+    pool = cache.experts[Expert.POOL, expert]
+    _settle(cache, policy, hooks, expert, pool, cache.pools[pool, Pool.USED], origin)
+    cache.pools[pool, Pool.USED] += 1
 
 
 @jit
-def replace(cache: CacheState, policy: Any, verbs: Verbs, victim: int, expert: int, origin: int) -> None:
-    """Evict a resident, and give its slot to an expert of the same pool."""
-    place = cache.experts[PLACE, victim]
-    cache.experts[PLACE, victim] = -1
-    if cache.experts[ORIGIN, victim] == PREFETCHED:
-        cache.counters[cache.experts[IN_LAYER, victim], WASTED] += 1
-    verbs.evict(policy, cache, victim)
-    _settle(cache, policy, verbs, expert, cache.experts[POOL, expert], place, origin)
+def replace(cache: CacheState, policy: Any, hooks: PolicyHooks, victim: int, expert: int, origin: int) -> None:
+    """Evict a resident and give its slot to an expert of the same pool."""
+    place = cache.experts[Expert.PLACE, victim]
+    cache.experts[Expert.PLACE, victim] = -1
+    if cache.experts[Expert.ORIGIN, victim] == Origin.PREFETCHED:
+        cache.counters[cache.experts[Expert.LAYER, victim], Counter.WASTED_PREFETCHES] += 1
+    hooks.evict(policy, cache, victim)
+    _settle(cache, policy, hooks, expert, cache.experts[Expert.POOL, expert], place, origin)
 
 
 @jit
-def _settle(cache: CacheState, policy: Any, verbs: Verbs, expert: int, pool: int, place: int, origin: int) -> None:
+def _settle(
+    cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int, pool: int, place: int, origin: int
+) -> None:
+    """Make an expert resident at a place of its pool."""
     cache.residents[pool, place] = expert
-    cache.experts[PLACE, expert] = place
-    cache.experts[ORIGIN, expert] = origin
-    cache.experts[LAST, expert] = cache.now[MOMENT]
-    verbs.insert(policy, cache, expert)
+    cache.experts[Expert.PLACE, expert] = place
+    cache.experts[Expert.ORIGIN, expert] = origin
+    cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
+    hooks.insert(policy, cache, expert)
 
 
 @jit
 def start_step(cache: CacheState, counted: bool) -> None:
-    """Begin a step (a token, or several at once): nothing computes, so nothing is shielded."""
-    cache.now[STEP] += 1
-    cache.now[LAYER] = -1
-    cache.now[COUNTED] = counted
-    _unshield_all(cache)
+    """Begin a step (one token, or several that are computed together): no expert computes, so none is pinned."""
+    cache.clock[Clock.STEP] += 1
+    cache.clock[Clock.LAYER] = -1
+    cache.clock[Clock.COUNTED] = counted
+    unpin_all(cache)
 
 
 @jit
-def demand(cache: CacheState, policy: Any, verbs: Verbs, layer: int, experts: Ints, tokens: Ints) -> float:
-    """Begin an event: a layer is routed. Nothing moves yet: `fetch` follows, once what that tells is learned.
+def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, experts: Ints, tokens: Ints) -> float:
+    """Begin an event: a layer is routed.
+
+    No expert is transferred yet: `fetch` follows after the scores that become available with this event.
 
     Args:
-        cache: A `CacheState`.
-        policy: The policy's own arrays.
-        verbs: What it does.
-        layer: The layer.
-        experts: ``(n,)`` int64, its distinct experts that are demanded, if any; no more than a pool's capacity.
-        tokens: ``(n,)`` int64, how many tokens each is demanded for.
+        cache: Cache to step.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        layer: Layer of the event.
+        experts: Distinct demanded experts of the layer, ``(n,)`` int64, at most the capacity of their pool; may be
+            empty.
+        tokens: Number of tokens that demand each expert, ``(n,)`` int64.
 
     Returns:
-        When all that are resident have arrived, on the link's clock.
+        Time at which all demanded residents have arrived, in seconds of the interconnect.
     """
-    link, counted = cache.link, cache.now[COUNTED] == 1
-    cache.now[EVENT] += 1
-    cache.now[MOMENT] += 1
-    _unshield_all(cache)
-    cache.now[LAYER] = layer
+    link, counted = cache.link, cache.clock[Clock.COUNTED] == 1
+    cache.clock[Clock.EVENT] += 1
+    cache.clock[Clock.TIME] += 1
+    unpin_all(cache)
+    cache.clock[Clock.LAYER] = layer
     row = cache.counters[layer]
-    ready = link.clock[NOW]
+    ready = link.seconds[Seconds.NOW]
     for expert in experts:
-        if cache.experts[PLACE, expert] < 0:
+        if cache.experts[Expert.PLACE, expert] < 0:
             continue
-        late = link.arrives[expert] > link.clock[NOW]
+        late = link.arrives[expert] > link.seconds[Seconds.NOW]
         if late:
             ready = max(ready, link.arrives[expert])
-        elif cache.experts[ORIGIN, expert] == PREFETCHED:
-            row[USEFUL] += 1
+        elif cache.experts[Expert.ORIGIN, expert] == Origin.PREFETCHED:
+            row[Counter.USEFUL_PREFETCHES] += 1
         if counted:
-            row[ACCESSES] += 1
-            row[LATE_HITS if late else HITS] += 1
-        cache.experts[ORIGIN, expert] = DEMANDED
-        cache.experts[LAST, expert] = cache.now[MOMENT]
-        _hold(cache, expert)
-        verbs.hit(policy, cache, expert)
+            row[Counter.ACCESSES] += 1
+            row[Counter.LATE_HITS if late else Counter.HITS] += 1
+        cache.experts[Expert.ORIGIN, expert] = Origin.DEMANDED
+        cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
+        pin(cache, expert)
+        hooks.hit(policy, cache, expert)
     size = cache.experts.shape[1] // len(cache.counters)
     for expert in range(layer * size, (layer + 1) * size):
-        cache.known[expert] = np.nan  # it was of this run
-    verbs.routed(policy, cache, experts, tokens)
+        cache.scores[expert] = np.nan  # the scores were for this run
+    hooks.on_demand(policy, cache, experts, tokens)
     return ready
 
 
 @jit
-def fetch(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints, ready: float) -> float:
-    """Move in what an event demands and the cache lacks.
+def fetch(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints, ready: float) -> float:
+    """Transfer the demanded experts that are not resident.
 
     Args:
-        cache: A `CacheState`.
-        policy: The policy's own arrays.
-        verbs: What it does.
-        experts: Those of `demand`.
-        ready: What that returned.
+        cache: Cache to step.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        experts: Demanded experts, as in `demand`.
+        ready: Time that `demand` returned, in seconds.
 
     Returns:
-        When all of them have arrived.
+        Time at which all demanded experts have arrived, in seconds.
     """
-    link, counted = cache.link, cache.now[COUNTED] == 1
-    layer = cache.now[LAYER]
+    link, counted = cache.link, cache.clock[Clock.COUNTED] == 1
+    layer = cache.clock[Clock.LAYER]
     row = cache.counters[layer]
     missing = 0
     for expert in experts:
-        missing += cache.experts[PLACE, expert] < 0
+        missing += cache.experts[Expert.PLACE, expert] < 0
     if missing:
-        coming = cache.room[ORDER, :missing]
+        coming = cache.scratch_int[Scratch.ORDER, :missing]
         missing = 0
         for expert in experts:
-            if cache.experts[PLACE, expert] < 0:
+            if cache.experts[Expert.PLACE, expert] < 0:
                 coming[missing] = expert
                 missing += 1
         for expert in coming:
-            asked = link.queue[WAITS, expert] == 1
+            queued = link.queue[Queue.WAITS, expert] == 1
             if counted:
-                row[ACCESSES] += 1
-                row[LATE_HITS if asked else MISSES] += 1
-                row[PREFETCH_TRANSFERS if asked else DEMAND_TRANSFERS] += 1
-            ready = send(link, expert, link.clock[NOW], False)
-        if verbs.stages:
-            _unshield_all(cache)
+                row[Counter.ACCESSES] += 1
+                row[Counter.LATE_HITS if queued else Counter.MISSES] += 1
+                row[Counter.PREFETCH_TRANSFERS if queued else Counter.DEMAND_TRANSFERS] += 1
+            ready = send(link, expert, link.seconds[Seconds.NOW], False)
+        if hooks.bypass:
+            unpin_all(cache)
             for expert in coming:
-                _retain(cache, policy, verbs, expert)
+                _admit_demanded(cache, policy, hooks, expert)
         else:
-            pool = cache.experts[POOL, experts[0]]
+            pool = cache.experts[Expert.POOL, experts[0]]
             for expert in coming:
-                if cache.pools[pool, USED] == cache.pools[pool, CAPACITY]:
-                    replace(cache, policy, verbs, verbs.victim(policy, cache, pool), expert, DEMANDED)
+                if cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]:
+                    replace(cache, policy, hooks, hooks.victim(policy, cache, pool), expert, Origin.DEMANDED)
                 else:
-                    enter(cache, policy, verbs, expert, DEMANDED)
-                _hold(cache, expert)
-    if link.tally[QUEUED] > 0:
-        _forget_questions(cache, layer)
+                    enter(cache, policy, hooks, expert, Origin.DEMANDED)
+                pin(cache, expert)
+    if link.tally[Tally.QUEUED] > 0:
+        drop_layer_prefetches(cache, layer)
     return ready
 
 
 @jit
-def _retain(cache: CacheState, policy: Any, verbs: Verbs, expert: int) -> None:
-    """Keep a staged expert, if the policy would rather have it than its victim."""
-    pool = cache.experts[POOL, expert]
-    if cache.pools[pool, USED] < cache.pools[pool, CAPACITY]:
-        enter(cache, policy, verbs, expert, DEMANDED)
+def _admit_demanded(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int) -> None:
+    """Admit an expert that bypassed the cache if there is a free slot, or if the policy prefers it to its victim."""
+    pool = cache.experts[Expert.POOL, expert]
+    if cache.pools[pool, Pool.USED] < cache.pools[pool, Pool.CAPACITY]:
+        enter(cache, policy, hooks, expert, Origin.DEMANDED)
         return
-    victim = verbs.victim(policy, cache, pool)
-    if verbs.admits(policy, cache, expert, victim):
-        replace(cache, policy, verbs, victim, expert, DEMANDED)
+    victim = hooks.victim(policy, cache, pool)
+    if hooks.admit(policy, cache, expert, victim):
+        replace(cache, policy, hooks, victim, expert, Origin.DEMANDED)
 
 
 @jit
-def _forget_questions(cache: CacheState, layer: int) -> None:
-    """Drop what was asked for of a layer and never went on the link: its event is here."""
+def drop_layer_prefetches(cache: CacheState, layer: int) -> None:
+    """Cancel the layer's queued prefetches: its demand has arrived."""
     link, kept = cache.link, 0
-    for i in range(link.tally[QUEUED]):
-        expert = link.queue[ORDERED, i]
-        if cache.experts[IN_LAYER, expert] == layer:
-            link.queue[WAITS, expert] = 0
+    for i in range(link.tally[Tally.QUEUED]):
+        expert = link.queue[Queue.ORDER, i]
+        if cache.experts[Expert.LAYER, expert] == layer:
+            link.queue[Queue.WAITS, expert] = 0
         else:
-            link.queue[ORDERED, kept] = expert
+            link.queue[Queue.ORDER, kept] = expert
             kept += 1
-    link.tally[QUEUED] = kept
+    link.tally[Tally.QUEUED] = kept
 
 
 @jit
-def release(cache: CacheState, experts: Ints) -> None:
-    """End an event's computing: its experts may be evicted."""
-    for expert in experts:
-        if cache.experts[PLACE, expert] >= 0 and is_held(cache, expert):
-            cache.experts[SHIELD, expert] = 0
-            cache.pools[cache.experts[POOL, expert], HELD] -= 1
+def clear_prefetch_queue(cache: CacheState) -> None:
+    """Cancel all prefetches whose transfer has not begun."""
+    for i in range(cache.link.tally[Tally.QUEUED]):
+        cache.link.queue[Queue.WAITS, cache.link.queue[Queue.ORDER, i]] = 0
+    cache.link.tally[Tally.QUEUED] = 0
 
 
 @jit
-def forget_all_questions(cache: CacheState) -> None:
-    """Drop what was asked for and has not gone on the link, to ask anew."""
-    for i in range(cache.link.tally[QUEUED]):
-        cache.link.queue[WAITS, cache.link.queue[ORDERED, i]] = 0
-    cache.link.tally[QUEUED] = 0
+def enqueue_prefetch(cache: CacheState, policy: Any, hooks: PolicyHooks, selected: Ints) -> None:
+    """Queue the transfer of experts ahead of their event, behind the prefetches that are queued already.
 
-
-@jit
-def ask(cache: CacheState, policy: Any, verbs: Verbs, named: Ints) -> None:
-    """Ask for experts ahead of their event, behind what was asked for before.
-
-    Neither the experts that compute now nor what was asked for since their event began are evicted for it. An expert
-    that is resident counts as used to the policy: it is expected to be.
+    They evict neither the experts that compute now nor those prefetched since the current event began. A resident among
+    them is pinned and counts as used, because it is expected to be demanded.
 
     Args:
-        cache: A `CacheState`.
-        policy: The policy's own arrays.
-        verbs: What it does.
-        named: ``(m,)`` int64, distinct experts, the most urgent first.
+        cache: Cache to step.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        selected: Distinct experts, the most urgent first, ``(m,)`` int64.
     """
-    if len(named) == 0:
+    if len(selected) == 0:
         return
     link = cache.link
-    cache.now[MOMENT] += 1
-    for expert in named:
-        if cache.experts[PLACE, expert] >= 0:
-            _hold(cache, expert)
-            cache.experts[LAST, expert] = cache.now[MOMENT]
-            verbs.hit(policy, cache, expert)
-        elif link.queue[WAITS, expert] == 0:
-            link.queue[ORDERED, link.tally[QUEUED]] = expert
-            link.tally[QUEUED] += 1
-            link.queue[WAITS, expert] = 1
-    advance(cache, policy, verbs, link.clock[NOW])
+    cache.clock[Clock.TIME] += 1
+    for expert in selected:
+        if cache.experts[Expert.PLACE, expert] >= 0:
+            pin(cache, expert)
+            cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
+            hooks.hit(policy, cache, expert)
+        elif link.queue[Queue.WAITS, expert] == 0:
+            link.queue[Queue.ORDER, link.tally[Tally.QUEUED]] = expert
+            link.tally[Tally.QUEUED] += 1
+            link.queue[Queue.WAITS, expert] = 1
+    advance(cache, policy, hooks, link.seconds[Seconds.NOW])
 
 
 @jit
-def advance(cache: CacheState, policy: Any, verbs: Verbs, until: float) -> None:
-    """Let time pass; what was asked for goes on the link one by one while it is free, as far as there is room."""
+def advance(cache: CacheState, policy: Any, hooks: PolicyHooks, until: float) -> None:
+    """Let time pass; queued prefetches begin one by one while the interconnect is free and their pool has room.
+
+    Args:
+        cache: Cache to step.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        until: Time at the end, in seconds of the interconnect.
+    """
     link = cache.link
-    since, kept = link.clock[NOW], 0
-    link.clock[NOW] = until
-    for i in range(link.tally[QUEUED]):
-        expert = link.queue[ORDERED, i]
-        pool = cache.experts[POOL, expert]
-        full = cache.pools[pool, USED] == cache.pools[pool, CAPACITY]
-        in_time = max(link.clock[FREE], since) < until or is_instant(link)
-        if not in_time or (full and cache.pools[pool, HELD] == cache.pools[pool, USED]):
-            link.queue[ORDERED, kept] = expert
+    since, kept = link.seconds[Seconds.NOW], 0
+    link.seconds[Seconds.NOW] = until
+    for i in range(link.tally[Tally.QUEUED]):
+        expert = link.queue[Queue.ORDER, i]
+        pool = cache.experts[Expert.POOL, expert]
+        full = cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]
+        in_time = max(link.seconds[Seconds.FREE], since) < until or is_instant(link)
+        if not in_time or (full and cache.pools[pool, Pool.PINNED] == cache.pools[pool, Pool.USED]):
+            link.queue[Queue.ORDER, kept] = expert
             kept += 1
             continue
-        link.queue[WAITS, expert] = 0
-        counted = cache.now[COUNTED] == 1
-        origin = PREFETCHED if counted else PREFETCHED_UNCOUNTED
+        link.queue[Queue.WAITS, expert] = 0
+        counted = cache.clock[Clock.COUNTED] == 1
+        origin = Origin.PREFETCHED if counted else Origin.PREFETCHED_UNCOUNTED
         if full:
-            victim = verbs.victim(policy, cache, pool)
-            if cache.now[INSIST] == 0 and not verbs.admits(policy, cache, expert, victim):
+            victim = hooks.victim(policy, cache, pool)
+            if cache.clock[Clock.FORCED] == 0 and not hooks.admit(policy, cache, expert, victim):
                 continue
-            replace(cache, policy, verbs, victim, expert, origin)
+            replace(cache, policy, hooks, victim, expert, origin)
         else:
-            enter(cache, policy, verbs, expert, origin)
-        _hold(cache, expert)
+            enter(cache, policy, hooks, expert, origin)
+        pin(cache, expert)
         send(link, expert, since, True)
         if counted:
-            cache.counters[cache.experts[IN_LAYER, expert], PREFETCH_TRANSFERS] += 1
-    link.tally[QUEUED] = kept
+            cache.counters[cache.experts[Expert.LAYER, expert], Counter.PREFETCH_TRANSFERS] += 1
+    link.tally[Tally.QUEUED] = kept
 
 
 @jit
-def preload(cache: CacheState, policy: Any, verbs: Verbs, experts: Ints) -> None:
-    """Fill a cold cache before the first step, the best last; counted as prefetched, also where a warm-up follows."""
+def preload(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints) -> None:
+    """Fill a cold cache before the first step; the transfers count as prefetches, also if a warm-up follows.
+
+    Args:
+        cache: Cache to fill.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        experts: Distinct experts, the most popular last, ``(n,)`` int64.
+    """
     for expert in experts:
-        if cache.pools[cache.experts[POOL, expert], USED] < cache.pools[cache.experts[POOL, expert], CAPACITY]:
-            cache.now[MOMENT] += 1
-            enter(cache, policy, verbs, expert, PREFETCHED)
-            cache.link.clock[NOW] = send(cache.link, expert, cache.link.clock[NOW], True)
-            cache.counters[cache.experts[IN_LAYER, expert], PREFETCH_TRANSFERS] += 1
+        pool = cache.experts[Expert.POOL, expert]
+        if cache.pools[pool, Pool.USED] < cache.pools[pool, Pool.CAPACITY]:
+            cache.clock[Clock.TIME] += 1
+            enter(cache, policy, hooks, expert, Origin.PREFETCHED)
+            cache.link.seconds[Seconds.NOW] = send(cache.link, expert, cache.link.seconds[Seconds.NOW], True)
+            cache.counters[cache.experts[Expert.LAYER, expert], Counter.PREFETCH_TRANSFERS] += 1
 
 
 @jit
 def finish(cache: CacheState) -> None:
-    """End a sequence: what was prefetched and never demanded is wasted."""
+    """End a sequence: prefetched experts that were never demanded count as wasted."""
     for expert in range(cache.experts.shape[1]):
-        if cache.experts[PLACE, expert] >= 0 and cache.experts[ORIGIN, expert] == PREFETCHED:
-            cache.counters[cache.experts[IN_LAYER, expert], WASTED] += 1
-            cache.experts[ORIGIN, expert] = PREFETCHED_UNCOUNTED
-    forget_all_questions(cache)
+        if cache.experts[Expert.PLACE, expert] >= 0 and cache.experts[Expert.ORIGIN, expert] == Origin.PREFETCHED:
+            cache.counters[cache.experts[Expert.LAYER, expert], Counter.WASTED_PREFETCHES] += 1
+            cache.experts[Expert.ORIGIN, expert] = Origin.PREFETCHED_UNCOUNTED
+    clear_prefetch_queue(cache)

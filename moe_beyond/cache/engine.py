@@ -1,243 +1,188 @@
-"""Stepping a sequence: what happens when, token by token and layer by layer."""
+"""The compiled loop over a sequence: the order of events, scores and prefetches, step by step and layer by layer."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import (
-    ACCESSES,
-    CAPACITY,
-    DEMAND_TRANSFERS,
-    DEMANDED,
-    EVENT,
-    HITS,
-    INSIST,
-    LAST,
-    LAYER,
-    MISSES,
-    MOMENT,
-    NAMED,
-    PLACE,
-    USED,
     CacheState,
+    Clock,
+    Expert,
     Floats,
     Ints,
-    Verbs,
+    Origin,
+    PolicyHooks,
+    Pool,
+    Scratch,
     advance,
-    ask,
+    clear_prefetch_queue,
     demand,
+    enqueue_prefetch,
     enter,
     fetch,
-    forget_all_questions,
-    release,
     start_step,
+    unpin,
     unsigned,
 )
-from moe_beyond.cache.interconnect import NOW, QUEUED, is_instant
-from moe_beyond.cache.jit import jit
-from moe_beyond.cache.prefetchers import adaptive, moe_infinity, oracle, scored
-from moe_beyond.cache.prefetchers.settings import ADAPTIVE, MOE_INFINITY, NONE, ORACLE, SCORED, Outlook, Plan
-
-
-class Steps(NamedTuple):
-    """A sequence, step by step.
-
-    Attributes:
-        ids: ``(n,)`` int64, the experts that every event demands, as ``layer * E + expert``, ascending within one.
-        offsets: ``(S * L + 1,)`` int64, where each event's begin.
-        tokens: ``(n,)`` int64, how many tokens of the step each is demanded for.
-        scores: ``(S, H, L, E)`` float32, NaN where there are none; H may be 0.
-        lookaheads: ``(H,)`` int64, ascending: when each slice of the scores is known; L for those known at the step's
-            start, L + 1 for those known once the same layer of the step before is.
-        computed: Whether a slice is known once a layer is computed; otherwise once it is routed.
-        counted: ``(S,)``, whether a step counts, or belongs to the warm-up.
-    """
-
-    ids: Ints
-    offsets: Ints
-    tokens: Ints
-    scores: npt.NDArray[np.float32]
-    lookaheads: Ints
-    computed: bool
-    counted: npt.NDArray[np.bool_]
-
-
-class Timing(NamedTuple):
-    """Seconds that a layer takes besides its routed experts, and that one of those takes."""
-
-    other: float
-    expert: float
+from moe_beyond.cache.counters import Counter
+from moe_beyond.cache.interconnect import Seconds, Tally, is_instant
+from moe_beyond.cache.prefetchers import Kind, scored
+from moe_beyond.cache.prefetchers.dispatch import select
+from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.steps import StepArrays, Timing
 
 
 @jit
-def _learn(cache: CacheState, policy: Any, verbs: Verbs, scores: npt.NDArray[np.float32], layer: int) -> None:
-    """Take in a layer's scores ``(E,)``."""
+def _publish(cache: CacheState, policy: Any, hooks: PolicyHooks, scores: npt.NDArray[np.float32], layer: int) -> None:
+    """Make a layer's scores ``(E,)`` available."""
     if np.isnan(scores[0]):
         return
-    known = cache.known[layer * len(scores) : (layer + 1) * len(scores)]
+    available = cache.scores[layer * len(scores) : (layer + 1) * len(scores)]
     for expert in range(len(scores)):
-        known[expert] = scores[expert]
-    verbs.learned(policy, cache, layer)
+        available[expert] = scores[expert]
+    hooks.on_scores(policy, cache, layer)
 
 
 @jit
-def _names(cache: CacheState, plan: Plan, outlook: Outlook, layer: int) -> int:
-    """Let the prefetcher name experts, after a layer or, at -1, at a step's start; return how many.
+def _publish_scores(
+    cache: CacheState, policy: Any, hooks: PolicyHooks, steps: StepArrays, step: int, layer: int
+) -> None:
+    """Make the scores available that follow a layer, or a step's start (layer -1).
 
-    It sees nothing but `CacheState.known`, and so no score before its lookahead makes it available.
-    """
-    layers = len(cache.counters)
-    if plan.kind == NONE or (layer < 0 and not plan.first_layers and plan.kind != ORACLE):
-        return 0
-    if plan.kind == ORACLE:
-        return oracle.names(cache, plan, outlook)
-    if plan.kind == ADAPTIVE:
-        return adaptive.names(cache, plan, outlook)
-    if plan.kind == MOE_INFINITY:
-        return moe_infinity.names(cache, plan, outlook)
-    count = 0
-    if layer < 0:
-        for first in range(min(plan.distance, layers)):
-            count = scored.names(cache, plan, first, count)
-    elif plan.distance > 0 and layer + plan.distance < layers:
-        count = scored.names(cache, plan, layer + plan.distance, 0)
-    return count
-
-
-@jit
-def _foresee(outlook: Outlook, plan: Plan, timing: Timing, ends: float, layer: int) -> None:
-    """Say when later layers will be routed, if this one ends then and nothing stalls more, for who asks by that."""
-    if plan.kind == ADAPTIVE or plan.kind == MOE_INFINITY:
-        for later in range(layer + 1, len(outlook.need)):
-            ahead = later - layer
-            outlook.need[later] = ends + ahead * timing.other + (ahead - 1) * plan.top_k * timing.expert
-
-
-@jit
-def _learn_ahead(cache: CacheState, policy: Any, verbs: Verbs, steps: Steps, step: int, layer: int) -> None:
-    """Take in what is known after a layer, or, at -1, at a step's start.
-
-    A slice of lookahead h tells of layer l once layer l - h is through. Where there is no such layer, it tells at the
-    step's start, and of several such slices the one of the smallest lookahead does. One of lookahead L + 1 tells of a
-    layer's next run once the layer is through.
+    A slice of lookahead h gives the scores of layer l after layer l - h. If there is no such layer, it gives them at
+    the step's start; among several such slices the smallest lookahead is used. A slice of lookahead L + 1 gives the
+    scores of a layer's next run after the layer.
     """
     layers = len(cache.counters)
     for i in range(len(steps.lookaheads) - 1, -1, -1):
         lookahead = steps.lookaheads[i]
         if lookahead > layers and step > 0 and layer < 0:
-            continue  # known since the step before
+            continue  # available since the step before
         if lookahead > layers and layer >= 0:
             if step + 1 < len(steps.counted):
-                _learn(cache, policy, verbs, steps.scores[step + 1, i, layer], layer)
+                _publish(cache, policy, hooks, steps.scores[step + 1, i, layer], layer)
         elif layer >= 0:
             if lookahead > 0 and layer + lookahead < layers:
-                _learn(cache, policy, verbs, steps.scores[step, i, layer + lookahead], layer + lookahead)
+                _publish(cache, policy, hooks, steps.scores[step, i, layer + lookahead], layer + lookahead)
         else:
             smaller = steps.lookaheads[i - 1] if i > 0 else 0
             for first in range(smaller, min(lookahead, layers)):
-                _learn(cache, policy, verbs, steps.scores[step, i, first], first)
+                _publish(cache, policy, hooks, steps.scores[step, i, first], first)
 
 
 @jit
-def _ask_ahead(cache: CacheState, policy: Any, verbs: Verbs, plan: Plan, outlook: Outlook, layer: int) -> None:
-    """Ask for what the prefetcher names after a layer, or, at -1, at a step's start."""
-    count = _names(cache, plan, outlook, layer)
-    if plan.kind > SCORED:  # these name all that they want, not what comes on top
-        forget_all_questions(cache)
+def _set_deadlines(future: FutureView, settings: PrefetchSettings, timing: Timing, ends: float, layer: int) -> None:
+    """Set the times at which later layers will be routed if this layer ends at ``ends`` and nothing stalls."""
+    if settings.reads_deadlines:
+        for later in range(layer + 1, len(future.deadline)):
+            ahead = later - layer
+            future.deadline[later] = ends + ahead * timing.other + (ahead - 1) * settings.top_k * timing.expert
+
+
+@jit
+def _issue_prefetches(
+    cache: CacheState, policy: Any, hooks: PolicyHooks, settings: PrefetchSettings, future: FutureView, layer: int
+) -> None:
+    """Queue the experts that the prefetcher selects after a layer, or at a step's start (layer -1)."""
+    count = select(cache, settings, future, layer)
+    if settings.replaces_queue:
+        clear_prefetch_queue(cache)
     if count > 0:
-        ask(cache, policy, verbs, cache.room[NAMED, :count])
+        enqueue_prefetch(cache, policy, hooks, cache.scratch_int[Scratch.SELECTED, :count])
 
 
 @jit
-def run(
+def run_events(
     cache: CacheState,
     policy: Any,
-    verbs: Verbs,
-    plan: Plan,
-    steps: Steps,
+    hooks: PolicyHooks,
+    settings: PrefetchSettings,
+    steps: StepArrays,
     timing: Timing,
-    outlook: Outlook,
-    spent: Floats,
-    spans: Floats,
+    future: FutureView,
+    stall_compute: Floats,
+    event_times: Floats,
 ) -> None:
-    """Step a sequence.
+    """Step a sequence event by event.
 
     Args:
-        cache: A `CacheState`; it goes on from where it is.
-        policy: The policy's own arrays.
-        verbs: What it does.
-        plan: The prefetcher.
-        steps: The sequence.
-        timing: Of the computing.
-        outlook: With the demands of this sequence, and more, for the oracle; ``event`` moves along.
-        spent: ``(S, 2)``, filled with each step's seconds of stall and of computing.
-        spans: ``(events, 3)`` or empty, filled with the times at which each event was routed, had all its experts, and
-            was through.
+        cache: Cache, which continues from its present state.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        settings: Settings of the prefetcher.
+        steps: Sequence as arrays.
+        timing: Seconds of computing.
+        future: Demand of this sequence (and of others if the cache is carried over); its ``event`` advances.
+        stall_compute: Output, ``(S, 2)`` float64: each step's seconds of stall and of computing.
+        event_times: Output, ``(events, 3)`` float64 or empty: times at which each event was routed, had all its
+            experts, and ended.
     """
     layers = len(cache.counters)
     link = cache.link
     event = 0
-    cache.now[INSIST] = plan.kind == ORACLE
+    cache.clock[Clock.FORCED] = settings.knows_future
     for step in range(len(steps.counted)):
-        begins = link.clock[NOW]
+        begins = link.seconds[Seconds.NOW]
         start_step(cache, steps.counted[step])
-        _foresee(outlook, plan, timing, begins, -1)
-        _learn_ahead(cache, policy, verbs, steps, step, -1)
-        _ask_ahead(cache, policy, verbs, plan, outlook, -1)
+        _set_deadlines(future, settings, timing, begins, -1)
+        _publish_scores(cache, policy, hooks, steps, step, -1)
+        _issue_prefetches(cache, policy, hooks, settings, future, -1)
         for layer in range(layers):
             experts = steps.ids[steps.offsets[event] : steps.offsets[event + 1]]
             tokens = steps.tokens[steps.offsets[event] : steps.offsets[event + 1]]
-            advance(cache, policy, verbs, link.clock[NOW] + timing.other)
+            advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.other)
             if len(steps.lookaheads) > 0 and steps.lookaheads[0] == 0:
-                _learn(cache, policy, verbs, steps.scores[step, 0, layer], layer)
-                if plan.kind == SCORED and plan.distance == 0 and (layer > 0 or plan.first_layers):
-                    ask(cache, policy, verbs, cache.room[NAMED, : scored.names(cache, plan, layer, 0)])
-            routed_at = link.clock[NOW]
-            ready = demand(cache, policy, verbs, layer, experts, tokens)
+                _publish(cache, policy, hooks, steps.scores[step, 0, layer], layer)
+                if settings.kind == Kind.SCORED and settings.distance == 0 and (layer > 0 or settings.first_layers):
+                    count = scored.best_of_layer(cache, settings, layer, 0)
+                    enqueue_prefetch(cache, policy, hooks, cache.scratch_int[Scratch.SELECTED, :count])
+            routed_at = link.seconds[Seconds.NOW]
+            ready = demand(cache, policy, hooks, layer, experts, tokens)
             if not steps.computed:
-                _learn_ahead(cache, policy, verbs, steps, step, layer)
-            ready = fetch(cache, policy, verbs, experts, ready)
-            outlook.event[0] += 1
+                _publish_scores(cache, policy, hooks, steps, step, layer)
+            ready = fetch(cache, policy, hooks, experts, ready)
+            future.event[0] += 1
             ends = ready + timing.expert * len(experts)
-            _foresee(outlook, plan, timing, ends, layer)
+            _set_deadlines(future, settings, timing, ends, layer)
             if not steps.computed:
-                _ask_ahead(cache, policy, verbs, plan, outlook, layer)
-            advance(cache, policy, verbs, ends)
-            release(cache, experts)
-            if link.tally[QUEUED] > 0 and is_instant(link):  # what found no room while the experts computed
-                advance(cache, policy, verbs, ends)
+                _issue_prefetches(cache, policy, hooks, settings, future, layer)
+            advance(cache, policy, hooks, ends)
+            unpin(cache, experts)
+            if link.tally[Tally.QUEUED] > 0 and is_instant(link):  # prefetches without room during the computing
+                advance(cache, policy, hooks, ends)
             if steps.computed:
-                _learn_ahead(cache, policy, verbs, steps, step, layer)
-                _ask_ahead(cache, policy, verbs, plan, outlook, layer)
-            spent[step, 0] += ready - routed_at
-            if event < len(spans):
-                spans[event, 0], spans[event, 1], spans[event, 2] = routed_at, ready, ends
+                _publish_scores(cache, policy, hooks, steps, step, layer)
+                _issue_prefetches(cache, policy, hooks, settings, future, layer)
+            stall_compute[step, 0] += ready - routed_at
+            if event < len(event_times):
+                event_times[event, 0], event_times[event, 1], event_times[event, 2] = routed_at, ready, ends
             event += 1
-        spent[step, 1] = link.clock[NOW] - begins - spent[step, 0]
+        stall_compute[step, 1] = link.seconds[Seconds.NOW] - begins - stall_compute[step, 0]
 
 
 @jit
 def run_accesses(
-    cache: CacheState, policy: Any, verbs: Verbs, ids: Ints, ends: Ints, counted: npt.NDArray[np.bool_]
+    cache: CacheState, policy: Any, hooks: PolicyHooks, ids: Ints, ends: Ints, counted: npt.NDArray[np.bool_]
 ) -> None:
-    """Step a stream access by access, each judged by itself: no events, no prefetch, no clock.
+    """Step a stream access by access, as other simulators do: no events, no prefetches, no time.
 
     Args:
-        cache: A `CacheState`; it goes on from where it is.
-        policy: The policy's own arrays.
-        verbs: What it does.
-        ids: ``(n,)`` int64, the experts in the order of access.
-        ends: ``(S,)`` int64, where each step's end.
-        counted: ``(S,)``, whether a step counts.
+        cache: Cache, which continues from its present state.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        ids: Experts in the order of access, ``(n,)`` int64.
+        ends: Number of accesses up to the end of each step, ``(S,)`` int64.
+        counted: Whether each step counts, ``(S,)`` bool.
     """
-    now, experts, counters = cache.now, cache.experts, cache.counters
+    clock, experts, counters = cache.clock, cache.experts, cache.counters
     size, pooled = experts.shape[1] // len(counters), len(cache.pools) > 1
     begins = layer = room = 0
     pool = unsigned(0)
-    first = beyond = 0  # the ids of the layer that runs
+    first = beyond = 0  # range of the current layer's ids
     hits = accesses = 0
-    event, ahead = now[EVENT], now[MOMENT] - now[EVENT]
+    event, ahead = clock[Clock.EVENT], clock[Clock.TIME] - clock[Clock.EVENT]
     for step in range(len(ends)):
         start_step(cache, counted[step])
         for i in range(begins, ends[step]):
@@ -249,29 +194,31 @@ def run_accesses(
                 layer = int(expert) // size
                 first, beyond = layer * size, (layer + 1) * size
                 pool = unsigned(layer if pooled else 0)
-                room = cache.pools[pool, CAPACITY] - cache.pools[pool, USED]
-                now[LAYER] = layer
+                room = cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.USED]
+                clock[Clock.LAYER] = layer
             accesses += 1
             event += 1
-            now[EVENT], now[MOMENT] = event, event + ahead
-            if experts[PLACE, expert] >= 0:
+            clock[Clock.EVENT], clock[Clock.TIME] = event, event + ahead
+            if experts[Expert.PLACE, expert] >= 0:
                 hits += 1
-                experts[LAST, expert] = event + ahead
-                verbs.hit(policy, cache, expert)
+                experts[Expert.LAST_USE, expert] = event + ahead
+                hooks.hit(policy, cache, expert)
                 continue
             if room > 0:
-                enter(cache, policy, verbs, expert, DEMANDED)
+                enter(cache, policy, hooks, expert, Origin.DEMANDED)
                 room -= 1
                 continue
-            victim = unsigned(verbs.victim(policy, cache, pool))
-            if not verbs.stages or verbs.admits(policy, cache, expert, victim):  # nothing was prefetched, so no origin
-                place = unsigned(experts[PLACE, victim])
-                experts[PLACE, victim] = -1
-                verbs.evict(policy, cache, victim)
+            victim = unsigned(hooks.victim(policy, cache, pool))
+            if not hooks.bypass or hooks.admit(
+                policy, cache, expert, victim
+            ):  # without prefetches origins do not change
+                place = unsigned(experts[Expert.PLACE, victim])
+                experts[Expert.PLACE, victim] = -1
+                hooks.evict(policy, cache, victim)
                 cache.residents[pool, place] = expert
-                experts[PLACE, expert] = place
-                experts[LAST, expert] = event + ahead
-                verbs.insert(policy, cache, expert)
+                experts[Expert.PLACE, expert] = place
+                experts[Expert.LAST_USE, expert] = event + ahead
+                hooks.insert(policy, cache, expert)
         if counted[step]:
             _count(counters, layer, accesses, hits)
         hits = accesses = 0
@@ -281,7 +228,7 @@ def run_accesses(
 
 @jit
 def _count(counters: Ints, layer: int, accesses: int, hits: int) -> None:
-    counters[layer, ACCESSES] += accesses
-    counters[layer, HITS] += hits
-    counters[layer, MISSES] += accesses - hits
-    counters[layer, DEMAND_TRANSFERS] += accesses - hits
+    counters[layer, Counter.ACCESSES] += accesses
+    counters[layer, Counter.HITS] += hits
+    counters[layer, Counter.MISSES] += accesses - hits
+    counters[layer, Counter.DEMAND_TRANSFERS] += accesses - hits

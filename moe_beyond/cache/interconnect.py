@@ -1,41 +1,81 @@
-"""The link that experts cross, one at a time; two tiers where there is flash behind it.
+"""The interconnect that experts cross one at a time, with a second tier if the device has flash.
 
-A read from flash and the copy over the link follow each other: one expert occupies the link for both. Host memory keeps
-what was moved last, also what is in a slot; it begins with as many experts as fit (`first_hosted`).
+A read from flash and the copy over the interconnect follow each other: one expert occupies the interconnect for both.
+Host memory keeps the experts that were transferred last, including those in slots. It starts with as many experts as
+fit (`first_hosted`).
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.jit import jit
+from moe_beyond.cache.compiler import jit
 
-# What `clock` holds, in seconds: the present; when the link is free; how long it has been busy, and reading flash; how
-# long a transfer from host memory takes; and what reading the expert from flash adds.
-NOW, FREE, BUSY, FLASH_BUSY, TRANSFER, FLASH = range(6)
-# What `queue` holds: experts that were asked for and wait, the most urgent first; and 1 for each that does.
-ORDERED, WAITS = range(2)
-# What `tally` holds: how many wait; how many were sent; how many host memory holds, and how many it can.
-QUEUED, SENT, HOSTED, HOST_SLOTS = range(4)
-# What `host` holds: a ring of what host memory has, by recency, forwards and backwards; and 1 for each of those.
-NEWER, OLDER, HERE = range(3)
+
+class Seconds(IntEnum):
+    """Entries of `LinkState.seconds`.
+
+    ``NOW`` is the present and ``FREE`` the time at which the interconnect becomes free. ``BUSY`` and ``FLASH_BUSY``
+    sum the time of all transfers and of all flash reads. ``TRANSFER`` is the duration of a transfer from host memory,
+    and ``FLASH`` the time that a flash read adds.
+    """
+
+    NOW = 0
+    FREE = 1
+    BUSY = 2
+    FLASH_BUSY = 3
+    TRANSFER = 4
+    FLASH = 5
+
+
+class Tally(IntEnum):
+    """Entries of `LinkState.tally`: queued prefetches, transfers so far, experts in host memory, and its capacity."""
+
+    QUEUED = 0
+    SENT = 1
+    HOSTED = 2
+    HOST_SLOTS = 3
+
+
+class Queue(IntEnum):
+    """Rows of `LinkState.queue`: queued experts, the most urgent first; and 1 for each expert that is queued."""
+
+    ORDER = 0
+    WAITS = 1
+
+
+class Host(IntEnum):
+    """Rows of `LinkState.host`: a ring by recency, forwards and backwards; and 1 for each expert in host memory."""
+
+    NEWER = 0
+    OLDER = 1
+    HOLDS = 2
+
+
+class Transfer(IntEnum):
+    """Columns of `LinkState.log`; ``PREFETCH`` is 1 for a prefetch and 0 for a transfer on demand."""
+
+    EXPERT = 0
+    BEGIN = 1
+    END = 2
+    PREFETCH = 3
 
 
 class LinkState(NamedTuple):
-    """What is on its way, what waits, and what host memory holds.
+    """Arrays of the interconnect, its queue, and host memory.
 
     Attributes:
-        clock: ``(6,)`` float64.
-        tally: ``(4,)``.
-        arrives: ``(L*E,)`` float64, when an expert's last transfer ended or will.
-        queue: ``(2, L*E)``.
-        host: ``(3, L*E + 1)``; the ring's head is the number L*E.
-        log: ``(n, 4)`` float64, the first n transfers: expert, begin, end, and 1 for one ahead of demand; n is 0 where
-            nobody wants to know.
+        seconds: Times and durations, ``(6,)`` float64, entries `Seconds`.
+        tally: Counts, ``(4,)`` int64, entries `Tally`.
+        arrives: Time at which each expert's last transfer ends, ``(L*E,)`` float64.
+        queue: Queue of prefetches, ``(2, L*E)`` int64, rows `Queue`.
+        host: Experts in host memory, ``(3, L*E + 1)`` int64, rows `Host`; the head of the ring is the number L*E.
+        log: First n transfers, ``(n, 4)`` float64, columns `Transfer`; n is 0 if no log is kept.
     """
 
-    clock: npt.NDArray[np.float64]
+    seconds: npt.NDArray[np.float64]
     tally: npt.NDArray[np.int64]
     arrives: npt.NDArray[np.float64]
     queue: npt.NDArray[np.int64]
@@ -51,44 +91,44 @@ def new_link(
     log_size: int = 0,
     hosted: npt.ArrayLike = (),
 ) -> LinkState:
-    """Return an idle link.
+    """Return an idle interconnect.
 
     Args:
-        num_ids: L * E.
-        transfer_seconds: Of one expert from host memory.
-        flash_seconds: What it takes longer if host memory does not hold it.
-        host_slots: Experts that host memory holds, the most recently moved; without meaning where flash takes no time.
-        log_size: Transfers to keep a record of.
-        hosted: Experts that host memory holds at first, the last to leave first; at most ``host_slots``.
+        num_ids: Number of experts L * E.
+        transfer_seconds: Duration of a transfer from host memory (default: 0).
+        flash_seconds: Time that a flash read adds if host memory does not hold the expert (default: 0, no flash).
+        host_slots: Number of experts that host memory holds; not used if flash takes no time (default: 0).
+        log_size: Number of transfers to log (default: 0).
+        hosted: Experts in host memory at the start, at most ``host_slots``, the last to leave first (default: none).
     """
-    ring = np.concatenate([[num_ids], np.asarray(hosted, np.int64)])  # from the head to ever older
-    host = np.full((3, num_ids + 1), num_ids)
-    host[OLDER, ring], host[NEWER, ring] = np.roll(ring, -1), np.roll(ring, 1)
-    host[HERE] = 0
-    host[HERE, ring[1:]] = 1
+    ring = np.concatenate([[num_ids], np.asarray(hosted, np.int64)])  # from the head to the oldest
+    host = np.full((len(Host), num_ids + 1), num_ids)
+    host[Host.OLDER, ring], host[Host.NEWER, ring] = np.roll(ring, -1), np.roll(ring, 1)
+    host[Host.HOLDS] = 0
+    host[Host.HOLDS, ring[1:]] = 1
     return LinkState(
-        clock=np.array([0.0, 0.0, 0.0, 0.0, transfer_seconds, flash_seconds]),
+        seconds=np.array([0.0, 0.0, 0.0, 0.0, transfer_seconds, flash_seconds]),
         tally=np.array([0, 0, len(ring) - 1, host_slots]),
         arrives=np.zeros(num_ids),
-        queue=np.zeros((2, num_ids), np.int64),
+        queue=np.zeros((len(Queue), num_ids), np.int64),
         host=host,
-        log=np.zeros((log_size, 4)),
+        log=np.zeros((log_size, len(Transfer))),
     )
 
 
 def first_hosted(num_layers: int, num_experts: int, host_slots: int) -> npt.NDArray[np.int64]:
-    """Choose the experts that host memory holds at first: the same number in each layer, the lowest ids.
+    """Choose the experts in host memory at the start: the lowest ids of each layer, the same number in every layer.
 
-    No profile is consulted, so that every strategy begins alike. Where the slots do not divide, the first layers have
-    one more.
+    No profile is used, so all strategies start with the same experts. If the slots do not divide evenly, the first
+    layers have one expert more.
 
     Args:
-        num_layers: L.
-        num_experts: E.
-        host_slots: Experts that host memory holds.
+        num_layers: Number of MoE layers L.
+        num_experts: Number of experts per layer E.
+        host_slots: Number of experts that host memory holds.
 
     Returns:
-        ``(min(host_slots, L*E),)`` int64, the last to leave first: expert 0 of every layer, then expert 1, ...
+        Experts, ``(min(host_slots, L*E),)`` int64, the last to leave first: expert 0 of every layer, then expert 1, ...
     """
     ids = np.arange(num_layers * num_experts).reshape(num_layers, num_experts)
     return ids.T.ravel()[:host_slots]
@@ -96,60 +136,72 @@ def first_hosted(num_layers: int, num_experts: int, host_slots: int) -> npt.NDAr
 
 @jit
 def is_instant(link: LinkState) -> bool:
-    """Tell whether transfers take no time."""
-    return link.clock[TRANSFER] == 0 and link.clock[FLASH] == 0
+    """Return whether transfers take no time."""
+    return link.seconds[Seconds.TRANSFER] == 0 and link.seconds[Seconds.FLASH] == 0
 
 
 @jit
 def duration(link: LinkState, expert: int) -> float:
     """Return the seconds that a transfer of an expert would take now."""
-    if link.clock[FLASH] == 0 or link.host[HERE, expert] == 1:
-        return link.clock[TRANSFER]
-    return link.clock[TRANSFER] + link.clock[FLASH]
+    if link.seconds[Seconds.FLASH] == 0 or link.host[Host.HOLDS, expert] == 1:
+        return link.seconds[Seconds.TRANSFER]
+    return link.seconds[Seconds.TRANSFER] + link.seconds[Seconds.FLASH]
 
 
 @jit
-def send(link: LinkState, expert: int, since: float, ahead: bool) -> float:
-    """Put an expert on the link behind what is on it, no sooner than ``since``; return when it arrives."""
+def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
+    """Transfer an expert behind the current transfers.
+
+    Args:
+        link: State of the interconnect.
+        expert: Expert to transfer.
+        since: Earliest start in seconds.
+        prefetch: Whether the transfer is a prefetch, for the log.
+
+    Returns:
+        Time of arrival in seconds.
+    """
     takes = duration(link, expert)
-    begins = max(link.clock[FREE], since)
-    link.clock[FREE] = begins + takes
-    if link.tally[SENT] < len(link.log):
-        row = link.log[link.tally[SENT]]
-        row[0], row[1], row[2], row[3] = expert, begins, link.clock[FREE], ahead
-    link.tally[SENT] += 1
-    link.clock[BUSY] += takes
-    link.clock[FLASH_BUSY] += takes - link.clock[TRANSFER]
-    link.arrives[expert] = link.clock[FREE]
-    link.queue[WAITS, expert] = 0
-    if link.clock[FLASH] > 0:
+    begins = max(link.seconds[Seconds.FREE], since)
+    link.seconds[Seconds.FREE] = begins + takes
+    if link.tally[Tally.SENT] < len(link.log):
+        row = link.log[link.tally[Tally.SENT]]
+        row[Transfer.EXPERT], row[Transfer.BEGIN] = expert, begins
+        row[Transfer.END], row[Transfer.PREFETCH] = link.seconds[Seconds.FREE], prefetch
+    link.tally[Tally.SENT] += 1
+    link.seconds[Seconds.BUSY] += takes
+    link.seconds[Seconds.FLASH_BUSY] += takes - link.seconds[Seconds.TRANSFER]
+    link.arrives[expert] = link.seconds[Seconds.FREE]
+    link.queue[Queue.WAITS, expert] = 0
+    if link.seconds[Seconds.FLASH] > 0:
         _keep_in_host(link, expert)
-    return link.clock[FREE]
+    return link.seconds[Seconds.FREE]
 
 
 @jit
 def _keep_in_host(link: LinkState, expert: int) -> None:
+    """Make an expert the most recent in host memory; the oldest leaves if the memory is full."""
     head = link.host.shape[1] - 1
-    if link.host[HERE, expert] == 1:
-        _unlink(link, expert)
-    elif link.tally[HOSTED] == link.tally[HOST_SLOTS]:
-        oldest = link.host[NEWER, head]
-        if oldest == head:  # no room for any
+    if link.host[Host.HOLDS, expert] == 1:
+        _remove_from_ring(link, expert)
+    elif link.tally[Tally.HOSTED] == link.tally[Tally.HOST_SLOTS]:
+        oldest = link.host[Host.NEWER, head]
+        if oldest == head:  # host memory has no slots
             return
-        _unlink(link, oldest)
-        link.host[HERE, oldest] = 0
+        _remove_from_ring(link, oldest)
+        link.host[Host.HOLDS, oldest] = 0
     else:
-        link.tally[HOSTED] += 1
-    link.host[HERE, expert] = 1
-    newest = link.host[OLDER, head]
-    link.host[NEWER, newest], link.host[OLDER, expert] = expert, newest
-    link.host[NEWER, expert], link.host[OLDER, head] = head, expert
+        link.tally[Tally.HOSTED] += 1
+    link.host[Host.HOLDS, expert] = 1
+    newest = link.host[Host.OLDER, head]
+    link.host[Host.NEWER, newest], link.host[Host.OLDER, expert] = expert, newest
+    link.host[Host.NEWER, expert], link.host[Host.OLDER, head] = head, expert
 
 
 @jit
-def _unlink(link: LinkState, expert: int) -> None:
-    newer, older = link.host[NEWER, expert], link.host[OLDER, expert]
-    link.host[OLDER, newer], link.host[NEWER, older] = older, newer
+def _remove_from_ring(link: LinkState, expert: int) -> None:
+    newer, older = link.host[Host.NEWER, expert], link.host[Host.OLDER, expert]
+    link.host[Host.OLDER, newer], link.host[Host.NEWER, older] = older, newer
 
 
 @jit
@@ -161,15 +213,16 @@ def load_seconds(
     loads: npt.NDArray[np.float64],
     seconds: npt.NDArray[np.float64],
 ) -> None:
-    """Time what each event has to move in, where no cache decides: everything that is not resident.
+    """Compute the load time of each event without a cache: every expert that is not resident is transferred.
 
     Args:
-        link: A `LinkState`, for the times and for host memory; its queue is not used.
-        ids: ``(n,)`` int64, the experts that every event demands.
-        offsets: ``(events + 1,)`` int64, where each event's begin.
-        resident: ``(L*E,)``, experts that never move.
-        loads: ``(W,)`` float64, room to work in: W links that share an event's experts in turn.
-        seconds: ``(events,)``, filled with the time that the slowest of these links takes.
+        link: Interconnect, for the times and host memory; its queue is not used.
+        ids: Experts that the events demand, ``(n,)`` int64.
+        offsets: Index of each event's first expert, ``(events + 1,)`` int64.
+        resident: Experts that are never transferred, ``(L*E,)`` bool.
+        loads: Work space, ``(W,)`` float64: one entry per worker; W workers share an event's experts in turn, each over
+            its own interconnect.
+        seconds: Output, ``(events,)`` float64: time of the slowest worker.
     """
     for event in range(len(seconds)):
         loads[:] = 0.0

@@ -1,4 +1,4 @@
-"""What a policy may be told before the first event."""
+"""Inputs of a policy before the first event."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.schema import expert_ids
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -15,11 +15,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stream:
-    """All demands of a sequence, or of several in a row, in their order.
+    """Demand of all events of one or more sequences, in their order.
 
     Attributes:
-        ids: ``(n,)`` int64, experts as ``layer * E + expert``.
-        offsets: ``(events + 1,)`` int64, where each event's experts begin.
+        ids: Experts as ``layer * E + expert``, ``(n,)`` int64.
+        offsets: Index of each event's first expert, ``(events + 1,)`` int64.
     """
 
     ids: Ints
@@ -27,41 +27,41 @@ class Stream:
 
     @classmethod
     def of_tokens(cls, geometry: Geometry, experts: npt.NDArray[np.integer]) -> "Stream":
-        """List the demands of ``(T, L, K)`` experts, every (token, layer) an event."""
+        """Return the demand of ``(T, L, K)`` expert ids in which every (token, layer) pair is an event."""
         ids = np.sort(expert_ids(experts, geometry.num_experts), axis=-1)
-        there, base = ids < geometry.num_experts, np.arange(geometry.num_layers)[:, None] * geometry.num_experts
-        if there.all():  # as in most models, and much sooner
+        present, base = ids < geometry.num_experts, np.arange(geometry.num_layers)[:, None] * geometry.num_experts
+        if present.all():  # as in most models, and much faster
             return cls((ids + base).ravel(), np.arange(ids[..., 0].size + 1) * geometry.top_k)
-        return cls((ids + base)[there], np.concatenate([[0], there.sum(-1).cumsum()]))
+        return cls((ids + base)[present], np.concatenate([[0], present.sum(-1).cumsum()]))
 
     def events(self) -> Ints:
-        """Return the number, from 1, of the event of each demand: ``(n,)``."""
+        """Return the event number of each demanded expert, from 1, ``(n,)`` int64."""
         return np.repeat(np.arange(1, len(self.offsets)), np.diff(self.offsets))
 
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What `state` of a policy is given; a policy's ``NEEDS`` names what it cannot do without.
+    """Arguments of a policy's ``init``; the policy's ``NEEDS`` names those that must not be None.
 
     Attributes:
-        geometry: The model.
-        capacity: ``(pools,)`` int64, the slots of each pool.
-        future: Every demand to come, for policies that know it.
-        profile: What is known of training text.
+        geometry: Geometry of the model.
+        capacity: Slots of each pool, ``(pools,)`` int64.
+        future: Demand of all events, for policies that read it (default: None).
+        profile: Usage profile of training text (default: None).
     """
 
     geometry: Geometry
     capacity: Ints
     future: Stream | None = None
-    profile: Profile | None = None
+    profile: UsageProfile | None = None
 
     @property
     def num_ids(self) -> int:
-        """Experts of all layers."""
+        """Number of experts in all layers, L * E."""
         return self.geometry.total_experts
 
     def popularity(self) -> Floats:
-        """Return the share of training tokens that chose each expert, ``(L*E,)``; an even one without a profile."""
+        """Return the share of training tokens that use each expert, ``(L*E,)``; K / E for all without a profile."""
         if self.profile is None:
             return np.full(self.num_ids, self.geometry.top_k / self.geometry.num_experts)
         return np.ascontiguousarray(self.profile.popularity, np.float64).ravel()

@@ -1,4 +1,4 @@
-"""Splitting slots into pools, and choosing the experts that fill them."""
+"""Division of slots into pools, and the choice of experts that fill them."""
 
 from collections.abc import Sequence
 
@@ -12,79 +12,87 @@ from moe_beyond.geometry import Geometry
 def pool_slots(
     geometry: Geometry, slots: int, scope: str, quotas: Sequence[int] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Split slots into pools.
+    """Divide slots into pools.
 
     Args:
-        geometry: The model.
-        slots: All slots.
-        scope: ``"global"``, one pool; or ``"per-layer"``.
-        quotas: Slots of each layer; where None they are split evenly, the remainder to the first layers.
+        geometry: Geometry of the model.
+        slots: Number of slots in total.
+        scope: ``"global"`` for one pool, or ``"per-layer"``.
+        quotas: Slots of each layer (default: an even split with the remainder in the first layers).
 
     Returns:
-        ``(1,)`` or ``(L,)`` int64.
+        Slots of each pool, ``(1,)`` or ``(L,)`` int64.
 
     Raises:
-        UserError: A pool would not hold one event's demand, or there are more slots than experts.
+        UserError: A pool is smaller than one event's demand, or there are more slots than experts.
     """
     if slots > geometry.total_experts:
-        raise UserError(f"budget of {slots} slots is more than all {geometry.total_experts} experts")
+        raise UserError(f"budget of {slots} slots is more than all {geometry.total_experts} experts; give fewer slots")
     layers = geometry.num_layers
     if scope == "global":
         pools = np.array([slots])
     elif scope == "per-layer":
         pools = slots // layers + (np.arange(layers) < slots % layers)
     else:
-        raise UserError(f"scope {scope!r} is neither 'global' nor 'per-layer'")
+        raise UserError(f"scope must be 'global' or 'per-layer' (got {scope!r})")
     if quotas is not None:
         pools = np.array(quotas, np.int64)
         if len(pools) != layers or pools.sum() != slots:
-            raise UserError(f"quotas are {len(pools)} numbers that sum to {pools.sum()}, not {layers} to {slots} slots")
+            raise UserError(
+                f"quotas must be {layers} numbers that sum to {slots} slots "
+                f"(got {len(pools)} numbers that sum to {pools.sum()})"
+            )
         if pools.max() > geometry.num_experts:
             raise UserError(f"quotas: {pools.max()} slots are more than a layer's {geometry.num_experts} experts")
     if pools.min() < geometry.top_k:
-        need = geometry.top_k * (layers if scope == "per-layer" else 1)
+        minimum = geometry.top_k * (layers if scope == "per-layer" else 1)
         raise UserError(
             f"budget of {slots} slots is below one event's demand of {geometry.top_k} experts"
-            f"{' in each layer' if scope == 'per-layer' else ''}; give at least {need} slots"
+            f"{' in each layer' if scope == 'per-layer' else ''}; give at least {minimum} slots"
         )
     return pools
 
 
 def proportional_quotas(geometry: Geometry, slots: int, popularity: npt.NDArray[np.float64]) -> tuple[int, ...]:
-    """Split slots among layers in proportion to how many experts each spreads its demand over.
+    """Divide slots among layers in proportion to the number of experts that each layer spreads its demand over.
 
-    That number is the perplexity of the layer's popularity, exp(entropy): E where all are used alike, K where always
-    the same K are.
+    That number is the perplexity of the layer's popularity, exp(entropy). It is E if all experts are used equally, and
+    K if the same K experts are always used.
 
     Args:
-        geometry: The model.
-        slots: All slots.
-        popularity: ``(L, E)``.
+        geometry: Geometry of the model.
+        slots: Number of slots in total.
+        popularity: Share of tokens that use each expert, ``(L, E)`` float64.
 
     Returns:
-        L numbers from K to E that sum to ``slots``; what is left of the fractions goes to the largest of them.
+        L numbers from K to E that sum to ``slots``; the largest fractions are rounded up.
+
+    Raises:
+        UserError: There are more slots than experts.
     """
     share = popularity / popularity.sum(1, keepdims=True)
     spread = np.exp(-(share * np.log(np.where(share > 0, share, 1.0))).sum(1))
     quotas = np.full(geometry.num_layers, geometry.top_k)
     while quotas.sum() < slots:
-        open_ = quotas < geometry.num_experts
-        if not open_.any():
-            raise UserError(f"budget of {slots} slots is more than all {geometry.total_experts} experts")
-        wanted = spread / spread[open_].sum() * (slots - quotas[~open_].sum())
-        quotas[np.argmax(np.where(open_, wanted - quotas, -np.inf))] += 1
+        growing = quotas < geometry.num_experts
+        if not growing.any():
+            raise UserError(
+                f"budget of {slots} slots is more than all {geometry.total_experts} experts; give fewer slots"
+            )
+        target = spread / spread[growing].sum() * (slots - quotas[~growing].sum())
+        quotas[np.argmax(np.where(growing, target - quotas, -np.inf))] += 1
     return tuple(int(quota) for quota in quotas)
 
 
 def most_used(uses: npt.NDArray[np.number], pools: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Choose the experts that fill every pool: those used most.
+    """Choose the most used experts that fill every pool.
 
     Args:
-        uses: ``(L*E,)``, how often each is used.
-        pools: ``(1,)`` or ``(L,)``, slots, as `pool_slots` gives them.
+        uses: Number or share of uses of each expert, ``(L*E,)``.
+        pools: Slots of each pool as `pool_slots` returns them, ``(1,)`` or ``(L,)``.
 
     Returns:
-        ``(slots,)`` int64, the most used first; ties by the lower (layer, expert).
+        Experts, ``(slots,)`` int64, the most used first; ties by the lower (layer, expert).
     """
     size = len(uses) // len(pools)
     chosen = [

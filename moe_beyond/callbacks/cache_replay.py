@@ -14,7 +14,7 @@ from moe_beyond.metrics.names import of_budget
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.tasks.base import PredictorTask
 from moe_beyond.traces.manifest import Manifest
 
@@ -131,7 +131,7 @@ class CacheReplay(L.Callback):
         assert isinstance(pl_module, PredictorTask)
         geometry = pl_module.predictor.geometry
         for row, length in enumerate(batch.lengths.tolist()):
-            sequence = Sequence(geometry, experts[row, :length], scores[row, :length])
+            sequence = ReplaySequence(geometry, experts[row, :length], scores[row, :length])
             for replay in self._replays.values():
                 replay.add_sequence(sequence)
 

@@ -16,12 +16,11 @@ from moe_beyond.evaluation.results import Evaluation
 from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
-from moe_beyond.simulator.sequence import Grouping
-from moe_beyond.simulator.sequence import Sequence as Steppable
+from moe_beyond.simulator.sequence import Grouping, ReplaySequence
 from moe_beyond.simulator.settings import BOUNDS
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 if TYPE_CHECKING:
     from moe_beyond.evaluation.measure import Measurement
@@ -37,7 +36,7 @@ def evaluate(
     sources: Sequence[ScoreSource] = (),
     *,
     measure: ScoreSource | None = None,
-    profile: Profile | None = None,
+    profile: UsageProfile | None = None,
     resamples: int = 0,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Evaluation:
@@ -82,7 +81,7 @@ def evaluate(
                     for trace, scores in block:
                         if scores is not None:
                             measurement.add(trace, scores)
-                sequences = [Steppable(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
+                sequences = [ReplaySequence(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
                 for _ in pool.map(lambda replay, part=sequences: _add(replay, part), share):
                     progress(sum(map(len, sequences)))
     results = _results(replays)
@@ -113,7 +112,7 @@ def _start(
     traces: TraceSet,
     settings: ReplaySettings,
     split: str | None,
-    profile: Profile | None,
+    profile: UsageProfile | None,
     streams: dict[tuple[int, ...], Stream],
 ) -> Replay | Bound:
     """Start a replay; ``streams`` keeps the demands of all sequences for replays that group them alike."""
@@ -138,10 +137,10 @@ def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None)
     """Return the demands of all sequences in order, grouped as a replay groups them."""
     grouping = Grouping(settings)
     sequences = (
-        Steppable(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
+        ReplaySequence(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
     )
     groups = [group for sequence in sequences for group in grouping.add(sequence)]
-    parts = [group.stream for group in (*groups, *grouping.rest())]
+    parts = [group.stream for group in (*groups, *grouping.flush())]
     if not parts:
         return Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
     starts = np.cumsum([0] + [len(part.ids) for part in parts])
@@ -167,7 +166,7 @@ def _blocks(sequences: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[S
         yield block
 
 
-def _add(replay: Replay | Bound, sequences: Sequence[Steppable]) -> None:
+def _add(replay: Replay | Bound, sequences: Sequence[ReplaySequence]) -> None:
     for sequence in sequences:
         replay.add_sequence(sequence)
 

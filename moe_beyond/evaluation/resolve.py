@@ -27,7 +27,7 @@ from moe_beyond.pretrained import find_predictor
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SharedSettings:
 
     common: ReplaySettings
     quotas: Quotas = even_split
-    profile: Profile | None = None
+    profile: UsageProfile | None = None
     fitted: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
 
 
@@ -127,7 +127,7 @@ def _profile_training(folder: Path) -> tuple[str, Mapping[str, Any] | None]:
     return f"profile {name_of_folder(folder, config['architecture'])}", config.get("training")
 
 
-def _resolve_quotas(options: ReplayOptions, traces: TraceSet, profile: Profile | None) -> Quotas:
+def _resolve_quotas(options: ReplayOptions, traces: TraceSet, profile: UsageProfile | None) -> Quotas:
     """Return the slots of each layer by the number of slots."""
     if options.quotas is None or options.quotas == "even":
         return even_split

@@ -22,7 +22,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.training_text import MeasuredText
@@ -47,7 +47,7 @@ class ResolvedReplay:
     measured_on: MeasuredText
     strategies: Sequence[ReplaySettings]
     sources: Sequence[ScoreSource] = ()
-    profile: Profile | None = None
+    profile: UsageProfile | None = None
     measure: ScoreSource | None = None
     unavailable: Sequence[Unavailable] = ()
     resamples: int = 0

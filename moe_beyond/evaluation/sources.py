@@ -20,7 +20,7 @@ from moe_beyond.lookahead import Lookahead
 from moe_beyond.pretrained import checkpoints_folder, published_predictors
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.base import Predictor
@@ -156,7 +156,7 @@ def pretrained_source(architecture: str, traces: TraceSet) -> ScoreSource | None
     return None if folder is None else from_predictor_folder(folder)
 
 
-def load_profile(folder: str | Path, traces: TraceSet) -> Profile:
+def load_profile(folder: str | Path, traces: TraceSet) -> UsageProfile:
     """Load the usage profile of a fitted ``history`` or ``popularity`` predictor.
 
     Args:

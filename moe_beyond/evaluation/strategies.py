@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_beyond.cache.prefetchers.settings import ADAPTIVE, MOE_INFINITY, SCORED, parse_prefetch
+from moe_beyond.cache.prefetchers import parse_prefetch
 from moe_beyond.evaluation.named_strategies import STRATEGIES
 from moe_beyond.evaluation.results import Unavailable
 from moe_beyond.evaluation.sources import ScoreSource
@@ -56,11 +56,15 @@ def strategy(
     Raises:
         UserError: The prefetcher cannot be read, or two settings exclude each other.
     """
-    kind = parse_prefetch(prefetch).kind
+    prefetcher = parse_prefetch(prefetch).prefetcher
     scores: dict[str, Any] = {}
-    if source is not None and (reads_scores(policy) or kind in (SCORED, ADAPTIVE, MOE_INFINITY)):
+    if source is not None and (reads_scores(policy) or prefetcher.reads_scores):
         scores = {
-            "lookahead": None if kind != SCORED else source.lookaheads[0] if lookahead is None else lookahead,
+            "lookahead": None
+            if not prefetcher.reads_one_lookahead
+            else source.lookaheads[0]
+            if lookahead is None
+            else lookahead,
             "lookaheads": source.lookaheads,
             "available_after": source.available_after,
             "predictor": source.name,
@@ -96,7 +100,7 @@ def grid(
     for budget in dict.fromkeys(slots):
         for policy in policies:
             for prefetch in prefetches:
-                by_lookahead = parse_prefetch(prefetch).kind == SCORED and source is not None
+                by_lookahead = parse_prefetch(prefetch).prefetcher.reads_one_lookahead and source is not None
                 for lookahead in (lookaheads or (None,)) if by_lookahead else (None,):
                     settings.append(strategy(common, budget, policy, prefetch, source, lookahead, quotas))
     return list(dict.fromkeys(settings))

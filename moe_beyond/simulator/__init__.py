@@ -1,7 +1,43 @@
-"""Replaying traces through the cache core, on a device's clock, and the record of what came of it."""
+"""Replay of traces through the cache core: settings, devices and their timing, bounds, and the result."""
 
-from moe_beyond.simulator.replay import Replay
-from moe_beyond.simulator.result import Result
-from moe_beyond.simulator.settings import ReplaySettings
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Replay", "ReplaySettings", "Result"]
+from moe_beyond.simulator.devices import DEVICES, Device, load_device
+from moe_beyond.simulator.settings import BOUNDS, ReplaySettings
+
+if TYPE_CHECKING:
+    from moe_beyond.simulator.bounds import Bound
+    from moe_beyond.simulator.replay import Replay
+    from moe_beyond.simulator.result import Result
+    from moe_beyond.simulator.sequence import ReplaySequence
+    from moe_beyond.simulator.timeline import Timeline
+
+__all__ = [
+    "BOUNDS",
+    "DEVICES",
+    "Bound",
+    "Device",
+    "Replay",
+    "ReplaySequence",
+    "ReplaySettings",
+    "Result",
+    "Timeline",
+    "load_device",
+]
+
+_COMPILED = {
+    "Bound": "bounds",
+    "Replay": "replay",
+    "ReplaySequence": "sequence",
+    "Result": "result",
+    "Timeline": "timeline",
+}
+"""Public name -> module that is imported when the name is first read, because it imports numba."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name that needs numba."""
+    if name not in _COMPILED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_COMPILED[name]}"), name)

@@ -1,18 +1,18 @@
-"""References for a replay that need no cache: the best fixed choice, all experts resident, loading just in time."""
+"""Baselines that need no cache: the best static choice, all experts resident, and just-in-time loading."""
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache import core
-from moe_beyond.cache.interconnect import BUSY, TRANSFER, LinkState, load_seconds
-from moe_beyond.cache.jit import jit
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.counters import Counter
+from moe_beyond.cache.interconnect import LinkState, Seconds, load_seconds
 from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
 from moe_beyond.simulator.interconnects import idle_link
-from moe_beyond.simulator.result import Clock, Result, make_result
-from moe_beyond.simulator.sequence import Group, Grouping, Sequence
+from moe_beyond.simulator.result import Result, StepTimes, make_result
+from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
 from moe_beyond.simulator.sums import SequenceSums
 
@@ -22,84 +22,84 @@ Floats = npt.NDArray[np.float64]
 
 
 class Bound:
-    """Accumulates what every event demands, and makes a record of the steps that count.
+    """Accumulates the demand of every event and computes a result of the counted steps.
 
-    ``static_hindsight``: the experts that these very traces demand most often, moved in once for all sequences and
-    never evicted; these transfers count. Others compute in K slots of staging next to the budget and cross the link on
-    demand; where there is flash they are read from it as in a replay, unless host memory holds them. The fixed experts
-    are in place before the first sequence begins, so at a large budget it can be faster than a strategy that starts
-    every sequence cold.
+    ``static_hindsight``: the experts that these traces demand most often are transferred once for all sequences and
+    never evicted; these transfers count. Other experts bypass the cache in K extra slots and are transferred on demand.
+    With flash they are read from it as in a replay, unless host memory holds them. The static experts are resident
+    before the first sequence begins, so at a large budget it can be faster than a strategy that starts every sequence
+    cold.
 
-    ``all_resident``: nothing is ever moved.
+    ``all_resident``: no expert is ever transferred.
 
-    ``od_moe`` (OD-MoE, arXiv 2512.03927): no cache. G groups of K workers take the layers in turn, and each worker
-    moves one expert in over a link of its own. A group begins to load as soon as it has computed its layer before, so
-    layer i starts at ``max(end[i-1] + t_rest, end[i-G] + t_load)`` and ends ``t_moe`` later: nothing stalls while
-    ``t_load <= G * t_rest + (G - 1) * t_moe``, the paper's window. Its shadow model is taken to know the demand that
-    far ahead, the next token's too. A sequence begins with idle workers. Of an event with more than K experts (windows,
-    batches) a worker takes several, one after another. Where there is flash, the workers share one host memory.
+    ``od_moe`` (OD-MoE, arXiv 2512.03927): there is no cache. G groups of K workers compute the layers in turn, and each
+    worker loads one expert over its own interconnect. A group starts to load when it has computed its previous layer.
+    Layer i starts at ``max(end[i-1] + t_rest, end[i-G] + t_load)`` and ends ``t_moe`` later. There is no stall while
+    ``t_load <= G * t_rest + (G - 1) * t_moe``, the paper's window. The paper's shadow model is assumed to predict the
+    demand that far ahead, including the next token. A sequence starts with idle workers. In an event with more than K
+    experts (windows, batches) a worker loads several experts in turn. With flash, the workers share one host memory.
 
     Args:
-        geometry: The model.
-        settings: With one of `moe_beyond.simulator.settings.BOUNDS` as policy.
+        geometry: Geometry of the model.
+        settings: Settings with one of `moe_beyond.simulator.settings.BOUNDS` as policy.
 
     Raises:
-        UserError: ``od_moe`` has no device, or the slots do not do.
+        UserError: ``od_moe`` has no device, or the slots do not fit the model.
     """
 
     def __init__(self, geometry: Geometry, settings: ReplaySettings) -> None:
         self.geometry, self.settings = geometry, settings
         self._pools = pool_slots(geometry, settings.slots, settings.scope, settings.quotas)
         if settings.policy == "od_moe" and settings.device is None:
-            raise UserError("od-moe is a matter of time alone; give --device")
+            raise UserError("od_moe differs from other strategies in time only; give --device")
         self._grouping = Grouping(settings)
         self._groups: list[Group] = []
         self.sums = SequenceSums()
 
-    def add_sequence(self, sequence: Sequence) -> None:
-        """Note one sequence, or put it aside until a batch is full."""
+    def add_sequence(self, sequence: ReplaySequence) -> None:
+        """Add one sequence, or hold it until its batch is full."""
         self._groups += [group.without_scores() for group in self._grouping.add(sequence)]
 
     def result(self) -> Result:
-        """Return the record of what was added so far."""
-        self._groups += [group.without_scores() for group in self._grouping.rest()]
+        """Return the result of the sequences added so far."""
+        self._groups += [group.without_scores() for group in self._grouping.flush()]
         geometry, settings = self.geometry, self.settings
         uses = np.zeros(geometry.total_experts, np.int64)
         for group in self._groups:
             uses += np.bincount(group.stream.ids[self._counted(group)], minlength=len(uses))
         resident = np.full(len(uses), settings.policy == "all_resident")
-        counts = np.zeros((geometry.num_layers, len(core.COUNTERS)), np.int64)
+        counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
         if settings.policy == "static_hindsight":
             resident[most_used(uses, self._pools)] = True
             moved = (resident & (uses > 0)).reshape(geometry.num_layers, -1).sum(1)
-            counts[:, core.PREFETCH_TRANSFERS] = counts[:, core.USEFUL] = moved
-        self.sums, clock = SequenceSums(once=int(counts[:, core.PREFETCH_TRANSFERS].sum())), Clock()
-        wire = idle_link(settings, geometry)
-        clock.busy = self.sums.once * float(wire.clock[TRANSFER])
+            counts[:, Counter.PREFETCH_TRANSFERS] = counts[:, Counter.USEFUL_PREFETCHES] = moved
+        self.sums, times = SequenceSums(once=int(counts[:, Counter.PREFETCH_TRANSFERS].sum())), StepTimes()
+        link = idle_link(settings, geometry)
+        times.busy = self.sums.once * float(link.seconds[Seconds.TRANSFER])
         for group in self._groups:
             if not settings.carry_over:
-                wire = idle_link(settings, geometry)
-            busy = float(wire.clock[BUSY])
-            spent, waited = self._timed(group, resident, wire)
-            demanded = clock.add(group, spent, group.first >= settings.warmup_tokens)
-            clock.busy += float(wire.clock[BUSY]) - busy
+                link = idle_link(settings, geometry)
+            busy = float(link.seconds[Seconds.BUSY])
+            stall_compute, waited = self._stall_compute(group, resident, link)
+            demanded = times.add(group, stall_compute, group.first >= settings.warmup_tokens)
+            times.busy += float(link.seconds[Seconds.BUSY]) - busy
             added = self._counts(group, resident, waited)
-            self.sums.add(group.names, added, demanded, *clock.decoded())
+            self.sums.add(group.names, added, demanded, *times.decoded())
             counts += added
         notes = {
-            "static_hindsight": "the best fixed choice, knowing these very traces",
-            "all_resident": "nothing has to be moved",
-            "od_moe": f"{settings.groups} groups of {geometry.top_k} workers; demand taken to be known",
+            "static_hindsight": "the best static choice, chosen on these traces",
+            "all_resident": "no expert is transferred",
+            "od_moe": f"{settings.groups} groups of {geometry.top_k} workers; demand assumed to be predicted",
         }
-        return make_result(geometry, settings, counts, clock, self._grouping, notes[settings.policy])
+        return make_result(geometry, settings, counts, times, self._grouping, notes[settings.policy])
 
     def _counted(self, group: Group) -> Bools:
-        """Return which of a group's demands count: ``(n,)``."""
+        """Return which of a group's demanded experts are counted, ``(n,)`` bool."""
         by_event = (group.first >= self.settings.warmup_tokens)[group.step_of_events()]
         return np.repeat(by_event, np.diff(group.stream.offsets))
 
-    def _timed(self, group: Group, resident: Bools, wire: LinkState) -> tuple[Floats, Bools]:
-        """Return ``(S, 2)`` seconds of stall and computing, and whether each event waited: ``(events,)``."""
+    def _stall_compute(self, group: Group, resident: Bools, link: LinkState) -> tuple[Floats, Bools]:
+        """Return seconds of stall and computing, ``(S, 2)``, and whether each event waited, ``(events,)`` bool."""
         device, bits, workers = self.settings.device, self.settings.bits, self.geometry.top_k
         offsets = group.stream.offsets
         if device is None:
@@ -107,45 +107,45 @@ class Bound:
         rest = devices.other_seconds(device, self.geometry, bits)
         experts, stalls = np.diff(offsets), np.zeros(len(offsets) - 1)
         if just_in_time := self.settings.policy == "od_moe":
-            experts = -(-experts // workers)  # the workers compute side by side
+            experts = -(-experts // workers)  # the workers compute in parallel
         computing = experts * devices.expert_seconds(device, self.geometry, bits)
-        load_seconds(wire, group.stream.ids, offsets, resident, np.zeros(workers if just_in_time else 1), stalls)
+        load_seconds(link, group.stream.ids, offsets, resident, np.zeros(workers if just_in_time else 1), stalls)
         if just_in_time:
             wait_for_workers(stalls, computing, rest, np.zeros(self.settings.groups))
         step = group.step_of_events()
-        spent = [np.bincount(step, weights, len(group.size)) for weights in (stalls, computing + rest)]
-        return np.stack(spent, axis=1), stalls > 0
+        by_step = [np.bincount(step, weights, len(group.size)) for weights in (stalls, computing + rest)]
+        return np.stack(by_step, axis=1), stalls > 0
 
     def _counts(self, group: Group, resident: Bools, waited: Bools) -> Ints:
-        """Return the counts ``(L, 8)`` of a group's steps that count."""
+        """Return the counts of a group's counted steps, ``(L, 8)`` int64, columns `Counter`."""
         layers, counted = self.geometry.num_layers, self._counted(group)
-        counts = np.zeros((layers, len(core.COUNTERS)), np.int64)
+        counts = np.zeros((layers, len(Counter)), np.int64)
         ids = group.stream.ids[counted]
 
-        def by_layer(those: Bools) -> Ints:
-            return np.bincount(ids[those] // self.geometry.num_experts, minlength=layers)
+        def by_layer(chosen: Bools) -> Ints:
+            return np.bincount(ids[chosen] // self.geometry.num_experts, minlength=layers)
 
         if self.settings.policy == "od_moe":
             late = np.repeat(waited, np.diff(group.stream.offsets))[counted]
-            counts[:, core.LATE_HITS] = by_layer(late)
-            counts[:, core.HITS] = counts[:, core.USEFUL] = by_layer(~late)
-            counts[:, core.PREFETCH_TRANSFERS] = counts[:, core.LATE_HITS] + counts[:, core.HITS]
+            counts[:, Counter.LATE_HITS] = by_layer(late)
+            counts[:, Counter.HITS] = counts[:, Counter.USEFUL_PREFETCHES] = by_layer(~late)
+            counts[:, Counter.PREFETCH_TRANSFERS] = counts[:, Counter.LATE_HITS] + counts[:, Counter.HITS]
         else:
-            counts[:, core.HITS] = by_layer(resident[ids])
-            counts[:, core.MISSES] = counts[:, core.DEMAND_TRANSFERS] = by_layer(~resident[ids])
-        counts[:, core.ACCESSES] = counts[:, [core.HITS, core.LATE_HITS, core.MISSES]].sum(1)
+            counts[:, Counter.HITS] = by_layer(resident[ids])
+            counts[:, Counter.MISSES] = counts[:, Counter.DEMAND_TRANSFERS] = by_layer(~resident[ids])
+        counts[:, Counter.ACCESSES] = counts[:, [Counter.HITS, Counter.LATE_HITS, Counter.MISSES]].sum(1)
         return counts
 
 
 @jit
 def wait_for_workers(seconds: Floats, computing: Floats, rest: float, ends: Floats) -> None:
-    """Turn the time that each layer's load takes into the time that the layer waits for it.
+    """Replace the load time of each event by the time that its layer waits for the load.
 
     Args:
-        seconds: ``(events,)``, of loading; on return, of waiting.
-        computing: ``(events,)``, of the workers' computing.
-        rest: Seconds of everything else in a layer.
-        ends: ``(G,)``, zeros: when each group has computed its last layer.
+        seconds: Seconds of loading, ``(events,)`` float64; on return, seconds of waiting.
+        computing: Seconds of the workers' computing, ``(events,)`` float64.
+        rest: Seconds of a layer without its routed experts.
+        ends: Time at which each group has computed its last layer, ``(G,)`` float64, zeros.
     """
     end = 0.0
     for event in range(len(seconds)):

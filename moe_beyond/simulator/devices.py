@@ -1,4 +1,4 @@
-"""Devices as far as time depends on them: the link an expert crosses, the memory it is computed from."""
+"""Devices of the timing model: the interconnect that experts cross, and the memory that computing reads."""
 
 import math
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from moe_beyond.files import read_json
 from moe_beyond.geometry import Geometry
 
 PINNED_US = 20.0
-"""What starting a copy out of pinned host memory takes: 10 to 30 us."""
+"""Microseconds to start a copy from pinned host memory: 10 to 30."""
 FLASH_US = 100.0
-"""What starting a read from flash takes: an assumption."""
+"""Microseconds to start a read from flash (an assumption)."""
 
 RESERVED_SHARE = Fraction(1, 8)
-"""Share of a device's memory that is kept for parts outside the geometry: the KV cache, the runtime's own context,
-embeddings, dense layers and the head; an assumption."""
+"""Share of a device's memory that is reserved for parts outside the geometry: KV cache, context of the runtime,
+embeddings, dense layers and head (an assumption)."""
 
 _TEXTS = ("name", "source")
 _FROM_ZERO = ("link_latency_us", "flash_latency_us")
@@ -26,23 +26,23 @@ _FROM_ZERO = ("link_latency_us", "flash_latency_us")
 
 @dataclass(frozen=True)
 class Device:
-    """A machine with too little memory for all experts; GB are 1e9 bytes.
+    """A machine whose memory is too small for all experts; 1 GB is 1e9 bytes.
 
     Attributes:
-        name: What results call it.
-        link_gb_per_s: Bandwidth of the link that an expert crosses to be computed: PCIe from host memory to a discrete
-            GPU, or the flash of a device whose memory is unified.
-        link_latency_us: Time before the first byte of a transfer moves.
-        memory_gb: GPU or unified memory; budgets that it cannot hold are marked, and `moe-beyond plan` keeps within it.
-        memory_gb_per_s: Bandwidth at which computing reads weights.
-        host_memory_gb: Host memory for experts behind the link, the others being on flash; None: one tier, every
-            expert waits right behind the link. It begins with as many experts as fit, of each layer the same number,
-            and then keeps what was moved last.
-        flash_gb_per_s: Bandwidth from flash to host memory; None with one tier.
-        flash_latency_us: Time before the first byte of a flash read moves; 0 with one tier.
-        other_ms: Measured time of a layer besides its routed experts, instead of the estimate.
-        expert_ms: Measured time of one routed expert, instead of the estimate.
-        source: Where the numbers come from.
+        name: Name in results.
+        link_gb_per_s: Bandwidth of the interconnect that an expert crosses in GB/s: PCIe from host memory to a discrete
+            GPU, or the flash of a device with unified memory.
+        link_latency_us: Microseconds before the first byte of a transfer moves.
+        memory_gb: GPU or unified memory in GB; larger budgets are marked, and `moe-beyond plan` stays within it.
+        memory_gb_per_s: Bandwidth at which computing reads weights, in GB/s.
+        host_memory_gb: Host memory for experts in GB; the other experts are on flash. It starts with as many experts as
+            fit, the same number of each layer, and then keeps those transferred last (default: None, one tier: every
+            expert is in host memory).
+        flash_gb_per_s: Bandwidth from flash to host memory in GB/s (default: None, one tier).
+        flash_latency_us: Microseconds before the first byte of a flash read moves (default: 0).
+        other_ms: Measured milliseconds of a layer without its routed experts (default: None, an estimate).
+        expert_ms: Measured milliseconds of one routed expert (default: None, an estimate).
+        source: Sources of the numbers.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Device:
         """Check the numbers.
 
         Raises:
-            UserError: One is no number, not finite or not positive, or one of host memory and flash is missing.
+            UserError: A value is not a finite positive number, or only one of host memory and flash is given.
         """
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
-                raise UserError(f"device: {name} must be text, not {getattr(self, name)!r}")
+                raise UserError(f"device: {name} must be text (got {getattr(self, name)!r})")
         if not self.name:
             raise UserError("device: name is empty")
         for field in fields(self):
@@ -73,21 +73,23 @@ class Device:
             if field.name in _TEXTS or (value is None and field.default is None):
                 continue
             if not _is_number(value) or value < 0 or (value == 0 and field.name not in _FROM_ZERO):
-                least = "from 0" if field.name in _FROM_ZERO else "above 0"
-                raise UserError(f"device {self.name!r}: {field.name} must be a finite number {least}, not {value!r}")
+                minimum = "from 0" if field.name in _FROM_ZERO else "above 0"
+                raise UserError(f"device {self.name!r}: {field.name} must be a finite number {minimum} (got {value!r})")
         if (self.host_memory_gb is None) != (self.flash_gb_per_s is None):
-            given = "host_memory_gb" if self.flash_gb_per_s is None else "flash_gb_per_s"
-            raise UserError(f"device {self.name!r}: {given} alone; host_memory_gb and flash_gb_per_s go together")
+            given, missing = "host_memory_gb", "flash_gb_per_s"
+            if self.host_memory_gb is None:
+                given, missing = missing, given
+            raise UserError(f"device {self.name!r}: {given} is given without {missing}; give both or none")
         if self.flash_gb_per_s is None and self.flash_latency_us:
             raise UserError(f"device {self.name!r}: flash_latency_us needs host_memory_gb and flash_gb_per_s")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain dictionary that `load_device` reads from a file."""
+        """Return a dictionary of plain values, as `load_device` reads it from a file."""
         return asdict(self)
 
 
 def _is_number(value: object) -> bool:
-    """Tell a finite number from everything else, ``True`` and integers past a float's range too."""
+    """Return whether a value is a finite number; ``True`` and integers beyond the range of floats are not."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -95,12 +97,12 @@ def _is_number(value: object) -> bool:
 
 
 def _behind_pcie(name: str, link: float, memory: float, bandwidth: float, source: str) -> Device:
-    """Describe a discrete GPU with enough pinned host memory."""
+    """Return a discrete GPU with enough pinned host memory."""
     return Device(name, link, PINNED_US, memory, bandwidth, source=f"{source}; latency: pinned copies, 10-30 us")
 
 
 def _on_flash(name: str, flash: float, memory: float, bandwidth: float, source: str) -> Device:
-    """Describe a device with unified memory, whose misses are flash reads."""
+    """Return a device with unified memory, whose transfers are flash reads."""
     return Device(name, flash, FLASH_US, memory, bandwidth, source=f"{source}; latency: an assumption")
 
 
@@ -184,23 +186,23 @@ DEVICES: dict[str, Device] = {
         ),
     )
 }  # fmt: skip
-"""Presets by name."""
+"""Device presets by name."""
 
 _FIELDS = {field.name: field for field in fields(Device)}
 
 
 def load_device(text: str) -> Device:
-    """Find a device.
+    """Return a preset, or the device of a file, with changed fields.
 
     Args:
-        text: A key of `DEVICES`, or the path of a ``.json`` file with the fields of `Device` (and perhaps ``base``, a
-            key of `DEVICES` that has the others); either may be followed by ``,FIELD=VALUE`` any number of times.
+        text: Key of `DEVICES`, or path of a ``.json`` file with the fields of `Device`. The file may have a ``base``, a
+            key of `DEVICES` that gives the missing fields. ``,FIELD=VALUE`` may follow any number of times.
 
     Returns:
-        The device. Changed fields show in its name and source, unless they were given too.
+        Device; changed fields appear in its name and source, unless these are given too.
 
     Raises:
-        UserError: No device or field has that name, or a value is none.
+        UserError: No device or field has that name, or a value is not valid.
 
     Example:
         >>> load_device("rtx3060").link_gb_per_s
@@ -214,14 +216,14 @@ def load_device(text: str) -> Device:
     for change in changes:
         field, equals, value = (part.strip() for part in change.partition("="))
         if not equals:
-            raise UserError(f"device {text!r}: {change!r} cannot be read; write FIELD=VALUE")
-        _known_field(field)
+            raise UserError(f"device {text!r}: {change!r} cannot be parsed; write FIELD=VALUE")
+        _check_field(field)
         if field in given:
             raise UserError(f"device {text!r}: {field} is given twice")
         given[field] = value
-    words = ",".join(f"{field}={value}" for field, value in given.items() if field not in _TEXTS)
-    if words:
-        device = replace(device, name=f"{device.name},{words}", source=_changed(device.source, f"{words} by hand"))
+    changed = ",".join(f"{field}={value}" for field, value in given.items() if field not in _TEXTS)
+    if changed:
+        device = replace(device, name=f"{device.name},{changed}", source=_append(device.source, f"{changed} by hand"))
     values: dict[str, Any] = {
         field: value if field in _TEXTS else _number(text, field, value) for field, value in given.items()
     }
@@ -234,7 +236,7 @@ def _preset(name: str) -> Device:
     return DEVICES[name]
 
 
-def _known_field(name: str) -> None:
+def _check_field(name: str) -> None:
     if name not in _FIELDS:
         raise unknown("device field", name, _FIELDS)
 
@@ -243,53 +245,53 @@ def _number(text: str, field: str, value: str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise UserError(f"device {text!r}: {field} must be a number, not {value!r}") from error
+        raise UserError(f"device {text!r}: {field} must be a number (got {value!r})") from error
 
 
-def _changed(source: str, what: str) -> str:
-    return f"{source}; {what}" if source else what
+def _append(source: str, text: str) -> str:
+    return f"{source}; {text}" if source else text
 
 
 def _read(path: str) -> Device:
     """Read a device from a JSON file."""
     content = read_json(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds no device (a JSON object of its fields)")
+        raise UserError(f"{path}: is not a JSON object with the fields of a device")
     given = {**content}
     base = given.pop("base", None)
     try:
         for field in given:
-            _known_field(field)
+            _check_field(field)
         if base is not None and not isinstance(base, str):
-            raise UserError(f"base must be the name of a device, not {base!r}")
+            raise UserError(f"base must be the name of a device (got {base!r})")
         start = {} if base is None else _preset(base).to_json()
-        source = _changed(start.get("source", ""), f"from {Path(path).name}")
+        source = _append(start.get("source", ""), f"from {Path(path).name}")
         values = {**start, "name": Path(path).stem, "source": source, **given}
         if missing := [name for name, field in _FIELDS.items() if field.default is MISSING and name not in values]:
-            raise UserError(f'{", ".join(missing)} missing; give them, or a device to start from as "base"')
+            raise UserError(f'has no {", ".join(missing)}; add them, or the name of a device as "base"')
         return Device(**values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def transfer_seconds(device: Device, expert_bytes: float) -> float:
-    """Return the time that one expert takes across the link."""
+    """Return the seconds that one expert takes across the interconnect."""
     return device.link_latency_us * 1e-6 + expert_bytes / (device.link_gb_per_s * 1e9)
 
 
 def flash_seconds(device: Device, expert_bytes: float) -> float:
-    """Return the time that one expert takes from flash to host memory; 0 with one tier."""
+    """Return the seconds that one expert takes from flash to host memory; 0 with one tier."""
     if device.flash_gb_per_s is None:
         return 0.0
     return device.flash_latency_us * 1e-6 + expert_bytes / (device.flash_gb_per_s * 1e9)
 
 
 def other_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the time of an MoE layer besides its routed experts, for one token.
+    """Return the seconds of an MoE layer without its routed experts, for one token.
 
     Args:
-        device: Its `other_ms`, or else the layer's other weights read once at its memory bandwidth.
-        geometry: The model.
+        device: Device; without ``other_ms`` the layer's other weights are read once at its memory bandwidth.
+        geometry: Geometry of the model.
         bits: Bits per parameter.
     """
     if device.other_ms is not None:
@@ -298,11 +300,11 @@ def other_seconds(device: Device, geometry: Geometry, bits: float) -> float:
 
 
 def expert_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the time of one resident routed expert, for one token.
+    """Return the seconds of one resident routed expert, for one token.
 
     Args:
-        device: Its `expert_ms`, or else the expert's weights read once at its memory bandwidth.
-        geometry: The model.
+        device: Device; without ``expert_ms`` the expert's weights are read once at its memory bandwidth.
+        geometry: Geometry of the model.
         bits: Bits per parameter.
     """
     if device.expert_ms is not None:
@@ -311,13 +313,13 @@ def expert_seconds(device: Device, geometry: Geometry, bits: float) -> float:
 
 
 def resident_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the time of one token in all MoE layers, were every expert resident."""
+    """Return the seconds of one token in all MoE layers if every expert is resident."""
     experts = geometry.top_k * expert_seconds(device, geometry, bits)
     return geometry.num_layers * (other_seconds(device, geometry, bits) + experts)
 
 
 def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Count the experts that host memory holds; all of them with one tier."""
+    """Return the number of experts that fit into host memory; all of them with one tier."""
     if device.host_memory_gb is None:
         return geometry.total_experts
     room = Fraction(str(device.host_memory_gb)) * 10**9 * 8
@@ -325,12 +327,9 @@ def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
 
 
 def device_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Count the experts that the device's own memory has room for.
+    """Return the number of experts that fit into the device's memory, from 0 to L * E.
 
-    Off its memory go `RESERVED_SHARE` and the MoE layers' other weights.
-
-    Returns:
-        From 0 to L * E.
+    `RESERVED_SHARE` and the MoE layers' other weights are subtracted from the memory.
     """
     room = Fraction(str(device.memory_gb)) * 10**9 * 8 * (1 - RESERVED_SHARE)
     others = geometry.num_layers * geometry.other_params_per_layer * Fraction(bits)

@@ -1,4 +1,4 @@
-"""A device's link as a sequence finds it."""
+"""Interconnect of a device at the start of a sequence."""
 
 from moe_beyond.cache.interconnect import LinkState, first_hosted, new_link
 from moe_beyond.geometry import Geometry
@@ -7,12 +7,12 @@ from moe_beyond.simulator.settings import ReplaySettings
 
 
 def idle_link(settings: ReplaySettings, geometry: Geometry, log_size: int = 0) -> LinkState:
-    """Return a link before the first transfer, with as many experts in host memory as fit, or none if that is cold.
+    """Return an interconnect before the first transfer; host memory is full, or empty if it starts cold.
 
     Args:
-        settings: With the device; without one transfers take no time.
-        geometry: The model.
-        log_size: Transfers to keep a record of.
+        settings: Settings of the replay; without a device transfers take no time.
+        geometry: Geometry of the model.
+        log_size: Number of transfers to log (default: 0).
     """
     device, bits = settings.device, settings.bits
     if device is None:

@@ -1,4 +1,4 @@
-"""Replaying sequences through the cache core."""
+"""Replay of sequences through the cache core."""
 
 from typing import Any
 
@@ -6,58 +6,63 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache import core
-from moe_beyond.cache import interconnect as link
-from moe_beyond.cache.engine import Timing, run, run_accesses
+from moe_beyond.cache.core import Expert, Origin
+from moe_beyond.cache.counters import Counter
+from moe_beyond.cache.engine import run_accesses, run_events
+from moe_beyond.cache.interconnect import LinkState, Seconds, Tally
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import most_used, pool_slots
-from moe_beyond.cache.prefetchers.settings import Outlook
+from moe_beyond.cache.prefetchers.inputs import FutureView
+from moe_beyond.cache.steps import Timing
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
 from moe_beyond.simulator.interconnects import idle_link
-from moe_beyond.simulator.result import Clock, Result, make_result
-from moe_beyond.simulator.sequence import Group, Grouping, Sequence
+from moe_beyond.simulator.result import Result, StepTimes, make_result
+from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
 from moe_beyond.simulator.sums import SequenceSums
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
-NO_SPANS = np.zeros((0, 3))
+NO_EVENT_TIMES = np.zeros((0, 3))
 LOGGED_PER_EVENT = 64
 
 
 class Replay:
-    """Accumulates one strategy's counts, and its time, over sequences.
+    """Accumulates the counts and times of one strategy over sequences.
 
     Args:
-        geometry: The model.
-        settings: The strategy and its budget.
-        profile: What is known of training text.
-        stream: All demands of the sequences to come, where the cache is carried over and the policy knows the future.
+        geometry: Geometry of the model.
+        settings: Strategy and budget.
+        profile: Usage profile of training text (default: None).
+        stream: Demand of all sequences; required if the cache is carried over and the strategy needs the future.
 
     Raises:
-        UserError: The strategy does not fit the model, or what it needs is missing.
+        UserError: The strategy does not fit the model, or a required input is missing.
     """
 
     def __init__(
         self,
         geometry: Geometry,
         settings: ReplaySettings,
-        profile: Profile | None = None,
+        profile: UsageProfile | None = None,
         stream: Stream | None = None,
     ) -> None:
         self.geometry, self.settings = geometry, settings
         self._profile, self._stream = profile, stream
         self._pools = pool_slots(geometry, settings.slots, settings.scope, settings.quotas)
-        self._policy = load_policy(settings.policy)
-        self._plan = settings.plan(geometry)
+        self._implementation = load_policy(settings.policy)
+        self._prefetch = settings.prefetch_settings(geometry)
         if "profile" in settings.needs and profile is None:
-            what = "a warm start" if settings.warm_start else f"policy {settings.policy}"
-            raise UserError(f"{what} needs to know what was popular in training text; give --profile")
+            reader = "a warm start" if settings.warm_start else f"policy {settings.policy}"
+            raise UserError(f"{reader} needs the popularity of experts in training text; give --profile")
         if profile is not None and profile.popularity.shape != geometry.shape()[:2]:
-            raise UserError(f"the profile is of {profile.popularity.shape} experts, not of {geometry.shape()[:2]}")
+            raise UserError(
+                f"the profile must cover (L, E) = {geometry.shape()[:2]} experts (got {profile.popularity.shape})"
+            )
         if settings.carry_over and "future" in settings.needs and stream is None:
-            raise ValueError("a strategy that knows the future and carries its cache over is told the whole stream")
+            raise ValueError("a strategy that needs the future and carries its cache over needs the whole stream")
         self._device = settings.device
         self.timing = Timing(0.0, 0.0)
         if self._device is not None:
@@ -65,12 +70,12 @@ class Replay:
                 devices.other_seconds(self._device, geometry, settings.bits),
                 devices.expert_seconds(self._device, geometry, settings.bits),
             )
-        self._counts = np.zeros((geometry.num_layers, len(core.COUNTERS)), np.int64)
-        self.clock = Clock()
+        self._counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
+        self.times = StepTimes()
         self._grouping = Grouping(settings)
         self.sums = SequenceSums()
         self._cache: core.CacheState | None = None
-        self._state: Any = None
+        self._policy: Any = None
         self._event = np.zeros(1, np.int64)
 
     def add(
@@ -82,101 +87,111 @@ class Replay:
         """Replay one sequence.
 
         Args:
-            experts: ``(T, L, K)`` expert ids.
-            scores: ``(T, H, L, E)`` float32 probabilities, a slice a lookahead of the settings.
-            decode_start: The first token that the model wrote itself.
+            experts: Expert ids, ``(T, L, K)`` integer.
+            scores: Probabilities, ``(T, H, L, E)`` float32, one slice per lookahead of the settings (default: none).
+            decode_start: Position of the first generated token (default: 0).
 
         Raises:
-            UserError: The experts do not fit the model, or the scores the sequence, or are no probabilities.
+            UserError: The experts do not fit the model, the scores do not fit the sequence, or a score is not a
+                probability.
         """
-        self.add_sequence(Sequence(self.geometry, experts, scores, decode_start))
+        self.add_sequence(ReplaySequence(self.geometry, experts, scores, decode_start))
 
-    def add_sequence(self, sequence: Sequence) -> None:
-        """Replay one sequence, or put it aside until a batch is full."""
+    def add_sequence(self, sequence: ReplaySequence) -> None:
+        """Replay one sequence, or hold it until its batch is full."""
         for group in self._grouping.add(sequence):
             self._step(group)
 
-    def watch(self, sequence: Sequence) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Replay one sequence and keep its times.
+    def watch(self, sequence: ReplaySequence) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Replay one sequence and return its times.
 
         Returns:
-            ``(events, 3)`` seconds at which each event was routed, had its experts, and was through; and the log of the
-            link (`LinkState.log`).
+            Times at which each event was routed, had all its experts, and ended, ``(events, 3)`` float64 in seconds;
+            and the log of the interconnect (`LinkState.log`).
         """
-        group = sequence.alone(self.settings)
-        spans = np.zeros((len(group.stream.offsets) - 1, 3))
-        wire = self._step(group, spans)
-        return spans, wire.log[: wire.tally[link.SENT]]
+        group = sequence.as_group(self.settings)
+        event_times = np.zeros((len(group.stream.offsets) - 1, 3))
+        link = self._step(group, event_times)
+        return event_times, link.log[: link.tally[Tally.SENT]]
 
-    def _step(self, group: Group, spans: npt.NDArray[np.float64] = NO_SPANS) -> link.LinkState:
+    def _step(self, group: Group, event_times: npt.NDArray[np.float64] = NO_EVENT_TIMES) -> LinkState:
+        """Step a group, and return the interconnect at its end."""
         if self._cache is None:
-            self._start(group, LOGGED_PER_EVENT * len(spans))
+            self._start(group, LOGGED_PER_EVENT * len(event_times))
             before = np.zeros_like(self._counts)
         else:
             before = self._cache.counters.copy()
         cache, steps = self._cache, group.steps(self.settings)
         assert cache is not None
-        self._check_room(group)
-        spent = np.zeros((len(group.size), 2))
+        self._check_demand(group)
+        stall_compute = np.zeros((len(group.size), 2))
+        hooks = self._implementation.HOOKS
         if self.settings.sequential:
-            run_accesses(cache, self._state, self._policy.VERBS, steps.ids, group.ends, steps.counted)
+            run_accesses(cache, self._policy, hooks, steps.ids, group.ends, steps.counted)
         else:
-            known = self._stream if self.settings.carry_over and self._stream is not None else group.stream
-            outlook = Outlook(np.zeros(self.geometry.num_layers), known.ids, known.offsets, self._event)
-            begun = cache.link.clock[link.BUSY]
-            run(cache, self._state, self._policy.VERBS, self._plan, steps, self.timing, outlook, spent, spans)
-            self.clock.busy += cache.link.clock[link.BUSY] - begun
-        demanded = self.clock.add(group, spent, steps.counted)
-        self.sums.add(group.names, cache.counters - before, demanded, *self.clock.decoded())
+            stream = self._stream if self.settings.carry_over and self._stream is not None else group.stream
+            future = FutureView(np.zeros(self.geometry.num_layers), stream.ids, stream.offsets, self._event)
+            busy = cache.link.seconds[Seconds.BUSY]
+            run_events(
+                cache, self._policy, hooks, self._prefetch, steps, self.timing, future, stall_compute, event_times
+            )
+            self.times.busy += cache.link.seconds[Seconds.BUSY] - busy
+        demanded = self.times.add(group, stall_compute, steps.counted)
+        self.sums.add(group.names, cache.counters - before, demanded, *self.times.decoded())
         if not self.settings.carry_over:
             core.finish(cache)
             self._counts += cache.counters
             self._cache = None
         return cache.link
 
-    def _check_room(self, group: Group) -> None:
-        """Refuse events that demand more at once than their pool has slots, unless they compute beside it."""
-        if self.settings.most_demanded(self.geometry) <= self._pools.min() or self._policy.VERBS.stages:
+    def _check_demand(self, group: Group) -> None:
+        """Check that no event demands more experts than its pool has slots, unless they bypass the cache.
+
+        Raises:
+            UserError: An event demands more.
+        """
+        bypass = self._implementation.HOOKS.bypass
+        if bypass or self.settings.most_demanded(self.geometry) <= self._pools.min():
             return
         demanded = np.diff(group.stream.offsets).reshape(-1, self.geometry.num_layers).max(0)
         if (over := np.flatnonzero(demanded > self._pools)).size:
             layer = int(over[0])
             raise UserError(
-                f"layer {layer} is demanded {demanded[layer]} experts at once, more than the "
-                f"{self._pools[layer if len(self._pools) > 1 else 0]} slots it may have; give a larger budget"
+                f"layer {layer} demands {demanded[layer]} experts at once, more than the "
+                f"{self._pools[layer if len(self._pools) > 1 else 0]} slots of its pool; give a larger budget"
             )
 
-    def prepare(self, sequence: Sequence) -> None:
-        """Make the cache and what the policy knows of the future, as adding the sequence would by itself."""
-        self._start(sequence.alone(self.settings), 0)
+    def prepare(self, sequence: ReplaySequence) -> None:
+        """Create the cache and the policy's arrays for a sequence, which adding it would do otherwise."""
+        self._start(sequence.as_group(self.settings), 0)
 
     def _start(self, group: Group, log_size: int) -> None:
-        """Make an empty cache, and fill it where it starts warm."""
+        """Create an empty cache, and fill it for a warm start."""
         geometry = self.geometry
-        wire = idle_link(self.settings, geometry, log_size)
-        self._cache = core.empty_cache(geometry.num_layers, geometry.num_experts, self._pools, wire)
+        link = idle_link(self.settings, geometry, log_size)
+        self._cache = core.empty_cache(geometry.num_layers, geometry.num_experts, self._pools, link)
         future = self._stream if self.settings.carry_over and self._stream is not None else group.stream
         inputs = PolicyInputs(geometry, self._pools, future, self._profile)
-        self._state = self._policy.state(inputs)
+        self._policy = self._implementation.init(inputs)
         self._event[0] = 0
         if self.settings.warm_start:
             popular = most_used(inputs.popularity(), self._pools)
-            core.preload(self._cache, self._state, self._policy.VERBS, popular[::-1].copy())
-            self.clock.busy += self._cache.link.clock[link.BUSY]
+            core.preload(self._cache, self._policy, self._implementation.HOOKS, popular[::-1].copy())
+            self.times.busy += self._cache.link.seconds[Seconds.BUSY]
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """Return what was counted so far: ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS`."""
-        for group in self._grouping.rest():
+        """Return the counts so far, ``(L, 8)`` int64, columns `Counter`."""
+        for group in self._grouping.flush():
             self._step(group)
         if self._cache is None:
             return self._counts
-        # Carried over and not at its end: what was prefetched and not demanded yet is wasted as of now.
+        # The cache is carried over: prefetched experts that were not demanded yet count as wasted for now.
         cache = self._cache
-        unused = (cache.experts[core.PLACE] >= 0) & (cache.experts[core.ORIGIN] == core.PREFETCHED)
+        unused = (cache.experts[Expert.PLACE] >= 0) & (cache.experts[Expert.ORIGIN] == Origin.PREFETCHED)
         counts = cache.counters.copy()
-        counts[:, core.WASTED] += np.bincount(cache.experts[core.IN_LAYER][unused], minlength=len(counts))
+        counts[:, Counter.WASTED_PREFETCHES] += np.bincount(cache.experts[Expert.LAYER][unused], minlength=len(counts))
         return counts
 
     def result(self) -> Result:
-        """Return the record of what was added so far."""
-        return make_result(self.geometry, self.settings, self.counts(), self.clock, self._grouping)
+        """Return the result of the sequences added so far."""
+        return make_result(self.geometry, self.settings, self.counts(), self.times, self._grouping)

@@ -1,4 +1,4 @@
-"""The record of a replay; a run under a budget fills in the same one."""
+"""Result of a replay; a run under a budget has the same fields."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.core import ACCESSES, COUNTERS, HITS
+from moe_beyond.cache.counters import COUNTERS
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.simulator import devices
@@ -26,64 +26,65 @@ TIMED = (
     "link_ms_per_token",
     "device_slots",
 )
-"""The fields that only a device fills."""
+"""Fields that are None without a device."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a strategy was worth under a budget.
+    """Counts and times of a strategy under a budget.
 
     Attributes:
-        strategy: Its name, or policy and prefetcher in short.
-        policy: Eviction policy.
-        prefetch: Prefetcher.
-        predictor: Where scores came from, or None.
-        lookahead: When they were known, or None; of several the one that the prefetcher asked by.
-        leaks: Whether some of them read the router's own input: lookahead 0.
-        causal: Whether they ignored later tokens.
+        strategy: Name of the strategy, or its policy and prefetcher.
+        policy: Name of the eviction policy.
+        prefetch: Text of the prefetcher.
+        predictor: Source of the scores, or None.
+        lookahead: Lookahead of the scores that the prefetcher reads, or None.
+        leaks: Whether some scores read the router's own input (lookahead 0).
+        causal: Whether the scores ignore later tokens.
         scope: ``"global"`` or ``"per-layer"``.
-        budget_slots: Experts that fit.
-        budget_share: The same as a share of all experts.
-        demand_ratio: Slots over the experts that one token needs; below 1 not even one token's experts fit.
-        accesses: Distinct experts demanded, over all events. Where tokens share a step (windows, batches, prefill
-            chunks) an expert that several of them demand is one access.
-        demanded: Experts demanded token by token; the same as accesses where every token is a step.
-        hits: Resident when their event began.
-        late_hits: Asked for, and still waiting for the link or on it then.
-        misses: Not asked for.
-        hit_rate: Hits over accesses.
-        bytes_ratio: All transfers over `demanded`: 1.0 moves one expert for every expert that a token demands.
+        budget_slots: Budget in slots.
+        budget_share: Budget as a share of all experts.
+        demand_ratio: Slots divided by L * K; below 1 the cache cannot hold the experts of one token.
+        accesses: Number of distinct experts demanded, summed over all events. In a step of several tokens (windows,
+            batches, prefill chunks) an expert that several tokens demand is one access.
+        demanded: Number of experts demanded token by token; equal to accesses if every token is a step.
+        hits: Accesses to experts that were resident when their event began.
+        late_hits: Accesses to prefetched experts that were queued or in transit when their event began.
+        misses: Accesses to experts that were neither.
+        hit_rate: Hits divided by accesses.
+        bytes_ratio: All transfers divided by `demanded`; 1.0 is one transfer per expert that a token demands.
         demand_transfers: Transfers on demand.
-        prefetch_transfers: Transfers ahead of demand, and those of late hits. Those of a warm start count at every
-            sequence, and where the best fixed choice is moved in, once; also where a warm-up follows.
-        useful_prefetches: Of those, there before they were demanded.
-        wasted_prefetches: Of those, not demanded before they left or the sequence ended. Late hits are in neither.
-        per_layer: The counts, layer by layer, with each layer's hit rate.
-        sequences: Sequences that count.
-        too_short: Sequences left out, being no longer than the warm-up.
-        tokens: Tokens that count.
-        warmup_tokens: Tokens at each sequence's start that do not count.
-        window: Drafted tokens that make a step.
-        batch_size: Sequences that make a step together.
-        prefill_chunk: Prompt tokens that make a step; 0 where each is one.
-        warm_start: Whether a sequence finds the most popular experts in the cache.
-        carry_over: Whether a sequence finds the cache as the one before left it.
-        device: What the times are for, or None: then the fields below are None too.
-        bytes_per_token: Bytes moved, over tokens counted.
-        stall_ms_per_token: Milliseconds a decoded token waited for experts.
-        compute_ms_per_token: Milliseconds it computed.
-        tokens_per_second: Of decode, over all sequences of a batch; None where no token is decoded. An upper bound:
-            MoE layers only.
-        token_ms_p50: Milliseconds of a decoded token, the median; a token of a window takes its share of the window's.
-        token_ms_p95: 95 of 100 are not longer.
-        token_ms_p99: 99 of 100 are not longer.
-        prefill_ms: Milliseconds a sequence's counted prefill chunks took, on average; None without ``--prefill-chunk``.
-        link_ms_per_token: Milliseconds the link was busy, over tokens (uncounted ones too).
-        device_slots: Experts that the device's memory has room for (`moe_beyond.simulator.devices.device_slots`); a
-            larger budget is one that the device cannot hold.
-        note: What stands in for what, or was assumed.
-        intervals: 95 % intervals over sequences, ``[low, high]`` by the name of a figure; ``"minus_lru"`` holds those
-            of the differences from LRU at the same budget. None where none were computed.
+        prefetch_transfers: Prefetches, including those of late hits. A warm start counts at every sequence, and the
+            best static choice once; both also count with a warm-up.
+        useful_prefetches: Prefetches that arrived before their expert was demanded.
+        wasted_prefetches: Prefetches whose expert was not demanded before its eviction or the end of the sequence. Late
+            hits are neither useful nor wasted.
+        per_layer: Counts of each layer, with its hit rate.
+        sequences: Number of counted sequences.
+        too_short: Number of sequences that are no longer than the warm-up and were left out.
+        tokens: Number of counted tokens.
+        warmup_tokens: Number of tokens at each sequence's start that are not counted.
+        window: Number of drafted tokens per step.
+        batch_size: Number of sequences per step.
+        prefill_chunk: Number of prompt tokens per step; 0 if every prompt token is a step.
+        warm_start: Whether each sequence starts with the most popular experts in the cache.
+        carry_over: Whether each sequence starts with the cache of the previous one.
+        device: Name of the device, or None; then all fields below are None except ``note`` and ``intervals``.
+        bytes_per_token: Transferred bytes per counted token.
+        stall_ms_per_token: Milliseconds of stall per decoded token.
+        compute_ms_per_token: Milliseconds of computing per decoded token.
+        tokens_per_second: Decoded tokens per second, over all sequences of a batch; None if no token is decoded. It is
+            an upper bound, because it covers MoE layers only.
+        token_ms_p50: Median of the milliseconds per decoded token; a token of a window has its share of the window.
+        token_ms_p95: 95th percentile of the milliseconds per decoded token.
+        token_ms_p99: 99th percentile of the milliseconds per decoded token.
+        prefill_ms: Mean milliseconds of a sequence's counted prefill chunks; None without ``--prefill-chunk``.
+        link_ms_per_token: Milliseconds for which the interconnect was busy, per token (including uncounted tokens).
+        device_slots: Number of experts that fit into the device's memory
+            (`moe_beyond.simulator.devices.device_slots`); a larger budget does not fit.
+        note: Note about substitutes and assumptions.
+        intervals: 95 % intervals over sequences, ``[low, high]`` by the name of a figure; ``"minus_lru"`` holds
+            those of the differences from LRU at the same budget. None if they were not computed.
     """
 
     strategy: str
@@ -134,31 +135,31 @@ class Result:
 
     @property
     def fits_device(self) -> bool:
-        """Whether the device's memory holds the budget; true where there is no device."""
+        """Whether the budget fits into the device's memory; true without a device."""
         return self.device_slots is None or self.budget_slots <= self.device_slots
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain values; without a device, without its fields."""
+        """Return the result as plain values; the fields of a device are left out without a device."""
         dropped = {name for name in ("note", "intervals") if getattr(self, name) is None}
         dropped |= set(TIMED if self.device is None else ())
         return {name: value for name, value in asdict(self).items() if name not in dropped}
 
 
 @dataclass
-class Clock:
-    """Times of counted steps, in seconds.
+class StepTimes:
+    """Times of counted steps in seconds, one array per group of sequences.
 
     Attributes:
-        spent: ``(S, 2)`` arrays of stall and computing.
-        tokens: ``(S,)`` arrays of the tokens of each step.
-        in_turn: ``(S,)`` arrays, how many of those follow one another.
-        decoding: ``(S,)`` arrays, whether they were decoded.
-        busy: How long the link was busy, over all steps, counted or not.
-        all_tokens: Of those steps.
-        demanded: Experts that the counted steps demanded, token by token.
+        stall_compute: Seconds of stall and of computing of each step, ``(S, 2)`` float64.
+        tokens: Number of tokens of each step, ``(S,)`` int64.
+        in_turn: Number of consecutive tokens of each step, ``(S,)`` int64.
+        decoding: Whether each step is decoded, ``(S,)`` bool.
+        busy: Seconds for which the interconnect was busy, over all steps, counted or not.
+        all_tokens: Number of tokens of all steps, counted or not.
+        demanded: Number of experts that the counted steps demanded, token by token.
     """
 
-    spent: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    stall_compute: list[npt.NDArray[np.float64]] = field(default_factory=list)
     tokens: list[npt.NDArray[np.int64]] = field(default_factory=list)
     in_turn: list[npt.NDArray[np.int64]] = field(default_factory=list)
     decoding: list[npt.NDArray[np.bool_]] = field(default_factory=list)
@@ -166,18 +167,18 @@ class Clock:
     all_tokens: int = 0
     demanded: int = 0
 
-    def add(self, group: Group, spent: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_]) -> int:
-        """Note the steps of a sequence.
+    def add(self, group: Group, stall_compute: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_]) -> int:
+        """Add the steps of a group.
 
         Args:
-            group: The sequence, or several that are stepped together.
-            spent: ``(S, 2)`` seconds of stall and computing.
-            counted: ``(S,)``, which steps count.
+            group: Sequences that were stepped together.
+            stall_compute: Seconds of stall and of computing of each step, ``(S, 2)`` float64.
+            counted: Whether each step counts, ``(S,)`` bool.
 
         Returns:
-            The experts that the counted steps demand, token by token.
+            Number of experts that the counted steps demand, token by token.
         """
-        self.spent.append(spent[counted])
+        self.stall_compute.append(stall_compute[counted])
         self.tokens.append(group.size[counted])
         self.in_turn.append(group.in_turn[counted])
         self.decoding.append(group.decoding[counted])
@@ -187,29 +188,30 @@ class Clock:
         return demanded
 
     def decoded(self) -> tuple[int, float]:
-        """Return the tokens and the seconds of the decode that was noted last."""
+        """Return the number of tokens and the seconds of decode in the group that was added last."""
         decoding = self.decoding[-1]
-        return int(self.tokens[-1][decoding].sum()), float(self.spent[-1][decoding].sum())
+        return int(self.tokens[-1][decoding].sum()), float(self.stall_compute[-1][decoding].sum())
 
 
-def timed_fields(geometry: Geometry, settings: ReplaySettings, transfers: int, clock: Clock) -> dict[str, Any]:
-    """Turn times into the fields of a `Result`; none without a device."""
-    if settings.device is None or not clock.spent:
+def timed_fields(geometry: Geometry, settings: ReplaySettings, transfers: int, times: StepTimes) -> dict[str, Any]:
+    """Return the fields of a `Result` that depend on times; none without a device."""
+    if settings.device is None or not times.stall_compute:
         return {}
-    spent, tokens, decoding = np.concatenate(clock.spent), np.concatenate(clock.tokens), np.concatenate(clock.decoding)
+    spent, tokens = np.concatenate(times.stall_compute), np.concatenate(times.tokens)
+    decoding = np.concatenate(times.decoding)
     bytes_per_expert = geometry.params_per_expert * settings.bits / 8
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "device": settings.device.name,
         "bytes_per_token": transfers * bytes_per_expert / max(int(tokens.sum()), 1),
-        "link_ms_per_token": 1e3 * clock.busy / max(clock.all_tokens, 1),
+        "link_ms_per_token": 1e3 * times.busy / max(times.all_tokens, 1),
         "device_slots": devices.device_slots(settings.device, geometry, settings.bits),
     }
     if decoding.any():
         steps, decoded = spent[decoding], int(tokens[decoding].sum())
-        each, following = steps.sum(1), np.concatenate(clock.in_turn)[decoding]
+        each, following = steps.sum(1), np.concatenate(times.in_turn)[decoding]
         by_token = np.repeat(each / following, following)
         p50, p95, p99 = (float(1e3 * np.quantile(by_token, q)) for q in (0.5, 0.95, 0.99))
-        found |= {
+        values |= {
             "stall_ms_per_token": float(1e3 * steps[:, 0].sum() / decoded),
             "compute_ms_per_token": float(1e3 * steps[:, 1].sum() / decoded),
             "tokens_per_second": float(decoded / each.sum()),
@@ -218,33 +220,32 @@ def timed_fields(geometry: Geometry, settings: ReplaySettings, transfers: int, c
             "token_ms_p99": p99,
         }
     if settings.prefill_chunk:
-        found["prefill_ms"] = float(1e3 * spent[~decoding].sum() / len(clock.spent))
-    return found
+        values["prefill_ms"] = float(1e3 * spent[~decoding].sum() / len(times.stall_compute))
+    return values
 
 
 def make_result(
     geometry: Geometry,
     settings: ReplaySettings,
     counts: npt.NDArray[np.int64],
-    clock: Clock,
+    times: StepTimes,
     grouping: Grouping,
     note: str | None = None,
 ) -> Result:
-    """Turn counts into a record; rates are 0 where nothing counted.
+    """Return the result of counts and times; rates are 0 without accesses.
 
     Args:
-        geometry: The model.
+        geometry: Geometry of the model.
         settings: Settings of the replay.
-        counts: ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS`.
-        clock: Times of the steps, and what they demanded.
-        grouping: Grouping of the sequences that were counted.
-        note: What the result assumes, in words; default: the note of the settings.
+        counts: Counts of each layer, ``(L, 8)`` int64, columns `moe_beyond.cache.counters.Counter`.
+        times: Times and demand of the steps.
+        grouping: Grouping of the sequences, for their numbers.
+        note: Note about assumptions (default: the note of the settings).
     """
     total = dict(zip(COUNTERS, counts.sum(0).tolist(), strict=True))
-    per_layer = [
-        {"layer": layer, **dict(zip(COUNTERS, row, strict=True)), "hit_rate": row[HITS] / max(row[ACCESSES], 1)}
-        for layer, row in enumerate(counts.tolist())
-    ]
+    per_layer = [{"layer": layer, **dict(zip(COUNTERS, row, strict=True))} for layer, row in enumerate(counts.tolist())]
+    for row in per_layer:
+        row["hit_rate"] = row["hits"] / max(row["accesses"], 1)
     accesses = max(total["accesses"], 1)
     transfers = total["demand_transfers"] + total["prefetch_transfers"]
     return Result(
@@ -260,12 +261,12 @@ def make_result(
         budget_share=settings.slots / geometry.total_experts,
         demand_ratio=settings.slots / geometry.demand_per_token,
         hit_rate=total["hits"] / accesses,
-        bytes_ratio=transfers / max(clock.demanded, 1),
+        bytes_ratio=transfers / max(times.demanded, 1),
         per_layer=per_layer,
-        demanded=clock.demanded,
+        demanded=times.demanded,
         sequences=grouping.taken,
         too_short=grouping.too_short,
-        tokens=sum(int(tokens.sum()) for tokens in clock.tokens),
+        tokens=sum(int(tokens.sum()) for tokens in times.tokens),
         warmup_tokens=settings.warmup_tokens,
         window=settings.window,
         batch_size=settings.batch_size,
@@ -274,5 +275,5 @@ def make_result(
         carry_over=settings.carry_over,
         note=note or settings.note,
         **total,
-        **timed_fields(geometry, settings, transfers, clock),
+        **timed_fields(geometry, settings, transfers, times),
     )

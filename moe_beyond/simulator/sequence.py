@@ -1,7 +1,6 @@
-"""A sequence, or several that go together, as steps and events."""
+"""A sequence, or several that are stepped together, as steps and events."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,8 +8,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.engine import Steps
 from moe_beyond.cache.policy_inputs import Stream
+from moe_beyond.cache.steps import StepArrays
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.settings import ReplaySettings
@@ -20,15 +19,15 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """What one sequence was routed to, and what was predicted of it.
+class ReplaySequence:
+    """Routing of one sequence, and its scores.
 
     Attributes:
-        geometry: The model.
-        experts: ``(T, L, K)`` expert ids, as in a `moe_beyond.traces.trace.Trace`.
-        scores: ``(T, H, L, E)`` float32 probabilities, or None.
-        decode_start: The first token that the model wrote itself.
-        name: Id of the sequence in the trace set.
+        geometry: Geometry of the model.
+        experts: Expert ids as in a `moe_beyond.traces.trace.Trace`, ``(T, L, K)`` integer.
+        scores: Probabilities, ``(T, H, L, E)`` float32 (default: None).
+        decode_start: Position of the first generated token (default: 0).
+        name: Id of the sequence in the trace set (default: empty).
     """
 
     geometry: Geometry
@@ -36,27 +35,28 @@ class Sequence:
     scores: npt.NDArray[np.float32] | None = None
     decode_start: int = 0
     name: str = ""
-    _made: dict[tuple[int, ...], "Group"] = field(default_factory=dict, compare=False, repr=False)
+    _groups: dict[tuple[int, ...], "Group"] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check shapes and values.
 
         Raises:
-            UserError: The experts do not fit the model, or the scores the sequence, or are no probabilities.
+            UserError: The experts do not fit the model, the scores do not fit the sequence, or a score is not a
+                probability.
         """
         layers, experts, top_k = self.geometry.shape()
         if self.experts.ndim != 3 or self.experts.shape[1:] != (layers, top_k):
-            raise UserError(f"experts have shape {self.experts.shape}, expected (T, {layers}, {top_k})")
-        if wrong := check_experts(self.experts, experts):
-            raise UserError(wrong)
+            raise UserError(f"experts must have shape (T, {layers}, {top_k}) (got {self.experts.shape})")
+        if message := check_experts(self.experts, experts):
+            raise UserError(message)
         if self.scores is not None:
             expected = (len(self.experts), self.scores.shape[1] if self.scores.ndim == 4 else -1, layers, experts)
             if self.scores.shape != expected:
-                raise UserError(f"scores have shape {self.scores.shape}, expected (T, H, L, E) = {expected}")
+                raise UserError(f"scores must have shape (T, H, L, E) = {expected} (got {self.scores.shape})")
             if self.scores.size and not (
                 np.isfinite(self.scores).all() and self.scores.min() >= 0 and self.scores.max() <= 1
             ):
-                raise UserError("scores are not all finite and within 0..1")
+                raise UserError("scores must be finite and within 0..1")
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -64,16 +64,16 @@ class Sequence:
 
     @cached_property
     def ids(self) -> Ints:
-        """``(T, L, K)`` experts as ``layer * E + expert``, in the router's order; -1 where a slot holds none."""
+        """Experts as ``layer * E + expert`` in the router's order, ``(T, L, K)`` int64; -1 for padding."""
         ids = expert_ids(self.experts, self.geometry.num_experts)
         base = np.arange(self.geometry.num_layers)[:, None] * self.geometry.num_experts
         return np.where(ids < self.geometry.num_experts, ids + base, -1)
 
     def steps_of_tokens(self, settings: ReplaySettings) -> Ints:
-        """Return the number of the step that each token belongs to: ``(T,)``, from 0.
+        """Return the number of each token's step, from 0, ``(T,)`` int64.
 
-        Prompt tokens are stepped in chunks where there are any, other tokens in windows. A step ends where the prompt
-        does and where the warm-up does, so that the same tokens count whatever makes a step.
+        Prompt tokens form chunks if the settings have a chunk size; other tokens form windows. A step ends at the end
+        of the prompt and at the end of the warm-up, so the same tokens count for every size of steps.
         """
         length, chunk = len(self), settings.prefill_chunk
         read = min(self.decode_start, length) if chunk else 0
@@ -85,35 +85,35 @@ class Sequence:
             begins, steps = end, steps - (begins - end) // size
         return np.concatenate(parts)
 
-    def alone(self, settings: ReplaySettings) -> "Group":
-        """Return the sequence by itself; replays that step it alike share the work."""
+    def as_group(self, settings: ReplaySettings) -> "Group":
+        """Return a group of this sequence only; replays with the same steps share it."""
         chunked = settings.prefill_chunk > 0 or settings.window > 1
-        warmup = settings.warmup_tokens if chunked else 0  # where every token is a step it changes none
+        warmup = settings.warmup_tokens if chunked else 0  # it changes no step if every token is a step
         key = (settings.prefill_chunk, settings.window, warmup, settings.sequential)
-        if key not in self._made:
-            self._made[key] = Group([self], settings)
-        return self._made[key]
+        if key not in self._groups:
+            self._groups[key] = Group([self], settings)
+        return self._groups[key]
 
 
 class Group:
-    """Sequences whose steps go together, one by one.
+    """Sequences that are stepped together; step n of the group contains step n of every sequence.
 
     Args:
-        members: The sequences, each at least one token long.
-        settings: How they are stepped.
+        members: Sequences, each at least one token long.
+        settings: Settings of the replay.
 
     Attributes:
         names: Ids of the sequences.
-        stream: Their demands.
-        ends: ``(S,)`` int64, how many events there are up to the end of each step.
-        tokens: ``(n,)`` int64, for how many tokens each expert is demanded.
-        first: ``(S,)`` int64, the place in its sequence of the first token of each step.
-        size: ``(S,)`` int64, how many tokens each step has.
-        in_turn: ``(S,)`` int64, how many of those follow one another in the longest sequence.
-        decoding: ``(S,)`` bool, whether they were written by the model, or are treated as if.
+        stream: Demand of all events.
+        ends: Number of events up to the end of each step, ``(S,)`` int64.
+        tokens: Number of tokens that demand each expert of the stream, ``(n,)`` int64.
+        first: Position of each step's first token in its sequence, ``(S,)`` int64.
+        size: Number of tokens of each step, ``(S,)`` int64.
+        in_turn: Number of consecutive tokens of each step in the longest sequence, ``(S,)`` int64.
+        decoding: Whether each step is decoded, ``(S,)`` bool; prompt tokens without chunks count as decoded.
     """
 
-    def __init__(self, members: Many[Sequence], settings: ReplaySettings) -> None:
+    def __init__(self, members: Sequence[ReplaySequence], settings: ReplaySettings) -> None:
         self._members = members
         self.names = tuple(member.name for member in members)
         geometry = members[0].geometry
@@ -128,11 +128,11 @@ class Group:
         self.decoding = self.first >= read
         self.ends = np.arange(1, length + 1) * layers
         if settings.sequential:
-            there = members[0].ids >= 0
-            ids = members[0].ids[there]
+            present = members[0].ids >= 0
+            ids = members[0].ids[present]
             self.stream = Stream(ids, np.arange(len(ids) + 1))
             self.tokens = np.ones(len(ids), np.int64)
-            self.ends = there.sum((1, 2)).cumsum()[np.cumsum(self.size) - 1]
+            self.ends = present.sum((1, 2)).cumsum()[np.cumsum(self.size) - 1]
         elif (self.size == 1).all():
             self.stream = Stream.of_tokens(geometry, members[0].experts)
             self.tokens = np.ones(len(self.stream.ids), np.int64)
@@ -146,24 +146,24 @@ class Group:
             self.stream = Stream(keys % total, np.concatenate([[0], np.cumsum(events)]))
 
     def without_scores(self) -> "Group":
-        """Return the group with the same arrays and without its sequences, whose scores take memory."""
+        """Return the group without its sequences, whose scores need memory."""
         group = copy(self)
         group._members, group._step_of = (), []  # noqa: SLF001
         return group
 
     def step_of_events(self) -> Ints:
-        """Return the step of each event: ``(events,)``."""
+        """Return the number of each event's step, ``(events,)`` int64."""
         return np.searchsorted(self.ends, np.arange(len(self.stream.offsets) - 1), side="right")
 
     def demanded(self) -> Ints:
-        """Return how many experts each step demands, token by token: ``(S,)`` int64."""
+        """Return the number of experts that each step demands, token by token, ``(S,)`` int64."""
         until = np.concatenate([[0], np.cumsum(self.tokens)])[self.stream.offsets[self.ends]]
         return np.diff(until, prepend=0)
 
-    def steps(self, settings: ReplaySettings) -> Steps:
-        """Return the steps with what is known of them, and which count."""
+    def steps(self, settings: ReplaySettings) -> StepArrays:
+        """Return the steps with their scores as arrays for the engine."""
         layers = settings.slices(self._members[0].geometry.num_layers)
-        return Steps(
+        return StepArrays(
             ids=self.stream.ids,
             offsets=self.stream.offsets,
             tokens=self.tokens,
@@ -174,66 +174,66 @@ class Group:
         )
 
     def _scores(self, slices: int) -> npt.NDArray[np.float32]:
-        """Return ``(S, H, L, E)``: the probability that any token of a step uses an expert.
+        """Return the probability that any token of a step uses an expert, ``(S, H, L, E)`` float32.
 
-        Where a step has several tokens of one sequence nothing is known: a score of any but the first uses what the
-        tokens before it were routed to.
+        A step with several tokens of one sequence has no scores: the score of a later token reads the routing of the
+        tokens before it.
         """
         layers, experts, _ = self._members[0].geometry.shape()
         length = len(self.size)
         if slices == 0:
             return np.zeros((length, 0, layers, experts), np.float32)
-        found = [member.scores for member in self._members]
-        for scores in found:
+        all_scores = [member.scores for member in self._members]
+        for scores in all_scores:
             if scores is None or scores.shape[1] != slices:
-                have = 0 if scores is None else scores.shape[1]
-                raise UserError(f"scores of {slices} lookaheads are needed, and the sequence has {have}")
-        if len(found) == 1 and found[0] is not None and len(found[0]) == length:
-            return found[0]
+                got = 0 if scores is None else scores.shape[1]
+                raise UserError(f"the sequence must have scores of {slices} lookaheads (got {got})")
+        if len(all_scores) == 1 and all_scores[0] is not None and len(all_scores[0]) == length:
+            return all_scores[0]
         unused = np.ones((length, slices, layers, experts), np.float32)
-        for scores, steps in zip(found, self._step_of, strict=True):
+        for scores, steps in zip(all_scores, self._step_of, strict=True):
             assert scores is not None
-            alone = np.bincount(steps, minlength=length)[steps] == 1
-            unused[steps[alone]] *= 1 - scores[alone]
-            unused[steps[~alone]] = np.nan
+            single = np.bincount(steps, minlength=length)[steps] == 1
+            unused[steps[single]] *= 1 - scores[single]
+            unused[steps[~single]] = np.nan
         return 1 - unused
 
 
 class Grouping:
-    """Gathers sequences into the groups that are stepped together.
+    """Collects sequences into groups that are stepped together.
 
     Args:
-        settings: How they are stepped.
+        settings: Settings of the replay.
 
     Attributes:
-        taken: Number of sequences that were stepped, or wait for a batch to be full.
-        too_short: Number of sequences that the warm-up left out.
+        taken: Number of sequences in full groups and in the current one.
+        too_short: Number of sequences that are no longer than the warm-up.
     """
 
     def __init__(self, settings: ReplaySettings) -> None:
         self._settings = settings
-        self._waiting: list[Sequence] = []
+        self._waiting: list[ReplaySequence] = []
         self.taken = self.too_short = 0
 
-    def add(self, sequence: Sequence) -> Iterator[Group]:
-        """Take a sequence and yield the group that it makes full, if it does.
+    def add(self, sequence: ReplaySequence) -> Iterator[Group]:
+        """Add a sequence, and yield its group if the group is full.
 
-        A sequence no longer than the warm-up is left out: it has no place in a batch and leaves no trace in a cache
-        that is carried over.
+        A sequence no longer than the warm-up is left out: it belongs to no batch and does not change a cache that is
+        carried over.
         """
         if len(sequence) <= self._settings.warmup_tokens:
             self.too_short += 1
             return
         self.taken += 1
         if self._settings.batch_size == 1:
-            yield sequence.alone(self._settings)
+            yield sequence.as_group(self._settings)
             return
         self._waiting.append(sequence)
         if len(self._waiting) == self._settings.batch_size:
-            yield from self.rest()
+            yield from self.flush()
 
-    def rest(self) -> Iterator[Group]:
-        """Yield the group that is not full, if there is one."""
+    def flush(self) -> Iterator[Group]:
+        """Yield the group that is not full yet, if there is one."""
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             yield Group(waiting, self._settings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.core import ACCESSES, DEMAND_TRANSFERS, HITS, PREFETCH_TRANSFERS
+from moe_beyond.cache.counters import Counter
 
 Floats = npt.NDArray[np.float64]
 
@@ -16,12 +16,12 @@ COLUMNS = ("accesses", "hits", "transfers", "demanded", "tokens", "seconds")
 
 @dataclass
 class SequenceSums:
-    """Rows of `COLUMNS`, one for the sequences that were stepped together: one sequence, or a batch.
+    """Rows of `COLUMNS`, one per group of sequences that were stepped together (one sequence, or a batch).
 
     Attributes:
         names: Ids of the sequences of each row.
-        rows: ``(6,)`` float64 each.
-        once: Transfers that belong to no sequence: the best fixed choice moves its experts in once.
+        rows: Sums of each row, ``(6,)`` float64.
+        once: Transfers that belong to no sequence: the best static choice transfers its experts once.
     """
 
     names: list[tuple[str, ...]] = field(default_factory=list)
@@ -31,16 +31,17 @@ class SequenceSums:
     def add(
         self, names: Iterable[str], counts: npt.NDArray[np.int64], demanded: int, tokens: int, seconds: float
     ) -> None:
-        """Note what stepping some sequences added.
+        """Add a row.
 
         Args:
             names: Ids of the sequences.
-            counts: ``(L, 8)`` of `moe_beyond.cache.core.COUNTERS`.
-            demanded: Experts that their counted tokens demanded, token by token.
-            tokens: Counted tokens of decode.
+            counts: Counts that stepping them added, ``(L, 8)`` int64, columns `Counter`.
+            demanded: Number of experts that their counted tokens demanded, token by token.
+            tokens: Number of counted tokens of decode.
             seconds: Seconds of decoding these tokens.
         """
         total = counts.sum(0)
-        transfers = total[DEMAND_TRANSFERS] + total[PREFETCH_TRANSFERS]
+        transfers = total[Counter.DEMAND_TRANSFERS] + total[Counter.PREFETCH_TRANSFERS]
         self.names.append(tuple(names))
-        self.rows.append(np.array([total[ACCESSES], total[HITS], transfers, demanded, tokens, seconds], np.float64))
+        sums = [total[Counter.ACCESSES], total[Counter.HITS], transfers, demanded, tokens, seconds]
+        self.rows.append(np.array(sums, np.float64))

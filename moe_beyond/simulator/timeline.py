@@ -1,32 +1,33 @@
-"""One token in time: what computed, what stalled, what crossed the link."""
+"""Timeline of one token: its computing, its stalls, and its transfers."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_beyond.cache.interconnect import Transfer
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.replay import Replay
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 Spans = list[tuple[float, float]]
-"""Begin and end, in seconds on the clock of the replay."""
+"""Begin and end of each span, in seconds of the replay."""
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The spans of one token.
+    """Spans of one token.
 
     Attributes:
-        token: Its place in the sequence.
-        begins: When it started.
-        ends: When its last layer was through.
-        computing: Two a layer: until it was routed, and its experts.
-        stalls: Waiting for experts.
-        demand_transfers: On the link because they were demanded.
-        prefetch_transfers: On the link ahead of demand; also what was asked for in this token and arrives after it.
+        token: Position of the token in the sequence.
+        begins: Time at which it started.
+        ends: Time at which its last layer ended.
+        computing: Spans of computing, two per layer: before the routing, and the experts.
+        stalls: Spans of waiting for experts.
+        demand_transfers: Transfers on demand.
+        prefetch_transfers: Prefetches, including those issued in this token that arrive after it.
     """
 
     token: int
@@ -39,16 +40,16 @@ class Timeline:
 
 
 def timeline(
-    geometry: Geometry, settings: ReplaySettings, sequence: Sequence, token: int, profile: Profile | None
+    geometry: Geometry, settings: ReplaySettings, sequence: ReplaySequence, token: int, profile: UsageProfile | None
 ) -> Timeline:
-    """Replay a sequence from a cold cache, and keep the times of one token.
+    """Replay a sequence from a cold cache and return the timeline of one token.
 
     Args:
-        geometry: The model.
-        settings: The strategy; with a device, and every token a step.
-        sequence: The sequence.
-        token: Which.
-        profile: What is known of training text.
+        geometry: Geometry of the model.
+        settings: Strategy, with a device, in which every token is a step.
+        sequence: Sequence to replay.
+        token: Position of the token.
+        profile: Usage profile of training text, or None.
 
     Raises:
         UserError: There is no device, or no such token.
@@ -56,23 +57,21 @@ def timeline(
     if settings.device is None:
         raise UserError("a timeline needs a device; give --device")
     if not 0 <= token < len(sequence):
-        raise UserError(f"the sequence has {len(sequence)} tokens, and no token {token}")
+        raise UserError(f"token must be within 0..{len(sequence) - 1}, the tokens of the sequence (got {token})")
     replaying = Replay(geometry, settings, profile)
-    spans, log = replaying.watch(sequence)
+    event_times, log = replaying.watch(sequence)
     layers = geometry.num_layers
-    routed, ready, through = spans[token * layers : (token + 1) * layers].T
+    routed, ready, ended = event_times[token * layers : (token + 1) * layers].T
     begins = float(routed[0]) - replaying.timing.other
-    before = np.concatenate([[begins], through[:-1]])
-    during = log[(log[:, 2] > begins) & (log[:, 1] < through[-1])]
-    ahead = during[:, 3] == 1
+    before = np.concatenate([[begins], ended[:-1]])
+    during = log[(log[:, Transfer.END] > begins) & (log[:, Transfer.BEGIN] < ended[-1])]
+    prefetched = during[:, Transfer.PREFETCH] == 1
     return Timeline(
         token=token,
         begins=begins,
-        ends=float(through[-1]),
-        computing=[
-            pair for a, b, c, d in zip(before, routed, ready, through, strict=True) for pair in ((a, b), (c, d))
-        ],
+        ends=float(ended[-1]),
+        computing=[span for a, b, c, d in zip(before, routed, ready, ended, strict=True) for span in ((a, b), (c, d))],
         stalls=[(a, b) for a, b in zip(routed, ready, strict=True) if b > a],
-        demand_transfers=[(row[1], row[2]) for row in during[~ahead]],
-        prefetch_transfers=[(row[1], row[2]) for row in during[ahead]],
+        demand_transfers=[(row[Transfer.BEGIN], row[Transfer.END]) for row in during[~prefetched]],
+        prefetch_transfers=[(row[Transfer.BEGIN], row[Transfer.END]) for row in during[prefetched]],
     )

@@ -14,9 +14,8 @@ from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import Device
-from moe_beyond.simulator.sequence import Group
-from moe_beyond.simulator.sequence import Sequence as Routed
-from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, Profile, default_hazard
+from moe_beyond.simulator.sequence import Group, ReplaySequence
+from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, UsageProfile, default_hazard
 
 TICK = 0.125
 """Times are whole multiples of it, in seconds: their sums are exact, and can be compared for equality."""
@@ -66,7 +65,7 @@ class Case:
     sequences: list[np.ndarray]
     scores: list[np.ndarray]
     decode_starts: list[int]
-    profile: Profile
+    profile: UsageProfile
     ticks: tuple[int, int, int, int, int]  # of a transfer, other, an expert, and flash; experts that host memory holds
 
     def changed(self, **settings) -> "Case":
@@ -91,11 +90,12 @@ class Case:
         return [long_enough[i : i + size] for i in range(0, len(long_enough), size)]
 
     def stream(self) -> Stream:
-        """All demands, as the package is told of them where the cache is carried over."""
+        """Demand of all events, the input of a replay that carries its cache over."""
         ids, offsets = [], [0]
         for batch in self.batches:
             part = Group(
-                [Routed(self.geometry, self.sequences[i], None, self.decode_starts[i]) for i in batch], self.settings
+                [ReplaySequence(self.geometry, self.sequences[i], None, self.decode_starts[i]) for i in batch],
+                self.settings,
             )
             ids.extend(part.stream.ids.tolist())
             offsets.extend((part.stream.offsets[1:] + offsets[-1]).tolist())
@@ -111,13 +111,13 @@ class Case:
     def outcome(self) -> Outcome:
         replaying = self.replayed()
         counts = replaying.counts().tolist()
-        clock = replaying.clock
-        spent = [tuple(row) for part in clock.spent for row in part.tolist()]
-        return Outcome(counts, spent, [int(n) for part in clock.tokens for n in part], clock.busy)
+        times = replaying.times
+        spent = [tuple(row) for part in times.stall_compute for row in part.tolist()]
+        return Outcome(counts, spent, [int(n) for part in times.tokens for n in part], times.busy)
 
     def rules(self) -> Rules:
         settings, (layers, experts, top_k) = self.settings, self.geometry.shape()
-        asked = settings.plan(self.geometry)
+        prefetch = settings.prefetch_settings(self.geometry)
         named = settings.prefetch.split("@")[0].split(",")
         top = [int(part[3:]) for part in named if part.startswith("top")]
         above = [float(part[2:]) for part in named if part.startswith("p>")]
@@ -131,7 +131,7 @@ class Case:
             prefetch="scored" if top or named[0].startswith("p>") else named[0],
             most=top[0] if top else None,
             threshold=above[0] if above else None,
-            distance=asked.distance,
+            distance=prefetch.distance,
             first_layers=settings.first_layer_prefetch,
             lookaheads=list(settings.lookaheads),
             computed=settings.available_after == "computed",
@@ -182,7 +182,7 @@ class Case:
 
 
 def ragged(experts: np.ndarray) -> list[list[list[int]]]:
-    """Of every token and layer the experts that there are."""
+    """Return the experts of every token and layer without padding."""
     return [[there(chosen).tolist() for chosen in layers] for layers in experts]
 
 
@@ -190,13 +190,13 @@ def ragged(experts: np.ndarray) -> list[list[list[int]]]:
 def cases(
     draw: Callable,
     *,
-    policies: Sequence[str] = POLICIES,
+    policies: Sequence[str] = tuple(POLICIES),
     prefetches: Sequence[str] = PREFETCHES,
     scopes: Sequence[str] = ("global", "per-layer"),
     plain: bool = False,
     timed: bool | None = None,
 ) -> Case:
-    """Draw a case; ``plain`` is without warm-up, warm start, carry-over and unions, ``timed`` says if with a device."""
+    """Draw a case; ``plain`` is without warm-up, warm start, carry-over and unions, ``timed`` chooses a device."""
     layers, num_experts = draw(st.sampled_from([3, 2, 4, 1])), draw(st.sampled_from([4, 5, 6, 3, 2, 1]))
     top_k = draw(st.integers(1, min(3, num_experts)))
     geometry = small_geometry(layers, num_experts, top_k)
@@ -243,7 +243,7 @@ def cases(
         for length in lengths
     ]
     popularity = rng.integers(1, 8, (layers, num_experts)) / 8
-    profile = Profile(popularity, default_hazard() if draw(st.booleans()) else rng.integers(1, 8, (8, 8)) / 8)
+    profile = UsageProfile(popularity, default_hazard() if draw(st.booleans()) else rng.integers(1, 8, (8, 8)) / 8)
     starts = [int(rng.integers(0, length + 1)) for length in lengths]
     case = Case(geometry, settings, sequences, scores, starts, profile, (0, 0, 0, 0, 0))
     case = case.changed(**draw(_slots(case, scopes)))
@@ -274,7 +274,7 @@ def _unusual(draw: Callable, layers: int) -> dict:
 
 @st.composite
 def _scored(draw: Callable, experts: int, layers: int, lookaheads: tuple) -> dict:
-    """A prefetcher that takes the best of a layer, and the lookahead it asks by."""
+    """A prefetcher that selects the best of a layer, and the lookahead of its scores."""
     words = draw(st.sampled_from([["top"], ["p"], ["top", "p"]]))
     written = {
         "top": f"top{draw(st.integers(1, experts))}",
@@ -316,7 +316,7 @@ def replay(
     experts: list[list[list[int]]],
     scores: np.ndarray | None = None,
     decode_start: int = 0,
-    profile: Profile | None = None,
+    profile: UsageProfile | None = None,
 ) -> Result:
     """Replay one sequence."""
     replaying = Replay(geometry, settings, profile)

@@ -69,7 +69,7 @@ class Step:
     """Tokens that are computed together: of every layer how many tokens demand each expert, and what is predicted."""
 
     demands: list[dict[int, int]]
-    scores: dict  # lookahead -> Scores; empty where nothing is known
+    scores: dict  # lookahead -> Scores; empty without scores
     counted: bool
     tokens: int
     first: bool  # of its sequences
@@ -83,7 +83,7 @@ def split_slots(slots: int, layers: int, scope: str) -> list[int]:
 
 
 def chunks(length: int, decode_start: int, chunk: int, window: int, warmup: int) -> list[list[int]]:
-    """The tokens of every step of a sequence: prompt chunks if asked for, then windows; none goes past the warm-up."""
+    """The tokens of every step of a sequence: prompt chunks, if any, then windows; none goes past the warm-up."""
     steps: list[list[int]] = []
     read = min(decode_start, length) if chunk else 0
     for token in range(length):
@@ -128,7 +128,7 @@ def union_steps(rules: Rules, batch: list[tuple]) -> list[Step]:
 
 @dataclass
 class Use:
-    """An expert was demanded, named while it was resident, or came in."""
+    """An expert was demanded, selected while it was resident, or came in."""
 
     moment: int
     event: int
@@ -140,14 +140,14 @@ class ReferenceCache:
     """A cold cache, and its clock.
 
     Args:
-        rules: See there.
+        rules: Rules of the cache, and the sizes of the model.
         future: The demands of every event to come, for those who know it.
     """
 
     def __init__(self, rules: Rules, future: list[set[Expert]]) -> None:
         self.rules, self.future = rules, future
         self.resident: set[Expert] = set()
-        self.held: set[Expert] = set()  # no victims: computing now, or asked for since that began
+        self.pinned: set[Expert] = set()  # no victims: computing now, or prefetched since that began
         self.open: set[Expert] = set()  # counted prefetches not demanded yet
         self.event = self.moment = self.step = 0  # numbers of the last event; of the last event or question
         self.layer = -1  # of the last event; -1 between steps
@@ -156,11 +156,11 @@ class ReferenceCache:
         self.runs: list[list[dict[int, int]]] = [[] for _ in range(rules.layers)]  # all demands of each layer
         self.known: dict[Expert, float] = {}  # for the next time its layer runs
         self.last_known: dict[Expert, float] = {}
-        self.said: dict[Expert, float] = {}  # of the next run, when the layer had just run
-        self.told: dict[Expert, bool] = {}  # whether a score came after the layer's last run
+        self.next_score: dict[Expert, float] = {}  # of the next run, when the layer had just run
+        self.has_fresh_score: dict[Expert, bool] = {}  # whether a score came after the layer's last run
         self.level: dict[Expert, int] = defaultdict(int)
         self.counts = [dict.fromkeys(COUNTERS, 0) for _ in range(rules.layers)]
-        # The link and what lies behind it.
+        # The interconnect and host memory.
         self.now = self.free = self.busy = 0.0
         self.arrives: dict[Expert, float] = {}
         self.queue: list[Expert] = []
@@ -190,7 +190,7 @@ class ReferenceCache:
         later = (number for number, demand in enumerate(self.future, 1) if number > self.event and expert in demand)
         return next(later, math.inf)
 
-    def worth(self, expert: Expert) -> tuple:
+    def priority(self, expert: Expert) -> tuple:
         """What leaves first sorts first."""
         uses, rules = self.uses[expert], self.rules
         last = uses[-1]
@@ -198,41 +198,41 @@ class ReferenceCache:
         popularity = 0.0 if rules.popularity is None else rules.popularity[expert[0]][expert[1]]
         match rules.policy:
             case "lru":
-                worth, tie = 0, last.moment
+                rank, tie = 0, last.moment
             case "lfu":
-                worth, tie = len(uses), last.moment
+                rank, tie = len(uses), last.moment
             case "lfu_in_cache":
-                worth, tie = len(uses) - entry, last.moment
+                rank, tie = len(uses) - entry, last.moment
             case "lfru":
-                worth, tie = Fraction(len(uses), self.event - last.event + 1), last.moment
+                rank, tie = Fraction(len(uses), self.event - last.event + 1), last.moment
             case "class_lru":
                 frequency = sum(2.0 ** ((use.step - last.step) / 128) for use in uses)
-                worth, tie = -(self.event - last.event) / 2 ** min(math.floor(math.log2(frequency)), 7), last.moment
+                rank, tie = -(self.event - last.event) / 2 ** min(math.floor(math.log2(frequency)), 7), last.moment
             case "static":
-                worth, tie = popularity, last.moment
+                rank, tie = popularity, last.moment
             case "least_stale":
-                worth, tie = (last.step == self.step, -self.ahead(expert)), uses[entry].moment
+                rank, tie = (last.step == self.step, -self.ahead(expert)), uses[entry].moment
             case "moe_infinity":
                 score = self.last_known.get(expert, 0.0)
-                worth, tie = (score + 1e-8) * (1 - expert[0] / rules.layers), last.moment
+                rank, tie = (score + 1e-8) * (1 - expert[0] / rules.layers), last.moment
             case "moe_spac":
-                worth, tie = self.level[expert] if expert[0] > self.layer else 0, last.moment
+                rank, tie = self.level[expert] if expert[0] > self.layer else 0, last.moment
             case "hobbit":
                 used = Fraction(last.step + 2 * len(uses), self.step)
-                worth, tie = used + 1 - Fraction(self.ahead(expert) - 1, rules.layers), last.moment
+                rank, tie = used + 1 - Fraction(self.ahead(expert) - 1, rules.layers), last.moment
             case "belief":
-                worth, tie = -self.wait(expert), last.moment
+                rank, tie = -self.wait(expert), last.moment
             case "belady" | "belady_bypass":
-                worth, tie = -self.next_use(expert), 0  # ties by the lowest expert alone
+                rank, tie = -self.next_use(expert), 0  # ties by the lowest expert only
             case _:
                 raise ValueError(f"the reference does not know the policy {rules.policy!r}")
-        return worth, tie, expert
+        return rank, tie, expert
 
     def wait(self, expert: Expert) -> float:
         """Belief's events that a hit takes."""
         hazard = self.hazard(expert)
-        probability = self.last_known[expert] if self.told.get(expert) else hazard
-        wait = self.rules.layers * (1 - probability) / max(hazard, self.said.get(expert, 0.0))
+        probability = self.last_known[expert] if self.has_fresh_score.get(expert) else hazard
+        wait = self.rules.layers * (1 - probability) / max(hazard, self.next_score.get(expert, 0.0))
         ahead = self.ahead(expert)
         return min(ahead * (1 / max(probability, 1e-9)), ahead + wait)
 
@@ -251,10 +251,10 @@ class ReferenceCache:
         return rules.hazard[row][column]
 
     def victim(self, pool: int) -> Expert:
-        return min(self.members(pool) - self.held, key=self.worth)
+        return min(self.members(pool) - self.pinned, key=self.priority)
 
-    def admits(self, expert: Expert, victim: Expert) -> bool:
-        """Whether a prefetch is let in for a victim (for belady_bypass, what was demanded too)."""
+    def admit(self, expert: Expert, victim: Expert) -> bool:
+        """Whether a prefetch is let in for a victim (for belady_bypass, a demanded expert too)."""
         match self.rules.policy:
             case "belief":
                 return self.wait(expert) < self.wait(victim)
@@ -302,16 +302,16 @@ class ReferenceCache:
             pool = self.pool_of(expert)
             if not self.rules.instant and max(self.free, since) >= self.now:
                 break
-            if self.is_full(pool) and self.members(pool) <= self.held:
+            if self.is_full(pool) and self.members(pool) <= self.pinned:
                 continue
             self.queue.remove(expert)
             if self.is_full(pool):
                 victim = self.victim(pool)
-                if self.rules.prefetch != "oracle" and not self.admits(expert, victim):
+                if self.rules.prefetch != "oracle" and not self.admit(expert, victim):
                     continue
                 self.evict(victim)
             self.enter(expert)
-            self.held.add(expert)
+            self.pinned.add(expert)
             self.send(expert, since)
             if self.counted:
                 self.open.add(expert)
@@ -322,7 +322,7 @@ class ReferenceCache:
     def start_step(self, counted: bool) -> None:
         self.step += 1
         self.layer = -1
-        self.held = set()
+        self.pinned = set()
         self.counted = counted
 
     def preload(self) -> None:
@@ -348,15 +348,15 @@ class ReferenceCache:
     def learn(self, layer: int, scores: list[float]) -> None:
         for expert, score in enumerate(scores):
             self.known[layer, expert] = self.last_known[layer, expert] = score
-            self.told[layer, expert] = True
+            self.has_fresh_score[layer, expert] = True
 
-    def ask(self, named: list[Expert]) -> None:
-        if not named:
+    def enqueue_prefetch(self, selected: list[Expert]) -> None:
+        if not selected:
             return
         self.moment += 1
-        for expert in named:
+        for expert in selected:
             if expert in self.resident:
-                self.held.add(expert)
+                self.pinned.add(expert)
                 self.use(expert)
             elif expert not in self.queue:
                 self.queue.append(expert)
@@ -367,14 +367,14 @@ class ReferenceCache:
         self.event += 1
         self.moment += 1
         self.layer = layer
-        asked = {(layer, expert) for expert in tokens}
-        here = asked & self.resident
+        demanded = {(layer, expert) for expert in tokens}
+        here = demanded & self.resident
         late = {expert for expert in here if self.arrives[expert] > self.now}
-        waiting = (asked - here) & set(self.queue)
-        missed = asked - here - waiting
+        waiting = (demanded - here) & set(self.queue)
+        missed = demanded - here - waiting
         row = self.counts[layer]
         for name, number in (
-            ("accesses", len(asked)),
+            ("accesses", len(demanded)),
             ("hits", len(here - late)),
             ("late_hits", len(late | waiting)),
             ("misses", len(missed)),
@@ -384,14 +384,14 @@ class ReferenceCache:
             row[name] += number if self.counted else 0
         row["useful_prefetches"] += len((here - late) & self.open)
         self.open -= here
-        self.held = set(here)
+        self.pinned = set(here)
         for expert in here:
             self.use(expert)
         self.runs[layer].append(tokens)
         for expert in range(self.rules.experts):
             self.known.pop((layer, expert), None)
-            self.told[layer, expert] = False
-            self.said.pop((layer, expert), None)
+            self.has_fresh_score[layer, expert] = False
+            self.next_score.pop((layer, expert), None)
             if self.rules.policy == "moe_spac":
                 count, level = tokens.get(expert, 0), self.level[layer, expert]
                 if count - level >= 5:
@@ -403,22 +403,22 @@ class ReferenceCache:
 
     def fetch(self, layer: int, tokens: dict[int, int], ready: float) -> float:
         """Move in what an event lacks; return when all that it demands is there."""
-        asked = {(layer, expert) for expert in tokens}
-        here = asked & self.resident
-        for expert in sorted(asked - here):
+        demanded = {(layer, expert) for expert in tokens}
+        here = demanded & self.resident
+        for expert in sorted(demanded - here):
             ready = self.send(expert, self.now)
-        if self.rules.policy == "belady_bypass" and asked - here:
-            self.held = set()
-        for expert in sorted(asked - here):
+        if self.rules.policy == "belady_bypass" and demanded - here:
+            self.pinned = set()
+        for expert in sorted(demanded - here):
             pool = self.pool_of(expert)
             if self.is_full(pool):
                 victim = self.victim(pool)
-                if self.rules.policy == "belady_bypass" and not self.admits(expert, victim):
+                if self.rules.policy == "belady_bypass" and not self.admit(expert, victim):
                     continue
                 self.evict(victim)
             self.enter(expert)
             if self.rules.policy != "belady_bypass":
-                self.held.add(expert)
+                self.pinned.add(expert)
         self.queue = [expert for expert in self.queue if expert[0] != layer]
         return ready
 
@@ -435,7 +435,7 @@ class ReferenceCache:
         found = [expert for expert in found if threshold is None or self.known[expert] > threshold]
         return sorted(found, key=lambda expert: (-self.known[expert], expert))[:most]
 
-    def names(self, layer: int) -> list[Expert]:
+    def select(self, layer: int) -> list[Expert]:
         """What the prefetcher wants after a layer, or at -1 when the step starts."""
         rules = self.rules
         if rules.prefetch == "oracle":
@@ -456,18 +456,18 @@ class ReferenceCache:
 
     def oracle(self) -> list[Expert]:
         """The next demands, as many as a pool has slots, out of as many events as could fill the cache."""
-        named: list[Expert] = []
+        selected: list[Expert] = []
         horizon = sum(self.rules.pools) // self.rules.top_k + 1
         for demand in self.future[self.event : self.event + horizon]:
             for expert in sorted(demand):
                 pool = self.pool_of(expert)
-                taken = sum(self.pool_of(other) == pool for other in named)
-                if expert not in named and taken < self.rules.pools[pool]:
-                    named.append(expert)
-        return named
+                taken = sum(self.pool_of(other) == pool for other in selected)
+                if expert not in selected and taken < self.rules.pools[pool]:
+                    selected.append(expert)
+        return selected
 
     def adaptive(self, layer: int) -> list[Expert]:
-        """The best-scored that still fit among what was taken, each job done by its layer's routing."""
+        """The best-scored that still fit among the jobs taken, each done by its layer's routing."""
         candidates = []
         for later in range(layer + 1, self.rules.layers):
             for rank, expert in enumerate(self.best(later, 2 * self.rules.top_k, self.rules.threshold)):
@@ -504,17 +504,17 @@ class ReferenceCache:
 
     # A sequence.
 
-    def learn_ahead(self, step: Step, following: Step | None, layer: int) -> None:
+    def publish_scores(self, step: Step, following: Step | None, layer: int) -> None:
         """Take in what is known after a layer, or at -1 when the step starts."""
         rules = self.rules
         behind = {h: min(h, rules.layers) for h in rules.lookaheads if isinstance(h, int)}
         behind |= {"token": rules.layers, "next": rules.layers + 1}
         if layer >= 0 and following and not following.first and "next" in following.scores:
             self.learn(layer, following.scores["next"][layer])
-            self.said |= {(layer, expert): score for expert, score in enumerate(following.scores["next"][layer])}
+            self.next_score |= {(layer, expert): score for expert, score in enumerate(following.scores["next"][layer])}
         for later in range(layer + 1, rules.layers):
-            # Whole-token scores come as if from L layers before. Of those that come now the shortest lookahead tells;
-            # those of the next run came with the step before, unless there is none.
+            # Whole-token scores come as if from L layers before. The shortest lookahead among the scores that come now
+            # is used. Scores of the next run came with the step before, unless there is none.
             fresh = [
                 h
                 for h in rules.lookaheads
@@ -524,13 +524,13 @@ class ReferenceCache:
                 chosen = min(fresh, key=lambda h: behind[h])
                 self.learn(later, step.scores[chosen][later])
 
-    def ask_ahead(self, layer: int) -> None:
-        """Ask for what is named after a layer, or at -1 when the step starts."""
+    def issue_prefetches(self, layer: int) -> None:
+        """Ask for what is selected after a layer, or at -1 when the step starts."""
         rules = self.rules
-        named = self.names(layer)
+        selected = self.select(layer)
         if rules.prefetch in ("adaptive", "moe_infinity", "oracle"):
             self.queue = []
-        self.ask(named)
+        self.enqueue_prefetch(selected)
 
     def run(self, steps: list[Step]) -> list[tuple[float, float]]:
         """Step a sequence; return each step's seconds of stall and of computing."""
@@ -539,19 +539,19 @@ class ReferenceCache:
             begins, stall = self.now, 0.0
             self.start_step(step.counted)
             self.need = [begins + (i + 1) * rules.other + i * rules.top_k * rules.expert for i in range(rules.layers)]
-            self.learn_ahead(step, following, -1)
-            self.ask_ahead(-1)
+            self.publish_scores(step, following, -1)
+            self.issue_prefetches(-1)
             for layer, tokens in enumerate(step.demands):
                 self.advance(rules.other)
                 if 0 in rules.lookaheads:  # a policy may offer scores where a window has none of its own
                     if 0 in step.scores:
                         self.learn(layer, step.scores[0][layer])
                     if rules.prefetch == "scored" and rules.distance == 0 and (layer > 0 or rules.first_layers):
-                        self.ask(self.best(layer, rules.most, rules.threshold))
+                        self.enqueue_prefetch(self.best(layer, rules.most, rules.threshold))
                 routed = self.now
                 ready = self.demand(layer, tokens)
                 if not rules.computed:
-                    self.learn_ahead(step, following, layer)
+                    self.publish_scores(step, following, layer)
                 ready = self.fetch(layer, tokens, ready)
                 ends = ready + rules.expert * len(tokens)
                 stall += ready - routed
@@ -559,13 +559,13 @@ class ReferenceCache:
                     gap = later - layer
                     self.need[later] = ends + gap * rules.other + (gap - 1) * rules.top_k * rules.expert
                 if not rules.computed:
-                    self.ask_ahead(layer)
+                    self.issue_prefetches(layer)
                 self.advance(ends - self.now)
-                self.held -= {(layer, expert) for expert in tokens}
+                self.pinned -= {(layer, expert) for expert in tokens}
                 if rules.instant:
                     self.advance(0)
                 if rules.computed:
-                    self.learn_ahead(step, following, layer)
-                    self.ask_ahead(layer)
+                    self.publish_scores(step, following, layer)
+                    self.issue_prefetches(layer)
             spent.append((stall, self.now - begins - stall))
         return spent

@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_beyond.cache import core
 from moe_beyond.cache.cache import Cache
+from moe_beyond.cache.core import Clock
+from moe_beyond.cache.counters import COUNTERS as COUNTER_NAMES
+from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.pools import pool_slots, proportional_quotas
 from moe_beyond.errors import UserError
@@ -24,7 +26,7 @@ def residents(cache: Cache, case: Case) -> set[tuple[int, int]]:
 
 
 def test_counters_have_the_names_of_the_design():
-    assert core.COUNTERS == COUNTERS
+    assert COUNTER_NAMES == COUNTERS
 
 
 def test_an_event_that_demands_nothing_is_one():
@@ -34,17 +36,17 @@ def test_an_event_that_demands_nothing_is_one():
     cache.computed(0, [0, 1])
     assert cache.demand(1, []) == []
     cache.computed(1, [])
-    assert (cache.state.now[core.EVENT], cache.state.now[core.LAYER]) == (2, 1)
-    assert cache.state.counters[:, core.ACCESSES].tolist() == [2, 0]
+    assert (cache.state.clock[Clock.EVENT], cache.state.clock[Clock.LAYER]) == (2, 1)
+    assert cache.state.counters[:, Counter.ACCESSES].tolist() == [2, 0]
 
 
 def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Do by hand what Replay does with a prefetch that asks for one layer at a time; return the counters."""
+    """Do by hand what Replay does with a prefetch of one layer at a time; return the counters."""
     config, layers = case.settings, case.geometry.num_layers
-    plan = config.plan(case.geometry)
+    prefetch = config.prefetch_settings(case.geometry)
     cache = Cache(case.geometry, config.slots, config.policy, config.scope, config.quotas, case.profile, future=experts)
 
-    def told(token: int, layer: int) -> np.ndarray:
+    def available(token: int, layer: int) -> np.ndarray:
         """What is known after a layer, or at -1 before the first."""
         fresh = np.full(scores.shape[2:], np.nan, np.float32)
         if "next" in config.lookaheads:
@@ -59,31 +61,31 @@ def stepped(case: Case, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
             fresh[layer + 1] = scores[token, 0, layer + 1]
         return fresh
 
-    def ask(layer: int) -> None:
+    def prefetch_after(layer: int) -> None:
         """Ask for the layer after."""
         if layer + 1 < layers and (layer >= 0 or config.first_layer_prefetch):
             before = residents(cache, case)
-            named = cache.best(layer + 1, plan.most, plan.threshold)
+            named = cache.best(layer + 1, prefetch.max_experts, prefetch.threshold)
             came = cache.prefetch(layer + 1, named)
             assert {(layer + 1, expert) for expert in came} == residents(cache, case) - before
             assert came == [expert for expert in named if expert in came]
 
     for token in range(len(experts)):
         cache.start_token()
-        cache.know(told(token, -1))
-        ask(-1)
+        cache.set_scores(available(token, -1))
+        prefetch_after(-1)
         for layer, demanded in enumerate(experts[token]):
             absent = sorted(expert for expert in demanded.tolist() if not cache.is_resident(layer, expert))
-            known = told(token, layer) if config.available_after == "routed" else None
+            known = available(token, layer) if config.available_after == "routed" else None
             assert cache.demand(layer, demanded, known) == absent
             if config.policy != "belady_bypass":
                 assert all(cache.is_resident(layer, expert) for expert in demanded)
             if config.available_after == "routed":
-                ask(layer)
+                prefetch_after(layer)
             cache.computed(layer, demanded)
             if config.available_after == "computed":
-                cache.know(told(token, layer))
-                ask(layer)
+                cache.set_scores(available(token, layer))
+                prefetch_after(layer)
     cache.finish()
     return cache.state.counters
 
@@ -147,7 +149,10 @@ def test_a_prefetch_spares_the_present_event_and_what_was_asked_for_since(policy
     cache = Cache(small_geometry(3, 4, 1), 3, policy, future=future)
     cache.start_token()
     cache.demand(0, [0])
-    assert cache.prefetch(1, [3, 2, 1]) == [3, 2]  # beside the present expert there are two slots: the best two come in
+    assert cache.prefetch(1, [3, 2, 1]) == [
+        3,
+        2,
+    ]  # next to the present expert there are two slots: the best two come in
     assert cache.prefetch(2, [0]) == []  # all three slots are held
     cache.computed(0, [0])  # now 1 takes the slot of layer 0's expert; the last question waits still
     assert [cache.is_resident(1, expert) for expert in range(4)] == [False, True, True, True]
@@ -166,7 +171,7 @@ def test_a_new_token_holds_nothing(policy: str):
 def test_an_event_demands_a_set():
     cache = Cache(small_geometry(1, 4, 2), 2)
     assert cache.demand(0, [3, 3, 1, 1]) == [1, 3]
-    assert cache.state.counters[0, core.ACCESSES] == 2
+    assert cache.state.counters[0, Counter.ACCESSES] == 2
 
 
 def test_a_token_that_does_not_count():
@@ -192,7 +197,7 @@ def test_more_experts_at_once_than_slots():
 
 def test_scores_of_another_shape():
     with pytest.raises(UserError, match=r"\(2, 3\)"):
-        Cache(small_geometry(2, 4, 1), 2).know(np.zeros((2, 3)))
+        Cache(small_geometry(2, 4, 1), 2).set_scores(np.zeros((2, 3)))
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.5, np.inf, np.nan])
@@ -200,14 +205,14 @@ def test_scores_that_are_no_probabilities(bad):
     scores = np.full((2, 4), np.nan)
     scores[1] = 0.25, bad, 0.125, 0.5
     with pytest.raises(UserError, match="layer 1"):
-        Cache(small_geometry(2, 4, 1), 2).know(scores)
+        Cache(small_geometry(2, 4, 1), 2).set_scores(scores)
 
 
 @given(arrays(np.float32, (2, 70), elements=st.sampled_from([0.0, -0.0, 1e-42, 1e-30, 0.25, 0.5, 1.0])), st.data())
 def test_the_best_are_the_best_and_of_equals_the_lowest(scores, data):
     count, threshold = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([-np.inf, 0.0, 0.25, 1.0]))
     cache = Cache(small_geometry(2, 70, 1), 2)
-    cache.know(scores)
+    cache.set_scores(scores)
     expected = sorted(range(70), key=lambda expert: (-scores[1, expert], expert))
     assert cache.best(1, count, threshold) == [e for e in expected if scores[1, e] > threshold][:count]
 
@@ -216,7 +221,7 @@ def test_the_best_are_of_what_is_known():
     cache = Cache(small_geometry(2, 4, 1), 2)
     scores = np.full((2, 4), np.nan)
     scores[1] = 0.25, 0.5, 0.125, 0.5
-    cache.know(scores)
+    cache.set_scores(scores)
     assert cache.best(0, 3) == []
     assert cache.best(1, 3) == [1, 3, 0]
     assert cache.best(1, 3, 0.25) == [1, 3]
@@ -241,7 +246,7 @@ def test_moe_spac_offers_its_levels_as_scores():
     for tokens in (4, 5, 5, 6, 0, 1, 9, 9, 9, 9, 9, 10, 20):
         cache.start_token()
         cache.demand(0, [0] * tokens + [1])
-        levels.append(round(5 * cache.state.known[0]))
+        levels.append(round(5 * cache.state.scores[0]))
     assert levels == [0, 1, 1, 2, 1, 1, 2, 3, 4, 5, 5, 5, 5]
     assert cache.best(0, 2) == [0, 1]
 
@@ -250,11 +255,12 @@ FRESH = """
 import sys
 import numpy as np
 from moe_beyond.cache.cache import Cache
+from moe_beyond.cache.core import Clock
 from moe_beyond.geometry import Geometry
-from moe_beyond.usage_profile import Profile, default_hazard
+from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 geometry = Geometry("small", (0, 1), 4, 1, 1, 1)
-profile = Profile(np.full((2, 4), 0.25), default_hazard())
+profile = UsageProfile(np.full((2, 4), 0.25), default_hazard())
 cache = Cache(geometry, 2, sys.argv[1], profile=profile, future=np.zeros((2, 2, 1), np.uint8))
 print(cache.prefetch(1, [3, 0, 1]), [cache.is_resident(1, expert) for expert in range(4)])
 print(cache.demand(0, [0]))

@@ -15,7 +15,7 @@ from moe_beyond import compiling
 SCRIPT = """
 import json
 import numpy as np
-from moe_beyond.cache import engine as steps
+from moe_beyond.cache import engine
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings
 
@@ -24,7 +24,7 @@ rng = np.random.default_rng(0)
 experts = np.argsort(rng.random((5, 2, 4)))[..., :2].astype(np.uint8)
 replay = Replay(geometry, ReplaySettings(4, policy="lfu", prefetch="top2", lookahead="token", lookaheads=("token",)))
 replay.add(experts, rng.random((5, 1, 2, 4), np.float32))
-stats = steps.run.stats
+stats = engine.run_events.stats
 print(json.dumps([sum(stats.cache_hits.values()), sum(stats.cache_misses.values())]))
 print(json.dumps(replay.result().to_json()))
 """
@@ -63,8 +63,8 @@ def test_compiling_is_said_once_and_a_damaged_store_is_a_miss(tmp_path: Path):
     assert said == ANNOUNCEMENT
     _, _, said = replay_in_a_process(tmp_path)
     assert said == ""
-    [index] = tmp_path.rglob("steps.run-*.nbi")
-    [data] = tmp_path.rglob("steps.run-*.nbc")
+    [index] = tmp_path.rglob("engine.run_events-*.nbi")
+    [data] = tmp_path.rglob("engine.run_events-*.nbc")
     index.write_bytes(index.read_bytes()[:40])
     data.write_bytes(b"")
     for expected, line in (([0, 1], ANNOUNCEMENT), ([1, 0], "")):
@@ -79,7 +79,7 @@ def test_code_is_kept_under_tmpdir_or_nowhere_where_nothing_else_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """As with a package that is installed read-only, for a user without a home folder."""
-    monkeypatch.setattr(compiling._Place, "_locator_classes", (compiling._PrivateFolder,))
+    monkeypatch.setattr(compiling._CacheFiles, "_locator_classes", (compiling._PrivateFolder,))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     compiling._note_once.cache_clear()
     assert compiling.compiled(doubled)(21) == 42
@@ -93,8 +93,8 @@ def test_code_is_kept_under_tmpdir_or_nowhere_where_nothing_else_can_be_written(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     assert compiling.compiled(doubled)(21) == 42
     assert [record.message.split(":")[1] for record in caplog.records] == [
-        f" compiled code goes to {folder}",
-        " no folder can be written for compiled code (set NUMBA_CACHE_DIR)",
+        f" compiled code is stored in {folder}",
+        " no folder is writable for compiled code (set NUMBA_CACHE_DIR)",
     ]
 
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_stored_is_computed_all_the_same(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(compiling._Place, "_locator_classes", (compiling._PrivateFolder,))
+    monkeypatch.setattr(compiling._CacheFiles, "_locator_classes", (compiling._PrivateFolder,))
     monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
     assert compiling.compiled(doubled)(21) == 42
     assert not list(tmp_path.rglob("*.nbc"))

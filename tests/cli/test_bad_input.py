@@ -81,7 +81,7 @@ def test_traces_of_another_geometry_or_tokenizer(run: Run, packaged: Path, tmp_p
         ),
         (["--policy", "lrx"], "unknown policy 'lrx'; did you mean 'lru'?"),
         (["--scope", "local", "--budget", "50%"], "scope 'local'"),
-        (["--prefetch", "best6", "--budget", "50%"], "prefetch 'best6' cannot be read"),
+        (["--prefetch", "best6", "--budget", "50%"], "prefetch 'best6' cannot be parsed"),
         (["--prefetch", "top2", "--budget", "50%"], "needs scores; give --predictor or --scores"),
         (["--lookahead", "1", "--budget", "50%"], "--lookahead 1: there are no scores; add --predictor or --scores"),
         (["--split", "tset", "--budget", "50%"], "unknown split"),
@@ -99,7 +99,7 @@ def test_lookaheads_and_distances_that_a_predictor_does_not_have(run: Run, packa
     assert "has no such scores; choose from 1, 2, 3" in refused(*words, "--lookahead", "4")
     assert "has no such scores; choose from 1, 2, 3" in refused(*words, "--lookahead", "token")
     assert "neither 'token', 'next' nor a number" in refused(*words, "--lookahead", "soon")
-    assert "a distance is for scores known for the whole token" in refused(*words, "--prefetch", "top2@2")
+    assert "a distance needs scores of lookahead token" in refused(*words, "--prefetch", "top2@2")
     assert "names more than a layer's 8 experts" in refused(*words, "--prefetch", "top9")
     assert "exclude each other" in refused(*words, "--scores", "somewhere")
 

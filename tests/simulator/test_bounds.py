@@ -1,4 +1,4 @@
-"""What stands beside a replay: by brute force, and by its formula."""
+"""Baselines of a replay: by brute force, and by its formula."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,13 +16,13 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
 from moe_beyond.simulator.devices import resident_seconds
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 
 
 def bound(geometry: Geometry, config: ReplaySettings, sequences: Iterable[np.ndarray]) -> Result:
     accumulating = Bound(geometry, config)
     for experts in sequences:
-        accumulating.add_sequence(Sequence(geometry, experts))
+        accumulating.add_sequence(ReplaySequence(geometry, experts))
     return accumulating.result()
 
 
@@ -261,7 +261,7 @@ def test_od_moe_without_a_device():
 
 @pytest.mark.parametrize("policy", ["static_hindsight", "all_resident"])
 def test_batches_and_sequences_no_longer_than_the_warmup(policy: str):
-    # Batches of two: {0}+{1}, {0}+{0}; the third sequence, alone: {3}, {3}. One of one token is skipped.
+    # Batches of two: {0}+{1}, {0}+{0}; the third sequence has its own: {3}, {3}. One of one token is skipped.
     geometry = small_geometry(1, 4, 1)
     traces = [np.array(t).reshape(-1, 1, 1) for t in ([2, 0, 0], [2, 1, 0], [2], [2, 3, 3])]
     config = ReplaySettings(2, policy=policy, batch_size=2, warmup_tokens=1)

@@ -20,7 +20,7 @@ from moe_beyond.simulator.devices import (
     transfer_seconds,
 )
 
-# At 8 bits an expert is 2 MB and the rest of a layer 10 MB.
+# At 8 bits an expert is 2 MB and the other weights of a layer 10 MB.
 GEOMETRY = Geometry("g", (0, 1, 2), 8, 2, params_per_expert=2_000_000, other_params_per_layer=10_000_000)
 ONE_TIER = Device("one", link_gb_per_s=4, link_latency_us=20, memory_gb=8, memory_gb_per_s=100)
 TWO_TIERS = replace(ONE_TIER, name="two", host_memory_gb=0.007, flash_gb_per_s=0.5, flash_latency_us=100.0)
@@ -134,23 +134,23 @@ def test_a_file_holds_a_device_or_what_differs_from_a_preset(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"link_gb_per_s": 0}, "link_gb_per_s must be a finite number above 0, not 0"),
-        ({"memory_gb": -1}, "memory_gb must be a finite number above 0, not -1"),
-        ({"memory_gb_per_s": float("nan")}, "memory_gb_per_s must be a finite number above 0, not nan"),
-        ({"link_latency_us": -0.5}, "link_latency_us must be a finite number from 0, not -0.5"),
-        ({"link_gb_per_s": float("inf")}, "not inf"),
+        ({"link_gb_per_s": 0}, "link_gb_per_s must be a finite number above 0 (got 0)"),
+        ({"memory_gb": -1}, "memory_gb must be a finite number above 0 (got -1)"),
+        ({"memory_gb_per_s": float("nan")}, "memory_gb_per_s must be a finite number above 0 (got nan)"),
+        ({"link_latency_us": -0.5}, "link_latency_us must be a finite number from 0 (got -0.5)"),
+        ({"link_gb_per_s": float("inf")}, "(got inf)"),
         ({"link_gb_per_s": 10**400}, "link_gb_per_s must be a finite number"),
-        ({"link_gb_per_s": True}, "not True"),
-        ({"link_gb_per_s": "12"}, "not '12'"),
-        ({"link_gb_per_s": None}, "not None"),
-        ({"flash_latency_us": None}, "not None"),
-        ({"expert_ms": 0}, "expert_ms must be a finite number above 0, not 0"),
-        ({"host_memory_gb": 16}, "host_memory_gb alone"),
-        ({"flash_gb_per_s": 3}, "flash_gb_per_s alone"),
+        ({"link_gb_per_s": True}, "(got True)"),
+        ({"link_gb_per_s": "12"}, "(got '12')"),
+        ({"link_gb_per_s": None}, "(got None)"),
+        ({"flash_latency_us": None}, "(got None)"),
+        ({"expert_ms": 0}, "expert_ms must be a finite number above 0 (got 0)"),
+        ({"host_memory_gb": 16}, "host_memory_gb is given without"),
+        ({"flash_gb_per_s": 3}, "flash_gb_per_s is given without"),
         ({"flash_latency_us": 100}, "flash_latency_us needs"),
-        ({"name": 3}, "name must be text, not 3"),
+        ({"name": 3}, "name must be text (got 3)"),
         ({"name": ""}, "name is empty"),
-        ({"source": None}, "source must be text, not None"),
+        ({"source": None}, "source must be text (got None)"),
     ],
 )
 def test_numbers_that_no_device_has(change, says):

@@ -8,8 +8,8 @@ from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import Device
-from moe_beyond.simulator.sequence import Sequence
-from moe_beyond.usage_profile import Profile
+from moe_beyond.simulator.sequence import ReplaySequence
+from moe_beyond.usage_profile import UsageProfile
 
 COLUMNS = ("hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches", "wasted_prefetches")
 ALWAYS_ADMITTING = tuple(p for p in POLICIES if p not in ("belief", "moe_infinity", "belady_bypass", "static"))
@@ -22,9 +22,9 @@ def counts(result) -> tuple[int, ...]:
 NO_EXPERT = 255
 
 
-def profile(*popularity: list[float]) -> Profile:
+def profile(*popularity: list[float]) -> UsageProfile:
     """Popularity by layer; every history means 1/2."""
-    return Profile(np.array(popularity), np.full((8, 8), 0.5))
+    return UsageProfile(np.array(popularity), np.full((8, 8), 0.5))
 
 
 def one_layer(trace: list[int], policy: str, popularity: list[float]) -> tuple[int, ...]:
@@ -47,8 +47,8 @@ def one_layer(trace: list[int], policy: str, popularity: list[float]) -> tuple[i
         ("lfu", 4),
         # 2M drops 0 | 0M drops 2 (one use) | 2M drops 0, which has one use again | 0M
         ("lfu_in_cache", 3),
-        # 2M at event 6: 0 is worth 2 / (6 - 2 + 1), 1 is worth 3 / 2: drops 0 | 0M: 1 is worth 3/3, 2 is 1/2: drops 2 |
-        # 2M: 1 is worth 3/4, 0 is 3/2: drops 1 | 0H
+        # 2M at event 6: 0 has 2 / (6 - 2 + 1), 1 has 3 / 2: drops 0 | 0M: 1 has 3/3, 2 is 1/2: drops 2 |
+        # 2M: 1 has 3/4, 0 is 3/2: drops 1 | 0H
         ("lfru", 4),
         # classes: 0 has 0 (F < 2), 1 has 1 (F = 2.98). 2M: the ages are 4/1 and 1/2: drops 0 | 0M: 1 is 2/2 old and 2
         # is 1/1: a tie, 1 was used longer ago and goes | 2H 0H
@@ -115,7 +115,7 @@ def test_two_experts_an_event(policy: str, hits: int):
     ("policy", "hits"),
     [
         ("lru", 1),  # b1 drops a0. a0M drops b0, b1H
-        ("least_stale", 2),  # of the stale, a0 runs in the next event and b0 in the one after: b0 goes. a0H b1H
+        ("least_stale", 2),  # of the stale, a0 runs in the next event and b0 in the event after it: b0 goes. a0H b1H
         # Of steps 1, 1, 2 and one use each, 3/T, 3/T, 4/T with T = 2; less a/L: 0 for a0 and a1, 1/2 for b0: it goes
         ("hobbit", 2),
     ],
@@ -127,7 +127,7 @@ def test_layers_that_run_later_leave_first(policy: str, hits: int):
 
 def test_moe_infinity_favours_early_layers():
     # Two slots: a0 b0 | a1 b1 | a0 b0. Scores: a0 .375, a1 .25, b0 .5 and b1 0; those of b count half.
-    # a1M: a0 is worth .375, b0 .25: drops b0 (LRU: a0). b1M drops a1 (.25) | a0H. b0M
+    # a1M: a0 has .375, b0 .25: drops b0 (LRU: a0). b1M drops a1 (.25) | a0H. b0M
     scores = np.tile(np.array([[0.375, 0.25], [0.5, 0]], np.float32), (3, 1, 1, 1))
     settings = ReplaySettings(2, policy="moe_infinity", lookaheads=("token",))
     result = replay(small_geometry(2, 2, 1), settings, [[[0], [0]], [[1], [1]], [[0], [0]]], scores)
@@ -202,7 +202,7 @@ def test_belief_does_not_fetch_what_would_be_the_worst(used_before: float, trans
     hazard = np.full((8, 8), used_before)
     hazard[0] = 0.5
     config = ReplaySettings(2, policy="belief", prefetch="p>0.2", lookahead=1, lookaheads=(1,))
-    known = Profile(np.full((2, 2), 0.5), hazard)
+    known = UsageProfile(np.full((2, 2), 0.5), hazard)
     result = replay(small_geometry(2, 2, 1), config, [[[0], [0]]] * 2, scores, profile=known)
     assert counts(result) == (2 - transfers, 2 + transfers, 2 + transfers, transfers, 0, transfers)
 
@@ -271,7 +271,7 @@ def test_prefetch_without_the_first_layer(policy: str):
     # LRU: a0M. Ask b2: comes. b1M drops a0: b2 b1.
     #   a2M drops b2, wasted 1: b1 a2. Ask b1: is there. b1H.
     #   a0M drops a2 (event 3, b1 is of event 4): b1 a0. Ask b3: comes, drops b1. b3H, useful 1.
-    # LFU: a0M (1 use). Ask b2: comes (1). b1M: a tie, a0 was used before b2 was asked for, and goes: b2 b1.
+    # LFU: a0M (1 use). Ask b2: comes (1). b1M: a tie, a0 was used before b2 was prefetched, and goes: b2 b1.
     #   a2M: b2 goes before b1, wasted 1: b1 a2. Ask b1: is there. b1H.
     #   a0M (2) drops a2 (1 use): b1 a0. Ask b3: comes, drops b1. b3H, useful 1.
     # Belady: a0M. Ask b2: comes. b1M drops b2, wasted 1: a0 b1.
@@ -297,7 +297,7 @@ def test_lookahead_zero_asks_right_before_the_event(policy: str):
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
 def test_distance_past_the_last_layer_asks_when_the_token_starts(policy: str):
-    # Everything fits; both layers are asked for before the token's first event, or not at all.
+    # Everything fits; both layers are prefetched before the token's first event, or not at all.
     everything = counts(replayed(policy=policy, slots=8, prefetch="top1@2", lookahead="token"))
     # a0 b2 come | a0H, b1M | a0 is there, b1 is there | a2M, b1H | a0 is there, b3 comes | a0H, b3H. b2 is wasted.
     assert everything == (4, 2, 2, 3, 2, 1)
@@ -319,7 +319,7 @@ def test_a_candidate_that_is_resident_counts_as_used(policy: str):
 @pytest.mark.parametrize(("demanded", "kind"), [(0, "hits"), (1, "late_hits"), (2, "misses"), (3, "hits")])
 def test_where_not_all_fit_the_best_come_in(demanded: int, kind: str):
     # Two slots. a0M. Ask b3, b0, b1 (b1 scores as b0, and of equals the lower id is better): b3 takes the free slot, b0
-    # comes when a0 is through, b1 finds no room at all. b0 or b3 hits, and the other is wasted. b1 was asked for, and
+    # comes when a0 is through, b1 finds no room at all. b0 or b3 hits, and the other is wasted. b1 was prefetched, and
     # waits still: it is late, and its transfer is a prefetch's. b2 misses.
     scores = np.array([[[[1, 0, 0, 0], [0.5, 0.5, 0, 1]]]], np.float32)
     config = ReplaySettings(2, prefetch="top3", lookahead=1, lookaheads=(1,), first_layer_prefetch=False)
@@ -335,7 +335,7 @@ def test_where_not_all_fit_the_best_come_in(demanded: int, kind: str):
 
 
 def test_who_finds_no_room_in_its_pool_does_not_block_another():
-    # A slot a layer. Before the first event: a0 comes, a1 finds a0 asked for before, b0 and its slot are free.
+    # A slot a layer. Before the first event: a0 comes, a1 finds a0 prefetched before, b0 and its slot are free.
     # a1 is late (it waits still), b0 hits.
     scores = np.array([[[[1, 0.5, 0], [1, 0, 0]]]], np.float32)
     config = ReplaySettings(2, scope="per-layer", prefetch="p>0.25@2", lookahead="token", lookaheads=("token",))
@@ -357,7 +357,7 @@ def test_a_threshold_is_exceeded_not_reached(prefetch: str, named: set[int]):
 
 
 def test_warmup_leaves_out_the_first_tokens():
-    # Of test_prefetch's LRU working, token 0 goes: a0H, b1M, two prefetches, and b2's waste, which was asked for then.
+    # Of test_prefetch's LRU working, token 0 goes: a0H, b1M, two prefetches, and b2's waste, which was prefetched then.
     assert counts(replayed(warmup_tokens=1)) == (3, 1, 1, 4, 3, 1)
 
 
@@ -416,7 +416,7 @@ def test_an_event_of_several_tokens_demands_distinct_experts():
 
 
 def test_a_batch_demands_what_any_of_its_sequences_does():
-    # {0} and {1} together, then {1} and {1}, then the longer one's {2} alone; a third sequence is a batch of its own.
+    # {0} and {1} together, then {1} and {1}, then only the longer one's {2}; a third sequence is a batch of its own.
     replaying = Replay(small_geometry(1, 3, 1), ReplaySettings(3, batch_size=2))
     for trace in ([0, 1], [1, 1, 2], [2]):
         replaying.add(np.array(trace).reshape(-1, 1, 1))
@@ -447,7 +447,7 @@ def test_scores_may_be_given_and_not_needed():
     assert counts(result) == (2, 4, 4, 0, 0, 0)
 
 
-# The clock, in ticks. Unless said otherwise a layer takes 1 before it is routed, an expert 1, and a transfer 3.
+# The clock, in ticks. Unless stated otherwise a layer takes 1 before it is routed, an expert 1, and a transfer 3.
 
 
 def clock(
@@ -462,7 +462,7 @@ def clock(
     geometry = small_geometry(layers, 4, len(trace[0][0]))
     config = ReplaySettings(min(slots, 4 * layers), device=device or ticking(3), bits=8.0, **settings)
     scores = None if predicted is None else scored(geometry, predicted)
-    spans, log = Replay(geometry, config).watch(Sequence(geometry, np.array(trace), scores))
+    spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.array(trace), scores))
     return (
         replay(geometry, config, trace, scores),
         [tuple(int(time / TICK) for time in span) for span in spans],
@@ -491,7 +491,7 @@ ONE_AHEAD = {"prefetch": "top1", "lookahead": 1, "lookaheads": (1,), "first_laye
 
 @pytest.mark.parametrize(("available_after", "begins"), [("routed", 4), ("computed", 5)])
 def test_a_late_hit_waits_for_the_rest_of_its_transfer(available_after: str, begins: int):
-    # a0M: routed at 1, there at 4, through at 5. b0 is asked for at 1 and goes behind a0 at 4, or is asked for at 5.
+    # a0M: routed at 1, there at 4, through at 5. b0 is prefetched at 1 and goes behind a0 at 4, or is prefetched at 5.
     # b is routed at 6: it waits for what is left.
     result, spans, log = clock(2, [[[0], [0]]], [[[], [0]]], available_after=available_after, **ONE_AHEAD)
     assert log == [(0, 1, 4, False), (4, begins, begins + 3, True)]
@@ -546,8 +546,8 @@ def test_adaptive_asks_for_what_arrives_before_it_is_needed():
 
 def test_adaptive_does_not_spoil_what_it_took_before():
     # A transfer takes 3, a layer 2 and an expert 2. a0M: routed at 2, there at 5, through at 7; b is expected at 9, c
-    # at 13. Best-scored are c1 and c2: done at 8 and 11. b1 alone would be done at 8, but then c2 only at 14: b1 is not
-    # asked for, and misses: routed at 9, it crosses from 11 to 14.
+    # at 13. Best-scored are c1 and c2: done at 8 and 11. b1 would be done at 8, but then c2 at 14: b1 is not
+    # prefetched, and misses: routed at 9, it crosses from 11 to 14.
     scores = np.zeros((1, 1, 3, 4), np.float32)
     scores[0, 0, 1, 1], scores[0, 0, 2, 1], scores[0, 0, 2, 2] = 0.25, 1, 0.75
     config = ReplaySettings(
@@ -559,7 +559,7 @@ def test_adaptive_does_not_spoil_what_it_took_before():
         bits=8.0,
     )
     geometry = small_geometry(3, 4, 1)
-    _, log = Replay(geometry, config).watch(Sequence(geometry, np.array([[[0], [1], [2]]]), scores))
+    _, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.array([[[0], [1], [2]]]), scores))
     assert (log / [1, TICK, TICK, 1]).tolist() == [[0, 2, 5, 0], [9, 5, 8, 1], [10, 8, 11, 1], [5, 11, 14, 0]]
 
 
@@ -600,7 +600,7 @@ def test_host_memory_begins_with_as_many_of_every_layer():
     geometry = small_geometry(2, 4, 1)
     config = ReplaySettings(2, device=ticking(1, flash=2, host_memory_gb=3), bits=8.0)
     for token, takes in (([[0], [0]], [1, 1]), ([[1], [1]], [1, 3]), ([[2], [3]], [3, 3])):
-        spans, _ = Replay(geometry, config).watch(Sequence(geometry, np.array([token])))
+        spans, _ = Replay(geometry, config).watch(ReplaySequence(geometry, np.array([token])))
         assert ((spans[:, 1] - spans[:, 0]) / TICK).tolist() == takes
 
 
@@ -616,11 +616,11 @@ def test_a_warm_start_takes_its_time_before_the_first_token():
     geometry = small_geometry(1, 3, 1)
     config = ReplaySettings(2, warm_start=True, device=ticking(3), bits=8.0)
     replaying = Replay(geometry, config, profile([0.1, 0.9, 0.5]))
-    spans, log = replaying.watch(Sequence(geometry, np.array([[[1]]])))
+    spans, log = replaying.watch(ReplaySequence(geometry, np.array([[[1]]])))
     assert (spans / TICK).tolist() == [[7, 7, 8]]
     assert (log[:, :3] / [1, TICK, TICK]).tolist() == [[2, 0, 3], [1, 3, 6]]
-    assert replaying.clock.busy == 6 * TICK
-    assert [part.tolist() for part in replaying.clock.spent] == [[[0, 2 * TICK]]]
+    assert replaying.times.busy == 6 * TICK
+    assert [part.tolist() for part in replaying.times.stall_compute] == [[[0, 2 * TICK]]]
 
 
 def test_only_decode_is_told_as_tokens_per_second():

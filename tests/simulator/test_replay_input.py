@@ -1,4 +1,4 @@
-"""What a user may get wrong, and the one line that says so."""
+"""Mistakes of a user, and the one line that names each."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from moe_beyond.cache.cache import Cache
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay, ReplaySettings
-from moe_beyond.usage_profile import Profile, default_hazard
+from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 GEOMETRY = small_geometry(3, 8, 2)
 EXPERTS = np.array([[[0, 1], [2, 3], [4, 5]]] * 4, np.uint8)
@@ -58,7 +58,7 @@ def test_fewer_slots_than_an_event_demands(slots: int, scope: str, need: int):
     assert f"at least {need} slots" in complaint(caught)
     with pytest.raises(UserError):
         Cache(GEOMETRY, slots, scope=scope)
-    Replay(GEOMETRY, ReplaySettings(need, scope=scope)).add(EXPERTS)  # what the message says is enough
+    Replay(GEOMETRY, ReplaySettings(need, scope=scope)).add(EXPERTS)  # the number of the message is enough
 
 
 @pytest.mark.parametrize("scope", ["global", "per-layer"])
@@ -83,7 +83,7 @@ def test_unreadable_prefetch(prefetch: str):
     with pytest.raises(UserError) as caught:
         ReplaySettings(8, prefetch=prefetch, lookahead="token", lookaheads=("token",))
     assert repr(prefetch) in complaint(caught)
-    assert "top6,p>0.1" in complaint(caught)  # says what can be written
+    assert "top6,p>0.1" in complaint(caught)  # examples of valid texts
 
 
 @pytest.mark.parametrize("prefetch", ["p>1.01", "p>-0.1", "top6,p>7", "adaptive,p>2"])
@@ -97,10 +97,10 @@ def test_a_threshold_that_is_no_probability(prefetch: str):
 def test_what_the_prefetcher_says():
     token = {"lookahead": "token", "lookaheads": ("token",)}
     found = {
-        text: ReplaySettings(8, prefetch=text, device=ticking(1), **token).plan(GEOMETRY)
+        text: ReplaySettings(8, prefetch=text, device=ticking(1), **token).prefetch_settings(GEOMETRY)
         for text in ("top6", "top6@2", "p>0.5", "top6,p>.25@34", "adaptive", "adaptive,p>0", "moe_infinity", "oracle")
     }
-    assert {text: (plan.most, plan.distance) for text, plan in found.items()} == {
+    assert {text: (prefetch.max_experts, prefetch.distance) for text, prefetch in found.items()} == {
         "top6": (6, 1),
         "top6@2": (6, 2),
         "p>0.5": (8, 1),  # all of a layer
@@ -110,7 +110,7 @@ def test_what_the_prefetcher_says():
         "moe_infinity": (2, 1),  # K
         "oracle": (8, 1),
     }
-    assert [plan.threshold for plan in found.values() if plan.threshold >= 0] == [0.5, 0.25, 0]
+    assert [prefetch.threshold for prefetch in found.values() if prefetch.threshold >= 0] == [0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("prefetch", ["top6", "top6@2", "p>0.5", "adaptive", "moe_infinity"])
@@ -150,7 +150,7 @@ def test_a_distance_is_for_whole_token_scores(lookahead: int):
     with pytest.raises(UserError) as caught:
         ReplaySettings(8, prefetch="top6@2", lookahead=lookahead, lookaheads=(lookahead,))
     assert "'top6@2'" in complaint(caught)
-    assert f"{lookahead} layers ahead" in complaint(caught)
+    assert f"lookahead {lookahead}" in complaint(caught)
     assert ReplaySettings(8, prefetch="top6", lookahead=lookahead, lookaheads=(lookahead,)).distance == lookahead
 
 
@@ -240,12 +240,12 @@ def test_what_needs_a_profile(settings: ReplaySettings):
     with pytest.raises(UserError) as caught:
         Replay(GEOMETRY, settings)
     assert "--profile" in complaint(caught)
-    Replay(GEOMETRY, settings, Profile(np.full((3, 8), 0.25), default_hazard())).add(EXPERTS)
+    Replay(GEOMETRY, settings, UsageProfile(np.full((3, 8), 0.25), default_hazard())).add(EXPERTS)
 
 
 def test_a_profile_of_another_model():
     with pytest.raises(UserError) as caught:
-        Replay(GEOMETRY, ReplaySettings(8), Profile(np.full((3, 7), 0.25), default_hazard()))
+        Replay(GEOMETRY, ReplaySettings(8), UsageProfile(np.full((3, 7), 0.25), default_hazard()))
     assert "(3, 7)" in complaint(caught)
 
 

@@ -11,11 +11,11 @@ from _helpers.cache_cases import TICK, Case, cases, ticking
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 
-from moe_beyond.cache import core
+from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay
-from moe_beyond.simulator.sequence import Sequence
+from moe_beyond.simulator.sequence import ReplaySequence
 
 few = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 ADMITTING = tuple(policy for policy in POLICIES if policy != "belady_bypass")
@@ -23,14 +23,14 @@ UNKNOWING = tuple(policy for policy in POLICIES if not policy.startswith("belady
 
 
 def hits(case: Case, **changes) -> int:
-    return int(case.changed(**changes).replayed().counts()[:, core.HITS].sum())
+    return int(case.changed(**changes).replayed().counts()[:, Counter.HITS].sum())
 
 
 def watched(case: Case, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Times of the events of a sequence, and the log of the link."""
     replaying = Replay(case.geometry, case.settings, case.profile)
     scores = case.scores[number] if case.settings.lookaheads else None
-    return replaying.watch(Sequence(case.geometry, case.sequences[number], scores, case.decode_starts[number]))
+    return replaying.watch(ReplaySequence(case.geometry, case.sequences[number], scores, case.decode_starts[number]))
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def test_bookkeeping(case: Case):
 @given(cases(plain=True, timed=False))
 def test_an_event_of_one_token_has_k_accesses(case: Case):
     tokens = sum(map(len, case.sequences))
-    assert (case.replayed().counts()[:, core.ACCESSES] == tokens * case.geometry.top_k).all()
+    assert (case.replayed().counts()[:, Counter.ACCESSES] == tokens * case.geometry.top_k).all()
 
 
 @few
@@ -82,7 +82,7 @@ def test_more_slots_hit_no_less(case: Case):
 @few
 @given(cases(plain=True, prefetches=("none",)))
 def test_with_room_for_all_an_expert_misses_once(case: Case):
-    misses = case.changed(slots=case.geometry.total_experts, quotas=None).replayed().counts()[:, core.MISSES]
+    misses = case.changed(slots=case.geometry.total_experts, quotas=None).replayed().counts()[:, Counter.MISSES]
     expected = [
         sum(len(set(experts[:, layer].ravel().tolist())) for experts in case.sequences)
         for layer in range(case.geometry.num_layers)
@@ -97,8 +97,8 @@ def test_with_room_for_all_an_expert_misses_once(case: Case):
 )
 def test_the_oracle_on_an_instant_link_hits_always(case: Case):
     total = case.replayed().counts().sum(0)
-    assert total[core.HITS] == total[core.ACCESSES]
-    assert total[core.DEMAND_TRANSFERS] == 0
+    assert total[Counter.HITS] == total[Counter.ACCESSES]
+    assert total[Counter.DEMAND_TRANSFERS] == 0
 
 
 @few
@@ -107,8 +107,8 @@ def test_the_oracle_on_an_enormous_link_hits_always_and_never_stalls(case: Case)
     enormous = replace(ticking(1), link_gb_per_s=1e30, link_latency_us=0.0)
     replaying = case.changed(device=enormous).replayed()
     total = replaying.counts().sum(0)
-    assert total[core.HITS] == total[core.ACCESSES]
-    assert all(abs(part[:, 0]).max(initial=0) < 1e-12 for part in replaying.clock.spent)
+    assert total[Counter.HITS] == total[Counter.ACCESSES]
+    assert all(abs(part[:, 0]).max(initial=0) < 1e-12 for part in replaying.times.stall_compute)
 
 
 @few
@@ -127,13 +127,13 @@ def test_with_one_tier_the_link_is_busy_for_every_transfer(case: Case):
     with refused_cases_are_none():
         outcome = case.changed(warmup_tokens=0).with_ticks(transfer, other, expert).outcome()
     counts = np.array(outcome.counts).sum(0)
-    assert outcome.busy == (counts[core.DEMAND_TRANSFERS] + counts[core.PREFETCH_TRANSFERS]) * transfer * TICK
+    assert outcome.busy == (counts[Counter.DEMAND_TRANSFERS] + counts[Counter.PREFETCH_TRANSFERS]) * transfer * TICK
 
 
 @few
 @given(cases(plain=True, timed=True), st.sampled_from([0, 2, 5]), st.integers(0, 4))
 def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
-    """One transfer at a time, longer for what host memory lost; and events that wait for what they demand."""
+    """One transfer at a time, longer for what host memory lost; and events that wait for their experts."""
     transfer, other, expert, _, _ = case.ticks
     case = replace(case, sequences=case.sequences[:1], scores=case.scores[:1], decode_starts=case.decode_starts[:1])
     case = case.with_ticks(transfer, other, expert, flash, host_slots)
@@ -152,7 +152,7 @@ def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
         host.move_to_end(number)
         if len(host) > host_slots:
             host.popitem(last=False)
-    assert len(log) == counts[core.DEMAND_TRANSFERS] + counts[core.PREFETCH_TRANSFERS]
+    assert len(log) == counts[Counter.DEMAND_TRANSFERS] + counts[Counter.PREFETCH_TRANSFERS]
     assert outcome.busy == (log[:, 2] - log[:, 1]).sum()
     routed, ready, through = spans.T
     begun = np.concatenate([[0.0], through[:-1]])
@@ -253,6 +253,7 @@ def test_a_result_may_be_asked_for_at_any_time(policy: str, data: st.DataObject)
             replaying.add(experts, scores if case.settings.lookaheads else None, start)
         counts = replaying.counts()
         assert (
-            counts[:, core.PREFETCH_TRANSFERS] == counts[:, [core.USEFUL, core.LATE_HITS, core.WASTED]].sum(1)
+            counts[:, Counter.PREFETCH_TRANSFERS]
+            == counts[:, [Counter.USEFUL_PREFETCHES, Counter.LATE_HITS, Counter.WASTED_PREFETCHES]].sum(1)
         ).all()
     assert counts.tolist() == case.outcome().counts

@@ -141,9 +141,9 @@ def test_without_a_device_there_are_no_times(result: Result):
 
 def test_times(result: Result):
     # Ticks: a transfer 2, else 1 each. Slots 3. Token 1: ask a0 at 0: crosses from 0 to 2. a0 is late at 1, there at 2,
-    # through at 3. b0, asked for at 1, crosses from 2 to 4. b is routed at 4: b1 is missing, there at 6, through at 7.
+    # through at 3. b0, prefetched at 1, crosses from 2 to 4. b is routed at 4: b1 is missing, there at 6, through at 7.
     # Token 2: at 7 ask a1: it drops a0 (oldest), crosses from 7 to 9. a0 is missing at 8: there at 11 and drops b0,
-    # through at 12. b2, asked for at 8, crosses from 11 to 13, drops b1. b is routed at 13: a hit. Through at 14.
+    # through at 12. b2, prefetched at 8, crosses from 11 to 13, drops b1. b is routed at 13: a hit. Through at 14.
     # Token 1 takes 7, of those 3 stall (1 and 2); token 2 takes 7, of those 3 stall. Six transfers.
     settings = replace(SETTINGS, device=ticking(2), bits=8.0, note="by hand")
     written = replay(GEOMETRY, settings, EXPERTS, SCORES).to_json()
@@ -177,7 +177,7 @@ def test_a_window_reports_by_token():
     assert (written["accesses"], written["misses"], written["demanded"], written["tokens"]) == (3, 3, 4, 4)
     assert written["bytes_ratio"] == 3 / 4
     assert written["tokens_per_second"] == pytest.approx(4 / (14 * TICK))
-    # Of three tokens 3 ticks each, of one 5.
+    # 3 ticks each for three tokens, 5 for one.
     assert written["token_ms_p50"] == pytest.approx(3 * TICK * 1e3)
     assert written["token_ms_p99"] == pytest.approx((3 + 0.97 * 2) * TICK * 1e3)
     assert written["window"] == 3
@@ -196,7 +196,7 @@ def test_a_window_ends_where_the_warm_up_does():
 
 
 def test_a_batchs_tokens_each_take_its_whole_step():
-    # Two sequences, step by step: {0 1}: 1 + 6 + 2 ticks, {0}: 1 + 0 + 1, of the longer one alone.
+    # Two sequences, step by step: {0 1}: 1 + 6 + 2 ticks, {0}: 1 + 0 + 1, of only the longer one.
     replaying = Replay(ONE_LAYER, replace(WINDOWED, window=1, batch_size=2))
     replaying.add(np.array([[[0]], [[0]]]))
     replaying.add(np.array([[[1]]]))

@@ -1,36 +1,44 @@
-"""belady: evict what is used again farthest in the future (Belady 1966).
+"""belady: evict the expert whose next use is farthest in the future (Belady 1966).
 
-No policy that must take in what is demanded, and does not prefetch, has more hits over a whole sequence from a cold
-cache (`belady_bypass` need not take it in, and can have more). Where a warm-up is left out of the count, that holds for
-warm-up and count together. Ties go by the lower (layer, expert).
+No policy that admits every demanded expert and does not prefetch has more hits over a whole sequence from a cold cache.
+(`belady_bypass` need not admit it, and can have more hits.) With a warm-up that is not counted, this holds for the sum
+of warm-up and counted tokens. Ties go by the lower (layer, expert).
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import EVENT, MARK, PLACE, CacheState, Ints, Verbs, is_held
-from moe_beyond.cache.jit import jit
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, PolicyHooks, is_pinned
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ("future",)
 OFFERS_SCORES = False
-NEVER = 2**40  # an event that no sequence reaches; times the experts of any model it is far below 2**63
+NO_NEXT_USE = 2**40  # an event that no sequence reaches; times the experts of any model it is far below 2**63
+
+
+class Fresh(IntEnum):
+    """Entries of `BeladyState.pending`: the number of fresh experts, and the pin epoch in which they were noted."""
+
+    COUNT = 0
+    PIN_EPOCH = 1
 
 
 class BeladyState(NamedTuple):
-    """When every expert is demanded, and who goes first.
+    """Future uses of every expert, and a tournament over the residents.
 
     Attributes:
-        events: All demands' event numbers, expert by expert, ascending.
-        cursor: Per expert, its next demand in ``events``.
-        end: Per expert, where its demands end.
-        tree: A tournament of eights: node n has the nodes 8n + 1 to 8n + 8 below it, and the largest of their keys. The
-            last ``size`` nodes are the experts, with their keys if they may go, else -1. A key is
-            ``next use * size + (size - 1 - e)``: the farthest wins, of those the lowest expert.
-        fresh: Experts whose keys are not in the tree yet, since nothing shielded may go.
-        is_fresh: Per expert, whether it is among those.
-        pending: ``(2,)``, how many those are, and the shield they came under.
+        events: Event numbers of all demand, expert by expert, ascending, ``(n,)`` int64.
+        cursor: Index in ``events`` of each expert's next demand, ``(L*E,)`` int64.
+        end: Index in ``events`` after each expert's last demand, ``(L*E,)`` int64.
+        tree: Tournament with eight children per node, int64: node n has the children 8n + 1 to 8n + 8 and holds their
+            largest key. The last ``size`` nodes are the experts, with their keys, or -1 if they are not candidates. A
+            key is ``next use * size + (size - 1 - e)``: the farthest next use wins, among equals the lowest expert.
+        fresh: Experts whose keys are not in the tree yet because they are pinned, ``(L*E,)`` int64.
+        is_fresh: 1 for each expert in ``fresh``, ``(L*E,)`` int64.
+        pending: Numbers about ``fresh``, ``(2,)`` int64, entries `Fresh`.
     """
 
     events: Ints
@@ -42,10 +50,10 @@ class BeladyState(NamedTuple):
     pending: Ints
 
 
-def state(inputs: PolicyInputs) -> BeladyState:
+def init(inputs: PolicyInputs) -> BeladyState:
     """Index the future by expert."""
     if inputs.future is None:
-        raise ValueError("belady needs to know the future")
+        raise ValueError("belady needs the future")
     ids = inputs.future.ids
     order = np.argsort(ids, kind="stable")
     end = np.cumsum(np.bincount(ids, minlength=inputs.num_ids))
@@ -59,29 +67,29 @@ def state(inputs: PolicyInputs) -> BeladyState:
         tree=np.full((8 * size - 1) // 7, -1, np.int64),
         fresh=np.zeros(inputs.num_ids, np.int64),
         is_fresh=np.zeros(inputs.num_ids, np.int64),
-        pending=np.zeros(2, np.int64),
+        pending=np.zeros(len(Fresh), np.int64),
     )
 
 
 @jit
 def next_use(policy: BeladyState, cache: CacheState, expert: int) -> int:
-    """Return the event that demands an expert after the present one."""
+    """Return the number of the event after the current one that demands an expert."""
     place, end = policy.cursor[expert], policy.end[expert]
-    while place < end and policy.events[place] <= cache.now[EVENT]:
+    while place < end and policy.events[place] <= cache.clock[Clock.EVENT]:
         place += 1
     policy.cursor[expert] = place
-    return policy.events[place] if place < end else NEVER
+    return policy.events[place] if place < end else NO_NEXT_USE
 
 
 @jit
 def _size(policy: BeladyState) -> int:
-    """Return how many leaves the tree has: 7 of 8 nodes, but for the root's part."""
+    """Return the number of leaves of the tree: 7 of 8 nodes, rounded for the root."""
     return (7 * len(policy.tree) + 1) // 8
 
 
 @jit
-def _enter_key(policy: BeladyState, expert: int, key: int) -> None:
-    """Put a key into the tree, or -1 to take it out."""
+def _set_key(policy: BeladyState, expert: int, key: int) -> None:
+    """Set an expert's key in the tree; -1 removes the expert."""
     tree = policy.tree
     node = len(tree) - _size(policy) + expert
     before = tree[node]
@@ -90,7 +98,7 @@ def _enter_key(policy: BeladyState, expert: int, key: int) -> None:
         node = (node - 1) >> 3
         if key >= tree[node]:
             largest = key
-        elif before == tree[node]:  # it was the largest
+        elif before == tree[node]:  # the old key was the largest
             largest = tree[8 * node + 1]
             for child in range(8 * node + 2, 8 * node + 9):
                 largest = max(largest, tree[child])
@@ -101,49 +109,49 @@ def _enter_key(policy: BeladyState, expert: int, key: int) -> None:
 
 @jit
 def insert(policy: BeladyState, cache: CacheState, expert: int) -> None:
-    """It may go once its shield is gone."""
-    if policy.pending[1] != cache.now[MARK]:
+    """Note an expert, to enter the tree when its pin is gone."""
+    if policy.pending[Fresh.PIN_EPOCH] != cache.clock[Clock.PIN_EPOCH]:
         _settle(policy, cache)
     if policy.is_fresh[expert] == 0:
         policy.is_fresh[expert] = 1
-        policy.fresh[policy.pending[0]] = expert
-        policy.pending[0] += 1
+        policy.fresh[policy.pending[Fresh.COUNT]] = expert
+        policy.pending[Fresh.COUNT] += 1
 
 
 @jit
 def _settle(policy: BeladyState, cache: CacheState) -> None:
-    """Put the keys of the unshielded into the tree."""
+    """Enter the keys of fresh experts that are not pinned into the tree."""
     kept = 0
     size = _size(policy)
-    for i in range(policy.pending[0]):
+    for i in range(policy.pending[Fresh.COUNT]):
         expert = policy.fresh[i]
-        if cache.experts[PLACE, expert] >= 0 and is_held(cache, expert):
+        if cache.experts[Expert.PLACE, expert] >= 0 and is_pinned(cache, expert):
             policy.fresh[kept] = expert
             kept += 1
             continue
         policy.is_fresh[expert] = 0
-        if cache.experts[PLACE, expert] >= 0:
-            _enter_key(policy, expert, next_use(policy, cache, expert) * size + size - 1 - expert)
-    policy.pending[0], policy.pending[1] = kept, cache.now[MARK]
+        if cache.experts[Expert.PLACE, expert] >= 0:
+            _set_key(policy, expert, next_use(policy, cache, expert) * size + size - 1 - expert)
+    policy.pending[Fresh.COUNT], policy.pending[Fresh.PIN_EPOCH] = kept, cache.clock[Clock.PIN_EPOCH]
 
 
 @jit
 def evict(policy: BeladyState, cache: CacheState, expert: int) -> None:
-    """Take it out of the tree."""
+    """Remove an expert from the tree."""
     if policy.tree[len(policy.tree) - _size(policy) + expert] >= 0:
-        _enter_key(policy, expert, -1)
+        _set_key(policy, expert, -1)
 
 
 @jit
 def hit(policy: BeladyState, cache: CacheState, expert: int) -> None:
-    """It is shielded for now, and used again later than before."""
+    """Update an expert that is pinned now and whose next use has moved."""
     evict(policy, cache, expert)
     insert(policy, cache, expert)
 
 
 @jit
 def victim(policy: BeladyState, cache: CacheState, pool: int) -> int:
-    """Return the one whose next use is farthest; of those the lowest."""
+    """Return the resident whose next use is farthest, among equals the lowest."""
     _settle(policy, cache)
     size = _size(policy)
     key = policy.tree[0]
@@ -155,4 +163,4 @@ def victim(policy: BeladyState, cache: CacheState, pool: int) -> int:
     return size - 1 - key % size
 
 
-VERBS = Verbs(hit, insert, evict, victim)
+HOOKS = PolicyHooks(hit, insert, evict, victim)

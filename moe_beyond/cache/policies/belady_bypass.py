@@ -1,12 +1,12 @@
-"""belady_bypass: Belady, free to retain nothing of what is demanded: the optimum of all policies without prefetch.
+"""belady_bypass: Belady with the choice to bypass the cache: the optimum of all policies without prefetching.
 
-It assumes staging slots on top of the budget: K for a token, as many as a batch or a chunk demands. A demanded
-expert computes there, and is retained only if it is used again sooner than some resident (moe-cache-eval, arXiv
-2608.07911). So it can have more hits than `belady`, most with a pool for each layer.
+It assumes slots on top of the budget: K for a token, or the demand of a batch or chunk. A demanded expert computes in
+one of them, and is admitted only if its next use is sooner than that of some resident (moe-cache-eval, arXiv
+2608.07911). It can have more hits than `belady`, most with one pool per layer.
 """
 
-from moe_beyond.cache.core import CacheState, Verbs
-from moe_beyond.cache.jit import jit
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, PolicyHooks
 from moe_beyond.cache.policies import belady
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
@@ -14,15 +14,15 @@ NEEDS: tuple[str, ...] = ("future",)
 OFFERS_SCORES = False
 
 
-def state(inputs: PolicyInputs) -> belady.BeladyState:
+def init(inputs: PolicyInputs) -> belady.BeladyState:
     """Index the future by expert."""
-    return belady.state(inputs)
+    return belady.init(inputs)
 
 
 @jit
-def admits(policy: belady.BeladyState, cache: CacheState, expert: int, victim: int) -> bool:
-    """Retain what is used again sooner."""
+def admit(policy: belady.BeladyState, cache: CacheState, expert: int, victim: int) -> bool:
+    """Admit an expert whose next use is sooner than the victim's."""
     return belady.next_use(policy, cache, expert) < belady.next_use(policy, cache, victim)
 
 
-VERBS = Verbs(belady.hit, belady.insert, belady.evict, belady.victim, admits=admits, stages=True)
+HOOKS = PolicyHooks(belady.hit, belady.insert, belady.evict, belady.victim, admit=admit, bypass=True)

@@ -1,37 +1,38 @@
-"""belief: evict what is believed to be worth least for the time that it holds a slot.
+"""belief: evict the expert with the lowest expected hits per event that it holds a slot.
 
-An expert's layer runs again in d events and uses it then with probability p, and with q each time after that. Kept for
-that run alone it gives p hits in d events; kept until it is used, one in about d + L (1 - p) / q. The better of the two
-is what a slot can get from it, hits by time (Beckmann, Chen and Cidon 2018, "LHD"); who gets least is evicted. Here
-the inverse is compared: the events that a hit takes.
+An expert's layer runs again in d events and uses the expert then with probability p, and with probability q at each
+later run. If it is kept for the next run only, it gives p hits in d events. If it is kept until its next use, it gives
+one hit in about d + L (1 - p) / q events. The better of the two is its hit density (Beckmann, Chen and Cidon 2018,
+"LHD"); the resident with the lowest density is evicted. The code compares the inverse: the events per hit.
 
-p is the predictor's score where one is known, else the history's. q is the history's too, but at least what was said of
-the run when the run before it was over (lookahead ``next``): what was near to be used then and is not now may be soon.
+The probability p is the predictor's score if one is available, otherwise the history's probability. The probability q
+is the history's probability, but at least the score of lookahead ``next`` that the layer's last run made available. An
+expert that was likely then and is not now may be used soon.
 
-The history's probability is calibrated: it is looked up in a table, counted on training text, by how many tokens ago
-the expert was last used in this sequence and by how often it is used (`moe_beyond.usage_profile`). Without a profile
-all experts count as equally popular, and a table of the same shape stands in. A prefetch that would be the worst
-resident is not made.
+The history's probability is calibrated. It is looked up in a table, counted on training text, by the number of tokens
+since the expert's last use in this sequence and by its rate of use (`moe_beyond.usage_profile`). Without a profile all
+experts are equally popular, and a default table of the same shape is used. A prefetch that would be the worst resident
+is not admitted.
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import (
-    IN_LAYER,
-    LAST,
-    LAYER,
     CacheState,
+    Clock,
+    Expert,
     Floats,
     Ints,
-    Verbs,
+    PolicyHooks,
     ignore_expert,
-    is_held,
+    is_pinned,
     unsigned,
 )
-from moe_beyond.cache.jit import jit
 from moe_beyond.cache.policies.scan import events_ahead, layers_ahead
 from moe_beyond.cache.policy_inputs import PolicyInputs
 from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, default_hazard
@@ -39,201 +40,239 @@ from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, defaul
 NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False
 
-LEAST = 1e-9  # of a probability
-REMEMBERED = 2048  # runs after which nothing is left of a use that matters
-# What `history` holds of each expert: how often training used it, times the weight of that; and how often this sequence
-# had when it used it last, faded; and what was said of its next run when its layer had just run, 0 if nothing was.
-PRIOR_USES, USES, SAID = range(3)
-# What `places` holds of each expert: the run of its layer that used it last, 0 for none; and where among its layer's
-# residents it is.
-USED, INDEX = range(2)
-# What `beliefs` holds of each resident: the history's probability; 1 / p; and the events beyond d until it is used, if
-# it is kept so long.
-HAZARD, INVERSE, WAIT = range(3)
-# What `layers` holds of each: how often it ran, faded, and the weight of training; the highest `INVERSE` and `WAIT` of
-# its residents; and room to work in.
-WEIGHT, STEEPEST, LONGEST, BOUND = range(4)
-# What `tally` holds of each layer: how often it ran; and how many residents it has.
-RAN, MEMBERS = range(2)
+MIN_PROBABILITY = 1e-9
+MEMORY_RUNS = 2048  # runs after which the weight of a use is negligible
+
+
+class History(IntEnum):
+    """Columns of `BeliefState.history`.
+
+    ``PRIOR_USES`` is the popularity in training times its weight. ``USES`` is the decayed number of uses in this
+    sequence at the last use. ``NEXT_SCORE`` is the score of the next run that was available right after the last run, 0
+    if there was none.
+    """
+
+    PRIOR_USES = 0
+    USES = 1
+    NEXT_SCORE = 2
+
+
+class Place(IntEnum):
+    """Columns of `BeliefState.places`: last run of the layer that used the expert, 0 for none; index in `members`."""
+
+    LAST_RUN = 0
+    INDEX = 1
+
+
+class Belief(IntEnum):
+    """Rows of `BeliefState.beliefs`: the history's probability, 1 / p, and the events beyond d until the next use."""
+
+    HAZARD = 0
+    INVERSE = 1
+    WAIT = 2
+
+
+class Layer(IntEnum):
+    """Rows of `BeliefState.layers`.
+
+    ``WEIGHT`` is the decayed number of runs plus the weight of training. ``MAX_INVERSE`` and ``MAX_WAIT`` are the
+    largest values of the layer's residents. ``BOUND`` is work space.
+    """
+
+    WEIGHT = 0
+    MAX_INVERSE = 1
+    MAX_WAIT = 2
+    BOUND = 3
+
+
+class LayerCount(IntEnum):
+    """Rows of `BeliefState.counts`: the number of runs and of residents of each layer."""
+
+    RUNS = 0
+    MEMBERS = 1
 
 
 class BeliefState(NamedTuple):
-    """What is believed of every expert.
+    """Beliefs about every expert.
 
-    What changes with every run is worked out for residents only: they are few, and others are seldom asked about.
+    Values that change with every run are computed for residents only: residents are few, and the values of other
+    experts are rarely needed.
 
     Attributes:
-        history: ``(L*E, 3)``.
-        places: ``(L*E, 2)``.
-        layers: ``(4, L)``.
-        tally: ``(2, L)``.
-        members: ``(L, E)`` int32, the residents of each layer, in no order.
-        beliefs: ``(3, L, E)``, in the same order.
-        hazard: ``(ages, rates)``, the history's probability by age, the last for all above, and bucket of the rate.
-        edges: ``(rates - 1,)``, where the buckets of rates begin.
-        fades: ``(REMEMBERED,)``, what is left of a use after so many runs.
-        start: The weight of training.
+        history: Uses of each expert, ``(L*E, 3)`` float64, columns `History`.
+        places: Last run and index of each expert, ``(L*E, 2)`` int64, columns `Place`.
+        layers: Values of each layer, ``(4, L)`` float64, rows `Layer`.
+        counts: Counts of each layer, ``(2, L)`` int64, rows `LayerCount`.
+        members: Residents of each layer in no order, ``(L, E)`` int32.
+        beliefs: Values of each resident, ``(3, L, E)`` float64, rows `Belief`, in the order of ``members``.
+        hazard: History's probability by age and bucket of the rate, ``(ages, rates)`` float64; the last row covers all
+            greater ages.
+        edges: Lower edges of the buckets of rates, ``(rates - 1,)`` float64.
+        fades: Weight of a use after n runs, ``(MEMORY_RUNS,)`` float64.
+        prior: Weight of training.
     """
 
     history: Floats
     places: Ints
     layers: Floats
-    tally: Ints
+    counts: Ints
     members: npt.NDArray[np.int32]
     beliefs: Floats
     hazard: Floats
     edges: Floats
     fades: Floats
-    start: float
+    prior: float
 
 
-def state(inputs: PolicyInputs) -> BeliefState:
-    """Believe what training tells."""
+def init(inputs: PolicyInputs) -> BeliefState:
+    """Return the beliefs after training, before the first token."""
     layers, total = inputs.geometry.num_layers, inputs.num_ids
     hazard = default_hazard() if inputs.profile is None else np.asarray(inputs.profile.hazard, np.float64)
     hazard = hazard[np.searchsorted(AGE_EDGES, np.arange(AGE_EDGES[-1] + 1), side="right")]
-    history = np.zeros((total, 3))
-    history[:, PRIOR_USES] = PRIOR * inputs.popularity()
-    of_layers = np.zeros((4, layers))
-    of_layers[WEIGHT] = PRIOR
+    history = np.zeros((total, len(History)))
+    history[:, History.PRIOR_USES] = PRIOR * inputs.popularity()
+    layer_values = np.zeros((len(Layer), layers))
+    layer_values[Layer.WEIGHT] = PRIOR
     return BeliefState(
         history=history,
-        places=np.zeros((total, 2), np.int64),
-        layers=of_layers,
-        tally=np.zeros((2, layers), np.int64),
+        places=np.zeros((total, len(Place)), np.int64),
+        layers=layer_values,
+        counts=np.zeros((len(LayerCount), layers), np.int64),
         members=np.zeros(inputs.geometry.shape()[:2], np.int32),
-        beliefs=np.zeros((3, *inputs.geometry.shape()[:2])),
+        beliefs=np.zeros((len(Belief), *inputs.geometry.shape()[:2])),
         hazard=np.ascontiguousarray(hazard),
         edges=np.array(RATE_EDGES),
-        fades=np.power(DECAY, np.arange(REMEMBERED), dtype=np.float64),
-        start=PRIOR,
+        fades=np.power(DECAY, np.arange(MEMORY_RUNS), dtype=np.float64),
+        prior=PRIOR,
     )
 
 
 @jit
 def _hazard(policy: BeliefState, layer: int, expert: int) -> float:
-    """Return the history's probability."""
-    used = policy.places[expert, USED]
-    since = policy.tally[RAN, layer] - used
-    faded = policy.history[expert, USES] * policy.fades[unsigned(min(since, len(policy.fades) - 1))]
-    rate, bucket = (policy.history[expert, PRIOR_USES] + faded) / policy.layers[WEIGHT, layer], 0
-    for edge in policy.edges:  # to the end: no branch to guess wrong
+    """Return the history's probability of an expert."""
+    last = policy.places[expert, Place.LAST_RUN]
+    since = policy.counts[LayerCount.RUNS, layer] - last
+    uses = policy.history[expert, History.USES] * policy.fades[unsigned(min(since, len(policy.fades) - 1))]
+    rate = (policy.history[expert, History.PRIOR_USES] + uses) / policy.layers[Layer.WEIGHT, layer]
+    bucket = 0
+    for edge in policy.edges:  # no early exit: no branch to mispredict
         bucket += rate >= edge
-    age = min(since + 1, len(policy.hazard) - 1) if used > 0 else 0
+    age = min(since + 1, len(policy.hazard) - 1) if last > 0 else 0
     return policy.hazard[unsigned(age), unsigned(bucket)]
 
 
 @jit
-def _believe(policy: BeliefState, cache: CacheState, expert: int) -> tuple[float, float, float]:
-    """Return what `beliefs` holds, of any expert."""
-    hazard = _hazard(policy, unsigned(cache.experts[IN_LAYER, expert]), expert)
-    return _given(policy, cache, expert, hazard)
+def _belief(policy: BeliefState, cache: CacheState, expert: int) -> tuple[float, float, float]:
+    """Return the values of `Belief` for any expert."""
+    hazard = _hazard(policy, unsigned(cache.experts[Expert.LAYER, expert]), expert)
+    return _belief_given(policy, cache, expert, hazard)
 
 
 @jit
-def _given(policy: BeliefState, cache: CacheState, expert: int, hazard: float) -> tuple[float, float, float]:
-    """Return the same, given the history's probability."""
-    score = cache.known[expert]
-    p, q = hazard if np.isnan(score) else score, max(hazard, policy.history[expert, SAID])
-    return hazard, 1.0 / max(p, LEAST), len(cache.counters) * (1.0 - p) / q
+def _belief_given(policy: BeliefState, cache: CacheState, expert: int, hazard: float) -> tuple[float, float, float]:
+    """Return the values of `Belief`, given the history's probability."""
+    score = cache.scores[expert]
+    p, q = hazard if np.isnan(score) else score, max(hazard, policy.history[expert, History.NEXT_SCORE])
+    return hazard, 1.0 / max(p, MIN_PROBABILITY), len(cache.counters) * (1.0 - p) / q
 
 
 @jit
-def _note(policy: BeliefState, layer: int, index: int, belief: tuple[float, float, float]) -> None:
-    """Note what is believed of a layer's resident."""
+def _store(policy: BeliefState, layer: int, index: int, belief: tuple[float, float, float]) -> None:
+    """Store the values of a layer's resident."""
     hazard, inverse, wait = belief
-    policy.beliefs[HAZARD, layer, index] = hazard
-    policy.beliefs[INVERSE, layer, index] = inverse
-    policy.beliefs[WAIT, layer, index] = wait
-    policy.layers[STEEPEST, layer] = max(policy.layers[STEEPEST, layer], inverse)
-    policy.layers[LONGEST, layer] = max(policy.layers[LONGEST, layer], wait)
+    policy.beliefs[Belief.HAZARD, layer, index] = hazard
+    policy.beliefs[Belief.INVERSE, layer, index] = inverse
+    policy.beliefs[Belief.WAIT, layer, index] = wait
+    policy.layers[Layer.MAX_INVERSE, layer] = max(policy.layers[Layer.MAX_INVERSE, layer], inverse)
+    policy.layers[Layer.MAX_WAIT, layer] = max(policy.layers[Layer.MAX_WAIT, layer], wait)
 
 
 @jit
 def insert(policy: BeliefState, cache: CacheState, expert: int) -> None:
-    """Add to its layer's residents."""
-    expert, layer = unsigned(expert), unsigned(cache.experts[IN_LAYER, expert])
-    index = unsigned(policy.tally[MEMBERS, layer])
+    """Add an expert to its layer's residents."""
+    expert, layer = unsigned(expert), unsigned(cache.experts[Expert.LAYER, expert])
+    index = unsigned(policy.counts[LayerCount.MEMBERS, layer])
     policy.members[layer, index] = expert
-    policy.places[expert, INDEX] = index
-    policy.tally[MEMBERS, layer] += 1
-    _note(policy, layer, index, _believe(policy, cache, expert))
+    policy.places[expert, Place.INDEX] = index
+    policy.counts[LayerCount.MEMBERS, layer] += 1
+    _store(policy, layer, index, _belief(policy, cache, expert))
 
 
 @jit
 def evict(policy: BeliefState, cache: CacheState, expert: int) -> None:
-    """Take out of its layer's residents."""
-    expert, layer = unsigned(expert), unsigned(cache.experts[IN_LAYER, expert])
-    policy.tally[MEMBERS, layer] -= 1
-    left, index = unsigned(policy.tally[MEMBERS, layer]), unsigned(policy.places[expert, INDEX])
+    """Remove an expert from its layer's residents."""
+    expert, layer = unsigned(expert), unsigned(cache.experts[Expert.LAYER, expert])
+    policy.counts[LayerCount.MEMBERS, layer] -= 1
+    left, index = unsigned(policy.counts[LayerCount.MEMBERS, layer]), unsigned(policy.places[expert, Place.INDEX])
     moved = unsigned(policy.members[layer, left])
-    policy.members[layer, index], policy.places[moved, INDEX] = moved, index
+    policy.members[layer, index], policy.places[moved, Place.INDEX] = moved, index
     for row in range(3):
         policy.beliefs[row, layer, index] = policy.beliefs[row, layer, left]
-    steepest = longest = 0.0
+    max_inverse = max_wait = 0.0
     for i in range(left):
-        steepest = max(steepest, policy.beliefs[INVERSE, layer, unsigned(i)])
-        longest = max(longest, policy.beliefs[WAIT, layer, unsigned(i)])
-    policy.layers[STEEPEST, layer], policy.layers[LONGEST, layer] = steepest, longest
+        max_inverse = max(max_inverse, policy.beliefs[Belief.INVERSE, layer, unsigned(i)])
+        max_wait = max(max_wait, policy.beliefs[Belief.WAIT, layer, unsigned(i)])
+    policy.layers[Layer.MAX_INVERSE, layer], policy.layers[Layer.MAX_WAIT, layer] = max_inverse, max_wait
 
 
 @jit
-def routed(policy: BeliefState, cache: CacheState, experts: Ints, tokens: Ints) -> None:
-    """Bring the history of the layer's experts up to date."""
-    layer = unsigned(cache.now[LAYER])
-    policy.tally[RAN, layer] += 1
-    ran, weight = policy.tally[RAN, layer], policy.layers[WEIGHT, layer]
-    policy.layers[WEIGHT, layer] = policy.start + policy.fades[1] * (weight - policy.start) + 1
+def on_demand(policy: BeliefState, cache: CacheState, experts: Ints, tokens: Ints) -> None:
+    """Update the history of the layer's experts."""
+    layer = unsigned(cache.clock[Clock.LAYER])
+    policy.counts[LayerCount.RUNS, layer] += 1
+    runs, weight = policy.counts[LayerCount.RUNS, layer], policy.layers[Layer.WEIGHT, layer]
+    policy.layers[Layer.WEIGHT, layer] = policy.prior + policy.fades[1] * (weight - policy.prior) + 1
     size = unsigned(cache.experts.shape[1] // len(cache.counters))
     for i in range(size):
-        policy.history[layer * size + unsigned(i), SAID] = 0.0  # it was of this run
+        policy.history[layer * size + unsigned(i), History.NEXT_SCORE] = 0.0  # the score was for this run
     for number in experts:
         expert = unsigned(number)
-        since = unsigned(min(ran - policy.places[expert, USED], len(policy.fades) - 1))
-        policy.history[expert, USES] = policy.history[expert, USES] * policy.fades[since] + 1
-        policy.places[expert, USED] = ran
-    policy.layers[STEEPEST, layer] = policy.layers[LONGEST, layer] = 0.0
-    for i in range(policy.tally[MEMBERS, layer]):
+        since = unsigned(min(runs - policy.places[expert, Place.LAST_RUN], len(policy.fades) - 1))
+        policy.history[expert, History.USES] = policy.history[expert, History.USES] * policy.fades[since] + 1
+        policy.places[expert, Place.LAST_RUN] = runs
+    policy.layers[Layer.MAX_INVERSE, layer] = policy.layers[Layer.MAX_WAIT, layer] = 0.0
+    for i in range(policy.counts[LayerCount.MEMBERS, layer]):
         index = unsigned(i)
-        _note(policy, layer, index, _believe(policy, cache, unsigned(policy.members[layer, index])))
+        _store(policy, layer, index, _belief(policy, cache, unsigned(policy.members[layer, index])))
 
 
 @jit
-def learned(policy: BeliefState, cache: CacheState, layer: int) -> None:
-    """Take in the scores of a layer's next run."""
+def on_scores(policy: BeliefState, cache: CacheState, layer: int) -> None:
+    """Update the beliefs with scores of a layer's next run."""
     layer = unsigned(layer)
-    if cache.now[LAYER] == layer:  # it has just run
+    if cache.clock[Clock.LAYER] == layer:  # the layer has just run
         size = unsigned(cache.experts.shape[1] // len(cache.counters))
         for i in range(size):
             expert = layer * size + unsigned(i)
-            policy.history[expert, SAID] = cache.known[expert]
-    policy.layers[STEEPEST, layer] = policy.layers[LONGEST, layer] = 0.0
-    for i in range(policy.tally[MEMBERS, layer]):
+            policy.history[expert, History.NEXT_SCORE] = cache.scores[expert]
+    policy.layers[Layer.MAX_INVERSE, layer] = policy.layers[Layer.MAX_WAIT, layer] = 0.0
+    for i in range(policy.counts[LayerCount.MEMBERS, layer]):
         index = unsigned(i)
         expert = unsigned(policy.members[layer, index])
-        _note(policy, layer, index, _given(policy, cache, expert, policy.beliefs[HAZARD, layer, index]))
+        belief = _belief_given(policy, cache, expert, policy.beliefs[Belief.HAZARD, layer, index])
+        _store(policy, layer, index, belief)
 
 
 @jit
 def _goes_before(cache: CacheState, expert: int, other: int) -> bool:
-    """Compare two that wait equally long: by recency, then by the lower id."""
-    last, other_last = cache.experts[LAST, expert], cache.experts[LAST, other]
+    """Compare two experts with equal events per hit: by recency, then by the lower id."""
+    last, other_last = cache.experts[Expert.LAST_USE, expert], cache.experts[Expert.LAST_USE, other]
     return last < other_last or (last == other_last and expert < other)
 
 
 @jit
 def victim(policy: BeliefState, cache: CacheState, pool: int) -> int:
-    """Return the one that takes most time for a hit.
+    """Return the resident with the most events per hit.
 
-    Layers are looked at in the order of what their residents take at most, until no other may have one that takes more.
+    Layers are searched by falling upper bound of their residents' events per hit, until no other layer can have more.
     """
     first, beyond = (0, len(cache.counters)) if len(cache.pools) == 1 else (pool, pool + 1)
-    bound = policy.layers[BOUND, first:beyond]
+    bound = policy.layers[Layer.BOUND, first:beyond]
     for i in range(len(bound)):
         ahead = float(layers_ahead(cache, first + i))
         layer = unsigned(first + i)
-        bound[i] = min(ahead * policy.layers[STEEPEST, layer], ahead + policy.layers[LONGEST, layer])
-    bits = bound.view(np.int64)  # of numbers from 0 these are ordered alike, and the compiler compares several at once
+        bound[i] = min(ahead * policy.layers[Layer.MAX_INVERSE, layer], ahead + policy.layers[Layer.MAX_WAIT, layer])
+    bits = bound.view(np.int64)  # the bits of non-negative floats have the same order, and their comparison vectorises
     best, most = -1, 0.0
     for _ in range(len(bound)):
         highest = bits[0]
@@ -246,24 +285,26 @@ def victim(policy: BeliefState, cache: CacheState, pool: int) -> int:
             break
         bound[unsigned(place)] = 0.0
         layer, ahead = unsigned(first + place), float(layers_ahead(cache, first + place))
-        for i in range(policy.tally[MEMBERS, layer]):
+        for i in range(policy.counts[LayerCount.MEMBERS, layer]):
             index = unsigned(i)
-            takes = min(ahead * policy.beliefs[INVERSE, layer, index], ahead + policy.beliefs[WAIT, layer, index])
+            takes = min(
+                ahead * policy.beliefs[Belief.INVERSE, layer, index], ahead + policy.beliefs[Belief.WAIT, layer, index]
+            )
             if takes >= most:
                 expert = unsigned(policy.members[layer, index])
-                if not is_held(cache, expert) and (best < 0 or takes > most or _goes_before(cache, expert, best)):
+                if not is_pinned(cache, expert) and (best < 0 or takes > most or _goes_before(cache, expert, best)):
                     best, most = int(expert), takes
     return best
 
 
 @jit
-def admits(policy: BeliefState, cache: CacheState, expert: int, victim: int) -> bool:
-    """Let in what takes less."""
+def admit(policy: BeliefState, cache: CacheState, expert: int, victim: int) -> bool:
+    """Admit an expert with fewer events per hit than the victim."""
     ahead, other = float(events_ahead(cache, expert)), float(events_ahead(cache, victim))
-    _, inverse, wait = _believe(policy, cache, unsigned(expert))
-    layer, index = cache.experts[IN_LAYER, victim], policy.places[victim, INDEX]
-    takes = min(other * policy.beliefs[INVERSE, layer, index], other + policy.beliefs[WAIT, layer, index])
+    _, inverse, wait = _belief(policy, cache, unsigned(expert))
+    layer, index = cache.experts[Expert.LAYER, victim], policy.places[victim, Place.INDEX]
+    takes = min(other * policy.beliefs[Belief.INVERSE, layer, index], other + policy.beliefs[Belief.WAIT, layer, index])
     return min(ahead * inverse, ahead + wait) < takes
 
 
-VERBS = Verbs(ignore_expert, insert, evict, victim, routed, learned, admits)
+HOOKS = PolicyHooks(ignore_expert, insert, evict, victim, on_demand, on_scores, admit)

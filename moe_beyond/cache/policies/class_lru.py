@@ -1,16 +1,16 @@
-"""class_lru: llama.cpp's ClassLRU (ggml-org/llama.cpp#31233): recency, slowed down for what is used often.
+"""class_lru: llama.cpp's ClassLRU (ggml-org/llama.cpp#31233): recency, slowed down for frequently used experts.
 
-An expert's frequency fades by half every 128 tokens: F <- F * 2^(-tokens/128) + 1 at each use, kept across evictions.
-Its class is floor(log2 F), within 0..7, as of its last use. The victim has the largest age / 2^class, age in events.
+An expert's frequency halves every 128 tokens: F <- F * 2^(-tokens/128) + 1 at each use, kept across evictions. Its
+class is floor(log2 F), within 0..7, at its last use. The victim has the largest age / 2^class, with the age in events.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import EVENT, LAST, STEP, CacheState, Floats, Ints, Verbs, ignore_expert
-from moe_beyond.cache.jit import jit
-from moe_beyond.cache.policies.scan import least
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Clock, Expert, Floats, Ints, PolicyHooks, ignore_expert
+from moe_beyond.cache.policies.scan import argmin_resident
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
@@ -19,7 +19,7 @@ HALF_LIFE, CLASSES = 128.0, 8
 
 
 class ClassLruState(NamedTuple):
-    """Of every expert ``(L*E,)``: its faded frequency, and step, event and class of its last use."""
+    """Decayed frequency of every expert, and step, event and class of its last use, ``(L*E,)`` each."""
 
     frequency: Floats
     step: Ints
@@ -27,30 +27,31 @@ class ClassLruState(NamedTuple):
     level: Ints
 
 
-def state(inputs: PolicyInputs) -> ClassLruState:
+def init(inputs: PolicyInputs) -> ClassLruState:
     """Return zeros."""
     return ClassLruState(np.zeros(inputs.num_ids), *(np.zeros(inputs.num_ids, np.int64) for _ in range(3)))
 
 
 @jit
 def use(policy: ClassLruState, cache: CacheState, expert: int) -> None:
-    """Fade, count, and put into its class."""
-    faded = policy.frequency[expert] * 2.0 ** ((policy.step[expert] - cache.now[STEP]) / HALF_LIFE)
-    policy.frequency[expert] = faded + 1
-    policy.step[expert], policy.event[expert] = cache.now[STEP], cache.now[EVENT]
-    policy.level[expert] = min(int(np.log2(faded + 1)), CLASSES - 1)
+    """Decay the frequency, count the use, and set the class."""
+    age = policy.step[expert] - cache.clock[Clock.STEP]
+    decayed = policy.frequency[expert] * 2.0 ** (age / HALF_LIFE)
+    policy.frequency[expert] = decayed + 1
+    policy.step[expert], policy.event[expert] = cache.clock[Clock.STEP], cache.clock[Clock.EVENT]
+    policy.level[expert] = min(int(np.log2(decayed + 1)), CLASSES - 1)
 
 
 @jit
-def worth(policy: ClassLruState, cache: CacheState, expert: int) -> float:
-    """Return minus the slowed age."""
-    return (policy.event[expert] - cache.now[EVENT]) / 2.0 ** policy.level[expert]
+def priority(policy: ClassLruState, cache: CacheState, expert: int) -> float:
+    """Return the negative slowed age."""
+    return (policy.event[expert] - cache.clock[Clock.EVENT]) / 2.0 ** policy.level[expert]
 
 
 @jit
 def victim(policy: ClassLruState, cache: CacheState, pool: int) -> int:
-    """Return the oldest, by slowed age."""
-    return least(policy, cache, pool, worth, cache.experts[LAST])
+    """Return the resident with the largest slowed age."""
+    return argmin_resident(policy, cache, pool, priority, cache.experts[Expert.LAST_USE])
 
 
-VERBS = Verbs(use, use, ignore_expert, victim)
+HOOKS = PolicyHooks(use, use, ignore_expert, victim)

@@ -1,18 +1,18 @@
-"""hobbit: HOBBIT's score (arXiv 2411.01433, eq. 3): recency, frequency and layer distance, weighted evenly.
+"""hobbit: HOBBIT's score (arXiv 2411.01433, eq. 3): recency, frequency and layer distance with equal weights.
 
-score = R/4T + F/4T + H/4T + (1 - a/L)/4, with T steps so far, R the step of the last use, F uses, H uses at high
-precision, and a + 1 the events until the expert's layer runs. Traces do not tell precision: H is F here. Experts are
-ranked by the whole number (R + 2F) L - a T, which orders them as the score does, so that rounding breaks no tie. The
-sequence is its memory: nothing is kept across sequences.
+The score is R/4T + F/4T + H/4T + (1 - a/L)/4. T is the number of steps so far, R the step of the last use, F the number
+of uses, H the number of uses at high precision, and a + 1 the events until the expert's layer runs. Traces do not
+record precision, so H is F here. Experts are ranked by the integer (R + 2F) L - a T, which has the same order as the
+score, so rounding breaks no tie. The state covers one sequence: nothing is kept across sequences.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import LAST, STEP, CacheState, Ints, Verbs, ignore_expert
-from moe_beyond.cache.jit import jit
-from moe_beyond.cache.policies.scan import events_ahead, least
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, PolicyHooks, ignore_expert
+from moe_beyond.cache.policies.scan import argmin_resident, events_ahead
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
@@ -20,13 +20,13 @@ OFFERS_SCORES = False
 
 
 class HobbitState(NamedTuple):
-    """Of every expert ``(L*E,)``: its uses, and the step of the last."""
+    """Number of uses of every expert, and the step of its last use, ``(L*E,)`` int64 each."""
 
     uses: Ints
     step: Ints
 
 
-def state(inputs: PolicyInputs) -> HobbitState:
+def init(inputs: PolicyInputs) -> HobbitState:
     """Return zeros."""
     return HobbitState(np.zeros(inputs.num_ids, np.int64), np.zeros(inputs.num_ids, np.int64))
 
@@ -35,20 +35,20 @@ def state(inputs: PolicyInputs) -> HobbitState:
 def use(policy: HobbitState, cache: CacheState, expert: int) -> None:
     """Count a use."""
     policy.uses[expert] += 1
-    policy.step[expert] = cache.now[STEP]
+    policy.step[expert] = cache.clock[Clock.STEP]
 
 
 @jit
-def worth(policy: HobbitState, cache: CacheState, expert: int) -> float:
-    """Return 4 L T times the score, less L T: a whole number, exact as a float below 2**53."""
+def priority(policy: HobbitState, cache: CacheState, expert: int) -> float:
+    """Return 4 L T times the score, minus L T: an integer, exact as a float below 2**53."""
     used = policy.step[expert] + 2 * policy.uses[expert]
-    return float(used * len(cache.counters) - (events_ahead(cache, expert) - 1) * max(cache.now[STEP], 1))
+    return float(used * len(cache.counters) - (events_ahead(cache, expert) - 1) * max(cache.clock[Clock.STEP], 1))
 
 
 @jit
 def victim(policy: HobbitState, cache: CacheState, pool: int) -> int:
-    """Return the one of the least score."""
-    return least(policy, cache, pool, worth, cache.experts[LAST])
+    """Return the resident with the lowest score."""
+    return argmin_resident(policy, cache, pool, priority, cache.experts[Expert.LAST_USE])
 
 
-VERBS = Verbs(use, use, ignore_expert, victim)
+HOOKS = PolicyHooks(use, use, ignore_expert, victim)

@@ -1,12 +1,15 @@
-"""lfru: evict the least uses / (events since the last use + 1); counts outlive evictions (vllm-project/vllm#38256)."""
+"""lfru: evict the expert with the fewest uses / (events since the last use + 1) (vllm-project/vllm#38256).
+
+Counts outlive evictions.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import EVENT, LAST, CacheState, Ints, Verbs, ignore_expert
-from moe_beyond.cache.jit import jit
-from moe_beyond.cache.policies.scan import least
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, PolicyHooks, ignore_expert
+from moe_beyond.cache.policies.scan import argmin_resident
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
@@ -14,13 +17,13 @@ OFFERS_SCORES = False
 
 
 class LfruState(NamedTuple):
-    """Uses of every expert, and the event of the last, ``(L*E,)`` each."""
+    """Number of uses of every expert and the event of its last use, ``(L*E,)`` int64 each."""
 
     uses: Ints
     event: Ints
 
 
-def state(inputs: PolicyInputs) -> LfruState:
+def init(inputs: PolicyInputs) -> LfruState:
     """Return zero counts."""
     return LfruState(np.zeros(inputs.num_ids, np.int64), np.zeros(inputs.num_ids, np.int64))
 
@@ -29,19 +32,19 @@ def state(inputs: PolicyInputs) -> LfruState:
 def use(policy: LfruState, cache: CacheState, expert: int) -> None:
     """Count a use."""
     policy.uses[expert] += 1
-    policy.event[expert] = cache.now[EVENT]
+    policy.event[expert] = cache.clock[Clock.EVENT]
 
 
 @jit
-def worth(policy: LfruState, cache: CacheState, expert: int) -> float:
-    """Return uses over age."""
-    return policy.uses[expert] / (cache.now[EVENT] - policy.event[expert] + 1)
+def priority(policy: LfruState, cache: CacheState, expert: int) -> float:
+    """Return the number of uses divided by the age."""
+    return policy.uses[expert] / (cache.clock[Clock.EVENT] - policy.event[expert] + 1)
 
 
 @jit
 def victim(policy: LfruState, cache: CacheState, pool: int) -> int:
-    """Return the one worth least."""
-    return least(policy, cache, pool, worth, cache.experts[LAST])
+    """Return the resident with the lowest priority."""
+    return argmin_resident(policy, cache, pool, priority, cache.experts[Expert.LAST_USE])
 
 
-VERBS = Verbs(use, use, ignore_expert, victim)
+HOOKS = PolicyHooks(use, use, ignore_expert, victim)

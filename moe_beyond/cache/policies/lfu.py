@@ -1,15 +1,15 @@
-"""lfu: evict what was demanded (or named by a prefetch) least often in the sequence; counts outlive evictions.
+"""lfu: evict the expert that was demanded or prefetched least often in the sequence.
 
-Ties go by recency.
+Counts outlive evictions. Ties go by recency.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_beyond.cache.core import LAST, CacheState, Ints, Verbs, ignore_expert
-from moe_beyond.cache.jit import jit
-from moe_beyond.cache.policies.scan import least
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Expert, Ints, PolicyHooks, ignore_expert
+from moe_beyond.cache.policies.scan import argmin_resident
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
@@ -17,12 +17,12 @@ OFFERS_SCORES = False
 
 
 class LfuState(NamedTuple):
-    """Uses of every expert, ``(L*E,)``."""
+    """Number of uses of every expert, ``(L*E,)`` int64."""
 
     uses: Ints
 
 
-def state(inputs: PolicyInputs) -> LfuState:
+def init(inputs: PolicyInputs) -> LfuState:
     """Return zero counts."""
     return LfuState(np.zeros(inputs.num_ids, np.int64))
 
@@ -34,15 +34,15 @@ def use(policy: LfuState, cache: CacheState, expert: int) -> None:
 
 
 @jit
-def worth(policy: LfuState, cache: CacheState, expert: int) -> float:
-    """Return the uses."""
+def priority(policy: LfuState, cache: CacheState, expert: int) -> float:
+    """Return the number of uses."""
     return float(policy.uses[expert])
 
 
 @jit
 def victim(policy: LfuState, cache: CacheState, pool: int) -> int:
-    """Return the least often used."""
-    return least(policy, cache, pool, worth, cache.experts[LAST])
+    """Return the least frequently used resident."""
+    return argmin_resident(policy, cache, pool, priority, cache.experts[Expert.LAST_USE])
 
 
-VERBS = Verbs(use, use, ignore_expert, victim)
+HOOKS = PolicyHooks(use, use, ignore_expert, victim)

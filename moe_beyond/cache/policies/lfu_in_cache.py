@@ -1,10 +1,10 @@
-"""lfu_in_cache: evict what was used least often since it came in. Ties go by recency.
+"""lfu_in_cache: evict the expert that was used least often since it became resident. Ties go by recency.
 
-A larger budget can have fewer hits: the counts that decide are of other stays.
+A larger budget can have fewer hits, because the counts then cover other stays in the cache.
 """
 
-from moe_beyond.cache.core import CacheState, Verbs
-from moe_beyond.cache.jit import jit
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, PolicyHooks
 from moe_beyond.cache.policies import lfu
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
@@ -12,15 +12,15 @@ NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False
 
 
-def state(inputs: PolicyInputs) -> lfu.LfuState:
+def init(inputs: PolicyInputs) -> lfu.LfuState:
     """Return zero counts."""
-    return lfu.state(inputs)
+    return lfu.init(inputs)
 
 
 @jit
 def evict(policy: lfu.LfuState, cache: CacheState, expert: int) -> None:
-    """Forget the count."""
+    """Reset the count."""
     policy.uses[expert] = 0
 
 
-VERBS = Verbs(lfu.use, lfu.use, evict, lfu.victim)
+HOOKS = PolicyHooks(lfu.use, lfu.use, evict, lfu.victim)

@@ -1,28 +1,30 @@
-"""Finding a victim by looking at every resident, for policies whose ranking changes as time passes."""
+"""Victims by a scan over all residents, for policies whose ranking changes as time passes."""
 
 from collections.abc import Callable
 from typing import Any
 
-from moe_beyond.cache.core import IN_LAYER, LAYER, USED, CacheState, Ints, is_held
-from moe_beyond.cache.jit import jit
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, Pool, is_pinned
 
 
 @jit
-def least(policy: Any, cache: CacheState, pool: int, worth: Callable[[Any, CacheState, int], float], ties: Ints) -> int:
-    """Return the resident of a pool, not shielded, that is worth least.
+def argmin_resident(
+    policy: Any, cache: CacheState, pool: int, priority: Callable[[Any, CacheState, int], float], ties: Ints
+) -> int:
+    """Return the resident with the lowest priority that is not pinned.
 
     Args:
-        policy: The policy's own state.
-        cache: The cache.
-        pool: Which pool.
-        worth: ``(policy, cache, expert)``, compiled.
-        ties: ``(L*E,)``; of those worth the same, the one with the least of these goes; of those the lowest.
+        policy: Value that the policy's ``init`` returned.
+        cache: State of the cache.
+        pool: Pool to search.
+        priority: Compiled function ``(policy, cache, expert) -> float``.
+        ties: Second key for equal priorities, ``(L*E,)``, lowest first; the third key is the id.
     """
     best, lowest = -1, 0.0
-    for expert in cache.residents[pool, : cache.pools[pool, USED]]:
-        if is_held(cache, expert):
+    for expert in cache.residents[pool, : cache.pools[pool, Pool.USED]]:
+        if is_pinned(cache, expert):
             continue
-        value = worth(policy, cache, expert)
+        value = priority(policy, cache, expert)
         if best < 0 or value < lowest or (value == lowest and (ties[expert], expert) < (ties[best], best)):
             best, lowest = expert, value
     return best
@@ -30,12 +32,12 @@ def least(policy: Any, cache: CacheState, pool: int, worth: Callable[[Any, Cache
 
 @jit
 def layers_ahead(cache: CacheState, layer: int) -> int:
-    """Return in how many events a layer runs: 1 for the next layer, L for the one that runs now."""
-    current = cache.now[LAYER]
+    """Return the number of events until a layer runs: 1 for the next layer, L for the current one."""
+    current = cache.clock[Clock.LAYER]
     return layer - current if layer > current else len(cache.counters) - current + layer
 
 
 @jit
 def events_ahead(cache: CacheState, expert: int) -> int:
-    """Return in how many events an expert's layer runs."""
-    return layers_ahead(cache, cache.experts[IN_LAYER, expert])
+    """Return the number of events until an expert's layer runs."""
+    return layers_ahead(cache, cache.experts[Expert.LAYER, expert])

@@ -1,10 +1,10 @@
-"""static: the experts that were most popular in training stay; what else is demanded passes through the last slots."""
+"""static: keep the experts that are most popular in training text; other demand passes through the last slots."""
 
 from typing import NamedTuple
 
-from moe_beyond.cache.core import LAST, CacheState, Floats, Verbs, ignore_expert
-from moe_beyond.cache.jit import jit
-from moe_beyond.cache.policies.scan import least
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Expert, Floats, PolicyHooks, ignore_expert
+from moe_beyond.cache.policies.scan import argmin_resident
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ("profile",)
@@ -12,26 +12,26 @@ OFFERS_SCORES = False
 
 
 class StaticState(NamedTuple):
-    """The popularity of every expert, ``(L*E,)``."""
+    """Popularity of every expert, ``(L*E,)`` float64."""
 
     popularity: Floats
 
 
-def state(inputs: PolicyInputs) -> StaticState:
-    """Take the popularity of the training text."""
+def init(inputs: PolicyInputs) -> StaticState:
+    """Return the popularity in the training text."""
     return StaticState(inputs.popularity())
 
 
 @jit
-def worth(policy: StaticState, cache: CacheState, expert: int) -> float:
+def priority(policy: StaticState, cache: CacheState, expert: int) -> float:
     """Return the popularity."""
     return policy.popularity[expert]
 
 
 @jit
 def victim(policy: StaticState, cache: CacheState, pool: int) -> int:
-    """Return the least popular."""
-    return least(policy, cache, pool, worth, cache.experts[LAST])
+    """Return the least popular resident."""
+    return argmin_resident(policy, cache, pool, priority, cache.experts[Expert.LAST_USE])
 
 
-VERBS = Verbs(ignore_expert, ignore_expert, ignore_expert, victim)
+HOOKS = PolicyHooks(ignore_expert, ignore_expert, ignore_expert, victim)

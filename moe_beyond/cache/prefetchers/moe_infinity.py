@@ -1,42 +1,46 @@
-"""moe_infinity: MoE-Infinity's queue (arXiv 2401.14361): all later layers' experts by (p + epsilon) * (1 - ahead/L).
+"""moe_infinity: MoE-Infinity's queue (arXiv 2401.14361): later layers' experts by (p + epsilon) * (1 - ahead/L).
 
-It is made anew at every event, so that what has not gone on the link is put in its place again. Where transfers take
-time, the link limits what is brought in; where they take none, K transfers an event do.
+Every event replaces the queue, so experts whose transfer has not begun get a new priority. If transfers take time, the
+interconnect limits the number of transfers; otherwise K transfers per event do.
 """
 
 import numpy as np
 
-from moe_beyond.cache.core import IN_LAYER, LAYER, NAMED, PLACE, CacheState
-from moe_beyond.cache.interconnect import FREE, NOW, TRANSFER, is_instant
-from moe_beyond.cache.jit import jit
-from moe_beyond.cache.prefetchers.settings import Outlook, Plan
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState, Clock, Expert, Scratch
+from moe_beyond.cache.interconnect import Seconds, is_instant
+from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
 
 EPSILON = 1e-8
-MOST = 64
+MAX_SELECTED = 64
 
 
 @jit
-def names(cache: CacheState, plan: Plan, outlook: Outlook) -> int:
-    """Name experts that are not resident, of the highest priority first; return how many."""
-    layers, current = len(cache.counters), cache.now[LAYER]
+def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, layer: int) -> int:
+    """Select experts that are not resident, the highest priority first.
+
+    Returns:
+        Number of selected experts.
+    """
+    layers, current = len(cache.counters), cache.clock[Clock.LAYER]
     size = cache.experts.shape[1] // layers
-    room = plan.most
-    if not is_instant(cache.link) and current + 1 < layers:  # what can begin before the next event asks anew
-        gap = outlook.need[current + 1] - max(cache.link.clock[FREE], cache.link.clock[NOW])
-        room = min(int(max(gap, 0.0) / cache.link.clock[TRANSFER]) + plan.most, MOST)
-    priority = cache.weights
+    limit = settings.max_experts
+    if not is_instant(cache.link) and current + 1 < layers:  # transfers that can begin before the next event
+        gap = future.deadline[current + 1] - max(cache.link.seconds[Seconds.FREE], cache.link.seconds[Seconds.NOW])
+        limit = min(int(max(gap, 0.0) / cache.link.seconds[Seconds.TRANSFER]) + settings.max_experts, MAX_SELECTED)
+    priority = cache.scratch_float
     priority[:] = -1.0
     for expert in range((current + 1) * size, cache.experts.shape[1]):
-        if cache.experts[PLACE, expert] < 0 and not np.isnan(cache.known[expert]):
-            ahead = cache.experts[IN_LAYER, expert] - current
-            priority[expert] = (cache.known[expert] + EPSILON) * (1 - ahead / layers)
-    for rank in range(room):
+        if cache.experts[Expert.PLACE, expert] < 0 and not np.isnan(cache.scores[expert]):
+            ahead = cache.experts[Expert.LAYER, expert] - current
+            priority[expert] = (cache.scores[expert] + EPSILON) * (1 - ahead / layers)
+    for rank in range(limit):
         best, highest = -1, -1.0
         for expert in range(len(priority)):
             if priority[expert] > highest:
                 best, highest = expert, priority[expert]
         if best < 0:
             return rank
-        cache.room[NAMED, rank] = best
+        cache.scratch_int[Scratch.SELECTED, rank] = best
         priority[best] = -1.0
-    return room
+    return limit

@@ -1,50 +1,66 @@
-"""top<m> and p><t>: the best-scored experts of a layer, at most m of them, and only those of a score above t."""
+"""top<m> and p><t>: the best-scored experts of a layer, at most m of them, and only those with a score above t."""
 
 import numpy as np
 
-from moe_beyond.cache.core import NAMED, ORDER, CacheState, unsigned
-from moe_beyond.cache.jit import jit_apart
-from moe_beyond.cache.prefetchers.settings import Plan
+from moe_beyond.cache.compiler import jit, jit_apart
+from moe_beyond.cache.core import CacheState, Scratch, unsigned
+from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
 
-LEAST, MOST = -(2**63), 2**63 - 1
+LOWEST_KEY, HIGHEST_KEY = -(2**63), 2**63 - 1
+
+
+@jit
+def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, layer: int) -> int:
+    """Select experts of the layer at the prefetcher's distance; at a step's start, of all layers nearer than that.
+
+    Returns:
+        Number of selected experts.
+    """
+    layers, count = len(cache.counters), 0
+    if layer < 0:
+        for first in range(min(settings.distance, layers)):
+            count = best_of_layer(cache, settings, first, count)
+    elif settings.distance > 0 and layer + settings.distance < layers:
+        count = best_of_layer(cache, settings, layer + settings.distance, 0)
+    return count
 
 
 @jit_apart
-def names(cache: CacheState, plan: Plan, layer: int, begin: int) -> int:
-    """Name experts of a layer, best first, ties by the lower id; none where no score is known.
+def best_of_layer(cache: CacheState, settings: PrefetchSettings, layer: int, begin: int) -> int:
+    """Append the best-scored experts of a layer, ties by the lower id; none if no score is available.
 
-    Every name is the best below the last, found by looking at all: no branch depends on a score, and the compiler looks
-    at several at once. That is three times as fast as sorting in what may be among the best.
+    Each selected expert is the best below the previous one, found by a scan over all experts. No branch depends on a
+    score, so the compiler vectorises the scan: it is three times as fast as an insertion sort.
 
     Args:
-        cache: The cache; names go into ``cache.room[NAMED]`` from ``begin`` on.
-        plan: The prefetcher.
-        layer: Which.
-        begin: Where.
+        cache: Cache; the experts are appended to ``cache.scratch_int[Scratch.SELECTED]``.
+        settings: Settings of the prefetcher.
+        layer: Layer of the experts.
+        begin: Number of experts selected before.
 
     Returns:
-        Where the names end.
+        Number of experts selected in total.
     """
     size = cache.experts.shape[1] // len(cache.counters)
     first = layer * size
-    scores = cache.known[first : first + size]
+    scores = cache.scores[first : first + size]
     if np.isnan(scores[0]):
         return begin
-    named, keys = cache.room[NAMED], cache.room[ORDER, :size]
+    selected, keys = cache.scratch_int[Scratch.SELECTED], cache.scratch_int[Scratch.ORDER, :size]
     bits = scores.view(np.int32)
-    for i in range(size):  # ordered as the scores are, and then by the id: no two are the same
+    for i in range(size):  # keys are distinct, ordered by score and then by id
         bit = np.int64(bits[i])
         ordered = bit if bit >= 0 else -(bit & 0x7FFFFFFF)
         keys[i] = (ordered << 32) | (size - 1 - i)
-    last = MOST
-    for end in range(begin, begin + min(plan.most, size)):
-        best = LEAST
+    last = HIGHEST_KEY
+    for end in range(begin, begin + min(settings.max_experts, size)):
+        best = LOWEST_KEY
         for i in range(size):
             key = keys[i]
-            best = max(best, key if key < last else LEAST)
+            best = max(best, key if key < last else LOWEST_KEY)
         expert = unsigned(first + size - 1 - (best & 0xFFFFFFFF))
-        if not cache.known[expert] > plan.threshold:
+        if not cache.scores[expert] > settings.threshold:
             return end
-        named[end] = expert
+        selected[end] = expert
         last = best
-    return begin + min(plan.most, size)
+    return begin + min(settings.max_experts, size)

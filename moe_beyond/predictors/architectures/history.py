@@ -13,7 +13,7 @@ from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.stepper import TokenStepper
-from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, Profile
+from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, UsageProfile
 
 AGES, RATES = len(AGE_EDGES) + 1, len(RATE_EDGES) + 1
 
@@ -62,9 +62,9 @@ class History(Popularity):
         self.uses += uses
         self.trials += unused + uses
 
-    def profile(self) -> Profile:
+    def profile(self) -> UsageProfile:
         """Return the usage profile: the popularity and the table."""
-        return Profile(self._shares().cpu().numpy(), self._hazard().cpu().numpy())
+        return UsageProfile(self._shares().cpu().numpy(), self._hazard().cpu().numpy())
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""

@@ -11,7 +11,7 @@ from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.stepper import Stepper, TokenStepper
-from moe_beyond.usage_profile import Profile, default_hazard
+from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 
 class Popularity(CountingPredictor):
@@ -46,9 +46,9 @@ class Popularity(CountingPredictor):
         self.counts += batch.targets(self.geometry.num_experts).sum((0, 1))
         self.tokens += batch.lengths.sum()
 
-    def profile(self) -> Profile:
+    def profile(self) -> UsageProfile:
         """Return the usage profile: the popularity, and the default reuse table."""
-        return Profile(self._shares().cpu().numpy(), default_hazard())
+        return UsageProfile(self._shares().cpu().numpy(), default_hazard())
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``, the same for every token."""

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.report.plots.replay import budgets_figure, frontier_figure, layers_figure, save, timeline_figure
 from moe_beyond.simulator import ReplaySettings, Result
-from moe_beyond.simulator.sequence import Sequence as Steppable
+from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.simulator.timeline import Timeline, timeline
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.usage_profile import Profile
+from moe_beyond.usage_profile import UsageProfile
 
 TIMELINE_TOKEN = 12
 """Which token of the first long enough sequence a timeline shows: the cache is warm by then."""
@@ -22,7 +22,7 @@ def pictures(
     strategies: Sequence[ReplaySettings],
     results: Sequence[Result],
     sources: Sequence[ScoreSource],
-    profile: Profile | None,
+    profile: UsageProfile | None,
     split: str | None,
 ) -> dict[str, Figure]:
     """Draw what there is to draw: curves over budgets, the frontier, the layers, and on a device one token in time.
@@ -65,7 +65,7 @@ def _one_token(
     traces: TraceSet,
     settings: ReplaySettings,
     sources: Sequence[ScoreSource],
-    profile: Profile | None,
+    profile: UsageProfile | None,
     split: str | None,
 ) -> Timeline | None:
     """Time a token, where there is a device and every token is a step."""
@@ -80,8 +80,8 @@ def _one_token(
 
 def _sequences(
     traces: TraceSet, settings: ReplaySettings, sources: Sequence[ScoreSource], split: str | None
-) -> Iterator[Steppable]:
+) -> Iterator[ReplaySequence]:
     source = next((source for source in sources if source.name == settings.predictor), None)
     if source is None:
-        return (Steppable(traces.geometry, trace.experts) for trace in traces.traces(split))
-    return (Steppable(traces.geometry, t.experts, scores) for t, scores in source.sequences(traces, split, True))
+        return (ReplaySequence(traces.geometry, trace.experts) for trace in traces.traces(split))
+    return (ReplaySequence(traces.geometry, t.experts, scores) for t, scores in source.sequences(traces, split, True))

@@ -1,0 +1,26 @@
+"""Calling a prefetcher by its number: compiled code calls no function that it does not know."""
+
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import CacheState
+from moe_beyond.cache.prefetchers import Kind, adaptive, moe_infinity, oracle, scored
+from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+
+
+@jit
+def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, layer: int) -> int:
+    """Select experts after a layer, or at a step's start (layer -1).
+
+    A prefetcher reads only `CacheState.scores`, so it reads no score before its lookahead makes it available.
+
+    Returns:
+        Number of experts in ``cache.scratch_int[Scratch.SELECTED]``, the most urgent first.
+    """
+    if settings.kind == Kind.NONE or (layer < 0 and not settings.first_layers and not settings.knows_future):
+        return 0
+    if settings.kind == Kind.ORACLE:
+        return oracle.select(cache, settings, future, layer)
+    if settings.kind == Kind.ADAPTIVE:
+        return adaptive.select(cache, settings, future, layer)
+    if settings.kind == Kind.MOE_INFINITY:
+        return moe_infinity.select(cache, settings, future, layer)
+    return scored.select(cache, settings, future, layer)

@@ -1,0 +1,38 @@
+"""Inputs of the engine: a sequence as arrays, and the seconds of its computing."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+class StepArrays(NamedTuple):
+    """A sequence as arrays, step by step.
+
+    Attributes:
+        ids: Experts that every event demands, ``(n,)`` int64, as ``layer * E + expert``, ascending within an event.
+        offsets: Index of each event's first expert, ``(S * L + 1,)`` int64.
+        tokens: Number of tokens of the step that demand each expert, ``(n,)`` int64.
+        scores: Probabilities, ``(S, H, L, E)`` float32, NaN if there are none; H may be 0.
+        lookaheads: Lookahead of each slice of the scores, ``(H,)`` int64, ascending; L if it is available at the step's
+            start, L + 1 if it is available after the same layer of the step before.
+        computed: Whether scores become available after a layer is computed, instead of routed.
+        counted: Whether each step counts or belongs to the warm-up, ``(S,)`` bool.
+    """
+
+    ids: Ints
+    offsets: Ints
+    tokens: Ints
+    scores: npt.NDArray[np.float32]
+    lookaheads: Ints
+    computed: bool
+    counted: npt.NDArray[np.bool_]
+
+
+class Timing(NamedTuple):
+    """Seconds of a layer without its routed experts (``other``), and of one routed expert (``expert``)."""
+
+    other: float
+    expert: float
