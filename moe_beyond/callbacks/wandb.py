@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.datamodules import TraceDataModule
+from moe_beyond.lookahead import format_lookahead
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.simulator import Result
 from moe_beyond.tasks.base import PredictorTask
@@ -188,9 +189,7 @@ def replays_shown(results: Sequence[Result]) -> dict[str, Any]:
 
 def _lookahead(result: Result) -> str:
     """Name when scores were known; a table's column has one type."""
-    if result.predictor is None:
-        return "-"
-    return "all" if result.lookahead is None else str(result.lookahead)
+    return "-" if result.predictor is None else format_lookahead(result.lookahead)
 
 
 def artifacts_of(trainer: L.Trainer, run: str) -> Iterator[tuple["wandb.Artifact", str]]:
