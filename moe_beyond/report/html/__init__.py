@@ -1,1 +1,1 @@
-"""One page about a predictor or a run: what it was fitted on, what it predicts, what that is worth."""
+"""The page of ``moe-beyond report``: one self-contained HTML file about a predictor or a run."""
