@@ -28,7 +28,7 @@ from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
 from moe_beyond.pretrained import checkpoints_folder
-from moe_beyond.report.plots.replay import budgets_figure, save
+from moe_beyond.report.plots.replay import budgets_figure, save_png
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.tasks import CrossLayer
@@ -66,7 +66,7 @@ def quickstart(out: str | Path, console: Console) -> Evaluation:
             predictor = fit(traces, folder, console)
         with _step(console, "3/3 replay: held-out prompts, every budget"):
             found = _replay(traces, predictor)
-        save(budgets_figure(found.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
+        save_png(budgets_figure(found.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
         write_json(folder / RESULTS, found.to_json())
     shown = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
     console.print(metrics_table(found.metrics))

@@ -24,7 +24,7 @@ from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.files import write_json
 from moe_beyond.predictors.training_text import MeasuredText
 from moe_beyond.report.tables.results import unavailable_lines
-from moe_beyond.report.tables.sizing import plan_table
+from moe_beyond.report.tables.sizing import sizing_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import device_slots
 from moe_beyond.traces.reader import TraceSet
@@ -69,7 +69,7 @@ def run(words: list[str]) -> None:
     _write_pins(args, chosen, output)
     bytes_per_expert = traces.geometry.params_per_expert * shared.common.bits / 8
     output.show(
-        *text.lines, plan_table(answers, target, traces.geometry, bytes_per_expert), *unavailable_lines(missing)
+        *text.lines, sizing_table(answers, target, traces.geometry, bytes_per_expert), *unavailable_lines(missing)
     )
     content = {
         "target": target.text,

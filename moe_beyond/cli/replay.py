@@ -16,7 +16,7 @@ from moe_beyond.cli.replay_options import (
 from moe_beyond.evaluation.options import asked_conditions, asked_strategies, text_to_measure
 from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.strategies import beside
-from moe_beyond.report.plots.files import pictures, write_pictures
+from moe_beyond.report.plots.files import replay_figures, write_figures
 from moe_beyond.report.tables.results import results_table, unavailable_lines
 from moe_beyond.traces.reader import TraceSet
 
@@ -52,8 +52,8 @@ def run(words: list[str]) -> None:
         found = evaluate(traces, lines, text.split, asked.sources, profile=shared.profile, progress=progress)
     output.show(*text.lines, results_table(found.results, traces.geometry), *unavailable_lines(asked.missing))
     if args.plots:
-        drawn = pictures(traces, lines, found.results, asked.sources, shared.profile, text.split)
-        output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))
+        drawn = replay_figures(traces, lines, found.results, asked.sources, shared.profile, text.split)
+        output.show(*(f"picture: {path}" for path in write_figures(args.plots, drawn)))
     content: dict[str, Any] = {"measured_on": text.to_json(), "results": [result.to_json() for result in found.results]}
     unavailable = [{"strategy": one.strategy, "why": one.why} for one in asked.missing]
     output.result(content | ({"unavailable": unavailable} if unavailable else {}))

@@ -18,7 +18,7 @@ from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.report.plots import replay as plots
 from moe_beyond.report.plots.files import TIMELINE_TOKEN, pictures
 from moe_beyond.report.tables.results import results_table, scores_words, unavailable_lines
-from moe_beyond.report.tables.sizing import plan_table
+from moe_beyond.report.tables.sizing import sizing_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
@@ -52,7 +52,7 @@ TIMED_LINES = [*LINES, "clairvoyant prefetch"]
 @pytest.mark.parametrize("timed", [False, True])
 def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
     lines, results = replayed(trace_set, [16, 8, 24], timed)
-    drawn = pictures(trace_set, lines, results, [SOURCE], None, None)
+    drawn = replay_figures(trace_set, lines, results, [SOURCE], None, None)
     assert list(drawn) == ["budgets", "frontier", "layers", *["timeline"] * timed]
     names = TIMED_LINES if timed else LINES
     curves, frontier = drawn["budgets"], drawn["frontier"]
@@ -79,7 +79,7 @@ def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
 
 def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None:
     lines, results = replayed(trace_set, [8], True)
-    figure = pictures(trace_set, lines, results, [SOURCE], None, None)["timeline"]
+    figure = replay_figures(trace_set, lines, results, [SOURCE], None, None)["timeline"]
     assert figure.get_suptitle() == f"lru + top2, 8 slots, {DEVICE.name}: token {TIMELINE_TOKEN}"
     bars = {bar.get_label(): bar.get_paths() for bar in figure.axes[0].collections}
     assert set(bars) == {"compute", "stall", "moved on demand", "moved ahead"}
@@ -146,7 +146,7 @@ def test_what_is_missing_and_what_binds_is_said(trace_set: TraceSet) -> None:
     assert unavailable_lines(missing) == ["a: not available: needs x", "b: not available: needs y"]
     fits, fails = result_of(trace_set, hit_rate=0.9123, budget_slots=16), result_of(trace_set, hit_rate=0.5)
     answers = [Answer("late", fails, "link: too slow"), Answer("good", fits, None)]
-    said = text_of(plan_table(answers, parse_target("90%"), TINY, 2e9))
+    said = text_of(sizing_table(answers, parse_target("90%"), TINY, 2e9))
     good, late = [line for line in said.splitlines() if "│ good" in line or "│ late" in line]  # what works first
     assert [word in good for word in ("good", "16 (", "32.00", "91.2%")] == [True] * 4
     assert [word in late for word in ("late", "none", "at best 50.0%", "link: too slow")] == [True] * 4

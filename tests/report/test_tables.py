@@ -24,9 +24,9 @@ from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.report.tables.inspection import inspection_tables
 from moe_beyond.report.tables.intervals import intervals_tables
-from moe_beyond.report.tables.pretrained import published_tables
+from moe_beyond.report.tables.pretrained import pretrained_tables
 from moe_beyond.report.tables.results import FIGURES, checkpoints_table, metrics_table, results_table
-from moe_beyond.report.tables.sizing import plan_table
+from moe_beyond.report.tables.sizing import sizing_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
 from moe_beyond.traces.analysis.contrast import contrast
@@ -76,7 +76,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         Answer("clairvoyant prefetch", results[0], "link: 12.34 GB/s is too slow"),
         Answer("lru", results[1], None),
     ]
-    found["plan"] = plan_table(answers, parse_target("90%"), geometry, 123_456_789)
+    found["plan"] = sizing_table(answers, parse_target("90%"), geometry, 123_456_789)
     summary = summarize(traces) | {"contrast": contrast(traces, other)}
     summary["contrast"]["other"]["traces"] = "traces/other"  # a temporary folder's name has digits of its own
     summary["phases"] = {"prefill_tokens": 123_456, "decode_tokens": 234_567, "sequences": 1_234}
@@ -92,7 +92,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     preset = load_preset("deepseek-v2-lite").geometry
     rows = device_rows([load_device(name) for name in DEVICES], preset, 16.0)
     found |= {f"devices: {table.title}": table for table in devices_tables(rows, preset, 16.0)}
-    found |= {f"published: {table.title}": table for table in published_tables(published_figures())}
+    found |= {f"published: {table.title}": table for table in pretrained_tables(published_figures())}
     return found
 
 
