@@ -48,14 +48,14 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Published:
+class UploadResult:
     """Where something was published: the repository's page, and the commit."""
 
     url: str
     commit: str
 
 
-def prepare(folder: str | Path, repository: str, traces: str | None = None) -> Upload:
+def prepare_upload(folder: str | Path, repository: str, traces: str | None = None) -> Upload:
     """Gather what is published of a predictor folder or a trace set, and look whether it is whole; no network is used.
 
     Args:
@@ -135,7 +135,7 @@ def open_repository(repository: str, kind: Kind, *, private: bool = False) -> No
             raise UserError(f"{name}: is public already; make it private in its settings, or push without --private")
 
 
-def push(upload: Upload, *, private: bool = False, revision: str | None = None) -> Published:
+def push(upload: Upload, *, private: bool = False, revision: str | None = None) -> UploadResult:
     """Publish, in one commit; whatever fails before that leaves the repository's files as they were.
 
     Args:
@@ -162,7 +162,7 @@ def push(upload: Upload, *, private: bool = False, revision: str | None = None) 
         ]
         message = f"{'Predictor' if kind == 'model' else 'Trace set'}, by moe-beyond {__version__}"
         commit = api.create_commit(repository, operations, commit_message=message, repo_type=kind, revision=revision)
-    return Published(str(commit.repo_url), commit.oid)
+    return UploadResult(str(commit.repo_url), commit.oid)
 
 
 def _is_replaced(name: str, kind: Kind) -> bool:
