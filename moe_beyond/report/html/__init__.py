@@ -1,1 +1,40 @@
 """The page of ``moe-beyond report``: one self-contained HTML file about a predictor or a run."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_beyond.report.html.build import write_page as write_page
+    from moe_beyond.report.html.source import Subject as Subject
+    from moe_beyond.report.html.source import find_subject as find_subject
+    from moe_beyond.report.html.strategies import DEVICES as DEVICES
+    from moe_beyond.report.html.strategies import SHARES as SHARES
+    from moe_beyond.report.html.strategies import default_slots as default_slots
+    from moe_beyond.report.html.strategies import page_strategies as page_strategies
+
+__all__ = [
+    "DEVICES",
+    "SHARES",
+    "Subject",
+    "default_slots",
+    "find_subject",
+    "page_strategies",
+    "write_page",
+]
+
+_MODULES = {
+    "DEVICES": "strategies",
+    "SHARES": "strategies",
+    "Subject": "source",
+    "default_slots": "strategies",
+    "find_subject": "source",
+    "page_strategies": "strategies",
+    "write_page": "build",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

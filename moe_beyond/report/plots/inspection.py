@@ -12,7 +12,7 @@ CHANCE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 """Line style of values by chance and of bounds."""
 
 SHADES_END = 99.5
-"""Percentile of popularity at which the colours of its heat map end; a single popular expert would darken all others."""
+"""Percentile of popularity at which the heat map's colours end; one very popular expert would darken all others."""
 
 
 def inspection_figures(summary: dict[str, Any]) -> dict[str, Figure]:
@@ -86,7 +86,7 @@ def locality_figure(summary: dict[str, Any], title: str) -> Figure:
 
 
 def reuse_distance_figure(summary: dict[str, Any], title: str) -> Figure:
-    """Draw the share of uses that recur within a number of tokens, one line per layer from light (first) to dark (last)."""
+    """Draw the share of uses that recur within a number of tokens, one line per layer, light (first) to dark (last)."""
     layers = summary["by_layer"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

@@ -60,7 +60,9 @@ class FittedTable(Table):
             yield from self._lists(console)
             return
         for number, group in enumerate(groups):
-            part = self._part(group, _fit_widths([widths[index] for index in group], self._room(group, options.max_width)))
+            part = self._part(
+                group, _fit_widths([widths[index] for index in group], self._room(group, options.max_width))
+            )
             if len(groups) > 1:
                 part.title = self.title if number == 0 else "(continued)"
                 part.caption = None

@@ -114,16 +114,12 @@ def _group_means(points: Sequence[tuple[float, float]], size: int) -> list[tuple
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _line(
-    name: str, points: Sequence[tuple[float, float]], style: str, format_tick: Callable[[float], str]
-) -> Line:
+def _line(name: str, points: Sequence[tuple[float, float]], style: str, format_tick: Callable[[float], str]) -> Line:
     form = ".1%" if format_tick is format_percent else ".4g"
     return Line(name, tuple(points), style, tuple(f"step {step:,.0f}: {value:{form}}" for step, value in points))
 
 
-def _chart(
-    title: str, unit: str, lines: Sequence[Line], caption: str, format_tick: Callable[[float], str]
-) -> Chart:
+def _chart(title: str, unit: str, lines: Sequence[Line], caption: str, format_tick: Callable[[float], str]) -> Chart:
     steps = [step for line in lines for step, _ in line.points]
     values = [value for line in lines for _, value in line.points]
     x, y = fit_axis("step", steps, whole=True), fit_axis(unit, values, format_tick=format_tick)

@@ -65,9 +65,7 @@ def prediction_section(
 
 
 def _lookahead_table(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    columns = {
-        name: column for name, column in METRIC_COLUMNS.items() if name not in MISLEADING and name in metrics[0]
-    }
+    columns = {name: column for name, column in METRIC_COLUMNS.items() if name not in MISLEADING and name in metrics[0]}
     rows = [
         [name, *(format(row[metric], form) for metric, (_, form) in columns.items())]
         for name, row in zip(names, metrics, strict=True)
@@ -82,9 +80,7 @@ def _lookahead_table(metrics: Sequence[dict[str, Any]], names: Sequence[str]) ->
     )
 
 
-def _recall_chart(
-    metrics: Sequence[dict[str, Any]], static: npt.NDArray[np.float64], layers: Sequence[int]
-) -> Chart:
+def _recall_chart(metrics: Sequence[dict[str, Any]], static: npt.NDArray[np.float64], layers: Sequence[int]) -> Chart:
     k, tokens = metrics[0]["k"], metrics[0]["tokens"]
     best_static = BASELINES["static_hindsight"]
     values = [[layer["recall_at_k"] for layer in row["by_layer"]] for row in metrics]
@@ -120,11 +116,11 @@ def _calibration_charts(metrics: Sequence[dict[str, Any]], names: Sequence[str])
     return [
         Chart(
             f"Calibration, lookahead {name}",
-            reliability_chart(f"Observed frequency by predicted probability, lookahead {name}", row["reliability"], style),
+            reliability_chart(f"Observed frequency by probability, lookahead {name}", row["reliability"], style),
             f"Calibration error {row['calibration_error']:.2%}. The dotted line marks perfect calibration.",
         )
         for name, row, style in zip(names, metrics, itertools.cycle(SERIES), strict=False)
-    ]  # fmt: skip
+    ]
 
 
 def _layer_table(

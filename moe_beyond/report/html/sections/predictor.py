@@ -16,7 +16,7 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
     """Describe the predictor and its training data.
 
     Args:
-        config: Configuration of the predictor folder, with the ``lookaheads``, ``causal`` and ``available`` of its source.
+        config: Configuration of the predictor folder, with ``lookaheads``, ``causal`` and ``available`` of its source.
         run_config: Configuration of the run; empty without a run.
     """
     training, geometry = config.get("training") or {}, Geometry.from_json(config["geometry"])

@@ -92,9 +92,7 @@ def _frontier_chart(results: Sequence[Result]) -> Chart:
     )
 
 
-def _strategy_lines(
-    results: Sequence[Result], point: Callable[[Result], tuple[float, float | None]]
-) -> list[Line]:
+def _strategy_lines(results: Sequence[Result], point: Callable[[Result], tuple[float, float | None]]) -> list[Line]:
     """Return one line per strategy through its budgets; points without a value are left out."""
     results = [result for result in results if result.policy != "all_resident"]
     compared = list(dict.fromkeys(result.strategy for result in results if result.strategy not in BASELINES))
