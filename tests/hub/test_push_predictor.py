@@ -58,7 +58,7 @@ def test_the_card_keeps_its_prose_and_has_the_figures_as_metadata(hub: Hub, fold
     assert files["replay.png"].startswith(b"\x89PNG")
     local, card = (folder / "README.md").read_text(), ModelCard(files["README.md"].decode())
     assert card.text.startswith(local.split("---\n", 2)[2].rstrip())
-    assert "![Hits against bytes moved, as recorded](replay.png)" in card.text
+    assert "![Hit rate and bytes of recorded replays](replay.png)" in card.text
     assert 'Predictor.from_pretrained("org/tiny")' in card.text
     data = card.data
     assert (data.library_name, data.license, data.base_model) == ("moe-beyond", "mit", "org/tiny-moe")
@@ -70,12 +70,12 @@ def test_the_card_keeps_its_prose_and_has_the_figures_as_metadata(hub: Hub, fold
     assert {one.metric_name: one.metric_value for one in data.eval_results} == {
         "recall@2, lookahead 1": 0.7654,
         "recall@2, lookahead 2": 0.7,
-        "hits, 8 slots (25%), lru + top2, lookahead 1": 0.8,
-        "bytes moved / demanded, 8 slots (25%), lru + top2, lookahead 1": 1.1,
-        "hits, 8 slots (25%), lru": 0.3,
-        "bytes moved / demanded, 8 slots (25%), lru": 0.7,
-        "hits, 8 slots (25%), belady (optimum without prefetch)": 0.5,
-        "bytes moved / demanded, 8 slots (25%), belady (optimum without prefetch)": 0.5,
+        "hit rate, 8 slots (25%), lru + top2, lookahead 1": 0.8,
+        "bytes transferred / demanded, 8 slots (25%), lru + top2, lookahead 1": 1.1,
+        "hit rate, 8 slots (25%), LRU": 0.3,
+        "bytes transferred / demanded, 8 slots (25%), LRU": 0.7,
+        "hit rate, 8 slots (25%), Belady (optimum without prefetching)": 0.5,
+        "bytes transferred / demanded, 8 slots (25%), Belady (optimum without prefetching)": 0.5,
     }
 
 
@@ -122,7 +122,7 @@ def test_a_branch_leaves_the_main_one_alone(hub: Hub, folder: Path):
 def test_private_is_private_or_refused(hub: Hub, folder: Path, capsys):
     hub.repositories["models", "org/open"] = Repository()
     said = error_line(capsys, ["push", folder, "org/open", "--private"])
-    assert said == "hf:org/open: is public already; make it private in its settings, or push without --private"
+    assert said == "hf:org/open: is already public; make it private in its settings, or push without --private"
     assert len(hub.model("org/open").commits) == 1
     pushed(folder, "--private")
     assert hub.model("org/tiny").private

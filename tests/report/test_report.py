@@ -15,9 +15,9 @@ from moe_beyond.evaluation.run import evaluate
 from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.evaluation.systems import Unavailable
-from moe_beyond.report.plots import replay as plots
-from moe_beyond.report.plots.files import TIMELINE_TOKEN, pictures
-from moe_beyond.report.tables.results import results_table, scores_words, unavailable_lines
+from moe_beyond.report.labels import score_lookahead, strategy_label
+from moe_beyond.report.plots.files import TIMELINE_TOKEN, replay_figures
+from moe_beyond.report.tables.results import results_table, unavailable_lines
 from moe_beyond.report.tables.sizing import sizing_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
@@ -45,8 +45,8 @@ def legend(figure: Figure) -> list[str]:
 
 
 AHEAD = "lru + top2, seer, lookahead 2"
-LINES = [AHEAD, "lru", "belady (optimum without prefetch)", "static_hindsight"]
-TIMED_LINES = [*LINES, "clairvoyant prefetch"]
+LINES = [AHEAD, "LRU", "Belady (optimum without prefetching)", "best static choice (chosen in hindsight)"]
+TIMED_LINES = [*LINES, "clairvoyant prefetch (knows the future)"]
 
 
 @pytest.mark.parametrize("timed", [False, True])
@@ -63,7 +63,7 @@ def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
         plotted = [line for line in axes.get_lines() if len(line.get_xdata()) == 3]
         assert len(plotted) == len(names)
         for line, name in zip(plotted, names, strict=True):
-            points = sorted((r.budget_share, getattr(r, field)) for r in results if plots.line_name(r) == name)
+            points = sorted((r.budget_share, getattr(r, field)) for r in results if strategy_label(r) == name)
             scale = 100 if field == "hit_rate" else 1
             np.testing.assert_allclose(line.get_xdata(), [100 * share for share, _ in points])
             np.testing.assert_allclose(line.get_ydata(), [scale * value for _, value in points])
@@ -82,9 +82,9 @@ def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None
     figure = replay_figures(trace_set, lines, results, [SOURCE], None, None)["timeline"]
     assert figure.get_suptitle() == f"lru + top2, 8 slots, {DEVICE.name}: token {TIMELINE_TOKEN}"
     bars = {bar.get_label(): bar.get_paths() for bar in figure.axes[0].collections}
-    assert set(bars) == {"compute", "stall", "moved on demand", "moved ahead"}
+    assert set(bars) == {"compute", "stall", "demand transfer", "prefetch"}
     assert len(bars["compute"]) == 8  # two a layer
-    assert bars["moved ahead"]
+    assert bars["prefetch"]
 
     def milliseconds(name: str) -> float:
         return sum(path.vertices[:, 0].max() - path.vertices[:, 0].min() for path in bars[name])
@@ -98,7 +98,7 @@ def test_a_table_has_times_on_a_device_alone(trace_set: TraceSet) -> None:
     for timed in (False, True):
         _, results = replayed(trace_set, [8], timed)
         said = text_of(results_table(results, TINY))
-        assert ("tok/s" in said, "p95" in said, f"times on {DEVICE.name}" in said) == (timed,) * 3
+        assert ("tok/s" in said, "p95" in said, f"timing model of {DEVICE.name}" in said) == (timed,) * 3
         for result in results:
             rows = [[cell.strip() for cell in line.split("│")] for line in said.splitlines()]
             [row] = [row for row in rows if result.strategy in row]
@@ -121,13 +121,13 @@ def result_of(traces: TraceSet, **changes: object) -> Result:
 
 
 def test_leaks_are_marked(trace_set: TraceSet) -> None:
-    assert scores_words(result_of(trace_set)) == "2"
-    assert scores_words(result_of(trace_set, lookahead=None)) == "all"
+    assert score_lookahead(result_of(trace_set)) == "2"
+    assert score_lookahead(result_of(trace_set, lookahead=None)) == "all"
     for leak, words in (({"lookahead": 0}, "reads the router's input"), ({"causal": False}, "sees later tokens")):
         result = result_of(trace_set, **leak)
-        assert "(LEAK" in scores_words(result)
-        assert f"LEAK: {words}" in " ".join(text_of(results_table([result], TINY)).split())
-    assert "(LEAK" in scores_words(result_of(trace_set, lookahead=None, causal=False))
+        assert "(LEAK" in score_lookahead(result)
+        assert f"LEAK: the predictor {words}" in " ".join(text_of(results_table([result], TINY)).split())
+    assert "(LEAK" in score_lookahead(result_of(trace_set, lookahead=None, causal=False))
 
 
 @pytest.mark.parametrize(("lookaheads", "prefetch", "asked"), [((0,), "none", None), ((0, 1), "top2", 1)])

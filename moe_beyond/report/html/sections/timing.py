@@ -90,14 +90,14 @@ def _verdict(prefetching: Result, on_demand: Result) -> str:
     name = BASELINES["lru"].name if on_demand.strategy == "lru" else on_demand.strategy
     speeds = (
         f"{prefetching.strategy} reaches {format_speed(prefetching)} tokens/s, {name} without prefetching "
-        f"{format_speed(on_demand)} ({gain:+.0%})"
+        f"{format_speed(on_demand)}"
     )
     start = f"On {prefetching.device} with {prefetching.budget_slots:,} slots, prefetching"
     if gain >= MINIMUM_GAIN:
-        return f"{start} is faster: {speeds}."
+        return f"{start} is faster: {speeds} ({gain:+.0%})."
     if gain <= -MINIMUM_GAIN:
-        return f"{start} is slower: {speeds}."
-    return f"{start} makes no difference: {speeds}."
+        return f"{start} is slower: {speeds} ({gain:+.0%})."
+    return f"{start} makes no difference: {speeds} (within {MINIMUM_GAIN:.0%})."
 
 
 def _speed_chart(results: Sequence[Result], device: Device, geometry: Geometry, bits: float) -> Chart:
