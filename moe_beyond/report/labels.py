@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_beyond.evaluation.strategies import CLAIRVOYANT
 from moe_beyond.lookahead import Lookahead, format_lookahead
-from moe_beyond.simulator import Result
+
+if TYPE_CHECKING:
+    from moe_beyond.simulator import Result
 
 NO_VALUE = "-"
 """Text of a table cell without a value."""
@@ -56,7 +57,7 @@ BASELINES: dict[str, Baseline] = {
     "static_hindsight": Baseline(
         "best static", "best static choice (chosen in hindsight)", "static", {"color": "0.55", "linestyle": "-."}
     ),
-    CLAIRVOYANT: Baseline(
+    "clairvoyant prefetch": Baseline(
         "clairvoyant", "clairvoyant prefetch (knows the future)", "clairvoyant", {"color": "0.55", "linestyle": ":"}
     ),
 }
@@ -84,19 +85,19 @@ def metric_lookahead(lookahead: Lookahead, causal: bool, *, short: bool = False)
     return format_lookahead(lookahead) + _leak_mark(leaks_of(lookahead == 0, causal), short)
 
 
-def score_lookahead(result: Result) -> str:
+def score_lookahead(result: "Result") -> str:
     """Format the lookahead that a strategy's prefetcher reads: ``2``, ``all``, ``all (LEAK)``; ``-`` without scores."""
     if result.predictor is None:
         return NO_VALUE
     return format_lookahead(result.lookahead) + _leak_mark(result_leaks(result), short=True)
 
 
-def result_leaks(result: Result) -> list[str]:
+def result_leaks(result: "Result") -> list[str]:
     """List the leaks of the scores that a result's strategy read."""
     return leaks_of(result.leaks or result.lookahead == 0, result.causal)
 
 
-def strategy_label(result: Result) -> str:
+def strategy_label(result: "Result") -> str:
     """Return the legend of a result, such as ``lru + top6, cross_layer, lookahead 1``."""
     if result.predictor is None:
         return _name_in_legend(result.strategy)

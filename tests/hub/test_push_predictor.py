@@ -181,7 +181,7 @@ def unreachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
-        (no_token, "the Hub wants a token; log in with `hf auth login`, or set HF_TOKEN"),
+        (no_token, "the Hub requires a token; log in with `hf auth login`, or set HF_TOKEN"),
         (wrong_token, "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN"),
         (forbidden, "the token does not allow it (no right to write); use one that may"),
         (too_often, "the Hub has had too many requests; try again later"),
@@ -229,7 +229,7 @@ def test_damaged_weights_are_not_published(hub: Hub, folder: Path, capsys):
 def test_a_card_whose_metadata_are_damaged_is_named(folder: Path, capsys, card: str, reason: str):
     (folder / "README.md").write_text(card)
     said = error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
-    assert said.startswith(f"{folder / 'README.md'}: its metadata")
+    assert said.startswith(f"{folder / 'README.md'}: the metadata")
     assert reason in said
 
 
@@ -240,9 +240,7 @@ def test_damaged_figures_are_named(folder: Path, capsys):
 
 def test_a_folder_that_is_neither_a_predictor_nor_traces_is_refused(folder: Path, tmp_path: Path, capsys):
     said = error_line(capsys, ["push", tmp_path, "org/tiny", "--dry-run"])
-    assert (
-        f"{tmp_path}: has neither config.json (a predictor) nor manifest.json (a trace set); it is in {folder}" == said
-    )
+    assert f"{tmp_path}: has neither config.json (a predictor) nor manifest.json (a trace set); push {folder}" == said
     (folder / "manifest.json").write_text("{}")
     assert "two repositories" in error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
 
@@ -268,7 +266,7 @@ def test_the_traces_that_a_card_names_are_those_it_was_fitted_on(hub: Hub, folde
     assert main(["push", str(tmp_path / "traces"), "org/traces"]) == 0
     capsys.readouterr()
     words = ["push", folder, "org/tiny", "--traces", "hf:org/traces"]
-    assert "was fitted on other traces (fingerprint fff" in error_line(capsys, words)
+    assert "was fitted on other traces (got fingerprint fff" in error_line(capsys, words)
     assert "is not on the Hub; push it first" in error_line(capsys, [*words[:-1], tmp_path / "traces"])
     assert ("models", "org/tiny") not in hub.repositories
     edit_config(folder, training=TRAINING | {"fingerprint": fingerprint})

@@ -146,4 +146,4 @@ def test_a_split_that_datasets_does_not_take_is_named(tmp_path: Path, capsys):
 def test_traces_go_without_an_option_for_predictors(tmp_path: Path, capsys):
     tiny_traces(tmp_path / "traces")
     words = ["push", tmp_path / "traces", "org/traces", "--dry-run", "--traces", "hf:org/others"]
-    assert "--traces names what a predictor was fitted on" in error_line(capsys, words)
+    assert "--traces hf:org/others: is only for predictors" in error_line(capsys, words)

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.report.plots.replay import budgets_figure, frontier_figure, layers_figure, save_png, timeline_figure
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.sequence import Sequence as Steppable
 from moe_beyond.simulator.timeline import Timeline, timeline
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.usage_profile import Profile
+
+if TYPE_CHECKING:
+    from moe_beyond.evaluation.sources import ScoreSource
 
 TIMELINE_TOKEN = 12
 """Token that a timeline shows, of the first sequence that is longer; the cache is warm by then."""
@@ -21,7 +24,7 @@ def replay_figures(
     traces: TraceSet,
     strategies: Sequence[ReplaySettings],
     results: Sequence[Result],
-    sources: Sequence[ScoreSource],
+    sources: Sequence["ScoreSource"],
     profile: Profile | None,
     split: str | None,
 ) -> dict[str, Figure]:
@@ -64,7 +67,7 @@ def write_figures(folder: str | Path, figures: dict[str, Figure]) -> list[Path]:
 def _token_timeline(
     traces: TraceSet,
     settings: ReplaySettings,
-    sources: Sequence[ScoreSource],
+    sources: Sequence["ScoreSource"],
     profile: Profile | None,
     split: str | None,
 ) -> Timeline | None:
@@ -79,7 +82,7 @@ def _token_timeline(
 
 
 def _sequences(
-    traces: TraceSet, settings: ReplaySettings, sources: Sequence[ScoreSource], split: str | None
+    traces: TraceSet, settings: ReplaySettings, sources: Sequence["ScoreSource"], split: str | None
 ) -> Iterator[Steppable]:
     source = next((source for source in sources if source.name == settings.predictor), None)
     if source is None:

@@ -1,12 +1,10 @@
 """Tables of prediction metrics and replay results."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
-from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.labels import (
     BYTES_DEFINITION,
@@ -20,6 +18,10 @@ from moe_beyond.report.labels import (
 from moe_beyond.report.tables.conditions import format_conditions
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.simulator import Result
+
+if TYPE_CHECKING:
+    from moe_beyond.evaluation.checkpoints import CheckpointEvaluation
+    from moe_beyond.evaluation.systems import Unavailable
 
 
 def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -113,12 +115,12 @@ def _results_caption(results: Sequence[Result]) -> list[str]:
     return [*lines, f"conditions: {results[0].scope} cache; {format_conditions(results)}"]
 
 
-def unavailable_lines(unavailable: Sequence[Unavailable]) -> list[str]:
+def unavailable_lines(unavailable: Sequence["Unavailable"]) -> list[str]:
     """Return one line per strategy that cannot be replayed, with the reason."""
     return [f"{entry.strategy}: not available: {entry.why}" for entry in unavailable]
 
 
-def checkpoints_table(rows: Sequence[CheckpointEvaluation], geometry: Geometry) -> Table:
+def checkpoints_table(rows: Sequence["CheckpointEvaluation"], geometry: Geometry) -> Table:
     """Return the table of a run's checkpoints: recall of every lookahead, then hit rate @ bytes of every strategy.
 
     Args:

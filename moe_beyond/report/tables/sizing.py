@@ -1,21 +1,24 @@
 """The table of ``moe-beyond plan``: the smallest budget that meets a target."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moe_beyond.evaluation.sizing import Answer, Target
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.labels import BYTES_DEFINITION, NO_VALUE
 from moe_beyond.report.tables.conditions import format_conditions
 from moe_beyond.report.tables.fitted import FittedTable
 
+if TYPE_CHECKING:
+    from moe_beyond.evaluation.sizing import Answer, Target
+
 GB, MB = 1e9, 1e6
 
 
 def sizing_table(
-    answers: Sequence[Answer],
-    target: Target,
+    answers: Sequence["Answer"],
+    target: "Target",
     geometry: Geometry,
     bytes_per_expert: float,
 ) -> Table:
