@@ -58,7 +58,7 @@ def _whole_table(summary: dict[str, Any]) -> Table:
         "exact copies": describe_copies(summary["copies"]),
         "measured": summary["split"] or "all splits",
         "token-to-token reuse": _percent(summary["token_to_token_reuse"]),
-        "gate mass of the first expert": f"{sum(heaviest) / len(heaviest):.1%}" if heaviest else NO_VALUE,
+        "gate mass of the top-1 expert": f"{sum(heaviest) / len(heaviest):.1%}" if heaviest else NO_VALUE,
         "prefill and decode": f"{phases['prefill_tokens']:,} and {phases['decode_tokens']:,} tokens of "
         f"{phases['sequences']:,} sequences with both phases"
         if phases
