@@ -26,7 +26,7 @@ def predictor_files(folder: Path, repository: str, dataset: str | None) -> dict[
     """Collect the files of a predictor folder to upload, after checking the folder.
 
     Args:
-        folder: Predictor folder.
+        folder: Folder with the predictor.
         repository: Repository on the Hub, ``ORG/REPO``.
         dataset: Repository of the uploaded trace set that the predictor was fitted on; None if there is none.
 

@@ -106,7 +106,7 @@ def check_trained_on(folder: str | Path, traces: str) -> None:
     """Check that a predictor was fitted on an uploaded trace set.
 
     Args:
-        folder: Predictor folder.
+        folder: Folder with the predictor.
         traces: Uploaded trace set, ``hf:ORG/REPO``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A predictor that is published and pulled is the same; what fails publishes nothing, and says why in one line."""
+"""An uploaded predictor is downloaded unchanged; a failed push uploads nothing and gives the reason in one line."""
 
 import json
 import socket
@@ -242,7 +242,7 @@ def test_a_folder_that_is_neither_a_predictor_nor_traces_is_refused(folder: Path
     said = error_line(capsys, ["push", tmp_path, "org/tiny", "--dry-run"])
     assert f"{tmp_path}: has neither config.json (a predictor) nor manifest.json (a trace set); push {folder}" == said
     (folder / "manifest.json").write_text("{}")
-    assert "two repositories" in error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
+    assert "push two folders" in error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
 
 
 def test_a_dry_run_shows_everything_and_asks_nobody(folder: Path, capsys, monkeypatch):
@@ -267,7 +267,7 @@ def test_the_traces_that_a_card_names_are_those_it_was_fitted_on(hub: Hub, folde
     capsys.readouterr()
     words = ["push", folder, "org/tiny", "--traces", "hf:org/traces"]
     assert "was fitted on other traces (got fingerprint fff" in error_line(capsys, words)
-    assert "is not on the Hub; push it first" in error_line(capsys, [*words[:-1], tmp_path / "traces"])
+    assert "is not on the Hub; push the trace set" in error_line(capsys, [*words[:-1], tmp_path / "traces"])
     assert ("models", "org/tiny") not in hub.repositories
     edit_config(folder, training=TRAINING | {"fingerprint": fingerprint})
     pushed(folder, "--traces", "hf:org/traces")

@@ -41,7 +41,7 @@ def test_hidden_states_and_routers_come_along(hub: Hub, tmp_path: Path):
     pushed(tmp_path / "traces")
     pulled = TraceSet("hf:org/traces")
     assert len(list(pulled.traces())) == len(list(traces.traces()))
-    assert not list(tmp_path.rglob("hub-cache/**/*.safetensors"))  # nobody has asked for them
+    assert not list(tmp_path.rglob("hub-cache/**/*.safetensors"))  # hidden states are downloaded on request
     for ours, theirs in zip(traces.traces(hidden_states=True), pulled.traces(hidden_states=True), strict=True):
         assert np.array_equal(ours.hidden_states.layer_inputs, theirs.hidden_states.layer_inputs)
     assert np.array_equal(pulled.routers.weight, traces.routers.weight)

@@ -1,4 +1,4 @@
-"""The line that says under which conditions replays were made."""
+"""The line with the conditions of replays."""
 
 from dataclasses import replace
 

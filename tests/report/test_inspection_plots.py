@@ -1,4 +1,4 @@
-"""Pictures of a trace set draw what was measured."""
+"""Plots of a trace set show the measured values."""
 
 import numpy as np
 import pytest

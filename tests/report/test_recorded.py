@@ -1,4 +1,4 @@
-"""The picture on a card draws what was recorded, and marks what no runtime could use."""
+"""The plot on a card shows the recorded values and marks leaks."""
 
 import pytest
 from _helpers.publishing import FIGURES

@@ -1,4 +1,4 @@
-"""Tables and pictures show what they are given."""
+"""Tables and plots show the values of their results."""
 
 import io
 from dataclasses import replace
@@ -134,7 +134,7 @@ def test_leaks_are_marked(trace_set: TraceSet) -> None:
 def test_a_policy_that_reads_the_routers_input_is_marked(
     trace_set: TraceSet, lookaheads: tuple[int, ...], prefetch: str, asked: int | None
 ) -> None:
-    """Whatever the prefetcher asks by, belief reads all the scores there are."""
+    """The policy belief reads every lookahead, whichever the prefetcher uses."""
     source = seer("seer", lookaheads)
     settings = combinations(ReplaySettings(32), [8], ["belief"], [prefetch], source, [asked] if asked else [])
     [result] = evaluate(trace_set, settings, sources=[source]).results

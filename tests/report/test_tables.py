@@ -98,7 +98,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
 
 
 def lost(pattern: re.Pattern[str], table: Table, width: int) -> Counter[str]:
-    """What a table says with all the room that it wants, and does not say in full at a width."""
+    """Words of a table at full width that are missing or cut at a given width."""
     return Counter(pattern.findall(whole(table))) - Counter(pattern.findall(text_of(table, width)))
 
 

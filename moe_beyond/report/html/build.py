@@ -104,13 +104,13 @@ def _measured(traces: TraceSet, split: str | None, bits: float, warmup_tokens: i
     """Describe the measured traces."""
     manifest, shards = traces.manifest, traces.shards(split)
     tokens, sequences = sum(shard.tokens for shard in shards), sum(shard.sequences for shard in shards)
-    warmup = f"the first {warmup_tokens:,} tokens of each sequence, in replays" if warmup_tokens else "none"
+    warmup = f"{warmup_tokens:,} tokens per sequence, not counted in replays" if warmup_tokens else "none"
     return {
         "traces": manifest.source,
         "split": split or "all",
         "size": f"{sequences:,} sequences, {tokens:,} tokens",
         "model": f"{manifest.model_id} at {bits:g} bits per parameter",
-        "tokens not counted": warmup,
+        "warm-up": warmup,
         "fingerprint": manifest.fingerprint,
     }
 

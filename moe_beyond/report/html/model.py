@@ -55,13 +55,13 @@ class Section:
 
     Attributes:
         name: Anchor of links.
-        title: Heading.
-        prose: Paragraphs.
+        title: Heading of the section.
+        prose: Paragraphs, in order.
         facts: Names and values.
         charts: Small charts, in a grid.
         wide: Charts at full width, scrolled on narrow screens.
         shades: Legend of a heat map: a sample of each shade and its text.
-        tables: Visible tables.
+        tables: Tables that are always visible.
         folded: Tables that a click opens.
         listing: Title and text of a preformatted listing that a click opens.
     """

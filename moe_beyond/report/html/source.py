@@ -26,7 +26,7 @@ class Subject:
     """A predictor and its run.
 
     Attributes:
-        folder: Predictor folder.
+        folder: Folder with the predictor.
         run: Folder of the run; None for a predictor folder outside a run.
     """
 

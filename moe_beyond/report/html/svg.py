@@ -122,8 +122,8 @@ def line_chart(
 
     Args:
         label: Description for screen readers.
-        x: Horizontal axis.
-        y: Vertical axis.
+        x: Horizontal axis of the chart.
+        y: Vertical axis of the chart.
         lines: Lines, each with its name at its end.
         marks: ``(x, text)`` of vertical lines.
     """

@@ -50,7 +50,7 @@ def format_interval(value: float, ends: Sequence[float], *, percent: bool = Fals
     """Format a value with its interval, such as ``76.4 (75.9..77.0)``.
 
     Args:
-        value: The value.
+        value: Value to format.
         ends: Lower and upper end of the interval.
         percent: Whether to write shares in percent with one decimal (default: two decimals, no scaling).
     """

@@ -9,7 +9,7 @@ from moe_beyond.predictors.registry import predictor_class
 from moe_beyond.report.html.model import Section
 from moe_beyond.report.labels import leaks_of
 
-AVAILABLE = {"routed": "its layer is routed", "computed": "its layer is computed"}
+AVAILABLE = {"routed": "reads a layer once it is routed", "computed": "reads a layer once it is computed"}
 
 
 def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Section:
@@ -31,7 +31,7 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
         "model": f"{geometry.model}, {geometry.describe_shape()}",
         "parameters": f"{parameters:,}" if parameters else "none: the predictor counts",
         "lookaheads": ", ".join(map(str, config["lookaheads"])),
-        "information": f"reads a layer once {available}; "
+        "information": f"{available}; "
         + (f"LEAK: {' and '.join(leaks)}, which no runtime can" if leaks else "causal: reads no later token"),
         "probabilities": f"{config.get('link', 'unknown activation')}, "
         + ("calibrated per lookahead and layer" if config.get("calibration") else "not calibrated"),

@@ -45,9 +45,9 @@ def key_figures(
             f"LRU {lru.hit_rate:.1%}, Belady {belady.hit_rate:.1%}",
         ),
         KeyFigure(
-            "bytes transferred / demanded, same replay",
+            "bytes transferred / demanded",
             f"{own.bytes_ratio:.2f}",
-            f"LRU {lru.bytes_ratio:.2f}, Belady {belady.bytes_ratio:.2f}; 1.00 = one transfer per access",
+            f"same replay; LRU {lru.bytes_ratio:.2f}, Belady {belady.bytes_ratio:.2f}; 1.00 = one transfer per access",
         ),
     ]
     for device in devices[:1]:
