@@ -76,7 +76,8 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
         )
         sources.add_row(escape(row["name"]), escape(row["source"]))
     numbers.caption = (
-        "link: PCIe between host and GPU memory, or flash on devices with unified memory (host: -)\n"
+        "link: PCIe to host memory; on devices with unified memory, flash\n"
+        "host: host memory in front of flash (-: all experts are directly behind the link)\n"
         "GB = 1e9 bytes; tokens/s: MoE layers only, with room for all experts (an upper bound)"
     )
     return [numbers, sources]

@@ -20,7 +20,7 @@ def pretrained_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
     """
     rows: dict[str, list[tuple[str, ...]]] = {}
     for predictor in predictors:
-        name, size = predictor["name"], f"{predictor['bytes'] / 1e6:.1f}"
+        name, size = predictor["name"], _megabytes(predictor["bytes"])
         for figures in predictor["figures"]:
             recall = ", ".join(f"{row['lookahead']}: {100 * row['recall_at_k']:.1f}" for row in figures["metrics"])
             split = "" if figures["split"] is None else f", split {figures['split']}"
@@ -47,6 +47,10 @@ def pretrained_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
             "hit rate: highest among the recorded strategies with bytes of at most 1.00, at the smallest budget"
         )
     return tables
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}" if size >= 1e5 else f"{size / 1e6:.2f}"
 
 
 def _best(replay: Sequence[dict[str, Any]]) -> tuple[str, str]:
