@@ -6,9 +6,9 @@ if TYPE_CHECKING:
     from moe_beyond.hub.push import Upload as Upload
     from moe_beyond.hub.push import UploadResult as UploadResult
     from moe_beyond.hub.push import prepare_upload as prepare_upload
-    from moe_beyond.hub.push import push as push
+    from moe_beyond.hub.push import push_upload as push_upload
 
-__all__ = ["Upload", "UploadResult", "prepare_upload", "push"]
+__all__ = ["Upload", "UploadResult", "prepare_upload", "push_upload"]
 
 
 def __getattr__(name: str) -> Any:

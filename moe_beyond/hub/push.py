@@ -143,7 +143,7 @@ def open_repository(repository: str, kind: Kind, *, private: bool = False) -> No
             raise UserError(f"{name}: is already public; make it private in its settings, or push without --private")
 
 
-def push(upload: Upload, *, private: bool = False, revision: str | None = None) -> UploadResult:
+def push_upload(upload: Upload, *, private: bool = False, revision: str | None = None) -> UploadResult:
     """Upload files in one commit; a failure before the commit leaves the repository unchanged.
 
     Args:
