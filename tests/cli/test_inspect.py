@@ -46,7 +46,7 @@ def test_the_tables_hold_the_counts(trace_set, capsys):
     assert f"train: {tokens['train']:,} tokens, validation: {tokens['validation']:,} tokens" in out
     assert f"{sum(tokens.values()) * 4:,}" in out
     summary = summarize(trace_set)["by_layer"]
-    rows = cells(out, "by layer")
+    rows = cells(out, "popularity by layer")
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     assert [row[2] for row in rows] == [f"{layer['busiest_share']:.1%}" for layer in summary]
     rows = cells(out, "locality and dependence by layer")

@@ -17,6 +17,7 @@ from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.evaluation.systems import Unavailable
 from moe_beyond.report.labels import score_lookahead, strategy_label
 from moe_beyond.report.plots.files import TIMELINE_TOKEN, replay_figures
+from moe_beyond.report.tables.intervals import intervals_tables
 from moe_beyond.report.tables.results import results_table, unavailable_lines
 from moe_beyond.report.tables.sizing import sizing_table
 from moe_beyond.simulator import ReplaySettings, Result
@@ -141,7 +142,7 @@ def test_a_policy_that_reads_the_routers_input_is_marked(
     assert "LEAK" in text_of(results_table([result], TINY))
 
 
-def test_what_is_missing_and_what_binds_is_said(trace_set: TraceSet) -> None:
+def test_unavailable_strategies_and_bottlenecks_are_shown(trace_set: TraceSet) -> None:
     missing = [Unavailable("a", "needs x"), Unavailable("b", "needs y")]
     assert unavailable_lines(missing) == ["a: not available: needs x", "b: not available: needs y"]
     fits, fails = result_of(trace_set, hit_rate=0.9123, budget_slots=16), result_of(trace_set, hit_rate=0.5)
@@ -150,3 +151,13 @@ def test_what_is_missing_and_what_binds_is_said(trace_set: TraceSet) -> None:
     good, late = [line for line in said.splitlines() if "│ good" in line or "│ late" in line]  # what works first
     assert [word in good for word in ("good", "16 (", "32.00", "91.2%")] == [True] * 4
     assert [word in late for word in ("late", "none", "at best 50.0%", "link: too slow")] == [True] * 4
+    assert "GB = 1e9 bytes" in " ".join(said.split())
+    small = text_of(sizing_table(answers, parse_target("90%"), TINY, 2e6))
+    assert "32.00" in next(line for line in small.splitlines() if "│ good" in line)
+    assert "MB = 1e6 bytes" in " ".join(small.split())
+
+
+def test_intervals_mark_leaks(trace_set: TraceSet) -> None:
+    result = result_of(trace_set, lookahead=0, intervals={"hit_rate": (0.1, 0.2)})
+    metrics = [{"k": 2, "lookahead": 0, "causal": True, "recall_at_k": 0.5, "intervals": {"recall_at_k": (0.4, 0.6)}}]
+    assert [text_of(table).count("0 (LEAK)") for table in intervals_tables(metrics, [result], 100)] == [1, 1]

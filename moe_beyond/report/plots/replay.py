@@ -20,7 +20,7 @@ from moe_beyond.simulator.timeline import Timeline
 
 DPI = 120
 MOST_COLORS = 256
-"""Colours of a PNG file; a palette halves its size."""
+"""Colours of a PNG file without heat maps; a palette more than halves its size."""
 
 MOST_TICKS = 26
 BYTES_AXIS = "bytes transferred / demanded"
@@ -37,7 +37,9 @@ def render_png(figure: Figure) -> bytes:
     """Return a figure as PNG."""
     drawn, compressed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format="png")
-    image = Image.open(drawn).convert("RGB").quantize(MOST_COLORS, dither=Image.Dither.NONE)
+    image = Image.open(drawn).convert("RGB")
+    if not any(axes.get_images() for axes in figure.axes):
+        image = image.quantize(MOST_COLORS, dither=Image.Dither.NONE)
     image.save(compressed, format="png", optimize=True)
     return compressed.getvalue()
 
@@ -83,7 +85,7 @@ def budgets_figure(results: Sequence[Result], title: str) -> Figure:
     for axes in panels:
         axes.axvline(one_token, color="0.75", linewidth=1, zorder=0)
         axes.set_xlabel("cache size (% of all experts)")
-        axes.set_xlim(0, largest)
+        axes.set_xlim(0, 1.02 * largest)
         axes.grid(alpha=0.3)
     hit_rates.annotate(
         "experts of\none token", (one_token, 3), xytext=(4, 0), textcoords="offset points", color="0.4", size=9
@@ -207,10 +209,16 @@ def _styles(by_label: dict[str, list[Result]]) -> Iterator[dict[str, Any]]:
 
 
 def _draw_resident_speed(axes: Axes, results: Sequence[Result]) -> None:
+    """Mark the speed with all experts resident; as text if a line would compress all others."""
     resident = next((result.tokens_per_second for result in results if result.policy == "all_resident"), None)
-    if resident:
+    if not resident:
+        return
+    text = f"all experts resident: {resident:,.1f}"
+    if resident > 2 * axes.get_ylim()[1]:
+        axes.text(0.02, 0.96, text, transform=axes.transAxes, va="top", color="0.4", size=9)
+    else:
         axes.axhline(resident, color="0.5", linestyle=":", linewidth=1)
-        axes.annotate("all experts resident", (2, resident), va="bottom", color="0.4", size=9)
+        axes.annotate(text, (0.02, resident), xycoords=("axes fraction", "data"), va="bottom", color="0.4", size=9)
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:

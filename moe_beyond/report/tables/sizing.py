@@ -13,8 +13,6 @@ from moe_beyond.report.tables.fitted import FittedTable
 if TYPE_CHECKING:
     from moe_beyond.evaluation.sizing import Answer, Target
 
-GB, MB = 1e9, 1e6
-
 
 def sizing_table(
     answers: Sequence["Answer"],
@@ -32,7 +30,7 @@ def sizing_table(
     """
     device = answers[0].result.device
     room = "" if device is None else f" (at most {answers[0].result.device_slots:,} slots)"
-    unit, divisor = ("GB", GB) if geometry.total_experts * bytes_per_expert >= GB else ("MB", MB)
+    unit, decimal = ("GB", "1e9") if geometry.total_experts * bytes_per_expert >= 1e9 else ("MB", "1e6")
     table = FittedTable(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}{room}")
     for heading in ("strategy", "slots (share)", unit, "reaches", "bytes"):
         table.add_column(heading, justify="left" if heading == "strategy" else "right")
@@ -40,12 +38,13 @@ def sizing_table(
     for answer in sorted(answers, key=lambda answer: (answer.binds is not None, answer.result.budget_slots)):
         result = answer.result
         slots = "none" if answer.binds else f"{result.budget_slots:,} ({result.budget_share:.1%})"
-        memory = NO_VALUE if answer.binds else f"{result.budget_slots * bytes_per_expert / divisor:.2f}"
+        memory = NO_VALUE if answer.binds else f"{result.budget_slots * bytes_per_expert / float(decimal):.2f}"
         reached = f"{'at best ' if answer.binds else ''}{target.words(result)}"
         table.add_row(answer.strategy, slots, memory, reached, f"{result.bytes_ratio:.2f}", answer.binds or "")
     table.caption = "\n".join(
         [
-            f"{BYTES_DEFINITION}; {unit} = {divisor:.0e} bytes of expert memory".replace("e+0", "e"),
+            BYTES_DEFINITION,
+            f"{unit} = {decimal} bytes, experts only",
             geometry.describe_shape(),
             f"conditions: {format_conditions([answer.result for answer in answers])}",
         ]
