@@ -14,7 +14,7 @@ from moe_beyond.geometry import budget_slots
 from moe_beyond.predictors.training_text import measured_text
 from moe_beyond.report.html.build import write_page
 from moe_beyond.report.html.source import find_subject
-from moe_beyond.report.html.strategies import DEVICES, SHARES, default_slots, page_strategies
+from moe_beyond.report.html.strategies import DEFAULT_DEVICES, DEFAULT_SHARES, default_slots, page_strategies
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
@@ -33,7 +33,7 @@ def options() -> ArgumentParser:
     )
     add_traces(known)
     known.add_argument("--out", metavar="FILE", required=True, help="the HTML file to write")
-    shares = ", ".join(f"{share}%" for share in SHARES)
+    shares = ", ".join(f"{share}%" for share in DEFAULT_SHARES)
     known.add_argument(
         "--budget",
         action="append",
@@ -44,7 +44,7 @@ def options() -> ArgumentParser:
         "--device",
         action="append",
         metavar="D",
-        help=f"a preset of `moe-beyond devices`, or a JSON file; repeat for more (default: {', '.join(DEVICES)})",
+        help=f"a preset of `moe-beyond devices`, or a JSON file; repeat for more (default: {', '.join(DEFAULT_DEVICES)})",
     )
     known.add_argument(
         "--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence that replays do not count (0)"
@@ -63,7 +63,7 @@ def run(words: list[str]) -> None:
 def _report(args: Namespace) -> None:
     subject, traces = find_subject(args.predictor), TraceSet(args.traces)
     geometry, bits = traces.geometry, traces.manifest.quantization_bits
-    devices = [load_device(text) for text in dict.fromkeys(args.device or DEVICES)]
+    devices = [load_device(text) for text in dict.fromkeys(args.device or DEFAULT_DEVICES)]
     slots = [budget_slots(budget, geometry, bits) for budget in args.budget or ()] or default_slots(geometry)
     source = from_predictor_folder(subject.folder)
     common = ReplaySettings(geometry.total_experts, warmup_tokens=args.warmup_tokens, bits=bits)

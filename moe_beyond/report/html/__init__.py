@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     from moe_beyond.report.html.build import write_page as write_page
     from moe_beyond.report.html.source import Subject as Subject
     from moe_beyond.report.html.source import find_subject as find_subject
-    from moe_beyond.report.html.strategies import DEVICES as DEVICES
-    from moe_beyond.report.html.strategies import SHARES as SHARES
+    from moe_beyond.report.html.strategies import DEFAULT_DEVICES as DEFAULT_DEVICES
+    from moe_beyond.report.html.strategies import DEFAULT_SHARES as DEFAULT_SHARES
     from moe_beyond.report.html.strategies import default_slots as default_slots
     from moe_beyond.report.html.strategies import page_strategies as page_strategies
 
 __all__ = [
-    "DEVICES",
-    "SHARES",
+    "DEFAULT_DEVICES",
+    "DEFAULT_SHARES",
     "Subject",
     "default_slots",
     "find_subject",
@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DEVICES": "strategies",
-    "SHARES": "strategies",
+    "DEFAULT_DEVICES": "strategies",
+    "DEFAULT_SHARES": "strategies",
     "Subject": "source",
     "default_slots": "strategies",
     "find_subject": "source",

@@ -10,15 +10,15 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import Device
 
-SHARES = (5, 10, 15, 20, 30, 40, 50, 60)
+DEFAULT_SHARES = (5, 10, 15, 20, 30, 40, 50, 60)
 """Default budgets, in percent of all experts."""
-DEVICES = ("rtx4060-laptop", "rtx4090", "jetson-agx-orin")
+DEFAULT_DEVICES = ("rtx4060-laptop", "rtx4090", "jetson-agx-orin")
 """Default devices: a laptop GPU, a desktop GPU, and unified memory with flash."""
 
 
 def default_slots(geometry: Geometry) -> list[int]:
-    """Return the slots of `SHARES`; at least the experts of one event."""
-    return sorted({max(geometry.top_k, geometry.total_experts * share // 100) for share in SHARES})
+    """Return the slots of `DEFAULT_SHARES`; at least the experts of one event."""
+    return sorted({max(geometry.top_k, geometry.total_experts * share // 100) for share in DEFAULT_SHARES})
 
 
 def page_strategies(
