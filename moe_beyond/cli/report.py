@@ -44,7 +44,8 @@ def options() -> ArgumentParser:
         "--device",
         action="append",
         metavar="D",
-        help=f"a preset of `moe-beyond devices`, or a JSON file; repeat for more (default: {', '.join(DEFAULT_DEVICES)})",
+        help="a preset of `moe-beyond devices`, or a JSON file; repeat for more "
+        f"(default: {', '.join(DEFAULT_DEVICES)})",
     )
     known.add_argument(
         "--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence that replays do not count (0)"
