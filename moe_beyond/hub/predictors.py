@@ -14,9 +14,9 @@ from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.io.folder import load_predictor, read_config
 from moe_beyond.predictors.training_text import marked, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from moe_beyond.report.labels import metric_lookahead, recorded_label
+from moe_beyond.report.labels import BYTES_AXIS, metric_lookahead, recorded_label
 from moe_beyond.report.plots.recorded import recorded_figure
-from moe_beyond.report.plots.replay import BYTES_AXIS, render_png
+from moe_beyond.report.plots.replay import render_png
 
 LIBRARY, TASK = "moe-beyond", "expert-prediction"
 PICTURE_FILE = "replay.png"

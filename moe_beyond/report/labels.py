@@ -26,6 +26,7 @@ METRIC_COLUMNS = {
 }
 """Metric -> column heading and format; ``gate_mass_at_k`` exists only for traces with gate weights."""
 
+BYTES_AXIS = "bytes transferred / demanded"
 BYTES_DEFINITION = "bytes = transferred / demanded (1.00: one transfer per access)"
 DEMAND_RATIO_DEFINITION = (
     "demand ratio = slots / experts of one token; below 1 the cache cannot hold the experts of one token"

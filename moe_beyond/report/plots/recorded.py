@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from moe_beyond.report.labels import recorded_label
-from moe_beyond.report.plots.replay import BYTES_AXIS, line_styles
+from moe_beyond.report.labels import BYTES_AXIS, recorded_label
+from moe_beyond.report.plots.replay import line_styles
 
 
 def recorded_figure(evaluations: Sequence[dict[str, Any]], title: str) -> Figure:

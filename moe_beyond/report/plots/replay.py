@@ -14,7 +14,7 @@ from PIL import Image
 
 from moe_beyond.files import replacing
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.labels import BASELINES, strategy_label
+from moe_beyond.report.labels import BASELINES, BYTES_AXIS, strategy_label
 from moe_beyond.simulator import Result
 from moe_beyond.simulator.timeline import Timeline
 
@@ -23,7 +23,6 @@ MOST_COLORS = 256
 """Colours of a PNG file without heat maps; a palette more than halves its size."""
 
 MOST_TICKS = 26
-BYTES_AXIS = "bytes transferred / demanded"
 
 
 class NotebookFigure(Figure):

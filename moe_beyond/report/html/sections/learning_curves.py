@@ -9,7 +9,7 @@ from moe_beyond.metrics.names import of_budget, of_lookahead
 from moe_beyond.report.html.model import Chart, Section
 from moe_beyond.report.html.source import validation_replay
 from moe_beyond.report.html.svg import SERIES, Line, fit_axis, format_number, format_percent, line_chart
-from moe_beyond.report.labels import BASELINES
+from moe_beyond.report.labels import BASELINES, BYTES_AXIS
 
 Curves = dict[str, list[tuple[float, float]]]
 """Logged metric -> ``(step, value)`` of each logged value."""
@@ -90,7 +90,7 @@ def _replay_charts(curves: Curves, run_config: dict[str, Any], first: Lookahead)
     charts = []
     for metric, title, unit, format_tick in (
         ("hit_rate", "Validation hit rate", "hit rate", format_percent),
-        ("bytes_ratio", "Validation bytes", "bytes transferred / demanded", format_number),
+        ("bytes_ratio", "Validation bytes", BYTES_AXIS, format_number),
     ):
         lines = [
             _line(name, curves[f"{section}{prefix}{metric}"], style, format_tick)

@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from moe_beyond.report.html.model import Chart, Section, Table
 from moe_beyond.report.html.strategies import at_summary_budget
 from moe_beyond.report.html.svg import SERIES, Line, fit_axis, format_number, format_percent, line_chart
-from moe_beyond.report.labels import BASELINES, NO_VALUE, score_lookahead
+from moe_beyond.report.labels import BASELINES, BYTES_AXIS, DEMAND_RATIO_DEFINITION, NO_VALUE, score_lookahead
 from moe_beyond.simulator import Result
 
 WHOLE_FROM = 1000
 """Tokens per second from which no decimal is shown."""
 
-BYTES_AXIS = "bytes transferred / demanded"
-DEMAND_RATIO = "Demand ratio: slots / experts of one token; below 1 the cache cannot hold the experts of one token."
+DEMAND_RATIO = f"{DEMAND_RATIO_DEFINITION.capitalize()}."
 
 
 def replay_section(results: Sequence[Result]) -> Section:

@@ -8,7 +8,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.report.html.model import KeyFigure
 from moe_beyond.report.html.sections.replay import format_speed
 from moe_beyond.report.html.strategies import at_summary_budget
-from moe_beyond.report.labels import metric_lookahead, score_lookahead
+from moe_beyond.report.labels import BYTES_AXIS, metric_lookahead, score_lookahead
 from moe_beyond.simulator import Result
 
 
@@ -45,7 +45,7 @@ def key_figures(
             f"LRU {lru.hit_rate:.1%}, Belady {belady.hit_rate:.1%}",
         ),
         KeyFigure(
-            "bytes transferred / demanded",
+            BYTES_AXIS,
             f"{own.bytes_ratio:.2f}",
             f"same replay; LRU {lru.bytes_ratio:.2f}, Belady {belady.bytes_ratio:.2f}; 1.00 = one transfer per access",
         ),
