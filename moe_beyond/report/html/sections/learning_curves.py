@@ -99,7 +99,7 @@ def _replay_charts(curves: Curves, run_config: dict[str, Any], first: Lookahead)
         ]
         if lines:
             caption = f"Predictor: {replay}. LRU and Belady: same budget, no prefetching."
-            charts.append(_chart(title, unit, lines, caption, format_tick))
+            charts.append(_chart(title, unit, lines, caption, format_tick, low=0))
     return charts
 
 
@@ -119,8 +119,15 @@ def _line(name: str, points: Sequence[tuple[float, float]], style: str, format_t
     return Line(name, tuple(points), style, tuple(f"step {step:,.0f}: {value:{form}}" for step, value in points))
 
 
-def _chart(title: str, unit: str, lines: Sequence[Line], caption: str, format_tick: Callable[[float], str]) -> Chart:
+def _chart(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    caption: str,
+    format_tick: Callable[[float], str],
+    low: float | None = None,
+) -> Chart:
     steps = [step for line in lines for step, _ in line.points]
     values = [value for line in lines for _, value in line.points]
-    x, y = fit_axis("step", steps, whole=True), fit_axis(unit, values, format_tick=format_tick)
+    x, y = fit_axis("step", steps, whole=True), fit_axis(unit, values, format_tick=format_tick, low=low)
     return Chart(title, line_chart(f"{title}: {unit} by step", x, y, lines), caption)
