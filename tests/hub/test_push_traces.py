@@ -143,7 +143,7 @@ def test_a_split_that_datasets_does_not_take_is_named(tmp_path: Path, capsys):
     assert "split 'held-out'" in error_line(capsys, ["push", tmp_path / "traces", "org/traces", "--dry-run"])
 
 
-def test_traces_go_without_an_option_for_predictors(tmp_path: Path, capsys):
+def test_trace_sets_have_no_option_traces(tmp_path: Path, capsys):
     tiny_traces(tmp_path / "traces")
     words = ["push", tmp_path / "traces", "org/traces", "--dry-run", "--traces", "hf:org/others"]
     assert "--traces hf:org/others: is only for predictors" in error_line(capsys, words)

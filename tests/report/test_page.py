@@ -106,7 +106,7 @@ def strategies(lookaheads, *devices):
     return [(line.strategy, line.lookahead, line.device.name if line.device else None) for line in found]
 
 
-def test_what_is_replayed():
+def test_page_strategies():
     references = [("lru", None, None), ("belady", None, None), ("static_hindsight", None, None)]
     assert strategies(("token", "next")) == [
         ("belief + top2", "token", None),

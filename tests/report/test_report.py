@@ -95,7 +95,7 @@ def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None
     assert milliseconds("compute") + milliseconds("stall") == pytest.approx(figure.axes[0].get_xlim()[1])
 
 
-def test_a_table_has_times_on_a_device_alone(trace_set: TraceSet) -> None:
+def test_only_tables_of_a_device_have_times(trace_set: TraceSet) -> None:
     for timed in (False, True):
         _, results = replayed(trace_set, [8], timed)
         said = text_of(results_table(results, TINY))
