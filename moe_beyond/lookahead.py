@@ -32,3 +32,8 @@ def parse_lookahead(text: str | int) -> Lookahead:
     if str(text).isascii() and str(text).isdigit():
         return int(text)
     raise UserError(f"lookahead {text!r} is neither 'token', 'next' nor a number of layers (0, 1, 2, ...)")
+
+
+def format_lookahead(lookahead: Lookahead | None) -> str:
+    """Write a lookahead as options, tables and cards show it; None, a strategy that reads all scores, is ``all``."""
+    return "all" if lookahead is None else str(lookahead)

@@ -70,7 +70,7 @@ def test_without_a_predictor_of_one_budget(trace_set, tmp_path: Path) -> None:
     found = mb.replay(trace_set, policy="belief", profile=str(tmp_path / "history"), split="train")
     assert [result.strategy for result in found.results] == ["belief", "lru", "belady", "static_hindsight"]
     assert isinstance(found.plot(), Figure)
-    assert found.plot().axes[0].get_xlabel() == "bytes moved / bytes demanded"
+    assert found.plot().axes[0].get_xlabel() == "bytes transferred / demanded"
 
 
 def test_what_is_not_there_is_named(trace_set, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import lightning as L
 from moe_beyond.callbacks.export import ExportBest, export_folder
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.hub.push import check_repository, open_repository, prepare, push
+from moe_beyond.hub.push import check_repository, open_repository, prepare_upload, push_upload
 from moe_beyond.tasks.base import PredictorTask
 
 
@@ -48,8 +48,8 @@ class PushBest(L.Callback):
         assert isinstance(pl_module, PredictorTask)
         traces = pl_module.data.traces.folder
         try:
-            upload = prepare(folder, self.repository, traces if is_hub_name(traces) else None)
-            result = push(upload, private=self.private, revision=self.revision)
+            upload = prepare_upload(folder, self.repository, traces if is_hub_name(traces) else None)
+            result = push_upload(upload, private=self.private, revision=self.revision)
         except (UserError, OSError) as error:
             options = f"{' --private' * self.private}{f' --revision {self.revision}' if self.revision else ''}"
             command = f"moe-beyond push {folder} {self.repository}{options}"

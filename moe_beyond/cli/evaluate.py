@@ -112,7 +112,7 @@ def _predictor(args: Namespace, arguments: Sequence[str]) -> None:
 def _checkpoints(args: Namespace) -> None:
     """Evaluate all checkpoints of a run."""
     from moe_beyond.evaluation.checkpoints import evaluate_run
-    from moe_beyond.report.tables.conditions import conditions
+    from moe_beyond.report.tables.conditions import format_conditions
     from moe_beyond.report.tables.results import checkpoints_table
 
     for option in ("record", "bootstrap"):
@@ -126,7 +126,7 @@ def _checkpoints(args: Namespace) -> None:
     output.show(
         *evaluation.measured_on.lines,
         checkpoints_table(evaluation.checkpoints, evaluation.geometry),
-        f"conditions: {conditions(evaluation.checkpoints[0].evaluation.results)}",
+        f"conditions: {format_conditions(evaluation.checkpoints[0].evaluation.results)}",
     )
     output.result(evaluation.to_json())
 

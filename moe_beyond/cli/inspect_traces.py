@@ -64,9 +64,9 @@ def run(words: list[str]) -> None:
     if args.steer:
         output.show(f"steering: {args.steer}")
     if args.plots:
-        from moe_beyond.report.plots.files import write_pictures
+        from moe_beyond.report.plots.files import write_figures
         from moe_beyond.report.plots.inspection import inspection_figures
 
         drawn = inspection_figures(summary, difference)
-        output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))
+        output.show(*(f"picture: {path}" for path in write_figures(args.plots, drawn)))
     output.result(summary.to_json() | ({} if difference is None else {"contrast": difference.to_json()}))

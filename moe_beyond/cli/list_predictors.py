@@ -4,7 +4,7 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, parser
 from moe_beyond.pretrained import published_figures
-from moe_beyond.report.tables.pretrained import published_tables
+from moe_beyond.report.tables.pretrained import pretrained_tables
 
 
 def options() -> ArgumentParser:
@@ -20,5 +20,5 @@ def run(words: list[str]) -> None:
     """List the predictors."""
     output = Output(options().parse_args(words[1:]))
     found = published_figures()
-    output.show(*published_tables(found))
+    output.show(*pretrained_tables(found))
     output.result({"predictors": found})

@@ -46,7 +46,7 @@ def run(words: list[str]) -> None:
     # Imported here, so that help and completion do not wait for it.
     from moe_beyond.evaluation.sizing import check_target, choose_pins, parse_target, run_sizing
     from moe_beyond.report.tables.results import unavailable_lines
-    from moe_beyond.report.tables.sizing import plan_table
+    from moe_beyond.report.tables.sizing import sizing_table
     from moe_beyond.traces.reader import TraceSet
 
     replay_options = options_from_args(args)
@@ -66,7 +66,7 @@ def run(words: list[str]) -> None:
     if report is not None:
         output.show(
             *report.measured_on.lines,
-            plan_table(report.answers, report.target, traces.geometry, report.bytes_per_expert),
+            sizing_table(report.answers, report.target, traces.geometry, report.bytes_per_expert),
             *unavailable_lines(report.unavailable),
         )
         output.result(report.to_json())

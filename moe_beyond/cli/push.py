@@ -3,7 +3,7 @@
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, parser
-from moe_beyond.hub.push import Upload, check_trained_on, prepare, push
+from moe_beyond.hub.push import Upload, check_trained_on, prepare_upload, push_upload
 from moe_beyond.pretrained import CARD_FILE, find_predictor
 
 
@@ -31,7 +31,7 @@ def run(words: list[str]) -> None:
     args = options().parse_args(words[1:])
     output = Output(args)
     folder = find_predictor(args.folder)
-    upload = prepare(folder, args.repository, args.traces)
+    upload = prepare_upload(folder, args.repository, args.traces)
     content = {"repository": upload.repository, "kind": upload.kind, "files": upload.sizes()}
     if args.dry_run:
         output.show(*_lines(upload))
@@ -39,7 +39,7 @@ def run(words: list[str]) -> None:
         return
     if args.traces is not None:
         check_trained_on(folder, args.traces)
-    published = push(upload, private=args.private, revision=args.revision)
+    published = push_upload(upload, private=args.private, revision=args.revision)
     output.show(published.url, f"commit {published.commit}: {', '.join(upload.files)}")
     output.result(content | {"url": published.url, "commit": published.commit})
 

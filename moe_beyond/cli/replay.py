@@ -48,11 +48,11 @@ def run(words: list[str]) -> None:
         *unavailable_lines(outcome.unavailable),
     )
     if args.plots:
-        from moe_beyond.report.plots.files import pictures, write_pictures
+        from moe_beyond.report.plots.files import replay_figures, write_figures
 
         replay = outcome.replay
-        drawn = pictures(
+        drawn = replay_figures(
             traces, replay.strategies, outcome.results, replay.sources, replay.profile, outcome.measured_on.split
         )
-        output.show(*(f"picture: {path}" for path in write_pictures(args.plots, drawn)))
+        output.show(*(f"picture: {path}" for path in write_figures(args.plots, drawn)))
     output.result(outcome.to_json())

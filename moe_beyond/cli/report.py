@@ -54,7 +54,7 @@ def _report(args: Namespace) -> None:
     from moe_beyond.geometry import budget_slots
     from moe_beyond.report.html.build import write_page
     from moe_beyond.report.html.source import find_subject
-    from moe_beyond.report.html.strategies import DEVICES, default_slots, page_strategies
+    from moe_beyond.report.html.strategies import DEFAULT_DEVICES, default_slots, page_strategies
     from moe_beyond.simulator import ReplaySettings
     from moe_beyond.simulator.devices import load_device
     from moe_beyond.traces.reader import TraceSet
@@ -62,7 +62,7 @@ def _report(args: Namespace) -> None:
     subject, traces = find_subject(args.predictor), TraceSet(args.traces)
     output = Output(args)
     geometry, bits = traces.geometry, traces.manifest.quantization_bits
-    devices = [load_device(text) for text in dict.fromkeys(args.device or DEVICES)]
+    devices = [load_device(text) for text in dict.fromkeys(args.device or DEFAULT_DEVICES)]
     slots = [budget_slots(budget, geometry, bits) for budget in args.budget or ()] or default_slots(geometry)
     source = from_predictor_folder(subject.folder)
     common = ReplaySettings(geometry.total_experts, warmup_tokens=args.warmup_tokens, bits=bits)

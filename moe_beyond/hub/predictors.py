@@ -1,4 +1,4 @@
-"""What is published of a predictor folder: weights, configuration, a picture, and a card with figures as metadata."""
+"""The upload of a predictor folder: weights, configuration, a plot, and a card with its evaluations as metadata."""
 
 import re
 from collections.abc import Iterator
@@ -14,27 +14,27 @@ from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.predictors.training_text import mark_relation, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from moe_beyond.report.plots.recorded import recorded_figure, recorded_name
-from moe_beyond.report.plots.replay import png
-from moe_beyond.report.tables.results import lookahead_words
+from moe_beyond.report.labels import BYTES_AXIS, metric_lookahead, recorded_label
+from moe_beyond.report.plots.recorded import recorded_figure
+from moe_beyond.report.plots.replay import render_png
 
 LIBRARY, TASK = "moe-beyond", "expert-prediction"
 PICTURE_FILE = "replay.png"
 
 
 def predictor_files(folder: Path, repository: str, dataset: str | None) -> dict[str, Path | bytes]:
-    """Gather what is published of a predictor folder, once it was found whole.
+    """Collect the files of a predictor folder to upload, after checking the folder.
 
     Args:
-        folder: The predictor's.
-        repository: Where it goes: ``ORG/REPO``.
-        dataset: Repository of the trace set that it was fitted on, if that is published.
+        folder: Folder with the predictor.
+        repository: Repository on the Hub, ``ORG/REPO``.
+        dataset: Repository of the uploaded trace set that the predictor was fitted on; None if there is none.
 
     Returns:
-        The files by their names: where they lie, or what they hold.
+        File name -> local path, or content.
 
     Raises:
-        UserError: It is damaged, or its card's metadata cannot be read.
+        UserError: The folder is damaged, or the metadata of its card cannot be read.
     """
     predictor, config = read_predictor(folder), read_config(folder)
     path = folder / CARD_FILE
@@ -46,74 +46,79 @@ def predictor_files(folder: Path, repository: str, dataset: str | None) -> dict[
         if config.get("figures"):
             files[PICTURE_FILE] = _picture(config, repository)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: a field is missing or wrong ({error!r})") from error
+        raise UserError(
+            f"{folder / CONFIG_FILE}: a field is missing or wrong (got {error!r}); save the predictor again"
+        ) from error
     return files
 
 
 def predictor_card(text: str, config: dict[str, Any], repository: str, dataset: str | None, *, source: str) -> str:
-    """Write the card that the Hub shows.
+    """Return the card for the Hub.
+
+    The text and the metadata of the local card stay, including its licence; a licence is never added, because only the
+    author can choose it.
 
     Args:
-        text: The local card, whose prose is kept.
-        config: The folder's configuration.
-        repository: Where it goes.
-        dataset: Repository of the trace set that it was fitted on, if that is published.
-        source: The local card's file, for error messages.
+        text: Text of the local card.
+        config: Configuration of the predictor folder.
+        repository: Repository on the Hub, ``ORG/REPO``.
+        dataset: Repository of the uploaded trace set that the predictor was fitted on; None if there is none.
+        source: File name of the local card for error messages.
 
     Raises:
-        UserError: The local card's metadata cannot be read.
+        UserError: The metadata of the local card cannot be read.
     """
-    shown = read_card(ModelCard, text, source)
-    data, model = cast(ModelCardData, shown.data), config.get("training", {}).get("model_id", "")
+    hub_card = read_card(ModelCard, text, source)
+    data, model = cast(ModelCardData, hub_card.data), config.get("training", {}).get("model_id", "")
     data.library_name = LIBRARY
-    add_tags(shown, TASK, config["architecture"])
+    add_tags(hub_card, TASK, config["architecture"])
     if not data.base_model and REPOSITORY.fullmatch(model):
         data.base_model = model
     if dataset is not None:
-        named = data.datasets or []
-        data.datasets = list(dict.fromkeys([*([named] if isinstance(named, str) else named), dataset]))
+        own = data.datasets or []
+        data.datasets = list(dict.fromkeys([*([own] if isinstance(own, str) else own), dataset]))
     if results := list(_results(config)):
         replaced = {result.unique_identifier for result in results}
         kept = [result for result in data.eval_results or [] if result.unique_identifier not in replaced]
         data.model_name, data.eval_results = repository.split("/")[1], [*kept, *results]
-    add_usage(shown, _usage(config, repository))
-    return str(shown)
+    add_usage(hub_card, _usage(config, repository))
+    return str(hub_card)
 
 
 def _results(config: dict[str, Any]) -> Iterator[EvalResult]:
-    """Yield recorded figures as a model index has them: recall by lookahead, and the replay's hits and bytes."""
-    for one in config.get("figures", []):
-        source = mark_relation(one["source"], relation_of_figures(config.get("training"), one))
-        about = {
+    """Yield recorded evaluations as entries of a model index: recall by lookahead, hit rate and bytes of replays."""
+    for evaluation in config.get("figures", []):
+        source = mark_relation(evaluation["source"], relation_of_figures(config.get("training"), evaluation))
+        common = {
             "task_type": TASK,
-            "task_name": "Prediction of the experts that a mixture of experts routes to",
+            "task_name": "Expert prediction for mixture-of-experts models",
             "dataset_type": re.sub(r"[^\w.-]+", "-", source).strip("-").lower() or "traces",
-            "dataset_name": f"{source}, {one['metrics'][0]['tokens']:,} tokens",
-            "dataset_split": one["split"],
-            "dataset_revision": one["fingerprint"],
+            "dataset_name": f"{source}, {evaluation['metrics'][0]['tokens']:,} tokens",
+            "dataset_split": evaluation["split"],
+            "dataset_revision": evaluation["fingerprint"],
         }
-        for row in one["metrics"]:
-            name = f"recall@{row['k']}, lookahead {lookahead_words(row['lookahead'], row['causal'])}"
-            yield EvalResult(**about, metric_type="recall", metric_name=name, metric_value=round(row["recall_at_k"], 4))
-        for row in one["replay"]:
-            what = f"{row['budget_slots']:,} slots ({row['budget_share']:.0%}), {recorded_name(row)}"
-            hits, moved = round(row["hit_rate"], 4), round(row["bytes_ratio"], 4)
-            yield EvalResult(**about, metric_type="hit_rate", metric_name=f"hits, {what}", metric_value=hits)
-            moved_name = f"bytes moved / demanded, {what}"
-            yield EvalResult(**about, metric_type="bytes_ratio", metric_name=moved_name, metric_value=moved)
+        for row in evaluation["metrics"]:
+            name = f"recall@{row['k']}, lookahead {metric_lookahead(row['lookahead'], row['causal'])}"
+            recall = round(row["recall_at_k"], 4)
+            yield EvalResult(**common, metric_type="recall", metric_name=name, metric_value=recall)
+        for row in evaluation["replay"]:
+            replay = f"{row['budget_slots']:,} slots ({row['budget_share']:.0%}), {recorded_label(row)}"
+            for metric, name in (("hit_rate", "hit rate"), ("bytes_ratio", BYTES_AXIS)):
+                value = round(row[metric], 4)
+                yield EvalResult(**common, metric_type=metric, metric_name=f"{name}, {replay}", metric_value=value)
 
 
 def _usage(config: dict[str, Any], repository: str) -> str:
     stepping = """
-stepper = predictor.stepper()  # for one sequence, as it is decoded
+stepper = predictor.stepper()  # decodes one sequence
 stepper.observe_token(token_id)
-stepper.observe_layer(0, experts)  # what the router chose; then layer 1, 2, ...
-stepper.scores()  # (layers, experts): probabilities of what is known of each layer's next run, NaN for nothing"""
+stepper.observe_layer(0, experts)  # the router's experts in MoE layer 0; then layers 1, 2, ...
+stepper.scores()  # (layers, experts): probabilities for each layer's next run, NaN where unknown"""
     picture = f"""
-![Hits against bytes moved, as recorded]({PICTURE_FILE})
+![Hit rate and bytes of recorded replays]({PICTURE_FILE})
 """
     return f"""
-## From the Hub
+## Usage
 
 ```python
 from moe_beyond.predictors import from_pretrained
@@ -121,7 +126,7 @@ from moe_beyond.predictors import from_pretrained
 predictor = from_pretrained("{repository}"){stepping if config["causal"] else ""}
 ```
 
-On the command line it is a predictor like any other:
+On the command line, write `hf:` before the repository:
 
 ```sh
 moe-beyond evaluate hf:{repository} --traces TRACES --budget 10%
@@ -132,7 +137,8 @@ moe-beyond evaluate hf:{repository} --traces TRACES --budget 10%
 def _picture(config: dict[str, Any], repository: str) -> bytes:
     title = f"{repository}: {config['architecture']} for {config['geometry']['model']}"
     training = config.get("training")
-    shown = [
-        {**one, "source": mark_relation(one["source"], relation_of_figures(training, one))} for one in config["figures"]
+    evaluations = [
+        {**evaluation, "source": mark_relation(evaluation["source"], relation_of_figures(training, evaluation))}
+        for evaluation in config["figures"]
     ]
-    return png(recorded_figure(shown, title))
+    return render_png(recorded_figure(evaluations, title))

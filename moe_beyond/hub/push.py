@@ -1,4 +1,4 @@
-"""Publishing a folder in a repository of the Hugging Face Hub: one commit, which is there as a whole or not at all."""
+"""Uploading a folder to a repository of the Hugging Face Hub, in one commit: completely or not at all."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,17 +22,17 @@ REPLACED: dict[Kind, tuple[str, ...]] = {
     "model": (PICTURE_FILE,),
     "dataset": ("*.parquet", "*.safetensors", TOKENIZER_FILE),
 }
-"""What an earlier push may have left in a repository and a new one need not have: it goes."""
+"""Files of an earlier upload that a new one deletes unless it has them too."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be published.
+    """The files of an upload.
 
     Attributes:
-        repository: ``ORG/REPO``.
-        kind: A predictor's repository, or a trace set's.
-        files: By their names there: where they lie, or what they hold.
+        repository: Repository on the Hub, ``ORG/REPO``.
+        kind: ``"model"`` for a predictor, ``"dataset"`` for a trace set.
+        files: Name in the repository -> local path, or content.
     """
 
     repository: str
@@ -40,7 +40,7 @@ class Upload:
     files: dict[str, Path | bytes]
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each file."""
+        """Return the size of each file, in bytes."""
         return {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in self.files.items()
@@ -48,121 +48,129 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Published:
-    """Where something was published: the repository's page, and the commit."""
+class UploadResult:
+    """A finished upload.
+
+    Attributes:
+        url: Page of the repository.
+        commit: Hash of the commit.
+    """
 
     url: str
     commit: str
 
 
-def prepare(folder: str | Path, repository: str, traces: str | None = None) -> Upload:
-    """Gather what is published of a predictor folder or a trace set, and look whether it is whole; no network is used.
+def prepare_upload(folder: str | Path, repository: str, traces: str | None = None) -> Upload:
+    """Check a predictor folder or a trace set and collect its files, without network access.
 
     Args:
-        folder: The folder.
-        repository: Where it goes: ``ORG/REPO``.
-        traces: Of a predictor, the published trace set that it was fitted on: ``hf:ORG/REPO``.
+        folder: Predictor folder, or folder of a trace set.
+        repository: Repository on the Hub, ``ORG/REPO``.
+        traces: Uploaded trace set that the predictor was fitted on, ``hf:ORG/REPO``; None if there is none.
 
     Raises:
-        UserError: The folder is neither, or is damaged, or a name cannot be read.
+        UserError: The folder is neither of the two or is damaged, or a name is not valid.
     """
     check_repository(repository)
     folder = Path(folder)
     is_predictor, is_traces = (folder / CONFIG_FILE).is_file(), (folder / MANIFEST_FILE).is_file()
     if is_predictor and is_traces:
         raise UserError(
-            f"{folder}: has {CONFIG_FILE} and {MANIFEST_FILE}; a predictor and traces go to two repositories"
+            f"{folder}: has both {CONFIG_FILE} (a predictor) and {MANIFEST_FILE} (a trace set); push two folders"
         )
     if is_predictor:
         dataset = None if traces is None else _dataset(traces)
         return Upload(repository, "model", predictor_files(folder, repository, dataset))
     if traces is not None:
-        raise UserError("--traces names what a predictor was fitted on; a trace set goes by itself")
+        raise UserError(f"--traces {traces}: is only for predictors; push the trace set without it")
     if is_traces:
         return Upload(repository, "dataset", trace_files(folder, repository))
-    inside = f"; it is in {folder / PREDICTOR_FOLDER}" if (folder / PREDICTOR_FOLDER / CONFIG_FILE).is_file() else ""
-    raise UserError(f"{folder}: has neither {CONFIG_FILE} (a predictor) nor {MANIFEST_FILE} (a trace set){inside}")
+    exported = folder / PREDICTOR_FOLDER
+    hint = exported if (exported / CONFIG_FILE).is_file() else "a predictor folder or a trace set"
+    raise UserError(f"{folder}: has neither {CONFIG_FILE} (a predictor) nor {MANIFEST_FILE} (a trace set); push {hint}")
 
 
 def check_repository(repository: str) -> None:
-    """Refuse what is no name of a repository.
+    """Check the name of a repository.
 
     Raises:
-        UserError: It is not ``ORG/REPO``.
+        UserError: The name is not of the form ``ORG/REPO``.
     """
     if not REPOSITORY.fullmatch(repository):
-        raise UserError(f"{repository!r} is no repository; write ORG/REPO (a branch goes into --revision)")
+        raise UserError(f"{repository!r} is not the name of a repository; write ORG/REPO (name a branch by --revision)")
     with asking_hub(repository):
         validate_repo_id(repository)
 
 
 def check_trained_on(folder: str | Path, traces: str) -> None:
-    """Refuse to say that a predictor was fitted on traces that it was not fitted on.
+    """Check that a predictor was fitted on an uploaded trace set.
 
     Args:
-        folder: The predictor's.
-        traces: The published trace set: ``hf:ORG/REPO``.
+        folder: Folder with the predictor.
+        traces: Uploaded trace set, ``hf:ORG/REPO``.
 
     Raises:
-        UserError: Its fingerprint is another, or it cannot be asked for.
+        UserError: The fingerprints differ, or the manifest cannot be downloaded.
     """
     path = download(parse_hub_name(traces), "dataset", (MANIFEST_FILE,)) / MANIFEST_FILE
     manifest = Manifest.from_json(read_json(path), source=f"{traces}: {MANIFEST_FILE}")
     trained_on = read_config(folder).get("training", {}).get("fingerprint")
     if trained_on != manifest.fingerprint:
-        raise UserError(f"--traces {traces}: {folder} was fitted on other traces (fingerprint {trained_on})")
+        raise UserError(
+            f"--traces {traces}: {folder} was fitted on other traces (got fingerprint {trained_on}); name those"
+        )
 
 
 def open_repository(repository: str, kind: Kind, *, private: bool = False) -> None:
-    """See to it that there is a repository, and that this user may write to it.
+    """Create a repository unless it exists, and check that the user can write to it.
 
     Args:
-        repository: ``ORG/REPO``; it is made if it is not there.
-        kind: A predictor's, or a trace set's.
-        private: Whether only those who may see it are to see it.
+        repository: Repository on the Hub, ``ORG/REPO``.
+        kind: ``"model"`` for a predictor, ``"dataset"`` for a trace set.
+        private: Whether the repository must be private (default: false).
 
     Raises:
-        UserError: The user may not, or is unknown, or the repository is public although ``private`` is asked for.
+        UserError: The user has no token or no right to write, or a private repository is required and it is public.
     """
     name = f"{PREFIX}{repository}"
     with asking_hub(name):
         if not is_offline_mode() and get_token() is None:
-            raise UserError(f"{name}: the Hub wants a token; log in with `hf auth login`, or set HF_TOKEN")
+            raise UserError(f"{name}: the Hub requires a token; log in with `hf auth login`, or set HF_TOKEN")
         api = _api()
         api.create_repo(repository, repo_type=kind, private=private or None, exist_ok=True)
         api.auth_check(repository, repo_type=kind, write=True)
         if private and not api.repo_info(repository, repo_type=kind).private:
-            raise UserError(f"{name}: is public already; make it private in its settings, or push without --private")
+            raise UserError(f"{name}: is already public; make it private in its settings, or push without --private")
 
 
-def push(upload: Upload, *, private: bool = False, revision: str | None = None) -> Published:
-    """Publish, in one commit; whatever fails before that leaves the repository's files as they were.
+def push_upload(upload: Upload, *, private: bool = False, revision: str | None = None) -> UploadResult:
+    """Upload files in one commit; a failure before the commit leaves the repository unchanged.
 
     Args:
-        upload: What and where.
-        private: Whether a repository that is made is to be private.
-        revision: Branch to commit to, made if it is not there; the main one by default.
+        upload: Files and repository.
+        private: Whether the repository must be private (default: false).
+        revision: Branch to commit to; a missing branch is created (default: ``main``).
 
     Returns:
-        Where it is now. Where nothing has changed, that is the last commit.
+        The new commit, or the last one if no file changed.
 
     Raises:
-        UserError: The user may not, or the Hub or the way to it fails.
+        UserError: The user has no right to write, or the Hub or the connection fails.
     """
     open_repository(upload.repository, upload.kind, private=private)
     api, repository, kind = _api(), upload.repository, upload.kind
     with asking_hub(str(HubName(repository, revision or "main"))):
         if revision is not None:
             api.create_branch(repository, repo_type=kind, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repository, repo_type=kind, revision=revision)
-        old = [name for name in there if name not in upload.files and _is_replaced(name, kind)]
+        existing = api.list_repo_files(repository, repo_type=kind, revision=revision)
+        obsolete = [name for name in existing if name not in upload.files and _is_replaced(name, kind)]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, content) for name, content in upload.files.items()),
-            *(CommitOperationDelete(name) for name in old),
+            *(CommitOperationDelete(name) for name in obsolete),
         ]
-        message = f"{'Predictor' if kind == 'model' else 'Trace set'}, by moe-beyond {__version__}"
+        message = f"Upload {'predictor' if kind == 'model' else 'trace set'} with moe-beyond {__version__}"
         commit = api.create_commit(repository, operations, commit_message=message, repo_type=kind, revision=revision)
-    return Published(str(commit.repo_url), commit.oid)
+    return UploadResult(str(commit.repo_url), commit.oid)
 
 
 def _is_replaced(name: str, kind: Kind) -> bool:
@@ -171,7 +179,7 @@ def _is_replaced(name: str, kind: Kind) -> bool:
 
 def _dataset(traces: str) -> str:
     if not is_hub_name(traces):
-        raise UserError(f"--traces {traces}: is not on the Hub; push it first, then write hf:ORG/REPO")
+        raise UserError(f"--traces {traces}: is not on the Hub; push the trace set, then write hf:ORG/REPO")
     return parse_hub_name(traces).repository
 
 

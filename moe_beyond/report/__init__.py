@@ -1,1 +1,1 @@
-"""Tables and plots."""
+"""Tables, plots and HTML pages of results; `labels` has the names that all of them show."""

@@ -254,7 +254,7 @@ def test_released_predictions_become_scores_that_say_what_they_know(recording, c
     assert main(words) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "0 (LEAK" in said
-    assert "reads the router's input, sees later tokens" in said
+    assert "reads the router's input and sees later tokens" in said
     assert main([*words, "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)["results"][0]
     assert (told["lookahead"], told["causal"], told["predictor"]) == (0, False, "MoE-Beyond as released")

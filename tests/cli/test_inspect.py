@@ -46,7 +46,7 @@ def test_the_tables_hold_the_counts(trace_set, capsys):
     assert f"train: {tokens['train']:,} tokens, validation: {tokens['validation']:,} tokens" in out
     assert f"{sum(tokens.values()) * 4:,}" in out
     summary = summarize(trace_set).to_json()["by_layer"]
-    rows = cells(out, "by layer")
+    rows = cells(out, "popularity by layer")
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     assert [row[2] for row in rows] == [f"{layer['busiest_share']:.1%}" for layer in summary]
     rows = cells(out, "locality and dependence by layer")
@@ -63,9 +63,9 @@ def test_the_tables_hold_the_counts(trace_set, capsys):
     ]
     # What these traces do not have is a dash in the first table, and has none of its own.
     whole = {row[0]: row[1] for row in cells(out, "trace set")}
-    assert whole["gate mass of the top expert"] == whole["prefill and decode"] == "-"
+    assert whole["gate mass of the top-1 expert"] == whole["prefill and decode"] == "-"
     assert "gate mass by layer" not in out
-    assert "prefill against decode" not in out
+    assert "prefill and decode by layer" not in out
 
 
 def cells(out: str, title: str) -> list[list[str]]:
@@ -98,13 +98,13 @@ def test_gates_phases_and_contrast_have_tables_that_fit(tmp_path, capsys):
     }
     whole = {row[0]: row[1] for row in cells(out, "trace set")}
     assert whole["measured"] == "train"
-    assert whole["gate mass of the top expert"] == "75.0%"
-    assert whole["prefill and decode"] == "25 and 35 tokens of 5 sequences that have both"
+    assert whole["gate mass of the top-1 expert"] == "75.0%"
+    assert whole["prefill and decode"] == "25 and 35 tokens of 5 sequences with both phases"
     assert [row[1:3] for row in cells(out, "gate mass by layer")] == [["75.0%", "25.0%"]] * 4
-    rows = cells(out, "prefill against decode by layer")
+    rows = cells(out, "prefill and decode by layer")
     assert [row[5] for row in rows] == [f"{layer['phases']['total_variation']:.3f}" for layer in found["by_layer"]]
     # The contrast's rows come by how sure they are.
-    rows = cells(out, "the 20 activation rates that differ most")
+    rows = cells(out, "the 20 largest differences of activation rates")
     ranked = sorted((abs(z) for layer in found["contrast"]["by_layer"] for z in layer["z"]), reverse=True)
     assert [f"{abs(float(row[6])):.1f}" for row in rows] == [f"{z:.1f}" for z in ranked[:20]]
     for row in rows:

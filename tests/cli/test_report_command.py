@@ -99,11 +99,11 @@ def test_it_holds_what_evaluate_says(run: Run, made: Path, capsys: pytest.Captur
             speed = row["tokens_per_second"]  # of so small a model in the ten thousands
             figures |= {f"{speed:,.0f}" if speed >= 1000 else f"{speed:.1f}", f"{row['stall_ms_per_token']:.1f}"}
         assert [r for r in page.rows if r[:2] == shown and figures <= set(r)], row
-    assert "On rtx3060, with 8 slots, prefetching " in page.text
-    assert "Replays: sequences start with an empty cache; prompt tokens are stepped one by one; " in page.text
+    assert "On rtx3060 with 8 slots, prefetching " in page.text
+    assert "Replays: each sequence starts with an empty cache; one token per step, prompts included; " in page.text
     short, counted = (said["results"][0][name] for name in ("too_short", "sequences"))
     assert f"{short} of {short + counted} sequences are too short to count" in page.text
-    # Beside every hit rate of the summary stand its bytes, LRU and Belady.
+    # The summary shows every hit rate with its bytes, LRU and Belady.
     ours, _, lru, belady, _ = (row for row in said["results"] if row["budget_slots"] == 8)
     assert f"LRU {lru['hit_rate']:.1%}, Belady {belady['hit_rate']:.1%}" in page.text
     assert f"LRU {lru['bytes_ratio']:.2f}, Belady {belady['bytes_ratio']:.2f}" in page.text
@@ -114,22 +114,22 @@ def test_it_says_what_was_fitted_on_what(run: Run, made: Path) -> None:
     text = parsed(made / "report.html").text
     config = json.loads((run.folder / "predictor/config.json").read_text())
     training = config["training"]
-    said = [training["fingerprint"], f"{config['parameters']:,}", "1, 2, 3", "calibrated by lookahead and layer"]
+    said = [training["fingerprint"], f"{config['parameters']:,}", "1, 2, 3", "calibrated per lookahead and layer"]
     said += [
         f"{training['sequences']:,} sequences, {training['tokens']:,} tokens",
         "split train",
         config["tool_version"],
     ]
-    said += ["read by the model", "The first 2 tokens"]
+    said += ["The model read this text as a prompt", "The first 2 tokens"]
     said += ["split validation of this set chose the epoch of and calibrated cross_layer: expect a little less"]
-    said += ["no published history is for this model", "class_path: moe_beyond.datamodules.TraceDataModule"]
+    said += ["No pretrained history exists for this model", "class_path: moe_beyond.datamodules.TraceDataModule"]
     for words in said:
         assert words in text, words
     for title in (
         "Training loss",
-        "Recall in validation",
-        "Likelihood in validation",
-        "Hits in validation",
+        "Validation recall",
+        "Validation NLL",
+        "Validation hit rate",
     ):
         assert title in text
     assert "budget 50%" in text
@@ -224,7 +224,7 @@ def test_scores_that_no_runtime_could_have_are_marked(run: Run, tmp_path: Path) 
         (["--warmup-tokens", "-1"], "--warmup-tokens -1 is less than 0"),
         (["--warmup-tokens", "99"], "--warmup-tokens 99: no sequence has more tokens"),
         (["--device", "rtx9999x"], "unknown device 'rtx9999x'"),
-        (["--device", "rtx3060", "--device", "rtx4090,name=rtx3060"], "two are called 'rtx3060'"),
+        (["--device", "rtx3060", "--device", "rtx4090,name=rtx3060"], "two devices have the same name (got 'rtx3060')"),
     ],
 )
 def test_options_that_cannot_be(run: Run, tmp_path: Path, capsys, words: list[str], said: str) -> None:
@@ -237,7 +237,7 @@ def test_subjects_and_places_that_cannot_be(run: Run, tmp_path: Path, capsys) ->
     out, traces = ["--out", tmp_path / "out.html"], ["--traces", run.traces]
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert f"{empty}: is neither a run" in error_line(capsys, ["report", empty, *traces, *out])
+    assert f"{empty}: neither a run" in error_line(capsys, ["report", empty, *traces, *out])
     assert "there is no such folder" in error_line(capsys, ["report", tmp_path / "nowhere", *traces, *out])
     assert "cross_laser" in error_line(capsys, ["report", "cross_laser", *traces, *out])
     assert f"--out {empty}: is a folder; name a file" in error_line(
@@ -250,7 +250,7 @@ def test_subjects_and_places_that_cannot_be(run: Run, tmp_path: Path, capsys) ->
     broken = Path(shutil.copytree(run.folder, tmp_path / "broken"))
     (broken / "metrics.csv").write_text("epoch,step,train/loss\n0,1,0.5\n0,2,lots\n")
     words = [*traces, *out, "--budget", "50%", "--device", "rtx3060"]
-    assert f"{broken}/metrics.csv: line 3: train/loss is 'lots', not a number" in error_line(
+    assert f"{broken}/metrics.csv: line 3: train/loss is not a number (got 'lots')" in error_line(
         capsys, ["report", broken, *words]
     )
     for content, said in ((b"epoch,loss\n", "has no column 'step'"), (b"step\n\xff", "is not a CSV file")):

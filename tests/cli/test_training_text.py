@@ -13,7 +13,7 @@ from _helpers.scoring import history_folder
 from huggingface_hub import ModelCard
 
 from moe_beyond.cli.main import main
-from moe_beyond.hub.push import prepare
+from moe_beyond.hub.push import prepare_upload
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.predictors.training_text import Relation, measured_text, relation_of_figures
 from moe_beyond.traces.copies import text_digest
@@ -315,7 +315,7 @@ def test_figures_of_training_text_are_recorded_on_request_only_and_marked(folder
     assert (figures["split"], figures["relation"]) == ("train", "training text")
     assert "training-text" not in figures["command"]
     assert "**Training text**: the predictor was fitted on this text" in (folder / "README.md").read_text()
-    upload = prepare(folder, "org/mine")
+    upload = prepare_upload(folder, "org/mine")
     shown = ModelCard(upload.files["README.md"].decode())
     assert {result.dataset_name for result in shown.data.eval_results} == {"mine (TRAINING TEXT), 108 tokens"}
 

@@ -1,4 +1,4 @@
-"""A predictor that is published and pulled is the same; what fails publishes nothing, and says why in one line."""
+"""An uploaded predictor is downloaded unchanged; a failed push uploads nothing and gives the reason in one line."""
 
 import json
 import socket
@@ -58,7 +58,7 @@ def test_the_card_keeps_its_prose_and_has_the_figures_as_metadata(hub: Hub, fold
     assert files["replay.png"].startswith(b"\x89PNG")
     local, card = (folder / "README.md").read_text(), ModelCard(files["README.md"].decode())
     assert card.text.startswith(local.split("---\n", 2)[2].rstrip())
-    assert "![Hits against bytes moved, as recorded](replay.png)" in card.text
+    assert "![Hit rate and bytes of recorded replays](replay.png)" in card.text
     assert 'from_pretrained("org/tiny")' in card.text
     data = card.data
     assert (data.library_name, data.license, data.base_model) == ("moe-beyond", "mit", "org/tiny-moe")
@@ -70,12 +70,12 @@ def test_the_card_keeps_its_prose_and_has_the_figures_as_metadata(hub: Hub, fold
     assert {one.metric_name: one.metric_value for one in data.eval_results} == {
         "recall@2, lookahead 1": 0.7654,
         "recall@2, lookahead 2": 0.7,
-        "hits, 8 slots (25%), lru + top2, lookahead 1": 0.8,
-        "bytes moved / demanded, 8 slots (25%), lru + top2, lookahead 1": 1.1,
-        "hits, 8 slots (25%), lru": 0.3,
-        "bytes moved / demanded, 8 slots (25%), lru": 0.7,
-        "hits, 8 slots (25%), belady (optimum without prefetch)": 0.5,
-        "bytes moved / demanded, 8 slots (25%), belady (optimum without prefetch)": 0.5,
+        "hit rate, 8 slots (25%), lru + top2, lookahead 1": 0.8,
+        "bytes transferred / demanded, 8 slots (25%), lru + top2, lookahead 1": 1.1,
+        "hit rate, 8 slots (25%), LRU": 0.3,
+        "bytes transferred / demanded, 8 slots (25%), LRU": 0.7,
+        "hit rate, 8 slots (25%), Belady (optimum without prefetching)": 0.5,
+        "bytes transferred / demanded, 8 slots (25%), Belady (optimum without prefetching)": 0.5,
     }
 
 
@@ -122,7 +122,7 @@ def test_a_branch_leaves_the_main_one_alone(hub: Hub, folder: Path):
 def test_private_is_private_or_refused(hub: Hub, folder: Path, capsys):
     hub.repositories["models", "org/open"] = Repository()
     said = error_line(capsys, ["push", folder, "org/open", "--private"])
-    assert said == "hf:org/open: is public already; make it private in its settings, or push without --private"
+    assert said == "hf:org/open: is already public; make it private in its settings, or push without --private"
     assert len(hub.model("org/open").commits) == 1
     pushed(folder, "--private")
     assert hub.model("org/tiny").private
@@ -181,7 +181,7 @@ def unreachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
-        (no_token, "the Hub wants a token; log in with `hf auth login`, or set HF_TOKEN"),
+        (no_token, "the Hub requires a token; log in with `hf auth login`, or set HF_TOKEN"),
         (wrong_token, "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN"),
         (forbidden, "the token does not allow it (no right to write); use one that may"),
         (too_often, "the Hub has had too many requests; try again later"),
@@ -229,7 +229,7 @@ def test_damaged_weights_are_not_published(hub: Hub, folder: Path, capsys):
 def test_a_card_whose_metadata_are_damaged_is_named(folder: Path, capsys, card: str, reason: str):
     (folder / "README.md").write_text(card)
     said = error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
-    assert said.startswith(f"{folder / 'README.md'}: its metadata")
+    assert said.startswith(f"{folder / 'README.md'}: the metadata")
     assert reason in said
 
 
@@ -240,11 +240,9 @@ def test_damaged_figures_are_named(folder: Path, capsys):
 
 def test_a_folder_that_is_neither_a_predictor_nor_traces_is_refused(folder: Path, tmp_path: Path, capsys):
     said = error_line(capsys, ["push", tmp_path, "org/tiny", "--dry-run"])
-    assert (
-        f"{tmp_path}: has neither config.json (a predictor) nor manifest.json (a trace set); it is in {folder}" == said
-    )
+    assert f"{tmp_path}: has neither config.json (a predictor) nor manifest.json (a trace set); push {folder}" == said
     (folder / "manifest.json").write_text("{}")
-    assert "two repositories" in error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
+    assert "push two folders" in error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
 
 
 def test_a_dry_run_shows_everything_and_asks_nobody(folder: Path, capsys, monkeypatch):
@@ -268,8 +266,8 @@ def test_the_traces_that_a_card_names_are_those_it_was_fitted_on(hub: Hub, folde
     assert main(["push", str(tmp_path / "traces"), "org/traces"]) == 0
     capsys.readouterr()
     words = ["push", folder, "org/tiny", "--traces", "hf:org/traces"]
-    assert "was fitted on other traces (fingerprint fff" in error_line(capsys, words)
-    assert "is not on the Hub; push it first" in error_line(capsys, [*words[:-1], tmp_path / "traces"])
+    assert "was fitted on other traces (got fingerprint fff" in error_line(capsys, words)
+    assert "is not on the Hub; push the trace set" in error_line(capsys, [*words[:-1], tmp_path / "traces"])
     assert ("models", "org/tiny") not in hub.repositories
     edit_config(folder, training=TRAINING | {"fingerprint": fingerprint})
     pushed(folder, "--traces", "hf:org/traces")

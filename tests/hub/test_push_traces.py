@@ -41,7 +41,7 @@ def test_hidden_states_and_routers_come_along(hub: Hub, tmp_path: Path):
     pushed(tmp_path / "traces")
     pulled = TraceSet("hf:org/traces")
     assert len(list(pulled.traces())) == len(list(traces.traces()))
-    assert not list(tmp_path.rglob("hub-cache/**/*.safetensors"))  # nobody has asked for them
+    assert not list(tmp_path.rglob("hub-cache/**/*.safetensors"))  # hidden states are downloaded on request
     for ours, theirs in zip(traces.traces(hidden_states=True), pulled.traces(hidden_states=True), strict=True):
         assert np.array_equal(ours.hidden_states.layer_inputs, theirs.hidden_states.layer_inputs)
     assert np.array_equal(pulled.routers.weight, traces.routers.weight)
@@ -143,7 +143,7 @@ def test_a_split_that_datasets_does_not_take_is_named(tmp_path: Path, capsys):
     assert "split 'held-out'" in error_line(capsys, ["push", tmp_path / "traces", "org/traces", "--dry-run"])
 
 
-def test_traces_go_without_an_option_for_predictors(tmp_path: Path, capsys):
+def test_trace_sets_have_no_option_traces(tmp_path: Path, capsys):
     tiny_traces(tmp_path / "traces")
     words = ["push", tmp_path / "traces", "org/traces", "--dry-run", "--traces", "hf:org/others"]
-    assert "--traces names what a predictor was fitted on" in error_line(capsys, words)
+    assert "--traces hf:org/others: is only for predictors" in error_line(capsys, words)

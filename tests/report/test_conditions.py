@@ -1,4 +1,4 @@
-"""The line that says under which conditions replays were made."""
+"""The line with the conditions of replays."""
 
 from dataclasses import replace
 
@@ -7,8 +7,9 @@ from _helpers.common import TINY
 
 from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.strategies import grid, with_baselines
-from moe_beyond.report.html.sections.replay import speed, verdicts
-from moe_beyond.report.tables.conditions import conditions
+from moe_beyond.report.html.sections.replay import format_speed
+from moe_beyond.report.html.sections.timing import verdicts
+from moe_beyond.report.tables.conditions import format_conditions
 from moe_beyond.report.tables.results import results_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
@@ -25,9 +26,9 @@ def replayed(traces: TraceSet, **changes: object) -> list[Result]:
 
 def test_by_default(trace_set: TraceSet) -> None:
     tokens = sum(map(len, trace_set.traces()))
-    assert conditions(replayed(trace_set)) == (
-        "sequences start with an empty cache; prompt tokens are stepped one by one; "
-        f"12 sequences, {tokens} tokens count"
+    assert format_conditions(replayed(trace_set)) == (
+        "each sequence starts with an empty cache; one token per step, prompts included; "
+        f"12 sequences, {tokens} tokens counted"
     )
 
 
@@ -41,21 +42,21 @@ def test_a_warm_up_says_what_it_leaves_out(trace_set: TraceSet) -> None:
     assert {(r.sequences, r.too_short, r.tokens, r.demanded) for r in results} == {
         (12 - short, short, results[0].tokens, results[0].tokens * 8)
     }
-    assert f"{short} of 12 sequences are too short to count" in conditions(results)
+    assert f"{short} of 12 sequences are too short to count" in format_conditions(results)
     assert results[0].to_json()["too_short"] == short
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"carry_over": True}, "sequences find the cache as the one before left it"),
-        ({"prefill_chunk": 4}, "prompt tokens are read 4 a step; hits there: of a step's distinct experts"),
-        ({"batch_size": 2}, "one by one, 2 sequences together; hits there"),
-        ({"device": DEVICE}, "tok/s: an upper bound, MoE layers only"),
+        ({"carry_over": True}, "each sequence starts with the cache of the previous one"),
+        ({"prefill_chunk": 4}, "prompts in steps of 4 tokens; hit rate over the distinct experts of a step"),
+        ({"batch_size": 2}, "prompts included, batches of 2 sequences; hit rate over"),
+        ({"device": DEVICE}, "tok/s is an upper bound (MoE layers only)"),
     ],
 )
 def test_they_follow_the_options(trace_set: TraceSet, changes: dict[str, object], words: str) -> None:
-    said = conditions(replayed(trace_set, **changes))
+    said = format_conditions(replayed(trace_set, **changes))
     assert words in said
     assert ("empty cache" in said) == ("carry_over" not in changes)
     assert ("upper bound" in said) == ("device" in changes)
@@ -64,10 +65,10 @@ def test_they_follow_the_options(trace_set: TraceSet, changes: dict[str, object]
 def test_a_warm_start_is_of_those_that_have_one(trace_set: TraceSet) -> None:
     cold = replayed(trace_set)
     warm = replace(cold[0], warm_start=True)
-    assert conditions([warm, *cold]).startswith(
-        "sequences start with the most popular experts, references with an empty one; "
+    assert format_conditions([warm, *cold]).startswith(
+        "each sequence starts with the most popular experts (baselines: with an empty cache); "
     )
-    assert conditions([warm]).startswith("sequences start with the most popular experts; ")
+    assert format_conditions([warm]).startswith("each sequence starts with the most popular experts; ")
 
 
 def test_budgets_that_the_device_cannot_hold_are_named(trace_set: TraceSet) -> None:
@@ -76,11 +77,11 @@ def test_budgets_that_the_device_cannot_hold_are_named(trace_set: TraceSet) -> N
     results = replayed(trace_set, device=device)
     assert {result.device_slots for result in results} == {6}
     assert not any(result.fits_device for result in results)
-    assert "small has room for 6 experts" in conditions(results)
-    assert "8, 32 slots do not fit" in conditions(results)
+    assert "small has room for 6 experts" in format_conditions(results)
+    assert "8, 32 slots do not fit" in format_conditions(results)
     caption = " ".join(str(results_table(results, TINY).caption).split())
     assert "8, 32 slots do not fit" in caption
-    assert "do not fit" not in conditions(replayed(trace_set, device=DEVICE))
+    assert "do not fit" not in format_conditions(replayed(trace_set, device=DEVICE))
     assert results[0].to_json()["device_slots"] == 6
     assert "device_slots" not in replayed(trace_set)[0].to_json()
 
@@ -96,19 +97,18 @@ def timed(trace_set: TraceSet) -> list[Result]:
 @pytest.mark.parametrize(
     ("ratio", "words"),
     [
-        (1.2, "pays: lru + top2 makes 120.0 tokens/s where LRU without prefetch makes 100.0 (+20%)."),
-        (0.9, "does not pay, it costs: lru + top2 makes 90.0 tokens/s where LRU without prefetch makes 100.0 (-10%)."),
+        (1.2, "is faster: lru + top2 reaches 120.0 tokens/s, LRU without prefetching 100.0 (+20%)."),
+        (0.9, "is slower: lru + top2 reaches 90.0 tokens/s, LRU without prefetching 100.0 (-10%)."),
         (
             0.999,
-            "does not pay: lru + top2 makes 99.9 tokens/s where LRU without prefetch makes 100.0, "
-            "within 1% of each other.",
+            "makes no difference: lru + top2 reaches 99.9 tokens/s, LRU without prefetching 100.0 (within 1%).",
         ),
     ],
 )
 def test_whether_prefetching_pays(timed: list[Result], ratio: float, words: str) -> None:
     speeds = {"lru": 100.0, "lru + top2": 100 * ratio}
     results = [replace(r, tokens_per_second=speeds.get(r.strategy, 150.0)) for r in timed]
-    assert verdicts(results) == [f"On {DEVICE.name}, with 8 slots, prefetching {words}"]
+    assert verdicts(results) == [f"On {DEVICE.name} with 8 slots, prefetching {words}"]
 
 
 def test_prefetching_is_compared_with_the_best_policy_that_does_not_prefetch(timed: list[Result]) -> None:
@@ -117,8 +117,8 @@ def test_prefetching_is_compared_with_the_best_policy_that_does_not_prefetch(tim
     belief = replace(scored, strategy="belief", policy="belief", prefetch="none", tokens_per_second=119.0)
     results = [replace(lru, tokens_per_second=100.0), replace(scored, tokens_per_second=128.0), belief]
     assert verdicts(results) == [
-        f"On {DEVICE.name}, with 8 slots, prefetching pays: {scored.strategy} makes 128.0 tokens/s where "
-        "belief without prefetch makes 119.0 (+8%)."
+        f"On {DEVICE.name} with 8 slots, prefetching is faster: {scored.strategy} reaches 128.0 "
+        "tokens/s, belief without prefetching 119.0 (+8%)."
     ]
 
 
@@ -129,4 +129,4 @@ def test_nothing_is_said_without_a_device_or_a_prefetch(trace_set: TraceSet, tim
 
 @pytest.mark.parametrize(("value", "words"), [(47259.04, "47,259"), (999.94, "999.9"), (1000.0, "1,000"), (None, "-")])
 def test_speeds_have_no_more_digits_than_they_need(timed: list[Result], value: float | None, words: str) -> None:
-    assert speed(replace(timed[0], tokens_per_second=value)) == words
+    assert format_speed(replace(timed[0], tokens_per_second=value)) == words

@@ -1,4 +1,4 @@
-"""Pictures of a trace set draw what was measured."""
+"""Plots of a trace set show the measured values."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from _helpers.common import TINY, tiny_trace, tiny_traces
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.plots.inspection import inspection_figures
-from moe_beyond.report.plots.replay import png
+from moe_beyond.report.plots.replay import render_png
 from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.manifest import Manifest, Tokenizer
@@ -48,11 +48,11 @@ def test_every_figure_draws_its_figures(tmp_path):
     for name in ("popularity", "dependence", "contrast"):
         assert [label.get_text() for label in drawn[name].axes[0].get_yticklabels()] == ["1", "2", "3", "4"]
     entropy, reuse, alike, dependence = drawn["locality"].axes
-    assert list(lines(entropy)["popularity"]) == [row["normalized_entropy"] for row in layers]
+    assert list(lines(entropy)["measured"]) == [row["normalized_entropy"] for row in layers]
     assert list(lines(reuse)["measured"]) == [row["token_to_token_reuse"] for row in layers]
     assert list(lines(alike)["measured"]) == [row["jaccard"] for row in layers]
     assert list(lines(alike)["by chance"]) == [row["jaccard_by_chance"] for row in layers]
-    told = list(lines(dependence)["next layer"])
+    told = list(lines(dependence)["measured"])
     assert told[:3] == [row["next_layer"]["dependence"] for row in layers[:3]]
     assert np.isnan(told[3])
     again = drawn["reuse_distance"].axes[0].get_lines()
@@ -79,4 +79,4 @@ def test_sets_with_little_to_draw_are_drawn(layers, tmp_path):
     drawn = inspection_figures(summarize(TraceSet(str(tmp_path / "set"))))
     assert list(drawn) == ["popularity", "locality", "reuse_distance", *["dependence"] * (layers > 1)]
     for figure in drawn.values():
-        assert png(figure).startswith(b"\x89PNG")
+        assert render_png(figure).startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from _helpers.scoring import seer
 
 from moe_beyond.geometry import load_preset
 from moe_beyond.metrics import ReliabilityBin
-from moe_beyond.report.html.sections.prediction import fixed_recall
+from moe_beyond.report.html.sections.prediction import static_recall
 from moe_beyond.report.html.strategies import default_slots, page_strategies
 from moe_beyond.report.html.svg import (
     BOTTOM,
@@ -19,10 +19,10 @@ from moe_beyond.report.html.svg import (
     TOP,
     WIDTH,
     Line,
-    axis,
+    fit_axis,
+    format_percent,
     heat_map,
     line_chart,
-    percent,
     reliability_chart,
 )
 from moe_beyond.simulator import ReplaySettings
@@ -43,9 +43,9 @@ from moe_beyond.simulator.devices import DEVICES
     ],
 )
 def test_ticks_are_round_and_hold_the_values(values, options, ticks):
-    found = axis("", values, **options)
-    assert found.ticks == pytest.approx(ticks)
-    assert found.low <= min(ticks) < max(ticks) <= found.high
+    axis = fit_axis("", values, **options)
+    assert axis.ticks == pytest.approx(ticks)
+    assert axis.low <= min(ticks) < max(ticks) <= axis.high
 
 
 def drawn(markup):
@@ -53,7 +53,7 @@ def drawn(markup):
 
 
 def test_lines_go_where_their_points_are_and_names_stand_apart():
-    x, y = axis("x", (), low=0, high=1), axis("y", (), low=0, high=1, words=percent)
+    x, y = fit_axis("x", (), low=0, high=1), fit_axis("y", (), low=0, high=1, format_tick=format_percent)
     lines = [Line(name, ((0, 0), (1, 0.5)), style, ("a", "b")) for name, style in (("one", "s0"), ("two", "lru"))]
     svg = drawn(line_chart("What it is", x, y, [*lines, Line("high", ((0, 1), (1, 1)), "s1", ("a", "b"))]))
     assert svg.get("aria-label") == "What it is"
@@ -77,7 +77,7 @@ def test_a_calibration_chart_shows_the_bins_that_hold_labels():
     bins = [ReliabilityBin(0, 0.5, 1000, 0.1, 0.2), ReliabilityBin(0.5, 1, 0, None, None)]
     svg = drawn(reliability_chart("c", bins, "s2"))
     [bar] = [rect for rect in svg.iter("rect") if rect.get("class") == "bar"]
-    assert bar.find("title").text == "said 10.0%, chosen 20.0%, 1,000 labels from 0% to 50%"
+    assert bar.find("title").text == "predicted 10.0%, observed 20.0%, 1,000 labels from 0% to 50%"
     [point] = svg.find("g[@class='line s2']/polyline").get("points").split()
     across, up = map(float, point.split(","))
     assert across == pytest.approx(LEFT + 0.1 * (WIDTH - 18 - LEFT), abs=0.1)
@@ -90,9 +90,9 @@ def test_a_heat_map_shades_by_multiples_of_an_even_share():
     assert shades == {f"q{n}": 1 for n in range(8)}
 
 
-def test_the_best_fixed_choice_names_each_layers_most_used():
+def test_the_best_static_prediction_names_each_layers_most_used():
     # Ten tokens, top-2: the two most used experts of the layers have 16 and 20 of their 20 choices.
-    assert fixed_recall(np.array([[6, 10, 4, 0], [0, 10, 0, 10]]), 2).tolist() == [0.8, 1.0]
+    assert static_recall(np.array([[6, 10, 4, 0], [0, 10, 0, 10]]), 2).tolist() == [0.8, 1.0]
 
 
 def test_default_budgets_hold_one_event():
@@ -106,7 +106,7 @@ def strategies(lookaheads, *devices):
     return [(line.strategy, line.lookahead, line.device.name if line.device else None) for line in found]
 
 
-def test_what_is_replayed():
+def test_page_strategies():
     references = [("lru", None, None), ("belady", None, None), ("static_hindsight", None, None)]
     assert strategies(("token", "next")) == [
         ("belief + top2", "token", None),

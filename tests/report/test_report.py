@@ -1,4 +1,4 @@
-"""Tables and pictures show what they are given."""
+"""Tables and plots show the values of their results."""
 
 import io
 from dataclasses import replace
@@ -15,10 +15,11 @@ from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.results import Unavailable
 from moe_beyond.evaluation.sizing import SizingResult, parse_target
 from moe_beyond.evaluation.strategies import grid, with_baselines
-from moe_beyond.report.plots import replay as plots
-from moe_beyond.report.plots.files import TIMELINE_TOKEN, pictures
-from moe_beyond.report.tables.results import results_table, scores_words, unavailable_lines
-from moe_beyond.report.tables.sizing import plan_table
+from moe_beyond.report.labels import score_lookahead, strategy_label
+from moe_beyond.report.plots.files import TIMELINE_TOKEN, replay_figures
+from moe_beyond.report.tables.intervals import intervals_tables
+from moe_beyond.report.tables.results import results_table, unavailable_lines
+from moe_beyond.report.tables.sizing import sizing_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
@@ -45,14 +46,14 @@ def legend(figure: Figure) -> list[str]:
 
 
 AHEAD = "lru + top2, seer, lookahead 2"
-LINES = [AHEAD, "lru", "belady (optimum without prefetch)", "static_hindsight"]
-TIMED_LINES = [*LINES, "clairvoyant prefetch"]
+LINES = [AHEAD, "LRU", "Belady (optimum without prefetching)", "best static choice (chosen in hindsight)"]
+TIMED_LINES = [*LINES, "clairvoyant prefetch (knows the future)"]
 
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
     lines, results = replayed(trace_set, [16, 8, 24], timed)
-    drawn = pictures(trace_set, lines, results, [SOURCE], None, None)
+    drawn = replay_figures(trace_set, lines, results, [SOURCE], None, None)
     assert list(drawn) == ["budgets", "frontier", "layers", *["timeline"] * timed]
     names = TIMED_LINES if timed else LINES
     curves, frontier = drawn["budgets"], drawn["frontier"]
@@ -63,7 +64,7 @@ def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
         plotted = [line for line in axes.get_lines() if len(line.get_xdata()) == 3]
         assert len(plotted) == len(names)
         for line, name in zip(plotted, names, strict=True):
-            points = sorted((r.budget_share, getattr(r, field)) for r in results if plots.line_name(r) == name)
+            points = sorted((r.budget_share, getattr(r, field)) for r in results if strategy_label(r) == name)
             scale = 100 if field == "hit_rate" else 1
             np.testing.assert_allclose(line.get_xdata(), [100 * share for share, _ in points])
             np.testing.assert_allclose(line.get_ydata(), [scale * value for _, value in points])
@@ -79,12 +80,12 @@ def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
 
 def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None:
     lines, results = replayed(trace_set, [8], True)
-    figure = pictures(trace_set, lines, results, [SOURCE], None, None)["timeline"]
+    figure = replay_figures(trace_set, lines, results, [SOURCE], None, None)["timeline"]
     assert figure.get_suptitle() == f"lru + top2, 8 slots, {DEVICE.name}: token {TIMELINE_TOKEN}"
     bars = {bar.get_label(): bar.get_paths() for bar in figure.axes[0].collections}
-    assert set(bars) == {"compute", "stall", "moved on demand", "moved ahead"}
+    assert set(bars) == {"compute", "stall", "demand transfer", "prefetch"}
     assert len(bars["compute"]) == 8  # two a layer
-    assert bars["moved ahead"]
+    assert bars["prefetch"]
 
     def milliseconds(name: str) -> float:
         return sum(path.vertices[:, 0].max() - path.vertices[:, 0].min() for path in bars[name])
@@ -94,11 +95,11 @@ def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None
     assert milliseconds("compute") + milliseconds("stall") == pytest.approx(figure.axes[0].get_xlim()[1])
 
 
-def test_a_table_has_times_on_a_device_alone(trace_set: TraceSet) -> None:
+def test_only_tables_of_a_device_have_times(trace_set: TraceSet) -> None:
     for timed in (False, True):
         _, results = replayed(trace_set, [8], timed)
         said = text_of(results_table(results, TINY))
-        assert ("tok/s" in said, "p95" in said, f"times on {DEVICE.name}" in said) == (timed,) * 3
+        assert ("tok/s" in said, "p95" in said, f"timing model of {DEVICE.name}" in said) == (timed,) * 3
         for result in results:
             rows = [[cell.strip() for cell in line.split("│")] for line in said.splitlines()]
             [row] = [row for row in rows if result.strategy in row]
@@ -121,32 +122,42 @@ def result_of(traces: TraceSet, **changes: object) -> Result:
 
 
 def test_leaks_are_marked(trace_set: TraceSet) -> None:
-    assert scores_words(result_of(trace_set)) == "2"
-    assert scores_words(result_of(trace_set, lookahead=None)) == "all"
+    assert score_lookahead(result_of(trace_set)) == "2"
+    assert score_lookahead(result_of(trace_set, lookahead=None)) == "all"
     for leak, words in (({"lookahead": 0}, "reads the router's input"), ({"causal": False}, "sees later tokens")):
         result = result_of(trace_set, **leak)
-        assert "(LEAK" in scores_words(result)
-        assert f"LEAK: {words}" in " ".join(text_of(results_table([result], TINY)).split())
-    assert "(LEAK" in scores_words(result_of(trace_set, lookahead=None, causal=False))
+        assert "(LEAK" in score_lookahead(result)
+        assert f"LEAK: the predictor {words}" in " ".join(text_of(results_table([result], TINY)).split())
+    assert "(LEAK" in score_lookahead(result_of(trace_set, lookahead=None, causal=False))
 
 
 @pytest.mark.parametrize(("lookaheads", "prefetch", "asked"), [((0,), "none", None), ((0, 1), "top2", 1)])
 def test_a_policy_that_reads_the_routers_input_is_marked(
     trace_set: TraceSet, lookaheads: tuple[int, ...], prefetch: str, asked: int | None
 ) -> None:
-    """Whatever the prefetcher asks by, belief reads all the scores there are."""
+    """The policy belief reads every lookahead, whichever the prefetcher uses."""
     source = seer("seer", lookaheads)
     settings = grid(ReplaySettings(32), [8], ["belief"], [prefetch], source, [asked] if asked else [])
     [result] = evaluate(trace_set, settings, sources=[source]).results
     assert "LEAK" in text_of(results_table([result], TINY))
 
 
-def test_what_is_missing_and_what_binds_is_said(trace_set: TraceSet) -> None:
+def test_unavailable_strategies_and_bottlenecks_are_shown(trace_set: TraceSet) -> None:
     missing = [Unavailable("a", "needs x"), Unavailable("b", "needs y")]
     assert unavailable_lines(missing) == ["a: not available: needs x", "b: not available: needs y"]
     fits, fails = result_of(trace_set, hit_rate=0.9123, budget_slots=16), result_of(trace_set, hit_rate=0.5)
     answers = [SizingResult("late", fails, "link: too slow"), SizingResult("good", fits, None)]
-    said = text_of(plan_table(answers, parse_target("90%"), TINY, 2e9))
+    said = text_of(sizing_table(answers, parse_target("90%"), TINY, 2e9))
     good, late = [line for line in said.splitlines() if "│ good" in line or "│ late" in line]  # what works first
     assert [word in good for word in ("good", "16 (", "32.00", "91.2%")] == [True] * 4
     assert [word in late for word in ("late", "none", "at best 50.0%", "link: too slow")] == [True] * 4
+    assert "GB = 1e9 bytes" in " ".join(said.split())
+    small = text_of(sizing_table(answers, parse_target("90%"), TINY, 2e6))
+    assert "32.00" in next(line for line in small.splitlines() if "│ good" in line)
+    assert "MB = 1e6 bytes" in " ".join(small.split())
+
+
+def test_intervals_mark_leaks(trace_set: TraceSet) -> None:
+    result = result_of(trace_set, lookahead=0, intervals={"hit_rate": (0.1, 0.2)})
+    metrics = [{"k": 2, "lookahead": 0, "causal": True, "recall_at_k": 0.5, "intervals": {"recall_at_k": (0.4, 0.6)}}]
+    assert [text_of(table).count("0 (LEAK)") for table in intervals_tables(metrics, [result], 100)] == [1, 1]

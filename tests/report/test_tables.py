@@ -19,20 +19,19 @@ from moe_beyond.evaluation.results import CheckpointEvaluation, Evaluation
 from moe_beyond.evaluation.sizing import SizingResult, parse_target
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.geometry import load_preset
-from moe_beyond.metrics import FIGURES, LookaheadMetrics
 from moe_beyond.pretrained import published_figures
+from moe_beyond.report.labels import METRIC_COLUMNS
 from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.report.tables.inspection import inspection_tables
 from moe_beyond.report.tables.intervals import intervals_tables
-from moe_beyond.report.tables.pretrained import published_tables
+from moe_beyond.report.tables.pretrained import pretrained_tables
 from moe_beyond.report.tables.results import checkpoints_table, metrics_table, results_table
-from moe_beyond.report.tables.sizing import plan_table
+from moe_beyond.report.tables.sizing import sizing_table
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
 from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
-from moe_beyond.traces.analysis.summary import GateMass, LayerPhases, PhaseCounts, PhaseSummary
 
 WIDE = 400
 NUMBER = re.compile(r"[+-]?\d[\d.,]*%?")
@@ -66,9 +65,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         found[f"replay, {name}"] = results_table([large, *results[1:]], geometry)
     sized = evaluate(traces, with_baselines(asked, common, geometry), sources=[source], measure=source, resamples=100)
     found |= {f"intervals: {t.title}": t for t in intervals_tables(sized.metrics, sized.results, 100)}
-    figures = {**dict.fromkeys(FIGURES, 0.98765), "nll": 123.45}
-    row = LookaheadMetrics(lookahead=1, k=6, tokens=1_234_567, by_layer=(), reliability=(), causal=False, **figures)
-    rows = [replace(row, lookahead=lookahead) for lookahead in (1, 2, 3, "next")]
+    row = {name: 0.98765 for name in METRIC_COLUMNS} | {"nll": 123.45, "tokens": 1_234_567, "k": 6, "causal": False}
+    rows = [{**row, "lookahead": lookahead} for lookahead in (1, 2, 3, "next")]
     found["metrics"] = metrics_table(rows)
     checkpoints = [
         CheckpointEvaluation(f"epoch={n}-step={n}00000.ckpt", n, 100_000 * n, Evaluation(rows, results))
@@ -79,28 +77,28 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         SizingResult("clairvoyant prefetch", results[0], "link: 12.34 GB/s is too slow"),
         SizingResult("lru", results[1], None),
     ]
-    found["plan"] = plan_table(answers, parse_target("90%"), geometry, 123_456_789)
-    summary, difference = summarize(traces), contrast_traces(traces, other)
-    # The name of a temporary folder has digits of its own.
-    difference = replace(difference, other={**difference.other, "traces": "traces/other"})
-    popularity = [0.5, 0.25, 0.125, 0.125]
-    phase = PhaseSummary(0.98765, 0.12345, popularity)
-    phases, gate_mass = LayerPhases(phase, phase, 0.1, 0.2), GateMass([0.6, 0.4], popularity)
-    summary = replace(
-        summary,
-        phases=PhaseCounts(1_234, 123_456, 234_567),
-        by_layer=tuple(replace(layer, phases=phases, gate_mass=gate_mass) for layer in summary.by_layer),
-    )
-    found |= {f"inspection: {table.title}": table for table in inspection_tables(summary, difference)}
+    found["plan"] = sizing_table(answers, parse_target("90%"), geometry, 123_456_789)
+    summary = summarize(traces) | {"contrast": contrast_traces(traces, other)}
+    summary["contrast"]["other"]["traces"] = "traces/other"  # a temporary folder's name has digits of its own
+    summary["phases"] = {"prefill_tokens": 123_456, "decode_tokens": 234_567, "sequences": 1_234}
+    for layer in summary["by_layer"]:
+        phase = {
+            "normalized_entropy": 0.98765,
+            "token_to_token_reuse": 0.12345,
+            "popularity": [0.5, 0.25, 0.125, 0.125],
+        }
+        layer["phases"] = {"prefill": phase, "decode": phase, "total_variation": 0.1, "total_variation_by_chance": 0.2}
+        layer["gate_mass"] = {"by_rank": [0.6, 0.4], "popularity": [0.5, 0.25, 0.125, 0.125]}
+    found |= {f"inspection: {table.title}": table for table in inspection_tables(summary)}
     preset = load_preset("deepseek-v2-lite").geometry
     rows = device_rows([load_device(name) for name in DEVICES], preset, 16.0)
     found |= {f"devices: {table.title}": table for table in devices_tables(rows, preset, 16.0)}
-    found |= {f"published: {table.title}": table for table in published_tables(published_figures())}
+    found |= {f"pretrained: {table.title}": table for table in pretrained_tables(published_figures())}
     return found
 
 
 def lost(pattern: re.Pattern[str], table: Table, width: int) -> Counter[str]:
-    """What a table says with all the room that it wants, and does not say in full at a width."""
+    """Words of a table at full width that are missing or cut at a given width."""
     return Counter(pattern.findall(whole(table))) - Counter(pattern.findall(text_of(table, width)))
 
 
@@ -124,7 +122,7 @@ def test_every_word_and_figure_is_there_in_full(tables: dict[str, Table], width:
 @example(40)
 def test_every_figure_is_there_on_a_narrow_terminal(tables: dict[str, Table], width: int) -> None:
     for name, table in tables.items():
-        if not name.startswith("published"):  # names of 41 characters hold digits, and have to be broken
+        if not name.startswith("pretrained"):  # names of 41 characters hold digits, and have to be broken
             assert not lost(NUMBER, table, width), name
         assert "…" not in text_of(table, width), name
         assert max(map(len, text_of(table, width).splitlines())) <= width, name
@@ -161,10 +159,10 @@ def test_a_terminal_too_narrow_for_columns_gets_lists() -> None:
     assert text_of(small(), 10) == "t\n\na figure: \n1234.5\nname: long\nname\nb: 12.5%\n\nthe end\n"
 
 
-def test_the_width_of_a_file_changes_no_published_table() -> None:
-    """What is not too wide is laid out as rich does it by itself."""
+def test_a_wide_table_is_laid_out_as_rich_does_it() -> None:
+    """A table that fits is laid out as by rich."""
     table = small()
-    plain = Table(title=table.title, caption=table.caption)
+    plain = Table(title=table.title, caption=table.caption, caption_justify="left")
     for column in table.columns:
         plain.add_column(column.header, justify=column.justify)
     plain.add_row("1234.5", "long name", "12.5%")

@@ -6,6 +6,7 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, replacing, write_json
 from moe_beyond.geometry import Geometry
+from moe_beyond.lookahead import format_lookahead
 from moe_beyond.predictors.training_text import Relation, TrainingRecord, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE
 
@@ -153,6 +154,4 @@ def _ends(row: dict[str, Any], name: str, shape: str) -> str:
 
 
 def _lookahead(row: dict[str, Any]) -> str:
-    if row["predictor"] is None:
-        return "-"
-    return "all" if row["lookahead"] is None else str(row["lookahead"])
+    return "-" if row["predictor"] is None else format_lookahead(row["lookahead"])

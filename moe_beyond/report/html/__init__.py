@@ -1,1 +1,40 @@
-"""One page about a predictor or a run: what it was fitted on, what it predicts, what that is worth."""
+"""The page of ``moe-beyond report``: one self-contained HTML file about a predictor or a run."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_beyond.report.html.build import write_page as write_page
+    from moe_beyond.report.html.source import Subject as Subject
+    from moe_beyond.report.html.source import find_subject as find_subject
+    from moe_beyond.report.html.strategies import DEFAULT_DEVICES as DEFAULT_DEVICES
+    from moe_beyond.report.html.strategies import DEFAULT_SHARES as DEFAULT_SHARES
+    from moe_beyond.report.html.strategies import default_slots as default_slots
+    from moe_beyond.report.html.strategies import page_strategies as page_strategies
+
+__all__ = [
+    "DEFAULT_DEVICES",
+    "DEFAULT_SHARES",
+    "Subject",
+    "default_slots",
+    "find_subject",
+    "page_strategies",
+    "write_page",
+]
+
+_MODULES = {
+    "DEFAULT_DEVICES": "strategies",
+    "DEFAULT_SHARES": "strategies",
+    "Subject": "source",
+    "default_slots": "strategies",
+    "find_subject": "source",
+    "page_strategies": "strategies",
+    "write_page": "build",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

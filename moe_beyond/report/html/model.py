@@ -1,12 +1,9 @@
-"""What a page is made of."""
+"""The parts of a page: sections with text, facts, charts and tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
-
-NOTHING = "-"
-"""Stands in a table where there is no figure."""
 
 
 @dataclass(frozen=True)
@@ -14,11 +11,11 @@ class Table:
     """A table.
 
     Attributes:
-        title: What it shows, in a few words.
-        caption: How to read it.
-        headings: Of the columns; the first names the rows.
-        groups: Rows that belong together, each a list of cells, the first its name.
-        texts: Columns that hold words, besides the first: they stand to the left, numbers to the right.
+        title: Title in a few words.
+        caption: Definitions of the columns.
+        headings: Column headings; the first column names the rows.
+        groups: Groups of rows, separated by a line; a row is a list of cells, the first cell is its name.
+        texts: Indices of text columns after the first; text is aligned to the left, numbers to the right.
     """
 
     title: str
@@ -30,7 +27,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its heading and what to see in it."""
+    """A picture with its title and caption."""
 
     title: str
     picture: Markup
@@ -38,29 +35,35 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Key:
-    """A figure of the summary: what it is, its value, and what it stands beside."""
+class KeyFigure:
+    """A number of the summary.
+
+    Attributes:
+        name: Name of the number, with its lookahead or strategy.
+        value: The formatted number.
+        context: Baselines and conditions that the number must be read with.
+    """
 
     name: str
     value: str
-    beside: str
+    context: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: prose, then facts, charts and tables, then tables that are folded away.
+    """A section of a page, with its parts in the order of the page.
 
     Attributes:
-        name: Where links lead.
-        title: Its heading.
-        prose: Paragraphs.
+        name: Anchor of links.
+        title: Heading of the section.
+        prose: Paragraphs, in order.
         facts: Names and values.
-        charts: Small ones, side by side.
-        wide: Charts as wide as they are, scrolled where there is no room.
-        tables: In sight.
-        folded: Behind a line that opens them.
-        listing: Text as it is, its title first, folded away too.
-        shades: Samples of a heat map's shades, with what each stands for.
+        charts: Small charts, in a grid.
+        wide: Charts at full width, scrolled on narrow screens.
+        shades: Legend of a heat map: a sample of each shade and its text.
+        tables: Tables that are always visible.
+        folded: Tables that a click opens.
+        listing: Title and text of a preformatted listing that a click opens.
     """
 
     name: str
@@ -69,7 +72,7 @@ class Section:
     facts: Sequence[tuple[str, str]] = ()
     charts: Sequence[Chart] = ()
     wide: Sequence[Chart] = ()
+    shades: Sequence[tuple[Markup, str]] = ()
     tables: Sequence[Table] = ()
     folded: Sequence[Table] = ()
     listing: tuple[str, str] | None = None
-    shades: Sequence[tuple[Markup, str]] = ()

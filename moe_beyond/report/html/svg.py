@@ -1,7 +1,7 @@
-"""Charts as inline SVG: no colour is set here, only classes that the page's style knows, in light and dark.
+"""Charts as inline SVG with CSS classes; the page's style sheet sets the colours, in light and dark.
 
-Lines differ in dash and marker besides colour and bear their names at their ends. Every point tells its numbers when
-pointed at; who cannot see the chart hears its label, and finds the numbers in a table.
+Lines differ in colour, dash and marker, and have their names at their ends. Every point has a tooltip with its numbers.
+Screen readers read the chart's label; the same numbers are in a table of the page.
 """
 
 import math
@@ -16,9 +16,9 @@ from markupsafe import Markup
 
 from moe_beyond.metrics import ReliabilityBin
 
-WIDTH, HEIGHT = 340, 240  # about as wide as a phone, so that letters are as large there as they are beside
+WIDTH, HEIGHT = 340, 240  # about the width of a phone, so that text is not scaled there
 LEFT, TOP, BOTTOM = 44, 26, 40
-LETTER = 6.7  # widths of letters of the size that charts have, a little generous
+LETTER = 6.7  # upper estimate of the mean width of a letter
 LINE_HEIGHT = 13.0
 MOST_TICKS = 6
 MARKERS = {
@@ -29,30 +29,38 @@ MARKERS = {
 }
 PLAIN_MARKER = "M-1.6 0a1.6 1.6 0 1 0 3.2 0a1.6 1.6 0 1 0-3.2 0z"
 SERIES = tuple(MARKERS)
-"""Classes of lines that are compared; all others are references."""
+"""CSS classes of compared strategies; baselines have classes of their own."""
 HEAT_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
-"""Where shades of a heat map begin, but for the two lightest: nothing at all, and anything above it."""
+"""Lower bounds of the shades of a heat map; two lighter shades show 0, and values above 0."""
 
 
-def percent(value: float) -> str:
-    """Write a share as a tick of an axis."""
+def format_percent(value: float) -> str:
+    """Format a share as the label of a tick."""
     return f"{100 * value:g}%"
 
 
-def number(value: float) -> str:
-    """Write a number as a tick of an axis."""
+def format_number(value: float) -> str:
+    """Format a number as the label of a tick."""
     return f"{value:,.10g}"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its name, its ends, where it is marked, and how marks are written."""
+    """An axis.
+
+    Attributes:
+        name: Name and unit.
+        low: Value at the start.
+        high: Value at the end.
+        ticks: Values of the ticks.
+        format_tick: Formats a tick's label.
+    """
 
     name: str
     low: float
     high: float
     ticks: tuple[float, ...]
-    words: Callable[[float], str] = number
+    format_tick: Callable[[float], str] = format_number
 
 
 @dataclass(frozen=True)
@@ -60,36 +68,36 @@ class Line:
     """A line of a chart.
 
     Attributes:
-        name: What stands at its end.
-        points: ``(x, y)``, x ascending.
-        style: Its class: one of `SERIES`, or a reference's.
-        told: What each point says when pointed at.
+        name: Text at the end of the line.
+        points: ``(x, y)`` in drawing order.
+        style: CSS class: one of `SERIES`, or the class of a baseline.
+        tooltips: Tooltip of each point.
     """
 
     name: str
     points: tuple[tuple[float, float], ...]
     style: str
-    told: tuple[str, ...]
+    tooltips: tuple[str, ...]
 
 
-def axis(
+def fit_axis(
     name: str,
     values: Iterable[float],
     *,
-    words: Callable[[float], str] = number,
+    format_tick: Callable[[float], str] = format_number,
     low: float | None = None,
     high: float | None = None,
     whole: bool = False,
 ) -> Axis:
-    """Fit an axis to values, with ticks at round numbers.
+    """Return an axis that contains all values, with ticks at round numbers.
 
     Args:
-        name: What it shows, with its unit.
-        values: What it must hold.
-        words: How ticks are written.
-        low: Where it begins, if not at the least value's tick.
-        high: Where it ends, if not at the greatest value's tick.
-        whole: Whether only whole numbers mean anything.
+        name: Name and unit.
+        values: Values to contain; values that are not finite are ignored.
+        format_tick: Formats a tick's label.
+        low: Value at the start (default: the tick at or below the smallest value).
+        high: Value at the end (default: the tick at or above the largest value).
+        whole: Whether ticks must be whole numbers.
     """
     values = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     bottom, top = min(values) if low is None else low, max(values) if high is None else high
@@ -105,133 +113,134 @@ def axis(
     if high is not None:
         last = math.floor(top / step + 1e-9)
     ticks = tuple(round(n * step, 12) for n in range(first, last + 1))
-    return Axis(name, ticks[0] if low is None else low, ticks[-1] if high is None else high, ticks, words)
+    return Axis(name, ticks[0] if low is None else low, ticks[-1] if high is None else high, ticks, format_tick)
 
 
 def line_chart(
     label: str, x: Axis, y: Axis, lines: Sequence[Line], *, marks: Sequence[tuple[float, str]] = ()
 ) -> Markup:
-    """Draw lines.
+    """Draw a line chart.
 
     Args:
-        label: What the chart shows, for who cannot see it.
-        x: To the right.
-        y: Upwards.
-        lines: Each bears its name; styles tell the first four apart besides.
-        marks: Places on the x axis to mark by an upright line, and their names.
+        label: Description for screen readers.
+        x: Horizontal axis of the chart.
+        y: Vertical axis of the chart.
+        lines: Lines, each with its name at its end.
+        marks: ``(x, text)`` of vertical lines.
     """
     right = WIDTH - min(130.0, LETTER * max((len(line.name) for line in lines), default=0) + 16)
     bottom = HEIGHT - BOTTOM
     svg = _svg(label, WIDTH, HEIGHT)
 
-    def at(point: tuple[float, float]) -> tuple[float, float]:
+    def position(point: tuple[float, float]) -> tuple[float, float]:
         across = (point[0] - x.low) / (x.high - x.low)
         up = (point[1] - y.low) / (y.high - y.low)
         return LEFT + across * (right - LEFT), bottom - up * (bottom - TOP)
 
     _frame(svg, x, y, (LEFT, right, TOP, bottom))
-    for place, words in marks:
-        if x.low <= place <= x.high:
-            across, _ = at((place, y.low))
-            _add(svg, "line", class_="mark", x1=across, x2=across, y1=TOP, y2=bottom)
-            near_end = across + LETTER * len(words) > right
+    for mark, text in marks:
+        if x.low <= mark <= x.high:
+            mark_x, _ = position((mark, y.low))
+            _add(svg, "line", class_="mark", x1=mark_x, x2=mark_x, y1=TOP, y2=bottom)
+            near_end = mark_x + LETTER * len(text) > right
             anchor = "end" if near_end else "start"
-            _add(svg, "text", words, class_="soft", x=across + (-4 if near_end else 4), y=TOP + 9, text_anchor=anchor)
+            _add(svg, "text", text, class_="soft", x=mark_x + (-4 if near_end else 4), y=TOP + 9, text_anchor=anchor)
     ends = []
     for line in lines:
-        places = [at(point) for point in line.points]
+        positions = [position(point) for point in line.points]
         group = _add(svg, "g", class_=f"line {line.style}")
-        if len(places) > 1:
-            _add(group, "polyline", points=" ".join(f"{_n(a)},{_n(b)}" for a, b in places))
-        for (across, up), told in zip(places, line.told, strict=True):
+        if len(positions) > 1:
+            _add(group, "polyline", points=" ".join(f"{_n(x_)},{_n(y_)}" for x_, y_ in positions))
+        for (point_x, point_y), tooltip in zip(positions, line.tooltips, strict=True):
             marker = MARKERS.get(line.style, PLAIN_MARKER)
-            point = _add(group, "path", d=marker, transform=f"translate({_n(across)} {_n(up)})")
-            _add(point, "title", f"{line.name}, {told}")
-        if places:
-            ends.append((places[-1], line))
-    heights = _apart([up for (_, up), _ in ends], TOP, bottom)
-    for ((across, up), line), height in zip(ends, heights, strict=True):
-        if abs(height - up) > LINE_HEIGHT / 2 or right - across > LINE_HEIGHT:
-            _add(svg, "line", class_=f"leader {line.style}", x1=across + 4, y1=up, x2=right + 6, y2=height)
-        _add(svg, "text", line.name, class_=f"name {line.style}", x=right + 8, y=height + 4)
+            point = _add(group, "path", d=marker, transform=f"translate({_n(point_x)} {_n(point_y)})")
+            _add(point, "title", f"{line.name}, {tooltip}")
+        if positions:
+            ends.append((positions[-1], line))
+    label_heights = _spread([end_y for (_, end_y), _ in ends], TOP, bottom)
+    for ((end_x, end_y), line), label_y in zip(ends, label_heights, strict=True):
+        if abs(label_y - end_y) > LINE_HEIGHT / 2 or right - end_x > LINE_HEIGHT:
+            _add(svg, "line", class_=f"leader {line.style}", x1=end_x + 4, y1=end_y, x2=right + 6, y2=label_y)
+        _add(svg, "text", line.name, class_=f"name {line.style}", x=right + 8, y=label_y + 4)
     return _markup(svg)
 
 
 def reliability_chart(label: str, bins: Sequence[ReliabilityBin], style: str) -> Markup:
-    """Draw how often labels came against how probable they were said to be, and below it how many labels there were.
+    """Draw observed frequency over predicted probability, and the number of labels in each bin below.
 
     Args:
-        label: What the chart shows, for who cannot see it.
+        label: Description for screen readers.
         bins: Bins of the calibration error.
-        style: A class of `SERIES`.
+        style: CSS class, one of `SERIES`.
     """
     svg, right, bottom = _svg(label, WIDTH, HEIGHT + 40), WIDTH - 18, HEIGHT - BOTTOM - 18
-    x = axis("", (), low=0, high=1, words=percent)
-    y = axis("share chosen", (), low=0, high=1, words=percent)
+    x = fit_axis("", (), low=0, high=1, format_tick=format_percent)
+    y = fit_axis("observed frequency", (), low=0, high=1, format_tick=format_percent)
     _frame(svg, x, y, (LEFT, right, TOP, bottom))
 
-    def at(probability: float, share: float) -> tuple[float, float]:
+    def position(probability: float, share: float) -> tuple[float, float]:
         return LEFT + probability * (right - LEFT), bottom - share * (bottom - TOP)
 
-    (x1, y1), (x2, y2) = at(0, 0), at(1, 1)
+    (x1, y1), (x2, y2) = position(0, 0), position(1, 1)
     _add(svg, "line", class_="mark", x1=x1, y1=y1, x2=x2, y2=y2)
-    filled = [one for one in bins if one.labels]
-    places = [at(one.mean_probability or 0.0, one.chosen_share or 0.0) for one in filled]
+    filled = [row for row in bins if row.labels]
+    positions = [position(row.mean_probability or 0.0, row.chosen_share or 0.0) for row in filled]
     group = _add(svg, "g", class_=f"line {style}")
-    _add(group, "polyline", points=" ".join(f"{_n(a)},{_n(b)}" for a, b in places))
-    # The least probable bin holds nearly all labels: only the logarithm of the counts can be seen.
-    floor, most = HEIGHT + 6, max((one.labels for one in filled), default=1)
-    for one, (across, up) in zip(filled, places, strict=True):
-        told = (
-            f"said {one.mean_probability:.1%}, chosen {one.chosen_share:.1%}, {one.labels:,} labels "
-            f"from {one.low:.0%} to {one.high:.0%}"
+    _add(group, "polyline", points=" ".join(f"{_n(point_x)},{_n(point_y)}" for point_x, point_y in positions))
+    # The lowest bin holds nearly all labels: a linear scale would hide the other bars.
+    base, most = HEIGHT + 6, max((row.labels for row in filled), default=1)
+    for row, (point_x, point_y) in zip(filled, positions, strict=True):
+        tooltip = (
+            f"predicted {row.mean_probability:.1%}, observed {row.chosen_share:.1%}, {row.labels:,} labels "
+            f"from {row.low:.0%} to {row.high:.0%}"
         )
-        point = _add(group, "path", d=MARKERS[style], transform=f"translate({_n(across)} {_n(up)})")
-        _add(point, "title", told)
-        tall = 4 + 30 * math.log10(one.labels) / max(1.0, math.log10(most))
-        begins, ends = (LEFT + end * (right - LEFT) for end in (one.low, one.high))
-        bar = _add(svg, "rect", class_="bar", x=begins + 1, y=floor - tall, width=ends - begins - 2, height=tall)
-        _add(bar, "title", told)
-    _add(svg, "text", "labels", class_="soft", x=LEFT - 6, y=floor - 12, text_anchor="end")
-    _add(svg, "text", f"{_short(most)}", class_="soft", x=LEFT - 6, y=floor, text_anchor="end")
-    _add(svg, "text", "probability said", class_="soft", x=(LEFT + right) / 2, y=floor + 20, text_anchor="middle")
+        point = _add(group, "path", d=MARKERS[style], transform=f"translate({_n(point_x)} {_n(point_y)})")
+        _add(point, "title", tooltip)
+        height = 4 + 30 * math.log10(row.labels) / max(1.0, math.log10(most))
+        start, end = (LEFT + edge * (right - LEFT) for edge in (row.low, row.high))
+        bar = _add(svg, "rect", class_="bar", x=start + 1, y=base - height, width=end - start - 2, height=height)
+        _add(bar, "title", tooltip)
+    _add(svg, "text", "labels", class_="soft", x=LEFT - 6, y=base - 12, text_anchor="end")
+    _add(svg, "text", f"{_abbreviate(most)}", class_="soft", x=LEFT - 6, y=base, text_anchor="end")
+    middle = (LEFT + right) / 2
+    _add(svg, "text", "predicted probability", class_="soft", x=middle, y=base + 20, text_anchor="middle")
     return _markup(svg)
 
 
 def heat_map(label: str, values: npt.NDArray[np.float64], rows: Sequence[int]) -> Markup:
-    """Draw a matrix as shades.
+    """Draw a matrix of layers and experts as shades.
 
     Args:
-        label: What the chart shows, for who cannot see it.
-        values: ``(rows, columns)``, from 0; shades begin at `HEAT_EDGES`.
-        rows: What the rows are called.
+        label: Description for screen readers.
+        values: Values from 0, ``(rows, columns)``; shades begin at `HEAT_EDGES`.
+        rows: Labels of the rows.
     """
-    down, across = values.shape
-    cell = float(np.clip(720 // across, 6, 28))
-    tall = min(cell, 16.0)
+    row_count, column_count = values.shape
+    width = float(np.clip(720 // column_count, 6, 28))
+    height = min(width, 16.0)
     left = 30
-    svg = _svg(label, left + across * cell + 4, 16 + down * tall + 36)
+    svg = _svg(label, left + column_count * width + 4, 16 + row_count * height + 36)
     shades = np.where(values > 0, 1 + np.searchsorted(HEAT_EDGES, values, side="right"), 0)
     for shade in range(len(HEAT_EDGES) + 2):
         cells = np.argwhere(shades == shade)
-        shape = f"h{_n(cell - 1)}v{_n(tall - 1)}h{_n(1 - cell)}z"
+        shape = f"h{_n(width - 1)}v{_n(height - 1)}h{_n(1 - width)}z"
         if len(cells):
-            path = "".join(f"M{_n(left + column * cell)} {_n(16 + row * tall)}{shape}" for row, column in cells)
+            path = "".join(f"M{_n(left + column * width)} {_n(16 + row * height)}{shape}" for row, column in cells)
             _add(svg, "path", class_=f"q{shade}", d=path)
-    for row in range(0, down, -(-down // 26)):
-        _add(svg, "text", str(rows[row]), class_="soft", x=left - 5, y=12 + (row + 1) * tall, text_anchor="end")
-    every = 8 if across > 16 else 1
-    foot = 16 + down * tall + 13
-    for column in range(0, across, every):
-        middle = left + (column + 0.5) * cell
+    for row in range(0, row_count, math.ceil(LINE_HEIGHT / height)):
+        _add(svg, "text", str(rows[row]), class_="soft", x=left - 5, y=20 + (row + 0.5) * height, text_anchor="end")
+    step = 8 if column_count > 16 else 1
+    foot = 16 + row_count * height + 13
+    for column in range(0, column_count, step):
+        middle = left + (column + 0.5) * width
         _add(svg, "text", str(column), class_="soft", x=middle, y=foot, text_anchor="middle")
     _add(svg, "text", "expert", class_="soft", x=left, y=foot + 16)
     _add(svg, "text", "layer", class_="soft", x=0, y=9)
     return _markup(svg)
 
 
-def swatch(style: str) -> Markup:
-    """Draw a sample of a shade."""
+def shade_sample(style: str) -> Markup:
+    """Draw a square in a shade's CSS class, for a legend."""
     svg = ElementTree.Element("svg", {"class": "swatch", "viewBox": "0 0 12 12", "aria-hidden": "true"})
     _add(svg, "rect", class_=style, width=12, height=12)
     return _markup(svg)
@@ -241,36 +250,36 @@ def _frame(svg: Element, x: Axis, y: Axis, box: tuple[float, float, float, float
     """Draw axes and grid in ``(left, right, top, bottom)``."""
     left, right, top, bottom = box
     for tick in y.ticks:
-        up = bottom - (tick - y.low) / (y.high - y.low) * (bottom - top)
-        _add(svg, "line", class_="grid", x1=left, x2=right, y1=up, y2=up)
-        _add(svg, "text", y.words(tick), class_="soft", x=left - 6, y=up + 4, text_anchor="end")
+        tick_y = bottom - (tick - y.low) / (y.high - y.low) * (bottom - top)
+        _add(svg, "line", class_="grid", x1=left, x2=right, y1=tick_y, y2=tick_y)
+        _add(svg, "text", y.format_tick(tick), class_="soft", x=left - 6, y=tick_y + 4, text_anchor="end")
     for tick in x.ticks:
-        across = left + (tick - x.low) / (x.high - x.low) * (right - left)
-        _add(svg, "line", class_="axis", x1=across, x2=across, y1=bottom, y2=bottom + 4)
-        _add(svg, "text", x.words(tick), class_="soft", x=across, y=bottom + 17, text_anchor="middle")
+        tick_x = left + (tick - x.low) / (x.high - x.low) * (right - left)
+        _add(svg, "line", class_="axis", x1=tick_x, x2=tick_x, y1=bottom, y2=bottom + 4)
+        _add(svg, "text", x.format_tick(tick), class_="soft", x=tick_x, y=bottom + 17, text_anchor="middle")
     _add(svg, "line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom)
     _add(svg, "text", y.name, class_="soft", x=2, y=11)
     _add(svg, "text", x.name, class_="soft", x=(left + right) / 2, y=bottom + 34, text_anchor="middle")
 
 
-def _apart(heights: Sequence[float], top: float, bottom: float) -> list[float]:
-    """Move heights apart until each has room for a line of text, within top and bottom, in their order."""
+def _spread(heights: Sequence[float], top: float, bottom: float) -> list[float]:
+    """Move text lines apart until none overlap, between top and bottom and without changing their order."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
-    placed = [heights[index] for index in order]
-    for n in range(1, len(placed)):
-        placed[n] = max(placed[n], placed[n - 1] + LINE_HEIGHT)
+    moved = [heights[index] for index in order]
+    for n in range(1, len(moved)):
+        moved[n] = max(moved[n], moved[n - 1] + LINE_HEIGHT)
     limit = bottom
-    for n in reversed(range(len(placed))):
-        placed[n] = max(min(placed[n], limit), top)
-        limit = placed[n] - LINE_HEIGHT
-    found = [0.0] * len(heights)
-    for index, height in zip(order, placed, strict=True):
-        found[index] = height
-    return found
+    for n in reversed(range(len(moved))):
+        moved[n] = max(min(moved[n], limit), top)
+        limit = moved[n] - LINE_HEIGHT
+    result = [0.0] * len(heights)
+    for index, height in zip(order, moved, strict=True):
+        result[index] = height
+    return result
 
 
-def _short(count: int) -> str:
-    """Write a count in few letters."""
+def _abbreviate(count: int) -> str:
+    """Format a count with a unit: ``657k``."""
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"
@@ -284,18 +293,18 @@ def _svg(label: str, width: float, height: float) -> Element:
 
 
 def _add(parent: Element, tag: str, text: str | None = None, /, **attributes: str | float) -> Element:
-    """Add an element; a trailing underscore of an attribute's name is dropped, others become hyphens."""
+    """Add an element; in attribute names a trailing underscore is dropped and other underscores become hyphens."""
     named = {
         name.rstrip("_").replace("_", "-"): value if isinstance(value, str) else _n(value)
         for name, value in attributes.items()
     }
-    found = SubElement(parent, tag, named)
-    found.text = text
-    return found
+    element = SubElement(parent, tag, named)
+    element.text = text
+    return element
 
 
 def _n(value: float) -> str:
-    """Write a coordinate, to a tenth."""
+    """Format a coordinate to a tenth."""
     return f"{value:.1f}".removesuffix(".0")
 
 

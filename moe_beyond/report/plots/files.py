@@ -1,76 +1,79 @@
-"""The pictures of a replay."""
+"""Choosing the plots of a replay, and writing plots to files."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from moe_beyond.evaluation.sources import ScoreSource
-from moe_beyond.report.plots.replay import budgets_figure, frontier_figure, layers_figure, save, timeline_figure
+from moe_beyond.report.plots.replay import budgets_figure, frontier_figure, layers_figure, save_png, timeline_figure
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.simulator.timeline import Timeline, timeline
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.usage_profile import UsageProfile
 
+if TYPE_CHECKING:
+    from moe_beyond.evaluation.sources import ScoreSource
+
 TIMELINE_TOKEN = 12
-"""Which token of the first long enough sequence a timeline shows: the cache is warm by then."""
+"""Token that a timeline shows, of the first sequence that is longer; the cache is warm by then."""
 
 
-def pictures(
+def replay_figures(
     traces: TraceSet,
     strategies: Sequence[ReplaySettings],
     results: Sequence[Result],
-    sources: Sequence[ScoreSource],
+    sources: Sequence["ScoreSource"],
     profile: UsageProfile | None,
     split: str | None,
 ) -> dict[str, Figure]:
-    """Draw what there is to draw: curves over budgets, the frontier, the layers, and on a device one token in time.
+    """Draw the plots of a replay.
 
     Args:
-        traces: What was replayed.
-        strategies: How; the first one's token is drawn in time.
-        results: What came of it.
-        sources: Of the scores.
-        profile: What is known of training text.
-        split: Of the traces.
+        traces: Replayed trace set.
+        strategies: Replayed strategies; the timeline shows the first.
+        results: Results of the strategies.
+        sources: Sources of the scores.
+        profile: Usage profile of training text; None if there is none.
+        split: Replayed split; None for all.
 
     Returns:
-        Name -> figure.
+        Name -> figure: ``frontier`` and ``layers``; ``budgets`` for several budgets; ``timeline`` on a device.
     """
     geometry, title = traces.geometry, f"{traces.geometry.model}, {traces.manifest.source}"
-    drawn = {}
+    figures = {}
     if len({result.budget_slots for result in results if result.policy != "all_resident"}) > 1:
-        drawn["budgets"] = budgets_figure(results, title)
-    drawn |= {"frontier": frontier_figure(results, title), "layers": layers_figure(results, geometry, title)}
+        figures["budgets"] = budgets_figure(results, title)
+    figures |= {"frontier": frontier_figure(results, title), "layers": layers_figure(results, geometry, title)}
     settings = strategies[0]
-    if (found := _one_token(traces, settings, sources, profile, split)) is not None:
+    if (token := _token_timeline(traces, settings, sources, profile, split)) is not None:
         assert settings.device is not None
-        what = f"{settings.strategy}, {settings.slots} slots, {settings.device.name}: token {found.token}"
-        drawn["timeline"] = timeline_figure(found, geometry, what)
-    return drawn
+        title = f"{settings.strategy}, {settings.slots:,} slots, {settings.device.name}: token {token.token}"
+        figures["timeline"] = timeline_figure(token, geometry, title)
+    return figures
 
 
-def write_pictures(folder: str | Path, drawn: dict[str, Figure]) -> list[Path]:
-    """Write figures as PNG into a folder, which is made if it is not there; return the files."""
+def write_figures(folder: str | Path, figures: dict[str, Figure]) -> list[Path]:
+    """Write figures as ``NAME.png`` into a folder, which is created if necessary; return the files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / f"{name}.png" for name in drawn]
-    for path, figure in zip(written, drawn.values(), strict=True):
-        save(figure, path)
-    return written
+    paths = [folder / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        save_png(figure, path)
+    return paths
 
 
-def _one_token(
+def _token_timeline(
     traces: TraceSet,
     settings: ReplaySettings,
-    sources: Sequence[ScoreSource],
+    sources: Sequence["ScoreSource"],
     profile: UsageProfile | None,
     split: str | None,
 ) -> Timeline | None:
-    """Time a token, where there is a device and every token is a step."""
-    plain = settings.batch_size == 1 and settings.window == 1 and not settings.prefill_chunk and not settings.carry_over
-    if settings.device is None or not plain or settings.policy == "od_moe":
+    """Return the timeline of one token; None without a device, or if a step has several tokens."""
+    single = settings.batch_size == 1 and settings.window == 1 and not settings.prefill_chunk
+    if settings.device is None or not single or settings.carry_over or settings.policy == "od_moe":
         return None
     for sequence in _sequences(traces, settings, sources, split):
         if len(sequence) > TIMELINE_TOKEN:
@@ -79,7 +82,7 @@ def _one_token(
 
 
 def _sequences(
-    traces: TraceSet, settings: ReplaySettings, sources: Sequence[ScoreSource], split: str | None
+    traces: TraceSet, settings: ReplaySettings, sources: Sequence["ScoreSource"], split: str | None
 ) -> Iterator[ReplaySequence]:
     source = next((source for source in sources if source.name == settings.predictor), None)
     if source is None:

@@ -1,32 +1,32 @@
-"""The picture on a predictor's card: what `evaluate --record` put into its configuration."""
+"""The plot on a predictor's card: evaluations recorded by ``moe-beyond evaluate --record``."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from moe_beyond.report.plots.replay import OPTIMUM, styles_of
-from moe_beyond.report.tables.results import leaks_of
+from moe_beyond.report.labels import BYTES_AXIS, recorded_label
+from moe_beyond.report.plots.replay import line_styles
 
 
 def recorded_figure(evaluations: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Draw hit rate against bytes, a panel an evaluation, a line a strategy: up and to the left is better.
+    """Draw hit rate over bytes, one panel per evaluation and one line per strategy; up and to the left is better.
 
     Args:
         evaluations: ``figures`` of a predictor's configuration; at least one.
-        title: What the predictor is.
+        title: Title of the figure.
     """
     figure = Figure(figsize=(7 * len(evaluations), 6), layout="constrained")
-    for axes, one in zip(figure.subplots(1, len(evaluations), squeeze=False)[0], evaluations, strict=True):
-        lines = _lines(one["replay"])
-        styles = styles_of(line[0]["strategy"] for line in lines.values())
-        for (name, line), style in zip(lines.items(), styles, strict=True):
-            bytes_moved, hits = [row["bytes_ratio"] for row in line], [100 * row["hit_rate"] for row in line]
-            axes.plot(bytes_moved, hits, marker="o", markersize=4, label=name, **style)
-        shares = sorted({row["budget_share"] for row in one["replay"]})
+    for axes, evaluation in zip(figure.subplots(1, len(evaluations), squeeze=False)[0], evaluations, strict=True):
+        by_label = _by_label(evaluation["replay"])
+        styles = line_styles(line[0]["strategy"] for line in by_label.values())
+        for (label, line), style in zip(by_label.items(), styles, strict=True):
+            bytes_ratios, hit_rates = [row["bytes_ratio"] for row in line], [100 * row["hit_rate"] for row in line]
+            axes.plot(bytes_ratios, hit_rates, marker="o", markersize=4, label=label, **style)
+        shares = sorted({row["budget_share"] for row in evaluation["replay"]})
         budgets = ", ".join(f"{100 * share:.0f} %" for share in shares)
-        axes.set_title(f"{one['source']}; room for {budgets} of all experts", size=9, color="0.4")
-        axes.set_xlabel("bytes moved / bytes demanded")
+        axes.set_title(f"{evaluation['source']}; cache of {budgets} of all experts", size=9, color="0.35")
+        axes.set_xlabel(BYTES_AXIS)
         axes.set_ylabel("hit rate (%)")
         axes.set_xlim(left=0)
         axes.set_ylim(0, 101)
@@ -36,20 +36,9 @@ def recorded_figure(evaluations: Sequence[dict[str, Any]], title: str) -> Figure
     return figure
 
 
-def recorded_name(row: dict[str, Any]) -> str:
-    """Name a recorded strategy, with the lookahead of its scores; mark scores that no runtime could use."""
-    if row["strategy"] == OPTIMUM:
-        return f"{OPTIMUM} (optimum without prefetch)"
-    if row["predictor"] is None:
-        return str(row["strategy"])
-    ahead = "all scores" if row["lookahead"] is None else f"lookahead {row['lookahead']}"
-    leaks = leaks_of(row.get("leaks", row["lookahead"] == 0), row.get("causal", True))
-    return f"{row['strategy']}, {ahead}{' (LEAK: ' + ', '.join(leaks) + ')' if leaks else ''}"
-
-
-def _lines(replay: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Gather the rows of each strategy by ascending budget."""
-    lines: dict[str, list[dict[str, Any]]] = {}
+def _by_label(replay: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group rows by legend, in ascending order of budgets."""
+    by_label: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(replay, key=lambda row: int(row["budget_slots"])):
-        lines.setdefault(recorded_name(row), []).append(row)
-    return lines
+        by_label.setdefault(recorded_label(row), []).append(row)
+    return by_label

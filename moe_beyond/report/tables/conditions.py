@@ -1,38 +1,37 @@
-"""The conditions of a table of replays in one line: how sequences start, what counts, and that times are bounds."""
+"""The conditions of replays in one line: start of a sequence, steps, counted tokens and the limits of times."""
 
 from collections.abc import Sequence
 
 from moe_beyond.simulator import Result
 
-UPPER_BOUND = "tok/s: an upper bound, MoE layers only"
+UPPER_BOUND = "tok/s is an upper bound (MoE layers only)"
 
 
-def conditions(results: Sequence[Result]) -> str:
-    """Say under which conditions replays were made.
+def format_conditions(results: Sequence[Result]) -> str:
+    """Describe the conditions of replays, separated by semicolons.
 
     Args:
-        results: Results of one command, at least one. They share all but policy, prefetcher, budget and window.
+        results: Results of one command, at least one. They differ only in policy, prefetcher, budget and window.
     """
-    first = results[0]
-    said = [_start(results), _steps(results), counted_words(first)]
+    clauses = [_start(results), _steps(results), format_counts(results[0])]
     if any(result.device is not None for result in results):
-        said.append(UPPER_BOUND)
-    if beyond := beyond_memory(results):
-        said.append(beyond)
-    return "; ".join(said)
+        clauses.append(UPPER_BOUND)
+    if oversized := format_oversized(results):
+        clauses.append(oversized)
+    return "; ".join(clauses)
 
 
-def counted_words(result: Result) -> str:
-    """Say how many sequences and tokens count, and how many sequences the warm-up left out."""
-    counted = f"{result.sequences:,} sequence{'' if result.sequences == 1 else 's'}, {result.tokens:,} tokens count"
+def format_counts(result: Result) -> str:
+    """State the numbers of counted sequences and tokens, and of sequences shorter than the warm-up."""
+    counted = f"{result.sequences:,} sequence{'' if result.sequences == 1 else 's'}, {result.tokens:,} tokens counted"
     if not result.warmup_tokens:
         return counted
-    left_out = f"{result.too_short:,} of {result.sequences + result.too_short:,} sequences are too short to count"
-    return f"{counted}, after a warm-up of {result.warmup_tokens:,}; {left_out}"
+    excluded = f"{result.too_short:,} of {result.sequences + result.too_short:,} sequences are too short to count"
+    return f"{counted} after a warm-up of {result.warmup_tokens:,} tokens; {excluded}"
 
 
-def beyond_memory(results: Sequence[Result]) -> str:
-    """Name the budgets that their device cannot hold; nothing where it holds all."""
+def format_oversized(results: Sequence[Result]) -> str:
+    """List the budgets that exceed the device's memory; an empty text if every budget fits."""
     budgets = sorted({result.budget_slots for result in results if not result.fits_device})
     if not budgets:
         return ""
@@ -44,25 +43,25 @@ def beyond_memory(results: Sequence[Result]) -> str:
 
 
 def _start(results: Sequence[Result]) -> str:
-    """Say what a sequence finds in the cache."""
+    """Describe the cache at the start of a sequence."""
     if any(result.carry_over for result in results):
-        return "sequences find the cache as the one before left it"
+        return "each sequence starts with the cache of the previous one"
     if any(result.warm_start for result in results):
-        cold = "" if all(result.warm_start for result in results) else ", references with an empty one"
-        return f"sequences start with the most popular experts{cold}"
-    return "sequences start with an empty cache"
+        baselines = "" if all(result.warm_start for result in results) else " (baselines: with an empty cache)"
+        return f"each sequence starts with the most popular experts{baselines}"
+    return "each sequence starts with an empty cache"
 
 
 def _steps(results: Sequence[Result]) -> str:
-    """Say which tokens make a step."""
+    """Describe the tokens of a step."""
     first = results[0]
     chunk = first.prefill_chunk
-    words = f"prompt tokens are read {chunk:,} a step" if chunk else "prompt tokens are stepped one by one"
+    text = f"prompts in steps of {chunk:,} tokens" if chunk else "one token per step, prompts included"
     if first.batch_size > 1:
-        words += f", {first.batch_size} sequences together"
+        text += f", batches of {first.batch_size} sequences"
     if windows := sorted({result.window for result in results if result.window > 1}):
-        names = dict.fromkeys(result.strategy for result in results if result.window > 1)
-        words += f"; {', '.join(names)}: windows of {', '.join(map(str, windows))} drafted tokens"
+        strategies = dict.fromkeys(result.strategy for result in results if result.window > 1)
+        text += f"; {', '.join(strategies)}: windows of {', '.join(map(str, windows))} drafted tokens"
     if chunk or first.batch_size > 1 or windows:
-        words += "; hits there: of a step's distinct experts; bytes: over what its tokens demand one by one"
-    return words
+        text += "; hit rate over the distinct experts of a step, bytes over the experts of its tokens one by one"
+    return text

@@ -1,4 +1,4 @@
-"""What `moe-beyond devices` shows."""
+"""The tables of ``moe-beyond devices``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.geometry import Geometry
+from moe_beyond.report.labels import NO_VALUE
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.simulator.devices import Device, flash_seconds, host_slots, resident_seconds, transfer_seconds
 
 
 def device_rows(devices: Sequence[Device], geometry: Geometry, bits: float) -> list[dict[str, Any]]:
-    """Return each device's fields and what they mean for a model at ``bits`` per parameter.
+    """Return each device's fields, and its transfer times and speed for a model.
 
-    ``transfer_ms`` and ``flash_ms`` are those of one expert; ``resident_tokens_per_second`` is of the MoE layers alone.
+    Args:
+        devices: Devices, one row each.
+        geometry: Geometry of the model.
+        bits: Bits per parameter.
+
+    Returns:
+        Fields of each device, with ``transfer_ms`` and ``flash_ms`` (milliseconds per expert), ``host_slots`` (experts
+        that fit into host memory) and ``resident_tokens_per_second`` (MoE layers only, all experts resident).
     """
     expert_bytes = geometry.params_per_expert * bits / 8
     return [
@@ -30,10 +38,16 @@ def device_rows(devices: Sequence[Device], geometry: Geometry, bits: float) -> l
 
 
 def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: float) -> list[Table]:
-    """Lay out what `device_rows` returned: the numbers, then where they come from."""
-    numbers = FittedTable(title=f"devices, and {escape(geometry.model)} at {bits:g} bits on them")
+    """Return the table of numbers and the table of their sources.
+
+    Args:
+        rows: Result of `device_rows`.
+        geometry: Geometry of the model.
+        bits: Bits per parameter.
+    """
+    numbers = FittedTable(title=f"devices, with {escape(geometry.model)} at {bits:g} bits per parameter")
     numbers.add_column("device", min_width=22, overflow="fold")
-    for name in (
+    for heading in (
         "link\nGB/s",
         "latency\nus",
         "memory\nGB",
@@ -44,10 +58,10 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
         "from flash\nms",
         "tokens/s, all\nresident",
     ):
-        numbers.add_column(name, justify="right")
-    sources = FittedTable(title="sources")
+        numbers.add_column(heading, justify="right")
+    sources = FittedTable(title="sources of the numbers")
     sources.add_column("device", min_width=22, overflow="fold")
-    sources.add_column("numbers from")
+    sources.add_column("source")
     for row in rows:
         numbers.add_row(
             escape(row["name"]),
@@ -55,14 +69,15 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
             f"{row['link_latency_us']:g}",
             f"{row['memory_gb']:g}",
             f"{row['memory_gb_per_s']:g}",
-            *("-" if row[name] is None else f"{row[name]:g}" for name in ("host_memory_gb", "flash_gb_per_s")),
+            *(NO_VALUE if row[name] is None else f"{row[name]:g}" for name in ("host_memory_gb", "flash_gb_per_s")),
             f"{row['transfer_ms']:.2f}",
-            "-" if row["flash_gb_per_s"] is None else f"{row['flash_ms']:.2f}",
+            NO_VALUE if row["flash_gb_per_s"] is None else f"{row['flash_ms']:.2f}",
             f"{row['resident_tokens_per_second']:.1f}",
         )
         sources.add_row(escape(row["name"]), escape(row["source"]))
     numbers.caption = (
-        "GB: 1e9 bytes; without host memory experts wait right behind the link (unified memory: on flash, which is the "
-        "link); tokens/s: MoE layers alone, were there room for all experts: an upper bound"
+        "link: PCIe to host memory; on devices with unified memory, flash\n"
+        "host: host memory in front of flash (-: all experts are directly behind the link)\n"
+        "GB = 1e9 bytes; tokens/s: MoE layers only, with room for all experts (an upper bound)"
     )
     return [numbers, sources]

@@ -1,4 +1,4 @@
-"""Tables that fit the terminal without cutting a figure."""
+"""Tables that fit the terminal without cutting a number."""
 
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -12,12 +12,12 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class _Width:
-    """Columns of the terminal that a table's column takes, without padding.
+    """Width of a table's column in characters, without padding.
 
     Attributes:
-        natural: As it is.
-        cells: With its heading broken.
-        least: With its text broken as well.
+        natural: Width without line breaks.
+        cells: Width with line breaks in the heading.
+        least: Width with line breaks in the heading and in text cells.
     """
 
     natural: int
@@ -28,15 +28,17 @@ class _Width:
 class FittedTable(Table):
     """A table that never cuts a cell or a heading.
 
-    Where it does not fit as it is, headings are broken at spaces first, then cells of text. A figure is never broken.
-    Where that is not enough, columns are continued in tables below, in each of which the key columns are repeated.
-    Where not even the key columns fit with one other, every row is written as a list of names and values.
+    If the table is too wide, it is fitted in this order:
+
+    1. Headings are broken at spaces, then text cells. Numbers are never broken.
+    2. Columns continue in further tables below, each with the key columns.
+    3. If the key columns and one other column do not fit, each row becomes a list of names and values.
 
     Args:
-        title: The title.
-        keys: Indices of the columns that name a row.
-        show_header: Whether columns have headings.
-        min_width: Columns of the terminal that the whole table takes at least, where there is room.
+        title: Title (default: none).
+        keys: Indices of the columns that identify a row (default: the first).
+        show_header: Whether columns have headings (default: true).
+        min_width: Minimum width of the table in characters, if the terminal is wide enough (default: none).
     """
 
     def __init__(
@@ -47,32 +49,34 @@ class FittedTable(Table):
         show_header: bool = True,
         min_width: int | None = None,
     ) -> None:
-        super().__init__(title=title, show_header=show_header, min_width=min_width)
+        super().__init__(title=title, show_header=show_header, min_width=min_width, caption_justify="left")
         self.keys = tuple(keys)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render as one table, as several, or as lists."""
+        """Render one table, several tables, or lists."""
         widths = [self._width(console, options, column) for column in self.columns]
         groups = self._groups([width.least for width in widths], options.max_width)
         if groups is None:
             yield from self._lists(console)
             return
         for number, group in enumerate(groups):
-            part = self._part(group, _shared([widths[index] for index in group], self._room(group, options.max_width)))
+            part = self._part(
+                group, _fit_widths([widths[index] for index in group], self._room(group, options.max_width))
+            )
             if len(groups) > 1:
                 part.title = self.title if number == 0 else "(continued)"
                 part.caption = None
             yield from super(FittedTable, part).__rich_console__(console, options)
-        if len(groups) > 1 and self.caption:  # as wide as the terminal, not as the last part
+        if len(groups) > 1 and self.caption:  # at the width of the terminal, not of the last part
             yield console.render_str(str(self.caption), style="table.caption", highlight=False)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """Take the whole width: what fits is settled when it is rendered."""
+        """Measure as the full width; rendering decides how columns fit."""
         return Measurement(min(1, options.max_width), options.max_width)
 
     def _width(self, console: Console, options: ConsoleOptions, column: Column) -> _Width:
         heading = _measured(console, options, column.header) if self.show_header else Measurement(0, 0)
-        cells = [_measured(console, options, cell) for cell in column._cells]  # noqa: SLF001  (the only way to them)
+        cells = [_measured(console, options, cell) for cell in column._cells]  # noqa: SLF001  (rich has no public access)
         widest = max((cell.maximum for cell in cells), default=0)
         word = max((cell.minimum for cell in cells), default=0)
         unbroken = widest if column.justify == "right" or column.no_wrap else word
@@ -81,15 +85,15 @@ class FittedTable(Table):
         return _Width(natural, whole, max(unbroken, heading.minimum))
 
     def _room(self, group: Sequence[int], width: int) -> int:
-        """Return what lines and padding leave for cells."""
+        """Return the width that borders and padding leave for cells."""
         return width - 3 * len(group) - 1
 
     def _groups(self, least: Sequence[int], width: int) -> list[list[int]] | None:
-        """Share the columns among tables, in order; None where the key columns leave no room."""
-        everything, groups = range(len(least)), list[list[int]]()
-        if self._fits(everything, least, width):
-            return [list(everything)]
-        for index in sorted(set(everything) - set(self.keys)):
+        """Distribute the columns over tables, in order; None if a column does not fit next to the key columns."""
+        columns, groups = range(len(least)), list[list[int]]()
+        if self._fits(columns, least, width):
+            return [list(columns)]
+        for index in sorted(set(columns) - set(self.keys)):
             if groups and self._fits([*groups[-1], index], least, width):
                 groups[-1].append(index)
             elif self._fits([*self.keys, index], least, width):
@@ -113,7 +117,7 @@ class FittedTable(Table):
         return part
 
     def _lists(self, console: Console) -> Iterable[Text]:
-        """Write each row as lines ``name: value``."""
+        """Yield each row as lines ``name: value``."""
         if self.title:
             yield _text(console, self.title)
         names = [" ".join(_text(console, column.header).plain.split()) for column in self.columns]
@@ -128,7 +132,7 @@ class FittedTable(Table):
 
 
 def _measured(console: Console, options: ConsoleOptions, cell: object) -> Measurement:
-    """Measure a cell wherever the terminal ends: its longest line, and its longest word."""
+    """Measure a cell without the terminal's limit: its longest line and its longest word."""
     text = _text(console, cell)
     return (
         Measurement.get(console, options.update(width=10**6, max_width=10**6), text)
@@ -141,13 +145,13 @@ def _text(console: Console, cell: object) -> Text:
     return console.render_str(cell, highlight=False) if isinstance(cell, str) else Text(str(cell))
 
 
-def _shared(widths: Sequence[_Width], room: int) -> list[int]:
-    """Break headings, then text, of the columns that have most to give, until the rest fits."""
-    shared = [width.natural for width in widths]
+def _fit_widths(widths: Sequence[_Width], room: int) -> list[int]:
+    """Narrow the columns with the most spare width, first by breaking headings, then text, until the table fits."""
+    fitted = [width.natural for width in widths]
     for bounds in ([width.cells for width in widths], [width.least for width in widths]):
-        while sum(shared) > room:
-            spare = [now - bound for now, bound in zip(shared, bounds, strict=True)]
+        while sum(fitted) > room:
+            spare = [width - bound for width, bound in zip(fitted, bounds, strict=True)]
             if max(spare) <= 0:
                 break
-            shared[spare.index(max(spare))] -= 1
-    return shared
+            fitted[spare.index(max(spare))] -= 1
+    return fitted

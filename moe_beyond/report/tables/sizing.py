@@ -1,44 +1,52 @@
-"""The table of a plan."""
+"""The table of ``moe-beyond plan``: the smallest budget that meets a target."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moe_beyond.evaluation.sizing import SizingResult, Target
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.tables.conditions import conditions
+from moe_beyond.report.labels import BYTES_DEFINITION, NO_VALUE
+from moe_beyond.report.tables.conditions import format_conditions
 from moe_beyond.report.tables.fitted import FittedTable
 
+if TYPE_CHECKING:
+    from moe_beyond.evaluation.sizing import SizingResult, Target
 
-def plan_table(
-    answers: Sequence[SizingResult],
-    target: Target,
+
+def sizing_table(
+    answers: Sequence["SizingResult"],
+    target: "Target",
     geometry: Geometry,
     bytes_per_expert: float,
 ) -> Table:
-    """Lay out a plan, a line a strategy, the smallest budget first.
+    """Return the table of smallest budgets, one row per strategy, the smallest budget first.
 
     Args:
-        answers: What each needs.
-        target: For what.
-        geometry: The model.
-        bytes_per_expert: Of memory.
+        answers: Smallest budget of each strategy, or its bottleneck; at least one.
+        target: Hit rate or speed to reach.
+        geometry: Geometry of the model.
+        bytes_per_expert: Memory of one expert, in bytes.
     """
-    first = answers[0].result
-    device = first.device
-    room = "" if device is None else f" ({first.device_slots:,} slots at most)"
+    device = answers[0].result.device
+    room = "" if device is None else f" (at most {answers[0].result.device_slots:,} slots)"
+    unit, decimal = ("GB", "1e9") if geometry.total_experts * bytes_per_expert >= 1e9 else ("MB", "1e6")
     table = FittedTable(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}{room}")
-    for name in ("strategy", "slots (share)", "GB", "reaches", "bytes"):
-        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for heading in ("strategy", "slots (share)", unit, "reaches", "bytes"):
+        table.add_column(heading, justify="left" if heading == "strategy" else "right")
     table.add_column("bottleneck", overflow="fold")
     for answer in sorted(answers, key=lambda answer: (answer.bottleneck is not None, answer.result.budget_slots)):
         result = answer.result
         slots = "none" if answer.bottleneck else f"{result.budget_slots:,} ({result.budget_share:.1%})"
-        size = "-" if answer.bottleneck else f"{result.budget_slots * bytes_per_expert / 1e9:.2f}"
-        reaches = f"{'at best ' if answer.bottleneck else ''}{target.words(result)}"
-        table.add_row(answer.strategy, slots, size, reaches, f"{result.bytes_ratio:.2f}", answer.bottleneck or "")
-    table.caption = (
-        f"{geometry.describe_shape()}; bytes: all transfers over accesses; GB: 1e9 bytes, experts only\n"
-        f"conditions: {conditions([answer.result for answer in answers])}"
+        memory = NO_VALUE if answer.bottleneck else f"{result.budget_slots * bytes_per_expert / float(decimal):.2f}"
+        reached = f"{'at best ' if answer.bottleneck else ''}{target.words(result)}"
+        table.add_row(answer.strategy, slots, memory, reached, f"{result.bytes_ratio:.2f}", answer.bottleneck or "")
+    table.caption = "\n".join(
+        [
+            BYTES_DEFINITION,
+            f"{unit} = {decimal} bytes, experts only",
+            geometry.describe_shape(),
+            f"conditions: {format_conditions([answer.result for answer in answers])}",
+        ]
     )
     return table

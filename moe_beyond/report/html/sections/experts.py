@@ -1,4 +1,4 @@
-"""The part of a page that says which experts are used how much."""
+"""The section on the popularity of experts."""
 
 import itertools
 
@@ -6,62 +6,64 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.html.model import NOTHING, Chart, Section, Table
-from moe_beyond.report.html.svg import HEAT_EDGES, heat_map, swatch
+from moe_beyond.report.html.model import Chart, Section, Table
+from moe_beyond.report.html.svg import HEAT_EDGES, heat_map, shade_sample
+from moe_beyond.report.labels import NO_VALUE
 from moe_beyond.traces.analysis.statistics import normalized_entropy
 
-HOTTEST = 3
-"""Experts that the table names, of each layer."""
+MOST_POPULAR = 3
+"""Experts per layer in the table."""
 
 
 def experts_section(
     counts: npt.NDArray[np.int64], reused: npt.NDArray[np.float64], geometry: Geometry, tokens: int
 ) -> Section:
-    """Show which experts are used how much.
+    """Show the popularity of every expert.
 
     Args:
-        counts: ``(L, E)``, how often each was chosen.
-        reused: ``(L,)``, the share of a token's experts that the token before used too; NaN where there is no pair.
-        geometry: The model.
-        tokens: Of the traces.
+        counts: Activations of each expert, ``(L, E)``.
+        reused: Share of a token's experts that the previous token also used, ``(L,)``; NaN without such tokens.
+        geometry: Geometry of the model.
+        tokens: Number of tokens in the traces.
     """
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     entropy = normalized_entropy(counts)
     rows = []
     for n, layer in enumerate(geometry.moe_layers):
-        hottest = sorted(range(geometry.num_experts), key=lambda e: (-counts[n, e], e))[:HOTTEST]
+        popular = sorted(range(geometry.num_experts), key=lambda e: (-counts[n, e], e))[:MOST_POPULAR]
         rows.append(
             [
                 str(layer),
-                ", ".join(f"{expert} ({shares[n, expert]:.1%})" for expert in hottest),
+                ", ".join(f"{expert} ({shares[n, expert]:.1%})" for expert in popular),
                 str(int((counts[n] == 0).sum())),
                 f"{entropy[n]:.3f}",
-                NOTHING if np.isnan(reused[n]) else f"{reused[n]:.1%}",
+                NO_VALUE if np.isnan(reused[n]) else f"{reused[n]:.1%}",
             ]
         )
-    words = ["never used", f"below {HEAT_EDGES[0]:g}"]
-    words += [f"{low:g} to {high:g}" for low, high in itertools.pairwise(HEAT_EDGES)]
-    words.append(f"{HEAT_EDGES[-1]:g} and more")
+    ranges = ["never used", f"below {HEAT_EDGES[0]:g}"]
+    ranges += [f"{low:g} to {high:g}" for low, high in itertools.pairwise(HEAT_EDGES)]
+    ranges.append(f"{HEAT_EDGES[-1]:g} and more")
     picture = heat_map(
-        f"How often each of {geometry.num_experts} experts was chosen in each of {geometry.num_layers} layers",
+        f"Popularity of {geometry.num_experts} experts in each of {geometry.num_layers} layers",
         shares * geometry.num_experts,
         geometry.moe_layers,
     )
     return Section(
         "experts",
-        "Which experts are hot",
+        "Expert popularity",
         prose=[
-            f"How often each expert was chosen by the {tokens:,} tokens, as a multiple of an even share "
-            f"({1 / geometry.num_experts:.1%} of a layer's choices)."
+            f"Share of a layer's activations by expert over {tokens:,} tokens, as a multiple of the uniform share "
+            f"({1 / geometry.num_experts:.1%})."
         ],
-        wide=[Chart("Popularity, layer by expert", picture, "A row a model layer, a column an expert.")],
-        shades=[(swatch(f"q{shade}"), said) for shade, said in enumerate(words)],
+        wide=[Chart("Popularity by layer and expert", picture, "One row per model layer, one column per expert.")],
+        shades=[(shade_sample(f"q{shade}"), text) for shade, text in enumerate(ranges)],
         folded=[
             Table(
-                "Popularity by layer, as a table",
-                "Entropy: 1 where all experts are equally popular; reuse: experts of a token that "
-                f"the token before used too (by chance {geometry.top_k / geometry.num_experts:.1%}).",
-                ["layer", "hottest (share)", "never used", "entropy", "reuse"],
+                "Table: popularity by layer",
+                "Most popular: expert id (share of the layer's activations). Entropy: 1 if all experts are equally "
+                "popular. Reuse: share of a token's experts that the previous token also used "
+                f"(by chance: {geometry.top_k / geometry.num_experts:.1%}).",
+                ["layer", "most popular (share)", "never used", "entropy", "reuse"],
                 [rows],
                 texts=[1],
             )

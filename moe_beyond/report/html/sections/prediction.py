@@ -1,4 +1,4 @@
-"""The part of a page that says how well experts are predicted."""
+"""The section on the quality of predictions."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,134 +8,174 @@ import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.metrics import LookaheadMetrics
-from moe_beyond.report.html.model import NOTHING, Chart, Section, Table
-from moe_beyond.report.html.svg import SERIES, Line, axis, line_chart, number, percent, reliability_chart
-from moe_beyond.report.tables.results import FIGURES, leaks_of, lookahead_words
-
-SHOWN = (
-    "recall_at_k",
-    "gate_mass_at_k",
-    "f1_micro",
-    "f1_macro",
-    "average_precision",
-    "exact_match",
-    "nll",
-    "calibration_error",
+from moe_beyond.report.html.model import Chart, Section, Table
+from moe_beyond.report.html.svg import (
+    SERIES,
+    Axis,
+    Line,
+    fit_axis,
+    format_percent,
+    line_chart,
+    reliability_chart,
 )
-"""Of the figures of a lookahead. Per-label accuracy and two-class F1 are high by construction, and left out."""
+from moe_beyond.report.labels import BASELINES, METRIC_COLUMNS, NO_VALUE, metric_lookahead
+
+MISLEADING = ("f1_two_class", "accuracy")
+"""Metrics that are high by construction; the page leaves them out."""
 
 
-def fixed_recall(counts: npt.NDArray[np.int64], top_k: int) -> npt.NDArray[np.float64]:
-    """Return each layer's recall of naming the same K experts for every token, the best of these very traces ``(L,)``.
+def static_recall(counts: npt.NDArray[np.int64], top_k: int) -> npt.NDArray[np.float64]:
+    """Return the recall of the best static prediction, the same K experts for every token, ``(L,)``.
 
     Args:
-        counts: ``(L, E)``, how often each expert was chosen.
-        top_k: K.
+        counts: Activations of each expert in the measured traces, ``(L, E)``.
+        top_k: Number of experts K to predict.
     """
     best = np.sort(counts, axis=1)[:, -top_k:].sum(1)
-    found: npt.NDArray[np.float64] = best / counts.sum(1).clip(min=1)
-    return found
+    recall: npt.NDArray[np.float64] = best / counts.sum(1).clip(min=1)
+    return recall
 
 
 def prediction_section(
-    metrics: Sequence[LookaheadMetrics], fixed: npt.NDArray[np.float64], geometry: Geometry
+    metrics: Sequence[LookaheadMetrics], static: npt.NDArray[np.float64], geometry: Geometry
 ) -> Section:
-    """Show how well experts are predicted: by lookahead, by layer, and as probabilities.
+    """Show metrics by lookahead and by layer, and the calibration.
 
     Args:
-        metrics: A row a lookahead.
-        fixed: ``(L,)``, recall of the best fixed choice.
-        geometry: The model.
+        metrics: Rows of metrics, one per lookahead.
+        static: Recall of the best static prediction, ``(L,)``.
+        geometry: Geometry of the model.
     """
-    k, tokens = metrics[0].k, metrics[0].tokens
-    names = [lookahead_words(row.lookahead, row.causal) for row in metrics]
-    shown = {name: how for name, how in FIGURES.items() if name in SHOWN and name in metrics[0].figures()}
-    figures = [
-        [name, *(format(getattr(row, figure), shape) for figure, (_, shape) in shown.items())]
-        for name, row in zip(names, metrics, strict=True)
-    ]
-    headings = ["lookahead", *(heading for heading, _ in shown.values())]
-    by_lookahead = Table(
-        f"Prediction by lookahead, over {tokens:,} tokens",
-        f"k = {k}. Recall ranks the scores; micro, macro F1 and exact "
-        "cut them at 0.5; NLL (nats a token and layer) and calibration error take them as probabilities.",
-        headings,
-        [figures],
-    )
-    layers = geometry.moe_layers
-    charts = []
-    for figure, title, unit, words, caption in (
-        ("recall_at_k", "Recall by layer", f"recall@{k}", percent, "Higher is better. Best fixed: the same experts for "
-         "every token, the most used ones of these very traces."),
-        ("nll", "Likelihood by layer", "NLL, nats a token", number, "Lower is better: what a token's choice in a layer "
-         "costs, were it coded with these probabilities."),
-    ):  # fmt: skip
-        shares = words is percent
-        lines = [
-            _by_layer(_short(row), layers, [getattr(layer, figure) for layer in row.by_layer], style, shares)
-            for row, style in zip(metrics, itertools.cycle(SERIES), strict=False)
-        ]
-        if shares:
-            lines.append(_by_layer("best fixed", layers, fixed.tolist(), "fixed", shares))
-        values = [value for line in lines for _, value in line.points]
-        y = axis(unit, values, words=words, low=0, high=1) if shares else axis(unit, values)
-        chart = line_chart(f"{title}, a line a lookahead", axis("model layer", layers, low=layers[0], high=layers[-1],
-                           whole=True), y, lines)  # fmt: skip
-        charts.append(Chart(title, chart, f"A line a lookahead, over {tokens:,} tokens. {caption}"))
-    for name, row, style in zip(names, metrics, itertools.cycle(SERIES), strict=False):
-        chart = reliability_chart(f"Share chosen by probability said, lookahead {name}", row.reliability, style)
-        caption = f"Calibration error {row.calibration_error:.2%}. On the dotted line what is said comes as often."
-        charts.append(Chart(f"Calibration, lookahead {name}", chart, caption))
-    recalls = Table(
-        "Recall by layer, as a table",
-        f"Recall@{k}, over {tokens:,} tokens. Best fixed: the same experts for every token, the best of these traces.",
-        ["layer", *(f"lookahead {name}" for name in names), "best fixed"],
-        [
-            [
-                [str(layer), *(f"{row.by_layer[n].recall_at_k:.1%}" for row in metrics), f"{fixed[n]:.1%}"]
-                for n, layer in enumerate(layers)
-            ]
-        ],
-    )
+    names = [metric_lookahead(row.lookahead, row.causal) for row in metrics]
     return Section(
         "prediction",
-        "What it predicts",
+        "Prediction quality",
         prose=[
-            "Bars below the calibration curves count the labels, an expert of a token and layer each, on a logarithmic "
-            "scale: nearly all are of experts that hardly anybody expects."
+            "Each layer of each token gives one label per expert: selected or not. The bars below a calibration curve "
+            "count labels on a logarithmic scale; most labels have a low predicted probability."
         ],
-        charts=charts,
-        tables=[by_lookahead],
-        folded=[recalls, _reliability_table(metrics, names)],
+        charts=[
+            _recall_chart(metrics, static, geometry.moe_layers),
+            _likelihood_chart(metrics, geometry.moe_layers),
+            *_calibration_charts(metrics, names),
+        ],
+        tables=[_lookahead_table(metrics, names)],
+        folded=[_layer_table(metrics, names, static, geometry.moe_layers), _calibration_table(metrics, names)],
     )
 
 
-def _short(row: LookaheadMetrics) -> str:
-    """Name a lookahead at the end of a line."""
-    return f"{row.lookahead}{' (LEAK)' if leaks_of(row.lookahead == 0, row.causal) else ''}"
+def _lookahead_table(metrics: Sequence[LookaheadMetrics], names: Sequence[str]) -> Table:
+    columns = {
+        name: column
+        for name, column in METRIC_COLUMNS.items()
+        if name not in MISLEADING and name in metrics[0].figures()
+    }
+    rows = [
+        [name, *(format(getattr(row, metric), form) for metric, (_, form) in columns.items())]
+        for name, row in zip(names, metrics, strict=True)
+    ]
+    return Table(
+        f"Metrics by lookahead, over {metrics[0].tokens:,} tokens",
+        f"k = {metrics[0].k}. Micro F1, macro F1 and exact match count experts with a score above 0.5 as predicted. "
+        "NLL: nats per token and layer. Calibration error: mean distance of predicted probability and observed "
+        "frequency.",
+        ["lookahead", *(heading for heading, _ in columns.values())],
+        [rows],
+    )
 
 
-def _by_layer(name: str, layers: Sequence[int], values: Sequence[float], style: str, shares: bool) -> Line:
-    told = [f"layer {layer}: {value:.1%}" if shares else f"layer {layer}: {value:.2f}"
-            for layer, value in zip(layers, values, strict=True)]  # fmt: skip
-    return Line(name, tuple(zip(map(float, layers), values, strict=True)), style, tuple(told))
+def _recall_chart(metrics: Sequence[LookaheadMetrics], static: npt.NDArray[np.float64], layers: Sequence[int]) -> Chart:
+    k, tokens = metrics[0].k, metrics[0].tokens
+    best_static = BASELINES["static_hindsight"]
+    values = [[layer.recall_at_k for layer in row.by_layer] for row in metrics]
+    lines = [
+        _layer_line(_end_label(row), layers, recalls, style, ".1%")
+        for row, recalls, style in zip(metrics, values, itertools.cycle(SERIES), strict=False)
+    ]
+    lines.append(_layer_line(best_static.name, layers, static.tolist(), best_static.css_class, ".1%"))
+    y = fit_axis(f"recall@{k}", (), format_tick=format_percent, low=0, high=1)
+    return Chart(
+        "Recall by layer",
+        line_chart("Recall by layer, one line per lookahead", _layer_axis(layers), y, lines),
+        f"One line per lookahead, over {tokens:,} tokens. Higher is better. {best_static.name.capitalize()}: the most "
+        "popular experts of these traces, the same for every token.",
+    )
 
 
-def _reliability_table(metrics: Sequence[LookaheadMetrics], names: Sequence[str]) -> Table:
+def _likelihood_chart(metrics: Sequence[LookaheadMetrics], layers: Sequence[int]) -> Chart:
+    values = [[layer.nll for layer in row.by_layer] for row in metrics]
+    lines = [
+        _layer_line(_end_label(row), layers, losses, style, ".2f")
+        for row, losses, style in zip(metrics, values, itertools.cycle(SERIES), strict=False)
+    ]
+    y = fit_axis("NLL, nats per token", itertools.chain(*values))
+    return Chart(
+        "Negative log-likelihood by layer",
+        line_chart("NLL by layer, one line per lookahead", _layer_axis(layers), y, lines),
+        f"One line per lookahead, over {metrics[0].tokens:,} tokens. Lower is better. The axis does not start at 0.",
+    )
+
+
+def _calibration_charts(metrics: Sequence[LookaheadMetrics], names: Sequence[str]) -> list[Chart]:
+    return [
+        Chart(
+            f"Calibration, lookahead {name}",
+            reliability_chart(f"Observed frequency by probability, lookahead {name}", row.reliability, style),
+            f"Calibration error {row.calibration_error:.2%}. The dotted line marks perfect calibration.",
+        )
+        for name, row, style in zip(names, metrics, itertools.cycle(SERIES), strict=False)
+    ]
+
+
+def _layer_table(
+    metrics: Sequence[LookaheadMetrics],
+    names: Sequence[str],
+    static: npt.NDArray[np.float64],
+    layers: Sequence[int],
+) -> Table:
+    best_static = BASELINES["static_hindsight"].name
+    rows = [
+        [str(layer), *(f"{row.by_layer[n].recall_at_k:.1%}" for row in metrics), f"{static[n]:.1%}"]
+        for n, layer in enumerate(layers)
+    ]
+    return Table(
+        "Table: recall by layer",
+        f"Recall@{metrics[0].k} over {metrics[0].tokens:,} tokens. {best_static.capitalize()}: the most popular "
+        "experts of these traces, the same for every token.",
+        ["layer", *(f"lookahead {name}" for name in names), best_static],
+        [rows],
+    )
+
+
+def _calibration_table(metrics: Sequence[LookaheadMetrics], names: Sequence[str]) -> Table:
     headings = ["probability"]
     for name in names:
-        headings += [f"lookahead {name}: labels", "said", "chosen"]
+        headings += [f"lookahead {name}: labels", "predicted", "observed"]
     rows = []
-    for number_, one in enumerate(metrics[0].reliability):
-        cells = [f"{one.low:.1%} to {one.high:.1%}"]
+    for number, first in enumerate(metrics[0].reliability):
+        cells = [f"{first.low:.1%} to {first.high:.1%}"]
         for row in metrics:
-            found = row.reliability[number_]
-            shares = (found.mean_probability, found.chosen_share)
-            cells += [f"{found.labels:,}", *(NOTHING if share is None else f"{share:.1%}" for share in shares)]
+            bin_ = row.reliability[number]
+            shares = (bin_.mean_probability, bin_.chosen_share)
+            cells += [f"{bin_.labels:,}", *(NO_VALUE if share is None else f"{share:.1%}" for share in shares)]
         rows.append(cells)
     return Table(
-        "Calibration, as a table",
-        "Of all layers' labels that were scored so: how probable they were on average and how many were chosen",
+        "Table: calibration",
+        "Labels of all layers, grouped by predicted probability; their mean probability, and the share of them that "
+        "the router selected.",
         headings,
         [rows],
     )
+
+
+def _end_label(row: LookaheadMetrics) -> str:
+    return metric_lookahead(row.lookahead, row.causal, short=True)
+
+
+def _layer_axis(layers: Sequence[int]) -> Axis:
+    return fit_axis("model layer", layers, low=layers[0], high=layers[-1], whole=True)
+
+
+def _layer_line(name: str, layers: Sequence[int], values: Sequence[float], style: str, form: str) -> Line:
+    tooltips = [f"layer {layer}: {value:{form}}" for layer, value in zip(layers, values, strict=True)]
+    return Line(name, tuple(zip(map(float, layers), values, strict=True)), style, tuple(tooltips))
