@@ -34,7 +34,7 @@ from moe_beyond.fields import shown
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.training_text import MeasuredText
-from moe_beyond.pretrained import CONFIG_FILE, published_predictors
+from moe_beyond.pretrained import CONFIG_FILE, list_pretrained
 from moe_beyond.report.plots.replay import budgets_figure, frontier_figure
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.simulator import Result
@@ -308,7 +308,7 @@ def _opened(traces: TraceSet | str | Path, function: str) -> TraceSet:
     if isinstance(traces, Predictor):
         raise UserError(f"{function}: traces is a predictor ({traces.architecture}); {order}")
     path = _path(traces, f"{function}: traces")
-    if path in published_predictors() or (Path(path) / CONFIG_FILE).is_file():
+    if path in list_pretrained() or (Path(path) / CONFIG_FILE).is_file():
         raise UserError(f"{function}: traces is a predictor ({path}); {order}")
     return load_traces(path)
 

@@ -15,7 +15,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.folder import load_predictor
-from moe_beyond.pretrained import find_predictor, find_pretrained, published_predictors
+from moe_beyond.pretrained import find_predictor, find_pretrained, list_pretrained
 
 
 def put(hub: Hub, folder: Path, name: str = "org/tiny", kind: str = "models", **more: bytes) -> str:
@@ -123,7 +123,7 @@ def test_a_name_that_means_two_is_refused_with_both(hub: Hub, folder: Path, tmp_
         find_pretrained("hf:org/tiny@main", revision="main")
     with pytest.raises(UserError, match="has no revisions"):
         find_pretrained("./org/tiny", revision="main")
-    assert find_pretrained(published_predictors()[0]).is_dir()
+    assert find_pretrained(list_pretrained()[0]).is_dir()
 
 
 def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder: Path, tmp_path: Path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import SPLIT_HELP, TRACES_HELP, Output, parser
+from moe_beyond.cli.options import SPLIT_HELP, TRACES_HELP, Output, command_parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_combinations,
@@ -39,23 +39,23 @@ TABLES = ("by_layer", "reliability")
 """Of a metrics' record, what is too long for a card."""
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "evaluate",
         "Measure a predictor on a trace set, by lookahead, and replay what it is worth under a budget; "
         "or compare all checkpoints of a run (on the split it validated on, unless --traces says otherwise).",
         "moe-beyond evaluate runs/predictor/version_0/predictor --traces traces/webglm --budget 10%",
     )
-    known.add_argument(
+    parser.add_argument(
         "predictor", metavar="PREDICTOR", help="a predictor folder, a published name, hf:ORG/REPO, or a run's folder"
     )
-    known.add_argument("--traces", metavar="DIR", help=TRACES_HELP)
-    known.add_argument("--split", metavar="S", help=SPLIT_HELP)
-    add_budgets(known)
-    add_combinations(known)
-    add_conditions(known)
-    known.add_argument(
+    parser.add_argument("--traces", metavar="DIR", help=TRACES_HELP)
+    parser.add_argument("--split", metavar="S", help=SPLIT_HELP)
+    add_budgets(parser)
+    add_combinations(parser)
+    add_conditions(parser)
+    parser.add_argument(
         "--bootstrap",
         type=int,
         default=0,
@@ -63,22 +63,22 @@ def options() -> ArgumentParser:
         help="draws of a bootstrap, with a fixed seed, for 95 percent intervals over sequences of all figures and of "
         "their differences from LRU; 10000 take seconds (default: 0, no intervals)",
     )
-    known.add_argument(
+    parser.add_argument(
         "--record",
         action="store_true",
         help="write the figures into the config and the card of the predictor folder; refused for its training text",
     )
-    known.add_argument(
+    parser.add_argument(
         "--record-training-text",
         action="store_true",
         help="like --record, but also for text that the predictor was, or may have been, fitted on; marks the figures",
     )
-    return known
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Evaluate a predictor, or all checkpoints of a run."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     args.record = args.record or args.record_training_text
     if is_run(args.predictor):
         if args.record:
@@ -87,7 +87,7 @@ def run(words: list[str]) -> None:
             raise UserError(f"--bootstrap is for one predictor; {args.predictor} is a run of several checkpoints")
         _run_folder(args)
     else:
-        _predictor(args, words)
+        _predictor(args, argv)
 
 
 def _predictor(args: Namespace, words: Sequence[str]) -> None:

@@ -2,30 +2,35 @@
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import TRACES_HELP, Output, parser
+from moe_beyond.cli.options import TRACES_HELP, Output, command_parser
 from moe_beyond.errors import unknown
 from moe_beyond.traces.exporters import EXPORTERS
 from moe_beyond.traces.reader import TraceSet
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "export",
-        "Write a trace set for another tool: a stream of requests for libCacheSim (oracleGeneral), arrays as vLLM's "
-        "routed_experts (an .npz, or a folder of .npy), or a profile for llama.cpp (CSV).",
+        "Write a trace set for another tool: accesses for libCacheSim (oracleGeneral), routed_experts "
+        "arrays of vLLM (an "
+        ".npz file or a folder of .npy files), or a profile for llama.cpp (CSV).",
         "moe-beyond export libcachesim traces/webglm webglm.oracleGeneral",
     )
-    known.add_argument("format", help=f"one of: {', '.join(EXPORTERS)}")
-    known.add_argument("traces", metavar="DIR", help=TRACES_HELP)
-    known.add_argument("out", metavar="OUT", help="the file or folder to make")
-    known.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
-    return known
+    parser.add_argument("format", help=f"format to write: {', '.join(EXPORTERS)}")
+    parser.add_argument("traces", metavar="DIR", help=TRACES_HELP)
+    parser.add_argument("out", metavar="OUT", help="file or folder to write")
+    parser.add_argument("--split", metavar="S", help="split of the trace set (default: all)")
+    return parser
 
 
-def run(words: list[str]) -> None:
-    """Export."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """Export a trace set.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
     if args.format not in EXPORTERS:
         raise unknown("format", args.format, EXPORTERS)
     traces = TraceSet(args.traces)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, add_traces, parser
+from moe_beyond.cli.options import Output, add_traces, command_parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
@@ -30,27 +30,27 @@ from moe_beyond.simulator.devices import device_slots
 from moe_beyond.traces.reader import TraceSet
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "plan",
         "Find the smallest budget at which each strategy reaches a target, or what binds; and the experts to pin. On a "
         "device budgets stay within its memory, less its other weights and an eighth for the rest. The budget found is "
         "the smallest where a larger one is never worse; lfu_in_cache can be worse with more.",
         "moe-beyond plan --traces traces/webglm --device rtx4060-laptop --target 10tok/s --strategy all",
     )
-    add_traces(known)
-    known.add_argument("--target", metavar="T", help="90% (of hits), or 10tok/s (on --device)")
-    known.add_argument("--pins", metavar="FILE", help="write the experts to pin at --budget, by model layer, as JSON")
-    add_budgets(known)
-    add_strategies(known)
-    add_conditions(known)
-    return known
+    add_traces(parser)
+    parser.add_argument("--target", metavar="T", help="90% (of hits), or 10tok/s (on --device)")
+    parser.add_argument("--pins", metavar="FILE", help="write the experts to pin at --budget, by model layer, as JSON")
+    add_budgets(parser)
+    add_strategies(parser)
+    add_conditions(parser)
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Plan."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     output = Output(args)
     if args.target is None and args.pins is None:
         raise UserError("plan needs a --target to reach, or --pins FILE to write")

@@ -4,7 +4,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, add_plots, add_traces, check_plots, parser
+from moe_beyond.cli.options import Output, add_plots, add_traces, check_plots, command_parser
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
@@ -21,25 +21,25 @@ from moe_beyond.report.tables.results import results_table, unavailable_lines
 from moe_beyond.traces.reader import TraceSet
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "replay",
         "Replay traces through a cache under a memory budget, on a device's clock if one is named; LRU, Belady and the "
         "best fixed choice stand beside every result.",
         "moe-beyond replay --traces traces/webglm --budget 10% --strategy all --device rtx4060-laptop",
     )
-    add_traces(known)
-    add_budgets(known)
-    add_strategies(known)
-    add_conditions(known)
-    add_plots(known)
-    return known
+    add_traces(parser)
+    add_budgets(parser)
+    add_strategies(parser)
+    add_conditions(parser)
+    add_plots(parser)
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Replay."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     output = Output(args)
     check_plots(args.plots)
     traces = TraceSet(args.traces)

@@ -15,9 +15,9 @@ from moe_beyond.evaluation.systems import SYSTEMS
 from moe_beyond.traces.reader import TraceSet
 
 
-def add_budgets(options: ArgumentParser) -> None:
+def add_budgets(parser: ArgumentParser) -> None:
     """Add ``--budget``."""
-    options.add_argument(
+    parser.add_argument(
         "--budget",
         action="append",
         metavar="B",
@@ -25,43 +25,43 @@ def add_budgets(options: ArgumentParser) -> None:
     )
 
 
-def add_strategies(options: ArgumentParser) -> None:
+def add_strategies(parser: ArgumentParser) -> None:
     """Add ``--strategy``, and what it does without: policies, prefetchers, and the scores that they use."""
-    options.add_argument(
+    parser.add_argument(
         "--strategy",
         action="append",
         metavar="S",
         help=f"a named system instead of --policy and --prefetch: {', '.join(SYSTEMS)}, or all; repeat for more",
     )
-    add_combinations(options)
-    options.add_argument(
+    add_combinations(parser)
+    parser.add_argument(
         "--predictor",
         metavar="P",
         help="predictor whose scores are used: a folder, a published name, hf:ORG/REPO, or a run's folder "
         "(its exported predictor, else its best checkpoint, else its last)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--scores", metavar="DIR", help="scores that `moe-beyond predict` wrote, instead of --predictor"
     )
 
 
-def add_combinations(options: ArgumentParser) -> None:
+def add_combinations(parser: ArgumentParser) -> None:
     """Add the options that combine policies and prefetchers."""
-    options.add_argument(
+    parser.add_argument(
         "--policy",
         action="append",
         metavar="P",
         help="lru (default), lfu, lfu_in_cache, lfru, class_lru, static, least_stale, moe_infinity, moe_spac, hobbit, "
         "belief, belady or belady_bypass; repeat for more",
     )
-    options.add_argument(
+    parser.add_argument(
         "--prefetch",
         action="append",
         metavar="F",
         help="none, top6, 'p>0.5', 'top6,p>0.1' (in quotes: a shell takes > for a file), each also with a distance for "
         "whole-token scores (top6@2); adaptive, moe_infinity or oracle; repeat for more (default with scores: top<K>)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--lookahead",
         action="append",
         metavar="H",
@@ -70,45 +70,45 @@ def add_combinations(options: ArgumentParser) -> None:
     )
 
 
-def add_conditions(options: ArgumentParser) -> None:
+def add_conditions(parser: ArgumentParser) -> None:
     """Add the options that all strategies of a replay share."""
-    options.add_argument("--device", metavar="D", help="a preset of `moe-beyond devices`, or a JSON file: counts time")
-    options.add_argument("--scope", default="global", help="global (default) or per-layer")
-    options.add_argument(
+    parser.add_argument("--device", metavar="D", help="a preset of `moe-beyond devices`, or a JSON file: counts time")
+    parser.add_argument("--scope", default="global", help="global (default) or per-layer")
+    parser.add_argument(
         "--quotas",
         metavar="Q",
         help="of --scope per-layer: even (default), proportional, or slots by layer: 10,8,8,...",
     )
-    options.add_argument("--profile", metavar="P", help="a fitted history or popularity predictor, named likewise")
-    options.add_argument(
+    parser.add_argument("--profile", metavar="P", help="a fitted history or popularity predictor, named likewise")
+    parser.add_argument(
         "--warm-start",
         action="store_true",
         help="each sequence starts with the profile's most popular experts, whose transfers count",
     )
-    options.add_argument("--carry-over", action="store_true", help="a sequence finds the cache as the last one left it")
-    options.add_argument(
+    parser.add_argument("--carry-over", action="store_true", help="a sequence finds the cache as the last one left it")
+    parser.add_argument(
         "--cold-host",
         action="store_true",
         help="host memory of a device with flash begins empty (default: with as many experts as fit)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--prefill-chunk", type=int, default=0, metavar="N", help="prompt tokens of a step (default: each is a step)"
     )
-    options.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences of a step (default: 1)")
-    options.add_argument("--sequential", action="store_true", help="access by access, as other simulators do")
-    options.add_argument(
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="sequences of a step (default: 1)")
+    parser.add_argument("--sequential", action="store_true", help="access by access, as other simulators do")
+    parser.add_argument(
         "--warmup-tokens",
         type=int,
         default=0,
         metavar="N",
         help="tokens of a sequence that do not count; a sequence with no more is left out (default: 0)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--no-first-layer-prefetch",
         action="store_true",
         help="do not prefetch the layers whose scores exist when the token starts",
     )
-    options.add_argument(
+    parser.add_argument(
         "--quantization", type=float, metavar="BITS", help="bits per parameter, for bytes and times; the traces' own"
     )
 

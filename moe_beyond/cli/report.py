@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, add_traces, parser
+from moe_beyond.cli.options import Output, add_traces, command_parser
 from moe_beyond.cli.replay_options import showing_progress
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.profiles import load_profile
@@ -20,41 +20,41 @@ from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.reader import TraceSet
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "report",
         "Write a page to look at: what a predictor was fitted on, how well it predicts a trace set, and what that is "
         "worth under budgets and on devices. One HTML file that needs nothing else.",
         "moe-beyond report runs/predictor/version_0 --traces traces/webglm --out report.html",
     )
-    known.add_argument(
+    parser.add_argument(
         "predictor", metavar="RUN_OR_PREDICTOR", help="a run's folder, a predictor folder, or a published name"
     )
-    add_traces(known)
-    known.add_argument("--out", metavar="FILE", required=True, help="the HTML file to write")
+    add_traces(parser)
+    parser.add_argument("--out", metavar="FILE", required=True, help="the HTML file to write")
     shares = ", ".join(f"{share}%" for share in SHARES)
-    known.add_argument(
+    parser.add_argument(
         "--budget",
         action="append",
         metavar="B",
         help=f"10%, 166 (slots), 2.9GB or 2.7GiB; repeat for more (default: {shares})",
     )
-    known.add_argument(
+    parser.add_argument(
         "--device",
         action="append",
         metavar="D",
         help=f"a preset of `moe-beyond devices`, or a JSON file; repeat for more (default: {', '.join(DEVICES)})",
     )
-    known.add_argument(
+    parser.add_argument(
         "--warmup-tokens", type=int, default=0, metavar="N", help="tokens of a sequence that replays do not count (0)"
     )
-    return known
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Measure, write the page."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     if Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, {Path(args.out) / 'report.html'} for example")
     _report(args)

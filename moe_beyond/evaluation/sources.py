@@ -18,7 +18,7 @@ from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits, load_predictor, read_config
 from moe_beyond.predictors.training_text import Training
-from moe_beyond.pretrained import checkpoints_folder, published_predictors
+from moe_beyond.pretrained import checkpoint_folders, list_pretrained, pretrained_folder, shipped_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 
@@ -91,7 +91,7 @@ def from_predictor_folder(folder: str | Path) -> ScoreSource:
 
 def name_of_folder(folder: str | Path, architecture: str) -> str:
     """Return what tables call a predictor: its published name, or else its architecture."""
-    published = Path(folder).resolve().parent == checkpoints_folder().resolve()
+    published = Path(folder).resolve().parent in checkpoint_folders()
     return Path(folder).name if published else architecture
 
 
@@ -123,10 +123,10 @@ def published_for(architecture: str, traces: TraceSet) -> Path | None:
     Returns:
         The folder of the first by name; None if there is none.
     """
-    for name in published_predictors():
-        folder = checkpoints_folder() / name
+    for name in list_pretrained():
+        folder = shipped_folder(name)
         if name.split(".")[0] == architecture and _is_for(read_config(folder), traces):
-            return folder
+            return pretrained_folder(name)
     return None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.evaluation.strategies import Quotas, evenly, strategy
+from moe_beyond.pretrained import NotInstalledError
 from moe_beyond.simulator import ReplaySettings
 
 
@@ -115,7 +116,11 @@ def system_strategies(
                 missing.append(Unavailable(name, "needs the released predictions: --scores of lookahead 0"))
                 continue
         elif system.architecture is not None:
-            source = published(system.architecture)
+            try:
+                source = published(system.architecture)
+            except NotInstalledError as error:
+                missing.append(Unavailable(name, str(error)))
+                continue
             if source is None:
                 why = f"no published {system.architecture} predictor is for this model and tokenizer"
                 missing.append(Unavailable(name, why))

@@ -40,7 +40,7 @@ class CountingTask(PredictorTask):
             raise UserError(f"a counting predictor counts; set trainer.precision to 32-true, not {trainer.precision}")
         if trainer.gradient_clip_val:
             raise UserError(
-                "a counting predictor has no gradients to clip; use configs/trainer/counting.yaml, "
+                "a counting predictor has no gradients to clip; use trainer/counting, "
                 "or set trainer.gradient_clip_val to null"
             )
         if trainer.world_size > 1:

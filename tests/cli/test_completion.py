@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from moe_beyond.cli.completion import LIGHTNING, completion_script
-from moe_beyond.cli.main import VERBS, main
-from moe_beyond.pretrained import published_predictors
+from moe_beyond.cli.main import COMMANDS, main
+from moe_beyond.pretrained import list_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +26,19 @@ def offered(script: str, *words: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_offers_verbs_options_and_names(script: str) -> None:
-    assert offered(script, "") == list(VERBS)
-    assert offered(script, "re") == [verb for verb in VERBS if verb.startswith("re")]
+    assert offered(script, "") == list(COMMANDS)
+    assert offered(script, "re") == [verb for verb in COMMANDS if verb.startswith("re")]
     assert offered(script, "replay", "--pre") == ["--prefetch", "--predictor", "--prefill-chunk"]
     assert offered(script, "fit", "--c") == ["--config", "--ckpt_path"]
     assert offered(script, "replay", "--predictor", "naive") == [
-        name for name in published_predictors() if name.startswith("naive")
+        name for name in list_pretrained() if name.startswith("naive")
     ]
-    assert offered(script, "evaluate", "token_c") == [n for n in published_predictors() if n.startswith("token_c")]
+    assert offered(script, "evaluate", "token_c") == [n for n in list_pretrained() if n.startswith("token_c")]
     assert offered(script, "plan", "--policy", "bel") == ["belief", "belady", "belady_bypass"]
     assert offered(script, "replay", "--traces", "") == []  # files, by the shell's default
 
 
-@pytest.mark.parametrize("verb", [verb for verb, (module, _) in VERBS.items() if module == "lightning"])
+@pytest.mark.parametrize("verb", [verb for verb, (module, _) in COMMANDS.items() if module == "lightning"])
 def test_the_options_that_all_fits_have_are_theirs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     said = capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 from _helpers.common import error_line
 
 import moe_beyond
-from moe_beyond.cli.main import VERBS, main
+from moe_beyond.cli.main import COMMANDS, main
 
 
 @pytest.mark.parametrize("words", ["import moe_beyond", "from moe_beyond.cli.main import main; main(['--help'])"])
@@ -30,12 +30,12 @@ def test_import_and_help_load_no_library(words: str) -> None:
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"  {verb} " in said for verb in VERBS)
+    assert all(f"  {verb} " in said for verb in COMMANDS)
     assert main([]) == 2
     assert capsys.readouterr() == ("", said)
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS))
+@pytest.mark.parametrize("verb", sorted(COMMANDS))
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     said = capsys.readouterr().out

@@ -23,10 +23,10 @@ from moe_beyond.collect.forward import _half
 from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 

@@ -13,10 +13,10 @@ from _helpers.common import error_line, failure, tiny_traces
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_beyond.cli.main import main
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 LINES = ["def main():", "import os", "x = 1", "The list of arguments. " * 100]
 
 

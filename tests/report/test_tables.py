@@ -19,12 +19,12 @@ from moe_beyond.evaluation.run import Evaluation, evaluate
 from moe_beyond.evaluation.sizing import Answer, parse_target
 from moe_beyond.evaluation.strategies import beside, combinations
 from moe_beyond.geometry import load_preset
-from moe_beyond.pretrained import published_figures
+from moe_beyond.pretrained import pretrained_figures
 from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.report.tables.inspection import inspection_tables
 from moe_beyond.report.tables.intervals import intervals_tables
-from moe_beyond.report.tables.pretrained import published_tables
+from moe_beyond.report.tables.pretrained import pretrained_tables
 from moe_beyond.report.tables.results import FIGURES, checkpoints_table, metrics_table, results_table
 from moe_beyond.report.tables.sizing import plan_table
 from moe_beyond.simulator import ReplaySettings
@@ -92,7 +92,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     preset = load_preset("deepseek-v2-lite").geometry
     rows = device_rows([load_device(name) for name in DEVICES], preset, 16.0)
     found |= {f"devices: {table.title}": table for table in devices_tables(rows, preset, 16.0)}
-    found |= {f"published: {table.title}": table for table in published_tables(published_figures())}
+    found |= {f"published: {table.title}": table for table in pretrained_tables(pretrained_figures())}
     return found
 
 

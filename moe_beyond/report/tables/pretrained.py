@@ -11,8 +11,8 @@ from moe_beyond.report.tables.fitted import FittedTable
 NOTHING = "nothing recorded"
 
 
-def published_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
-    """Lay out what `moe_beyond.pretrained.published_figures` returned, a table for each trace set measured on."""
+def pretrained_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
+    """Lay out what `moe_beyond.pretrained.pretrained_figures` returned, a table for each trace set measured on."""
     rows: dict[str, list[tuple[str, ...]]] = {}
     for one in predictors:
         name, size = one["name"], f"{one['bytes'] / 1e6:.1f}"

@@ -7,24 +7,24 @@ import pytest
 from moe_beyond import pretrained as published
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.io.folder import load_predictor, read_config
-from moe_beyond.pretrained import checkpoints_folder, find_predictor, published_predictors
+from moe_beyond.pretrained import find_predictor, list_pretrained, shipped_folder
 
 
 def test_every_published_predictor_loads_and_says_what_it_was_fitted_on() -> None:
-    names = published_predictors()
+    names = list_pretrained()
     assert names
     for name in names:
         config = read_config(find_predictor(name))
         predictor = load_predictor(find_predictor(name))
         assert name.startswith(f"{predictor.architecture}.")
         assert len(config["training"]["fingerprint"]) == 64
-        assert f"# {name}" in (checkpoints_folder() / name / "README.md").read_text()
+        assert f"# {name}" in (shipped_folder(name) / "README.md").read_text()
 
 
 def test_a_folder_and_a_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    name = published_predictors()[0]
-    assert find_predictor(name) == checkpoints_folder() / name
+    name = list_pretrained()[0]
+    assert find_predictor(name) == shipped_folder(name)
     (tmp_path / "mine").mkdir()
     assert find_predictor("mine") == Path("mine")
     (tmp_path / name).mkdir()
@@ -49,4 +49,4 @@ def test_an_installed_package_finds_them_inside_itself(tmp_path: Path, monkeypat
     (package / "checkpoints" / "a.b").mkdir(parents=True)
     (package / "checkpoints" / "a.b" / "config.json").write_text("{}")
     monkeypatch.setattr(published, "__file__", str(package / "pretrained.py"))
-    assert published_predictors() == ["a.b"]
+    assert list_pretrained() == ["a.b"]
