@@ -73,7 +73,7 @@ def test_what_was_downloaded_serves_without_a_network(hub: Hub, folder: Path, mo
         ("hf:tiny", "hf:tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
         ("hf:org/tiny@", "hf:org/tiny@: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
         ("hf:../tiny", "hf:../tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
-        ("org/tiny", "org/tiny: there is no such folder; if it is on the Hub, write hf:org/tiny"),
+        ("org/tiny", "org/tiny: folder not found; if it is on the Hub, write hf:org/tiny"),
     ],
 )
 def test_what_is_not_there_is_one_line(hub: Hub, folder: Path, tmp_path: Path, capsys, monkeypatch, name, said):

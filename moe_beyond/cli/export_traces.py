@@ -5,7 +5,6 @@ from jsonargparse import ArgumentParser
 from moe_beyond.cli.options import TRACES_HELP, Output, command_parser
 from moe_beyond.errors import unknown
 from moe_beyond.traces.exporters import EXPORTERS
-from moe_beyond.traces.reader import TraceSet
 
 
 def build_parser() -> ArgumentParser:
@@ -31,6 +30,8 @@ def main(argv: list[str]) -> None:
         argv: The command and its options.
     """
     args = build_parser().parse_args(argv[1:])
+    from moe_beyond.traces.reader import TraceSet
+
     if args.format not in EXPORTERS:
         raise unknown("format", args.format, EXPORTERS)
     traces = TraceSet(args.traces)

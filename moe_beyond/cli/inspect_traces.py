@@ -7,10 +7,6 @@ from jsonargparse import ArgumentParser
 from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, command_parser, progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
-from moe_beyond.report.tables.inspection import inspection_tables
-from moe_beyond.traces.analysis.contrast import check_comparable, contrast, typical_experts
-from moe_beyond.traces.analysis.statistics import summarize
-from moe_beyond.traces.reader import TraceSet
 
 
 def build_parser() -> ArgumentParser:
@@ -49,6 +45,11 @@ def main(argv: list[str]) -> None:
         argv: The command and its options.
     """
     args = build_parser().parse_args(argv[1:])
+    from moe_beyond.report.tables.inspection import inspection_tables
+    from moe_beyond.traces.analysis.contrast import check_comparable, contrast, typical_experts
+    from moe_beyond.traces.analysis.statistics import summarize
+    from moe_beyond.traces.reader import TraceSet
+
     output = Output(args)
     check_plots(args.plots)
     for name in ("on", "off"):

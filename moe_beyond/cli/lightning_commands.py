@@ -23,7 +23,7 @@ EXAMPLES = {
 }
 OPTIONS = {
     "--help": ("", "print this help; --help=all also lists every trainer option"),
-    "--config": ("FILE", "configuration file in YAML, or the name of a shipped one (below); also -c; repeat for more"),
+    "--config": ("FILE", "configuration file in YAML, or the name of a shipped one (below); repeat for more"),
     "--print_config": ("", "print the resulting configuration and exit"),
     "--seed_everything": ("SEED", "random seed (default: 0)"),
     "--data": ("CLASS", "data module, such as TraceDataModule; --data.help CLASS lists its arguments"),
@@ -48,9 +48,11 @@ def short_help(command: str) -> str:
         command: One of ``fit``, ``validate``, ``test`` and ``predict``.
     """
     lines = [f"usage: moe-beyond {command} [-c FILE ...] [OPTIONS]", "", DESCRIPTIONS[command], "", "options:"]
-    lines += [f"  {f'{option} {metavar}'.rstrip():<26} {text}" for option, (metavar, text) in OPTIONS.items()]
-    names = textwrap.wrap(", ".join(list_configs()), 110, break_on_hyphens=False)
-    lines += ["", "shipped configurations:", *(f"  {line}" for line in names)]
+    for option, (metavar, text) in OPTIONS.items():
+        names = "-c, --config" if option == "--config" else option
+        lines.append(f"  {f'{names} {metavar}'.rstrip():<26} {text}")
+    configs = textwrap.wrap(", ".join(list_configs()), 110, break_on_hyphens=False)
+    lines += ["", "shipped configurations:", *(f"  {line}" for line in configs)]
     lines += ["", example_text(EXAMPLES[command])]
     return "\n".join(lines)
 

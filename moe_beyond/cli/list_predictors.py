@@ -4,7 +4,6 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, command_parser
 from moe_beyond.pretrained import CHECKPOINTS_VARIABLE, pretrained_figures
-from moe_beyond.report.tables.pretrained import pretrained_tables
 
 
 def build_parser() -> ArgumentParser:
@@ -23,6 +22,8 @@ def main(argv: list[str]) -> None:
         argv: The command and its options.
     """
     output = Output(build_parser().parse_args(argv[1:]))
+    from moe_beyond.report.tables.pretrained import pretrained_tables
+
     predictors = pretrained_figures()
     output.show(*pretrained_tables(predictors))
     missing = [row["name"] for row in predictors if not row["installed"]]

@@ -31,10 +31,10 @@ def main(argv: list[str]) -> None:
     Args:
         argv: The command and its options.
     """
+    args = build_parser().parse_args(argv[1:])
     from moe_beyond.callbacks.export import package
     from moe_beyond.predictors.io.folder import read_config
 
-    args = build_parser().parse_args(argv[1:])
     package(args.checkpoint, args.out, half=args.half)
     output = Output(args)
     output.show(f"{args.out}: predictor folder")

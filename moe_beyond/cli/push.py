@@ -43,9 +43,9 @@ def main(argv: list[str]) -> None:
     Args:
         argv: The command and its options.
     """
+    args = build_parser().parse_args(argv[1:])
     from moe_beyond.hub.push import check_trained_on, prepare, push
 
-    args = build_parser().parse_args(argv[1:])
     output = Output(args)
     folder = find_predictor(args.folder)
     upload = prepare(folder, args.repository, args.traces)

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.base import Predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.texts import count_shared, text_hashes
+
+if TYPE_CHECKING:
+    from moe_beyond.predictors.base import Predictor
 
 Training = Mapping[str, Any]
 """Entry ``training`` of a predictor's configuration: `TraceSet.describe` of the training split, ``texts`` (a sketch of
@@ -162,7 +164,7 @@ def recorded_uses(training: Training, uses: Sequence[str], lent: Sequence[Traini
     return {**others, "seen": [*own, *lent]}
 
 
-def seen_by(lender: Predictor) -> list[Training]:
+def seen_by(lender: "Predictor") -> list[Training]:
     """Return the text that calibrated a predictor, for the record of one that borrows its calibration."""
     training = lender.fitted_on or {}
     texts = [text for text in _other_text(training) if "calibrated" in text["use"]]

@@ -1,4 +1,4 @@
-"""What a user types wrongly, and the line that says so."""
+"""Mistakes on the command line, and their one-line errors."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
     ],
 )
-def test_a_slip_of_fit_is_one_line(here: Path, capsys, words: list[str], line: str | None) -> None:
+def test_a_mistake_of_fit_is_one_line(here: Path, capsys, words: list[str], line: str | None) -> None:
     said = failure(capsys, here, ["fit", *words])
     assert line is None or said == line
     assert not any(phrase in said for phrase in ("Union", "Subtypes", "NoneType", "<class"))
@@ -78,9 +78,9 @@ def test_a_precision_that_there_is_not_names_those_there_are(here: Path, capsys)
     assert all(f" {name} " in said for name in ("16-mixed", "bf16-mixed", "32-true"))
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_the_other_verbs_say_it_too(here: Path, capsys, verb: str) -> None:
-    words = [verb, "-c", MODEL, "-c", DATA, "--data.traces=traces"]
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_the_other_commands_report_it_too(here: Path, capsys, command: str) -> None:
+    words = [command, "-c", MODEL, "-c", DATA, "--data.traces=traces"]
     assert failure(capsys, here, [*words, "--model.widht=3"]).startswith("--model: CrossLayer has no argument 'widht'")
     assert failure(capsys, here, [*words, "--trainer.accelerator=abacus"]).startswith("Trainer: ")
 
@@ -131,10 +131,10 @@ def test_gradients_that_are_not_there_are_not_clipped(here: Path, capsys) -> Non
         ),
         (["replay", "--traces", "a", "--traces=b"], "--traces: is given twice, and takes one value"),
         (["replay", "--traces=traces", "--policy=LRU"], "unknown policy 'LRU'; did you mean 'lru'?"),
-        (["train"], "unknown verb 'train'; did you mean 'fit'?"),
+        (["train"], "unknown command 'train'; did you mean 'fit'?"),
     ],
 )
-def test_slips_of_other_verbs(here: Path, capsys, words: list[str], line: str) -> None:
+def test_mistakes_of_other_commands(here: Path, capsys, words: list[str], line: str) -> None:
     assert error_line(capsys, words).startswith(line)
 
 
