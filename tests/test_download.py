@@ -67,7 +67,10 @@ def test_what_was_downloaded_serves_without_a_network(hub: Hub, folder: Path, mo
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("hf:org/none", "hf:org/none@main: there is no such repository of this kind, or it is private: then log"),
+        (
+            "hf:org/none",
+            "hf:org/none@main: there is no such repository of this kind, or it is private; in that case log",
+        ),
         ("hf:org/tiny@v9", "hf:org/tiny@v9: there is no such revision; name a branch, a tag or a commit"),
         ("hf:org/empty", "hf:org/empty@main: has no config.json; is it a repository of this package?"),
         ("hf:tiny", "hf:tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
@@ -88,9 +91,9 @@ def test_what_is_not_there_is_one_line(hub: Hub, folder: Path, tmp_path: Path, c
     [
         (401, "the Hub does not accept the token"),
         (403, "the token does not allow it"),
-        (429, "the Hub has had too many requests"),
+        (429, "the Hub limits the rate of requests"),
         (503, "the Hub fails (status 503)"),
-        (None, "the Hub cannot be reached"),
+        (None, "the Hub is unreachable"),
     ],
 )
 def test_a_hub_that_fails_is_one_line(hub: Hub, folder: Path, status: int | None, said: str, capsys):

@@ -208,7 +208,7 @@ def check_space(
     if needed > free:
         raise UserError(
             f"{pieces.parent}: {sum(by_batch):,} tokens need some {needed / 1e6:,.1f} MB more, and "
-            f"{free / 1e6:,.1f} MB are free; make room, then run the same command again"
+            f"{free / 1e6:,.1f} MB are free; free some space, then run the same command again"
         )
 
 

@@ -103,7 +103,10 @@ def test_the_module_is_the_command() -> None:
     done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"moe-beyond {moe_beyond.__version__}\n"
     done = subprocess.run([*words, "inspekt"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "moe-beyond: error: unknown command 'inspekt'; did you mean 'inspect'?\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "moe-beyond: error: unknown command 'inspekt'; did you mean 'inspect'?\n",
+    )
 
 
 @pytest.mark.parametrize("words", [["version"], ["-V"], ["--version"]])
