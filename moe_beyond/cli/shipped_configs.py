@@ -43,5 +43,6 @@ def find_config(name: str) -> Path:
         raise UserError("is a folder; name a file")
     if not path.exists():
         near = near_path(name) or nearest(name.removesuffix(SUFFIX).removeprefix(f"{configs_folder().name}/"), names)
-        raise UserError("not found; " + (f"did you mean {near}?" if near else "name a file, or one of fit --help"))
+        hint = f"did you mean {near}?" if near else "name a file or a shipped configuration (see fit --help)"
+        raise UserError(f"not found; {hint}")
     return path

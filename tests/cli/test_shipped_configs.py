@@ -33,7 +33,7 @@ def test_a_file_and_a_name_are_distinguished(tmp_path: Path, monkeypatch: pytest
     [
         ("trainer/defalt", "trainer/defalt: not found; did you mean trainer/default?"),
         ("configs/model/cross_layr.yaml", "configs/model/cross_layr.yaml: not found; did you mean model/cross_layer?"),
-        ("nothing-like-it", "nothing-like-it: not found; name a file, or one of fit --help"),
+        ("nothing-like-it", "nothing-like-it: not found; name a file or a shipped configuration (see fit --help)"),
         ("folder", "folder: is a folder; name a file"),
         (" ", "-c: the name of the file is empty; name a configuration file in YAML"),
     ],
