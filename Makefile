@@ -31,7 +31,7 @@ slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/$(PYTEST) -m slow
 
 min: .venv-min/installed  ## run the fast tests on the lowest versions of all dependencies, in .venv-min
-	.venv-min/bin/$(PYTEST) -m "not slow"
+	.venv-min/bin/$(PYTEST) -m "not slow" -W default  # old versions warn about each other
 
 docs: $(INSTALLED)  ## write the API documentation as HTML, into site/
 	$(BIN)/pdoc --docformat google -o site moe_beyond

@@ -34,7 +34,7 @@ class HubName:
     """Repository of the Hub at a revision.
 
     Attributes:
-        repository: ``ORG/REPO``.
+        repository: Name of the repository, ``ORG/REPO``.
         revision: Branch, tag or commit.
     """
 

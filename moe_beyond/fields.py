@@ -90,8 +90,8 @@ def build(cls: Callable[..., Built], content: Any, name: str) -> Built:
     """Build a dataclass from the fields of a JSON object.
 
     Args:
-        cls: Dataclass.
-        content: JSON object.
+        cls: Dataclass to build.
+        content: JSON object with its fields.
         name: Name of the object in error messages.
 
     Raises:

@@ -210,7 +210,7 @@ def check_seal(content: Mapping[str, Any], source: str | Path, remedy: str) -> N
     """Check that an object is unchanged since `sealed` returned it.
 
     Args:
-        content: JSON object.
+        content: JSON object with a hash.
         source: Path or name of the origin, for error messages.
         remedy: Advice for a changed file.
 

@@ -46,7 +46,7 @@ def read_yaml(text: str) -> Any:
     """Read YAML as jsonargparse does.
 
     Args:
-        text: YAML text.
+        text: Content of a YAML file.
 
     Raises:
         UserError: The content is too large or too deep, or names a class that a configuration may not name.

@@ -94,7 +94,7 @@ def _class_in_configuration(error: BaseException) -> str:
     from lightning.pytorch.strategies import Strategy
 
     named = (L.Trainer, L.Callback, L.LightningModule, L.LightningDataModule, Logger, Profiler, Strategy)
-    # A module without an attribute is not the one that reads it.
+    # A frame of __getattr__ belongs to a module that lacks an attribute, not to its reader.
     frames = [frame for frame in _frames(error) if frame.f_code.co_name != "__getattr__"]
     objects = [frame.f_locals.get("self") for frame in reversed(frames)]
     return next((type(instance).__name__ for instance in objects if isinstance(instance, named)), "")

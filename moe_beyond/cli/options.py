@@ -121,7 +121,7 @@ class Output:
     Tables and lines go to standard output. With ``--json -`` only the JSON does; with ``--quiet`` nothing does.
 
     Args:
-        args: Parsed options.
+        args: Parsed options of the command.
 
     Raises:
         UserError: ``--json`` names a file that cannot be written.

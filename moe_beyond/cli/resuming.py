@@ -167,7 +167,7 @@ class Stopped(SystemExit):
     """End of an interrupted fit, with lines to print after the last output of the loggers.
 
     Args:
-        code: Exit code.
+        code: Exit code of the process.
         lines: Folder of the run, and the command that resumes it.
     """
 
