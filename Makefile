@@ -1,33 +1,64 @@
-# Only Python 3.11+, git and make are needed; everything else goes into .venv.
+# Only Python 3.11+, git and make are needed; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PYTEST := pytest -n auto --dist worksteal
 
-.PHONY: demo test lint unit slow clean
+.PHONY: help demo test lint format unit slow min docs bench build clean
 
-demo: $(INSTALLED)
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+
+demo: $(INSTALLED)  ## record, fit and replay the bundled model, into demo/
 	$(BIN)/moe-beyond quickstart --out demo
 
-test: lint unit
+test: lint unit  ## lint, then unit
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## check style, types and imports between rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(INSTALLED)
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+format: $(INSTALLED)  ## format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
-slow: $(INSTALLED)
-	$(BIN)/pytest -n auto --dist worksteal -m slow
+unit: $(INSTALLED)  ## run the fast tests
+	$(BIN)/$(PYTEST) -m "not slow"
 
-# torch first and alone: where an index offers a CPU build of the pinned release, nothing may pull in another.
+slow: $(INSTALLED)  ## run the slow tests
+	$(BIN)/$(PYTEST) -m slow
+
+min: .venv-min/installed  ## run the fast tests on the lowest versions of all dependencies, in .venv-min
+	.venv-min/bin/$(PYTEST) -m "not slow" -W default  # old versions warn about each other
+
+docs: $(INSTALLED)  ## write the API documentation as HTML, into site/
+	$(BIN)/pdoc --docformat google -o site moe_beyond
+
+bench: demo/predictor  ## time the start-up of every command, and the replay of the demo's traces
+	$(BIN)/python tools/bench_startup.py
+	$(BIN)/python tools/bench_replay.py --data demo/traces --predictor demo/predictor --slots 48
+
+demo/predictor: $(INSTALLED)
+	$(BIN)/moe-beyond quickstart --out demo
+
+build: $(INSTALLED)  ## build the wheel and the source distribution, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## remove the environments and everything that the targets write
+	rm -rf .venv .venv-min demo dist site
+
+# torch comes first and on its own, so that an index with a CPU build of the pinned release serves that build.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
-clean:
-	rm -rf .venv demo
+.venv-min/installed: pyproject.toml constraints-min.txt
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/pip install -q -c constraints-min.txt torch==2.13.0
+	.venv-min/bin/pip install -q -c constraints-min.txt -e '.[test]'
+	touch $@

@@ -298,7 +298,7 @@ def list_pretrained(architecture: str | None = None) -> list[str]:
         >>> mb.list_pretrained("history")
         ['history.deepseek-v2-lite-puffin']
     """
-    return [name for name in pretrained.published_predictors() if architecture in (None, name.partition(".")[0])]
+    return [name for name in pretrained.list_pretrained() if architecture in (None, name.partition(".")[0])]
 
 
 @_public
@@ -492,7 +492,7 @@ def _traces(traces: TracesLike, function: str) -> TraceSet:
     if not isinstance(traces, str | Path) and _is_predictor(traces):
         raise UserError(f"{function}: traces is a predictor ({traces.architecture}); {order}")
     path = _path(traces, f"{function}: traces")
-    if path in pretrained.published_predictors() or (Path(path) / pretrained.CONFIG_FILE).is_file():
+    if path in pretrained.list_pretrained() or (Path(path) / pretrained.CONFIG_FILE).is_file():
         raise UserError(f"{function}: traces is a predictor ({path}); {order}")
     return TraceSet(path)
 

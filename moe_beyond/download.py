@@ -1,7 +1,4 @@
-"""What lies on the Hugging Face Hub, by names like ``hf:ORG/REPO@REVISION``.
-
-Files of known names come down; whatever else a repository holds stays there.
-"""
+"""Downloads from the Hugging Face Hub, by names like ``hf:ORG/REPO@REVISION``; only expected files are downloaded."""
 
 import os
 import re
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 Kind = Literal["model", "dataset"]
-"""What the Hub calls a predictor's repository, and a trace set's."""
+"""Kind of a predictor's repository, and of a trace set's."""
 
 PREFIX = "hf:"
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -29,23 +26,28 @@ FILE_SUFFIXES = frozenset(
     ".txt .json .jsonl .ndjson .csv .tsv .parquet .safetensors .gguf .bin .pt .pth .ckpt .yaml .yml .zip .gz .zst .md "
     ".py .npz .npy".split()
 )
-"""Suffixes of files; a repository on the Hub is hardly ever called so."""
+"""Suffixes of local files; hardly any repository of the Hub ends with one."""
 
 
 @dataclass(frozen=True)
 class HubName:
-    """A repository of the Hub at a revision: a branch, a tag or a commit."""
+    """Repository of the Hub at a revision.
+
+    Attributes:
+        repository: Name of the repository, ``ORG/REPO``.
+        revision: Branch, tag or commit.
+    """
 
     repository: str
     revision: str
 
     def __str__(self) -> str:
-        """Write it as `parse_hub_name` reads it."""
+        """Return the name in the form that `parse_hub_name` reads."""
         return f"{PREFIX}{self.repository}@{self.revision}"
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether a name means the Hub; ``hf://...`` is a URL, which fsspec reads."""
+    """Return whether a name refers to the Hub; ``hf://...`` is a URL that fsspec reads."""
     return name.startswith(PREFIX) and not name.startswith(f"{PREFIX}//")
 
 
@@ -53,7 +55,7 @@ def parse_hub_name(name: str) -> HubName:
     """Read ``hf:ORG/REPO`` or ``hf:ORG/REPO@REVISION``.
 
     Raises:
-        UserError: It is neither.
+        UserError: The name has another form.
 
     Example:
         >>> parse_hub_name("hf:org/repo@v1")
@@ -65,23 +67,23 @@ def parse_hub_name(name: str) -> HubName:
     return HubName(repository, revision or "main")
 
 
-def download(name: HubName, kind: Kind, needed: Sequence[str], wanted: Sequence[str] = ()) -> Path:
+def download(name: HubName, kind: Kind, required: Sequence[str], optional: Sequence[str] = ()) -> Path:
     """Download files of a repository, or find them in the Hub's local cache.
 
     Args:
-        name: The repository.
+        name: Repository and revision.
         kind: Kind of the repository.
-        needed: Files that must be there.
-        wanted: Patterns of further files; no others are downloaded.
+        required: Files that the repository must have.
+        optional: Patterns of further files to download (default: none).
 
     Returns:
-        The folder, named as the commit; it is the Hub's cache, not to be written to.
+        Folder in the Hub's cache, named after the commit. Do not write to it.
 
     Raises:
-        UserError: There is no such repository, or it lacks a needed file, or the Hub cannot be asked.
+        UserError: There is no such repository, it lacks a required file, or the Hub is unreachable.
     """
-    folder = snapshot(name, kind, [*needed, *wanted])
-    for file in needed:
+    folder = snapshot(name, kind, [*required, *optional])
+    for file in required:
         if not (folder / file).is_file():
             raise UserError(f"{name}: has no {file}; is it a repository of this package?")
     return folder
@@ -91,23 +93,23 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
     """Download the files of a repository whose names match, or find them in the Hub's local cache.
 
     Args:
-        name: The repository.
+        name: Repository and revision.
         kind: Kind of the repository.
         patterns: Shell patterns of file names.
-        shown: Name in error messages, if not ``hf:ORG/REPO@REVISION``.
+        shown: Name in error messages (default: ``hf:ORG/REPO@REVISION``).
 
     Returns:
-        The folder, named as the commit; it is the Hub's cache, not to be written to.
+        Folder in the Hub's cache, named after the commit. Do not write to it.
 
     Raises:
-        UserError: There is no such repository, or the Hub cannot be reached.
+        UserError: There is no such repository, or the Hub is unreachable.
     """
-    with asking_hub(shown or str(name)):
+    with hub_errors(shown or str(name)):
         from huggingface_hub import snapshot_download
 
         unreachable = _unreachable(name, kind) if COMMIT.fullmatch(name.revision) else None
         try:
-            found = snapshot_download(
+            folder = snapshot_download(
                 name.repository,
                 repo_type=kind,
                 revision=name.revision,
@@ -118,14 +120,14 @@ def snapshot(name: HubName, kind: Kind, patterns: Sequence[str], *, shown: str |
             if unreachable is None:
                 raise
             raise unreachable from error
-        return Path(found)
+        return Path(folder)
 
 
 def _unreachable(name: HubName, kind: Kind) -> Exception | None:
-    """Return what keeps this machine from reaching the Hub, after one request; None if it answers.
+    """Send one request to the Hub; return the error that prevents an answer, None if it answers.
 
-    Of a branch or a tag the library asks once before it lists files. Of a commit it lists them right away, and tries
-    that six times, within half a minute.
+    For a branch or a tag, the library sends such a request before it lists files. For a commit, it lists files at once,
+    with six attempts in half a minute.
     """
     from httpx2 import ConnectError, TimeoutException
     from huggingface_hub import HfApi
@@ -136,15 +138,18 @@ def _unreachable(name: HubName, kind: Kind) -> Exception | None:
     except (ConnectError, TimeoutException, OfflineModeIsEnabled) as error:
         return error
     except HfHubHTTPError:
-        return None  # the listing of files says the same, and what is in the cache may serve
+        return None  # listing the files reports it too, and the cache may have the files
     return None
 
 
 def looks_local(name: str) -> bool:
-    """Tell whether a name means a path on this machine, so that no request to the Hub is needed.
+    """Return whether a name is a path on this machine, so that no request to the Hub is needed.
 
-    It does if it begins like a path (``/``, ``./``, ``../``, ``~``), has other than one ``/`` or a known suffix, or if
-    what is before its last ``/`` is a folder here.
+    A path begins with ``/``, ``./``, ``../`` or ``~``, has more than one ``/``, has a suffix of `FILE_SUFFIXES`, or has
+    a parent folder that exists.
+
+    Args:
+        name: Name that the user gave.
 
     Example:
         >>> [looks_local(name) for name in ("./org/model", "a/b/c", "prompts.csv", "org/model")]
@@ -156,40 +161,40 @@ def looks_local(name: str) -> bool:
     return len(path.parts) > 1 and path.parent.is_dir()
 
 
-def no_such_file(name: str, what: str, *, hint: str = "") -> UserError:
-    """Build the error for a path that is not there, naming the entry of its folder that is spelt most alike.
+def no_such_file(name: str, kind: str, *, hint: str = "") -> UserError:
+    """Build the error for a path that does not exist, with the nearest existing path.
 
     Args:
-        name: The path, as the user wrote it.
-        what: The expected kind, such as ``"folder"``.
-        hint: Advice where nothing is spelt alike; default: none.
+        name: Path that the user gave.
+        kind: Expected kind, such as ``"folder"``.
+        hint: Advice if there is no near path (default: none).
     """
     if (near := near_path(name)) is not None:
-        return UserError(f"{name}: there is no such {what}; did you mean {near}?")
-    return UserError(f"{name}: there is no such {what}" + (f"; {hint}" if hint else ""))
+        return UserError(f"{name}: there is no such {kind}; did you mean {near}?")
+    return UserError(f"{name}: there is no such {kind}" + (f"; {hint}" if hint else ""))
 
 
 def near_path(name: str) -> Path | None:
-    """Return a path that exists and is spelt like one that does not, or None."""
+    """Return the existing path with the spelling nearest to a missing one; None if there is none."""
     path = Path(name).expanduser()
     missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
     try:
         near = nearest(missing.name, os.listdir(missing.parent))
     except OSError:
         return None
-    meant = missing.parent / near / path.relative_to(missing) if near else None
-    return meant if meant is not None and meant.exists() else None
+    candidate = missing.parent / near / path.relative_to(missing) if near else None
+    return candidate if candidate is not None and candidate.exists() else None
 
 
 @contextmanager
-def asking_hub(name: str) -> Iterator[None]:
-    """Turn what the Hub refuses, or what keeps it from answering, into one line; show progress on a terminal alone.
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn errors of the Hub and of the connection into one line; show progress only on a terminal.
 
     Args:
-        name: What is asked for, as the user wrote it.
+        name: Name that the user gave.
 
     Raises:
-        UserError: The Hub, or the way to it, fails what is done inside.
+        UserError: The Hub refuses a request, or is unreachable.
     """
     from httpx2 import HTTPError
     from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, OfflineModeIsEnabled
@@ -201,7 +206,7 @@ def asking_hub(name: str) -> Iterator[None]:
         disable_progress_bars()
     try:
         yield
-    except (*refused, ValueError, RuntimeError) as error:  # of the latter: bad names and cards, failed transfers
+    except (*refused, ValueError, RuntimeError) as error:  # the last two: bad names and cards, failed transfers
         raise UserError(f"{name}: {_reason(error)}") from error
     finally:
         if hides:
@@ -209,43 +214,43 @@ def asking_hub(name: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Say what is behind an error of the library: it wraps what the Hub answered."""
+    """Return the reason of an error of the library, which wraps the answer of the Hub."""
     from httpx2 import TransportError
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, HfHubHTTPError):
-            return _answer(behind)
-        if isinstance(behind, OfflineModeIsEnabled):
-            return "is not in the local cache, and HF_HUB_OFFLINE keeps from asking the Hub; unset it"
-        if isinstance(behind, TransportError):
-            return f"the Hub cannot be reached at {constants.ENDPOINT} ({brief(behind)}); try again"
-        behind = behind.__cause__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            return _answer(cause)
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "is not in the local cache, and HF_HUB_OFFLINE forbids requests to the Hub; unset it"
+        if isinstance(cause, TransportError):
+            return f"the Hub is unreachable at {constants.ENDPOINT} ({brief(cause)}); try again"
+        cause = cause.__cause__
     return brief(error)
 
 
 def _answer(error: "HfHubHTTPError") -> str:
-    """Say what the Hub answered, and what to do about it."""
+    """Return the answer of the Hub and a remedy."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    status, said = error.response.status_code, brief(error.server_message or "no reason given")
+    status, message = error.response.status_code, brief(error.server_message or "no reason given")
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
         return "there is no such revision; name a branch, a tag or a commit"
     if isinstance(error, GatedRepoError):
-        return "is gated; ask for access on its page"
+        return "is gated; request access on its page"
     if isinstance(error, RepositoryNotFoundError):
-        return f"there is no such repository of this kind, or it is private: then {log_in}"
+        return f"there is no such repository of this kind, or it is private; in that case {log_in}"
     if status == 401:
-        return f"the Hub does not accept the token; {log_in}" if get_token() else f"the Hub wants a token; {log_in}"
+        return f"the Hub does not accept the token; {log_in}" if get_token() else f"the Hub requires a token; {log_in}"
     if status == 403:
-        return f"the token does not allow it ({said}); use one that may"
+        return f"the token does not allow it ({message}); use a token that does"
     if status == 429:
         seconds = error.response.headers.get("Retry-After")
-        return f"the Hub has had too many requests; try again {f'in {seconds} s' if seconds else 'later'}"
+        return f"the Hub limits the rate of requests; try again {f'in {seconds} s' if seconds else 'later'}"
     if status >= 500:
         return f"the Hub fails (status {status}); try again later"
-    return f"the Hub refuses it (status {status}: {said})"
+    return f"the Hub refuses the request (status {status}: {message})"

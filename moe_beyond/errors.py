@@ -1,19 +1,24 @@
-"""The one exception a user is meant to read."""
+"""The exception whose message is for the user."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user gave is wrong.
+    """A wrong argument, option or file of the user.
 
-    The message is one line that names the file, row or option and says what to do. The command line prints it
-    without a traceback and exits with code 2.
+    The message is one line: the file, row or option, what is wrong, and what to do. The command line prints it without
+    a traceback and exits with code 2.
     """
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Build the error for a name that is not in a list, naming the near misses or, without any, the whole list.
+    """Build the error for a name that is not in a list; it contains the nearest name, otherwise the whole list.
+
+    Args:
+        kind: Noun for the message, such as ``"policy"``.
+        name: Name that was given.
+        known: Names that exist.
 
     Example:
         >>> str(unknown("policy", "lro", ["lru", "lfu", "belady"]))
@@ -30,12 +35,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the name that is spelt most like another, or like it but for capitals; None if none is.
+    """Return the name with the most similar spelling, or with the same letters in another case; None if there is none.
 
     Args:
-        name: The name that was written.
-        names: The names to choose from.
-        cutoff: Least similarity, 0 to 1, as `difflib` counts it.
+        name: Name that was given.
+        names: Names to choose from.
+        cutoff: Minimum similarity of `difflib`, from 0 to 1 (default: 0.6).
 
     Example:
         >>> nearest("lro", ["belady", "lru"]), nearest("LRU", ["lru"]), nearest("x", ["lru"])

@@ -1,4 +1,4 @@
-"""Writing files and folders so that nobody ever finds a half-written one."""
+"""Atomic writes of files and folders, and JSON files."""
 
 import errno
 import hashlib
@@ -17,26 +17,29 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.fields import is_plain_name, shown
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers for a file without room: a full disk, a quota, a limit of file sizes."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers for a full disk, a quota, and a limit of file sizes."""
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""The error number in messages of libraries written in Rust, such as safetensors."""
+"""Error number in messages of libraries written in Rust, such as safetensors."""
 SEAL = "content_sha256"
-"""The field of a JSON object that holds a hash of all others."""
+"""Field of a JSON object with a hash of all other fields."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on any error.
 
-    The file is flushed to the disk before it is renamed, and its folder after: even a power cut leaves the earlier file
-    or the later one.
+    The file is flushed to the disk before the rename, and its folder afterwards: a power cut leaves either the old file
+    or the new one.
+
+    Args:
+        path: File to write.
 
     Raises:
-        UserError: There is no room for it.
+        UserError: The disk is full.
     """
     path = Path(path)
-    with _naming_what_has_no_room(path):
+    with _naming_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -53,7 +56,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def creating(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path as `replacing` does, for a file that must not be there yet.
+    """Yield a temporary path as `replacing` does, for a file that must not exist.
 
     Raises:
         UserError: ``path`` exists.
@@ -69,83 +72,90 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     """Yield an empty temporary folder next to ``path``; rename it to ``path`` on success, delete it on any error.
 
     Args:
-        path: The folder to make.
-        overwrite: Replace a folder that is already there, instead of refusing.
+        path: Folder to write.
+        overwrite: Replace a folder that exists (default: False, which refuses it).
 
     Raises:
-        UserError: ``path`` exists, is not an empty folder, and ``overwrite`` is off; this process works inside it;
-            or there is no room.
+        UserError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; it is or contains the working
+            folder of this process; or the disk is full.
     """
     path = Path(path)
     if not overwrite:
         check_is_free(path)
     check_is_elsewhere(path)
-    with _naming_what_has_no_room(path):
+    with _naming_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            for file in temporary.rglob("*"):  # libraries write some files for their owner alone
+            for file in temporary.rglob("*"):  # libraries make some files readable only by their owner
                 file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             if path.is_dir() and overwrite:
-                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                path.replace(aside)
+                previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                path.replace(previous)
                 temporary.replace(path)
-                shutil.rmtree(aside)
+                shutil.rmtree(previous)
             else:
                 if path.is_dir():
-                    path.rmdir()  # empty, or somebody filled it meanwhile, and it stays
+                    path.rmdir()  # fails if another process has filled the folder
                 temporary.replace(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_taken(folder: Path) -> bool:
-    """Tell whether a folder cannot be made at a path: something other than an empty folder is there already."""
+    """Return whether a path exists and is not an empty folder, so that no folder can be written there."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def check_is_free(folder: Path) -> None:
-    """Refuse to make a folder where there is something already.
+    """Refuse to write a folder over an existing file or folder.
+
+    Args:
+        folder: Folder to write.
 
     Raises:
-        UserError: There is.
+        UserError: The path exists and is not an empty folder.
     """
     if is_taken(folder):
         raise UserError(f"{folder} already exists; choose another folder or remove it")
 
 
 def check_is_elsewhere(path: Path) -> None:
-    """Refuse to make a folder that this process works inside.
-
-    Raises:
-        UserError: It does.
-    """
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise UserError(f"{path}: the folder to make cannot be the present one or one above it; choose another")
-
-
-def is_earlier_result(folder: str | Path, marker: str, *names: str) -> bool:
-    """Tell whether a folder is one that this package made before, with nothing of the user's in it.
+    """Refuse to replace the working folder of this process or a folder that contains it.
 
     Args:
-        folder: The folder; it need not exist.
-        marker: The file by which such a folder is known.
-        *names: Patterns of whatever else may lie there.
+        path: Folder to write.
+
+    Raises:
+        UserError: The working folder is ``path`` or inside it.
     """
-    found = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
-    return marker in found and all(any(fnmatchcase(name, known) for known in (marker, *names)) for name in found)
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path}: is or contains the working folder; choose another folder")
+
+
+def is_earlier_result(folder: str | Path, marker: str, *patterns: str) -> bool:
+    """Return whether this package wrote a folder, and the user added no files to it.
+
+    Args:
+        folder: Folder, which need not exist.
+        marker: Name of a file that every such folder has.
+        *patterns: Patterns of the names of its other files.
+    """
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    expected = (marker, *patterns)
+    return marker in names and all(any(fnmatchcase(name, pattern) for pattern in expected) for name in names)
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the hash of a file, in hexadecimal digits, without reading it into memory as a whole."""
+    """Return the SHA-256 hash of a file as hexadecimal digits; the file is read in parts."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write ``content`` as indented JSON with a final newline, atomically; the same content gives the same bytes."""
+    """Write JSON atomically: indented, with a final newline; the same content gives the same bytes."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -154,7 +164,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: The file is missing, is no regular file, or is not JSON.
+        UserError: The file is missing, is not a regular file, or is not JSON.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():  # reading a pipe may never end
@@ -163,52 +173,54 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a null byte
-        raise UserError(f"{shown(str(path))}: is not the name of a file ({error})") from error
+        raise UserError(f"{shown(str(path))}: is not a file name ({error})") from error
     return parse_json(content, path)
 
 
 def parse_json(content: bytes, source: str | Path) -> Any:
-    """Read JSON in UTF-8, with or without a byte order mark.
+    """Parse JSON in UTF-8, with or without a byte order mark.
 
     Args:
-        content: The file.
+        content: Bytes of the file.
         source: Path or name of the origin, for error messages.
 
     Raises:
-        UserError: It is not JSON, or an object has a key twice, of which readers take the one or the other.
+        UserError: The content is not JSON, or an object contains a key twice, which readers resolve differently.
     """
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise UserError(f"{source}: key {shown(repeated)} is there twice in one object; remove one of them")
+            raise UserError(f"{source}: an object has key {shown(repeated)} twice; remove one of them")
         return fields
 
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError) as error:  # the latter of brackets in brackets without end
+    except (ValueError, RecursionError) as error:  # RecursionError: endlessly nested brackets
         raise UserError(f"{source}: is not JSON ({error})") from error
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a hash of all other fields to a JSON object, by which `check_seal` notices a change of any of them."""
+    """Return a JSON object with a hash of all its fields, with which `check_seal` detects changes."""
     return {**content, SEAL: _seal_of(content)}
 
 
 def check_seal(content: Mapping[str, Any], source: str | Path, remedy: str) -> None:
-    """See that an object is what `sealed` returned.
+    """Check that an object is unchanged since `sealed` returned it.
 
     Args:
-        content: The object.
+        content: JSON object with a hash.
         source: Path or name of the origin, for error messages.
         remedy: Advice for a changed file.
 
     Raises:
-        UserError: A field was changed since.
+        UserError: A field has changed.
     """
     if content.get(SEAL) != _seal_of(content):
-        raise UserError(f"{source}: {SEAL} and the other fields do not agree: one was damaged or edited; {remedy}")
+        raise UserError(
+            f"{source}: {SEAL} does not match the other fields, so the file was damaged or edited; {remedy}"
+        )
 
 
 def _seal_of(content: Mapping[str, Any]) -> str:
@@ -219,11 +231,10 @@ def _seal_of(content: Mapping[str, Any]) -> str:
 def file_in(folder: str | Path, name: str) -> Path:
     """Return the path of a file in a folder.
 
-    A link that leads out of the folder is refused, but for one to the ``blobs`` of the Hub's cache, which hold the
-    files of a snapshot.
+    A link out of the folder is refused, except into the ``blobs`` of the Hub's cache: the files of a snapshot.
 
     Args:
-        folder: The folder.
+        folder: Folder of the file.
         name: Name of the file, which need not exist.
 
     Raises:
@@ -231,37 +242,39 @@ def file_in(folder: str | Path, name: str) -> Path:
     """
     path = Path(folder) / name
     if not is_plain_name(name):
-        raise UserError(f"{folder}: {shown(name)} is not the name of a file in this folder")
+        raise UserError(f"{folder}: {shown(name)} is not a file name")
     try:
         root, target = Path(folder).resolve(), path.resolve()
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: is a link that leads nowhere") from error
+        raise UserError(f"{path}: is a broken link") from error
     except ValueError as error:  # a null byte
-        raise UserError(f"{shown(str(folder))}: is not the name of a folder ({error})") from error
+        raise UserError(f"{shown(str(folder))}: is not a folder name ({error})") from error
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if target.parent not in allowed:
-        raise UserError(f"{path}: is a link to a file outside of the folder; put the file itself there")
+        raise UserError(f"{path}: is a link to a file outside the folder; replace it by the file")
     if target.exists() and not target.is_file():
         raise UserError(f"{path}: is not a regular file")
     return path
 
 
 @contextmanager
-def _naming_what_has_no_room(path: Path) -> Iterator[None]:
-    """Turn the system's error about a full disk, which names no file, into a line that names it."""
+def _naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the system's error about a full disk into an error with the name of the file."""
     try:
         yield
     except Exception as error:
-        written = OS_ERROR.search(str(error))
-        number = error.errno if isinstance(error, OSError) else int(written[1]) if written else None
-        if number not in FULL or isinstance(error, UserError):
+        match = OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+        if number not in NO_SPACE or isinstance(error, UserError):
             raise
         reason = os.strerror(number)
-        raise UserError(f"{path}: cannot be written ({reason}); make room, then run the same command again") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free some space, then run the same command again"
+        ) from error
 
 
 def _flush(path: Path) -> None:
-    """Let the disk take a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

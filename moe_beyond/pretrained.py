@@ -1,5 +1,6 @@
-"""Where fitted predictors lie: those that ship with this package, the user's own, and those on the Hugging Face Hub."""
+"""Predictors and models that ship with this project, and the user's own predictor folders, by name."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,96 +19,163 @@ from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import file_sha256, read_json
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-"""What a predictor folder holds."""
+"""Files of a predictor folder."""
+CHECKPOINTS_VARIABLE = "MOE_BEYOND_CHECKPOINTS"
+"""Environment variable with a folder of shipped predictors, such as ``checkpoints/`` of a clone."""
+LARGE = {"cross_layer.deepseek-v2-lite-puffin": 23_908_732, "token_causal.deepseek-v2-lite-puffin": 8_120_536}
+"""Pretrained predictors whose weights a wheel leaves out -> size of the weights in bytes."""
 
 
-def checkpoints_folder() -> Path:
-    """Return the folder ``checkpoints/``: inside an installed package, beside the package in a clone."""
+class NotInstalledError(UserError):
+    """The weights of a pretrained predictor are not on this machine."""
+
+
+def checkpoint_folders() -> list[Path]:
+    """Return the folders that are searched for shipped predictors and models, the first one first.
+
+    These are the folder that ``MOE_BEYOND_CHECKPOINTS`` names, and ``checkpoints/`` of the installed package or clone.
+
+    Raises:
+        UserError: ``MOE_BEYOND_CHECKPOINTS`` names no folder.
+    """
     package = Path(__file__).parent
-    inside = package / "checkpoints"
-    return inside if inside.is_dir() else package.parent / "checkpoints"
+    installed = package / "checkpoints"
+    folders = [installed if installed.is_dir() else package.parent / "checkpoints"]
+    if named := os.environ.get(CHECKPOINTS_VARIABLE):
+        if not Path(named).is_dir():
+            raise UserError(f"{CHECKPOINTS_VARIABLE}: folder not found (got {named}); name checkpoints/ of a clone")
+        folders.insert(0, Path(named))
+    return [folder.resolve() for folder in folders]
 
 
-def published_predictors() -> list[str]:
-    """List the names of the predictors that ship with this package: ``architecture.model-data[-size]``."""
-    return sorted(path.parent.name for path in checkpoints_folder().glob(f"*.*/{CONFIG_FILE}"))
+def shipped_folders() -> dict[str, Path]:
+    """Return the folders of all shipped predictors and models, by name; a folder with weights takes precedence."""
+    folders: dict[str, Path] = {}
+    for parent in checkpoint_folders():
+        for folder in (path.parent for path in sorted(parent.glob(f"*/{CONFIG_FILE}"))):
+            if folder.name not in folders or not (folders[folder.name] / WEIGHTS_FILE).is_file():
+                folders[folder.name] = folder
+    return folders
 
 
-def published_figures() -> list[dict[str, Any]]:
-    """Describe the published predictors: name, size, architecture, lookaheads, and what evaluations were recorded."""
-    found = []
-    for name in published_predictors():
-        folder = checkpoints_folder() / name
-        config = read_json(folder / CONFIG_FILE)
-        found.append(
+def shipped_folder(name: str) -> Path:
+    """Return the folder of a shipped predictor or model, which may lack its weights.
+
+    Raises:
+        UserError: There is no such predictor or model.
+    """
+    folders = shipped_folders()
+    if name not in folders:
+        raise unknown("shipped predictor or model", name, folders)
+    return folders[name]
+
+
+def pretrained_folder(name: str) -> Path:
+    """Return the folder of a pretrained predictor.
+
+    Raises:
+        NotInstalledError: Its weights are not on this machine.
+        UserError: There is no such predictor.
+    """
+    folder = shipped_folder(name)
+    if not (folder / WEIGHTS_FILE).is_file():
+        size = f" ({LARGE[name] / 1e6:.0f} MB)" if name in LARGE else ""
+        raise NotInstalledError(
+            f"{name}: its weights{size} are only in the project's repository; "
+            f"set {CHECKPOINTS_VARIABLE} to checkpoints/ of a clone"
+        )
+    return folder
+
+
+def list_pretrained() -> list[str]:
+    """Return the names of the pretrained predictors: ``architecture.model-data[-size]``."""
+    return sorted(name for name in shipped_folders() if "." in name)
+
+
+def pretrained_figures() -> list[dict[str, Any]]:
+    """Describe the pretrained predictors.
+
+    Returns:
+        One dictionary per predictor: name, architecture, number of parameters, size in bytes, whether its weights are
+        installed, lookaheads, training data, and the figures that `moe-beyond evaluate --record` stored.
+    """
+    rows = []
+    for name in list_pretrained():
+        folder = shipped_folder(name)
+        config, training = read_json(folder / CONFIG_FILE), ("source", "fingerprint", "split")
+        installed = (folder / WEIGHTS_FILE).is_file()
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        rows.append(
             {
                 "name": name,
                 "architecture": config["architecture"],
                 "parameters": config.get("parameters"),
-                "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+                "bytes": size if installed else size + LARGE.get(name, 0),
+                "installed": installed,
                 "lookaheads": config["lookaheads"],
-                "training": {name: config.get("training", {}).get(name) for name in ("source", "fingerprint", "split")},
+                "training": {field: config.get("training", {}).get(field) for field in training},
                 "figures": config.get("figures", []),
             }
         )
-    return found
+    return rows
 
 
 def find_predictor(name: str) -> Path:
     """Find a predictor folder; one on the Hub is downloaded.
 
     Args:
-        name: A folder, a published name, or ``hf:ORG/REPO@REVISION``.
+        name: Folder, name of a pretrained predictor, or ``hf:ORG/REPO@REVISION``.
 
     Raises:
-        UserError: It is none of them, or two; or it cannot be downloaded.
+        UserError: The name matches nothing, or both a folder and a pretrained predictor; the weights are not
+            installed, or the download fails.
     """
     if is_hub_name(name):
         return _downloaded(parse_hub_name(name))
-    folder, names = Path(name), published_predictors()
+    folder, names = Path(name), list_pretrained()
     if name not in names:
         if folder.is_dir():
             return folder
         if folder.exists():
-            raise UserError(f"{name}: is a file, not a predictor folder; make one of a checkpoint: moe-beyond package")
+            raise UserError(f"{name}: is a file, not a predictor folder; convert a checkpoint with moe-beyond package")
         if REPOSITORY.fullmatch(name) and near_path(name) is None:
-            raise UserError(f"{name}: there is no such folder; if it is on the Hub, write {PREFIX}{name}")
+            raise UserError(f"{name}: folder not found; if it is on the Hub, write {PREFIX}{name}")
         if "/" in name:
             raise no_such_file(name, "folder")
-        raise unknown("predictor (neither a folder nor a published name)", name, names)
-    published = checkpoints_folder() / name
-    if folder.exists() and folder.resolve() != published.resolve():
-        raise UserError(f"{name!r} is both a folder here and a published name; write ./{name} or {published}")
-    return published
+        raise unknown("predictor (neither a folder nor a pretrained one)", name, names)
+    shipped = shipped_folder(name)
+    if folder.exists() and folder.resolve() != shipped:
+        raise UserError(f"{name!r} is both a folder here and a pretrained predictor; write ./{name} or {shipped}")
+    return pretrained_folder(name)
 
 
 def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
-    """Find a predictor folder as `find_predictor` does, where ``ORG/REPO`` means the Hub too.
+    """Find a predictor folder as `find_predictor` does; ``ORG/REPO`` is a repository of the Hub.
 
     Args:
-        name: A folder, a published name, or ``ORG/REPO``, with ``hf:`` before it or not; a `Path` is a folder.
-        revision: Branch, tag or commit of the repository; only the Hub has any.
+        name: Folder, name of a pretrained predictor, or ``ORG/REPO`` with or without ``hf:``; a `Path` is a folder.
+        revision: Branch, tag or commit of a repository of the Hub (default: ``main``).
 
     Raises:
-        UserError: It is none of them, or two; or it cannot be downloaded.
+        UserError: As for `find_predictor`; or ``revision`` is given for a folder, or given twice.
     """
     if isinstance(name, Path):
         name = str(name.absolute())
     if is_hub_name(name):
         if revision is not None and "@" in name:
-            raise UserError(f"{name}: names a revision, and so does revision={revision!r}; give one")
+            raise UserError(f"{name}: has a revision, and so has revision={revision!r}; give one")
         return find_predictor(name if revision is None else f"{name}@{revision}")
     if REPOSITORY.fullmatch(name):
         if revision is None and Path(name).exists():
             raise UserError(f"{name!r} is a folder here, and may be on the Hub; write ./{name} or {PREFIX}{name}")
         return _downloaded(HubName(name, revision or "main"))
     if revision is not None:
-        raise UserError(f"{name}: has no revisions (revision={revision!r}); only a repository of the Hub does")
+        raise UserError(f"{name}: has no revisions (got revision={revision!r}); only a repository of the Hub has them")
     return find_predictor(name)
 
 
 def _downloaded(name: HubName) -> Path:
-    """Download a predictor and say which one it is."""
+    """Download a predictor; print its commit and the hash of its weights on standard error."""
     folder = download(name, "model", (CONFIG_FILE, WEIGHTS_FILE), (CARD_FILE,))
     sha256 = file_sha256(folder / WEIGHTS_FILE)
     print(f"{name} is {folder.name}, {WEIGHTS_FILE} has sha256 {sha256}", file=sys.stderr)

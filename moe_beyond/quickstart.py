@@ -27,7 +27,7 @@ from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.report.plots.replay import budgets_figure, save_png
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.tasks import AdamWSettings, CrossLayerTask
@@ -89,7 +89,7 @@ def _replay(traces: TraceSet, predictor: Path) -> ReplayOutcome:
 
 def bundled_prompts() -> list[Prompt]:
     """Read the small model's prompts; those of every fourth source file form the split ``validation``."""
-    path = checkpoints_folder() / MODEL / "prompts.jsonl"
+    path = shipped_folder(MODEL) / "prompts.jsonl"
     prompts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     # Whole files are held out, because two excerpts of one file are too similar.
     held_out = set(sorted({prompt["source"] for prompt in prompts})[::HELD_OUT_EVERY])
@@ -101,7 +101,7 @@ def bundled_prompts() -> list[Prompt]:
 
 def record_small_model(folder: Path) -> TraceSet:
     """Run the small model over its bundled prompts, and write its routing to a trace set in ``folder``."""
-    weights = checkpoints_folder() / MODEL
+    weights = shipped_folder(MODEL)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(weights)

@@ -8,6 +8,7 @@ from pathlib import Path
 # Torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import lightning  # noqa: F401  (its log handler keeps the standard error that is current at its import)
 import pytest
 from _helpers.common import tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit

@@ -22,7 +22,7 @@ from moe_beyond.cli.replay_options import add_budgets, add_conditions, add_strat
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.options import DEFAULT_BUDGET, ReplayOptions
 from moe_beyond.geometry import budget_slots
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:measured on split validation", "ignore:.*expect (less|a little less)")
 
@@ -189,7 +189,7 @@ def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None
 
 
 def test_records_slips_are_one_line(tmp_path: Path) -> None:
-    folder = checkpoints_folder() / "small-moe"
+    folder = shipped_folder("small-moe")
     small = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for prompts, options, line in (
         ("hi", {}, "prompts: is one str, not a list of prompts; write [...] around it"),

@@ -15,7 +15,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors import from_pretrained
 from moe_beyond.predictors.io.folder import read_predictor
-from moe_beyond.pretrained import find_predictor, find_pretrained, published_predictors
+from moe_beyond.pretrained import find_predictor, find_pretrained, list_pretrained
 
 
 def put(hub: Hub, folder: Path, name: str = "org/tiny", kind: str = "models", **more: bytes) -> str:
@@ -67,13 +67,16 @@ def test_what_was_downloaded_serves_without_a_network(hub: Hub, folder: Path, mo
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("hf:org/none", "hf:org/none@main: there is no such repository of this kind, or it is private: then log"),
+        (
+            "hf:org/none",
+            "hf:org/none@main: there is no such repository of this kind, or it is private; in that case log",
+        ),
         ("hf:org/tiny@v9", "hf:org/tiny@v9: there is no such revision; name a branch, a tag or a commit"),
         ("hf:org/empty", "hf:org/empty@main: has no config.json; is it a repository of this package?"),
         ("hf:tiny", "hf:tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
         ("hf:org/tiny@", "hf:org/tiny@: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
         ("hf:../tiny", "hf:../tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
-        ("org/tiny", "org/tiny: there is no such folder; if it is on the Hub, write hf:org/tiny"),
+        ("org/tiny", "org/tiny: folder not found; if it is on the Hub, write hf:org/tiny"),
     ],
 )
 def test_what_is_not_there_is_one_line(hub: Hub, folder: Path, tmp_path: Path, capsys, monkeypatch, name, said):
@@ -88,9 +91,9 @@ def test_what_is_not_there_is_one_line(hub: Hub, folder: Path, tmp_path: Path, c
     [
         (401, "the Hub does not accept the token"),
         (403, "the token does not allow it"),
-        (429, "the Hub has had too many requests"),
+        (429, "the Hub limits the rate of requests"),
         (503, "the Hub fails (status 503)"),
-        (None, "the Hub cannot be reached"),
+        (None, "the Hub is unreachable"),
     ],
 )
 def test_a_hub_that_fails_is_one_line(hub: Hub, folder: Path, status: int | None, said: str, capsys):
@@ -123,7 +126,7 @@ def test_a_name_that_means_two_is_refused_with_both(hub: Hub, folder: Path, tmp_
         find_pretrained("hf:org/tiny@main", revision="main")
     with pytest.raises(UserError, match="has no revisions"):
         find_pretrained("./org/tiny", revision="main")
-    assert find_pretrained(published_predictors()[0]).is_dir()
+    assert find_pretrained(list_pretrained()[0]).is_dir()
 
 
 def test_every_predictor_of_the_command_line_may_be_on_the_hub(hub: Hub, folder: Path, tmp_path: Path, capsys):

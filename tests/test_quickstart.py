@@ -10,7 +10,7 @@ from _helpers.fitting import Run
 
 from moe_beyond.cli.main import main
 from moe_beyond.predictors.io.folder import read_predictor
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.quickstart import _replay
 from moe_beyond.traces.analysis.counts import count_routing
 from moe_beyond.traces.reader import TraceSet
@@ -83,7 +83,7 @@ def test_a_folder_of_somebody_elses_stays(tmp_path: Path) -> None:
 
 
 def test_the_small_model_is_small_and_whole() -> None:
-    folder = checkpoints_folder() / "small-moe"
+    folder = shipped_folder("small-moe")
     assert (folder / "model.safetensors").stat().st_size <= 20e6
     prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     assert len(prompts) == len({prompt["id"] for prompt in prompts}) > 50

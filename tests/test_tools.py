@@ -39,6 +39,8 @@ def test_a_repeated_set_streams_and_shares_no_routing(tmp_path: Path) -> None:
     assert figures["entries"] == trained
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_the_small_model_can_be_trained_and_resumed(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()

@@ -37,9 +37,9 @@ from moe_beyond.collect.prompts import Prompt, read_prompts
 from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.router_probe import find_routers
 from moe_beyond.files import write_json
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 
 
 def main() -> None:

@@ -36,12 +36,12 @@ from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.traces.reader import TraceSet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 CONTEXT = 128  # tokens that the small model was trained on at once
 ONE_IN = 4  # of the files, held out
 BUDGET = "25%"

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.files import write_json
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 
 PHASES = ("loading", "in a batch", "writing a piece", "putting the set together", "moving it out", "after the end")
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 AIMS = {"loading": 3, "in a batch": 4, "writing a piece": 3, "putting the set together": 2, "moving it out": 1}
 """How often each is aimed at; the last are soon over, and a kill that comes late hits the next."""
 PATIENCE = 120.0

@@ -40,7 +40,7 @@ from moe_beyond.files import write_json
 from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.metrics.routing import RoutingMetrics
 from moe_beyond.predictors.batch import collate
-from moe_beyond.pretrained import checkpoints_folder, find_predictor
+from moe_beyond.pretrained import find_predictor, shipped_folder
 from moe_beyond.quickstart import bundled_prompts
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.replay import Replay
@@ -48,7 +48,7 @@ from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import padding_id
 from moe_beyond.traces.trace import Trace
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 POLICIES = ("lru", "belady")
 RUN = 4
 RESAMPLES = 2000

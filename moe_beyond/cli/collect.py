@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, parser, progress_bar
+from moe_beyond.cli.options import Output, command_parser, progress_bar
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.out_folder import check_out, parts_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
@@ -23,81 +23,110 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 RECORDED = ("experts", "gate_weights", "hidden_states")
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "collect",
-        "Run a transformers mixture of experts over prompts, and record its routing as a trace set. Killed at any "
-        "moment, the same command goes on; under torchrun every rank takes its part.",
-        "moe-beyond collect --model checkpoints/small-moe --prompts prompts.txt --out traces/mine --generate 64",
+        "Run a mixture-of-experts model of transformers over prompts and record its routing as a trace set. After an "
+        "interruption, the same command resumes. Under torchrun every process takes a part of the prompts.",
+        "moe-beyond collect --model small-moe --prompts prompts.txt --out traces/mine --generate 64",
     )
-    known.add_argument(
+    parser.add_argument(
         "--model",
         metavar="M",
         required=True,
-        help="a folder, ORG/REPO on the Hugging Face Hub, or a model that ships with this package (small-moe). Code "
-        "that comes with a model is never run",
+        help="model: a folder, ORG/REPO on the Hugging Face Hub, or small-moe, which ships with this package; code of "
+        "the model's repository is never run",
     )
-    known.add_argument(
-        "--revision", metavar="R", help="branch, tag or commit on the Hub, for all files of the model (main)"
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit on the Hub, for all files of the model (default: main)"
     )
-    known.add_argument(
+    parser.add_argument(
         "--prompts",
         metavar="P",
         required=True,
-        help="a .txt file (one prompt per line; blank lines are skipped); records in a .jsonl, .json, .csv, .tsv "
-        f"or .parquet file, FILE[:COLUMN], with the text under one of {', '.join(COLUMNS)}; or a data set, "
-        "ORG/NAME[:SPLIT[:COLUMN]]. Chat messages (role and content, or from and value) go through the model's chat "
-        "template. The input of an Alpaca record follows its instruction after a blank line",
+        help="prompts: a .txt file with one prompt per line (blank lines are skipped); a .jsonl, .json, .csv, .tsv or "
+        f".parquet file, FILE[:COLUMN] (default column: the first of {', '.join(COLUMNS)}); or a data set, "
+        "ORG/NAME[:SPLIT[:COLUMN]]. Chat messages (role and content, or from and value) are formatted by the model's "
+        "chat template. The input of an Alpaca record follows its instruction after a blank line",
     )
-    known.add_argument("--out", metavar="DIR", required=True, help="the trace set to make")
-    known.add_argument("--generate", type=int, default=0, metavar="N", help="tokens to write after each prompt (0)")
-    known.add_argument(
+    parser.add_argument("--out", metavar="DIR", required=True, help="trace set to write")
+    parser.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="tokens to generate per prompt (default: 0)"
+    )
+    parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="draw them from the model's distribution at this temperature; 0 (default) takes the most probable",
+        help="sampling temperature; 0 chooses the most probable token (default: 0)",
     )
-    known.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of drawing (0); what comes depends on the batches"
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="random seed for sampling (default: 0); results also depend on the batch size",
     )
-    known.add_argument(
+    parser.add_argument(
         "--record",
         default="experts,gate_weights",
-        metavar="WHAT",
-        help=f"of {', '.join(RECORDED)}; by default the first two. Hidden states are some hundred times as large, and "
-        "bring the model's routers along",
+        metavar="LIST",
+        help=f"comma-separated data to record, out of {', '.join(RECORDED)} (default: experts,gate_weights); hidden "
+        "states are about a hundred times as large as the experts, and add the model's router weights",
     )
-    known.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts at once (8)")
-    known.add_argument("--dtype", default="auto", help=f"to compute in: {', '.join(DTYPES)} (as stored)")
-    known.add_argument(
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts per batch (default: 8)")
+    parser.add_argument(
+        "--dtype", default="auto", help=f"data type to compute in: {', '.join(DTYPES)} (default: auto, as stored)"
+    )
+    parser.add_argument(
         "--device",
         metavar="D",
-        help="cpu, cuda, cuda:1, mps; auto spreads a model that does not fit over GPUs, host memory and disk (with "
-        "accelerate), FILE.json as its device map says. Default: a GPU if there is one, or else cpu",
+        help="cpu, cuda, cuda:1 or mps; auto spreads a model over GPUs, host memory and disk (needs accelerate); "
+        "FILE.json is a device map of accelerate (default: a GPU if there is one, otherwise cpu)",
     )
-    known.add_argument("--max-tokens", type=int, metavar="M", help="cut longer prompts; they are refused without")
-    known.add_argument("--max-prompts", type=int, metavar="N", help="take the first N prompts alone")
-    known.add_argument("--val-blocks", metavar="SIZE:EVERY", help="hold blocks of SIZE prompts out, one in EVERY")
-    known.add_argument("--shard-tokens", type=int, default=65536, metavar="S", help="tokens of a shard (65536)")
-    known.add_argument(
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="M",
+        help="truncate prompts to M tokens (default: longer prompts are an error)",
+    )
+    parser.add_argument("--max-prompts", type=int, metavar="N", help="use only the first N prompts (default: all)")
+    parser.add_argument(
+        "--val-blocks",
+        metavar="SIZE:EVERY",
+        help="validation split: one in EVERY blocks of SIZE consecutive prompts (default: none)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=65536,
+        metavar="S",
+        help="tokens per shard of the trace set (default: 65536)",
+    )
+    parser.add_argument(
         "--steer",
         metavar="FILE",
-        help='force experts on or off in all that is read and written: a JSON file, {"on": [[layer, expert], ...], '
-        '"off": [[layer, expert], ...]}',
+        help='force experts on or off for every token: a JSON file, {"on": [[layer, expert], ...], "off": [[layer, '
+        "expert], ...]} (default: no steering)",
     )
-    known.add_argument("--load-in", metavar="BITS", help="8bit or 4bit, by bitsandbytes (not tested here)")
-    return known
+    parser.add_argument(
+        "--load-in", metavar="BITS", help="quantize the weights to 8bit or 4bit with bitsandbytes (not tested)"
+    )
+    return parser
 
 
-def run(words: list[str]) -> None:
-    """Collect."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """Record the routing of a model.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
     _check(args)
     steering = None if args.steer is None else read_steering(args.steer)
-    record = _recorded(args.record)
-    asked = CollectConfig(
+    record = _parse_list(args.record)
+    config = CollectConfig(
         generate=args.generate,
         temperature=args.temperature,
         seed=args.seed if args.temperature else 0,
@@ -111,7 +140,7 @@ def run(words: list[str]) -> None:
     )
     out = Path(args.out)
     if is_taken(out) and ProcessRank().number:
-        return  # the first rank has made it, or says why it cannot
+        return  # the first process has written it, or reports the error
     check_out(out)
     from itertools import islice
 
@@ -124,10 +153,12 @@ def run(words: list[str]) -> None:
     device = placement(args.device)
     prompts = list(islice(read_prompts(args.prompts, notices.append), args.max_prompts))
     checkpoint = open_checkpoint(args.model, args.revision)
-    tokenize_prompts(prompts, checkpoint.tokenizer, checkpoint.config, asked, args.prompts)  # before weights are loaded
+    tokenize_prompts(
+        prompts, checkpoint.tokenizer, checkpoint.config, config, args.prompts
+    )  # before weights are loaded
     if checkpoint.has_code:
-        notices.append(f"{args.model}: its own code (auto_map) is not run; transformers' own model is used")
-    began, recorded, batches = time.monotonic(), 0, (0, 0)
+        notices.append(f"{args.model}: its code (auto_map) is not run; the model class of transformers is used")
+    start, recorded, batches = time.monotonic(), 0, (0, 0)
     with offloading(out, device) as folder:
         model = checkpoint.load(dtype=args.dtype, device=device, load_in=args.load_in, offload_folder=folder)
         place = describe(model)
@@ -136,23 +167,24 @@ def run(words: list[str]) -> None:
             def progress(done: int, total: int, tokens: int) -> None:
                 nonlocal recorded, batches
                 recorded, batches = recorded + tokens, (done, total)
-                bar(done, total, f"{recorded / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
+                bar(done, total, f"{recorded / max(time.monotonic() - start, 1e-9):,.0f} tokens/s")
 
             try:
                 traces = collect(
-                    model, checkpoint.tokenizer, prompts, out, asked, name=checkpoint.model_id,
+                    model, checkpoint.tokenizer, prompts, out, config, name=checkpoint.model_id,
                     revision=checkpoint.revision, source=args.prompts, quantization_bits=bits(args.load_in),
                     progress=progress, notice=notices.append,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 done, total = batches
                 print(
-                    f"moe-beyond: {done} of {total} batches are kept in {parts_folder(out)}; the same command goes on",
+                    f"moe-beyond: {done} of {total} batches are stored in {parts_folder(out)}; run the "
+                    f"same command to resume",
                     file=sys.stderr,
                 )
                 raise
     if traces is None:
-        return  # the first rank says so
+        return  # the first process prints the result
     manifest = traces.manifest
     splits: dict[str, Any] = manifest.to_json()["splits"]
     for split, counts in splits.items():
@@ -167,31 +199,31 @@ def run(words: list[str]) -> None:
 
 @contextmanager
 def offloading(out: Path, device: str | dict[str, Any]) -> Iterator[Path | None]:
-    """Yield a folder next to the trace set for weights that go to disk, None if none can; remove it at the end."""
+    """Yield a folder for weights on disk, next to the trace set; None if no weights go there. Remove it at the end."""
     if isinstance(device, str) and device != "auto":
         yield None
         return
     folder = out.parent / f".{out.name}.offload"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # from a run that was killed
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _recorded(words: str) -> list[str]:
-    return [word.strip() for word in words.split(",")]
+def _parse_list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
 
 
 def _check(args: Namespace) -> None:
-    """Refuse what cannot be, before a model is loaded.
+    """Refuse wrong values of options before a model is loaded.
 
     Raises:
-        UserError: An option cannot be read.
+        UserError: A value is wrong.
     """
-    for what in _recorded(args.record):
-        if what not in RECORDED:
-            raise unknown("--record", what, RECORDED)
+    for item in _parse_list(args.record):
+        if item not in RECORDED:
+            raise unknown("--record", item, RECORDED)
     if args.dtype not in DTYPES:
         raise unknown("--dtype", args.dtype, DTYPES)
     if args.load_in not in (None, "8bit", "4bit"):

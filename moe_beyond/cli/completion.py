@@ -6,29 +6,25 @@ from collections.abc import Mapping, Sequence
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cache.policies import POLICIES
-from moe_beyond.cli.main import VERBS
-from moe_beyond.cli.options import Output, parser
-from moe_beyond.cli.slips import option_strings
+from moe_beyond.cli.lightning_commands import OPTIONS
+from moe_beyond.cli.main import COMMANDS
+from moe_beyond.cli.options import Output, command_parser
+from moe_beyond.cli.parser import option_strings
+from moe_beyond.cli.shipped_configs import list_configs
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.named_strategies import STRATEGIES
 from moe_beyond.geometry import PRESETS
-from moe_beyond.pretrained import published_predictors
+from moe_beyond.pretrained import list_pretrained
 from moe_beyond.simulator.devices import DEVICES
 from moe_beyond.traces.formats import readable_formats, writable_formats
 
 SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
-"""What each shell needs before the script."""
+"""Shell -> lines before the script."""
 
-LIGHTNING = (
-    "--help", "--config", "--print_config", "--seed_everything", "--data", "--data.traces", "--data.val_split",
-    "--model", "--trainer.max_epochs", "--trainer.precision", "--ckpt_path", "--json", "--quiet",
-)  # fmt: skip
-"""Of Lightning's verbs, whose options are those of every class in their configuration, the ones that all fits have."""
-
-SCRIPT = """{before}_moe_beyond() {{
+SCRIPT = """{preamble}_moe_beyond() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD - 1]}} words=
     if ((COMP_CWORD == 1)); then
-        COMPREPLY=($(compgen -W "{verbs}" -- "$word"))
+        COMPREPLY=($(compgen -W "{commands}" -- "$word"))
         return
     fi
     case $before in
@@ -49,20 +45,24 @@ complete -o default -F _moe_beyond moe-beyond
 """
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "completion",
-        "Print a script that completes verbs, options and names in a shell; files are completed as ever.",
+        "Print a script that completes commands, options and names in a shell; file names are completed as before.",
         'eval "$(moe-beyond completion bash)"',
     )
-    known.add_argument("shell", metavar="SHELL", help=" or ".join(SHELLS))
-    return known
+    parser.add_argument("shell", metavar="SHELL", help=f"shell: {' or '.join(SHELLS)}")
+    return parser
 
 
-def run(words: list[str]) -> None:
-    """Print the script."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """Print the script.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
     if args.shell not in SHELLS:
         raise unknown("shell", args.shell, SHELLS)
     script = completion_script(args.shell)
@@ -72,8 +72,12 @@ def run(words: list[str]) -> None:
 
 
 def completion_script(shell: str) -> str:
-    """Write the script for a shell, out of the parsers and lists that the verbs themselves use."""
-    predictors = published_predictors()
+    """Return the script for a shell, from the parsers and registries that the commands use.
+
+    Args:
+        shell: A key of `SHELLS`.
+    """
+    predictors = list_pretrained()
     values = {
         "--policy": list(POLICIES),
         "--strategy": ["all", *STRATEGIES],
@@ -82,8 +86,10 @@ def completion_script(shell: str) -> str:
         "--profile": [name for name in predictors if name.split(".")[0] in ("history", "popularity")],
         "--model": list(PRESETS),
         "--scope": ["global", "per-layer"],
+        "-c": list_configs(),
+        "--config": list_configs(),
     }
-    known = {verb: LIGHTNING if module == "train" else _options(module) for verb, (module, _) in VERBS.items()}
+    options = {command: _options(module) for command, (module, _) in COMMANDS.items()}
     arguments = {
         "import": list(readable_formats()),
         "export": list(writable_formats()),
@@ -93,17 +99,21 @@ def completion_script(shell: str) -> str:
         "completion": list(SHELLS),
     }
     return SCRIPT.format(
-        before=SHELLS[shell],
-        verbs=" ".join(VERBS),
+        preamble=SHELLS[shell],
+        commands=" ".join(COMMANDS),
         values=_cases(values, 8),
-        options=_cases(known, 12),
+        options=_cases(options, 12),
         arguments=_cases(arguments, 12),
     )
 
 
 def _options(module: str) -> list[str]:
-    return option_strings(importlib.import_module(f"moe_beyond.cli.{module}").options())
+    """Return the long options of a command; for Lightning commands, the options that users need most."""
+    if module == "lightning_commands":
+        return list(OPTIONS)
+    return option_strings(importlib.import_module(f"moe_beyond.cli.{module}").build_parser())
 
 
 def _cases(words: Mapping[str, Sequence[str]], indent: int) -> str:
-    return "\n".join(f'{" " * indent}{name}) words="{" ".join(known)}" ;;' for name, known in words.items())
+    """Return the branches of a ``case`` statement that assign the words of each pattern."""
+    return "\n".join(f'{" " * indent}{pattern}) words="{" ".join(values)}" ;;' for pattern, values in words.items())

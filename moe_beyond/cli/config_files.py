@@ -1,4 +1,4 @@
-"""Configuration files: read without trusting them, and named where something in them is wrong."""
+"""Configuration files, read without trusting them; errors name the file."""
 
 import importlib
 import math
@@ -17,34 +17,39 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
-from moe_beyond.cli.slips import OneLineErrors, one_line, option_strings, parsing_slip
+from moe_beyond.cli.library_errors import as_user_error
+from moe_beyond.cli.parser import CommandParser, option_strings, parser_error_message
+from moe_beyond.cli.shipped_configs import find_config
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.fields import brief
 
-MOST_VALUES = 100_000
-"""Values in a YAML text after its aliases are expanded; aliases of aliases can stand for billions."""
-DEEPEST = 100
-"""Values inside values; a thousand can overflow the stack."""
-NAMED = (
+MAX_VALUES = 100_000
+"""Maximum number of values in a YAML text after its aliases are expanded; nested aliases can stand for billions."""
+MAX_DEPTH = 100
+"""Maximum nesting of values; a depth of a thousand can overflow the stack."""
+ALLOWED_BASES = (
     *(L.LightningModule, L.LightningDataModule, L.Callback, Logger, Profiler, Strategy, Accelerator, Precision),
     *(CheckpointIO, ClusterEnvironment, LayerSync),
 )
-"""Bases of the classes that a configuration may name."""
+"""Base classes of the classes that a configuration may name."""
 GROUPS = "model", "data", "trainer"
-"""Options that hold other options; none of them can be null."""
-LOAD = get_loader("yaml")  # it reads 1e-3 as a number, which plain YAML does not
+"""Options that contain other options; none of them can be null."""
+LOAD = get_loader("yaml")  # reads 1e-3 as a number, which plain YAML does not
 
 
 def guard_yaml() -> None:
-    """Let jsonargparse read YAML by `read_yaml`."""
+    """Make jsonargparse read YAML with `read_yaml`."""
     set_loader("yaml", read_yaml, exceptions=(yaml.YAMLError,), json_superset=True)
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML as jsonargparse does, unless it grows too large or names what a configuration may not name.
+    """Read YAML as jsonargparse does.
+
+    Args:
+        text: Content of a YAML file.
 
     Raises:
-        UserError: It does.
+        UserError: The content is too large or too deep, or names a class that a configuration may not name.
     """
     _check_size(text)
     content = LOAD(text)
@@ -54,8 +59,8 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_size(text: str) -> None:
-    """Refuse brackets inside brackets without end, and aliases of aliases, before anything is built from them."""
-    sizes: dict[str, float] = {}  # by anchor, with its aliases expanded; endless while it is still open
+    """Refuse endlessly nested brackets and nested aliases before anything is built from them."""
+    sizes: dict[str, float] = {}  # by anchor, with its aliases expanded; infinite while it is still open
     opened: list[tuple[str | None, float]] = [(None, 0)]
     for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         anchor = getattr(event, "anchor", None)
@@ -63,8 +68,8 @@ def _check_size(text: str) -> None:
             opened.append((anchor, 1))
             if anchor is not None:
                 sizes[anchor] = math.inf
-            if len(opened) > DEEPEST:
-                raise UserError(f"holds values inside values, more than {DEEPEST} deep")
+            if len(opened) > MAX_DEPTH:
+                raise UserError(f"nests values more than {MAX_DEPTH} deep; flatten them")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = opened.pop()
@@ -73,8 +78,8 @@ def _check_size(text: str) -> None:
         if anchor is not None:
             sizes[anchor] = size
         opened[-1] = opened[-1][0], opened[-1][1] + size
-    if opened[0][1] > MOST_VALUES:
-        raise UserError(f"its aliases stand for more than {MOST_VALUES:,} values; write fewer")
+    if opened[0][1] > MAX_VALUES:
+        raise UserError(f"aliases stand for more than {MAX_VALUES:,} values; write fewer")
 
 
 def _class_paths(content: Any) -> Iterator[str]:
@@ -88,37 +93,36 @@ def _class_paths(content: Any) -> Iterator[str]:
 
 
 def _check_class(path: str) -> None:
-    """Refuse an import path unless it is that of a class in `NAMED`; jsonargparse resolves bare names.
+    """Refuse an import path unless it names a subclass of `ALLOWED_BASES`; jsonargparse resolves bare names.
 
-    `LambdaCallback`, which calls any function that it is given, would let a configuration run any command.
+    `LambdaCallback` calls any function, so it would let a configuration run any command.
     """
     module, _, name = path.rpartition(".")
     try:
-        named = getattr(importlib.import_module(module), name, None) if module else None
+        named_class = getattr(importlib.import_module(module), name, None) if module else None
     except (ImportError, ValueError) as error:
         raise UserError(f"class_path {path}: cannot be imported ({brief(error)})") from error
-    wrong = module and not (isinstance(named, type) and issubclass(named, NAMED))
+    wrong = module and not (isinstance(named_class, type) and issubclass(named_class, ALLOWED_BASES))
     if wrong or name == LambdaCallback.__name__:
-        raise UserError(f"class_path {path}: is none of the classes that a configuration may name")
+        raise UserError(f"class_path {path}: is not a class that a configuration may name")
 
 
 class ConfigFile(ActionConfigFile):
-    """``-c FILE``, with the file in front of whatever is wrong in it."""
+    """``-c FILE``; errors begin with the file's name."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Take in the file."""
+        """Read the file, or the shipped configuration of that name, into ``cfg``."""
         if not values.strip():
             raise UserError("-c: the name of the file is empty; name a configuration file in YAML")
-        path = Path(values)
         try:
-            if not path.is_file() and not any(mark in values for mark in ":{\n"):  # else it is YAML itself
-                raise UserError("not found" if not path.is_dir() else "is a folder; name a file")
-            content = read_yaml(path.read_text(encoding="utf-8") if path.is_file() else values)
+            is_yaml = any(mark in values for mark in ":{\n") and not Path(values).is_file()
+            source = values if is_yaml else str(find_config(values))
+            content = read_yaml(source if is_yaml else Path(source).read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise UserError("is not a mapping of options to values")
             _check_names(parser, content)
-            with one_line(constructing=True):
-                self.apply_config(parser, cfg, self.dest, values)
+            with as_user_error(constructing=True):
+                self.apply_config(parser, cfg, self.dest, source)
         except yaml.YAMLError as error:
             mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
             line = "" if mark is None else f", line {mark.line + 1}"
@@ -126,18 +130,18 @@ class ConfigFile(ActionConfigFile):
         except UnicodeDecodeError as error:
             raise UserError(f"{values}: is not text in UTF-8") from error
         except (TypeError, KeyError) as error:
-            slip = parsing_slip(parser, str(error), error)
-            raise UserError(f"{values}: {slip.removeprefix('--')}") from error
+            message = parser_error_message(parser, str(error), error)
+            raise UserError(f"{values}: {message.removeprefix('--')}") from error
         except UserError as error:
             raise UserError(f"{values}: {str(error).removeprefix('--')}") from error
 
 
-def _check_names(parser: OneLineErrors, content: dict[str, Any]) -> None:
-    """Refuse an unknown option, and a group of options that is null: later, jsonargparse no longer knows the file."""
+def _check_names(parser: CommandParser, content: dict[str, Any]) -> None:
+    """Refuse an unknown option or a group of options that is null; errors of jsonargparse would not name the file."""
     for name in GROUPS:
         if name in content and content[name] is None:
-            raise UserError(f"{name}: is null; give its settings, or leave {name} out of the file")
-    options = {word.removeprefix("--") for word in option_strings(parser)}
+            raise UserError(f"{name}: is null; give its settings, or remove it from the file")
+    options = {option.removeprefix("--") for option in option_strings(parser)}
     groups = {name.partition(".")[0] for name in options}
     trainer = content.get("trainer")
     names = [str(name) for name in content]

@@ -4,39 +4,48 @@ import math
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, parser
+from moe_beyond.cli.options import Output, command_parser
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import load_preset
 from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.simulator.devices import DEVICES, load_device
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "devices",
-        "List the device presets: links, memories, where the numbers come from, and what they mean for a model.",
+        "List the device presets: bandwidths, memory sizes, sources of the numbers, and the times that "
+        "follow for a model.",
         "moe-beyond devices --model qwen3-30b-a3b --quantization 4.5",
     )
-    known.add_argument(
+    parser.add_argument(
         "--device",
         action="append",
         metavar="D",
-        help="a preset or a .json file of a device's fields, then ,FIELD=VALUE ...; repeat for more (all presets)",
+        help="device preset or .json file, optionally with changed fields: D,FIELD=VALUE,...; repeat for "
+        "more (default: all "
+        "presets)",
     )
-    known.add_argument(
+    parser.add_argument(
         "--model",
         default="deepseek-v2-lite",
         metavar="M",
-        help="model preset, a folder with a config.json, that file, or a geometry file; default: deepseek-v2-lite",
+        help="model preset, folder with a config.json, config.json, or geometry file (default: deepseek-v2-lite)",
     )
-    known.add_argument("--quantization", type=float, default=16.0, metavar="BITS", help="bits per parameter (16)")
-    return known
+    parser.add_argument(
+        "--quantization", type=float, default=16.0, metavar="BITS", help="bits per parameter (default: 16)"
+    )
+    return parser
 
 
-def run(words: list[str]) -> None:
-    """List the devices."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """List the devices.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
     bits = args.quantization
     if not (math.isfinite(bits) and bits > 0):
         raise UserError(f"--quantization {bits:g}: bits per parameter must be more than 0")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, parser, progress_bar
+from moe_beyond.cli.options import Output, command_parser, progress_bar
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from moe_beyond.traces.reader import TraceSet
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "evaluate",
         "Measure a predictor on a trace set by lookahead, and replay it under a memory budget; or compare all "
         "checkpoints of a run, by default on the split that it validated on.",
         "moe-beyond evaluate runs/predictor/version_0/predictor --traces traces/webglm --budget 10%",
     )
-    known.add_argument(
+    parser.add_argument(
         "predictor",
         metavar="PREDICTOR",
         help="predictor folder, pretrained name, hf:ORG/REPO, or the folder of a run, whose checkpoints are compared",
     )
-    add_measured_traces(known, required=False)
-    add_budgets(known)
-    add_grid(known)
-    add_conditions(known)
-    known.add_argument(
+    add_measured_traces(parser, required=False)
+    add_budgets(parser)
+    add_grid(parser)
+    add_conditions(parser)
+    parser.add_argument(
         "--bootstrap",
         type=int,
         default=0,
@@ -50,22 +50,22 @@ def options() -> ArgumentParser:
         help="bootstrap draws, with a fixed seed, for 95 percent intervals over sequences of all figures and of their "
         "differences from LRU; 10000 draws take seconds (default: 0, no intervals)",
     )
-    known.add_argument(
+    parser.add_argument(
         "--record",
         action="store_true",
         help="write the figures into the configuration and the card of the predictor folder; training text is an error",
     )
-    known.add_argument(
+    parser.add_argument(
         "--record-training-text",
         action="store_true",
         help="like --record, but also for text that the predictor was, or may have been, fitted on; marks the figures",
     )
-    return known
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Evaluate a predictor, or all checkpoints of a run."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     # Imported here, so that help and completion do not wait for it.
     from moe_beyond.run_folder import is_run
 
@@ -73,7 +73,7 @@ def run(words: list[str]) -> None:
     if is_run(args.predictor):
         _checkpoints(args)
     else:
-        _predictor(args, words)
+        _predictor(args, argv)
 
 
 def _predictor(args: Namespace, arguments: Sequence[str]) -> None:

@@ -2,30 +2,37 @@
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import TRACES_HELP, Output, parser
+from moe_beyond.cli.options import TRACES_HELP, Output, command_parser
 from moe_beyond.traces.formats import format_writer, writable_formats
-from moe_beyond.traces.reader import TraceSet
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "export",
         "Write a trace set in the format of another tool.",
         "moe-beyond export libcachesim traces/webglm webglm.oracleGeneral",
     )
     formats = writable_formats()
-    known.epilog = "\n".join([str(known.epilog), "", "formats:", *(f"  {n}: {f.summary}" for n, f in formats.items())])
-    known.add_argument("format", help=f"one of: {', '.join(formats)}")
-    known.add_argument("traces", metavar="DIR", help=TRACES_HELP)
-    known.add_argument("out", metavar="OUT", help="the file or folder to make")
-    known.add_argument("--split", metavar="S", help="one split of the trace set; all by default")
-    return known
+    parser.epilog = "\n".join(
+        [str(parser.epilog), "", "formats:", *(f"  {n}: {f.summary}" for n, f in formats.items())]
+    )
+    parser.add_argument("format", help=f"format to write: {', '.join(formats)}")
+    parser.add_argument("traces", metavar="DIR", help=TRACES_HELP)
+    parser.add_argument("out", metavar="OUT", help="file or folder to write")
+    parser.add_argument("--split", metavar="S", help="split of the trace set (default: all)")
+    return parser
 
 
-def run(words: list[str]) -> None:
-    """Export."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """Export a trace set.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
+    from moe_beyond.traces.reader import TraceSet
+
     write = format_writer(args.format)
     traces = TraceSet(args.traces)
     write(traces, args.out, args.split)

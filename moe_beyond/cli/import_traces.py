@@ -6,81 +6,83 @@ import textwrap
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, parser, progress_bar
+from moe_beyond.cli.options import Output, command_parser, progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import PRESETS, Geometry, load_preset
 from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.formats import Option, format_reader, readable_formats
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    options = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "import",
-        "Turn another tool's recording into a trace set.",
+        "Convert another tool's recording into a trace set.",
         "moe-beyond import vllm engine --out traces/engine --model deepseek-v2-lite",
     )
-    options.epilog = "\n".join([str(options.epilog), "", *describe_formats(), "", *describe_models()])
-    options.add_argument("format", help=f"format of the recording: {', '.join(readable_formats())}; described below")
-    options.add_argument("source", metavar="SRC", help="recording: a file, or a folder of files")
-    options.add_argument("--out", metavar="DIR", required=True, help="trace set to write")
-    options.add_argument(
+    parser.epilog = "\n".join([str(parser.epilog), "", *describe_formats(), "", *describe_models()])
+    parser.add_argument("format", help=f"format of the recording: {', '.join(readable_formats())}; described below")
+    parser.add_argument("source", metavar="SRC", help="recording: a file, or a folder of files")
+    parser.add_argument("--out", metavar="DIR", required=True, help="trace set to write")
+    parser.add_argument(
         "--model",
         metavar="MODEL",
         required=True,
-        help="model that routed: a preset (below), a folder with a config.json, a config.json, or a geometry file",
+        help="model that was recorded: a preset (below), a folder with a config.json, a config.json, or "
+        "a geometry file",
     )
-    options.add_argument(
+    parser.add_argument(
         "--tokenizer",
         metavar="FILE_OR_NAME",
-        help="tokenizer of the token ids: a tokenizer.json, a folder with one, or a name on the Hub; default: the "
-        "preset's, or the one in the model's folder",
+        help="tokenizer of the token ids: a tokenizer.json, a folder with one, or a name on the Hub "
+        "(default: the tokenizer "
+        "of the preset or of the model's folder)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--quantization",
         type=float,
         metavar="BITS",
-        help="bits per parameter that the model ran with; default: 16 (moe-beyond-csv: 8)",
+        help="bits per parameter of the model that was recorded (default: 16; moe-beyond-csv: 8)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--val-blocks",
         metavar="SIZE:EVERY",
-        help="validation split: one in EVERY blocks of SIZE consecutive sequences; default: none",
+        help="validation split: one in EVERY blocks of SIZE consecutive sequences (default: none)",
     )
     for option, names in format_options().values():
-        options.add_argument(
+        parser.add_argument(
             option.flag, type=option.type, metavar=option.metavar, help=f"{option.help}; only for {', '.join(names)}"
         )
-    options.add_argument(
+    parser.add_argument(
         "--predictions",
         metavar="DIR",
         help="MoE-Beyond's released predictions for the same prompts, for moe-beyond-csv only, with --scores",
     )
-    options.add_argument(
+    parser.add_argument(
         "--scores", metavar="DIR", help="folder for these predictions, which `moe-beyond replay --scores` reads"
     )
-    return options
+    return parser
 
 
 def format_options() -> dict[str, tuple[Option, list[str]]]:
     """Return the options that only some formats have, each with the names of these formats."""
     options: dict[str, tuple[Option, list[str]]] = {}
-    for name, form in readable_formats().items():
-        for option in form.options:
+    for name, recording_format in readable_formats().items():
+        for option in recording_format.options:
             options.setdefault(option.name, (option, []))[1].append(name)
     return options
 
 
 def describe_formats() -> list[str]:
-    """Return the lines of help about the formats."""
+    """Return the lines of the help text about formats."""
     lines = ["formats (K: experts per token and layer; NAME: the file's name without its ending):"]
-    for name, described in readable_formats().items():
-        lines += ["", *(f"  {line}" for line in described.describe(name))]
+    for name, recording_format in readable_formats().items():
+        lines += ["", *(f"  {line}" for line in recording_format.describe(name))]
     return lines
 
 
 def describe_models() -> list[str]:
-    """Return the lines of help about what ``--model`` takes."""
+    """Return the lines of the help text about ``--model``."""
     names = textwrap.wrap(", ".join(PRESETS), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     example = Geometry("mine", (1, 2, 3), num_experts=64, top_k=6, params_per_expert=8650752, other_params_per_layer=0)
     return [
@@ -91,9 +93,13 @@ def describe_models() -> list[str]:
     ]
 
 
-def run(words: list[str]) -> None:
-    """Import."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """Import a recording.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
     read, own_options = format_reader(args.format), format_options()
     if (args.predictions is None) != (args.scores is None):
         raise UserError("--predictions and --scores belong together; give both or neither")
@@ -103,7 +109,7 @@ def run(words: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is only for {', '.join(names)} (got {args.format}); remove it")
     if args.quantization is not None and not args.quantization > 0:
         raise UserError(f"--quantization {args.quantization:g}: bits per parameter must be more than 0")
-    given = {"quantization_bits": args.quantization, **{name: args[name] for name in own_options}}
+    optional = {"quantization_bits": args.quantization, **{name: args[name] for name in own_options}}
     preset = load_preset(args.model)
     with progress_bar(f"importing {args.source}", quiet=args.quiet) as progress:
         traces = read(
@@ -113,7 +119,7 @@ def run(words: list[str]) -> None:
             tokenizer=args.tokenizer,
             val_blocks=args.val_blocks,
             progress=progress,
-            **{name: value for name, value in given.items() if value is not None},
+            **{name: value for name, value in optional.items() if value is not None},
         )
     if args.scores is not None:
         from moe_beyond.evaluation.released_predictions import import_released_predictions
@@ -121,14 +127,14 @@ def run(words: list[str]) -> None:
         try:
             import_released_predictions(args.predictions, args.scores, traces)
         except UserError:
-            shutil.rmtree(args.out)  # one command makes both or neither
+            shutil.rmtree(args.out)  # the command writes both or neither
             raise
     manifest = traces.manifest
     entries = manifest.tokens * manifest.geometry.num_layers
     size = sum(shard.bytes for shard in manifest.shards)
     splits = manifest.to_json()["splits"]
     output = Output(args)
-    output.show(f"{args.out}: {entries:,} entries in = {entries:,} entries out, {size / entries:.2f} bytes an entry")
+    output.show(f"{args.out}: {entries:,} entries in = {entries:,} entries out, {size / entries:.2f} bytes per entry")
     for split, counts in splits.items():
         output.show(f"  {split}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
     copies = traces.copies()
@@ -138,7 +144,7 @@ def run(words: list[str]) -> None:
     for note in notes:
         output.show(f"  {note}")
     if not manifest.has_token_ids:
-        output.show("  no token ids: the recording has none, and predictors that read them cannot be fitted on it")
+        output.show("  no token ids: predictors that read token ids cannot be fitted on this trace set")
     if args.scores is not None:
         output.show(f"{args.scores}: released predictions, lookahead 0")
     output.result(

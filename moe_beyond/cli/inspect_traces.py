@@ -4,43 +4,52 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, parser, progress_bar
+from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, command_parser, progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
-from moe_beyond.report.tables.inspection import inspection_tables
-from moe_beyond.traces.analysis.contrast import check_comparable, contrast_traces, most_different_experts
-from moe_beyond.traces.analysis.statistics import summarize
-from moe_beyond.traces.reader import TraceSet
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "inspect",
-        "Describe a trace set, layer by layer: popularity and skew, how soon experts are used again, what a layer "
-        "tells of the next, gate weights, prefill against decode; and which experts another set uses more or less.",
+        "Describe a trace set layer by layer: popularity and skew of experts, reuse distances, "
+        "dependence between layers, "
+        "gate weights, prefill and decode; and the experts that another trace set uses more or less.",
         "moe-beyond inspect traces/puffin --contrast traces/webglm --plots plots",
     )
-    known.add_argument("traces", metavar="DIR", help=TRACES_HELP)
-    known.add_argument("--split", metavar="S", help="one split of the trace set, and of OTHER; all by default")
-    known.add_argument(
-        "--contrast", metavar="OTHER", help="another trace set of the same model: differences of activation rates"
+    parser.add_argument("traces", metavar="DIR", help=TRACES_HELP)
+    parser.add_argument("--split", metavar="S", help="split of the trace set, and of OTHER (default: all)")
+    parser.add_argument(
+        "--contrast",
+        metavar="OTHER",
+        help="trace set of the same model to compare with, by activation rates (default: none)",
     )
-    known.add_argument(
+    parser.add_argument(
         "--steer",
         metavar="FILE",
-        help="write what `moe-beyond collect --steer FILE` reads: the --on N experts that DIR uses most beyond OTHER, "
-        "and the --off N that it uses least",
+        help="file for `moe-beyond collect --steer FILE`: the --on N experts that DIR uses more than "
+        "OTHER by the largest "
+        "margin, and the --off N experts that it uses less (default: no file)",
     )
-    known.add_argument("--on", type=int, default=0, metavar="N", help="experts to force on (0)")
-    known.add_argument("--off", type=int, default=0, metavar="N", help="experts to force off (0)")
-    add_plots(known)
-    return known
+    parser.add_argument("--on", type=int, default=0, metavar="N", help="number of experts to force on (default: 0)")
+    parser.add_argument("--off", type=int, default=0, metavar="N", help="number of experts to force off (default: 0)")
+    add_plots(parser)
+    return parser
 
 
-def run(words: list[str]) -> None:
-    """Describe the set."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """Describe a trace set.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
+    from moe_beyond.report.tables.inspection import inspection_tables
+    from moe_beyond.traces.analysis.contrast import check_comparable, contrast_traces, most_different_experts
+    from moe_beyond.traces.analysis.statistics import summarize
+    from moe_beyond.traces.reader import TraceSet
+
     output = Output(args)
     check_plots(args.plots)
     for name in ("on", "off"):
@@ -54,7 +63,7 @@ def run(words: list[str]) -> None:
     other = None if args.contrast is None else TraceSet(args.contrast)
     if other is not None:
         check_comparable(traces, other)
-        other.shards(args.split)  # a split that is not there is said before all is counted
+        other.shards(args.split)  # a missing split is reported before the counting
     with progress_bar("counting", quiet=output.quiet) as progress:
         summary = summarize(traces, args.split, progress=progress)
     difference = None if other is None else contrast_traces(traces, other, args.split)
@@ -67,6 +76,6 @@ def run(words: list[str]) -> None:
         from moe_beyond.report.plots.files import write_figures
         from moe_beyond.report.plots.inspection import inspection_figures
 
-        drawn = inspection_figures(summary, difference)
-        output.show(*(f"picture: {path}" for path in write_figures(args.plots, drawn)))
+        figures = inspection_figures(summary, difference)
+        output.show(*(f"picture: {path}" for path in write_figures(args.plots, figures)))
     output.result(summary.to_json() | ({} if difference is None else {"contrast": difference.to_json()}))

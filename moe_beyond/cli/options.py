@@ -1,4 +1,4 @@
-"""Options that all verbs share, and where their output goes."""
+"""Options that all commands share, and the output of a command."""
 
 import json
 import logging
@@ -8,82 +8,85 @@ from argparse import Action
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-from rich.console import Console, RenderableType
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from moe_beyond.cli.slips import OneLineErrors
+from moe_beyond.cli.parser import CommandParser
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 
-TRACES_HELP = "trace set: a folder, hf:ORG/REPO, or a URL fsspec knows"
-SPLIT_HELP = "split of the trace set (default: all; with a predictor, one that it was not fitted on, if there is one)"
-PIPE_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe; on a terminal it fits the terminal."""
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
+TRACES_HELP = "trace set: a folder, hf:ORG/REPO, or a URL that fsspec reads"
+SPLIT_HELP = "split of the trace set (default: all; with a predictor, a split that it was not fitted on, if any)"
+PIPE_WIDTH = 120
+"""Columns of a table in a file or a pipe; on a terminal, a table fits the terminal."""
 EXAMPLE = "example:"
+"""First line of the example at the end of a help text."""
 
 
 class ExampleAsWritten(DefaultHelpFormatter):
-    """Help whose example stays as it is written, to be copied."""
+    """Help format that keeps the line breaks of the example."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith(EXAMPLE) else super()._fill_text(text, width, indent)
 
 
-class _Help(ExampleAsWritten):
-    """Help without types and defaults, which the options' own words tell."""
+class _HelpFormat(ExampleAsWritten):
+    """Help format without types and defaults, which the help texts state."""
 
     def _get_help_string(self, action: Action) -> str:
         return action.help or ""
 
 
-def parser(verb: str, description: str, example: str) -> ArgumentParser:
-    """Start the parser of a verb, with the options that all of them have.
+def command_parser(command: str, description: str, example: str) -> CommandParser:
+    """Create the parser of a command, with the options that all commands have.
 
     Args:
-        verb: The verb.
-        description: What it does.
-        example: A command line to show under ``--help``.
+        command: Name of the command.
+        description: Purpose of the command.
+        example: Example command line, shown at the end of ``--help``.
     """
-    options = OneLineErrors(
-        prog=f"moe-beyond {verb}",
+    parser = CommandParser(
+        prog=f"moe-beyond {command}",
         description=description,
         epilog=example_text(example),
         allow_abbrev=False,
-        formatter_class=_Help,
+        formatter_class=_HelpFormat,
     )
-    options.verb, options.example = verb, example
-    add_output(options)
-    return options
+    parser.command, parser.example = command, example
+    add_output(parser)
+    return parser
 
 
 def example_text(example: str) -> str:
-    """Return what stands under an ``--help``."""
+    """Return the text at the end of ``--help``."""
     return f"{EXAMPLE}\n  {example}"
 
 
-def add_output(options: ArgumentParser) -> None:
+def add_output(parser: ArgumentParser) -> None:
     """Add ``--json FILE`` and ``--quiet``, which `Output` reads."""
-    options.add_argument("--json", metavar="FILE", help="also write the result as JSON; - is standard output, alone")
-    options.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument(
+        "--json", metavar="FILE", help="file for the result as JSON; - prints only the JSON (default: no JSON)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
-def add_traces(options: ArgumentParser) -> None:
+def add_traces(parser: ArgumentParser) -> None:
     """Add ``--traces DIR`` and ``--split S``."""
-    options.add_argument("--traces", metavar="DIR", required=True, help=TRACES_HELP)
-    options.add_argument("--split", metavar="S", help=SPLIT_HELP)
+    parser.add_argument("--traces", metavar="DIR", required=True, help=TRACES_HELP)
+    parser.add_argument("--split", metavar="S", help=SPLIT_HELP)
 
 
-def add_plots(options: ArgumentParser) -> None:
+def add_plots(parser: ArgumentParser) -> None:
     """Add ``--plots DIR``."""
-    options.add_argument("--plots", metavar="DIR", help="also write pictures there")
+    parser.add_argument("--plots", metavar="DIR", help="folder for plots as PNG files (default: no plots)")
 
 
 def check_plots(folder: str | None) -> None:
-    """Check, before anything takes long, that pictures have somewhere to go.
+    """Refuse a folder for plots that cannot be a folder, before anything takes long.
 
     Raises:
         UserError: ``--plots`` names a file.
@@ -93,10 +96,10 @@ def check_plots(folder: str | None) -> None:
 
 
 def check_json(path: str | None) -> None:
-    """Check, before anything takes long, that the JSON has somewhere to go.
+    """Refuse a file for the JSON that cannot be written, before anything takes long.
 
     Raises:
-        UserError: ``--json`` names a folder, or a file below a file or in a folder that cannot be written.
+        UserError: ``--json`` names a folder, or a file below a file or in a folder that cannot be written to.
     """
     if path in (None, "-"):
         return
@@ -105,26 +108,28 @@ def check_json(path: str | None) -> None:
     file = Path(path)
     if file.is_dir():
         raise UserError(f"--json {path}: is a folder; name a file")
-    above = next(folder for folder in (*file.parents, Path()) if folder.exists())
-    if not above.is_dir():
-        raise UserError(f"--json {path}: {above} is a file, not a folder; name another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"--json {path}: {above} cannot be written to; name another place")
+    ancestor = next(folder for folder in (*file.parents, Path()) if folder.exists())
+    if not ancestor.is_dir():
+        raise UserError(f"--json {path}: {ancestor} is a file, not a folder; name another place")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UserError(f"--json {path}: {ancestor} cannot be written to; name another place")
 
 
 class Output:
-    """Where a verb's tables, lines and result go.
+    """Destination of a command's tables, lines and JSON.
 
-    Standard output has the tables, unless ``--json -`` takes it for the JSON, alone; ``--quiet`` prints nothing.
+    Tables and lines go to standard output. With ``--json -`` only the JSON does; with ``--quiet`` nothing does.
 
     Args:
-        args: The parsed options.
+        args: Parsed options of the command.
 
     Raises:
-        UserError: ``--json`` names no file that could be written.
+        UserError: ``--json`` names a file that cannot be written.
     """
 
     def __init__(self, args: Namespace) -> None:
+        from rich.console import Console
+
         check_json(args.json)
         self._json: str | None = args.json
         self.quiet: bool = args.quiet or args.json == "-"
@@ -132,8 +137,8 @@ class Output:
         console = Console(quiet=self.quiet)
         self.console = console if console.is_terminal else Console(quiet=self.quiet, width=PIPE_WIDTH)
 
-    def show(self, *parts: RenderableType) -> None:
-        """Print tables and lines; a line is not broken, nor taken for markup."""
+    def show(self, *parts: "RenderableType") -> None:
+        """Print tables and lines; a line is neither broken nor read as markup."""
         for part in parts:
             if isinstance(part, str):
                 self.console.print(part, highlight=False, markup=False, soft_wrap=True)
@@ -141,7 +146,7 @@ class Output:
                 self.console.print(part)
 
     def result(self, content: Any) -> None:
-        """Write the JSON that was asked for, if it was."""
+        """Write the JSON if ``--json`` is given."""
         if self._json == "-":
             sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         elif self._json is not None:
@@ -149,14 +154,21 @@ class Output:
 
 
 @contextmanager
-def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """Show a bar on standard error, and only on a terminal.
+def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on standard error if that is a terminal.
+
+    Args:
+        label: Text before the bar.
+        quiet: Show nothing (default: False).
 
     Yields:
-        What to call with how much is done, of how much, and perhaps what to say beside.
+        Function of the work done, the total work and, optionally, a text after the bar (``suffix``).
     """
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[beside]}"))
+    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[suffix]}"))
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, beside="")
-        yield lambda done, total, beside="": bar.update(task, completed=done, total=total, beside=beside)
+        task = bar.add_task(label, total=None, suffix="")
+        yield lambda done, total, suffix="": bar.update(task, completed=done, total=total, suffix=suffix)

@@ -2,7 +2,7 @@
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, parser, progress_bar
+from moe_beyond.cli.options import Output, command_parser, progress_bar
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
@@ -15,31 +15,31 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "plan",
         "Find the smallest budget at which each strategy reaches a target, or the bottleneck if none does, and the "
         "experts to pin. On a device, budgets stay within its memory, less its other weights and a reserve of an "
         "eighth. The budget is the smallest one if a larger budget is never worse; with lfu_in_cache it can be worse.",
         "moe-beyond plan --traces traces/webglm --device rtx4060-laptop --target 10tok/s --strategy all",
     )
-    add_measured_traces(known)
-    known.add_argument(
+    add_measured_traces(parser)
+    parser.add_argument(
         "--target", metavar="T", help="target: 90% for a hit rate, or 10tok/s on --device (default: none, only --pins)"
     )
-    known.add_argument(
+    parser.add_argument(
         "--pins", metavar="FILE", help="JSON file for the experts to pin at --budget, by model layer (default: none)"
     )
-    add_budgets(known)
-    add_strategies(known)
-    add_conditions(known)
-    return known
+    add_budgets(parser)
+    add_strategies(parser)
+    add_conditions(parser)
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Size budgets, and choose the experts to pin."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     output = Output(args)
     if args.target is None and args.pins is None:
         raise UserError("plan: nothing to do; give --target T to reach, or --pins FILE to write")

@@ -1,34 +1,51 @@
 """``moe-beyond push``."""
 
+from typing import TYPE_CHECKING
+
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, parser
-from moe_beyond.hub.push import Upload, check_trained_on, prepare_upload, push_upload
+from moe_beyond.cli.options import Output, command_parser
 from moe_beyond.pretrained import CARD_FILE, find_predictor
 
+if TYPE_CHECKING:
+    from moe_beyond.hub.push import Upload
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "push",
-        "Publish a predictor folder or a trace set on the Hugging Face Hub, with its figures on its card; others then "
-        "name it hf:ORG/REPO.",
+        "Upload a predictor folder or a trace set to the Hugging Face Hub, with its figures on its card. "
+        "Its name is then "
+        "hf:ORG/REPO.",
         "moe-beyond push runs/predictor/version_0/predictor ORG/REPO --private",
     )
-    known.add_argument("folder", metavar="FOLDER", help="a predictor folder, a published name, or a trace set")
-    known.add_argument("repository", metavar="ORG/REPO", help="the repository; made if it is not there")
-    known.add_argument("--private", action="store_true", help="make the repository a private one")
-    known.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it is not there")
-    known.add_argument("--dry-run", action="store_true", help="show what would be published; ask nobody")
-    known.add_argument(
-        "--traces", metavar="hf:ORG/REPO", help="published trace set that the predictor was fitted on, for its card"
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="predictor folder, name of a pretrained predictor, or trace set"
     )
-    return known
+    parser.add_argument("repository", metavar="ORG/REPO", help="repository, created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create a private repository (default: public)")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch to commit to, created if it does not exist (default: main)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the files of the upload; connect to nothing")
+    parser.add_argument(
+        "--traces",
+        metavar="hf:ORG/REPO",
+        help="uploaded trace set that the predictor was fitted on, for its card (default: none)",
+    )
+    return parser
 
 
-def run(words: list[str]) -> None:
-    """Publish."""
-    args = options().parse_args(words[1:])
+def main(argv: list[str]) -> None:
+    """Upload a folder.
+
+    Args:
+        argv: The command and its options.
+    """
+    args = build_parser().parse_args(argv[1:])
+    from moe_beyond.hub.push import check_trained_on, prepare_upload, push_upload
+
     output = Output(args)
     folder = find_predictor(args.folder)
     upload = prepare_upload(folder, args.repository, args.traces)
@@ -39,12 +56,12 @@ def run(words: list[str]) -> None:
         return
     if args.traces is not None:
         check_trained_on(folder, args.traces)
-    published = push_upload(upload, private=args.private, revision=args.revision)
-    output.show(published.url, f"commit {published.commit}: {', '.join(upload.files)}")
-    output.result(content | {"url": published.url, "commit": published.commit})
+    result = push_upload(upload, private=args.private, revision=args.revision)
+    output.show(result.url, f"commit {result.commit}: {', '.join(upload.files)}")
+    output.result(content | {"url": result.url, "commit": result.commit})
 
 
-def _lines(upload: Upload) -> list[str]:
+def _lines(upload: "Upload") -> list[str]:
     card = upload.files[CARD_FILE]
     assert isinstance(card, bytes)
     return [

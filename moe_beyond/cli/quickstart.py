@@ -2,23 +2,23 @@
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, parser
+from moe_beyond.cli.options import Output, command_parser
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "quickstart",
         "Record a small bundled model, fit a predictor on its routing, and replay prompts that neither was fitted on.",
         "moe-beyond quickstart --out demo",
     )
-    known.add_argument("--out", metavar="DIR", default="demo", help="output folder (default: demo)")
-    return known
+    parser.add_argument("--out", metavar="DIR", default="demo", help="output folder (default: demo)")
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Record, fit and replay."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     output = Output(args)
     from moe_beyond.quickstart import quickstart  # imported here, so that wrong options are refused at once
 

@@ -2,7 +2,7 @@
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, add_plots, check_plots, parser, progress_bar
+from moe_beyond.cli.options import Output, add_plots, check_plots, command_parser, progress_bar
 from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
@@ -13,25 +13,25 @@ from moe_beyond.cli.replay_options import (
 )
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "replay",
         "Replay traces through a cache under a memory budget, and on a device with times. Every result is shown "
         "next to LRU, Belady and the best fixed choice of experts.",
         "moe-beyond replay --traces traces/webglm --budget 10% --strategy all --device rtx4060-laptop",
     )
-    add_measured_traces(known)
-    add_budgets(known)
-    add_strategies(known)
-    add_conditions(known)
-    add_plots(known)
-    return known
+    add_measured_traces(parser)
+    add_budgets(parser)
+    add_strategies(parser)
+    add_conditions(parser)
+    add_plots(parser)
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Replay traces."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     output = Output(args)
     check_plots(args.plots)
     # Imported here, so that help and completion do not wait for it.

@@ -46,54 +46,54 @@ def device_help() -> str:
     return f"device that enables the timing model: {choices(DEVICES)}, or a JSON file, see `moe-beyond devices`"
 
 
-def add_measured_traces(options: ArgumentParser, *, required: bool = True) -> None:
+def add_measured_traces(parser: ArgumentParser, *, required: bool = True) -> None:
     """Add ``--traces`` and ``--split``.
 
     Args:
-        options: Parser of a command.
+        parser: Parser of a command.
         required: Whether ``--traces`` is required (default: True).
     """
-    options.add_argument("--traces", metavar="DIR", required=required, help=TRACES_HELP)
-    options.add_argument("--split", metavar="S", help=SPLIT_HELP)
+    parser.add_argument("--traces", metavar="DIR", required=required, help=TRACES_HELP)
+    parser.add_argument("--split", metavar="S", help=SPLIT_HELP)
 
 
-def add_budgets(options: ArgumentParser) -> None:
+def add_budgets(parser: ArgumentParser) -> None:
     """Add ``--budget``."""
-    options.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGET})")
+    parser.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGET})")
 
 
-def add_strategies(options: ArgumentParser) -> None:
+def add_strategies(parser: ArgumentParser) -> None:
     """Add ``--strategy``, the options of a grid, and those of its scores."""
-    options.add_argument(
+    parser.add_argument(
         "--strategy",
         action="append",
         metavar="S",
         help="named strategy in place of --policy and --prefetch: "
         f"{choices(STRATEGIES)}, or {ALL}; repeatable (default: none)",
     )
-    add_grid(options)
-    options.add_argument("--predictor", metavar="P", help=f"predictor whose scores are used: {PREDICTOR_HELP}")
-    options.add_argument(
+    add_grid(parser)
+    parser.add_argument("--predictor", metavar="P", help=f"predictor whose scores are used: {PREDICTOR_HELP}")
+    parser.add_argument(
         "--scores", metavar="DIR", help="scores folder of `moe-beyond predict`, in place of --predictor (default: none)"
     )
 
 
-def add_grid(options: ArgumentParser) -> None:
+def add_grid(parser: ArgumentParser) -> None:
     """Add the options that form a grid: policies, prefetchers and lookaheads."""
-    options.add_argument(
+    parser.add_argument(
         "--policy",
         action="append",
         metavar="P",
         help=f"eviction policy: {choices(POLICIES)}; repeatable (default: lru)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--prefetch",
         action="append",
         metavar="F",
         help=f"prefetcher: {choices(PREFETCH_SYNTAX)}; quote >, at which a shell redirects; top6 and p>0.5 take a "
         "distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, none without)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--lookahead",
         action="append",
         metavar="H",
@@ -103,44 +103,44 @@ def add_grid(options: ArgumentParser) -> None:
     )
 
 
-def add_conditions(options: ArgumentParser) -> None:
+def add_conditions(parser: ArgumentParser) -> None:
     """Add the options that all strategies of a replay share."""
-    options.add_argument("--device", metavar="D", help=f"{device_help()} (default: no timing)")
-    options.add_argument(
+    parser.add_argument("--device", metavar="D", help=f"{device_help()} (default: no timing)")
+    parser.add_argument(
         "--scope", default="global", metavar="S", help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)"
     )
-    options.add_argument(
+    parser.add_argument(
         "--quotas",
         metavar="Q",
         help="slots per layer with --scope per-layer: even, proportional, or a list such as 10,8,8 (default: even)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--profile",
         metavar="P",
         help="fitted history or popularity predictor for policies that need a usage profile (default: none; with "
         "--strategy, the pretrained history)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--warm-start",
         action="store_true",
         help="start every sequence with the profile's most popular experts; their transfers count",
     )
-    options.add_argument(
+    parser.add_argument(
         "--carry-over", action="store_true", help="start every sequence with the cache of the sequence before"
     )
-    options.add_argument(
+    parser.add_argument(
         "--cold-host",
         action="store_true",
         help="start with empty host memory on a device with flash (default: with as many experts as fit)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--prefill-chunk", type=int, default=0, metavar="N", help="prompt tokens per step (default: 0, one step each)"
     )
-    options.add_argument(
+    parser.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="sequences decoded together (default: 1)"
     )
-    options.add_argument("--sequential", action="store_true", help="count access by access, as other simulators do")
-    options.add_argument(
+    parser.add_argument("--sequential", action="store_true", help="count access by access, as other simulators do")
+    parser.add_argument(
         "--warmup-tokens",
         type=int,
         default=0,
@@ -148,12 +148,12 @@ def add_conditions(options: ArgumentParser) -> None:
         help="tokens at the start of each sequence that do not count; sequences without more tokens are left out "
         "(default: 0)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--no-first-layer-prefetch",
         action="store_true",
         help="do not prefetch for layers whose scores exist when the token starts",
     )
-    options.add_argument(
+    parser.add_argument(
         "--quantization",
         type=float,
         metavar="BITS",

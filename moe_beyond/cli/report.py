@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, parser, progress_bar
+from moe_beyond.cli.options import Output, command_parser, progress_bar
 from moe_beyond.cli.replay_options import BUDGET_HELP, PREDICTOR_HELP, add_measured_traces, device_help
 from moe_beyond.errors import UserError
 
@@ -13,34 +13,34 @@ DEFAULT_DEVICES = "rtx4060-laptop, rtx4090, jetson-agx-orin"
 """Defaults of the page in words: `moe_beyond.report.html.strategies` has them, and imports what help does not need."""
 
 
-def options() -> ArgumentParser:
-    """Return the parser of this verb's options."""
-    known = parser(
+def build_parser() -> ArgumentParser:
+    """Return the parser of this command's options."""
+    parser = command_parser(
         "report",
         "Write a page about a predictor: its training data, its figures on a trace set, and its replay under budgets "
         "and on devices. The page is one HTML file that makes no network requests.",
         "moe-beyond report runs/predictor/version_0 --traces traces/webglm --out report.html",
     )
-    known.add_argument("predictor", metavar="RUN_OR_PREDICTOR", help=PREDICTOR_HELP)
-    add_measured_traces(known)
-    known.add_argument("--out", metavar="FILE", required=True, help="HTML file to write")
-    known.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})")
-    known.add_argument(
+    parser.add_argument("predictor", metavar="RUN_OR_PREDICTOR", help=PREDICTOR_HELP)
+    add_measured_traces(parser)
+    parser.add_argument("--out", metavar="FILE", required=True, help="HTML file to write")
+    parser.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})")
+    parser.add_argument(
         "--device", action="append", metavar="D", help=f"{device_help()}; repeatable (default: {DEFAULT_DEVICES})"
     )
-    known.add_argument(
+    parser.add_argument(
         "--warmup-tokens",
         type=int,
         default=0,
         metavar="N",
         help="tokens at the start of each sequence that replays do not count (default: 0)",
     )
-    return known
+    return parser
 
 
-def run(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Evaluate a predictor, and write the page."""
-    args = options().parse_args(words[1:])
+    args = build_parser().parse_args(argv[1:])
     if Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, {Path(args.out) / 'report.html'} for example")
     _report(args)

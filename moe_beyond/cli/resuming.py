@@ -1,4 +1,4 @@
-"""``moe-beyond fit --resume RUN``, and what an interrupted fit says."""
+"""``moe-beyond fit --resume RUN``, and the last lines of an interrupted fit."""
 
 import pickle
 import shlex
@@ -22,8 +22,8 @@ from moe_beyond.run_folder import PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
 
 OPTION = "--resume"
-NO_FILES = ("last", "best", "hpc", "registry")
-"""Words by which Lightning looks for a checkpoint of the run that is about to start, which has none."""
+LIGHTNING_KEYWORDS = ("last", "best", "hpc", "registry")
+"""Keywords of Lightning for checkpoints of the run that is about to start, which has none."""
 
 
 def add_resume(parser: ArgumentParser) -> None:
@@ -31,29 +31,29 @@ def add_resume(parser: ArgumentParser) -> None:
     parser.add_argument(
         OPTION,
         metavar="RUN",
-        help="of fit only: go on with a run that was stopped: its folder, or one of its checkpoints; other options "
-        "override its config.yaml",
+        help="fit only: run to resume, as a folder or one of its checkpoints; other options override its config.yaml",
     )
 
 
-def with_resume(words: Sequence[str]) -> list[str]:
+def with_resume(argv: Sequence[str]) -> list[str]:
     """Replace ``--resume RUN`` by the run's configuration and its newest checkpoint.
 
-    The configuration is read as ``-c`` reads it, with the same checks.
-
     Args:
-        words: The verb and its options.
+        argv: The command and its options.
+
+    Returns:
+        Arguments that read the configuration with ``-c``, and so with its checks.
 
     Raises:
-        UserError: There is no such run, it has no checkpoint to go on from, or the options contradict each other.
+        UserError: There is no such run, it has no checkpoint to resume from, or the options contradict each other.
     """
-    kept, runs, rest = list[str](), list[str](), iter(words)
-    for word in rest:
-        option, joined, value = word.partition("=")
+    kept, runs, remaining = list[str](), list[str](), iter(argv)
+    for argument in remaining:
+        option, equals, value = argument.partition("=")
         if option != OPTION:
-            kept.append(word)
+            kept.append(argument)
             continue
-        run = value if joined else next(rest, "")
+        run = value if equals else next(remaining, "")
         if not run or run.startswith("-"):
             raise UserError(f"{OPTION} needs a run; name its folder, as {OPTION} runs/predictor/version_0")
         runs.append(run)
@@ -63,55 +63,55 @@ def with_resume(words: Sequence[str]) -> list[str]:
         raise UserError(f"{kept[0]} has no {OPTION}; give --ckpt_path FILE")
     if len(runs) > 1:
         raise UserError(f"{OPTION} is given {len(runs)} times; name one run")
-    if any(word.partition("=")[0] == "--ckpt_path" for word in kept):
+    if any(argument.partition("=")[0] == "--ckpt_path" for argument in kept):
         raise UserError(f"{OPTION} and --ckpt_path both name a checkpoint; give one of them")
     config, checkpoint = find_run(runs[0])
     return ["fit", "-c", str(config), f"--ckpt_path={checkpoint}", *kept[1:]]
 
 
 def find_run(name: str) -> tuple[Path, Path]:
-    """Return the configuration of a run, and the checkpoint to go on from.
+    """Find the configuration of a run, and the checkpoint to resume from.
 
     Args:
-        name: The run's folder, which gives its newest checkpoint, or a checkpoint.
+        name: Folder of the run, for its newest checkpoint; or a checkpoint.
 
     Raises:
-        UserError: There is no such run, or nothing in it to go on from.
+        UserError: There is no such run, or it has no checkpoint to resume from.
     """
-    place = Path(name)
-    if not place.exists():
+    path = Path(name)
+    if not path.exists():
         raise UserError(f"{name}: run not found; name its folder, as runs/predictor/version_0, or a checkpoint of it")
-    folder = place if place.is_dir() else run_of(place)
+    folder = path if path.is_dir() else run_of(path)
     config = folder / RUN_CONFIG_FILE
     if not config.exists():
         raise UserError(f"{name}: has no {RUN_CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
-    if not place.is_dir():
-        return config, place
+    if not path.is_dir():
+        return config, path
     return config, newest_checkpoint(folder)
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint of a run that is furthest, of those that a fit can go on from.
+    """Return the checkpoint of a run with the most progress, among those that a fit can resume from.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such checkpoint.
     """
-    progress = [(_how_far(path), path) for path in checkpoints_of(folder)]
-    resumable = [(far, path.stat().st_mtime, path) for far, path in progress if far is not None]
+    orders = [(_order(path), path) for path in checkpoints_of(folder)]
+    resumable = [(order, path.stat().st_mtime, path) for order, path in orders if order is not None]
     if not resumable:
-        raise UserError(f"{folder}: holds no checkpoint that a fit can go on from; fit again")
+        raise UserError(f"{folder}: has no checkpoint that a fit can resume from; fit again")
     return max(resumable)[2]
 
 
 def check_unfinished(path: Path, trainer: L.Trainer) -> None:
-    """Refuse to go on with a fit of which nothing is left to do.
+    """Refuse to resume a fit that is finished.
 
     Args:
-        path: Checkpoint to go on from.
-        trainer: About to fit.
+        path: Checkpoint to resume from.
+        trainer: Trainer of the fit that is about to start.
 
     Raises:
-        UserError: All epochs or steps are made, and what `ExportBest` writes at the end of a fit is written.
+        UserError: All epochs or steps are made, and `ExportBest` has written its predictor.
     """
     progress = _progress(path)
     if progress is None or (progress.due and not progress.validated):
@@ -121,22 +121,22 @@ def check_unfinished(path: Path, trainer: L.Trainer) -> None:
         return
     epochs = progress.epoch + (progress.whole and progress.batches > 0)
     limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
-    for (option, most), made in zip(limits.items(), (epochs, progress.steps), strict=True):
-        if most is not None and 0 < most <= made:
-            what = option.removeprefix("max_")
+    for (option, limit), done in zip(limits.items(), (epochs, progress.steps), strict=True):
+        if limit is not None and 0 < limit <= done:
+            unit = option.removeprefix("max_")
             raise UserError(
-                f"{path}: the fit is finished ({what} {made} of {most}); give --trainer.{option} M to go on"
+                f"{path}: the fit is finished ({unit} {done} of {limit}); give --trainer.{option} M to go on"
             )
 
 
-def _how_far(path: Path) -> tuple[int, int, bool] | None:
-    """Return steps, epochs and whether the last validation has run; None where a fit cannot go on from there."""
+def _order(path: Path) -> tuple[int, int, bool] | None:
+    """Return steps, epochs and whether the last validation has run; None if a fit cannot resume from a checkpoint."""
     progress = _progress(path)
     return None if progress is None else (progress.steps, progress.epoch, progress.validated)
 
 
 def _progress(path: Path) -> Progress | None:
-    """Return how far a checkpoint's fit is; None where a fit cannot go on from there."""
+    """Return the progress of a checkpoint's fit; None if a fit cannot resume from it."""
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         progress = Progress(**checkpoint[CHECKPOINT_KEY][RESUME_KEY]["progress"])
@@ -146,26 +146,29 @@ def _progress(path: Path) -> Progress | None:
     return progress if "optimizer_states" in checkpoint else None
 
 
-def check_names_a_file(verb: str, path: str) -> None:
-    """Refuse Lightning's words for checkpoints.
+def check_names_a_file(command: str, path: str) -> None:
+    """Refuse Lightning's keywords for checkpoints.
+
+    Args:
+        command: Command that reads the checkpoint.
+        path: Value of ``--ckpt_path``.
 
     Raises:
-        UserError: ``path`` is one of them.
+        UserError: ``path`` is such a keyword.
     """
-    if path.partition(":")[0] in NO_FILES and not Path(path).exists():
-        what = "moe-beyond fit --resume RUN goes on with the newest checkpoint of a run"
-        raise UserError(
-            f"--ckpt_path {path}: names no file; "
-            + (what if verb == "fit" else "give one, as runs/predictor/version_0/checkpoints/last.ckpt")
-        )
+    if path.partition(":")[0] in LIGHTNING_KEYWORDS and not Path(path).exists():
+        hint = "give one, as runs/predictor/version_0/checkpoints/last.ckpt"
+        if command == "fit":
+            hint = "moe-beyond fit --resume RUN goes on with the newest checkpoint of a run"
+        raise UserError(f"--ckpt_path {path}: names no file; {hint}")
 
 
 class Stopped(SystemExit):
-    """The end of an interrupted fit, with what to print last, after what loggers print when they finish.
+    """End of an interrupted fit, with lines to print after the last output of the loggers.
 
     Args:
-        code: Exit code.
-        lines: Where the run is and how to go on.
+        code: Exit code of the process.
+        lines: Folder of the run, and the command that resumes it.
     """
 
     def __init__(self, code: int, lines: Sequence[str]) -> None:
@@ -174,14 +177,14 @@ class Stopped(SystemExit):
 
 
 @contextmanager
-def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
-    """Let a fit be interrupted at any time: it saves a checkpoint, and says where the run is and how to go on.
+def printing_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
+    """Save a checkpoint if the fit inside is interrupted, and name the run's folder and the command that resumes it.
 
     Args:
-        trainer: About to fit.
+        trainer: Trainer of the fit that is about to start.
 
     Raises:
-        Stopped: It was interrupted; the code is 130 for Ctrl-C and 143 for SIGTERM.
+        Stopped: The fit was interrupted; the code is 130 for Ctrl-C and 143 for SIGTERM.
     """
     interrupt = SaveOnInterrupt()
     trainer.callbacks.append(interrupt)  # type: ignore[attr-defined]
@@ -190,13 +193,13 @@ def saying_how_to_resume(trainer: L.Trainer) -> Iterator[None]:
     except BaseException as error:
         if interrupt.signal is None and not is_interrupt(error):
             raise
-        lines = _last_words(interrupt) if trainer.is_global_zero else []
+        lines = _last_lines(interrupt) if trainer.is_global_zero else []
         raise Stopped(128 + (interrupt.signal or signal.SIGINT), lines) from None
 
 
 @contextmanager
-def printing_last_words() -> Iterator[None]:
-    """Print on standard error what an interrupted fit has to say, once everything else has ended."""
+def printing_last_lines() -> Iterator[None]:
+    """Print the last lines of an interrupted fit on standard error, after everything else has ended."""
     try:
         yield
     except Stopped as stopped:
@@ -205,7 +208,7 @@ def printing_last_words() -> Iterator[None]:
         raise
 
 
-def _last_words(interrupt: SaveOnInterrupt) -> list[str]:
+def _last_lines(interrupt: SaveOnInterrupt) -> list[str]:
     folder = interrupt.folder
     if folder is None:
         return ["moe-beyond: interrupted before the first step; nothing is lost"]
@@ -214,4 +217,4 @@ def _last_words(interrupt: SaveOnInterrupt) -> list[str]:
         return [*lines, f"go on with: moe-beyond fit {OPTION} {shlex.quote(str(folder))}"]
     if interrupt.saved is not None:
         return [*lines, f"go on with the same command and --ckpt_path {shlex.quote(str(interrupt.saved))}"]
-    return [*lines, "it holds no checkpoint to go on from"]
+    return [*lines, "it has no checkpoint to resume from"]

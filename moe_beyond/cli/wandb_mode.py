@@ -1,4 +1,4 @@
-"""Weights & Biases around a Lightning verb: whether it runs, where its run goes, its name, and that the run ends."""
+"""Weights & Biases for a Lightning command: mode, name and tags of its run, and the end of the run."""
 
 import os
 import re
@@ -22,84 +22,85 @@ from moe_beyond.tasks import PredictorTask
 MODE = "WANDB_MODE"
 WITHOUT_SERVER = ("offline", "dryrun")
 MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
+MAX_TAG_LENGTH = 64
 
 
-LONGEST_TAG = 64
+def set_wandb_mode(
+    trainer: L.Trainer, command: str, configured: Any, task: PredictorTask, data: TraceDataModule
+) -> None:
+    """Choose the mode of a trainer's `WandbLogger` without a question on the terminal.
 
-
-def settle_wandb(trainer: L.Trainer, verb: str, configured: Any, task: PredictorTask, data: TraceDataModule) -> None:
-    """Decide where the runs of a trainer's `WandbLogger` go, without ever asking on the terminal.
-
-    ``WANDB_MODE`` or the logger's own mode says it, if set: ``online``, ``offline``, or ``disabled``, which leaves the
-    logger out. Else runs go to the server where somebody is logged in, and into a folder where not. `predict` has no
-    figures to log, so it makes no run. Without a logger of wandb nothing happens, and wandb is not even imported.
+    ``WANDB_MODE`` or the logger's own mode decides, if set: ``online``, ``offline``, or ``disabled``, which removes the
+    logger. Otherwise runs go to the server if the user is logged in, and into a folder if not. `predict` logs no
+    metrics, so it makes no run. Without a `WandbLogger` this does nothing, and wandb is not imported.
 
     Args:
-        trainer: Not running yet.
-        verb: What it will do.
-        configured: What the configuration says of its loggers.
-        task: The task that runs, for the run's name and tags, unless the user gives them.
-        data: The same of the traces.
+        trainer: Trainer that is not running yet.
+        command: Command that is about to run.
+        configured: Loggers in the configuration: one or a list.
+        task: Task that runs, for the run's default name and tags.
+        data: Data module, likewise.
 
     Raises:
-        UserError: A server is asked for and nobody is logged in, the mode is not one, or the configuration, which is
-            kept with the run, holds a key.
+        UserError: The mode needs a server and the user is not logged in; the mode is unknown; or the configuration,
+            which is stored with the run, contains a key.
     """
     others = [logger for logger in trainer.loggers if not isinstance(logger, WandbLogger)]
     if len(others) == len(trainer.loggers):
         return
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):  # wandb warns of this setting, whatever its value
+        if isinstance(logger, WandbLogger):  # wandb warns about this setting, whatever its value
             logger._wandb_init.pop("anonymous", None)  # noqa: SLF001
     mode = os.environ.get(MODE)
     if mode is not None and mode not in MODES:
         raise unknown(MODE, mode, MODES)
     for arguments in _arguments(configured):
         if (arguments.get("settings") or {}).get("api_key"):
-            raise UserError("a configuration is kept with its run, so it cannot hold an api_key; set WANDB_API_KEY")
+            raise UserError(
+                "a configuration is stored with its run, so it must not contain an api_key; set WANDB_API_KEY"
+            )
         if mode != "disabled":
             mode = "offline" if arguments.get("offline") else arguments.get("mode") or mode
-    if mode == "disabled" or verb == "predict":
+    if mode == "disabled" or command == "predict":
         trainer.loggers = others
     elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        os.environ.setdefault("WANDB_JOB_TYPE", verb)
-        os.environ.setdefault("WANDB_NAME", run_name(trainer, verb, task, data))
+        os.environ.setdefault("WANDB_JOB_TYPE", command)
+        os.environ.setdefault("WANDB_NAME", run_name(trainer, command, task, data))
         os.environ.setdefault("WANDB_TAGS", ",".join(run_tags(task, data)))
-        os.environ.setdefault("WANDB_GIT_ROOT", os.getcwd())  # it would look where the logger saves
+        os.environ.setdefault("WANDB_GIT_ROOT", os.getcwd())  # otherwise wandb searches the logger's folder
         if mode in WITHOUT_SERVER or logged_in():
             return
         if mode is not None:
             raise UserError(
-                f"wandb is to run {mode}, but nobody is logged in: run `wandb login`, or set WANDB_API_KEY, or set "
-                f"{MODE}=offline"
+                f"wandb: mode {mode} needs a login; run `wandb login`, or set WANDB_API_KEY, or set {MODE}=offline"
             )
-        os.environ |= {MODE: "offline", "WANDB_QUIET": "true"}  # nobody asked for it
+        os.environ |= {MODE: "offline", "WANDB_QUIET": "true"}  # the user chose no mode
 
 
-def run_name(trainer: L.Trainer, verb: str, task: PredictorTask, data: TraceDataModule) -> str:
-    """Name a run by its architecture, its trace set and the version of its folder: ``cross_layer-puffin-v3``."""
+def run_name(trainer: L.Trainer, command: str, task: PredictorTask, data: TraceDataModule) -> str:
+    """Return the name of a run from its architecture, trace set and folder version: ``cross_layer-puffin-v3``."""
     versions = [logger.version for logger in trainer.loggers if not isinstance(logger, WandbLogger)]
     version = [f"v{text}" if isinstance(text, int) else str(text) for text in versions[:1] if text not in (None, "")]
     traces = re.split(r"[/:]+", data.traces.folder.rstrip("/"))[-1]
-    parts = [] if verb == "fit" else [verb]
+    parts = [] if command == "fit" else [command]
     return "-".join([*parts, task.predictor.architecture, traces, *version])
 
 
 def run_tags(task: PredictorTask, data: TraceDataModule) -> list[str]:
-    """Tag a run with its architecture, the model it predicts, and the source of its traces."""
-    words = (task.predictor.architecture, data.geometry.model, data.manifest.source)
-    return [" ".join(word.replace(",", " ").split())[:LONGEST_TAG] for word in words if word.strip()]
+    """Return the tags of a run: its architecture, the model it predicts, and the source of its traces."""
+    tags = (task.predictor.architecture, data.geometry.model, data.manifest.source)
+    return [" ".join(tag.replace(",", " ").split())[:MAX_TAG_LENGTH] for tag in tags if tag.strip()]
 
 
 def _arguments(configured: Any) -> list[dict[str, Any]]:
-    """Return the arguments of each `WandbLogger` among one or several loggers of a configuration."""
-    several = configured if isinstance(configured, list) else [configured]
-    named = [one.as_dict() for one in several if isinstance(one, Namespace)]
-    return [one["init_args"] for one in named if one["class_path"].endswith(WandbLogger.__name__)]
+    """Return the arguments of each `WandbLogger` among the loggers of a configuration: one or a list."""
+    loggers = configured if isinstance(configured, list) else [configured]
+    entries = [logger.as_dict() for logger in loggers if isinstance(logger, Namespace)]
+    return [entry["init_args"] for entry in entries if entry["class_path"].endswith(WandbLogger.__name__)]
 
 
 def logged_in() -> bool:
-    """Tell whether wandb has credentials for its server; it is not asked whether they are right."""
+    """Return whether wandb has credentials for its server; they are not verified."""
     import wandb
 
     silent = os.environ.get("WANDB_SILENT")
@@ -107,7 +108,7 @@ def logged_in() -> bool:
     try:
         return wandb.login(prompt=False, verify=False)
     finally:
-        wandb.teardown()  # it looks at its environment once; the run is to look again
+        wandb.teardown()  # wandb reads its environment once; the run has to read it again
         del os.environ["WANDB_SILENT"]
         if silent is not None:
             os.environ["WANDB_SILENT"] = silent
@@ -115,10 +116,10 @@ def logged_in() -> bool:
 
 @contextmanager
 def finishing_wandb() -> Iterator[None]:
-    """End the run that the block starts, if any, as failed where the block fails; leave the environment as it was.
+    """End the run that the block starts, if any, as failed if the block fails; restore the environment.
 
     Raises:
-        UserError: wandb refused something, or could not be reached.
+        UserError: wandb refused something, or its server was unreachable.
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     try:
@@ -127,7 +128,7 @@ def finishing_wandb() -> Iterator[None]:
         _finish(1)
         wandb = sys.modules.get("wandb")
         if wandb is not None and isinstance(error, wandb.Error):
-            raise UserError(f"wandb: {brief(error).rstrip('.')}; {MODE}=offline does without its server") from error
+            raise UserError(f"wandb: {brief(error).rstrip('.')}; {MODE}=offline needs no server") from error
         raise
     else:
         _finish(0)
@@ -138,7 +139,7 @@ def finishing_wandb() -> Iterator[None]:
 
 
 def discard_offline_run() -> None:
-    """End the run that a failed verb started before it did anything, and delete its files where no server has it."""
+    """End the run of a command that failed before its first step; delete its files if it is offline."""
     wandb = sys.modules.get("wandb")
     run = None if wandb is None else wandb.run
     if run is None or not run.offline:

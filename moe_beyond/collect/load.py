@@ -20,7 +20,7 @@ from moe_beyond.download import (
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.fields import brief, printable
 from moe_beyond.files import read_json
-from moe_beyond.pretrained import CONFIG_FILE, WEIGHTS_FILE, checkpoints_folder
+from moe_beyond.pretrained import CONFIG_FILE, WEIGHTS_FILE, shipped_folder, shipped_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -206,7 +206,7 @@ def bits(load_in: str | None) -> float | None:
 
 def bundled_models() -> list[str]:
     """List the names of the models that ship with this package."""
-    return sorted(path.parent.name for path in checkpoints_folder().glob(f"*/{CONFIG_FILE}") if _is_model(path))
+    return sorted(name for name, folder in shipped_folders().items() if _is_model(folder / CONFIG_FILE))
 
 
 def _is_model(config: Path) -> bool:
@@ -229,7 +229,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, HubName | None]:
     if path.is_file():
         raise UserError(f"--model {name}: is a file; give its folder")
     if not path.is_dir() and name in (bundled := bundled_models()):
-        path = checkpoints_folder() / name
+        path = shipped_folder(name)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"--revision {revision}: --model {name} is a folder, which has no revisions; leave it out")

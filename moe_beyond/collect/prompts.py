@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_beyond.download import REPOSITORY, asking_hub, looks_local, no_such_file
+from moe_beyond.download import REPOSITORY, hub_errors, looks_local, no_such_file
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.fields import TEXT, brief, is_plain_name, printable, shown
 
@@ -202,9 +202,9 @@ def _checked(prompt: Prompt, where: str) -> Prompt:
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{where}: its id must be text (got {shown(name)}); give every prompt an id, or none")
     if not TEXT.accepts(name):
-        raise UserError(f"{where}: its id must be {TEXT.words} (got {shown(name)})")
+        raise UserError(f"{where}: its id must be {TEXT.description} (got {shown(name)})")
     if not TEXT.accepts(prompt.source):
-        raise UserError(f"{where}: its source must be {TEXT.words} (got {shown(prompt.source)})")
+        raise UserError(f"{where}: its source must be {TEXT.description} (got {shown(prompt.source)})")
     if not is_plain_name(prompt.split):
         raise UserError(f"{where}: its split must be a plain name (got {shown(prompt.split)})")
     return prompt
@@ -359,7 +359,7 @@ def _data_set(name: str, notice: Notice) -> Iterator[Prompt]:
     repository, split, column = (*name.split(":"), "", "")[:3]
     split = split or "train"
     if not Path(repository).is_dir():
-        with asking_hub(f"--prompts {repository}"):
+        with hub_errors(f"--prompts {repository}"):
             from huggingface_hub import HfApi
 
             HfApi().dataset_info(repository)

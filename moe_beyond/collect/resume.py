@@ -264,7 +264,7 @@ def check_space(
     if needed > free:
         raise UserError(
             f"{parts.parent}: {sum(tokens_by_batch):,} tokens need about {needed / 1e6:,.1f} MB (got {free / 1e6:,.1f} "
-            "MB free); make room, then run the same command again"
+            "MB free); free some space, then run the same command again"
         )
 
 

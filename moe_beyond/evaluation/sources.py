@@ -17,7 +17,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.pretrained import checkpoints_folder, published_predictors
+from moe_beyond.pretrained import checkpoint_folders, list_pretrained, pretrained_folder, shipped_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.usage_profile import UsageProfile
@@ -107,7 +107,7 @@ def from_predictor_folder(folder: str | Path) -> ScoreSource:
 
 def name_of_folder(folder: str | Path, architecture: str) -> str:
     """Return the name of a predictor in tables: the name of a pretrained one, otherwise the architecture."""
-    pretrained = Path(folder).resolve().parent == checkpoints_folder().resolve()
+    pretrained = Path(folder).resolve().parent in checkpoint_folders()
     return Path(folder).name if pretrained else architecture
 
 
@@ -143,10 +143,10 @@ def pretrained_for(architecture: str, traces: TraceSet) -> Path | None:
     """
     from moe_beyond.predictors.io.folder import read_config
 
-    for name in published_predictors():
-        folder = checkpoints_folder() / name
+    for name in list_pretrained():
+        folder = shipped_folder(name)
         if name.split(".")[0] == architecture and _is_for(read_config(folder), traces):
-            return folder
+            return pretrained_folder(name)
     return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, asking_hub, download, is_hub_name, parse_hub_name
+from moe_beyond.download import PREFIX, REPOSITORY, HubName, Kind, download, hub_errors, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json
 from moe_beyond.hub.predictors import LIBRARY, PICTURE_FILE, predictor_files
@@ -98,7 +98,7 @@ def check_repository(repository: str) -> None:
     """
     if not REPOSITORY.fullmatch(repository):
         raise UserError(f"{repository!r} is not the name of a repository; write ORG/REPO (name a branch by --revision)")
-    with asking_hub(repository):
+    with hub_errors(repository):
         validate_repo_id(repository)
 
 
@@ -133,7 +133,7 @@ def open_repository(repository: str, kind: Kind, *, private: bool = False) -> No
         UserError: The user has no token or no right to write, or a private repository is required and it is public.
     """
     name = f"{PREFIX}{repository}"
-    with asking_hub(name):
+    with hub_errors(name):
         if not is_offline_mode() and get_token() is None:
             raise UserError(f"{name}: the Hub requires a token; log in with `hf auth login`, or set HF_TOKEN")
         api = _api()
@@ -159,7 +159,7 @@ def push_upload(upload: Upload, *, private: bool = False, revision: str | None =
     """
     open_repository(upload.repository, upload.kind, private=private)
     api, repository, kind = _api(), upload.repository, upload.kind
-    with asking_hub(str(HubName(repository, revision or "main"))):
+    with hub_errors(str(HubName(repository, revision or "main"))):
         if revision is not None:
             api.create_branch(repository, repo_type=kind, branch=revision, exist_ok=True)
         existing = api.list_repo_files(repository, repo_type=kind, revision=revision)

@@ -45,7 +45,7 @@ class CountingTask(PredictorTask):
         if trainer.gradient_clip_val:
             raise UserError(
                 "trainer.gradient_clip_val: a counting predictor has no gradients; "
-                "use configs/trainer/counting.yaml, or set it to null"
+                "use trainer/counting, or set it to null"
             )
         if trainer.world_size > 1:
             raise UserError(

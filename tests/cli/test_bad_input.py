@@ -143,7 +143,7 @@ def test_fits_that_cannot_be(run: Run, tmp_path: Path, refused, monkeypatch: pyt
 
 
 def test_words_that_cannot_be_parsed(run: Run, refused) -> None:
-    assert "unknown verb 'replya'; did you mean 'replay'?" in refused("replya")
+    assert "unknown command 'replya'; did you mean 'replay'?" in refused("replya")
     assert "--tracs" in refused("replay", "--tracs", "x")
     assert "--warmup-tokens: expects a whole number" in refused(
         "replay", "--traces", str(run.traces), "--warmup-tokens", "x"

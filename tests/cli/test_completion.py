@@ -5,9 +5,10 @@ import subprocess
 
 import pytest
 
-from moe_beyond.cli.completion import LIGHTNING, completion_script
-from moe_beyond.cli.main import VERBS, main
-from moe_beyond.pretrained import published_predictors
+from moe_beyond.cli.completion import completion_script
+from moe_beyond.cli.lightning_commands import ALL_OPTIONS, OPTIONS
+from moe_beyond.cli.main import COMMANDS, main
+from moe_beyond.pretrained import list_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -25,27 +26,29 @@ def offered(script: str, *words: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_offers_verbs_options_and_names(script: str) -> None:
-    assert offered(script, "") == list(VERBS)
-    assert offered(script, "re") == [verb for verb in VERBS if verb.startswith("re")]
+def test_bash_offers_commands_options_and_names(script: str) -> None:
+    assert offered(script, "") == list(COMMANDS)
+    assert offered(script, "re") == [command for command in COMMANDS if command.startswith("re")]
     assert offered(script, "replay", "--pre") == ["--prefetch", "--predictor", "--prefill-chunk"]
     assert offered(script, "fit", "--c") == ["--config", "--ckpt_path"]
     assert offered(script, "replay", "--predictor", "naive") == [
-        name for name in published_predictors() if name.startswith("naive")
+        name for name in list_pretrained() if name.startswith("naive")
     ]
-    assert offered(script, "evaluate", "token_c") == [n for n in published_predictors() if n.startswith("token_c")]
+    assert offered(script, "evaluate", "token_c") == [n for n in list_pretrained() if n.startswith("token_c")]
     assert offered(script, "plan", "--policy", "bel") == ["belief", "belady", "belady_bypass"]
+    assert offered(script, "fit", "-c", "trainer/d") == ["trainer/default"]
     assert offered(script, "replay", "--traces", "") == []  # files, by the shell's default
 
 
-@pytest.mark.parametrize("verb", [verb for verb, (module, _) in VERBS.items() if module == "lightning"])
-def test_the_options_that_all_fits_have_are_theirs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, "--help"]) == 0
-    said = capsys.readouterr().out
-    for option in LIGHTNING:
-        assert f"{option} " in said.replace(",", " ").replace("]", " ") or option.startswith(("--data.", "--model")), (
-            option
-        )
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_every_option_of_the_short_help_is_an_option_of_lightnings_parser(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, ALL_OPTIONS]) == 0
+    shown = capsys.readouterr().out.replace(",", " ").replace("]", " ")
+    for option in OPTIONS:
+        assert f"{option} " in shown or option.startswith("--data."), option  # a class's options need the class
+    assert "--trainer.gradient_clip_val" in shown
 
 
 def test_zsh_has_the_same_after_a_line_of_its_own(script: str) -> None:

@@ -6,14 +6,14 @@ import pytest
 import yaml
 from _helpers.common import failure
 
-from moe_beyond.cli.config_files import MOST_VALUES, read_yaml
+from moe_beyond.cli.config_files import MAX_VALUES, read_yaml
 from moe_beyond.errors import UserError
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (None, "c.yaml: not found"),
+        (None, "c.yaml: not found; name a file or a shipped configuration (see fit --help)"),
         ("trainer:\n  max_epochs: [1\n", "c.yaml, line 3: is not YAML (did not find expected ',' or ']')"),
         ("- 1\n- 2\n", "c.yaml: is not a mapping of options to values"),
         ("", "c.yaml: is not a mapping of options to values"),
@@ -32,8 +32,8 @@ from moe_beyond.errors import UserError
             "model: {class_path: no.such.Task}",
             "c.yaml: class_path no.such.Task: cannot be imported (No module named 'no')",
         ),
-        ("a: &a [*a]", f"c.yaml: its aliases stand for more than {MOST_VALUES:,} values; write fewer"),
-        ("[" * 100_000, "c.yaml: holds values inside values, more than 100 deep"),
+        ("a: &a [*a]", f"c.yaml: aliases stand for more than {MAX_VALUES:,} values; write fewer"),
+        ("[" * 100_000, "c.yaml: nests values more than 100 deep; flatten them"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said_with_its_name(
@@ -65,13 +65,13 @@ def test_a_file_runs_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     Path("theirs.yaml").write_text(text)
     said = failure(capsys, tmp_path, [verb, "-c", "theirs.yaml"])
     assert said.startswith("theirs.yaml: class_path ")
-    assert said.endswith(": is none of the classes that a configuration may name")
+    assert said.endswith(": is not a class that a configuration may name")
 
 
 def test_aliases_of_aliases_are_counted_before_they_are_expanded() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]" for n in range(1, 9)]  # 10^9 values
-    with pytest.raises(UserError, match="its aliases stand for more than"):
+    with pytest.raises(UserError, match="aliases stand for more than"):
         read_yaml("\n".join(lines))
     few = "shared: &s {lr: 1e-3}\nmodel: {class_path: CrossLayerTask, init_args: *s}\n"
     assert read_yaml(few)["model"]["init_args"] == {"lr": 0.001}

@@ -8,7 +8,7 @@ import pytest
 from _helpers.common import failure, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 
-from moe_beyond.cli.slips import one_line
+from moe_beyond.cli.library_errors import as_user_error
 from moe_beyond.errors import UserError
 from moe_beyond.tasks import PredictorTask
 
@@ -91,7 +91,7 @@ def test_a_file_is_refused_as_an_option_is(given: str, refused: Refused, tmp_pat
     (tmp_path / "more.yaml").write_text(given)
     line = refused("-c", "more.yaml")
     assert line in (
-        "more.yaml: model: is null; give its settings, or leave model out of the file",
+        "more.yaml: model: is null; give its settings, or remove it from the file",
         "--model.vocab_size: is read from the traces (got 5); leave it out",
     )
     assert ("null" in given) == line.startswith("more.yaml")
@@ -120,12 +120,12 @@ def test_our_own_fault_in_a_hook_keeps_its_traceback() -> None:
     from lightning.pytorch.callbacks import LambdaCallback
 
     callback = LambdaCallback(on_fit_start=lambda *_: PredictorTask.recipe(object()))  # type: ignore[arg-type]
-    with pytest.raises(AttributeError, match="has no attribute 'trainer'"), one_line():
+    with pytest.raises(AttributeError, match="has no attribute 'trainer'"), as_user_error():
         callback.on_fit_start(None, None)  # type: ignore[arg-type]
 
 
 def test_a_librarys_constructor_that_refuses_a_value_is_a_line() -> None:
     import torch
 
-    with pytest.raises(UserError, match="Invalid learning rate"), one_line():
+    with pytest.raises(UserError, match="Invalid learning rate"), as_user_error():
         torch.optim.AdamW([torch.zeros(1)], lr=-1.0)

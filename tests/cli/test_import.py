@@ -224,7 +224,7 @@ def test_what_is_required_is_named(option, recording, capsys):
 
 
 def test_an_unknown_verb_is_one_line(capsys):
-    assert error_line(capsys, ["imporr"]) == "unknown verb 'imporr'; did you mean 'import'?"
+    assert error_line(capsys, ["imporr"]) == "unknown command 'imporr'; did you mean 'import'?"
 
 
 PREDICTED = [

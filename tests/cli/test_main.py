@@ -1,4 +1,4 @@
-"""The command as a whole: help, version, verbs, and what it loads for them."""
+"""The program as a whole: help, version, commands and exit codes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from _helpers.common import error_line
 
 import moe_beyond
-from moe_beyond.cli.main import VERBS, main
+from moe_beyond.cli.main import COMMANDS, main
 
 
 @pytest.mark.parametrize("words", ["import moe_beyond", "from moe_beyond.cli.main import main; main(['--help'])"])
@@ -27,22 +27,22 @@ def test_import_and_help_load_no_library(words: str) -> None:
     assert libraries(words) - libraries("pass") == {"moe_beyond"}
 
 
-def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"  {verb} " in said for verb in VERBS)
+    usage = capsys.readouterr().out
+    assert all(f"  {command} " in usage for command in COMMANDS)
     assert main([]) == 2
-    assert capsys.readouterr() == ("", said)
+    assert capsys.readouterr() == ("", usage)
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS))
-def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert "usage: " in said
-    assert all(f"  {option}" in said or f", {option}" in said for option in ("--json", "--quiet"))
-    [example] = re.findall(r"^example:\n  (.*)\n(?:\n|$)", said, re.MULTILINE)  # one line, to be copied
-    assert f"moe-beyond {verb} " in f"{example} "
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "usage: " in text
+    assert all(f"  {option}" in text or f", {option}" in text for option in ("--json", "--quiet"))
+    [example] = re.findall(r"^example:\n  (.*)\n(?:\n|$)", text, re.MULTILINE)  # one line, to be copied
+    assert f"moe-beyond {command} " in f"{example} "
 
 
 def test_a_near_miss_of_an_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,10 @@ def test_the_module_is_the_command() -> None:
     done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"moe-beyond {moe_beyond.__version__}\n"
     done = subprocess.run([*words, "inspekt"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "moe-beyond: error: unknown verb 'inspekt'; did you mean 'inspect'?\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "moe-beyond: error: unknown command 'inspekt'; did you mean 'inspect'?\n",
+    )
 
 
 @pytest.mark.parametrize("words", [["version"], ["-V"], ["--version"]])
@@ -112,14 +115,14 @@ def test_the_version_is_printed_however_it_is_wanted(words: list[str], capsys: p
     assert capsys.readouterr() == (f"moe-beyond {moe_beyond.__version__}\n", "")
 
 
-def test_help_takes_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_takes_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for words in (["help", "list"], ["list", "--help"], ["help"], ["--help"]):
         assert main(words) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert said[2] == said[3]
-    assert "unknown verb 'lst'; did you mean 'list'?" in error_line(capsys, ["help", "lst"])
+    assert "unknown command 'lst'; did you mean 'list'?" in error_line(capsys, ["help", "lst"])
 
 
 def test_what_native_libraries_do_at_their_end_changes_no_exit_code() -> None:
@@ -133,4 +136,4 @@ def test_what_native_libraries_do_at_their_end_changes_no_exit_code() -> None:
     )
     done = subprocess.run([sys.executable, "-c", leaving], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "cleaned up\n")
-    assert done.stderr == "moe-beyond: error: unknown verb 'inspekt'; did you mean 'inspect'?\n"
+    assert done.stderr == "moe-beyond: error: unknown command 'inspekt'; did you mean 'inspect'?\n"

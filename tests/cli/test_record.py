@@ -104,7 +104,7 @@ def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch)
     tiny_traces(tmp_path / "a")
     more = ("--policy", "belief", "--prefetch", "none", "--prefetch", "top2", "--budget", "16", "--record")
     said = evaluated(folder, tmp_path / "a", capsys, *more)
-    monkeypatch.setattr(published, "checkpoints_folder", lambda: tmp_path)
+    monkeypatch.setattr(published, "checkpoint_folders", lambda: [tmp_path])
     assert main(["list", "--json", "-"]) == 0
     (one,) = json.loads(capsys.readouterr().out)["predictors"]
     assert one["name"] == folder.name
@@ -123,4 +123,4 @@ def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch)
 def test_every_published_predictor_is_listed(capsys):
     assert main(["list", "--json", "-"]) == 0
     listed = [one["name"] for one in json.loads(capsys.readouterr().out)["predictors"]]
-    assert listed == published.published_predictors() != []
+    assert listed == published.list_pretrained() != []

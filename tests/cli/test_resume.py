@@ -181,7 +181,7 @@ def test_a_run_without_checkpoints_is_named(
 ) -> None:
     shutil.copy(run.folder / "config.yaml", tmp_path)
     assert error_line(capsys, ["fit", "--resume", tmp_path]) == (
-        f"{tmp_path}: holds no checkpoint that a fit can go on from; fit again"
+        f"{tmp_path}: has no checkpoint that a fit can resume from; fit again"
     )
 
 

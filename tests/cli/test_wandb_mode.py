@@ -39,7 +39,7 @@ def test_a_stranger_gets_an_offline_run(stranger: pytest.MonkeyPatch, traces: Pa
     assert {name for name in os.environ if name.startswith("WANDB_")} == before
 
 
-ONLINE = "wandb is to run online, but nobody is logged in: run `wandb login`, or set WANDB_API_KEY, or set WANDB_MODE="
+ONLINE = "wandb: mode online needs a login; run `wandb login`, or set WANDB_API_KEY, or set WANDB_MODE="
 LOGGER = "--trainer.logger=WandbLogger"
 
 
@@ -52,7 +52,7 @@ LOGGER = "--trainer.logger=WandbLogger"
         (
             None,
             (LOGGER, '--trainer.logger.settings={"api_key": "sesame"}'),
-            "cannot hold an api_key; set WANDB_API_KEY",
+            "must not contain an api_key; set WANDB_API_KEY",
         ),
     ],
 )

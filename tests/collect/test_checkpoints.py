@@ -23,10 +23,10 @@ from moe_beyond.collect.forward import _half
 from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
@@ -113,7 +113,7 @@ def test_without_a_network_the_cache_serves_at_once(tmp_path, capfd, monkeypatch
     checkpoint._fetch_weights()
     assert (checkpoint.folder / "model.safetensors").is_file()
     assert capfd.readouterr() == ("", "")
-    with pytest.raises(UserError, match=r"the Hub cannot be reached at http://127\.0\.0\.1:9"):
+    with pytest.raises(UserError, match=r"the Hub is unreachable at http://127\.0\.0\.1:9"):
         open_checkpoint("org/tiny", "0" * 40)
 
 
@@ -121,7 +121,7 @@ def test_without_a_network_it_is_one_line_after_one_request(hub: Hub, tmp_path, 
     hub.breaks("GET", "/api/models/", None)
     hub.breaks("HEAD", "/resolve/", None)
     line = error_line(capsys, command(tmp_path, "--model", "org/tiny"))
-    assert line.startswith("--model org/tiny: the Hub cannot be reached at http://127.0.0.1")
+    assert line.startswith("--model org/tiny: the Hub is unreachable at http://127.0.0.1")
     assert len([path for path in hub.asked if "org/tiny" in path]) == 1
 
 

@@ -21,12 +21,12 @@ from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import geometry_from_config
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.analysis.statistics import summarize
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 TEXTS = ["def main():", "The list of arguments", "import numpy as np\n\n", "x", "Returns the number of items in a set."]
 
 

@@ -13,10 +13,10 @@ from _helpers.common import error_line, failure, tiny_traces
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_beyond.cli.main import main
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 LINES = ["def main():", "import os", "x = 1", "The list of arguments. " * 100]
 
 
@@ -47,7 +47,7 @@ def no_file_larger(most: int) -> Iterator[None]:
 def test_a_full_disk_leaves_what_is_whole_and_the_same_command_goes_on(words, tmp_path, capsys) -> None:
     pieces = tmp_path / ".traces.collecting"
     names = [f"{number:06d}.parquet" for number in range(4)]
-    says = "cannot be written (File too large); make room, then run the same command again"
+    says = "cannot be written (File too large); free some space, then run the same command again"
     with no_file_larger(16_000):  # the fourth prompt's piece is larger
         assert error_line(capsys, words) == f"{pieces / names[3]}: {says}"
     assert sorted(os.listdir(pieces)) == [*names[:3], "key.json", "rank-0.lock"]

@@ -17,11 +17,11 @@ from moe_beyond.cli.main import main
 from moe_beyond.collect.devices import describe, input_device
 from moe_beyond.collect.resume import _differences, digest, digests
 from moe_beyond.errors import UserError
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.steering import Steering
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 PROMPTS = ["def f(x):\n    return", "import os"]
 STEERING = Steering(((2, 1),), ((3, 0),))
 HALF = {

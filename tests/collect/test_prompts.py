@@ -17,9 +17,9 @@ from moe_beyond.collect.config import CollectConfig
 from moe_beyond.collect.prompts import Prompt, as_prompts, read_prompts
 from moe_beyond.collect.tokenize import token_ids_of, tokenize_prompts
 from moe_beyond.errors import UserError
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 CASES = Path(__file__).parents[1] / "data" / "cases" / "prompts"
 CHAT = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
 EVERY_ROLE = (

@@ -24,12 +24,12 @@ from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits
 from moe_beyond.predictors.registry import create
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.manifest import Tokenizer as ManifestTokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.tokenizers import load_vocabulary, same_tokenizer
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 KNOWN, ROWS = 2048, 2048 + 512
 PADDED = 2487
 """An id in a padded row, which the model writes."""

@@ -26,11 +26,11 @@ from moe_beyond.collect.prompts import Prompt
 from moe_beyond.collect.recorder import recording
 from moe_beyond.collect.router_probe import find_routers, stored_routers
 from moe_beyond.errors import UserError
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.router_activations import ROUTER_ACTIVATIONS
 from moe_beyond.traces.reader import TraceSet
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 TEXTS = ["def main():", "The list of arguments", "import numpy as np\n\n", "x", "Returns the number of items in a set."]
 OTHER_WIDTHS = ("DeepseekV4ForCausalLM", "HYV4ForCausalLM", "Qwen4ExpForCausalLM", "ZayaForCausalLM")
 """Several streams a token between layers, or a router of several maps: what is read is not one state of one width."""

@@ -26,11 +26,11 @@ from moe_beyond.collect.router_probe import find_routers
 from moe_beyond.collect.steering import MARGIN, steered
 from moe_beyond.errors import UserError
 from moe_beyond.hub.traces import traces_card
-from moe_beyond.pretrained import checkpoints_folder
+from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.steering import Steering
 
-SMALL = checkpoints_folder() / "small-moe"
+SMALL = shipped_folder("small-moe")
 PROMPT = torch.tensor([[40, 3, 3, 17, 60, 8, 21, 4, 33]])
 OF_EXPERTS = re.compile(r"(?<!attention)\.experts\.|\bmlp\.(input|output)_linear\.weight")
 """What computes experts, by name; jetmoe has no module for them."""

@@ -133,7 +133,7 @@ def test_private_is_private_or_refused(hub: Hub, folder: Path, capsys):
     [
         ("PUT", "/lfs/", 403, "the token does not allow it"),
         ("POST", "/commit/", 500, "the Hub fails (status 500); try again later"),
-        ("POST", "/commit/", None, "the Hub cannot be reached"),
+        ("POST", "/commit/", None, "the Hub is unreachable"),
         ("POST", "/preupload/", 403, "the token does not allow it (no right to write)"),
     ],
 )
@@ -183,10 +183,10 @@ def unreachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (no_token, "the Hub requires a token; log in with `hf auth login`, or set HF_TOKEN"),
         (wrong_token, "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN"),
-        (forbidden, "the token does not allow it (no right to write); use one that may"),
-        (too_often, "the Hub has had too many requests; try again later"),
-        (offline, "HF_HUB_OFFLINE keeps from asking the Hub; unset it"),
-        (unreachable, "the Hub cannot be reached at http://127.0.0.1:1"),
+        (forbidden, "the token does not allow it (no right to write); use a token that does"),
+        (too_often, "the Hub limits the rate of requests; try again later"),
+        (offline, "HF_HUB_OFFLINE forbids requests to the Hub; unset it"),
+        (unreachable, "the Hub is unreachable at http://127.0.0.1:1"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -200,7 +200,7 @@ def test_an_index_whose_files_are_swapped_is_refused(tmp_path, monkeypatch):
     folder = write(tmp_path / "scores", {"a": random_scores(3), "b": random_scores(3)})
     files = json.loads((folder / "scores.json").read_text())["files"]
     edit_index(folder, files={"a": files["b"], "b": files["a"]})
-    with pytest.raises(UserError, match="content_sha256 and the other fields do not agree"):
+    with pytest.raises(UserError, match="content_sha256 does not match the other fields"):
         ScoresFolder(folder)
 
 
@@ -232,5 +232,5 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     shard = folder / "scores-00000.safetensors"
     shard.rename(tmp_path / shard.name)
     shard.symlink_to(tmp_path / shard.name)
-    with pytest.raises(UserError, match=re.escape(f"{shard}: is a link to a file outside of the folder")):
+    with pytest.raises(UserError, match=re.escape(f"{shard}: is a link to a file outside the folder")):
         ScoresFolder(folder).scores("s", 3)

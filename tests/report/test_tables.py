@@ -19,7 +19,7 @@ from moe_beyond.evaluation.results import CheckpointEvaluation, Evaluation
 from moe_beyond.evaluation.sizing import SizingResult, parse_target
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.geometry import load_preset
-from moe_beyond.pretrained import published_figures
+from moe_beyond.pretrained import pretrained_figures
 from moe_beyond.report.labels import METRIC_COLUMNS
 from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.report.tables.fitted import FittedTable
@@ -93,7 +93,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     preset = load_preset("deepseek-v2-lite").geometry
     rows = device_rows([load_device(name) for name in DEVICES], preset, 16.0)
     found |= {f"devices: {table.title}": table for table in devices_tables(rows, preset, 16.0)}
-    found |= {f"pretrained: {table.title}": table for table in pretrained_tables(published_figures())}
+    found |= {f"pretrained: {table.title}": table for table in pretrained_tables(pretrained_figures())}
     return found
 
 

@@ -68,7 +68,7 @@ def test_a_full_disk_is_a_line_and_leaves_the_earlier_checkpoint(tmp_path: Path)
         try:
             WholeCheckpointIO().save_checkpoint(LATER, path)
         except UserError as error:
-            os._exit(0 if str(error).startswith(f"{path}: cannot be written (File too large); make room") else 3)
+            os._exit(0 if str(error).startswith(f"{path}: cannot be written (File too large); free some space") else 3)
 
     assert in_child(save) == 0
     assert torch.equal(torch.load(path, weights_only=True)["weight"], EARLIER["weight"])

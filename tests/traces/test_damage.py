@@ -140,7 +140,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "brackets": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json: is not JSON"),
     "path": (plain(elsewhere), "manifest.json: shard '../outside/train-00000.parquet': file must be a plain name"),
-    "link": (link_out, f"{FIRST}: is a link to a file outside of the folder"),
+    "link": (link_out, f"{FIRST}: is a link to a file outside the folder"),
     "fifo": (fifo, f"{FIRST}: is not a regular file"),
     "rows cut": (lambda folder: edit_shard(folder, cut), f"{FIRST}: holds 7 sequences, but the manifest lists 8"),
     "not Parquet": (lambda folder: replace_shard(folder, b"PAR1 is not enough"), f"{FIRST}: cannot be read as Parquet"),

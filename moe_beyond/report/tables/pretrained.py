@@ -16,7 +16,7 @@ def pretrained_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
     """Return one table per trace set that predictors were evaluated on.
 
     Args:
-        predictors: Result of `moe_beyond.pretrained.published_figures`.
+        predictors: Result of `moe_beyond.pretrained.pretrained_figures`.
     """
     rows: dict[str, list[tuple[str, ...]]] = {}
     for predictor in predictors:

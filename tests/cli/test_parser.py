@@ -1,4 +1,4 @@
-"""What a user types wrongly, and the line that says so."""
+"""Mistakes on the command line, and their one-line errors."""
 
 from pathlib import Path
 
@@ -7,15 +7,14 @@ import torch
 from _helpers.common import error_line, failure, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 
-from moe_beyond.cli.options import parser
-from moe_beyond.cli.slips import one_line
+from moe_beyond.cli.library_errors import as_user_error
+from moe_beyond.cli.options import command_parser
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.activation import subset_shift
 
 TRAINER, MODEL, DATA = (f"{CONFIGS / name}.yaml" for name in ("trainer/default", "model/cross_layer", "data/traces"))
 EXAMPLE = (
-    "for example: moe-beyond fit -c configs/trainer/default.yaml -c configs/model/cross_layer.yaml "
-    "-c configs/data/traces.yaml --data.traces traces/puffin"
+    "for example: moe-beyond fit -c trainer/default -c model/cross_layer -c data/traces --data.traces traces/puffin"
 )
 ALL_CONFIGS = ["-c", TRAINER, "-c", MODEL, "-c", DATA]
 
@@ -66,7 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
     ],
 )
-def test_a_slip_of_fit_is_one_line(here: Path, capsys, words: list[str], line: str | None) -> None:
+def test_a_mistake_of_fit_is_one_line(here: Path, capsys, words: list[str], line: str | None) -> None:
     said = failure(capsys, here, ["fit", *words])
     assert line is None or said == line
     assert not any(phrase in said for phrase in ("Union", "Subtypes", "NoneType", "<class"))
@@ -79,9 +78,9 @@ def test_a_precision_that_there_is_not_names_those_there_are(here: Path, capsys)
     assert all(f" {name} " in said for name in ("16-mixed", "bf16-mixed", "32-true"))
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_the_other_verbs_say_it_too(here: Path, capsys, verb: str) -> None:
-    words = [verb, "-c", MODEL, "-c", DATA, "--data.traces=traces"]
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_the_other_commands_report_it_too(here: Path, capsys, command: str) -> None:
+    words = [command, "-c", MODEL, "-c", DATA, "--data.traces=traces"]
     assert failure(capsys, here, [*words, "--model.widht=3"]).startswith(
         "--model: CrossLayerTask has no argument 'widht'"
     )
@@ -120,7 +119,7 @@ def test_what_a_constructor_or_a_callback_refuses_leaves_nothing(
 def test_gradients_that_are_not_there_are_not_clipped(here: Path, capsys) -> None:
     model = f"{CONFIGS / 'model/popularity'}.yaml"
     words = ["fit", "-c", TRAINER, "-c", model, "-c", DATA, "--data.traces=traces", "--trainer.max_epochs=1"]
-    assert "use configs/trainer/counting.yaml" in failure(capsys, here, words)
+    assert "use trainer/counting" in failure(capsys, here, words)
 
 
 @pytest.mark.parametrize(
@@ -134,21 +133,21 @@ def test_gradients_that_are_not_there_are_not_clipped(here: Path, capsys) -> Non
         ),
         (["replay", "--traces", "a", "--traces=b"], "--traces: is given twice, and takes one value"),
         (["replay", "--traces=traces", "--policy=LRU"], "unknown policy 'LRU'; did you mean 'lru'?"),
-        (["train"], "unknown verb 'train'; did you mean 'fit'?"),
+        (["train"], "unknown command 'train'; did you mean 'fit'?"),
     ],
 )
-def test_slips_of_other_verbs(here: Path, capsys, words: list[str], line: str) -> None:
+def test_mistakes_of_other_commands(here: Path, capsys, words: list[str], line: str) -> None:
     assert error_line(capsys, words).startswith(line)
 
 
 def test_options_that_repeat_may_be_given_again() -> None:
-    options = parser("verb", "About.", "moe-beyond verb")
-    options.add_argument("--budget", action="append")
-    options.add_argument("--split")
-    found = options.parse_args(["--quiet", "--budget", "1", "--budget=2", "--split", "a", "--quiet"])
-    assert (found.budget, found.split) == (["1", "2"], "a")
+    parser = command_parser("command", "About.", "moe-beyond command")
+    parser.add_argument("--budget", action="append")
+    parser.add_argument("--split")
+    args = parser.parse_args(["--quiet", "--budget", "1", "--budget=2", "--split", "a", "--quiet"])
+    assert (args.budget, args.split) == (["1", "2"], "a")
     with pytest.raises(UserError, match="--split: is given twice"):
-        options.parse_args(["--split=a", "--budget", "1", "--split", "a"])
+        parser.parse_args(["--split=a", "--budget", "1", "--split", "a"])
 
 
 def test_an_argument_of_a_class_may_be_given_again_for_the_next_class(here: Path, capsys) -> None:
@@ -163,16 +162,16 @@ def test_an_argument_of_a_class_may_be_given_again_for_the_next_class(here: Path
 
 
 def test_a_fault_of_this_package_stays_a_traceback() -> None:
-    with pytest.raises(AttributeError), one_line(constructing=True):
+    with pytest.raises(AttributeError), as_user_error(constructing=True):
         subset_shift(None, 2)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError), one_line():  # a library's complaint about what this package hands it
+    with pytest.raises(RuntimeError), as_user_error():  # a library's complaint about what this package hands it
         subset_shift(torch.zeros(3, 4), torch.zeros(5))  # type: ignore[arg-type]
-    with pytest.raises(AttributeError), one_line():
+    with pytest.raises(AttributeError), as_user_error():
         torch.nn.Linear(2, 2).no_such_method()
 
 
 def test_what_a_library_raises_by_itself_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^dropout probability has to be between 0 and 1, but got 7$"), one_line():
+    with pytest.raises(UserError, match=r"^dropout probability has to be between 0 and 1, but got 7$"), as_user_error():
         torch.nn.Dropout(7)
 
 

@@ -1,0 +1,71 @@
+"""``moe-beyond fit``, ``validate``, ``test`` and ``predict``: their short help, without importing Lightning."""
+
+import textwrap
+from collections.abc import Sequence
+
+from moe_beyond.cli.options import example_text
+from moe_beyond.cli.shipped_configs import list_configs
+
+DESCRIPTIONS = {
+    "fit": "Fit a predictor to a trace set, as configuration files and options say.",
+    "validate": "Validate a checkpoint on the validation split of a trace set.",
+    "test": "Test a checkpoint on the test trace set.",
+    "predict": "Write the scores of a checkpoint for every sequence of a trace set.",
+}
+EXAMPLES = {
+    "fit": "moe-beyond fit -c trainer/default -c model/cross_layer -c data/traces --data.traces traces/puffin",
+    "validate": "moe-beyond validate -c runs/predictor/version_0/config.yaml "
+    "--ckpt_path runs/predictor/version_0/checkpoints/last.ckpt",
+    "test": "moe-beyond test -c runs/predictor/version_0/config.yaml "
+    "--ckpt_path runs/predictor/version_0/checkpoints/last.ckpt --data.test_traces traces/webglm",
+    "predict": "moe-beyond predict -c runs/predictor/version_0/config.yaml "
+    "--ckpt_path runs/predictor/version_0/checkpoints/last.ckpt",
+}
+OPTIONS = {
+    "--help": ("", "print this help; --help=all also lists every trainer option"),
+    "--config": ("FILE", "configuration file in YAML, or the name of a shipped one (below); repeat for more"),
+    "--print_config": ("", "print the resulting configuration and exit"),
+    "--seed_everything": ("SEED", "random seed (default: 0)"),
+    "--data": ("CLASS", "data module, such as TraceDataModule; --data.help CLASS lists its arguments"),
+    "--data.traces": ("DIR", "trace set: a folder, hf:ORG/REPO, or a URL that fsspec reads"),
+    "--data.val_split": ("S", "validation split of the trace set (default: validation)"),
+    "--model": ("CLASS", "task, such as CrossLayer; --model.help CLASS lists its arguments"),
+    "--trainer.max_epochs": ("N", "number of epochs"),
+    "--trainer.precision": ("P", "32-true, 16-mixed or bf16-mixed"),
+    "--ckpt_path": ("FILE", "checkpoint whose weights are read"),
+    "--resume": ("RUN", "fit only: run to resume, as a folder or one of its checkpoints"),
+    "--json": ("FILE", "file for the result as JSON; - prints only the JSON (default: no JSON)"),
+    "--quiet": ("", "print only errors"),
+}
+"""Options that users need most -> metavar and help. The remaining ones depend on the classes in a configuration."""
+ALL_OPTIONS = "--help=all"
+
+
+def short_help(command: str) -> str:
+    """Return the help of a command with the options that users need most, its classes and the shipped configurations.
+
+    Args:
+        command: One of ``fit``, ``validate``, ``test`` and ``predict``.
+    """
+    lines = [f"usage: moe-beyond {command} [-c FILE ...] [OPTIONS]", "", DESCRIPTIONS[command], "", "options:"]
+    for option, (metavar, text) in OPTIONS.items():
+        names = "-c, --config" if option == "--config" else option
+        lines.append(f"  {f'{names} {metavar}'.rstrip():<26} {text}")
+    configs = textwrap.wrap(", ".join(list_configs()), 110, break_on_hyphens=False)
+    lines += ["", "shipped configurations:", *(f"  {line}" for line in configs)]
+    lines += ["", example_text(EXAMPLES[command])]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the short help, or run a Lightning command.
+
+    Args:
+        argv: The command and its options.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(short_help(argv[0]))
+        return
+    from moe_beyond.cli.train import main as train
+
+    train(["--help" if argument == ALL_OPTIONS else argument for argument in argv])

@@ -1,0 +1,54 @@
+"""CPU time of ``--help`` for every command: `python tools/bench_startup.py`.
+
+Each figure is the median of five processes, user and system time together, less that of `python -c pass`.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+
+from moe_beyond.cli.main import COMMANDS
+
+PROGRAM = 0.25
+"""Limit of ``moe-beyond --help``, in seconds."""
+COMMAND = 0.6
+"""Limit of a command's ``--help``, in seconds."""
+
+
+def cpu_seconds(arguments: list[str], runs: int) -> float:
+    """Return the median CPU time of a Python process.
+
+    Args:
+        arguments: Arguments of the interpreter.
+        runs: Number of processes.
+    """
+    seconds = []
+    for _ in range(runs):
+        process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0, arguments
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    """Print the table; exit with code 1 if a limit is exceeded."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="processes per command (default: 5)")
+    runs = parser.parse_args().runs
+    bare = cpu_seconds(["-c", "pass"], runs)
+    print(f"python -c pass: {bare:.2f} s\n\n| command | CPU seconds more | limit |\n|---|---|---|")
+    exceeded = False
+    for arguments in (["--help"], *([command, "--help"] for command in COMMANDS), ["completion", "bash"]):
+        limit = PROGRAM if arguments == ["--help"] else COMMAND if arguments[-1] == "--help" else None
+        more = cpu_seconds(["-m", "moe_beyond", *arguments], runs) - bare
+        exceeded |= limit is not None and more > limit
+        print(f"| {' '.join(arguments)} | {more:.2f} | {'' if limit is None else limit} |", flush=True)
+    sys.exit(exceeded)
+
+
+if __name__ == "__main__":
+    main()
