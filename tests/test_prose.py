@@ -49,7 +49,7 @@ SHOWN = {"help", "description", "epilog", "metavar", "title", "caption"}
 
 def without_code(text: str) -> str:
     """Blank out code in backticks, keeping lines."""
-    return re.sub(r"``.*?``|`[^`]*`", lambda match: re.sub(r"\S", "x", match[0]), text, flags=re.DOTALL)
+    return re.sub(r"``.*?``|`[^`]*`", lambda match: re.sub(r"[^\s`]", "x", match[0]), text, flags=re.DOTALL)
 
 
 def python_texts(source: str, strings: bool) -> Iterator[tuple[int, str, str]]:
@@ -95,7 +95,7 @@ def sentences(text: str) -> Iterator[tuple[int, str]]:
         paragraph = True
         items[-1][1].append(line)
     for number, lines in items:
-        for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[(-])", "\n".join(lines)):
+        for sentence in re.split(r"(?:(?<=[.!?:])|(?<=[.:]\*\*))\s+(?=[A-Z`*\[(-])", "\n".join(lines)):
             yield number, sentence
             number += sentence.count("\n")
 
