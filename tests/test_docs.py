@@ -15,10 +15,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 from _helpers.cache_cases import replay, small_geometry
-from _helpers.common import TINY, release
-from _helpers.predictor_variants import Variant
+from _helpers.common import release
 from _helpers.recordings import random_experts
-from predictors import test_contracts
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import load_preset
@@ -212,16 +210,9 @@ def test_docstrings_render_without_a_warning(tmp_path: Path) -> None:
 
 def test_the_predictor_of_the_recipe_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = (code for _, code in code_blocks("moe_beyond/predictors/README.md") if "CountingPredictor" in code)
-    from moe_beyond.predictors.registry import ARCHITECTURES
+    from moe_beyond.testing import check_predictor
 
-    module = import_block(block, "repeats", tmp_path, monkeypatch)
-    monkeypatch.setitem(ARCHITECTURES._registered, "repeats", module.Repeats)
-    variant = Variant("repeats", "default", reads=frozenset({"earlier experts"}))
-    test_contracts.test_stepping_equals_the_batch(variant, TINY)
-    test_contracts.test_nothing_outside_the_information_set_moves_a_score(variant)
-    test_contracts.test_scores_move_with_what_is_read_and_nothing_else(variant)
-    test_contracts.test_padding_changes_nothing(variant)
-    test_contracts.test_arguments_rebuild_the_predictor(variant)
+    check_predictor(import_block(block, "repeats", tmp_path, monkeypatch).Repeats)
 
 
 @pytest.mark.slow
@@ -229,9 +220,12 @@ def test_the_policy_of_the_recipe_evicts_the_most_recently_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (block,) = (code for _, code in code_blocks("moe_beyond/cache/README.md") if "MostRecent" in code)
+    from moe_beyond.testing import check_policy
+
     from moe_beyond.cache.policies import POLICIES
 
     module = import_block(block, "most_recent", tmp_path, monkeypatch)
+    check_policy(module, examples=4)
     monkeypatch.setitem(POLICIES._registered, "most_recent", module)
     # Two slots: 0 and 1 are admitted, 2 evicts 1, 0 hits, 1 evicts 0, 2 hits.
     trace = [[[expert]] for expert in (0, 1, 2, 0, 1, 2)]
