@@ -42,6 +42,7 @@ CARDS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("checkpoi
 LINKED = (*PAGES, *CARDS, "CHANGELOG.md", "moe_beyond/GLOSSARY.md", "tools/experiments.md")
 IMPORT = "moe-beyond import moe-beyond-csv RELEASE/"
 STAND_INS = {
+    "TRACES": f"{IMPORT}webglm --out TRACES --model deepseek-v2-lite",
     "traces/webglm": f"{IMPORT}webglm --out traces/webglm --model deepseek-v2-lite",
     "traces/puffin-blocks": f"{IMPORT}puffin --out traces/puffin-blocks --model deepseek-v2-lite --val-blocks 20:10",
     "traces/released": f"{IMPORT}webglm --out traces/released --model deepseek-v2-lite"
@@ -101,7 +102,7 @@ def import_block(block: str, name: str, folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
+@pytest.mark.parametrize("page", [page for page in (*PAGES, *CARDS) if code_blocks(page)])
 @pytest.mark.filterwarnings("ignore:.*was fitted on:UserWarning")
 def test_every_code_block_of_a_page_runs(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = code_blocks(page)

@@ -117,7 +117,8 @@ def matches(path: Path) -> list[tuple[int, str, str]]:
                 found.append((line, name, " ".join(raw[max(0, match.start() - 40) : match.end() + 40].split())))
         if kind in ("markdown", "docstring"):
             for at, sentence in sentences(text):
-                if len(words := sentence.split()) > LONGEST[path.suffix]:
+                words = re.sub(r"`[^`]*`", "`x`", sentence).split()
+                if len(words) > LONGEST[path.suffix]:
                     found.append((first + at, f"sentence of {len(words)} words", " ".join(words[:12]) + " ..."))
         if kind == "docstring":
             for section in re.finditer(r"^( *)(?:Args|Attributes):\n((?:\1 .*\n|\n)+)", text + "\n", re.M):

@@ -280,8 +280,8 @@ python tools/train_small_moe.py --text DOCS --text SOURCE --work WORK --out chec
     --steps {args.steps} --batch {args.batch} --lr {args.lr} --seed {args.seed} --vocab {args.vocab}
 ```
 
-{measured["tokens_trained_on"]:,} tokens in rows of {CONTEXT}; AdamW, weight decay 0.1, cosine to 5 % after a warm-up of
-5 % of the steps; Switch Transformer's balancing loss at {BALANCE}; stored as float16.
+{measured["tokens_trained_on"]:,} tokens in rows of {CONTEXT}. AdamW, weight decay 0.1, cosine to 5 % after a warm-up of
+5 % of the steps. Switch Transformer's balancing loss at {BALANCE}. Stored as float16.
 
 ## Figures
 
