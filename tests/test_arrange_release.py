@@ -64,12 +64,12 @@ def refused(*words: object) -> str:
     return done.stderr
 
 
-def test_a_clone_becomes_the_table(source: Path, clone: Path, tmp_path: Path) -> None:
+def test_a_clone_gives_the_table(source: Path, clone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = run("arrange_moe_beyond_release.py", str(clone), str(out))
-    assert f"{out / 'puffin'}: 4 prompts" in said
-    assert "4 predictions are for a recording's experts; 3 of them got another number" in said
-    assert "left out" not in said
+    printed = run("arrange_moe_beyond_release.py", str(clone), str(out))
+    assert f"{out / 'puffin'}: 4 prompts" in printed
+    assert "4 predictions match a recording; 3 of them were renumbered" in printed
+    assert "excluded" not in printed
     made = files(out)
     arranged = json.loads(made.pop("arranged.json"))
     assert made == files(source)
@@ -77,8 +77,8 @@ def test_a_clone_becomes_the_table(source: Path, clone: Path, tmp_path: Path) ->
     words = ("--fillings", "1", "--json", str(tmp_path / "f.json"))
     run("reproduce_moe_beyond.py", "--data", str(out), *words)
     assert json.loads((tmp_path / "f.json").read_text())["classifier"]["recall_at_6"] == pytest.approx(5 / 6)
-    # Once more, over the earlier result; not over anything else.
-    assert run("arrange_moe_beyond_release.py", str(clone), str(out)) == said
+    # A second run replaces an earlier result, and nothing else.
+    assert run("arrange_moe_beyond_release.py", str(clone), str(out)) == printed
     (out / "webglm/notes.txt").write_text("mine")
     assert f"{out} already exists" in refused(clone, out)
     assert (out / "webglm/notes.txt").exists()
@@ -92,16 +92,16 @@ def test_experts_in_another_order_and_rows_by_token_are_the_same_prompt(clone: P
     path.write_text("".join([header, *by_token]))
     path = recording(clone, 2)
     path.write_text(path.read_text().replace('"[', '"[ '))
-    said = run("arrange_moe_beyond_release.py", str(clone), str(tmp_path / "out"))
-    assert "4 predictions are for a recording's experts" in said
+    printed = run("arrange_moe_beyond_release.py", str(clone), str(tmp_path / "out"))
+    assert "4 predictions match a recording" in printed
 
 
-def test_what_has_no_partner_is_left_out_and_told(clone: Path, tmp_path: Path) -> None:
+def test_files_without_a_partner_are_excluded_and_listed(clone: Path, tmp_path: Path) -> None:
     prediction(clone, NUMBERS[3]).unlink()
     recording(clone, 2).unlink()
-    said = run("arrange_moe_beyond_release.py", str(clone), str(tmp_path / "out"))
-    assert "left out, 1 recordings without predictions: 3\n" in said
-    assert f"left out, 1 predictions without a recording: {NUMBERS[2]}\n" in said
+    printed = run("arrange_moe_beyond_release.py", str(clone), str(tmp_path / "out"))
+    assert "excluded: 1 recordings without predictions: 3\n" in printed
+    assert f"excluded: 1 predictions without a recording: {NUMBERS[2]}\n" in printed
     made = files(tmp_path / "out")
     assert {name for name in made if name.startswith("webglm")} == {
         name.format(number) for name in (RECORDINGS, PREDICTIONS) for number in (1, 4)
@@ -111,8 +111,8 @@ def test_what_has_no_partner_is_left_out_and_told(clone: Path, tmp_path: Path) -
 def test_prompts_with_the_same_experts_are_paired_in_order(clone: Path, tmp_path: Path) -> None:
     shutil.copyfile(recording(clone, 2), recording(clone, 9))
     shutil.copyfile(prediction(clone, NUMBERS[2]), prediction(clone, 7))
-    said = run("arrange_moe_beyond_release.py", str(clone), str(tmp_path / "out"))
-    assert "paired in order, all with the same experts: recordings 2, 9, predictions 2, 7" in said
+    printed = run("arrange_moe_beyond_release.py", str(clone), str(tmp_path / "out"))
+    assert "paired in order, all with the same experts: recordings 2, 9, predictions 2, 7" in printed
     arranged = json.loads((tmp_path / "out/arranged.json").read_text())
     assert arranged["predictions_by_recording"] == {"1": 3, "2": 2, "3": 4, "4": 1, "9": 7}
 
@@ -122,18 +122,18 @@ def test_a_prompt_in_two_folders_must_be_the_same(clone: Path, tmp_path: Path) -
     put(one, two)
     run("arrange_moe_beyond_release.py", str(clone), str(tmp_path / "out"))
     two.write_text(two.read_text() + "\n")
-    said = refused(clone, tmp_path / "other")
-    assert f"{one}: differs from {two}; which is prompt 2?" in said
+    printed = refused(clone, tmp_path / "other")
+    assert f"{one}: differs from {two}, although both are prompt 2" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clone", "out", "release"]
 
 
-def test_what_is_no_clone_is_refused_in_one_line(clone: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_clone_is_refused_in_one_line(clone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "nowhere: is not a folder" in refused(tmp_path / "nowhere", out)
     (tmp_path / "empty").mkdir()
-    assert "empty: holds no prompt_N_data.csv" in refused(tmp_path / "empty", out)
-    assert "cannot be in" in refused(clone, clone / "out")
-    assert "cannot be in" in refused(clone, tmp_path)
+    assert "empty: contains no prompt_N_data.csv" in refused(tmp_path / "empty", out)
+    assert "must be outside" in refused(clone, clone / "out")
+    assert "must be outside" in refused(clone, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine.txt").write_text("x")
@@ -144,5 +144,5 @@ def test_what_is_no_clone_is_refused_in_one_line(clone: Path, tmp_path: Path) ->
     path.unlink()
     for number in (2, 3, 4):
         prediction(clone, NUMBERS[number]).unlink()
-    assert "no predictions are for the experts of any recording" in refused(clone, out)
+    assert "no predictions match the experts of any recording" in refused(clone, out)
     assert not out.exists()

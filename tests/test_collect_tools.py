@@ -1,4 +1,4 @@
-"""The tools that prove and time a collection, and compare what it records, in miniature."""
+"""Tools that test, time and compare collections, in miniature."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ from moe_beyond.traces.writer import open_writer
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch):
-    """Run a tool in this process, which has loaded what takes seconds to load."""
+    """Run a tool in this process, which has imported torch already."""
 
     def run_here(name: str, *words: str) -> None:
         monkeypatch.setattr(sys, "argv", [name, *words])
@@ -29,17 +29,17 @@ def here(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_two_kills_lose_nothing(tmp_path: Path) -> None:
-    said = run(
+    printed = run(
         "kill_collect.py", "--kills", "2", "--prompts", "4", "--seed", "1", "--json", str(tmp_path / "found.json")
     )
-    assert "0 lost, 0 repeated, 0 changed" in said
+    assert "0 lost, 0 repeated, 0 changed" in printed
     found = json.loads((tmp_path / "found.json").read_text())
     assert sum(found["phases"].values()) == 2
     assert found["collections"] >= 1
     assert found["entries"] > 0
 
 
-def test_recording_is_timed_beside_the_bare_model(tmp_path: Path, here) -> None:
+def test_recording_is_timed_and_compared_with_the_bare_model(tmp_path: Path, here) -> None:
     words = [
         "--batches",
         "1",
@@ -63,8 +63,8 @@ def test_recording_is_timed_beside_the_bare_model(tmp_path: Path, here) -> None:
         assert 0 < part["writing_ms"]
 
 
-def test_what_is_read_and_written_is_counted_alike(tmp_path: Path, here) -> None:
-    """Hits are those of a replay that leaves the beginnings out; of the written, what was written is counted alone."""
+def test_read_and_generated_text_is_counted_equally(tmp_path: Path, here) -> None:
+    """Hits equal those of a replay without the beginnings; generated text counts only from decode_start on."""
     rng = np.random.default_rng(3)
     manifest = Manifest(TINY, Tokenizer("tests", 32), "tiny", 16.0, "model", "tests", "0")
     with open_writer(tmp_path / "read", manifest) as read, open_writer(tmp_path / "written", manifest) as written:
@@ -85,23 +85,23 @@ def test_what_is_read_and_written_is_counted_alike(tmp_path: Path, here) -> None
         assert row["read"][1] <= expected <= row["read"][2]
         assert row["difference"] == [0, 0, 0]
     assert found["figures"]["repeated 4-grams"]["read"][0] < 0.1
-    # Of sixteen tokens written, the runs that end at the first seven are new, unless the prompt held them.
+    # The runs that end at the first seven of sixteen generated tokens are new, unless the prompt has them.
     assert found["figures"]["repeated 4-grams"]["written"][0] == pytest.approx(9 / 16)
 
 
-def test_sets_of_two_models_are_not_compared(tmp_path: Path, here) -> None:
+def test_sets_of_different_models_are_refused(tmp_path: Path, here) -> None:
     tiny_traces(tmp_path / "one")
     tiny_traces(tmp_path / "other", geometry=replace(TINY, num_experts=16))
-    with pytest.raises(SystemExit, match="are of two models"):
+    with pytest.raises(SystemExit, match="record different models"):
         here("own_text.py", "--read", str(tmp_path / "one"), "--written", str(tmp_path / "other"))
 
 
 @pytest.mark.slow
-def test_what_hidden_states_buy(tmp_path: Path) -> None:
+def test_predictors_that_read_hidden_states_are_compared(tmp_path: Path) -> None:
     few = ("--tokens", "8000", "--epochs", "1", "--only", "history", "next_gate", "layer_mlp, stride 2")
     run("compare_predictors.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json"), *few)
     found = json.loads((tmp_path / "found.json").read_text())["predictors"]
-    recall = {name: one["metrics"] for name, one in found.items()}
+    recall = {name: row["metrics"] for name, row in found.items()}
     assert recall["next_gate"]["1"]["recall_at_k"] > recall["history"]["token"]["recall_at_k"]
     assert recall["next_gate"]["1"]["recall_of_later_layers"] > recall["next_gate"]["3"]["recall_of_later_layers"]
     assert (found["layer_mlp, stride 2"]["reads"], found["history"]["reads"]) == ("router inputs", "ids")

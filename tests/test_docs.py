@@ -1,90 +1,115 @@
-"""What README and CONTRIBUTING tell people to run, run: on stand-ins for the recordings that are not part of this."""
+"""Every code block of every README runs, on stand-ins for recordings that are not part of this repository."""
 
 import importlib.util
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-from _helpers.common import TINY, release
-from _helpers.predictor_variants import Variant
+from _helpers.cache_cases import replay, small_geometry
+from _helpers.common import release
 from _helpers.recordings import random_experts
-from predictors import test_contracts
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import load_preset
-from moe_beyond.predictors import registry
-from moe_beyond.simulator.devices import load_device
+from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator.devices import DEVICES, load_device
 
 ROOT = Path(__file__).parents[1]
-SET_UP = ("git clone", "cd ", "make ", "python3 -m venv", ".venv/bin/pip", ". .venv", "eval ")
-"""How lines start that make the environment which the tests run in; `make demo` and `make test` are CI's."""
+SET_UP = ("git clone", "cd ", "make ", "python3 -m venv", "pip install", ".venv/bin/pip", ". .venv", "eval ")
+"""Starts of lines that make the environment in which the tests run; `make demo` and `make test` are CI's."""
+LANGUAGES = {"", "bibtex", "json", "python", "sh", "text"}
+
+ROOMS = ("collect", "traces", "predictors", "cache", "simulator", "evaluation", "report", "hub")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "checkpoints/README.md",
+    "configs/README.md",
+    "tools/README.md",
+    "tests/README.md",
+    *(f"moe_beyond/{room}/README.md" for room in ROOMS),
+)
+CARDS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("checkpoints/*/README.md")))
+LINKED = (*PAGES, *CARDS, "CHANGELOG.md", "moe_beyond/GLOSSARY.md", "tools/experiments.md")
+IMPORT = "moe-beyond import moe-beyond-csv RELEASE/"
+STAND_INS = {
+    "TRACES": f"{IMPORT}webglm --out TRACES --model deepseek-v2-lite",
+    "traces/webglm": f"{IMPORT}webglm --out traces/webglm --model deepseek-v2-lite",
+    "traces/puffin-blocks": f"{IMPORT}puffin --out traces/puffin-blocks --model deepseek-v2-lite --val-blocks 20:10",
+    "traces/released": f"{IMPORT}webglm --out traces/released --model deepseek-v2-lite"
+    " --predictions RELEASE/webglm_moe_beyond_predictions --scores scores/released",
+}
+"""Folder -> the command that makes it, for pages that use a folder without making it."""
 
 
-def blocks(document: str, language: str) -> list[str]:
-    """The code blocks of a document."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+def code_blocks(page: str) -> list[tuple[str, str]]:
+    """Return (language, code) of a page's blocks."""
+    return re.findall(r"^```(\S*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
 def commands(block: str) -> list[str]:
-    """The commands of a shell block, each on one line, without those that set up."""
+    """Return the commands of a shell block, each on one line, without those that set up."""
     lines = block.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip() and not line.startswith(("#", *SET_UP))]
 
 
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a release of many short random prompts, in which stand-ins are made when a page needs them."""
+    folder = tmp_path_factory.mktemp("shelf")
+    # Ten blocks of 80 tokens; block 0, numbers 1 to 19, becomes the validation split. Its texts are in no other block.
+    release(folder / "RELEASE", [40, 12, *[2] * 11, *[1] * 6, *[4] * 180], missed=1)
+    return folder
+
+
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Path]:
-    """A working folder as in a clone, with a release whose prompts are many, short and random."""
+def desk(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder as in a clone, with prompts and recordings."""
     for name in ("configs", "tools", "checkpoints"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "RELEASE").symlink_to(shelf / "RELEASE")
     (tmp_path / "prompts.txt").write_text("import numpy as np\nThe arguments of a function\n")
     experts = random_experts(9, geometry=load_preset("deepseek-v2-lite").geometry)
     (tmp_path / "engine").mkdir()
     np.save(tmp_path / "engine" / "first.npy", experts)
-    release(tmp_path / "RELEASE", [40, 12, *[3] * 210], missed=1)
+    monkeypatch.setattr("moe_beyond.quickstart.EPOCHS", 1)
     with chdir(tmp_path):
         yield tmp_path
 
 
-def run(command: str) -> None:
-    """Run a command line; what `moe-beyond` does in this process, which has imported everything already."""
-    words = [os.path.expandvars(word) for word in shlex.split(command, comments=True)]
-    if words[0] == "moe-beyond":
-        assert main(words[1:]) == 0, command
+def add_stand_in(folder: str, shelf: Path, desk: Path) -> None:
+    """Link a trace set into the working folder; the first page that needs it makes it."""
+    if not (shelf / folder).exists():
+        with chdir(shelf):
+            run_command(STAND_INS[folder])
+    for name in (folder, *(("scores/released",) if "--scores" in STAND_INS[folder] else ())):
+        (desk / name).parent.mkdir(exist_ok=True)
+        (desk / name).symlink_to(shelf / name)
+
+
+def run_command(command: str) -> None:
+    """Run a command line; `moe-beyond` runs in this process, which has imported everything already."""
+    arguments = [os.path.expandvars(argument) for argument in shlex.split(command, comments=True)]
+    if arguments[0] == "moe-beyond":
+        assert main(arguments[1:]) == 0, command
     else:
-        assert words[0] == "python", f"neither moe-beyond nor python: {command}"
-        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
+        assert arguments[0] == "python", f"neither moe-beyond nor python: {command}"
+        done = subprocess.run([sys.executable, *arguments[1:]], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
-@pytest.mark.slow
-def test_everything_in_the_readme_runs_in_its_order(desk: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    told = re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert {language for language in re.findall(r"^```(\S+)$", text, re.MULTILINE)} == {"sh", "python"}
-    ran = 0
-    for language, block in told:
-        if language == "python":
-            exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
-            ran += 1
-        else:
-            for command in commands(block):
-                run(command)
-                ran += 1
-    assert ran > 20
-
-
-def module_of(block: str, name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Put a module where the package looks for its kind, as the page tells people to."""
-    path = folder / f"{name.rpartition('.')[2]}.py"
+def import_block(block: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Save a block as a module and import it."""
+    path = folder / f"{name}.py"
     path.write_text(block)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -92,61 +117,142 @@ def module_of(block: str, name: str, monkeypatch: pytest.MonkeyPatch, folder: Pa
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_within_a_page_lead_somewhere(document: str) -> None:
-    text = (ROOT / document).read_text()
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= known
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in (*PAGES, *CARDS) if code_blocks(page)])
+@pytest.mark.filterwarnings("ignore:.*was fitted on:UserWarning")
+def test_every_code_block_of_a_page_runs(page: str, desk: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = code_blocks(page)
+    assert {language for language, _ in blocks} <= LANGUAGES
+    text = "\n".join(code for _, code in blocks)
+    for folder in STAND_INS:
+        if re.search(rf"{folder}(?![\w-])", text) and f"--out {folder} " not in text:
+            add_stand_in(folder, shelf, desk)
+    for number, (language, block) in enumerate(blocks):
+        if language == "python":
+            import_block(block, f"block_{number}", desk, monkeypatch)
+        elif language == "json":
+            json.loads(block)
+        elif language == "sh":
+            for command in commands(block):
+                run_command(command)
+
+
+def test_pages_are_all_there() -> None:
+    found = {str(path.relative_to(ROOT)) for path in ROOT.glob("[a-z]*/README.md")}
+    found |= {str(path.relative_to(ROOT)) for path in ROOT.glob("moe_beyond/*/README.md")}
+    assert found | {"README.md", "CONTRIBUTING.md"} == set(PAGES)
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert len(text.encode()) <= 13_000
+    assert not re.search("[\u2500-\u257f]", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)\s]*)\)", text):
+        if link.startswith(("http:", "https:")):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+
+
+def listed(start: str) -> list[str]:
+    """Return the names in backticks of a list item of README that begins so."""
+    (item,) = re.findall(rf"^- \*\*{start}.*?(?=^- |^$)", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(r"`([^`]+)`", item)
+
+
+def test_readme_lists_what_is_registered() -> None:
+    from moe_beyond.cache.policies import POLICIES
+    from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
+    from moe_beyond.evaluation.named_strategies import STRATEGIES
+    from moe_beyond.predictors.registry import ARCHITECTURES
+    from moe_beyond.pretrained import LARGE
+    from moe_beyond.traces.formats import readable_formats, writable_formats
+
+    text = (ROOT / "README.md").read_text()
+    assert listed("Policies") == list(POLICIES)
+    assert listed("Predictors") == list(ARCHITECTURES)
+    assert listed("Strategies") == list(STRATEGIES)
+    for kind, names in (("Policies", POLICIES), ("Predictors", ARCHITECTURES)):
+        assert f"**{kind}** ({len(list(names))})" in text
+    written = [name.replace("<m>", "6").replace("<threshold>", "0.5") for name in listed("Prefetchers")]
+    assert {parse_prefetch(name).prefetcher.kind for name in written} == {entry.kind for entry in PREFETCHERS.values()}
+    formats = listed("Trace formats")
+    assert sorted(formats) == sorted((*readable_formats(), *writable_formats()))
+    assert f"{len(DEVICES)} device" in text
+    rows = re.findall(r"^\| `([\w.-]+)` \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(path.split("/")[1] for path in CARDS if "small-moe" not in path)
+    assert set(LARGE) == set(
+        re.findall(r"^\| `([\w.-]+)` \(clone\)", (ROOT / "checkpoints/README.md").read_text(), re.M)
+    )
+    for page, names in (("cache", POLICIES), ("predictors", ARCHITECTURES)):
+        page_text = (ROOT / f"moe_beyond/{page}/README.md").read_text()
+        assert set(names) <= set(re.findall(r"^\| `(\w+)` \|", page_text, re.MULTILINE))
+    tools = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "tools/README.md").read_text(), re.MULTILINE)
+    assert tools == sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+
+
+def test_readme_counts_the_architectures_that_are_recorded() -> None:
+    from _helpers.moe_architectures import REFUSED, architectures
+
+    recorded = len(architectures().keys() - REFUSED.keys())
+    for page in ("README.md", "moe_beyond/collect/README.md"):
+        counts = re.findall(r"\ball (\d+)\s+(?:mixture-of-experts )?architectures", (ROOT / page).read_text())
+        assert [int(count) for count in counts] == [recorded]
 
 
 @pytest.mark.slow
 def test_docstrings_render_without_a_warning(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), "moe_beyond"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    arguments = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), "moe_beyond"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "moe-beyond replay" in (tmp_path / "moe_beyond" / "api.html").read_text()
+    assert "How to read the tables" in (tmp_path / "moe_beyond" / "evaluation.html").read_text()
 
 
-def test_the_predictor_that_contributing_adds_keeps_the_contract(monkeypatch, tmp_path) -> None:
-    block = next(block for block in blocks("CONTRIBUTING.md", "python") if "CountingPredictor" in block)
-    module_of(block, "moe_beyond.predictors.repeats", monkeypatch, tmp_path)
-    monkeypatch.setitem(registry.ARCHITECTURES, "repeats", "Repeats")
-    variant = Variant("repeats", "default", reads=frozenset({"earlier experts"}))
-    test_contracts.test_stepping_equals_the_batch(variant, TINY)
-    test_contracts.test_nothing_outside_the_information_set_moves_a_score(variant)
-    test_contracts.test_scores_move_with_what_is_read_and_nothing_else(variant)
-    test_contracts.test_padding_changes_nothing(variant)
-    test_contracts.test_arguments_rebuild_the_predictor(variant)
+def test_the_predictor_of_the_recipe_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (code for _, code in code_blocks("moe_beyond/predictors/README.md") if "CountingPredictor" in code)
+    from moe_beyond.testing import check_predictor
+
+    check_predictor(import_block(block, "repeats", tmp_path, monkeypatch).Repeats)
 
 
 @pytest.mark.slow
-def test_the_policy_that_contributing_adds_evicts_what_was_used_last(tmp_path) -> None:
-    # In a copy, as compiled code is kept beside the package and would ask for the new module ever after.
-    package = shutil.copytree(
-        ROOT / "moe_beyond", tmp_path / "moe_beyond", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    block = next(block for block in blocks("CONTRIBUTING.md", "python") if "HOOKS" in block)
-    (package / "cache/policies/most_recent.py").write_text(block)
-    names = package / "cache/policies/__init__.py"
-    names.write_text(names.read_text().replace("SUMMARIES = {", 'SUMMARIES = {"most_recent": "most recently used",'))
-    # Two slots: 0 and 1 come in, 2 drops 1, 0 is there, 1 drops 0, 2 is there.
-    replaying = (
-        "from cache_cases import replay, small_geometry; from moe_beyond.simulator import ReplaySettings\n"
-        "trace = [[[expert]] for expert in (0, 1, 2, 0, 1, 2)]\n"
-        "found = replay(small_geometry(1, 3, 1), ReplaySettings(2, policy='most_recent'), trace)\n"
-        "print(found.hits, found.misses)"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"}
-    words = [sys.executable, "-c", replaying]
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout == "2 4\n", done.stderr
+def test_the_policy_of_the_recipe_evicts_the_most_recently_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = (code for _, code in code_blocks("moe_beyond/cache/README.md") if "MostRecent" in code)
+    from moe_beyond.cache.policies import POLICIES
+    from moe_beyond.testing import check_policy
+
+    module = import_block(block, "most_recent", tmp_path, monkeypatch)
+    check_policy(module, examples=4)
+    monkeypatch.setitem(POLICIES._registered, "most_recent", module)
+    # Two slots: 0 and 1 are admitted, 2 evicts 1, 0 hits, 1 evicts 0, 2 hits.
+    trace = [[[expert]] for expert in (0, 1, 2, 0, 1, 2)]
+    result = replay(small_geometry(1, 3, 1), ReplaySettings(2, policy="most_recent"), trace)
+    assert (result.hits, result.misses) == (2, 4)
 
 
-def test_the_device_that_contributing_adds_is_a_device(tmp_path) -> None:
-    (block,) = blocks("CONTRIBUTING.md", "json")
+def test_the_device_of_the_recipe_is_a_device(tmp_path: Path) -> None:
+    (block,) = (code for language, code in code_blocks("moe_beyond/simulator/README.md") if language == "json")
     (tmp_path / "my-box.json").write_text(block)
     device = load_device(str(tmp_path / "my-box.json"))
     assert device.to_json().items() >= json.loads(block).items()

@@ -1,4 +1,4 @@
-"""The tool that looks at pages finds what is wrong, where there is a browser."""
+"""The tool that opens pages finds their errors, if a browser is installed."""
 
 import shutil
 import subprocess
@@ -19,8 +19,8 @@ def look(page: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no browser")
-def test_what_is_wrong_with_a_page(tmp_path: Path) -> None:
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_errors_of_a_page_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(
         f"{HEAD}<p>fine</p><div style='overflow-x: auto'><div style='width: 900px'>wide, scrolled</div></div>"
@@ -44,7 +44,7 @@ def test_what_is_wrong_with_a_page(tmp_path: Path) -> None:
     assert sum("scrolls sideways" in line for line in done.stderr.splitlines()) == 2  # on the phone, light and dark
 
 
-def test_a_page_or_a_browser_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_page_is_refused(tmp_path: Path) -> None:
     done = look(tmp_path / "gone.html", "--browser", sys.executable)
     assert done.returncode == 2
-    assert "there is no such file" in done.stderr
+    assert "no such file" in done.stderr

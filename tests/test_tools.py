@@ -1,4 +1,4 @@
-"""The tools a maintainer runs, in miniature."""
+"""Tools of maintainers, in miniature."""
 
 import json
 import subprocess
@@ -27,13 +27,13 @@ def test_a_repeated_set_streams_and_shares_no_routing(tmp_path: Path) -> None:
     for trace in large.traces():
         name, repeat = trace.sequence_id.rsplit(".", 1)
         assert np.array_equal(trace.token_ids, originals[name].token_ids)
-        # One permutation a repeat and layer: an id goes to the same id everywhere in them.
+        # One permutation per repeat and layer: an id maps to the same id everywhere in them.
         for before, after in zip(originals[name].experts, trace.experts, strict=True):
             for layer in range(small.geometry.num_layers):
                 for old, new in zip(before[layer], after[layer], strict=True):
                     assert permutations.setdefault((repeat, layer, int(old)), int(new)) == int(new)
-    said = run("bench_streaming.py", "--data", str(tmp_path / "large"), "--json", str(tmp_path / "b.json"))
-    assert "entries/s/core" in said
+    printed = run("bench_streaming.py", "--data", str(tmp_path / "large"), "--json", str(tmp_path / "b.json"))
+    assert "entries/s/core" in printed
     figures = json.loads((tmp_path / "b.json").read_text())
     trained = sum(shard.tokens for shard in large.shards("train")) * large.geometry.num_layers
     assert figures["entries"] == trained
@@ -41,34 +41,35 @@ def test_a_repeated_set_streams_and_shares_no_routing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_small_model_can_be_trained_and_resumed(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
-    for number in range(60):  # enough that some name falls to the held-out ones
+    for number in range(60):  # enough names that one of them is held out
         (text / f"{number}.txt").write_text(f"The {number} routers chose two experts each, and so on. " * 40)
     words = ("--text", str(text), "--work", str(tmp_path / "work"), "--tiny", "--batch", "2", "--vocab", "300")
     words = (*words, "--prompts", "3", "--out", str(tmp_path / "model"))
     run("train_small_moe.py", *words, "--steps", "2")
-    said = run("train_small_moe.py", *words, "--steps", "4")
-    assert "resumed at step 2" in said
+    printed = run("train_small_moe.py", *words, "--steps", "4")
+    assert "resumed at step 2" in printed
     files = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "prompts.jsonl", "README.md"} <= files
 
 
-def test_the_published_method_on_predictions_that_miss_one_in_six(tmp_path: Path) -> None:
+def test_the_method_of_the_paper_on_predictions_that_miss_one_in_six(tmp_path: Path) -> None:
     release(tmp_path, [3, 12, 14], missed=1)
-    said = run(
+    printed = run(
         "reproduce_moe_beyond.py", "--data", str(tmp_path), "--json", str(tmp_path / "f.json"), "--fillings", "2"
     )
-    assert "What the method leaves out" in said
+    assert "What the method leaves out" in printed
     figures = json.loads((tmp_path / "f.json").read_text())
     assert list(figures["moe_beyond"]) == "166 332 499 665 832 998 1164 1331 1497 1664".split()
-    # 5 of 6 were put in just before; the sixth may be there by luck, and in a cache of everything it is.
+    # 5 of 6 were inserted just before; the sixth may be resident by chance, and in a full cache it is.
     assert figures["moe_beyond"]["166"] >= 5 / 6 > figures["moe_infinity"]["166"]
     assert figures["moe_beyond"]["1664"] == figures["moe_infinity"]["1664"] == 1
     found = figures["classifier"]
     assert found["recall_at_6"] == pytest.approx(5 / 6)
-    assert found["accuracy"] == pytest.approx(1 - 2 / 64)  # one missed and one named in vain, of 64 labels
+    assert found["accuracy"] == pytest.approx(1 - 2 / 64)  # one missed and one predicted in vain, of 64 labels
     assert found["f1_two_class"] == pytest.approx((5 / 6 + 57 / 58) / 2)
     # Padded to the longest of the batch, 14 tokens: 2 of 64 labels are wrong on 29 of 42 tokens.
     assert found["accuracy_with_padding_batch_8"] == pytest.approx(1 - 2 * 29 / (64 * 42))
@@ -155,7 +156,7 @@ def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_is_timed_on_the_same_pieces(tmp_path: Path) -> None:
+def test_training_is_timed_on_the_same_segments(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=40)
     words = ["--data", str(tmp_path / "traces"), "--steps", "1", "--eager", "--json", str(tmp_path / "f.json")]
     assert "best of cross_layer / best of row_encoder" in run("bench_training.py", *words)

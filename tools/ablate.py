@@ -1,14 +1,16 @@
-"""Fits variants of cross_layer on the same data and lays their validation figures side by side.
+"""Fit variants of cross_layer on the same data and compare their validation figures.
 
     python tools/ablate.py --traces TRACES --out DIR [--epochs N] [--only NAME ...] [--seeds N] [--shares S ...]
-        [-- WORD ...]
+        [-- OPTION ...]
 
-TRACES has a validation split (`moe-beyond import ... --val-blocks 20:10`): the test set has no part in this. Every
-variant differs from the first in what its row says; `--shares 0.25 0.5` fits the flagship on parts of the training text
-as well, in as many steps: what more text would be worth. A fit that is finished is not run again; one that was cut off
-goes on from its last checkpoint. Figures are those of the last epoch: recall@K by lookahead, likelihood and calibration
-error of the first (not calibrated), hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. Where there
-is a C++ compiler, `-- --model.compiled=true` is faster.
+TRACES needs a validation split (`moe-beyond import ... --val-blocks 20:10`). The test set is not used. Each variant
+differs from the first by the options in `VARIANTS`. `--shares 0.25 0.5` also fits the flagship on parts of the
+training text for the same number of steps, which estimates the benefit of more text. A finished fit is not repeated;
+an interrupted fit resumes from its last checkpoint.
+
+Figures are those of the last epoch: recall@K by lookahead; likelihood and calibration error of the first lookahead,
+not calibrated; hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. If a C++ compiler is installed,
+`-- --model.compiled=true` is faster.
 """
 
 import argparse
@@ -31,13 +33,13 @@ from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.writer import open_writer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ASKED = "asked.json"
+SETTINGS_FILE = "settings.json"
 QUIETLY = {**os.environ, "WANDB_MODE": "disabled"}
 FIRST = (
     "--model.copy_heads=0", "--model.layer_copy_heads=0", "--model.objective=softmax", "--model.next_token_head=false",
     "--model.memory_tokens=0", "--model.known_tokens=16384", "--model.ngram_buckets=8192",
 )  # fmt: skip
-# What each variant is given in place of the architecture's defaults; the first is what the others are compared with.
+# Options of each variant in place of the architecture's defaults; the others are compared with the first.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "flagship": (),
     "softmax objective": ("--model.objective=softmax",),
@@ -69,32 +71,32 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def fit(traces: str, folder: Path, epochs: int, seed: int, words: tuple[str, ...]) -> dict[str, float]:
-    """Fit one variant, or what is left of it; return its figures."""
+def fit(traces: str, folder: Path, epochs: int, seed: int, extra: tuple[str, ...]) -> dict[str, float]:
+    """Fit one variant, or resume its fit; return its figures."""
     command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", str(seed)]
     for config in ("trainer/default", "model/cross_layer", "data/traces"):
         command += ["-c", str(CONFIGS / f"{config}.yaml")]
     options = [f"--data.traces={Path(traces).absolute()}", f"--data.seed={seed}", f"--trainer.max_epochs={epochs}"]
-    options += ["--trainer.precision=bf16-mixed", "--trainer.enable_progress_bar=false", *words]
-    command += {word.partition("=")[0]: word for word in options}.values()  # fit takes an option once: the last
-    asked = {"fingerprint": TraceSet(traces).manifest.fingerprint, "words": command[3:]}
-    if (folder / ASKED).exists() and read_json(folder / ASKED) != asked:
-        raise SystemExit(f"{folder}: holds a fit of other data or settings; remove it, or choose another --out")
+    options += ["--trainer.precision=bf16-mixed", "--trainer.enable_progress_bar=false", *extra]
+    command += {option.partition("=")[0]: option for option in options}.values()  # the last of equal options
+    settings = {"fingerprint": TraceSet(traces).manifest.fingerprint, "options": command[3:]}
+    if (folder / SETTINGS_FILE).exists() and read_json(folder / SETTINGS_FILE) != settings:
+        raise SystemExit(f"{folder}: contains a fit with other data or settings; delete it or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / ASKED, asked)
+    write_json(folder / SETTINGS_FILE, settings)
     if not _runs(folder, "predictor"):
         if resumable := _runs(folder, "checkpoints/last.ckpt"):
             command += ["--ckpt_path", str(resumable[-1].absolute())]
         with (folder / "log").open("a") as log:
             done = subprocess.run(command, cwd=folder, stdout=log, stderr=log, env=QUIETLY, check=False)
         if done.returncode or not _runs(folder, "predictor"):
-            raise SystemExit(f"{folder / 'log'} says why the fit failed")
-    found = [last_figures(metrics) for metrics in _runs(folder, "metrics.csv")]
-    return next(figures for figures in reversed(found) if figures)
+            raise SystemExit(f"the fit failed; see {folder / 'log'}")
+    by_run = [last_figures(metrics) for metrics in _runs(folder, "metrics.csv")]
+    return next(figures for figures in reversed(by_run) if figures)
 
 
 def part_of(traces: str, folder: Path, share: float) -> str:
-    """Write a trace set with evenly spread training sequences, so many of all, and the same validation split."""
+    """Write a trace set with an evenly spread share of the training sequences, and the same validation split."""
     if not (folder / MANIFEST_FILE).exists():
         source = TraceSet(traces)
         manifest = replace(source.manifest, source=f"{source.manifest.source}, {share:.0%} of its training sequences")
@@ -108,22 +110,22 @@ def part_of(traces: str, folder: Path, share: float) -> str:
 
 
 def _runs(folder: Path, part: str) -> list[Path]:
-    """Return a part of each run that has it, in the order of the runs."""
-    found = folder.glob(f"runs/predictor/version_*/{part}")
-    return sorted(found, key=lambda path: int(path.relative_to(folder).parts[2].split("_")[1]))
+    """Return the paths of a file or folder in all runs that have it, in the order of the runs."""
+    paths = folder.glob(f"runs/predictor/version_*/{part}")
+    return sorted(paths, key=lambda path: int(path.relative_to(folder).parts[2].split("_")[1]))
 
 
 def last_figures(metrics: Path) -> dict[str, float]:
     """Return the last value of every validation figure."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with metrics.open() as lines:
         for row in csv.DictReader(lines):
-            found.update({name: float(value) for name, value in row.items() if name.startswith("val") and value})
-    return found
+            figures.update({name: float(value) for name, value in row.items() if name.startswith("val") and value})
+    return figures
 
 
 def columns(figures: dict[str, float]) -> dict[str, str]:
-    """Name the figures that the table shows."""
+    """Return the figures in the table: name -> heading."""
     sections = sorted(name.partition("/")[0] for name in figures if name.endswith("/nll"))
     lookaheads = [section.rsplit("_", 1)[1] for section in sections]
     shown = {of_lookahead("val", h, "recall_at_k", first=h == lookaheads[0]): f"recall, {h}" for h in lookaheads}
@@ -135,29 +137,43 @@ def columns(figures: dict[str, float]) -> dict[str, str]:
 def main() -> None:
     """Parse the options, fit, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", required=True, help="a trace set with a validation split")
-    parser.add_argument("--out", required=True, type=Path, help="where runs go, and are found again")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--traces", required=True, help="trace set with a validation split")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the runs; finished runs in it are reused")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs per fit (default: 4)")
     parser.add_argument(
-        "--seeds", type=int, default=1, help="fits of each; figures are means, spread that of the first"
+        "--seeds",
+        type=int,
+        default=1,
+        help="fits per variant (default: 1); figures are means, and spread is that of the first figure",
     )
     parser.add_argument(
-        "--shares", type=float, nargs="+", default=[], help="parts of the text to fit the flagship on as well"
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[],
+        help="shares of the training text on which the flagship is also fitted (default: none)",
     )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("words", nargs="*", metavar="WORD", help="after --: given to every fit")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help="variants to fit (default: all)",
+    )
+    parser.add_argument("options", nargs="*", metavar="OPTION", help="options of every fit, after --")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
     console = Console(width=130)
-    asked = [(name, args.traces, VARIANTS[name], args.epochs) for name in args.only]
+    planned = [(name, args.traces, VARIANTS[name], args.epochs) for name in args.only]
     for share in args.shares:
         part = part_of(args.traces, args.out / f"traces-{share:g}", share)
-        asked.append((f"{share:.0%} of the text", part, (), round(args.epochs / share)))
-    for name, traces, variant, epochs in asked:
+        planned.append((f"{share:.0%} of the text", part, (), round(args.epochs / share)))
+    for name, traces, variant, epochs in planned:
         for seed in range(args.seeds):
             folder = args.out / f"{name.replace(' ', '-').replace('%', '').replace(',', '')}-{seed}"
-            figures = fit(traces, folder, epochs, seed, (*variant, *args.words))
+            figures = fit(traces, folder, epochs, seed, (*variant, *args.options))
             rows.setdefault(name, []).append(figures)
             console.print(_table(rows, args.epochs))
     if args.json:
@@ -166,7 +182,7 @@ def main() -> None:
 
 def _table(rows: dict[str, list[dict[str, float]]], epochs: int) -> Table:
     shown = columns(next(iter(rows.values()))[0])
-    table = Table(title=f"validation, after as many steps as {epochs} epochs of all text have")
+    table = Table(title=f"validation, after the number of steps in {epochs} epochs of all text")
     table.add_column("variant")
     for heading in (*shown.values(), "spread"):
         table.add_column(heading, justify="right")
@@ -181,7 +197,7 @@ def _table(rows: dict[str, list[dict[str, float]]], epochs: int) -> Table:
 
 
 def _format(heading: str, values: Sequence[float]) -> str:
-    """Write a mean; a variant may lack a lookahead that the first has."""
+    """Format a mean; a variant may lack a lookahead of the first."""
     if not values:
         return "-"
     return format(statistics.mean(values), ".2f" if heading in ("NLL", "bytes") else ".2%")

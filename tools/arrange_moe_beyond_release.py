@@ -2,15 +2,15 @@
 
     python tools/arrange_moe_beyond_release.py CLONE OUT
 
-OUT gets ``puffin`` (``prompt_N_data.csv``), ``webglm`` (``prompt_N_data_formatted.csv``) and
-``webglm_moe_beyond_predictions`` (``prompt_N_data_predicted.csv``); ``arranged.json`` says what was paired.
+OUT receives ``puffin`` (``prompt_N_data.csv``), ``webglm`` (``prompt_N_data_formatted.csv``) and
+``webglm_moe_beyond_predictions`` (``prompt_N_data_predicted.csv``). ``arranged.json`` lists the pairs.
 
-Files are found by their names anywhere in CLONE, hidden folders aside. In a stored listing of that repository the
-Puffin recordings lay in ``training_data_eamc`` (prompts up to 1001) and in a folder of that name within
-``expert_activation_scripts`` (from 1002 on), the WebGLM test in ``test_datasets/formatted_csvs`` and
-``test_datasets/predicted_csvs``: 100 files each, whose numbers do not agree (predictions 1 and 2 are for the experts of
-recordings 20 and 34). So predictions are paired with the recording that has the same experts in every layer at every
-position, in whatever order, and take its number.
+Files are found by name anywhere in CLONE, except in hidden folders. In a stored listing of that repository, the Puffin
+recordings were in ``training_data_eamc`` (prompts up to 1001) and in a folder of that name within
+``expert_activation_scripts`` (from 1002 on). The WebGLM test was in ``test_datasets/formatted_csvs`` and
+``test_datasets/predicted_csvs``: 100 files each, whose numbers do not agree (predictions 1 and 2 are for the experts
+of recordings 20 and 34). Therefore predictions are paired with the recording that has the same experts in every layer
+at every position, in any order, and take its number.
 """
 
 import argparse
@@ -40,13 +40,13 @@ GEOMETRY = PRESETS["deepseek-v2-lite"].geometry
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which predictions are for which recording.
+    """Pairs of recordings and predictions.
 
     Attributes:
-        pairs: The predictions' number, by the recording's.
+        pairs: Number of each recording -> number of its predictions.
         recordings: Numbers of recordings without predictions.
         predictions: Numbers of predictions without a recording.
-        alike: Recordings and predictions of which several have the same experts, paired in order.
+        alike: Groups of recordings and predictions with the same experts, paired in order.
     """
 
     pairs: dict[int, int]
@@ -59,11 +59,11 @@ def find_prompts(clone: Path, name: str) -> dict[int, Path]:
     """Find a kind of file anywhere in the clone, by number.
 
     Args:
-        clone: The folder.
-        name: Of a file, ``{}`` for its number.
+        clone: Folder of the clone.
+        name: File name, with ``{}`` for the number.
 
     Raises:
-        UserError: There is none, or two of a number differ.
+        UserError: There is no such file, or two files of one number differ.
     """
     pattern = re.escape(name).replace(r"\{\}", r"(\d+)")
     found: dict[int, Path] = {}
@@ -73,14 +73,16 @@ def find_prompts(clone: Path, name: str) -> dict[int, Path]:
             continue
         first = found.setdefault(int(match[1]), path)
         if first is not path and not filecmp.cmp(first, path, shallow=False):
-            raise UserError(f"{path}: differs from {first}; which is prompt {int(match[1])}? remove the other")
+            raise UserError(
+                f"{path}: differs from {first}, although both are prompt {int(match[1])}; delete one of them"
+            )
     if not found:
-        raise UserError(f"{clone}: holds no {name.format('N')}; is it a clone of github.com/ngavhane/moe-beyond?")
+        raise UserError(f"{clone}: contains no {name.format('N')}; give a clone of github.com/ngavhane/moe-beyond")
     return dict(sorted(found.items()))
 
 
 def experts_of(path: Path) -> bytes:
-    """Return a prompt's activated experts in an order of their own: by layer, position and id."""
+    """Return a prompt's activated experts, sorted by layer, position and id."""
     table = read_csv(path)
     order, _, _ = layer_order(path, table, GEOMETRY)
     return np.sort(column_ids(path, table["Activated Expert IDs"], GEOMETRY)[order]).tobytes()
@@ -115,25 +117,25 @@ def arrange(clone: Path, out: Path) -> tuple[Pairing, dict[str, int]]:
     """Copy the release's files into the layout.
 
     Args:
-        clone: The clone.
-        out: The folder to make; an earlier result there is replaced.
+        clone: Folder of the clone.
+        out: Output folder; an earlier result is replaced.
 
     Returns:
-        What was paired, and how many files each folder has.
+        The pairs, and the number of files per folder.
 
     Raises:
-        UserError: ``out`` is something else, or the clone's files do not fit; nothing is left behind.
+        UserError: ``out`` is no earlier result, or the clone's files do not fit; nothing is left behind.
     """
     if not clone.is_dir():
         raise UserError(f"{clone}: is not a folder")
     inside, outside = clone.resolve(), out.resolve()
     if outside.is_relative_to(inside) or inside.is_relative_to(outside):
-        raise UserError(f"{out}: cannot be in {clone} or around it; choose another folder")
+        raise UserError(f"{out}: must be outside {clone}; choose another folder")
     with replacing_folder(out, overwrite=is_ours(out)) as temporary:
         puffin, recordings, predictions = (find_prompts(clone, name) for name in FOLDERS.values())
         found = pair(recordings, predictions)
         if not found.pairs:
-            raise UserError(f"{clone}: no predictions are for the experts of any recording")
+            raise UserError(f"{clone}: no predictions match the experts of any recording")
         files = {
             "puffin": puffin,
             "webglm": {number: recordings[number] for number in found.pairs},
@@ -154,7 +156,7 @@ def arrange(clone: Path, out: Path) -> tuple[Pairing, dict[str, int]]:
 
 
 def is_ours(out: Path) -> bool:
-    """Tell whether a folder is an earlier result with nothing else in it."""
+    """Check whether a folder is an earlier result and contains nothing else."""
     return is_earlier_result(out, MARKER, *FOLDERS) and all(
         path.is_file() and re.fullmatch(r"prompt_\d+_data\w*\.csv", path.name)
         for folder in FOLDERS
@@ -163,15 +165,15 @@ def is_ours(out: Path) -> bool:
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """List prompts for people."""
+    """Format numbers of prompts."""
     return ", ".join(map(str, numbers))
 
 
 def main() -> None:
-    """Parse the options, arrange, say what came of it."""
+    """Parse the options, arrange the files and print the pairs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clone", type=Path, metavar="CLONE", help="a clone of github.com/ngavhane/moe-beyond")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; an earlier result is replaced")
+    parser.add_argument("clone", type=Path, metavar="CLONE", help="clone of github.com/ngavhane/moe-beyond")
+    parser.add_argument("out", type=Path, metavar="OUT", help="output folder; an earlier result is replaced")
     args = parser.parse_args()
     try:
         found, counts = arrange(args.clone, args.out)
@@ -182,11 +184,11 @@ def main() -> None:
     renumbered = sum(to != of for to, of in found.pairs.items())
     for folder, count in counts.items():
         print(f"{args.out / folder}: {count:,} prompts")
-    print(f"{len(found.pairs)} predictions are for a recording's experts; {renumbered} of them got another number")
+    print(f"{len(found.pairs)} predictions match a recording; {renumbered} of them were renumbered")
     if found.recordings:
-        print(f"left out, {len(found.recordings)} recordings without predictions: {listed(found.recordings)}")
+        print(f"excluded: {len(found.recordings)} recordings without predictions: {listed(found.recordings)}")
     if found.predictions:
-        print(f"left out, {len(found.predictions)} predictions without a recording: {listed(found.predictions)}")
+        print(f"excluded: {len(found.predictions)} predictions without a recording: {listed(found.predictions)}")
     for recordings, predictions in found.alike:
         print(
             f"paired in order, all with the same experts: recordings {listed(recordings)}, "

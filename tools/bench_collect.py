@@ -1,13 +1,13 @@
-"""What recording costs over a model's bare forward, and how fast `moe-beyond collect` is, part by part.
+"""Overhead of recording over a model's bare forward pass, and the speed of `moe-beyond collect`.
 
     python tools/bench_collect.py [--model checkpoints/small-moe] [--batch-size 8] [--dtype auto] [--hidden-states]
         [--json FILE]
 
-Batches of prompts of one length, so that nothing is padded, are read, and short ones are answered: in turn by the bare
-model and by the model with its hooks, what they received gathered. Told are medians over all batches and repeats, and
-the median of their ratios, each of two runs of one batch in a row; in processor time, on one core, so that what else
-runs there disturbs little. `collect` as a whole is timed by the clock; what is not the model's is writing, and what is
-done once a collection.
+Prompts are read and answered in batches of one length, so that nothing is padded. The bare model and the model with
+hooks run in turn; the recorded values are collected. The results are medians over all batches and repeats, and the
+median ratio of two consecutive runs of one batch. They are processor times on one core, so that other processes
+disturb them little. `collect` as a whole is timed by the clock. Its time outside the model is writing, and work that
+is done once per collection.
 """
 
 import os
@@ -43,19 +43,23 @@ SMALL = shipped_folder("small-moe")
 
 
 def main() -> None:
-    """Parse the options, measure, print."""
+    """Parse the options, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SMALL))
-    parser.add_argument("--prompts", default=str(SMALL / "prompts.jsonl"), help="as of moe-beyond collect")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--read", type=int, default=128, help="tokens of a prompt that is read")
-    parser.add_argument("--answer", type=int, default=16, help="tokens of a prompt that is answered")
-    parser.add_argument("--generate", type=int, default=32)
-    parser.add_argument("--hidden-states", action="store_true", help="record them too")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", default=str(SMALL), help="model folder (default: small-moe)")
+    parser.add_argument(
+        "--prompts",
+        default=str(SMALL / "prompts.jsonl"),
+        help="prompts, as for moe-beyond collect (default: those of small-moe)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts per batch (default: 8)")
+    parser.add_argument("--batches", type=int, default=8, help="number of batches (default: 8)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per batch (default: 5)")
+    parser.add_argument("--dtype", default="auto", help="floating-point type (default: auto, as stored)")
+    parser.add_argument("--read", type=int, default=128, help="tokens per prompt that is read (default: 128)")
+    parser.add_argument("--answer", type=int, default=16, help="tokens per prompt that is answered (default: 16)")
+    parser.add_argument("--generate", type=int, default=32, help="generated tokens per answer (default: 32)")
+    parser.add_argument("--hidden-states", action="store_true", help="also record hidden states")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     model, tokenizer, _ = load_model(args.model, dtype=args.dtype)
     model.eval()
@@ -64,7 +68,9 @@ def main() -> None:
     for name, length, generate in (("reading", args.read, 0), ("generating", args.answer, args.generate)):
         prompts = [p for p in read_prompts(args.prompts) if len(tokenizer(p.text).input_ids) >= length][:count]
         if len(prompts) < count:
-            raise SystemExit(f"{args.prompts}: {len(prompts)} prompts of {length} tokens, {count} are needed")
+            raise SystemExit(
+                f"{args.prompts}: {len(prompts)} prompts of {length} tokens (need {count}); lower --batches"
+            )
         asked = CollectConfig(generate, batch_size=args.batch_size, max_tokens=length, hidden_states=args.hidden_states)
         figures[name] = measure(model, tokenizer, prompts, asked, args.repeats)
     states = ", hidden states" if args.hidden_states else ""
@@ -72,10 +78,10 @@ def main() -> None:
     for column in ("", *figures):
         table.add_column(column, justify="right" if column else "left")
     for title, key, shown in (
-        ("tokens of a batch", "tokens", "{:,.0f}"),
-        ("bare forward, ms a batch", "forward_ms", "{:,.1f}"),
-        ("hooks, ms a batch", "hooks_ms", "{:,.1f}"),
-        ("writing, ms a batch", "writing_ms", "{:,.1f}"),
+        ("tokens per batch", "tokens", "{:,.0f}"),
+        ("bare forward, ms per batch", "forward_ms", "{:,.1f}"),
+        ("hooks, ms per batch", "hooks_ms", "{:,.1f}"),
+        ("writing, ms per batch", "writing_ms", "{:,.1f}"),
         ("recorded over bare forward", "recorded_over_bare", "{:.3f}"),
         ("  quartiles", "quartiles", "{0[0]:.3f} .. {0[1]:.3f}"),
         ("tokens/s of collect", "tokens_per_second", "{:,.0f}"),
@@ -83,8 +89,8 @@ def main() -> None:
         table.add_row(title, *(shown.format(found[key]) for found in figures.values()))
     Console(width=120).print(table)
     if args.json:
-        told = {"model": Path(args.model).name, "dtype": args.dtype, "batch_size": args.batch_size}
-        write_json(args.json, {**told, "hidden_states": args.hidden_states, "repeats": args.repeats, **figures})
+        settings = {"model": Path(args.model).name, "dtype": args.dtype, "batch_size": args.batch_size}
+        write_json(args.json, {**settings, "hidden_states": args.hidden_states, "repeats": args.repeats, **figures})
 
 
 def measure(
@@ -116,7 +122,7 @@ def measure(
     pairs = []
     for repeat in range(repeats):
         for number, ids in enumerate(batches):
-            if (repeat + number) % 2:  # neither is always the second, which finds its weights in the processor's cache
+            if (repeat + number) % 2:  # alternate: the second run has its weights in the processor's cache
                 pairs.append((bare(ids), recorded(ids)))
             else:
                 pairs.append((recorded(ids), bare(ids))[::-1])
@@ -144,7 +150,7 @@ def measure(
 
 @contextmanager
 def timing(model: PreTrainedModel) -> Iterator[list[float]]:
-    """Yield a list that gets the seconds of every call of the model by somebody else than itself."""
+    """Yield a list that receives the seconds of every outer call of the model."""
     found: list[float] = []
     inside = False
 
@@ -171,7 +177,7 @@ def timing(model: PreTrainedModel) -> Iterator[list[float]]:
 
 
 def run(model: PreTrainedModel, ids: Tensor, generate: int) -> None:
-    """Let the model read, or answer greedily, as `collect` does."""
+    """Run the model over prompts, or let it answer greedily, as `collect` does."""
     mask = torch.ones_like(ids)
     if generate:
         model.generate(ids, attention_mask=mask, max_new_tokens=generate, do_sample=False, pad_token_id=0)

@@ -1,10 +1,10 @@
-"""Time of a predictor's step while a model decodes: is it small enough to hide behind a layer?
+"""Time of a predictor's step while decoding, to compare with the time of a layer.
 
     python tools/bench_step.py PREDICTOR --traces TRACES [--sequences N] [--json FILE]
 
-Steps sequences of a trace set as a runtime would, on one core: a token's start, then layer by layer what was routed,
-and after each the best K experts of the next layer, calibrated if the predictor is. Prints, over tokens, microseconds a
-layer: (the token's start + all layers' steps) / L; and of the parts.
+Steps sequences of a trace set as a runtime would, on one core. A token's start is followed by the routed experts of
+each layer; after each, the best K experts of the next layer are selected, with calibrated scores if the predictor has
+them. Prints microseconds per layer over tokens, (the token's start + all layers' steps) / L, and those of both parts.
 """
 
 import os
@@ -30,12 +30,12 @@ MICRO = 1e6
 
 
 def main() -> None:
-    """Parse the options, measure, print."""
+    """Parse the options, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictor", help="a predictor folder, or a published name")
-    parser.add_argument("--traces", required=True, help="a trace set")
-    parser.add_argument("--sequences", type=int, default=20)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("predictor", help="predictor folder or pretrained name")
+    parser.add_argument("--traces", required=True, help="trace set")
+    parser.add_argument("--sequences", type=int, default=20, help="number of sequences (default: 20)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = find_predictor(args.predictor)
@@ -62,7 +62,7 @@ def main() -> None:
                 steps += took[1:]
                 wholes.append((time.perf_counter() - began) / layers)
     if not wholes:
-        raise SystemExit(f"{args.traces}: needs two sequences, one of them to warm up")
+        raise SystemExit(f"{args.traces}: has fewer than two sequences; one is needed for the warm-up")
     table = Table(title=f"{args.predictor}: microseconds on one core, {len(wholes):,} tokens")
     for name in ("step", "median", "p99"):
         table.add_column(name, justify="left" if name == "step" else "right")
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:
-    """Return the best experts of a layer, in no order."""
+    """Return the best experts of a layer, unordered."""
     return np.argpartition(scores, -count)[-count:]
 
 

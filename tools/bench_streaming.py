@@ -1,10 +1,10 @@
-"""How fast a trace set streams through the data module, and in how much memory.
+"""Speed and memory of streaming a trace set through the data module.
 
     python tools/bench_streaming.py --data TRACES [--epochs 3] [--json FILE]
 
-Reads whole epochs of shuffled training batches in one process without workers, so that entries/s are those of one core;
-torch and Arrow are kept to one thread. Peak memory is told over that of the same process before it opens the set.
-`tools/permute_traces.py` makes a set of the published size.
+Reads whole epochs of shuffled training batches in one process without workers, so that entries/s are those of one
+core; torch and Arrow use one thread. Peak memory is relative to the same process before it opens the set.
+`tools/permute_traces.py` makes a set of the paper's size.
 """
 
 import argparse
@@ -34,11 +34,11 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Parse the options, stream, print."""
+    """Parse the options, stream and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="trace set with a train split")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--epochs", type=int, default=3, help="number of epochs (default: 3)")
+    parser.add_argument("--token-budget", type=int, default=2048, help="tokens per batch (default: 2048)")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def main() -> None:
     table = Table(title=f"streaming {args.data}: median of {args.epochs} epochs, one process")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    table.add_row("entries an epoch", f"{figures['entries']:,}")
+    table.add_row("entries per epoch", f"{figures['entries']:,}")
     table.add_row("batches (padding)", f"{figures['batches']:,} ({figures['padding']:.1%})")
     table.add_row("entries/s/core (processor time)", f"{figures['entries_per_second_per_core'] / 1e6:.1f} M")
     table.add_row("  slowest .. fastest epoch", f"{min(speeds) / 1e6:.1f} .. {max(speeds) / 1e6:.1f} M")

@@ -1,11 +1,11 @@
-"""Training throughput: what the published architecture takes to see an entry, and what cross_layer does.
+"""Training throughput of MoE-Beyond's architecture and of cross_layer.
 
     python tools/bench_training.py --data TRACES [--steps N] [--eager] [--json FILE]
 
-Fits `row_encoder` with the published settings and `cross_layer`, large and small, with its own, the objective compiled,
-on the same training pieces of at most 512 tokens, by the package's own loop: in float32 and in bfloat16, each at the
-batch sizes around its best. An entry is a (token, layer) pair. Prints entries/s of each, and of the best of one over
-the best of the other. The first two steps of each warm up.
+Fits `row_encoder` with the paper's settings, and `cross_layer`, large and small, with its own and a compiled
+objective. All use the same training segments of at most 512 tokens and the package's own loop, in float32 and in
+bfloat16, each at the batch sizes around its best. An entry is a (token, layer) pair. Prints entries/s of each run, and
+the ratio of the best runs. The first two steps of each run are a warm-up.
 """
 
 import argparse
@@ -26,24 +26,24 @@ from moe_beyond.traces.reader import TraceSet
 
 WARM_UP = 2
 SMALL = {"width": 128, "depth": 1, "heads": 4, "layer_width": 128, "copy_heads": 2}
-"""As configs/experiment/puffin-cross_layer-small.yaml has them."""
+"""Arguments in configs/experiment/puffin-cross_layer-small.yaml."""
 ARCHITECTURES: dict[str, tuple[type[PredictorTask], dict[str, Any], tuple[int, ...]]] = {
     "row_encoder": (RowEncoderTask, {}, (512, 1024)),
     "cross_layer": (CrossLayerTask, {"compiled": True}, (512, 1024, 2048, 4096)),
     "cross_layer, small": (CrossLayerTask, {**SMALL, "compiled": True}, (512, 1024, 2048, 4096)),
 }
-"""Name -> task, its arguments, and tokens of a batch."""
+"""Name -> task class, its arguments, and tokens per batch."""
 
 
 class Clock(L.Callback):
-    """Notes when each step ended, and how many tokens it saw."""
+    """Records the end of each step and its number of tokens."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.tokens: list[int] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, _: Any, batch: Batch, __: int) -> None:
-        """Note a step."""
+        """Record a step."""
         self.ends.append(time.perf_counter())
         self.tokens.append(int(batch.lengths.sum()))
 
@@ -51,7 +51,7 @@ class Clock(L.Callback):
 def entries_per_second(
     name: str, traces: str, budget: int, precision: Any, steps: int, *, eager: bool = False
 ) -> list[float]:
-    """Train for some steps; return the rate of each."""
+    """Train for a number of steps; return the rate of each step."""
     data = TraceDataModule(traces, val_split=None, token_budget=budget, max_tokens=512)
     task_class, arguments, _ = ARCHITECTURES[name]
     if eager:
@@ -69,12 +69,12 @@ def entries_per_second(
 
 
 def main() -> None:
-    """Parse the options, train, print."""
+    """Parse the options, train and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a trace set")
-    parser.add_argument("--steps", type=int, default=3, help="that are timed, of each")
-    parser.add_argument("--eager", action="store_true", help="where there is no C++ compiler: compile nothing")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", required=True, help="trace set")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per run (default: 3)")
+    parser.add_argument("--eager", action="store_true", help="compile nothing; needed without a C++ compiler")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     rows, tokens = [], sum(shard.tokens for shard in TraceSet(args.data).shards("train"))
     for name, (_, _, budgets) in ARCHITECTURES.items():
@@ -84,8 +84,8 @@ def main() -> None:
                 rows.append({"architecture": name, "precision": precision, "tokens": budget, "entries_per_s": rates})
                 print(f"{name} {precision} {budget}: {statistics.median(rates):,.0f} entries/s", flush=True)
     table = Table(title=f"entries/s in training, medians of {args.steps} steps")
-    for heading in ("architecture", "precision", "tokens a batch", "entries/s"):
-        table.add_column(heading, justify="right" if heading in ("tokens a batch", "entries/s") else "left")
+    for heading in ("architecture", "precision", "tokens per batch", "entries/s"):
+        table.add_column(heading, justify="right" if heading in ("tokens per batch", "entries/s") else "left")
     for row in rows:
         rate = f"{statistics.median(row['entries_per_s']):,.0f}"
         table.add_row(row["architecture"], row["precision"], str(row["tokens"]), rate)

@@ -1,10 +1,10 @@
-"""The figures that a working path shows on the MoE-Beyond recordings, each beside what it should be.
+"""Check the main figures on the MoE-Beyond recordings against their expected values.
 
     python tools/check_figures.py --data DIR [--json FILE]
 
-DIR holds ``puffin/`` and ``webglm/``, folders of ``prompt_N_*.csv`` files. Imports both into a temporary folder,
-replays the WebGLM prompts through plain caches, fits token_table on the Puffin prompts, and evaluates it and the
-published cross_layer. About a minute; exit code 1 if a figure misses.
+DIR contains ``puffin/`` and ``webglm/``, folders of ``prompt_N_*.csv`` files. The tool imports both into a temporary
+folder, replays the WebGLM prompts through caches, fits token_table on the Puffin prompts, and evaluates it and the
+pretrained cross_layer. It takes about a minute; the exit code is 1 if a figure misses.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from moe_beyond.tasks import TokenTableTask
 from moe_beyond.traces.formats.moe_beyond_csv import import_moe_beyond_csv
 from moe_beyond.traces.reader import TraceSet
 
-PUBLISHED = "cross_layer.deepseek-v2-lite-puffin"
+PRETRAINED = "cross_layer.deepseek-v2-lite-puffin"
 # Hit rates in percent: two independent measurements agree within half a point.
 CACHES = {("lru", 166): 28.3, ("belady", 166): 49.1, ("lru", 332): 38.9, ("belady", 332): 67.1}
 WITHIN = 0.5
-LEAST_RECALL = 71.0
+MIN_RECALL = 71.0
 TABLE_RECALL, TABLE_WITHIN = 54.0, 1.5
-MOST_BYTES_PER_ENTRY = 5.0
+MAX_BYTES_PER_ENTRY = 5.0
 
 
 def first_recall(traces: TraceSet, source: ScoreSource) -> float:
@@ -43,7 +43,7 @@ def first_recall(traces: TraceSet, source: ScoreSource) -> float:
 
 
 def main() -> None:
-    """Parse the options, measure, print."""
+    """Parse the options, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with puffin/ and webglm/")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -56,17 +56,15 @@ def main() -> None:
         for traces in (puffin, webglm):
             manifest = traces.manifest
             size = sum(s.bytes for s in manifest.shards) / (manifest.tokens * preset.geometry.num_layers)
-            rows.append((f"{manifest.source}: bytes an entry", size, f"at most {MOST_BYTES_PER_ENTRY}", size <= 5))
+            rows.append((f"{manifest.source}: bytes per entry", size, f"at most {MAX_BYTES_PER_ENTRY}", size <= 5))
         common = ReplaySettings(preset.geometry.total_experts, warmup_tokens=10)
         asked = grid(common, [166, 332], ("lru", "belady"))
         for result in evaluate(webglm, asked).results:
             target, found = CACHES[result.policy, result.budget_slots], 100 * result.hit_rate
             name = f"{result.policy}, {result.budget_slots} slots: hits % @ {result.bytes_ratio:.2f} bytes"
             rows.append((name, found, f"{target} within {WITHIN}", abs(found - target) <= WITHIN))
-        recall = first_recall(webglm, from_predictor_folder(find_predictor(PUBLISHED)))
-        rows.append(
-            (f"{PUBLISHED}: recall@6 %, lookahead 1", recall, f"at least {LEAST_RECALL}", recall >= LEAST_RECALL)
-        )
+        recall = first_recall(webglm, from_predictor_folder(find_predictor(PRETRAINED)))
+        rows.append((f"{PRETRAINED}: recall@6 %, lookahead 1", recall, f"at least {MIN_RECALL}", recall >= MIN_RECALL))
         data = TraceDataModule(puffin.folder, val_split=None)
         task = TokenTableTask(data.geometry, data.vocab_size)
         L.Trainer(
@@ -76,10 +74,8 @@ def main() -> None:
         recall = first_recall(webglm, from_predictor(task.predictor.eval(), "token_table"))
         near = abs(recall - TABLE_RECALL) <= TABLE_WITHIN
         rows.append(("token_table: recall@6 %, whole token", recall, f"about {TABLE_RECALL:.0f}", near))
-    table = Table(
-        title="figures on the MoE-Beyond recordings (WebGLM: first 10 tokens of a prompt not counted in hits)"
-    )
-    for name in ("figure", "found", "should be", ""):
+    table = Table(title="figures on the MoE-Beyond recordings (WebGLM: hits exclude the first 10 tokens of a prompt)")
+    for name in ("figure", "value", "expected", ""):
         table.add_column(name)
     for name, found, target, holds in rows:
         table.add_row(name, f"{found:.2f}", target, "ok" if holds else "MISSES")

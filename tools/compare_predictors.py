@@ -1,13 +1,13 @@
-"""What hidden states buy: predictors that read them and predictors that read ids alone, on the same traces.
+"""Compare predictors that read hidden states with predictors that read only ids, on the same traces.
 
     python tools/compare_predictors.py --out DIR [--text LIB] [--tokens N] [--epochs N] [--json FILE]
     python tools/compare_predictors.py --out DIR --traces TRACES [--epochs N] [--json FILE]
 
-Without a trace set it makes one with the small model, from files of Python's library that the model never saw (one in
-twenty, by the hash of its name; the library of the Python that runs this by default); every fourth of them is held out.
-A trace set of one's own has hidden states and a validation split. Every predictor is fitted on the training split by
-the shipped configuration, and measured on the validation split, from which its best epoch and its calibration are
-taken too. A fit that is finished is not run again.
+Without a trace set, the tool records small-moe on files of Python's library that the model never saw: one in twenty,
+by the hash of its name. The default library is that of the running Python. Every fourth file is held out. Your own
+trace set needs hidden states and a validation split. Every predictor is fitted on the training split with the shipped
+configuration, and measured on the validation split, which also selects its best epoch and its calibration. A finished
+fit is not repeated.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.files import read_json, write_json
 from moe_beyond.geometry import budget_slots
-from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
@@ -42,12 +41,12 @@ from moe_beyond.traces.reader import TraceSet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = shipped_folder("small-moe")
-CONTEXT = 128  # tokens that the small model was trained on at once
-ONE_IN = 4  # of the files, held out
+CONTEXT = 128  # tokens per training row of the small model
+ONE_IN = 4  # one file in four is held out
 BUDGET = "25%"
 FARTHEST = 3
-"""Largest lookahead of what reads states."""
-ASKED = "asked.json"
+"""Largest lookahead of predictors that read hidden states."""
+SETTINGS_FILE = "settings.json"
 NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.optimizer.lr=3e-3")
 PREDICTORS: dict[str, tuple[str, ...]] = {
     "popularity": ("popularity",),
@@ -61,16 +60,16 @@ PREDICTORS: dict[str, tuple[str, ...]] = {
     "layer_mlp, stride 3": ("layer_mlp", "--model.optimizer.lr=3e-3", "--model.stride=3"),
     "pre_attention": ("pre_attention", "--model.optimizer.lr=3e-3"),
 }
-"""By name: the architecture, and options of its fit."""
+"""Name -> architecture and options of its fit."""
 
 
 def excerpts(library: Path, tokenizer: Any, most: int) -> Iterator[Prompt]:
-    """Yield texts of one context each from files that the small model never saw, up to so many tokens, of all alike."""
+    """Yield texts of one context each, at most ``most`` tokens, evenly from files that the small model never saw."""
     files = {f"Lib/{path.relative_to(library)}": path for path in sorted(library.rglob("*.py"))}
     apart = ("site-packages", "dist-packages", "test", "tests")
     names = [name for name in files if is_held_out(name) and not set(Path(name).parts) & set(apart)]
     if not names:
-        raise SystemExit(f"{library}: holds no library of Python that the small model left out; give --text")
+        raise SystemExit(f"{library}: contains no library file that the small model never saw; give --text")
     share = most // len(names)
     for number, name in enumerate(names):
         text = files[name].read_text(encoding="utf-8", errors="replace")
@@ -83,7 +82,7 @@ def excerpts(library: Path, tokenizer: Any, most: int) -> Iterator[Prompt]:
 
 
 def record(folder: Path, library: Path, tokens: int) -> TraceSet:
-    """Run the small model over the excerpts, and keep its hidden states."""
+    """Record the small model and its hidden states on the excerpts."""
     model, tokenizer, _ = load_model(str(SMALL), dtype="float32")
     prompts = list(excerpts(library, tokenizer, tokens))
     asked = CollectConfig(batch_size=8, max_tokens=CONTEXT, shard_tokens=8192, hidden_states=True)
@@ -93,33 +92,33 @@ def record(folder: Path, library: Path, tokens: int) -> TraceSet:
     return traces
 
 
-def fit(traces: TraceSet, folder: Path, epochs: int, architecture: str, *words: str) -> Path:
-    """Fit a predictor, unless it is there; return its folder."""
+def fit(traces: TraceSet, folder: Path, epochs: int, architecture: str, *extra: str) -> Path:
+    """Fit a predictor unless it is fitted already; return its folder."""
     counts = issubclass(ARCHITECTURES[architecture], CountingPredictor)
     command = [sys.executable, "-m", "moe_beyond", "fit", "--seed_everything", "0"]
     for config in (f"trainer/{'counting' if counts else 'default'}", f"model/{architecture}", "data/traces"):
         command += ["-c", str(CONFIGS / f"{config}.yaml")]
-    command += [f"--data.traces={Path(traces.folder).absolute()}", "--data.token_budget=1024", *words]
+    command += [f"--data.traces={Path(traces.folder).absolute()}", "--data.token_budget=1024", *extra]
     if not counts:
         command.append(f"--trainer.max_epochs={epochs}")
-    asked = {"fingerprint": traces.manifest.fingerprint, "words": command[3:]}
-    if (folder / ASKED).exists() and read_json(folder / ASKED) != asked:
-        raise SystemExit(f"{folder}: holds a fit of other data or settings; remove it, or choose another --out")
+    settings = {"fingerprint": traces.manifest.fingerprint, "options": command[3:]}
+    if (folder / SETTINGS_FILE).exists() and read_json(folder / SETTINGS_FILE) != settings:
+        raise SystemExit(f"{folder}: contains a fit with other data or settings; delete it or choose another --out")
     found = list(folder.glob("runs/*/*/predictor"))
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / ASKED, asked)
+        write_json(folder / SETTINGS_FILE, settings)
         with (folder / "log").open("w") as log:
             quietly = {**os.environ, "WANDB_MODE": "disabled"}
             done = subprocess.run(command, cwd=folder, stdout=log, stderr=log, env=quietly, check=False)
         found = list(folder.glob("runs/*/*/predictor"))
         if done.returncode or not found:
-            raise SystemExit(f"{folder / 'log'} says why the fit failed")
+            raise SystemExit(f"the fit failed; see {folder / 'log'}")
     return found[0]
 
 
 def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
-    """Return what a predictor reads, its figures by lookahead, and what LRU with top-K prefetch makes of them."""
+    """Return the inputs of a predictor, its figures by lookahead, and the replay of LRU with top-K prefetch."""
     source, geometry = from_predictor_folder(predictor), traces.geometry
     slots = budget_slots(BUDGET, geometry)
     common = ReplaySettings(geometry.total_experts, bits=traces.manifest.quantization_bits)
@@ -129,9 +128,9 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     information = read_predictor(predictor).information
     return {
         "reads": (information.hidden_states or "ids").replace("_", " "),
-        "known when": information.available_after,
-        "metrics": {str(row.lookahead): _figures(row) for row in found.metrics},
-        "tokens": found.metrics[0].tokens,
+        "available once": information.available_after,
+        "metrics": {str(row["lookahead"]): _figures(row) for row in found.metrics},
+        "tokens": found.metrics[0]["tokens"],
         "replay": {
             result.strategy if result.lookahead is None else str(result.lookahead): {
                 "hit_rate": result.hit_rate,
@@ -142,23 +141,34 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     }
 
 
-def _figures(row: LookaheadMetrics) -> dict[str, float | None]:
-    """Return what is shown of a lookahead; beside all layers, those that have a state before them at any lookahead."""
-    reached = [layer.recall_at_k for layer in row.by_layer[FARTHEST:]]
-    found = {name: getattr(row, name) for name in ("recall_at_k", "gate_mass_at_k", "nll")}
+def _figures(row: dict[str, Any]) -> dict[str, float | None]:
+    """Return the figures of a lookahead, over all layers and over layers with an earlier state at every lookahead."""
+    reached = [layer["recall_at_k"] for layer in row["by_layer"][FARTHEST:]]
+    found = {name: row.get(name) for name in ("recall_at_k", "gate_mass_at_k", "nll")}
     return found | {"recall_of_later_layers": sum(reached) / len(reached) if reached else None}
 
 
 def main() -> None:
-    """Parse the options, record, fit, measure, print."""
+    """Parse the options, record, fit, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, help="where traces and fits go, and are found again")
-    parser.add_argument("--traces", help="a trace set with hidden states and a validation split")
-    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="a library of Python")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of text, at most")
-    parser.add_argument("--epochs", type=int, default=20, help="of fits by gradient")
-    parser.add_argument("--only", nargs="+", choices=PREDICTORS, default=list(PREDICTORS), metavar="NAME")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder of traces and fits; finished ones in it are reused"
+    )
+    parser.add_argument("--traces", help="trace set with hidden states and a validation split")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=Path(sysconfig.get_paths()["stdlib"]),
+        help="folder of a Python library (default: that of this Python)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=100_000, help="maximum number of recorded tokens (default: 100000)"
+    )
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of gradient fits (default: 20)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PREDICTORS, default=list(PREDICTORS), metavar="NAME", help="predictors to fit"
+    )
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     made = args.out / "traces"
     if args.traces is None and not made.exists():
@@ -174,30 +184,30 @@ def main() -> None:
 
 
 def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
-    """Lay out a line a predictor and lookahead, the policies without prefetch last."""
+    """Return a table with one row per predictor and lookahead, and the policies without prefetching last."""
     first, top_k = next(iter(found.values())), traces.geometry.top_k
     shown = Table(title=f"{first['tokens']:,} held-out tokens, {traces.geometry.describe_shape()}, cache of {BUDGET}")
-    for name in ("predictor", "reads", "known when", "lookahead"):
+    for name in ("predictor", "reads", "available once", "lookahead"):
         shown.add_column(name)
-    later = f"of layers\nfrom no. {FARTHEST + 1} on"
+    later = f"recall@{top_k},\nlayers from {FARTHEST + 1} on"
     for name in (f"recall@{top_k}", later, f"gate mass@{top_k}", "NLL", f"lru + top{top_k}\nhits @ bytes"):
         shown.add_column(name, justify="right")
-    for name, one in found.items():
-        for lookahead, figures in one["metrics"].items():
-            worth = one["replay"].get(lookahead)
+    for name, row in found.items():
+        for lookahead, figures in row["metrics"].items():
+            cached = row["replay"].get(lookahead)
             shown.add_row(
-                *(name, one["reads"], one["known when"], lookahead),
+                *(name, row["reads"], row["available once"], lookahead),
                 *(_percent(figures[n]) for n in ("recall_at_k", "recall_of_later_layers", "gate_mass_at_k")),
                 f"{figures['nll']:.2f}",
-                "-" if worth is None else f"{worth['hit_rate']:.1%} @ {worth['bytes_ratio']:.2f}",
+                "-" if cached is None else f"{cached['hit_rate']:.1%} @ {cached['bytes_ratio']:.2f}",
             )
         shown.add_section()
     for policy in ("lru", "belady"):
-        worth = first["replay"][policy]
-        shown.add_row(policy, "", "", "-", "", "", "", "", f"{worth['hit_rate']:.1%} @ {worth['bytes_ratio']:.2f}")
+        cached = first["replay"][policy]
+        shown.add_row(policy, "", "", "-", "", "", "", "", f"{cached['hit_rate']:.1%} @ {cached['bytes_ratio']:.2f}")
     shown.caption = (
-        "lookahead 1, routed: once the layer before is routed; computed: once it is computed. Of the first layers, "
-        "before which no state is told, predictors that read states know popularity alone"
+        "lookahead 1, routed: once the previous layer has routed the token; computed: once it is computed. The first "
+        "layers have no earlier state, so predictors that read states use popularity there"
     )
     return shown
 

@@ -1,15 +1,15 @@
-"""Kills a collection again and again, and compares what comes of it with one that was never stopped.
+"""Kill collections at random moments, resume them, and compare the results with an undisturbed collection.
 
     python tools/kill_collect.py [--kills 100] [--ranks 1] [--seed 0] [--prompts 24] [--json FILE]
 
-Each kill is SIGKILL to a real `moe-beyond collect` of the small model at a moment drawn at random: while it loads, in
-its batches, as a piece is written, as the set is put together, as the set is moved out. The same command is started
-again until it ends; the set must then equal the other byte for byte, and nothing may lie beside it. Then the next
-collection begins, until there were as many kills as asked for. Where a kill hit is told by what it left.
+Each kill is SIGKILL to a real `moe-beyond collect` of the small model at a random moment: while it loads, in its
+batches, while it writes a part file, while it merges the parts, or while it moves the set. The same command is
+repeated until it ends. The set must then equal the undisturbed one byte for byte, and its folder must contain nothing
+else. Collections are repeated until the number of kills is reached. The remaining files show which moment a kill hit.
 
-With several ranks (processes with RANK and WORLD_SIZE, as torchrun starts them) a kill takes one of them, which is
-started again alone while the others go on, or all of them, as torchrun does when one fails. Exits with 1 if an entry
-was lost, repeated or changed, or a command failed.
+With several ranks (processes with RANK and WORLD_SIZE, as torchrun starts them), a kill hits one rank or all ranks. A
+single rank is restarted while the others continue; all ranks are killed when torchrun sees one fail. The exit code is
+1 if an entry was lost, repeated or changed, or if a command failed.
 """
 
 import argparse
@@ -34,30 +34,30 @@ from moe_beyond.pretrained import shipped_folder
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 
-PHASES = ("loading", "in a batch", "writing a piece", "putting the set together", "moving it out", "after the end")
+PHASES = ("loading", "in a batch", "writing a part file", "putting the set together", "moving it out", "after the end")
 SMALL = shipped_folder("small-moe")
-AIMS = {"loading": 3, "in a batch": 4, "writing a piece": 3, "putting the set together": 2, "moving it out": 1}
-"""How often each is aimed at; the last are soon over, and a kill that comes late hits the next."""
+AIMS = {"loading": 3, "in a batch": 4, "writing a part file": 3, "putting the set together": 2, "moving it out": 1}
+"""Phase -> weight as a target; the last phases are short, and a late kill hits the next phase."""
 PATIENCE = 120.0
-"""Seconds after which a collection is thought to hang."""
+"""Seconds after which a collection counts as hanging."""
 POLL = 0.0001
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of a collection that nobody stops, in seconds since its start: when its first batch begins, and when it ends."""
+    """Times of an undisturbed collection, in seconds since its start: begin of its first batch, and its end."""
 
     first_batch: float
     end: float
 
 
 class Collection:
-    """A collection, all its ranks, and what lies where it works.
+    """A collection, all its ranks, and the files in its folder.
 
     Args:
-        words: The command, but for where to.
-        out: The set to make, in a folder of its own.
-        ranks: Processes.
+        words: Arguments of the command, without the output folder.
+        out: Trace set to write, in its own folder.
+        ranks: Number of processes.
     """
 
     def __init__(self, words: list[str], out: Path, ranks: int) -> None:
@@ -69,30 +69,30 @@ class Collection:
         self._done: set[int] = set()
 
     def start(self) -> None:
-        """Start every rank that neither runs nor is done."""
+        """Start every rank that is neither running nor finished."""
         for rank in range(self._ranks):
             if rank not in self.running and rank not in self._done:
-                told = {"RANK": str(rank), "WORLD_SIZE": str(self._ranks), "OMP_NUM_THREADS": "1"}
+                variables = {"RANK": str(rank), "WORLD_SIZE": str(self._ranks), "OMP_NUM_THREADS": "1"}
                 self.running[rank] = subprocess.Popen(
-                    self._words, env={**os.environ, **told}, stderr=subprocess.PIPE, text=True
+                    self._words, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True
                 )
 
     def look(self) -> None:
-        """See which ranks have ended.
+        """Update which ranks have ended.
 
         Raises:
-            SystemExit: One failed.
+            SystemExit: A rank failed.
         """
         for rank, process in list(self.running.items()):
             if process.poll() is not None:
-                told = process.communicate()[1]
+                errors = process.communicate()[1]
                 if process.returncode:
-                    raise SystemExit(f"rank {rank} ended with {process.returncode}: {told}")
+                    raise SystemExit(f"rank {rank} ended with {process.returncode}: {errors}")
                 del self.running[rank]
                 self._done.add(rank)
 
     def kill(self, ranks: list[int]) -> None:
-        """Kill ranks at once; if it is more than one, those that are done start again too, as under torchrun."""
+        """Kill ranks at once; with more than one, finished ranks restart too, as under torchrun."""
         for rank in ranks:
             self.running[rank].kill()
         for rank in ranks:
@@ -101,21 +101,21 @@ class Collection:
             self._done.clear()
 
     def files(self) -> set[str]:
-        """Name what lies in the folder of pieces."""
+        """Return the names in the folder of part files."""
         try:
             return set(os.listdir(self.pieces))
         except FileNotFoundError:
             return set()
 
     def is_whole(self) -> bool:
-        """Tell whether the set is there and nothing is left to do."""
+        """Check whether the set exists and nothing is left to do."""
         return self.out.is_dir() and not self.pieces.exists()
 
     def wait(self, until: Callable[[], bool]) -> bool:
-        """Wait for something, and tell whether it came before the end.
+        """Wait for a condition; return whether it held before the end.
 
         Raises:
-            SystemExit: A rank failed, or nothing ends.
+            SystemExit: A rank failed, or the collection hangs.
         """
         began = time.monotonic()
         while not until():
@@ -123,13 +123,13 @@ class Collection:
             if not self.running:
                 return False
             if time.monotonic() - began > PATIENCE:
-                raise SystemExit(f"{self.out}: nothing ended in {PATIENCE:.0f} s; ranks {list(self.running)} wait")
+                raise SystemExit(f"{self.out}: no rank ended within {PATIENCE:.0f} s; ranks {list(self.running)} wait")
             time.sleep(POLL)
         return True
 
 
 def phase(before: set[str], after: set[str], out: Path, elapsed: float, batches: int, times: Times) -> str:
-    """Tell where a kill hit, by the files in the folder of pieces before the start and after the kill."""
+    """Return the phase that a kill hit, from the part files before the start and after the kill."""
     new = after - before
     if out.is_dir():
         return "moving it out" if after else "after the end"
@@ -138,7 +138,7 @@ def phase(before: set[str], after: set[str], out: Path, elapsed: float, batches:
     if any(name.startswith(".set.") for name in new):
         return "putting the set together"
     if any(name.startswith(".0") for name in new):
-        return "writing a piece"
+        return "writing a part file"
     if any(name[0].isdigit() for name in new) or elapsed > times.first_batch:
         whole = sum(name[0].isdigit() for name in after) == batches
         return "putting the set together" if whole else "in a batch"
@@ -146,26 +146,28 @@ def phase(before: set[str], after: set[str], out: Path, elapsed: float, batches:
 
 
 def moment(collection: Collection, batches: int, times: Times, chance: random.Random) -> bool:
-    """Start, and wait for a moment to kill at; tell whether it came before the end."""
+    """Start, and wait for the moment of a kill; return whether it came before the end."""
     before = collection.files()
     to_come = batches - sum(name[0].isdigit() for name in before)
-    aims = {name: weight for name, weight in AIMS.items() if to_come or ("batch" not in name and "piece" not in name)}
+    aims = {
+        name: weight for name, weight in AIMS.items() if to_come or ("batch" not in name and "part file" not in name)
+    }
     (aim,) = chance.choices(list(aims), list(aims.values()))
     collection.start()
     began = time.monotonic()
-    spread = {"writing a piece": 0.0015, "putting the set together": 0.04, "moving it out": 0.0005}
+    spread = {"writing a part file": 0.0015, "putting the set together": 0.04, "moving it out": 0.0005}
     if aim == "loading":
         delay = chance.uniform(0, times.first_batch)
     elif aim == "in a batch":
         delay = times.first_batch + chance.uniform(0, to_come / batches) * (times.end - times.first_batch)
     else:
-        mark = {"writing a piece": ".0", "putting the set together": ".set.", "moving it out": "set"}[aim]
+        mark = {"writing a part file": ".0", "putting the set together": ".set.", "moving it out": "set"}[aim]
 
         def there() -> bool:
             return any(name.startswith(mark) for name in collection.files() - before) or collection.out.is_dir()
 
-        skipped = chance.randrange(min(3, to_come)) if aim == "writing a piece" else 0
-        for _ in range(skipped):  # not always the first piece
+        skipped = chance.randrange(min(3, to_come)) if aim == "writing a part file" else 0
+        for _ in range(skipped):  # not always the first part file
             if not collection.wait(there) or not collection.wait(lambda: not there()):
                 return False
         if not collection.wait(there):
@@ -175,7 +177,7 @@ def moment(collection: Collection, batches: int, times: Times, chance: random.Ra
 
 
 def differences(expected: TraceSet, found: TraceSet) -> dict[str, int]:
-    """Count entries (a token at a layer) that were lost, repeated or changed, and files that are not the same."""
+    """Count entries (token, layer) that were lost, repeated or changed, and files that differ."""
     layers = expected.geometry.num_layers
     ours, theirs = ({trace.sequence_id: trace for trace in traces.traces()} for traces in (expected, found))
     times = Counter(trace.sequence_id for trace in found.traces())
@@ -189,7 +191,7 @@ def differences(expected: TraceSet, found: TraceSet) -> dict[str, int]:
 
 
 def same(one: Trace, other: Trace) -> bool:
-    """Tell whether two traces are equal, weights to the last bit."""
+    """Check whether two traces are equal, gate weights to the last bit."""
     return (
         (one.source, one.decode_start) == (other.source, other.decode_start)
         and np.array_equal(one.token_ids, other.token_ids)
@@ -199,13 +201,13 @@ def same(one: Trace, other: Trace) -> bool:
 
 
 def main() -> None:
-    """Parse the options, kill, compare, print."""
+    """Parse the options, kill, compare and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--prompts", type=int, default=24, help="prompts per collection (default: 24)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     chance, began = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as work:
@@ -220,7 +222,7 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     if args.ranks > 1:
-        console.print(f"of them {found['alone']} hit one rank, which was started again alone")
+        console.print(f"{found['single rank']} of them hit one rank, which was restarted while the others continued")
     console.print(
         f"{found['collections']} collections of {found['entries']:,} entries each in {figures['seconds']:.0f} s: "
         + ", ".join(f"{count:,} {what}" for what, count in found["differences"].items())
@@ -231,7 +233,7 @@ def main() -> None:
 
 
 def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str, object]:
-    """Collect once undisturbed, then kill collections until there were enough kills."""
+    """Collect once undisturbed, then kill collections until the number of kills is reached."""
     rows = [json.loads(line) for line in (SMALL / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = work / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[: args.prompts]), encoding="utf-8")
@@ -248,7 +250,7 @@ def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str
     expected = TraceSet(str(undisturbed.out))
 
     phases, differ = Counter({name: 0 for name in PHASES}), Counter()
-    collections = alone = 0
+    collections = single = 0
     while sum(phases.values()) < args.kills or not collections:
         collection = Collection(words, work / f"killed-{collections}" / "traces", args.ranks)
         while not collection.is_whole() or collection.running:
@@ -262,17 +264,17 @@ def run(work: Path, args: argparse.Namespace, chance: random.Random) -> dict[str
             victims = sorted(collection.running)
             if len(victims) > 1 and chance.random() < 0.5:
                 victims = [chance.choice(victims)]
-            alone += len(victims) == 1 and args.ranks > 1
+            single += len(victims) == 1 and args.ranks > 1
             collection.kill(victims)
             elapsed = time.monotonic() - began
             phases[phase(before, collection.files(), collection.out, elapsed, batches, times)] += 1
         left = sorted(path.name for path in collection.out.parent.iterdir())
         differ.update(differences(expected, TraceSet(str(collection.out))))
-        differ["left beside it"] += len(left) - 1
+        differ["left over"] += len(left) - 1
         collections += 1
     return {
         "phases": dict(phases),
-        "alone": alone,
+        "single rank": single,
         "collections": collections,
         "entries": expected.manifest.tokens * expected.geometry.num_layers,
         "differences": dict(differ),

@@ -1,14 +1,15 @@
-"""Kills fits anywhere, resumes them, and compares what comes of it with fits that were never stopped.
+"""Kill fits at random events, resume them, and compare the results with undisturbed fits.
 
     python tools/kill_fit.py [--kills 12] [--seed 0] [--only NAME ...] [--json FILE]
 
-Each kill is SIGKILL to a real process (all ranks of one with several) at an event drawn at random: as an epoch or a
-batch begins, before an optimiser step, after a batch, as a validation begins, in it, after it, after an epoch. Half of
-them hit the last batch of an epoch, its validation or its end. The fit is then resumed from its newest checkpoint, with
-another seed, so that whatever is drawn outside a step differs. All fits have the dropout that is shipped. Compared are
-the learning rate at every step, the final weights, the exported predictor, the figures of every validation, and the
-steps planned and made. Also measured: what flushing a checkpoint to the disk costs, and what seeding a step costs.
-Exits with 1 where anything differs.
+Each kill is SIGKILL to a real process, with all its ranks, at a random event. Events are the start of an epoch or
+batch, an optimiser step, the end of a batch, the start, middle or end of a validation, and the end of an epoch. Half
+of the kills hit the last batch of an epoch, its validation or its end. The fit is then resumed from its newest
+checkpoint with another seed, so that anything drawn outside a step differs. All fits use the shipped dropout.
+
+The tool compares the learning rate at every step, the final weights, the exported predictor, the figures of every
+validation, and the numbers of planned and made steps. It also measures the time to flush a checkpoint to disk and to
+seed a step. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -74,10 +75,10 @@ class Configuration:
 
 
 CONFIGURATIONS = {
-    "a checkpoint a step": Configuration(),
-    "a checkpoint an epoch": Configuration(saving={}),
+    "a checkpoint per step": Configuration(),
+    "a checkpoint per epoch": Configuration(saving={}),
     "accumulating 3": Configuration({"accumulate_grad_batches": 3}),
-    "two validations an epoch": Configuration({"val_check_interval": 0.5}),
+    "two validations per epoch": Configuration({"val_check_interval": 0.5}),
     "a validation in two epochs": Configuration({"check_val_every_n_epoch": 2, "max_epochs": 4}),
     "max_steps within an epoch": Configuration({"max_steps": 13, "max_epochs": -1}),
     "half of each epoch, accumulating 2": Configuration({"limit_train_batches": 0.5, "accumulate_grad_batches": 2}),
@@ -94,7 +95,7 @@ CONFIGURATIONS = {
 
 
 class Watch(L.Callback):
-    """Notes what a fit does, after all other callbacks, and kills its process at one of its events."""
+    """Records the events of a fit, after all other callbacks, and kills its process at one of them."""
 
     def __init__(self, kill_at: int | None) -> None:
         self._kill_at, self.events = kill_at, list[str]()
@@ -102,7 +103,7 @@ class Watch(L.Callback):
         self.recalls: dict[int, float] = {}
 
     def event(self, name: str, trainer: L.Trainer) -> None:
-        """Note an event."""
+        """Record an event."""
         if name == "on_train_batch_start" and trainer.optimizers:
             self.rates[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
         if name == "on_validation_end":
@@ -110,7 +111,7 @@ class Watch(L.Callback):
         self.events.append(name)
         if len(self.events) - 1 == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self._kill_at is not None:  # what it did so far is known, though it will not say so any more
+        if self._kill_at is not None:  # saved before the kill, as the process writes no result
             torch.save((self.rates, self.recalls), Path(trainer.default_root_dir) / f"killed-{trainer.global_rank}.pt")
 
 
@@ -119,7 +120,7 @@ for _event in EVENTS:
 
 
 def fit(chosen: Configuration, traces: Path, folder: Path, kill_at: int | None, resume: Path | None) -> None:
-    """Fit, in a process of its own, and write ``result.pt``."""
+    """Fit in a separate process and write ``result.pt``."""
     L.seed_everything(1 if resume else 0, verbose=False)
     warnings.simplefilter("ignore")
     data = TraceDataModule(str(traces), **{"token_budget": 64, "max_tokens": 16, "window": 1, **chosen.data})
@@ -147,7 +148,7 @@ def fit(chosen: Configuration, traces: Path, folder: Path, kill_at: int | None, 
 
 
 def in_processes(ranks: int, work: Callable[[], None]) -> bool:
-    """Run one process per rank, and tell whether they ended by themselves."""
+    """Run one process per rank; return whether all ended without a kill."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -216,7 +217,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 
 def write_traces(folder: Path) -> None:
-    """Write random traces, of more shards than are mixed."""
+    """Write random traces in more shards than are mixed."""
     random_numbers = np.random.default_rng(0)
     manifest = Manifest(GEOMETRY, Tokenizer("tools", VOCAB), "tiny", 16.0, "dataset", "tools", "0")
     with open_writer(folder, manifest, shard_tokens=64) as writer:
@@ -256,12 +257,12 @@ def costs(work: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parse the options, kill, compare, print."""
+    """Parse the options, kill, compare and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=12, help="of each configuration")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=12, help="kills per configuration (default: 12)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     chance, console = random.Random(args.seed), Console(width=120)
     torch.set_num_threads(1)
@@ -275,7 +276,7 @@ def main() -> None:
             rows[name] = run(name, work / "traces", work, args.kills, chance)
             print(name, rows[name], file=sys.stderr, flush=True)
         cost = costs(work)
-    table = Table(title="fits that were killed and resumed, against fits that were not")
+    table = Table(title="fits that were killed and resumed, compared with undisturbed fits")
     columns = {
         "planned": "steps planned", "made": "made", "kills": "kills", "weights": "weights differ by",
         "exported": "exported by", "rates": "rates", "validations": "validations", "steps": "steps",

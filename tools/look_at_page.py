@@ -1,12 +1,13 @@
-"""Look at a page in a real browser: take its picture, and say what is wrong with it.
+"""Open a page in a real browser, take pictures, and report errors.
 
     python tools/look_at_page.py REPORT.html --out DIR [--browser PATH]
 
-A headless Chromium (on the path, or `--browser`) opens the page at the widths of a phone and of a desktop, in light and
-dark; pictures of the whole page go to DIR. A line is printed for every error on its console, every request that leaves
-it, and every width at which it scrolls sideways, folded parts opened too; exit code 1 if there is one.
+A headless Chromium (on the path, or `--browser`) opens the page at the widths of a phone and of a desktop, in light
+and dark. Pictures of the whole page are saved in DIR. The tool prints one line for every error on the console, every
+request that leaves the page, and every width at which the page scrolls sideways, also with folded parts opened. The
+exit code is 1 if there is a line.
 
-The browser is spoken to in its DevTools protocol over two pipes, so that nothing but the browser is needed.
+The tool uses the browser's DevTools protocol over two pipes, so it needs only the browser.
 """
 
 import argparse
@@ -30,7 +31,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SIZES = {360: 740, 1280: 800}
 SCHEMES = ("light", "dark")
 PATIENCE = 60.0  # seconds
-READ_FD, WRITE_FD = 3, 4  # where the browser expects its pipes
+READ_FD, WRITE_FD = 3, 4  # file descriptors of the browser's pipes
 WIDEST = """
 (() => {
   const found = [...document.querySelectorAll("body *")].find((element) => {
@@ -49,7 +50,7 @@ class Browser:
     """A page in a headless Chromium.
 
     Attributes:
-        events: What the browser told since it was asked last.
+        events: Events that the browser sent since the last call.
     """
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
@@ -68,11 +69,11 @@ class Browser:
         message = {"id": number, "method": method, "params": parameters}
         session = {"sessionId": self._session} if self._session else {}
         os.write(self._to, json.dumps({**message, **session}).encode() + b"\0")
-        while (said := self._next()).get("id") != number:
-            self.events.append(said)
-        if "error" in said:
-            sys.exit(f"the browser refuses {method}: {said['error'].get('message')}")
-        return dict(said["result"])
+        while (answer := self._next()).get("id") != number:
+            self.events.append(answer)
+        if "error" in answer:
+            sys.exit(f"the browser refuses {method}: {answer['error'].get('message')}")
+        return dict(answer["result"])
 
     def wait_for(self, method: str) -> None:
         """Wait for an event."""
@@ -80,7 +81,7 @@ class Browser:
             self.events.append(self._next())
 
     def evaluate(self, script: str) -> Any:
-        """Return what a script on the page says."""
+        """Return the value of a script on the page."""
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
     def _next(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class Browser:
             ready, _, _ = select.select([self._from], [], [], max(0.0, until - time.monotonic()))
             part = os.read(self._from, 2**20) if ready else b""
             if not part:
-                sys.exit("the browser ended" if ready else f"the browser said nothing for {PATIENCE:.0f} s")
+                sys.exit("the browser ended" if ready else f"no message from the browser within {PATIENCE:.0f} s")
             self._rest += part
         message, _, self._rest = self._rest.partition(b"\0")
         return dict(json.loads(message))
@@ -97,9 +98,9 @@ class Browser:
 
 @contextmanager
 def browsing(path: str) -> Iterator[Browser]:
-    """Start a browser, and end it."""
+    """Start a browser, and end it on exit."""
     ours, theirs = [], []
-    for reading in (True, False):  # what it reads, what it writes; above the numbers that they get there
+    for reading in (True, False):  # its input, its output; numbered above READ_FD and WRITE_FD
         made = os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in made]
         for end in made:
@@ -129,7 +130,7 @@ def browsing(path: str) -> Iterator[Browser]:
 
 
 def look(browser: Browser, page: Path, width: int, scheme: str, picture: Path) -> list[str]:
-    """Open a page, take its picture, and return what is wrong."""
+    """Open a page, take its picture, and return its errors."""
     browser.events.clear()
     size = {"width": width, "height": SIZES[width], "deviceScaleFactor": 1, "mobile": False}
     browser.call("Emulation.setDeviceMetricsOverride", **size)
@@ -154,32 +155,32 @@ def look(browser: Browser, page: Path, width: int, scheme: str, picture: Path) -
 
 
 def complaints(event: dict[str, Any], address: str) -> list[str]:
-    """Say what an event tells that is wrong."""
-    method, told = event.get("method"), event.get("params", {})
+    """Return the errors in an event."""
+    method, params = event.get("method"), event.get("params", {})
     if method == "Network.requestWillBeSent":
-        asked = told["request"]["url"]
-        return [] if asked.split("#")[0] == address or asked.startswith("data:") else [f"request leaves it: {asked}"]
-    if method == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
-        return [f"console: {' '.join(str(one.get('value', '')) for one in told['args'])}"]
+        url = params["request"]["url"]
+        return [] if url.split("#")[0] == address or url.startswith("data:") else [f"request leaves it: {url}"]
+    if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+        return [f"console: {' '.join(str(value.get('value', '')) for value in params['args'])}"]
     if method == "Runtime.exceptionThrown":
-        return [f"exception: {told['exceptionDetails'].get('text')}"]
-    if method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-        return [f"console: {told['entry']['text']}"]
+        return [f"exception: {params['exceptionDetails'].get('text')}"]
+    if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+        return [f"console: {params['entry']['text']}"]
     return []
 
 
 def main() -> None:
-    """Parse the options, look, say."""
+    """Parse the options, open the page and print its errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, help="the HTML file")
+    parser.add_argument("page", type=Path, help="HTML file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--browser", help="a Chromium; one on the path by default")
+    parser.add_argument("--browser", help="path of a Chromium (default: the first on the path)")
     args = parser.parse_args()
     browser = args.browser or next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         parser.error(f"no browser on the path ({', '.join(BROWSERS)}); give --browser PATH")
     if not args.page.is_file():
-        parser.error(f"{args.page}: there is no such file")
+        parser.error(f"{args.page}: no such file; give an HTML file")
     args.out.mkdir(parents=True, exist_ok=True)
     wrong = []
     with browsing(browser) as page:

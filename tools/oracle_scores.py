@@ -1,11 +1,11 @@
-"""Writes the scores of a predictor that knows a share of the answer, and of the rest nothing: what could it be worth?
+"""Write the scores of a predictor that knows a share of the answer, to bound the benefit of better scores.
 
     python tools/oracle_scores.py --traces TRACES --out DIR --lookahead next --share 0.5 [--split SPLIT]
     moe-beyond replay --traces TRACES [--split SPLIT] --scores DIR --policy belief --prefetch none --budget 10%
 
-Each chosen expert is named with probability S and a score of 1; all others of its layer share what is missing to K. So
-S is the recall of what is named, and the scores are calibrated. The replay tells what a predictor of that quality
-would save, and what one that is never wrong would (S = 1): a bound.
+Each selected expert has a score of 1 with probability S. All other experts of its layer share the difference to K, so
+the scores are calibrated and S is the recall of the certain ones. The replay then shows the savings of a predictor of
+that quality. With S = 1 it is an upper bound.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from moe_beyond.traces.schema import expert_ids
 
 
 def main() -> None:
-    """Parse the options, write."""
+    """Parse the options and write the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", required=True, help="a trace set")
-    parser.add_argument("--split", help="one split of it")
-    parser.add_argument("--out", required=True, help="the scores folder to make")
-    parser.add_argument("--lookahead", default="next", help="of which the scores are said to be")
-    parser.add_argument("--share", type=float, default=1.0, help="S, of the chosen experts that are named")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--traces", required=True, help="trace set")
+    parser.add_argument("--split", help="split of the trace set (default: all)")
+    parser.add_argument("--out", required=True, help="score folder to write")
+    parser.add_argument("--lookahead", default="next", help="lookahead of the scores (default: next)")
+    parser.add_argument("--share", type=float, default=1.0, help="S, the share of known experts (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     if not 0 <= args.share <= 1:
-        parser.error(f"--share {args.share:g}: a share lies within 0..1")
+        parser.error(f"--share: must be within 0..1 (got {args.share:g})")
     traces, rng = TraceSet(args.traces), np.random.default_rng(args.seed)
     _, experts, _ = traces.geometry.shape()
     with writing_scores(
@@ -48,11 +48,11 @@ def main() -> None:
 def partly_known(
     chosen: npt.NDArray[np.integer], experts: int, share: float, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    """Return scores ``(T, L, E)`` of choices ``(T, L, K)``."""
+    """Return scores ``(T, L, E)`` for selected experts ``(T, L, K)``."""
     named, ids = rng.random(chosen.shape) < share, expert_ids(chosen, experts)
     known = np.zeros((*chosen.shape[:2], experts + 1), bool)
     np.put_along_axis(known, ids, named, -1)
-    known = known[..., :experts]  # the last one is none
+    known = known[..., :experts]  # the last column is padding
     count = known.sum(-1, keepdims=True)
     others = ((ids < experts).sum(-1, keepdims=True) - count) / np.maximum(experts - count, 1)
     return np.where(known, 1.0, others).astype(np.float32)

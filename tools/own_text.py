@@ -1,19 +1,17 @@
-"""What a model writes against what it reads: is it routed alike, and is a cache worth as much?
+"""Compare text that a model generates with text that it reads: routing, caching and prediction.
 
     python tools/own_text.py [--prompt-tokens 16] [--tokens 112] [--temperature T] [--out DIR] [--json FILE]
     python tools/own_text.py --demo DIR [--temperature T]
     python tools/own_text.py --read TRACES --written TRACES [--predictor NAME] [--json FILE]
 
-Without trace sets it makes them with the small model, from texts that people wrote and it never saw: once it reads
-them, and once it reads their first tokens alone and goes on by itself for as many, greedily or drawn. (Both stay
-within the length that it was trained on.) Trace sets of one's own are `moe-beyond collect` without and with
-`--generate`.
+Without trace sets, the tool records the small model on texts that people wrote and that it never saw. First the model
+reads them; then it reads only their first tokens and generates the same number of tokens, greedily or by sampling.
+Both stay within its training length. Your own trace sets are `moe-beyond collect` without and with `--generate`.
 
-Counted are, of what was written, the tokens from `decode_start` on, and of what was read those from `--prompt-tokens`
-on; where both sets have a sequence of one name, both are cut to the length of the shorter. A cache starts empty and
-sees what comes before too. Figures are pooled over tokens; intervals of 95 % are a bootstrap over sequences, and
-that of a difference takes the same sequences of both, if all have the same names. Greedy text repeats itself, so beside
-all stands the share of its runs of four tokens that stood in their sequence before.
+Generated text counts from `decode_start` on, and read text from `--prompt-tokens` on. Sequences of one name are cut to
+the shorter length. A cache starts empty and also sees the tokens before. Figures are pooled over tokens. Intervals of
+95 % are a bootstrap over sequences; a difference uses the same sequences of both sets if all names agree. Greedy text
+repeats itself, so the first row is the share of runs of four tokens that occurred in their sequence before.
 """
 
 import argparse
@@ -56,12 +54,12 @@ RESAMPLES = 2000
 BUDGETS = ("10%", "25%")
 
 Counts = npt.NDArray[np.float64]
-"""``(sequences, 2)``: what was found, and of how many."""
+"""Array of shape ``(sequences, 2)``: count, and total."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A trace set's sequences, the tokens counted, and the counts behind each figure."""
+    """Names of a trace set's sequences, the number of counted tokens, and the counts of each figure."""
 
     names: list[str]
     tokens: int
@@ -69,26 +67,30 @@ class Side:
 
 
 def main() -> None:
-    """Parse the options, make what is not given, compare, print."""
+    """Parse the options, record missing trace sets, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--read", help="trace set of text that the model read")
-    parser.add_argument("--written", help="trace set of text that it wrote itself")
-    parser.add_argument("--predictor", help="folder or name; the published one of this model by default")
-    parser.add_argument("--prompts", default=str(SMALL / "prompts.jsonl"), help="as of moe-beyond collect")
+    parser.add_argument("--written", help="trace set of text that the model generated")
+    parser.add_argument("--predictor", help="predictor folder or name (default: the pretrained one of this model)")
     parser.add_argument(
-        "--demo", type=Path, help="folder of `make demo`: its predictor, on the texts that it was not fitted on"
+        "--prompts",
+        default=str(SMALL / "prompts.jsonl"),
+        help="prompts, as for moe-beyond collect (default: those of small-moe)",
     )
-    parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=112, help="tokens that follow")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of what is written; greedily by default")
-    parser.add_argument("--budget", action="append", help="repeat for more; 10%% and 25%% by default")
-    parser.add_argument("--out", type=Path, help="keeps the trace sets that are made")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--demo", type=Path, help="folder of `make demo`; uses its predictor on the texts held out from it"
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens per prompt (default: 16)")
+    parser.add_argument("--tokens", type=int, default=112, help="tokens after each prompt (default: 112)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy)")
+    parser.add_argument("--budget", action="append", help="cache budget; repeat for more (default: 10%% and 25%%)")
+    parser.add_argument("--out", type=Path, help="folder in which the recorded trace sets are kept")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     if args.demo is not None:
         args.predictor = str(args.demo / "predictor")
     if (args.read is None) != (args.written is None):
-        raise SystemExit("--read and --written go together")
+        raise SystemExit("--read and --written: give both or none")
     with ExitStack() as stack:
         if args.read is None:
             out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -99,20 +101,20 @@ def main() -> None:
 
 
 def make(out: Path, args: argparse.Namespace) -> tuple[TraceSet, TraceSet]:
-    """Let the small model read texts, and go on from their beginnings."""
+    """Record the small model while it reads texts and while it continues their beginnings."""
     model, tokenizer, _ = load_model(str(SMALL), dtype="float32")
     given, prompt_tokens, tokens = list(read_prompts(args.prompts)), args.prompt_tokens, args.tokens
     if args.demo is not None:
         given = [prompt for prompt in bundled_prompts() if prompt.split == "validation"]
     made = []
-    for name, asked in (
+    for name, config in (
         ("read", CollectConfig(max_tokens=prompt_tokens + tokens)),
-        # What is written last is not read.
+        # The last generated token is not read.
         ("written", CollectConfig(tokens + 1, args.temperature, max_tokens=prompt_tokens)),
     ):
         source = "excerpts that the model never saw" if name == "read" else f"their first {prompt_tokens} tokens"
         traces = collect(
-            model, tokenizer, given, out / name, asked, name="small-moe", source=source, rank=ProcessRank(0, 1)
+            model, tokenizer, given, out / name, config, name="small-moe", source=source, rank=ProcessRank(0, 1)
         )
         assert traces is not None
         made.append(traces)
@@ -120,9 +122,9 @@ def make(out: Path, args: argparse.Namespace) -> tuple[TraceSet, TraceSet]:
 
 
 def compare(read: TraceSet, written: TraceSet, args: argparse.Namespace) -> dict[str, Any]:
-    """Count everything, sequence by sequence, and pool it."""
+    """Count per sequence and pool the counts."""
     if (read.geometry.shape(), read.manifest.model_id) != (written.geometry.shape(), written.manifest.model_id):
-        raise SystemExit(f"{read.folder} and {written.folder} are of two models")
+        raise SystemExit(f"{read.folder} and {written.folder} record different models; give two sets of one model")
     lengths = [{trace.sequence_id: len(trace) for trace in traces.traces()} for traces in (read, written)]
     shorter = {name: min(lengths[0][name], lengths[1][name]) for name in lengths[0].keys() & lengths[1].keys()}
     if args.predictor:
@@ -143,7 +145,7 @@ def compare(read: TraceSet, written: TraceSet, args: argparse.Namespace) -> dict
 
 
 def count(traces: TraceSet, shorter: dict[str, int], args: argparse.Namespace, source: ScoreSource | None) -> Side:
-    """Count what is counted of every sequence of a trace set."""
+    """Return the counts of every sequence of a trace set."""
     scored = source.sequences(traces, None, True) if source else ((trace, None) for trace in traces.traces())
     names, tokens, rows = [], 0, []
     for trace, scores in scored:
@@ -159,12 +161,12 @@ def count(traces: TraceSet, shorter: dict[str, int], args: argparse.Namespace, s
                 row |= recalled(trace, scores, first, end, source, traces.geometry)
             rows.append(row)
     if not rows:
-        raise SystemExit(f"{traces.folder}: no sequence has tokens to count")
+        raise SystemExit(f"{traces.folder}: no sequence has tokens to count; lower --prompt-tokens")
     return Side(names, tokens, {title: np.array([row[title] for row in rows], np.float64) for title in rows[0]})
 
 
 def repeated(token_ids: npt.NDArray[np.int32], first: int) -> tuple[int, int]:
-    """Count the runs of four tokens that end from a token on, and those of them that stood before."""
+    """Count the runs of four tokens that occurred before, and all runs, that end at or after a token."""
     seen: set[tuple[int, ...]] = set()
     found = 0
     for end in range(RUN, len(token_ids) + 1):
@@ -175,7 +177,7 @@ def repeated(token_ids: npt.NDArray[np.int32], first: int) -> tuple[int, int]:
 
 
 def reused(experts: npt.NDArray[np.integer[Any]]) -> tuple[int, int]:
-    """Count, over all tokens but the first, the experts that the token before used in the same layer, and all."""
+    """Count the experts that the previous token used in the same layer, and all experts, after the first token."""
     now, before = experts[1:], experts[:-1]
     there = now != padding_id(now.dtype)
     again = (now[..., :, None] == before[..., None, :]).any(-1) & there
@@ -185,7 +187,7 @@ def reused(experts: npt.NDArray[np.integer[Any]]) -> tuple[int, int]:
 def cached(
     experts: npt.NDArray[np.integer[Any]], first: int, geometry: Geometry, budgets: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """Count hits and accesses of an empty cache, from a token on."""
+    """Count hits and accesses from a token on, of a cache that starts empty."""
     found = {}
     for budget, policy in itertools.product(budgets, POLICIES):
         replay = Replay(geometry, ReplaySettings(budget_slots(budget, geometry), policy, warmup_tokens=first))
@@ -198,7 +200,7 @@ def cached(
 def recalled(
     trace: Trace, scores: npt.NDArray[np.float32], first: int, end: int, source: ScoreSource, geometry: Geometry
 ) -> dict[str, tuple[int, int]]:
-    """Count the experts that were among the K best scored, from a token on, by lookahead."""
+    """Count the selected experts among the K best scores, and all, from a token on, by lookahead."""
     metrics = RoutingMetrics(len(source.lookaheads), *geometry.shape())
     chosen = collate([trace]).targets(geometry.num_experts)[:, first:end]
     metrics.update(torch.from_numpy(scores[first:end])[None], chosen, torch.ones(1, end - first, dtype=torch.bool))
@@ -211,7 +213,7 @@ def recalled(
 
 
 def bootstrap(read: Counts, written: Counts, paired: bool) -> dict[str, list[float]]:
-    """Return both shares and their difference, each with the bounds of its interval."""
+    """Return both shares and their difference, each with its interval."""
     chance = np.random.default_rng(0)
     picks = [chance.integers(len(counts), size=(RESAMPLES, len(counts))) for counts in (read, written)]
     if paired:
@@ -226,21 +228,21 @@ def bootstrap(read: Counts, written: Counts, paired: bool) -> dict[str, list[flo
 
 
 def share(counts: Counts) -> npt.NDArray[np.float64]:
-    """Return the found over all, ``(...)`` of ``(..., 2)``."""
+    """Return count over total: ``(..., 2)`` -> ``(...)``."""
     return counts[..., 0] / np.maximum(counts[..., 1], 1)
 
 
 def show(found: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the table, write the JSON."""
-    told = [f"{n:,} tokens, {m} sequences" for n, m in zip(found["tokens"], found["sequences"], strict=True)]
-    without = "" if found["predictor"] else "; no predictor of this model is published, so none is measured"
+    """Print the table and write the JSON."""
+    sizes = [f"{n:,} tokens, {m} sequences" for n, m in zip(found["tokens"], found["sequences"], strict=True)]
+    without = "" if found["predictor"] else "; this model has no pretrained predictor"
     table = Table(
-        title="what a model reads, and what it writes",
-        caption="in %, with intervals of 95 % (bootstrap over sequences); without prefetch a cache moves 1 - hits of "
-        f"the demanded bytes{without}",
+        title="text that a model reads, and text that it generates",
+        caption="in %, with intervals of 95 % (bootstrap over sequences); without prefetching a cache transfers "
+        f"1 - hits of the demanded bytes{without}",
     )
     table.add_column("")
-    for name, more in (("read", told[0]), ("written", told[1]), ("difference", "")):
+    for name, more in (("read", sizes[0]), ("written", sizes[1]), ("difference", "")):
         table.add_column(f"{name}\n{more}", justify="right")
     for title, row in found["figures"].items():
         cells = []

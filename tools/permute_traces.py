@@ -1,9 +1,9 @@
-"""Make a large trace set out of a small one: repeat it, every repeat under expert ids permuted anew in each layer.
+"""Make a large trace set from a small one, by repeating it with permuted expert ids.
 
     python tools/permute_traces.py TRACES OUT --entries 66e6
 
-The repeats have the lengths, tokens and popularity skew of the original but share no routing, so that what is measured
-on them is what a recording of that size would cost.
+Every repeat has its own permutation per layer. The repeats have the lengths, tokens and popularity skew of the
+original but share no routing, so a benchmark on them is representative of a recording of that size.
 """
 
 import argparse
@@ -24,10 +24,10 @@ def permute(source: TraceSet, out: str, entries: float, seed: int) -> TraceSet:
     """Write at least ``entries`` entries to ``out``.
 
     Args:
-        source: What to repeat.
-        out: The trace set to make.
-        entries: How many (token, layer) entries it has at least.
-        seed: Of the permutations.
+        source: Trace set to repeat.
+        out: Folder of the trace set to write.
+        entries: Minimum number of (token, layer) entries.
+        seed: Random seed of the permutations.
     """
     layers, experts, _ = source.geometry.shape()
     repeats = math.ceil(entries / (source.manifest.tokens * layers))
@@ -46,12 +46,12 @@ def permute(source: TraceSet, out: str, entries: float, seed: int) -> TraceSet:
 
 
 def main() -> None:
-    """Parse the options, write."""
+    """Parse the options and write the trace set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", help="trace set to repeat")
-    parser.add_argument("out", help="trace set to make")
-    parser.add_argument("--entries", type=float, default=66e6, help="entries it has at least (default: 66e6)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", help="trace set to write")
+    parser.add_argument("--entries", type=float, default=66e6, help="minimum number of entries (default: 66e6)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     made = permute(TraceSet(args.traces), args.out, args.entries, args.seed)
     print(f"{args.out}: {made.manifest.tokens * made.geometry.num_layers:,} entries")

@@ -2,14 +2,14 @@
 
     python tools/reproduce_moe_beyond.py --data DIR [--json FILE]
 
-DIR holds three folders of prompts: ``puffin`` (``prompt_N_data.csv``), ``webglm`` (``prompt_N_data_formatted.csv``) and
-``webglm_moe_beyond_predictions`` (``prompt_N_data_predicted.csv``), with any number of prompts.
+DIR contains three folders of prompts: ``puffin`` (``prompt_N_data.csv``), ``webglm`` (``prompt_N_data_formatted.csv``)
+and ``webglm_moe_beyond_predictions`` (``prompt_N_data_predicted.csv``), with any number of prompts.
 
-The method: a prompt's rows are (token, layer) pairs, tokens outermost. One LRU cache for all layers is filled at random
-for each prompt, and warmed by the experts of its rows 0 to 260, one after another: the first 10 tokens, and one row
-more. From row 260 on each row first touches the experts that were predicted for it, uncounted, and then its true
-experts, which are counted as hits or misses. "MoE-Infinity" is the paper's stand-in for that system: for each layer,
-the experts that nine Puffin prompts used most. Rates are means over random fillings, which matter to large caches.
+The method: a prompt's rows are (token, layer) pairs, tokens outermost. One LRU cache for all layers is filled at
+random for each prompt. The experts of rows 0 to 260 warm it, one row after another: the first 10 tokens and one more
+row. From row 260 on, each row first touches its predicted experts, uncounted. Then it touches its true experts, which
+count as hits or misses. "MoE-Infinity" is the paper's approximation of that system: for each layer, the experts that
+nine Puffin prompts used most. Rates are means over random fillings, which matter for large caches.
 """
 
 import argparse
@@ -49,10 +49,10 @@ class Prompt:
 
 
 def numbered(folder: Path) -> dict[int, Path]:
-    """Find a folder's prompt files, by number."""
+    """Return a folder's prompt files by number."""
     files = {int(m[1]): path for path in folder.glob("*.csv") if (m := re.match(r"prompt_(\d+)_", path.name))}
     if not files:
-        raise UserError(f"{folder}: holds no prompt_N_*.csv file")
+        raise UserError(f"{folder}: contains no prompt_N_*.csv file; give the folder of the release")
     return dict(sorted(files.items()))
 
 
@@ -115,9 +115,9 @@ def hit_rate(prompts: Sequence[tuple[Rows, Rows]], slots: int, seed: int) -> flo
     """Return the share of counted accesses that hit; NaN if no prompt is longer than 10 tokens.
 
     Args:
-        prompts: For each its true rows, and the rows touched before them.
-        slots: Experts that the cache holds.
-        seed: Of the filling.
+        prompts: True rows of each prompt, and the rows touched before them.
+        slots: Number of experts that the cache holds.
+        seed: Random seed of the filling.
     """
     hits = accesses = 0
     for number, (true, before) in enumerate(prompts):
@@ -151,7 +151,7 @@ def classifier(prompts: list[Prompt]) -> dict[str, float]:
     found = sum(int((p.true[:, :, None] == p.predicted[:, None]).sum()) for p in prompts)
     rows = sum(len(p.true) for p in prompts)
     positive, labels = rows * TOP_K, rows * EXPERTS
-    wrong = 2 * (positive - found)  # as many missed as named in vain
+    wrong = 2 * (positive - found)  # as many missed as predicted in vain
     negative = labels - positive
     figures = {
         "recall_at_6": found / positive,
@@ -167,11 +167,11 @@ def classifier(prompts: list[Prompt]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parse the options, replay, print."""
+    """Parse the options, replay and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the three folders")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the three folders of prompts")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--fillings", type=int, default=8, help="random fillings to take the mean of (default: 8)")
+    parser.add_argument("--fillings", type=int, default=8, help="number of random fillings (default: 8)")
     args = parser.parse_args()
     try:
         prompts, popular = read_prompts(args.data), popular_rows(args.data)
@@ -199,10 +199,10 @@ def main() -> None:
         as_classifier.add_row(name.replace("_", " "), f"{100 * value:.2f}")
     console.print(as_classifier)
     console.print(
-        "What the method leaves out: the predictor reads the router's own input, so its answer comes when the\n"
-        "router's does, and it sees later tokens; the experts it names are inserted for free: neither their bytes\n"
-        "nor their time on the link are counted; a hit is mostly an expert that was put there just before; accuracy\n"
-        "counts the experts that were rightly not named, and in batches the padding too.",
+        "What the method leaves out: the predictor reads the router's own input, so its answer arrives with the\n"
+        "router's, and it reads later tokens. Predicted experts are inserted for free: neither their bytes nor their\n"
+        "time on the interconnect count. A hit is mostly an expert that was inserted just before. Accuracy counts\n"
+        "the experts that were rightly not predicted, and in batches the padding too.",
         markup=False,
         highlight=False,
     )

@@ -2,8 +2,9 @@
 
     python tools/train_small_moe.py --text DOCS --text SOURCE --work WORK --out checkpoints/small-moe
 
-Text files are held out whole: one in twenty, chosen by the hash of its name, is never trained on; the bundled prompts
-come from those. The optimiser's state lies in WORK, and the same command goes on where it stopped.
+Whole text files are held out: one in twenty, selected by the hash of its name, is never trained on. The bundled
+prompts come from these files. The optimiser's state is saved in WORK, and the same command resumes an interrupted
+training.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SPECIAL = ("<s>", "</s>", "<pad>")
 CONTEXT = 128
 PROMPT_TOKENS = 200
 TEXT_LICENCE = "TEXT-LICENSE.txt"
-# A weak pull towards equal use: experts stay alive but keep their own taste (1e-2 is the usual strength).
+# A weak balancing loss: all experts stay in use but remain specialised (1e-2 is the usual strength).
 BALANCE = 3e-3
 
 
@@ -50,7 +51,7 @@ def read_files(roots: list[Path]) -> dict[str, str]:
 
 
 def is_held_out(name: str) -> bool:
-    """Tell whether a file is kept from training."""
+    """Check whether a file is held out."""
     return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
@@ -132,7 +133,7 @@ def balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
 
 
 class RouterTap:
-    """Keeps what every router returned in the last forward: ``{name: (logits (N, E), chosen (N, K))}``."""
+    """Keeps the outputs of all routers in the last forward pass: ``{name: (logits (N, E), chosen (N, K))}``."""
 
     def __init__(self, model: nn.Module) -> None:
         """Hook the model's routers."""
@@ -142,7 +143,7 @@ class RouterTap:
 
 
 def held_out_loss(model: nn.Module, rows: Tensor) -> float:
-    """Mean cross-entropy in nats a token over ``rows``."""
+    """Mean cross-entropy in nats per token over ``rows``."""
     model.eval()
     with torch.no_grad():
         losses = [model(input_ids=part, labels=part).loss.item() for part in rows.split(32)]
@@ -151,7 +152,7 @@ def held_out_loss(model: nn.Module, rows: Tensor) -> float:
 
 
 def train(model: DeepseekV2ForCausalLM, rows: Tensor, held: Tensor, args: argparse.Namespace, work: Path) -> None:
-    """Train for ``args.steps`` steps, with a checkpoint in ``work`` that a second call goes on from."""
+    """Train for ``args.steps`` steps; a second call resumes from the checkpoint in ``work``."""
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     warmup = max(1, args.steps // 20)
 
@@ -193,7 +194,7 @@ def train(model: DeepseekV2ForCausalLM, rows: Tensor, held: Tensor, args: argpar
 
 
 def measure(model: DeepseekV2ForCausalLM, held: Tensor, args: argparse.Namespace, params: int) -> dict[str, Any]:
-    """Measure the finished model on held-out rows: perplexity, and how alive and how skewed each layer's routing is."""
+    """Measure the finished model on held-out rows: perplexity, and use and skew of each layer's experts."""
     tap, config = RouterTap(model), model.config
     counts = np.zeros((len(tap.last) or len(routers(model)), config.n_routed_experts), np.int64)
     shared = np.zeros(len(counts))
@@ -229,7 +230,7 @@ def measure(model: DeepseekV2ForCausalLM, held: Tensor, args: argparse.Namespace
 
 
 def choose_prompts(files: dict[str, str], tokenizer: Tokenizer, count: int) -> list[dict[str, str]]:
-    """Cut prompts of about `PROMPT_TOKENS` tokens out of held-out files, evenly over the files, starting at a line."""
+    """Cut prompts of about `PROMPT_TOKENS` tokens out of held-out files, evenly, each starting at a line."""
     held = [name for name in files if is_held_out(name)]
     prompts: list[dict[str, str]] = []
     for turn in range(count):
@@ -261,15 +262,15 @@ language: [en]
 # small-moe
 
 A mixture-of-experts language model of {measured["parameters"] / 1e6:.1f} M parameters, small enough to ship inside
-`moe_beyond`, whose routing is alive enough to show what an expert cache and a predictor do. It uses transformers'
+`moe_beyond`. Its routing uses all experts, so it can demonstrate an expert cache and a predictor. It uses transformers'
 DeepSeek-V2 architecture: one dense layer, then MoE layers with one shared expert and top-k routing without groups.
 
 ## Data
 
 {args.data_note}
 The text keeps its own licence (`{TEXT_LICENCE}`), and so do the excerpts in `prompts.jsonl`.
-One file in {HELD_OUT_ONE_IN}, chosen by the hash of its name, was never trained on;
-`prompts.jsonl` (excerpts, each naming its file) comes from those files alone.
+One file in {HELD_OUT_ONE_IN}, selected by the hash of its name, was never trained on.
+`prompts.jsonl` (excerpts with their file names) comes only from those files.
 
 ## Recipe
 
@@ -279,8 +280,8 @@ python tools/train_small_moe.py --text DOCS --text SOURCE --work WORK --out chec
     --steps {args.steps} --batch {args.batch} --lr {args.lr} --seed {args.seed} --vocab {args.vocab}
 ```
 
-{measured["tokens_trained_on"]:,} tokens in rows of {CONTEXT}; AdamW, weight decay 0.1, cosine to 5 % after a warm-up of
-5 % of the steps; Switch Transformer's balancing loss at {BALANCE}; stored as float16.
+{measured["tokens_trained_on"]:,} tokens in rows of {CONTEXT}. AdamW, weight decay 0.1, cosine to 5 % after a warm-up of
+5 % of the steps. Switch Transformer's balancing loss at {BALANCE}. Stored as float16.
 
 ## Figures
 
@@ -293,26 +294,26 @@ On {measured["held_out_tokens"]:,} held-out tokens: perplexity {measured["held_o
 
 ## Use and limits
 
-For demonstrations and tests of routing, caching and prediction. It writes poor text, knows nothing to rely on, and
-its routing says nothing about that of a large model.
+For demonstrations and tests of routing, caching and prediction. Its text is poor and unreliable, and its routing does
+not represent that of a large model.
 """
 
 
 def main() -> None:
-    """Parse the options, train, measure, write."""
+    """Parse the options, train, measure and write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, action="append", required=True, help="folder of text files (repeatable)")
     parser.add_argument("--data-note", default="", help="sentence of the card that names the text and its licence")
-    parser.add_argument("--text-licence", type=Path, help="licence of the text, shipped beside the prompts cut from it")
+    parser.add_argument("--text-licence", type=Path, help="licence of the text, shipped with the prompts cut from it")
     parser.add_argument("--work", type=Path, required=True, help="folder for the training state")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=32, help=f"rows of {CONTEXT} tokens a step")
+    parser.add_argument("--batch", type=int, default=32, help=f"rows of {CONTEXT} tokens per step (default: 32)")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--tiny", action="store_true", help="a size for tests")
+    parser.add_argument("--tiny", action="store_true", help="tiny model for tests")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -321,7 +322,7 @@ def main() -> None:
     training = [text for name, text in files.items() if not is_held_out(name)]
     held_out = [text for name, text in files.items() if is_held_out(name)]
     if not held_out:
-        raise SystemExit("no file is held out; give more files")
+        raise SystemExit("no file is held out; give more text files")
     saved_tokenizer = args.work / "tokenizer.json"
     if not saved_tokenizer.exists():
         train_tokenizer(iter(training), args.vocab).save(str(saved_tokenizer))

@@ -1,11 +1,14 @@
-"""The cache core: one state machine for replay and runtime, with policies and prefetchers; NumPy and numba only."""
+"""The cache core: one state machine for replay and runtime, with policies and prefetchers; NumPy and numba only.
 
-import importlib
-from typing import TYPE_CHECKING, Any
+.. include:: README.md
+"""
+
+from typing import TYPE_CHECKING
 
 from moe_beyond.cache.counters import COUNTERS
 from moe_beyond.cache.policies import POLICIES, policy_summaries
 from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.cache.cache import Cache
@@ -50,9 +53,4 @@ _COMPILED = {
 }
 """Public name -> module that is imported when the name is first read, because it imports numba."""
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name that needs numba."""
-    if name not in _COMPILED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_COMPILED[name]}"), name)
+__getattr__ = lazy_exports(__name__, _COMPILED)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cache.prefetchers import SYNTAX
 from moe_beyond.cli.options import TRACES_HELP
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.named_strategies import ALL, STRATEGIES
@@ -31,7 +32,9 @@ PREDICTOR_HELP = (
 )
 
 
-PREFETCH_SYNTAX = ("none", "top6", "'p>0.5'", "'top6,p>0.1'", "adaptive", "moe_infinity", "oracle")
+def _quoted(text: str) -> str:
+    """Return the text of a prefetcher as a shell takes it."""
+    return f"'{text}'" if ">" in text else text
 
 
 def choices(names: Iterable[str]) -> str:
@@ -90,8 +93,8 @@ def add_grid(parser: ArgumentParser) -> None:
         "--prefetch",
         action="append",
         metavar="F",
-        help=f"prefetcher: {choices(PREFETCH_SYNTAX)}; quote >, at which a shell redirects; top6 and p>0.5 take a "
-        "distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, none without)",
+        help=f"prefetcher: {choices(map(_quoted, SYNTAX))}; quote >, at which a shell redirects; top6 and p>0.5 take "
+        "a distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, none without)",
     )
     parser.add_argument(
         "--lookahead",

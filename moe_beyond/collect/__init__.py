@@ -1,6 +1,8 @@
 """Recording the routing of a transformers MoE: load a model, run it over prompts, write a trace set.
 
 Names are imported when first used, because the recorder needs torch and the command line's help must not.
+
+.. include:: README.md
 """
 
 from typing import TYPE_CHECKING

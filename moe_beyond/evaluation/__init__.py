@@ -1,7 +1,11 @@
-"""Evaluation: from options to settings, from traces and scores to metrics and results; sizing of budgets."""
+"""Evaluation: from options to settings, from traces and scores to metrics and results; sizing of budgets.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+.. include:: README.md
+"""
+
+from typing import TYPE_CHECKING
+
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.evaluation.checkpoints import evaluate_run as evaluate_run
@@ -63,13 +67,4 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__ = lazy_exports(__name__, _MODULES)

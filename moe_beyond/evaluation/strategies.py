@@ -10,6 +10,7 @@ from moe_beyond.evaluation.results import Unavailable
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.pretrained import NotInstalledError
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.settings import reads_scores
 
@@ -143,7 +144,11 @@ def named_strategies(
                 unavailable.append(Unavailable(name, "needs the released predictions; give --scores of lookahead 0"))
                 continue
         elif named.architecture is not None:
-            source = pretrained(named.architecture)
+            try:
+                source = pretrained(named.architecture)
+            except NotInstalledError as error:
+                unavailable.append(Unavailable(name, str(error)))
+                continue
             if source is None:
                 why = f"no pretrained {named.architecture} predictor fits this model and tokenizer"
                 unavailable.append(Unavailable(name, why))

@@ -1,6 +1,11 @@
-"""Uploading predictors and trace sets to the Hugging Face Hub."""
+"""Uploading predictors and trace sets to the Hugging Face Hub.
 
-from typing import TYPE_CHECKING, Any
+.. include:: README.md
+"""
+
+from typing import TYPE_CHECKING
+
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.hub.push import Upload as Upload
@@ -10,11 +15,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "UploadResult", "prepare_upload", "push_upload"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moe_beyond.hub import push
-
-    return getattr(push, name)
+__getattr__ = lazy_exports(__name__, dict.fromkeys(__all__, "push"))

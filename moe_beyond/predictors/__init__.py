@@ -7,11 +7,13 @@ Example:
     >>> stepper.observe_token(0)
     >>> stepper.scores().shape
     (26, 64)
+
+.. include:: README.md
 """
 
 from typing import TYPE_CHECKING
 
-from moe_beyond.predictors._exports import lazy_exports
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.architectures.cross_layer import CrossLayer as CrossLayer

@@ -1,8 +1,11 @@
-"""Replay of traces through the cache core: settings, devices and their timing, bounds, and the result."""
+"""Replay of traces through the cache core: settings, devices and their timing, bounds, and the result.
 
-import importlib
-from typing import TYPE_CHECKING, Any
+.. include:: README.md
+"""
 
+from typing import TYPE_CHECKING
+
+from moe_beyond.exports import lazy_exports
 from moe_beyond.simulator.devices import DEVICES, Device, load_device
 from moe_beyond.simulator.settings import BOUNDS, ReplaySettings
 
@@ -35,9 +38,4 @@ _COMPILED = {
 }
 """Public name -> module that is imported when the name is first read, because it imports numba."""
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name that needs numba."""
-    if name not in _COMPILED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_COMPILED[name]}"), name)
+__getattr__ = lazy_exports(__name__, _COMPILED)

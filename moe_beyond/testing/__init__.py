@@ -10,20 +10,16 @@ def test_most_recent():
 ```
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from moe_beyond.testing.policies import check_policy  # type: ignore[import-untyped,unused-ignore]
+    from moe_beyond.testing.policies import check_policy
     from moe_beyond.testing.predictors import check_predictor
 
 __all__ = ["check_policy", "check_predictor"]
 
 _MODULES = {"check_policy": "policies", "check_predictor": "predictors"}
 
-
-def __getattr__(name: str) -> Any:
-    """Import a check when it is first used."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _MODULES)

@@ -1,10 +1,13 @@
 """Trace sets: the recorded routing of an MoE model on disk, and its reading and writing.
 
 The names below are imported on first use, because pyarrow is.
+
+.. include:: README.md
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.traces.hidden_states import HiddenStates
@@ -55,8 +58,4 @@ _MODULES = {
 }
 """Module of each name."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _MODULES)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from moe_beyond.predictors._exports import lazy_exports
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor as HiddenStatePredictor

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from moe_beyond.predictors._exports import lazy_exports
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.io.auto import from_pretrained as from_pretrained

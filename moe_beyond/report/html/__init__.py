@@ -1,7 +1,8 @@
 """The page of ``moe-beyond report``: one self-contained HTML file about a predictor or a run."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.report.html.build import write_page as write_page
@@ -32,9 +33,4 @@ _MODULES = {
     "write_page": "build",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _MODULES)

@@ -1,7 +1,8 @@
 """Tables for the terminal."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.report.tables.conditions import format_conditions as format_conditions
@@ -44,9 +45,4 @@ _MODULES = {
     "unavailable_lines": "results",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _MODULES)

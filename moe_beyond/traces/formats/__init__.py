@@ -5,10 +5,10 @@
 """
 
 from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_beyond.errors import unknown
+from moe_beyond.exports import lazy_exports
 from moe_beyond.registry import Registry
 from moe_beyond.traces.formats._format import Format, Option
 
@@ -101,7 +101,4 @@ def format_writer(name: str) -> "Callable[..., None]":
     return writer
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _MODULES)
