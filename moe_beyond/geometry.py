@@ -174,7 +174,7 @@ def _preset(
         layers: Number of MoE layers.
         experts: Routed experts per MoE layer.
         top_k: Experts per token and layer.
-        width: Hidden size.
+        width: Hidden size of the model.
         expert_width: Width of an expert.
         other: Parameters of attention and shared experts per layer.
         first: Index of the first MoE layer (default: 0).

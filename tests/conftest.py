@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# A process a core runs the tests (pytest -n auto): threads of theirs, and of what they start, would fight over it.
+# One process per core runs the tests (pytest -n auto): more threads, also of their subprocesses, would compete.
 # Torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

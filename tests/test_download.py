@@ -1,4 +1,4 @@
-"""Names of the Hub: what comes down, what never does, and what is said when it cannot."""
+"""Names of the Hub: files that are downloaded, files that never are, and errors."""
 
 import os
 from pathlib import Path

@@ -197,7 +197,7 @@ def test_an_earlier_result_is_known_by_its_marker_and_by_holding_nothing_else(tm
 
 
 def test_what_has_no_room_is_named(tmp_path):
-    """However a library tells it: as an OSError without a file, or in the words of one in Rust."""
+    """A library may raise it as an OSError without a file, or with the text of a Rust error."""
     told = "cannot be written (No space left on device); free some space, then run the same command again"
     for error in (OSError(errno.ENOSPC, "Error writing bytes to file"), ValueError("I/O error: full (os error 28)")):
         for making in (replacing, replacing_folder):

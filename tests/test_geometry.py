@@ -385,7 +385,7 @@ geometries = st.builds(
 
 
 def slots_or_none(budget, geometry, bits=16.0):
-    """The slots, 0 where the budget holds none, infinity where it is too large."""
+    """Return the slots, 0 if the budget is too small, infinity if it is too large."""
     try:
         return budget_slots(budget, geometry, bits)
     except UserError as error:

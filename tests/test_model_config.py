@@ -86,7 +86,7 @@ PUBLISHED = {
         },
         range(3, 61), 256, 8, 3 * 7168 * 2048,
     ),
-    "Kimi-K2": (  # not in transformers: read where nothing is implied
+    "Kimi-K2": (  # not in transformers: read if no value is implied
         {
             "model_type": "kimi_k2", "aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 1,
             "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
@@ -339,7 +339,7 @@ def test_the_true_reason_is_given_where_no_experts_are_found(content, says):
         ({"num_blocks": 7}, "num_hidden_layers 6 and num_blocks 7 contradict"),
         ({"is_moe_layer": [False, *[True] * 5]}, "is_moe_layer .* is not understood here"),
         ({"is_moe_layer": [True] * 5}, "is_moe_layer must have one value for each of 6 layers"),
-        # the rest
+        # other fields
         ({"num_attention_heads": None}, "the number of attention heads is missing"),
         ({"head_dim": {}}, "head_dim must be a whole number"),
         ({"model_type": 5}, "model_type must be a string"),

@@ -74,7 +74,7 @@ def tiny_traces(
 
 
 def plain_states(experts: np.ndarray, num_experts: int) -> HiddenStates:
-    """Hidden states that say what is chosen: 1 at each expert. What a layer reads tells its own choice as well."""
+    """Hidden states with 1 at each selected expert; the input of a layer also shows its own choice."""
     chosen = (experts[..., None] == np.arange(num_experts)).any(-2).astype(np.float16)
     return HiddenStates(chosen, chosen)
 
@@ -126,7 +126,7 @@ def _csv_cell(value: object) -> str:
 
 
 def error_line(capsys, arguments: Sequence[object]) -> str:
-    """Run a command line that must fail as a user's mistake does, and return the one line it says."""
+    """Run a command line that must fail like a user's mistake, and return its one line of error."""
     code = main([str(word) for word in arguments])
     out, err = capsys.readouterr()
     assert code == 2
@@ -138,7 +138,7 @@ def error_line(capsys, arguments: Sequence[object]) -> str:
 
 
 def failure(capsys, folder: Path, words: Sequence[object]) -> str:
-    """The line that ``words`` fail with, after which the folder must hold what it held before."""
+    """Return the error line of a command that must leave the folder unchanged."""
     before = sorted(folder.rglob("*"))
     line = error_line(capsys, words)
     assert sorted(folder.rglob("*")) == before

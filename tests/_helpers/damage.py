@@ -1,4 +1,4 @@
-"""Damage to trace sets and scores folders, with hashes made anew or left as they were."""
+"""Damage to trace sets and scores folders, with hashes recomputed or unchanged."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest; its splits, fingerprint and seal are made anew, as whoever means harm would."""
+    """Change a manifest and recompute its splits, fingerprint and seal, as an attacker would."""
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
@@ -71,7 +71,7 @@ def with_column(table: pa.Table, name: str, values: pa.Array | list[Any]) -> pa.
 
 
 def hash_scores(folder: Path) -> None:
-    """Make the hashes of a scores folder anew, as whoever means harm would."""
+    """Recompute the hashes of a scores folder, as an attacker would."""
     path = folder / "scores.json"
     content = json.loads(path.read_text())
     content["sha256"] = {

@@ -15,7 +15,7 @@ TINY_CROSS_LAYER = (*TINY_TOKEN_CAUSAL, "--model.layer_width=16")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished fit: where it is, and the trace set it read."""
+    """A finished fit: its folder, and its trace set."""
 
     folder: Path
     traces: Path

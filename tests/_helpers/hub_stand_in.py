@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on this machine, of what this package asks of one: real HTTP, real commits, no Xet.
+"""A small Hugging Face Hub on this machine, with the endpoints that this package uses: real HTTP and commits, no Xet.
 
 `Hub.broken` makes a request fail: a method and a part of its path, and the status it is answered with (None: the
 connection is dropped), once or always.
@@ -189,7 +189,7 @@ class Answers(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 new[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                new[value["path"]] = self.hub.large[value["oid"]]  # a commit of what was not uploaded fails
+                new[value["path"]] = self.hub.large[value["oid"]]  # a commit of a file that was not uploaded fails
             elif line["key"] == "deletedFile":
                 del new[value["path"]]
         return new

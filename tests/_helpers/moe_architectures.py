@@ -21,7 +21,7 @@ PROMPT = torch.tensor([[40, 3, 3, 17, 60, 8, 21, 4, 33, 12, 59, 6]])
 IDENTITIES = 4
 """Identity experts of longcat_flash, whose ids come after the real ones."""
 
-# An experts module by what its forward takes, or a router that transformers declares.
+# An experts module, by the parameters of its forward, or a router that transformers declares.
 IS_MIXTURE = re.compile(
     r"def forward\(\s*self,\s*hidden_states\b[^,]*,\s*(top_k_index|router_indices)\b|\"router_logits\":"
 )
@@ -123,8 +123,8 @@ def tiny_model(name: str, **more: Any) -> Any:
         last, rows = key.rpartition(".")[2], len(tensor) if tensor.ndim else 0
         names = {1: "bias", 2: "router|gate"}.get(tensor.ndim)
         if EXPERTS <= rows <= EXPERTS + IDENTITIES and names and re.search(names, key) and ".experts." not in key:
-            # A router's weights, so that it tells tokens apart, and its biases, of logits or of the selection: some are
-            # zero in a fresh model, which hides what they do.
+            # A router's weights, so that it distinguishes tokens, and its biases, of logits or of the selection: some
+            # are zero in a fresh model, which hides their effect.
             nn.init.normal_(tensor.data, std=0.5)
         if last == "tid2eid":  # hash routing: which experts a token has; fresh, the first one TOP_K times
             tensor.copy_(torch.stack([torch.randperm(EXPERTS)[: tensor.shape[1]] for _ in tensor]))

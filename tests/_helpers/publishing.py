@@ -1,4 +1,4 @@
-"""Predictor folders to publish, and what a push is asked with."""
+"""Predictor folders to upload, and the arguments of an upload."""
 
 import json
 from pathlib import Path

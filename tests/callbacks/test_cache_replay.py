@@ -1,4 +1,4 @@
-"""The replay in the loop: when it runs, and what it says."""
+"""The replay in the loop: its schedule, and its figures."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {word.split(".")[1].split("=")[0]: int(word.split("=")[1
 
 
 class Watch(L.Callback):
-    """Keeps what was logged by the end of the sanity check, and of each validation."""
+    """Keeps the figures logged by the end of the sanity check, and of each validation."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -67,7 +67,7 @@ def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
         asked.append(strategy(common, slots, "lru", "top3", source, lookahead))
         asked += [strategy(common, slots, policy) for policy in BASELINES]
     found = evaluate(TraceSet(str(tmp_path / "traces")), asked, "validation", [source]).results
-    # Also what was replayed at the first of two validations alone.
+    # Also the figures that were replayed only at the first of two validations.
     assert [counts(result) for result in replay.results] == [counts(result) for result in found]
     ours, lru, belady = found[:3]
     for name, result in (("", ours), ("lru_", lru), ("belady_", belady)):

@@ -1,4 +1,4 @@
-"""What a fit publishes at its end, and what it finds out before it starts."""
+"""The upload at the end of a fit, and its checks before the fit starts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Configuration files: what they may hold, and that they are named where something in them is wrong."""
+"""Configuration files: their valid contents, and that errors name the file."""
 
 from pathlib import Path
 

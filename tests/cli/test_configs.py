@@ -38,7 +38,7 @@ def architecture_of(path: Path) -> str:
 
 
 def composed(path: Path) -> list[Path]:
-    """A config with what it needs beside it to be a whole one."""
+    """A config with the other configs that it needs."""
     if path.parent.name == "experiment":
         return [path]
     architecture = architecture_of(path)

@@ -29,7 +29,7 @@ def recording(tmp_path, monkeypatch):
 
 
 def command(*more, source="puffin", out="out", model="small.json", tokenizer="words.json"):
-    """The words of an import, complete unless told otherwise."""
+    """The arguments of an import, with defaults."""
     known = ["import", "moe-beyond-csv", source, "--out", out, "--model", model]
     return [*known, *(["--tokenizer", tokenizer] if tokenizer else []), *more]
 
@@ -58,7 +58,7 @@ def test_validation_blocks_are_told(recording, capsys):
     prompt_csv(recording / "puffin" / "prompt_2_data.csv", other)
     assert main(command("--val-blocks", "1:3")) == 0
     out = capsys.readouterr().out
-    # Of the blocks of 2, 2 and 1 tokens, a third of 5 is nearest to 2, and prompt 1 is the lower of those.
+    # The blocks have 2, 2 and 1 tokens. A third of 5 is nearest to 2, and prompt 1 is the first block of 2.
     assert "  train: 2 sequences, 3 tokens\n" in out
     assert "  validation: 1 sequences, 2 tokens\n" in out
     assert [trace.sequence_id for trace in TraceSet("out").traces("validation")] == ["puffin-1"]

@@ -56,7 +56,7 @@ def test_an_import_says_what_the_recording_does_not_tell(desk, capsys):
     assert json.loads(Path("out/manifest.json").read_text())["quantization_bits"] == 4.25
 
 
-# Each writes one array, by what is wrong with it.
+# Each writes one damaged array; the name is the damage.
 ARRAYS = {
     "must hold whole numbers (got float32)": lambda path: np.save(path, GOOD.astype(np.float32)),
     "must hold whole numbers (got bool)": lambda path: np.save(path, GOOD > 3),

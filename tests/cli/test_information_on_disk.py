@@ -77,8 +77,8 @@ def test_editing_what_comes_later_changes_no_earlier_score(architecture: str, tm
         new = after.scores(trace.sequence_id, LENGTH)
         assert np.array_equal(old[:TOKEN], new[:TOKEN])
         for index, lookahead in enumerate(before.lookaheads):
-            # Layer l is scored from layers up to l - h of its token, or up to l of the one before: none of those may be
-            # edited.
+            # Layer l is scored from layers up to l - h of its token, or up to l of the previous token: none of these
+            # may be edited.
             token, known = TOKEN, TINY.num_layers
             if lookahead == "next":
                 assert np.array_equal(old[TOKEN, index], new[TOKEN, index])

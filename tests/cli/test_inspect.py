@@ -1,4 +1,4 @@
-"""``moe-beyond inspect``: tables for people, JSON alone for programs, one line for a set that cannot be read."""
+"""``moe-beyond inspect``: tables for people, JSON for programs, one line for a set that cannot be read."""
 
 import itertools
 import json

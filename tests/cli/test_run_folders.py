@@ -1,4 +1,4 @@
-"""Where a fit's files go, that a failed one leaves none, and that a quiet one says nothing."""
+"""The files of a fit, that a failed fit leaves none, and that a quiet fit prints nothing."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_fit_that_fails_before_its_first_step_leaves_no_run(
     kept.mkdir(parents=True)
     for words in (
         ["--data.val_split=dev"],
-        # Lightning says this after the loggers have begun, and so does the callback.
+        # Lightning and the callback print this after the loggers have started.
         ["--trainer.val_check_interval=1000"],
         ["--trainer.callbacks.lookahead=7"],
     ):

@@ -14,7 +14,7 @@ SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 
 
 def bounds(parameter: dict[str, Any]) -> list[Any]:
-    """The ends of what a parameter may be."""
+    """The ends of the range of a parameter."""
     return parameter.get("values") or [parameter["min"], parameter["max"]]
 
 

@@ -126,7 +126,7 @@ def words(*more: str) -> list[str]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with what `words` need."""
+    """The working folder, with the files that `words` need."""
     tiny_traces(tmp_path / "traces", sequences=24)
     (tmp_path / "small.yaml").write_text(
         "trainer: {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1}\n"

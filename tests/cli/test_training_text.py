@@ -98,7 +98,7 @@ def test_the_default_split_is_the_one_that_nothing_was_fitted_on(tmp_path: Path)
     assert measured_text(traces, None, []).split is None
     chosen = measured_text(traces, None, [("p", validated)])
     assert chosen.lines == ["measured on split test: split train is training text of p; use --split to choose another"]
-    # Where there is nothing else, all is measured, and said.
+    # Without another split, all text is measured, and the output notes it.
     only = traces_of(tmp_path / "b", {"train": a})
     found = measured_text(only, None, [("p", record_of(only))])
     assert (found.split, found.relation) == (None, Relation.TRAINING)
@@ -334,7 +334,7 @@ def test_the_report_says_the_same(own: Run, tmp_path: Path, capsys) -> None:
     assert f"token_table {FITTED}" in capsys.readouterr().out
 
 
-# A run stands for its predictor wherever one is named.
+# A run can be given in place of its predictor.
 
 
 def test_a_run_stands_for_its_predictor_else_for_its_best_checkpoint(own: Run, tmp_path: Path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""Every mixture of experts of the installed transformers: what is recorded is what its experts received, and used."""
+"""Every mixture of experts of the installed transformers: the record equals the input of its experts, and their use."""
 
 import inspect
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.recorder import LAYER, ForwardRecord, recording
 from moe_beyond.errors import UserError
 
-FOREIGN = ("llama4", "jetmoe")  # whose experts never see which were chosen: read from what their routers return
+FOREIGN = ("llama4", "jetmoe")  # their experts never receive the choice: it is read from the output of their routers
 COUNTS_PADS_AT_THE_LEFT = ("deepseek_v4",)  # it compresses keys and values four positions at a time, whatever they hold
 PARAMETERS = {
     "gpt_oss": 3 * moes.HIDDEN * moes.WIDTH + 2 * moes.WIDTH + moes.HIDDEN,  # with biases
@@ -43,7 +43,7 @@ def test_none_is_left_out() -> None:
 
 @dataclass
 class Seen:
-    """What a layer's experts received, ``(N, H)`` and ``(N, K)`` twice, and what they made of it, ``(N, H)``."""
+    """The inputs of a layer's experts, ``(N, H)`` and ``(N, K)`` twice, and their output, ``(N, H)``."""
 
     module: nn.Module
     hidden: Tensor
@@ -66,7 +66,7 @@ def watch(folder: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 def wrap(module: nn.Module, told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tell the arguments of each forward, by name, and what it returned."""
+    """Yield the arguments of each forward, by name, and its output."""
     forward, signature = module.forward, inspect.signature(type(module).forward)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -140,7 +140,7 @@ def of_expert(module: Any, expert: int, hidden: Tensor) -> Tensor:
 
 
 def of_dbrx_expert(module: Any, expert: int, hidden: Tensor) -> Tensor:
-    """Of all experts one above the other."""
+    """The weights of all experts, concatenated."""
     w1, v1, w2 = (w.view(EXPERTS, -1, moes.HIDDEN)[expert] for w in (module.mlp.w1, module.mlp.v1, module.mlp.w2))
     return (module.mlp.activation_fn(hidden @ w1.T) * (hidden @ v1.T)) @ w2
 
@@ -160,9 +160,9 @@ WEIGHS_INPUT = ("llama4",)  # an expert there runs over the token times its weig
 
 
 def mixture(folder: str, seen: Seen, experts: np.ndarray, weights: np.ndarray) -> Tensor:
-    """Return what the recorded experts, weighted as recorded, make of what the layer's experts received.
+    """Return the output of the recorded experts, weighted as recorded, for the input of the layer's experts.
 
-    Identity experts, which a recording has not, give back what they are given.
+    Identity experts, which a recording lacks, return their input.
     """
     output, of = torch.zeros_like(seen.hidden), LAYOUTS.get(folder, of_expert)
     for token, (chosen, shares) in enumerate(zip(experts.tolist(), weights.tolist(), strict=True)):
@@ -209,7 +209,7 @@ def test_the_geometry_is_that_of_one_expert(architecture) -> None:
 
 
 def dense(experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return ``(N, L, E)`` weights, 0 of what was not chosen, whatever the order of the chosen."""
+    """Return ``(N, L, E)`` weights, 0 for experts that were not selected, in any order of the selection."""
     found = np.zeros((*experts.shape[:2], EXPERTS + 1))
     np.put_along_axis(found, np.where(experts < 0, EXPERTS, experts), weights, -1)
     return found[..., :EXPERTS]

@@ -106,7 +106,7 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
 def test_without_a_network_the_cache_serves_at_once(tmp_path, capfd, monkeypatch, revision) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail("waits for the Hub"))
     cache(tmp_path / "hub", main=versions()["main"])
     checkpoint = open_checkpoint("org/tiny", revision)

@@ -42,7 +42,7 @@ def prompts() -> list[Prompt]:
 def collected(small: tuple, out: Path, **asked) -> list[Trace]:
     traces = collect(*small, prompts(), out, CollectConfig(**asked), rank=ProcessRank(0, 1))
     assert traces is not None
-    assert [path.name for path in out.parent.iterdir()] == [out.name]  # nothing beside it
+    assert [path.name for path in out.parent.iterdir()] == [out.name]  # nothing next to it
     return sorted(traces.traces(), key=lambda trace: trace.sequence_id)
 
 
@@ -87,7 +87,7 @@ def test_what_is_written_is_routed_as_what_is_read(small: tuple, tmp_path: Path)
     for one, other, text in zip(alone, together, TEXTS, strict=True):
         same(one, other)  # though padded at the left
         assert one.decode_start == len(tokenizer(text).input_ids)
-        assert len(one) == one.decode_start + 8  # what was written last is not read
+        assert len(one) == one.decode_start + 8  # the last generated token is not read
         with recording(model) as recorder, torch.inference_mode():
             model(torch.from_numpy(one.token_ids.astype(np.int64))[None])
             experts, _ = recorder.pop_concatenated()

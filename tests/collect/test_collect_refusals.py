@@ -1,4 +1,4 @@
-"""What a collection cannot be made of is one line, exit code 2, and nothing half-written; what was collected stays."""
+"""Refused collections: one line, exit code 2, and nothing half-written; finished parts stay."""
 
 import json
 import os

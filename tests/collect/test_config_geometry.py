@@ -108,7 +108,7 @@ def read(content: dict[str, Any]) -> Outcome | str:
 def published(name: str) -> dict[str, Any]:
     """A config.json without any field about dense layers that has a default in the architecture's code."""
     saved = json.loads(moes.tiny_config(name).to_json_string(use_diff=True))
-    saved.pop("time_step_limit", None)  # which transformers cannot read back where it is infinite
+    saved.pop("time_step_limit", None)  # transformers cannot read an infinite value back
     return {key: value for key, value in saved.items() if key not in LAYER_FIELDS or key in KEPT}
 
 

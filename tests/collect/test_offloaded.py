@@ -39,7 +39,7 @@ def recorded(model: Any, out: Path, **asked: Any) -> TraceSet:
 
 
 def check_same(one: TraceSet, other: TraceSet) -> None:
-    """Entries are equal; numbers as nearly as half precision, since products round by where a weight lies in memory."""
+    """Entries are equal; numbers agree in half precision, since rounding depends on where a weight is in memory."""
     assert sorted(path.name for path in Path(one.folder).iterdir()) == sorted(
         path.name for path in Path(other.folder).iterdir()
     )
@@ -132,7 +132,7 @@ def test_what_has_no_bytes_here_is_known_by_its_shape() -> None:
     assert _differences(whole, other) == _differences(other, part) == "weights"
     grown = {"weights": None, "parameters": part["parameters"] | {"b.bias": [[4], None]}}
     assert _differences(whole, grown) == "weights"
-    # What an earlier version wrote tells nothing of a model that is not here as a whole.
+    # A record without digests by parameter cannot identify a model that is offloaded in part.
     assert _differences({"weights": whole["weights"]}, whole) == ""
     assert _differences({"weights": whole["weights"]}, part) == "weights"
 

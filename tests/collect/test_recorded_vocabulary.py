@@ -44,7 +44,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("Qwen3MoeForCausalLM", vocab_size=ROWS, tie_word_embeddings=False, max_position_embeddings=256)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        model.lm_head.weight[PADDED] = model.model.norm.weight  # what it writes: a state after a norm is long
+        model.lm_head.weight[PADDED] = model.model.norm.weight  # the model generates it: a state after a norm is long
         model.lm_head.weight[PADDED - 1] = -model.model.norm.weight  # or this, where its sum is negative
     model.save_pretrained(folder)
     shutil.copyfile(SMALL / "tokenizer.json", folder / "tokenizer.json")
@@ -100,7 +100,7 @@ def test_a_predictor_reads_ids_that_it_was_not_fitted_on_as_unknown(padded: Path
 
 
 def test_a_folder_of_parts_from_before_is_finished(padded: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Its request counts the tokens of tokenizer.json alone, as earlier versions did; no part is computed again."""
+    """Its key counts only the tokens of tokenizer.json, as earlier versions did; no part is computed again."""
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -176,7 +176,7 @@ def test_ids_that_the_model_does_not_embed_are_refused_before_any_work(tmp_path:
 
 
 def test_a_tokenizer_without_a_file_of_its_own_is_written(tmp_path: Path) -> None:
-    """One of another revision, or made in a script: what is stored is what tokenized."""
+    """A tokenizer of another revision, or made in a script: the set stores the tokenizer that was used."""
     model = tiny_model("Qwen3MoeForCausalLM", vocab_size=ROWS)
     tokenizer = AutoTokenizer.from_pretrained(SMALL)
     plain = recorded_tokenizer(model, tokenizer)

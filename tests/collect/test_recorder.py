@@ -1,4 +1,4 @@
-"""What the recorder leaves behind, and whom it refuses; `test_architectures.py` holds what it records."""
+"""State that the recorder leaves, and models that it refuses; `test_architectures.py` checks its records."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_hooks_are_gone_afterwards() -> None:
 
 
 def test_two_towers_of_experts_are_refused() -> None:
-    """As of a model that also looks: which of them a layer's number means, nobody says."""
+    """Two towers, as in a multimodal model: the number of a layer is ambiguous."""
     both = torch.nn.ModuleDict({name: tiny_model("MixtralForCausalLM") for name in ("language", "vision")})
     with (
         pytest.raises(UserError, match=r"layer 0 has experts at vision\.model.* and at language\.model"),

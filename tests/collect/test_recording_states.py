@@ -1,4 +1,4 @@
-"""Hidden states as recorded: what transformers itself says that layers read, and what routers choose by."""
+"""Recorded hidden states: the layer inputs that transformers returns, and the inputs by which routers choose."""
 
 import copy
 import json

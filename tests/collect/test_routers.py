@@ -1,4 +1,4 @@
-"""Routers found in every mixture of experts of the installed transformers: their scores choose what was recorded."""
+"""Routers found in every mixture of experts of the installed transformers: their scores explain the recorded choice."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ WITHOUT = {"deepseek_v4": ((0, 1, 2), "its first layers look the experts up in a
 
 
 def read_and_chosen(model: Any, routers: dict[int, Router]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Run a model over other tokens than the probe's: what each router reads, and the recorded choice."""
+    """Run a model over other tokens than the probe's; return each router's input, and the recorded choice."""
     read: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -112,7 +112,7 @@ def test_weights_that_are_cast_before_the_product_are_found() -> None:
     ids=["mm", "matmul", "operator", "method", "keywords"],
 )
 def test_a_product_is_found_however_it_is_written(product: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kolibri multiplies by `torch.mm` on a GPU alone."""
+    """Kolibri multiplies by `torch.mm` only on a GPU."""
     model = moes.tiny_model("MixtralForCausalLM", num_hidden_layers=1)
     gate = model.model.layers[0].mlp.gate
     top_k = gate.top_k

@@ -57,14 +57,14 @@ def routed_under(model: Any, steering: Steering) -> tuple[np.ndarray, np.ndarray
 
 @pytest.mark.parametrize("name", [name for name in moes.architectures() if name not in moes.REFUSED])
 def test_no_token_uses_what_is_off_and_all_use_what_is_on(name: str) -> None:
-    """Whatever a recording says: what an expert computes matters, or does not."""
+    """Independent of a recording: the weights of an expert have an effect, or none."""
     model = moes.tiny_model(name)
     with recording(model) as recorder, torch.inference_mode():
         model(PROMPT)
         experts, _ = recorder.pop_concatenated()
     layer = recorder.moe_layers[-1]
     used = np.bincount(experts[:, -1][experts[:, -1] >= 0], minlength=EXPERTS).argsort()
-    on, off = int(used[0]), (int(used[-1]), int(used[-2]))  # against what it would do
+    on, off = int(used[0]), (int(used[-1]), int(used[-2]))  # the opposite of its own choice
     steering = Steering(((layer, on),), tuple(sorted((layer, expert) for expert in off)))
     with steered(model, steering, shape_of(model, experts.shape[-1])), torch.inference_mode():
         before = model(PROMPT).logits
@@ -113,12 +113,12 @@ def test_scores_that_round_to_one_another_do_not_matter() -> None:
 
 
 def test_groups_that_are_not_kept_do_not_keep_an_expert_off() -> None:
-    """Of four groups one is kept; weights are of the scores, so that experts of two groups can be on."""
+    """One of four groups is kept; gate weights are scores, so that experts of two groups can be on."""
     model = moes.tiny_model("DeepseekV3ForCausalLM", n_group=4, topk_group=1)
     experts, weights = routed_under(model, Steering(((1, 0), (1, 7))))
     assert np.array_equal(np.sort(experts[:, 0]), np.broadcast_to([0, 7], experts[:, 0].shape))
     assert (weights[:, 0] > 0).all()
-    # What is left is of four groups, so that no group holds two: behind the one that is kept comes another.
+    # The remaining experts are of four groups, one each: a second group follows the kept group.
     experts, _ = routed_under(model, Steering(off=((1, 0), (1, 2), (1, 4), (1, 6))))
     assert set(experts[:, 0].ravel().tolist()) <= {1, 3, 5, 7}
 

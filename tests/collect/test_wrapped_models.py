@@ -185,7 +185,7 @@ def test_one_fused_layer_among_others_is_recorded(monkeypatch) -> None:
 
 
 def test_a_router_that_tells_no_choice_is_one_line(monkeypatch) -> None:
-    """It returns logits; the choice is made in the block, which a kernel stands for here."""
+    """It returns logits; the block makes the choice, and a kernel replaces the block here."""
     model = moes.tiny_model("MixtralForCausalLM")
     block = blocks(model)[1]
     monkeypatch.setattr(block, "forward", lambda hidden_states: hidden_states)

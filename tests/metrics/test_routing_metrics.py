@@ -345,7 +345,7 @@ def test_gate_mass_by_hand():
     metrics = RoutingMetrics(1, 1, 4, 2)
     scores = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.0, 0.1, 0.9, 0.8], [0.5, 0.4, 0.3, 0.2]]).view(1, 3, 1, 1, 4)
     targets = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool).view(1, 3, 1, 4)
-    # Of the first token 3/4 is found and of the second all; the third has no weights.
+    # The first token has 3/4 of its weights among them, the second has all; the third has no weights.
     shares = torch.tensor([[0.75, 0, 0, 0.25], [0, 0, 0.9, 0.1], [0, 0, 0, 0]]).view(1, 3, 1, 4)
     mask = torch.ones(1, 3, dtype=torch.bool)
     metrics.update(scores, targets, mask)

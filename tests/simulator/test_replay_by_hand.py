@@ -194,9 +194,10 @@ def hits_of_told(policy: str, lookahead: str, told: list, trace: list) -> int:
 # Two layers, two slots: a0 b0 | a0 b0. In the second token b0 has score 3/16, b1 4/16.
 @pytest.mark.parametrize(("used_before", "transfers"), [(0.5, 1), (0.75, 0)])
 def test_belief_does_not_fetch_what_would_be_the_worst(used_before: float, transfers: int):
-    # Ask b1 after a0H, which is held: a hit of b1 takes min(1 / (4/16), 1 + 2 (12/16) / (1/2)) = 4 events. Where what
-    # was used before is used by 1/2, one of b0 takes min(1 / (3/16), 1 + 2 (13/16) / (1/2)) = 4.25: it goes. Where by
-    # 3/4, 1 + 2 (13/16) / (3/4) = 3.17: b1 is refused, also when a0 is through, which takes 2 / (3/4) = 2.67.
+    # Prefetch b1 after a0H, which is pinned: a hit of b1 takes min(1 / (4/16), 1 + 2 (12/16) / (1/2)) = 4 events. If
+    # used experts are used again with 1/2, a hit of b0 takes min(1 / (3/16), 1 + 2 (13/16) / (1/2)) = 4.25: b0 is
+    # evicted. With 3/4 it takes 1 + 2 (13/16) / (3/4) = 3.17: b1 is refused, also after a0, which takes
+    # 2 / (3/4) = 2.67.
     scores = np.zeros((2, 1, 2, 2), np.float32)
     scores[1, 0, 1] = 0.1875, 0.25
     hazard = np.full((8, 8), used_before)
@@ -357,7 +358,7 @@ def test_a_threshold_is_exceeded_not_reached(prefetch: str, named: set[int]):
 
 
 def test_warmup_leaves_out_the_first_tokens():
-    # Of test_prefetch's LRU working, token 0 goes: a0H, b1M, two prefetches, and b2's waste, which was prefetched then.
+    # Token 0 of test_prefetch's LRU case is not counted: a0H, b1M, two prefetches, and b2's waste, prefetched then.
     assert counts(replayed(warmup_tokens=1)) == (3, 1, 1, 4, 3, 1)
 
 

@@ -161,7 +161,7 @@ def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
     assert (through - ready == demanded).all()
     assert (ready - routed).sum() == sum(stall for stall, _ in outcome.spent)
     on_demand = log[log[:, 3] == 0]
-    assert np.isin(on_demand[:, 2], ready).any() or len(on_demand) == 0  # the last one of an event ends its stall
+    assert np.isin(on_demand[:, 2], ready).any() or len(on_demand) == 0  # the last transfer for an event ends its stall
 
 
 @few
