@@ -20,8 +20,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-import moe_beyond.callbacks
-import moe_beyond.datamodules
 from moe_beyond.callbacks import TrackWandb
 from moe_beyond.callbacks.epoch_summary import EpochSummary
 from moe_beyond.callbacks.export import export_folder
