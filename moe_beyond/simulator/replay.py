@@ -13,7 +13,7 @@ from moe_beyond.cache.interconnect import LinkState, Seconds, Tally
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import most_used, pool_slots
-from moe_beyond.cache.prefetchers.inputs import FutureView
+from moe_beyond.cache.prefetchers._inputs import FutureView
 from moe_beyond.cache.steps import Timing
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry

@@ -14,14 +14,14 @@ from moe_beyond.cache.engine import run_events
 from moe_beyond.cache.policies import NEEDS, POLICIES, Policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import pool_slots
-from moe_beyond.cache.prefetchers import NO_THRESHOLD, Kind
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 from moe_beyond.cache.steps import StepArrays, Timing
 from moe_beyond.geometry import Geometry
 from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 Ints = npt.NDArray[np.int64]
-HOOKS = ("hit", "insert", "evict", "victim", "on_demand", "on_scores", "admit")
+HOOKS = ("on_hit", "on_admit", "on_evict", "victim", "on_demand", "on_scores", "admit")
 
 
 def check_policy(policy: str | Policy, *, examples: int = 24, seed: int = 0) -> None:
@@ -192,7 +192,7 @@ def _stepped(where: str, case: _Case, policy: Policy) -> _Record:
         if scores is not None:
             cache.scores[case.experts_of(layer)] = scores
             hooks.on_scores(arrays, cache, layer)
-        core.fetch(cache, arrays, hooks, ids, ready)
+        core.transfer_missing(cache, arrays, hooks, ids, ready)
         if number in case.prefetches:
             core.enqueue_prefetch(cache, arrays, hooks, case.prefetches[number])
         core.unpin(cache, ids)
@@ -215,12 +215,12 @@ def _replayed(case: _Case, policy: Policy) -> int:
         row = case.scores[number]
         if row is not None and number // layers + 1 < count:
             scores[number // layers + 1, 0, layer] = row
-    cache, hooks = _cache(case), policy.HOOKS
+    cache, hooks, top_k = _cache(case), policy.HOOKS, case.geometry.top_k
     run_events(
         cache,
         policy.init(inputs if "future" in policy.NEEDS else case.inputs),
         hooks,
-        PrefetchSettings(Kind.NONE.value, experts, NO_THRESHOLD, 1, True, case.geometry.top_k, False, False, False),
+        PrefetchSettings(PrefetcherId.NONE.value, experts, NO_THRESHOLD, 1, True, top_k, False, False, False),
         StepArrays(
             stream.ids,
             stream.offsets,
@@ -285,14 +285,14 @@ class _Reference:
         if scores is not None:
             cache.scores[self.case.experts_of(layer)] = scores
             self._call("on_scores", layer)
-        self._fetch(layer, missing)
+        self._transfer_missing(layer, missing)
         if number in self.case.prefetches:
             self._prefetch(self.case.prefetches[number].tolist())
         self._unpin(ids.tolist())
         self._advance()
         return _row(cache)
 
-    def _fetch(self, layer: int, missing: Sequence[int]) -> None:
+    def _transfer_missing(self, layer: int, missing: Sequence[int]) -> None:
         """Admit the missing experts."""
         row, bypass = self.cache.counters[layer], self.policy.HOOKS.bypass
         for expert in missing:
@@ -381,7 +381,7 @@ class _Reference:
     def _use(self, expert: int) -> None:
         self.cache.experts[Expert.LAST_USE, expert] = self.cache.clock[Clock.TIME]
         self._pin(expert)
-        self._call("hit", expert)
+        self._call("on_hit", expert)
 
     def _enter(self, expert: int, origin: Origin) -> None:
         pool = self.cache.experts[Expert.POOL, expert]
@@ -393,7 +393,7 @@ class _Reference:
         self.cache.experts[Expert.PLACE, victim] = -1
         if self.cache.experts[Expert.ORIGIN, victim] == Origin.PREFETCHED:
             self.cache.counters[self.cache.experts[Expert.LAYER, victim], Counter.WASTED_PREFETCHES] += 1
-        self._call("evict", victim)
+        self._call("on_evict", victim)
         self._settle(expert, place, origin)
 
     def _settle(self, expert: int, place: int, origin: Origin) -> None:
@@ -401,7 +401,7 @@ class _Reference:
         self.cache.experts[Expert.PLACE, expert] = place
         self.cache.experts[Expert.ORIGIN, expert] = origin
         self.cache.experts[Expert.LAST_USE, expert] = self.cache.clock[Clock.TIME]
-        self._call("insert", expert)
+        self._call("on_admit", expert)
 
     def _pin(self, expert: int) -> None:
         if expert not in self.pinned:

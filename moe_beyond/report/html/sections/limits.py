@@ -75,6 +75,6 @@ def _lookaheads(lookaheads: Sequence[int | str]) -> list[str]:
     if "next" in lookaheads:
         sentences.append(
             "next: as soon as the layer is routed for the previous token. The next token's id is still unknown, so "
-            "such scores decide which experts to keep, not which to fetch."
+            "such scores decide which experts to keep, not which to prefetch."
         )
     return sentences
