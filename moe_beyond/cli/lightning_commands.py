@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Sequence
 
+from moe_beyond.cli.builtin_configs import list_configs
 from moe_beyond.cli.options import example_text
-from moe_beyond.cli.shipped_configs import list_configs
 
 DESCRIPTIONS = {
     "fit": "Fit a predictor to a trace set, as configuration files and options say.",
@@ -23,7 +23,7 @@ EXAMPLES = {
 }
 OPTIONS = {
     "--help": ("", "print this help; --help=all also lists every trainer option"),
-    "--config": ("FILE", "configuration file in YAML, or the name of a shipped one (below); repeat for more"),
+    "--config": ("FILE", "configuration file in YAML, or the name of a built-in one (below); repeat for more"),
     "--print_config": ("", "print the resulting configuration and exit"),
     "--seed_everything": ("SEED", "random seed (default: 0)"),
     "--data": ("CLASS", "data module, such as TraceDataModule; --data.help CLASS lists its arguments"),
@@ -42,7 +42,7 @@ ALL_OPTIONS = "--help=all"
 
 
 def short_help(command: str) -> str:
-    """Return the help of a command with the options that users need most, its classes and the shipped configurations.
+    """Return the help of a command with the options that users need most, its classes and the built-in configurations.
 
     Args:
         command: One of ``fit``, ``validate``, ``test`` and ``predict``.
@@ -52,7 +52,7 @@ def short_help(command: str) -> str:
         names = "-c, --config" if option == "--config" else option
         lines.append(f"  {f'{names} {metavar}'.rstrip():<26} {text}")
     configs = textwrap.wrap(", ".join(list_configs()), 110, break_on_hyphens=False)
-    lines += ["", "shipped configurations:", *(f"  {line}" for line in configs)]
+    lines += ["", "built-in configurations:", *(f"  {line}" for line in configs)]
     lines += ["", example_text(EXAMPLES[command])]
     return "\n".join(lines)
 

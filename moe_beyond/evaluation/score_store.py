@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import FLAG, PLAIN_NAME, SHA256, TEXT, FieldRule, check_fields, optional, printable, shown
 from moe_beyond.files import (
     check_seal,
     file_in,
@@ -23,6 +22,7 @@ from moe_beyond.files import (
     write_json,
 )
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import FLAG, PLAIN_NAME, SHA256, TEXT, FieldRule, check_fields, optional, printable, shown
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 
 FORMAT_VERSION = 1

@@ -16,8 +16,8 @@ A notebook calls `register` instead.
 from typing import Any, TypeVar
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import brief
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.registry import Registry
 

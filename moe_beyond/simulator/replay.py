@@ -18,7 +18,7 @@ from moe_beyond.cache.steps import Timing
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
-from moe_beyond.simulator.interconnects import idle_link
+from moe_beyond.simulator.idle_interconnect import idle_link
 from moe_beyond.simulator.result import Result, StepTimes, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings

@@ -45,16 +45,16 @@ def check_policy(policy: str | Policy, *, examples: int = 24, seed: int = 0) -> 
     _check_attributes(name, implementation)
     for example in range(examples):
         case = _draw(np.random.default_rng((seed, example)), implementation, example)
-        where = f"policy {name}, example {example} (seed {seed})"
-        expected = _Reference(where, case, implementation).run()
-        first, second = (_stepped(where, case, implementation) for _ in range(2))
-        _check(first.equals(second), f"{where}: two runs differ; init must return new arrays and no random numbers")
-        _check(first.equals(expected), f"{where}: the compiled core counts or keeps other experts than plain Python")
+        location = f"policy {name}, example {example} (seed {seed})"
+        expected = _Reference(location, case, implementation).run()
+        first, second = (_stepped(location, case, implementation) for _ in range(2))
+        _check(first.equals(second), f"{location}: two runs differ; init must return new arrays and no random numbers")
+        _check(first.equals(expected), f"{location}: the compiled core counts or keeps other experts than plain Python")
         if not case.prefetches:
             hits, steps = _replayed(case, implementation), int(expected.rows[-1][0][:, Counter.HITS].sum())
-            _check(hits == steps, f"{where}: a replay counts {hits} hits, single steps {steps}")
+            _check(hits == steps, f"{location}: a replay counts {hits} hits, single steps {steps}")
             optimum = _replayed(case, POLICIES["belady_bypass" if implementation.HOOKS.bypass else "belady"])
-            _check(hits <= optimum, f"{where}: has {hits} hits, more than the optimum of {optimum}")
+            _check(hits <= optimum, f"{location}: has {hits} hits, more than the optimum of {optimum}")
 
 
 def _check(holds: object, message: str) -> None:
@@ -161,14 +161,14 @@ class _Record:
         return all(np.array_equal(a, b) for row, other_row in pairs for a, b in zip(row, other_row, strict=True))
 
 
-def _init(where: str, case: _Case, policy: Policy) -> Any:
+def _init(location: str, case: _Case, policy: Policy) -> Any:
     """Return the policy's arrays."""
     try:
         return policy.init(case.inputs)
     except Exception as error:
         given = [name for name in ("future", "profile") if getattr(case.inputs, name) is not None]
         inputs = f"with {' and '.join(given)}" if given else "without future and profile"
-        raise AssertionError(f"{where}: init fails {inputs} ({type(error).__name__}: {error})") from error
+        raise AssertionError(f"{location}: init fails {inputs} ({type(error).__name__}: {error})") from error
 
 
 def _cache(case: _Case) -> CacheState:
@@ -179,9 +179,9 @@ def _row(cache: CacheState) -> Row:
     return cache.counters.copy(), cache.experts[Expert.PLACE] >= 0
 
 
-def _stepped(where: str, case: _Case, policy: Policy) -> _Record:
+def _stepped(location: str, case: _Case, policy: Policy) -> _Record:
     """Step the compiled core event by event."""
-    cache, arrays, hooks = _cache(case), _init(where, case, policy), policy.HOOKS
+    cache, arrays, hooks = _cache(case), _init(location, case, policy), policy.HOOKS
     rows = []
     for number, layer in case.steps():
         ids, tokens = case.events[number]
@@ -242,14 +242,14 @@ class _Reference:
     """Steps a cache in plain Python and checks every call of a hook.
 
     Args:
-        where: Start of error messages.
+        location: Start of error messages.
         case: Cache and its steps.
         policy: Policy to check.
     """
 
-    def __init__(self, where: str, case: _Case, policy: Policy) -> None:
-        self.where, self.case, self.policy = where, case, policy
-        self.cache, self.arrays = _cache(case), _init(where, case, policy)
+    def __init__(self, location: str, case: _Case, policy: Policy) -> None:
+        self.location, self.case, self.policy = location, case, policy
+        self.cache, self.arrays = _cache(case), _init(location, case, policy)
         self.pinned: set[int] = set()
         self.queue: list[int] = []
 
@@ -343,7 +343,7 @@ class _Reference:
         """Return the policy's victim for an expert, after all checks."""
         pool = int(self.cache.experts[Expert.POOL, expert])
         victim = self._call("victim", pool)
-        start = f"{self.where}: victim returns {victim}"
+        start = f"{self.location}: victim returns {victim}"
         _check(isinstance(victim, int | np.integer), f"{start}, which is not an integer")
         _check(0 <= victim < self.case.geometry.total_experts, f"{start}, which is not an expert")
         _check(self._is_resident(victim), f"{start}, which is not resident")
@@ -361,7 +361,7 @@ class _Reference:
                 continue
             reason = " although OFFERS_SCORES is False" if name == "scores" and writes_scores else ""
             same = np.array_equal(old, new, equal_nan=name == "scores")
-            _check(same, f"{self.where}: hook {hook} changes cache.{name}{reason}")
+            _check(same, f"{self.location}: hook {hook} changes cache.{name}{reason}")
         return result
 
     def _arrays(self) -> list[npt.NDArray[Any]]:

@@ -8,9 +8,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import PLAIN_NAME, SHA256, TEXT, FieldRule, build, check_fields, number, optional, shown, whole
 from moe_beyond.files import SEAL, check_seal, sealed
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import (
+    PLAIN_NAME,
+    SHA256,
+    TEXT,
+    FieldRule,
+    build,
+    check_fields,
+    number,
+    optional,
+    shown,
+    whole,
+)
 from moe_beyond.traces.hidden_states import SUFFIX
 from moe_beyond.traces.steering import Steering
 
@@ -94,14 +105,14 @@ class ShardInfo:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        where = f"shard {shown(self.file)}: "
-        check_fields(SHARD_FIELDS, vars(self), where)
+        location = f"shard {shown(self.file)}: "
+        check_fields(SHARD_FIELDS, vars(self), location)
         if not self.file.endswith(".parquet"):
-            raise UserError(f"{where}the name does not end with .parquet")
+            raise UserError(f"{location}the name does not end with .parquet")
         if self.tokens < self.sequences:
-            raise UserError(f"{where}has fewer tokens than sequences (got {self.tokens} and {self.sequences})")
+            raise UserError(f"{location}has fewer tokens than sequences (got {self.tokens} and {self.sequences})")
         if (self.states_sha256 is None) != (self.states_bytes == 0):
-            raise UserError(f"{where}states_bytes and states_sha256 go together; restore the missing field")
+            raise UserError(f"{location}states_bytes and states_sha256 go together; restore the missing field")
 
     @property
     def states_file(self) -> str:

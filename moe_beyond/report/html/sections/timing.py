@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.html.model import Chart, Section, Table
+from moe_beyond.report.html.page import Chart, Section, Table
 from moe_beyond.report.html.sections.replay import (
     DEMAND_RATIO,
     budget_chart,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_beyond.fields import FLAG, FieldRule, check_fields
+from moe_beyond.json_fields import FLAG, FieldRule, check_fields
 
 
 def _whole(minimum: int) -> FieldRule:

@@ -70,20 +70,20 @@ SHA256 = FieldRule(
 FLAG = FieldRule("true or false", lambda value: type(value) is bool)
 
 
-def check_fields(rules: Mapping[str, FieldRule], values: Mapping[str, Any], where: str = "") -> None:
+def check_fields(rules: Mapping[str, FieldRule], values: Mapping[str, Any], location: str = "") -> None:
     """Refuse values that do not satisfy their conditions.
 
     Args:
         rules: Condition of each value, by name.
         values: Values, by name.
-        where: Text before the name in the message (default: none).
+        location: Text before the name in the message (default: none).
 
     Raises:
         UserError: A value does not satisfy its condition.
     """
     for name, rule in rules.items():
         if not rule.accepts(values[name]):
-            raise UserError(f"{where}{name} must be {rule.description} (got {shown(values[name])})")
+            raise UserError(f"{location}{name} must be {rule.description} (got {shown(values[name])})")
 
 
 def build(cls: Callable[..., Built], content: Any, name: str) -> Built:

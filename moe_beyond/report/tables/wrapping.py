@@ -25,7 +25,7 @@ class _Width:
     least: int
 
 
-class FittedTable(Table):
+class WrappedTable(Table):
     """A table that never cuts a cell or a heading.
 
     If the table is too wide, it is fitted in this order:
@@ -66,7 +66,7 @@ class FittedTable(Table):
             if len(groups) > 1:
                 part.title = self.title if number == 0 else "(continued)"
                 part.caption = None
-            yield from super(FittedTable, part).__rich_console__(console, options)
+            yield from super(WrappedTable, part).__rich_console__(console, options)
         if len(groups) > 1 and self.caption:  # at the width of the terminal, not of the last part
             yield console.render_str(str(self.caption), style="table.caption", highlight=False)
 
@@ -106,7 +106,7 @@ class FittedTable(Table):
     def _fits(self, group: Sequence[int], least: Sequence[int], width: int) -> bool:
         return sum(least[index] for index in group) <= self._available_width(group, width)
 
-    def _part(self, group: Sequence[int], widths: Sequence[int]) -> "FittedTable":
+    def _part(self, group: Sequence[int], widths: Sequence[int]) -> "WrappedTable":
         part = copy(self)
         part.columns = [
             replace(self.columns[index], _index=number, width=width, min_width=None, no_wrap=False, overflow="fold")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moe_beyond.report.html.model import Section
+from moe_beyond.report.html.page import Section
 from moe_beyond.traces.reader import TraceSet
 
 AUTHORS = {
@@ -13,7 +13,7 @@ AUTHORS = {
 }
 
 
-def limits_section(
+def caveats_section(
     traces: TraceSet, config: dict[str, Any], *, warmup_tokens: int, devices: Sequence[str], profile: str | None
 ) -> Section:
     """Define the numbers of the page and state their limits.
