@@ -157,7 +157,7 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
 
 @contextmanager
 def _step(console: Console, title: str) -> Iterator[None]:
-    """Print the title of a step and its duration; Lightning's remarks on hardware and all warnings are suppressed."""
+    """Print the title of a step and its duration; Lightning's notices on hardware and all warnings are suppressed."""
     console.print(title)
     began = time.monotonic()
     logger = logging.getLogger("lightning.pytorch")

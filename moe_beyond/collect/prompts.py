@@ -387,8 +387,8 @@ def _chat(text: str, field: str, location: str) -> Any:
         messages = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{location}: {field} starts like JSON and cannot be parsed ({brief(error)}); give a list of messages, or put "
-            "plain text in a field named text"
+            f"{location}: {field} starts like JSON and cannot be parsed ({brief(error)}); give a list of messages, or "
+            "put plain text in a field named text"
         ) from error
     return messages if isinstance(messages, list) else [messages]
 

@@ -181,7 +181,8 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
         ):
             raise UserError(
                 f"{location}: in the batch that begins there, layer {distinct[ragged[0]]} has "
-                f"{rows[ragged[0]]} experts, but layer {distinct[0]} has {rows[0]}, and {geometry.model} has {top_k} per token; record it again"
+                f"{rows[ragged[0]]} experts, but layer {distinct[0]} has {rows[0]}, and {geometry.model} has {top_k} "
+                "per token; record it again"
             )
         sequence += int(ended and previous == 1 and (size > 1 or not ends))
         generates = ended and ends and previous > 0 and size == 1
