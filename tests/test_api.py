@@ -192,8 +192,8 @@ def test_records_slips_are_one_line(tmp_path: Path) -> None:
     folder = shipped_folder("small-moe")
     small = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for prompts, options, line in (
-        ("hi", {}, "prompts: is one str, not a list of prompts; write [...] around it"),
-        (3, {}, "prompts: is one int, not a list of prompts; write [...] around it"),
+        ("hi", {}, "prompts: must be a list of prompts (got one str); write [...] around it"),
+        (3, {}, "prompts: must be a list of prompts (got one int); write [...] around it"),
         ([3], {}, "prompts[0]: is not a record with a text under one of messages, "),
         ([[{"role": "user"}]], {}, "prompts[0]: is not a record with a text under one of messages, "),
         (["hi"], {"generat": 3}, "unknown option 'generat'; did you mean 'generate'?"),
@@ -251,15 +251,15 @@ def test_what_cannot_be_recorded_is_one_line_before_work(tmp_path: Path) -> None
         assert str(error.value).startswith(says)
         assert "\n" not in str(error.value)
     for options, says in (
-        ({"temperature": "hot"}, "temperature: is a number (got 'hot')"),
-        ({"temperature": True, "generate": 1}, "temperature: is a number (got True)"),
-        ({"seed": 1.5}, "seed: is a whole number (got 1.5)"),
-        ({"val_blocks": 5}, "val_blocks: is text such as '20:10', or None (got 5)"),
-        ({"steering": {"off": [[1, 0]]}}, "steering: is a Steering, or None; "),
-        ({"steering": "steer.json"}, "steering: is a Steering, or None; "),
-        ({"gate_weights": "no"}, "gate_weights: is True or False (got 'no')"),
-        ({"hidden_states": "yes"}, "hidden_states: is True or False (got 'yes')"),
-        ({"hidden_states": 1}, "hidden_states: is True or False (got 1)"),
+        ({"temperature": "hot"}, "temperature: must be a number (got 'hot')"),
+        ({"temperature": True, "generate": 1}, "temperature: must be a number (got True)"),
+        ({"seed": 1.5}, "seed: must be a whole number (got 1.5)"),
+        ({"val_blocks": 5}, "val_blocks: must be text such as '20:10', or None (got 5)"),
+        ({"steering": {"off": [[1, 0]]}}, "steering: must be a Steering, or None; "),
+        ({"steering": "steer.json"}, "steering: must be a Steering, or None; "),
+        ({"gate_weights": "no"}, "gate_weights: must be True or False (got 'no')"),
+        ({"hidden_states": "yes"}, "hidden_states: must be True or False (got 'yes')"),
+        ({"hidden_states": 1}, "hidden_states: must be True or False (got 1)"),
     ):
         with pytest.raises(UserError) as error:
             mb.record(model, tokenizer, ["a"], tmp_path / "out", **options)
