@@ -21,7 +21,7 @@ from moe_beyond import pretrained
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.options import DEFAULT_BUDGET, ReplayOptions
 from moe_beyond.evaluation.run import ReplayOutcome, run_evaluation, run_replay
-from moe_beyond.fields import shown
+from moe_beyond.json_fields import shown
 from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
 
@@ -73,7 +73,7 @@ class ReplayReport(ReplayOutcome):
         return metrics_table(self.metrics)
 
     def parts(self) -> list[RenderableType]:
-        """Return everything that the command prints: remarks on the text, tables, and unavailable strategies."""
+        """Return everything that the command prints: notices about the text, tables, and unavailable strategies."""
         from moe_beyond.report.tables.intervals import intervals_tables
         from moe_beyond.report.tables.results import unavailable_lines
 
@@ -85,10 +85,10 @@ class ReplayReport(ReplayOutcome):
 
     def plot(self) -> Figure:
         """Draw hit rate and bytes over the budget; with a single budget, against each other."""
-        from moe_beyond.report.plots.replay import budgets_figure, frontier_figure
+        from moe_beyond.report.plots.replay import budgets_plot, frontier_plot
 
         several = len({result.budget_slots for result in self.results if result.policy != "all_resident"}) > 1
-        return (budgets_figure if several else frontier_figure)(self.results, self.title)
+        return (budgets_plot if several else frontier_plot)(self.results, self.title)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with one row per strategy, without the counts by layer.
@@ -133,8 +133,8 @@ def _public(function: Callable[Parameters, Returned]) -> Callable[Parameters, Re
             return function(*arguments, **options)
         except OSError as error:
             name = str(error.filename or "")
-            where = f"{name if len(name) < 100 else name[:100] + '...'}: " if name else ""
-            raise UserError(f"{function.__name__}: {where}{error.strerror or error}") from error
+            location = f"{name if len(name) < 100 else name[:100] + '...'}: " if name else ""
+            raise UserError(f"{function.__name__}: {location}{error.strerror or error}") from error
 
     return wrapped
 
@@ -326,7 +326,7 @@ def replay(
     no_first_layer_prefetch: bool = False,
     quantization: float | None = None,
 ) -> ReplayReport:
-    """Replay traces through a cache under a memory budget, next to LRU, Belady and the best fixed choice of experts.
+    """Replay traces through a cache under a memory budget, next to LRU, Belady and the best static choice.
 
     Args:
         traces: Trace set, its folder, ``hf:ORG/REPO``, or a URL that fsspec reads.

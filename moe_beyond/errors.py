@@ -12,13 +12,13 @@ class UserError(Exception):
     """
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown(kind: str, name: str, names: Iterable[str]) -> UserError:
     """Build the error for a name that is not in a list; it contains the nearest name, otherwise the whole list.
 
     Args:
         kind: Noun for the message, such as ``"policy"``.
         name: Name that was given.
-        known: Names that exist.
+        names: Names that exist.
 
     Example:
         >>> str(unknown("policy", "lro", ["lru", "lfu", "belady"]))
@@ -28,9 +28,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         >>> str(unknown("policy", "LRU", ["lru", "lfu"]))
         "unknown policy 'LRU'; did you mean 'lru'?"
     """
-    known = sorted(known)
-    near = nearest(name, known, cutoff=0.5)
-    hint = f"known: {', '.join(known)}" if near is None else f"did you mean {near!r}?"
+    names = sorted(names)
+    near = nearest(name, names, cutoff=0.5)
+    hint = f"known: {', '.join(names)}" if near is None else f"did you mean {near!r}?"
     return UserError(f"unknown {kind} {name!r}; {hint}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import is_plain_name, shown
+from moe_beyond.json_fields import is_plain_name, shown
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers for a full disk, a quota, and a limit of file sizes."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import shown
 from moe_beyond.files import read_json
+from moe_beyond.json_fields import shown
 from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
@@ -49,17 +49,17 @@ class Geometry:
         """
         if not isinstance(self.model, str):
             raise UserError(f"geometry: model must be a string (got {shown(self.model)})")
-        where = f"geometry {self.model!r}"
+        location = f"geometry {self.model!r}"
         layers = self.moe_layers
         if not isinstance(layers, tuple) or any(type(layer) is not int for layer in layers):
-            raise UserError(f"{where}: moe_layers must be whole numbers (got {shown(layers)})")
+            raise UserError(f"{location}: moe_layers must be whole numbers (got {shown(layers)})")
         if (
             not layers
             or any(layer >= following for layer, following in pairwise(layers))
             or not 0 <= layers[0] <= layers[-1] < MOST_LAYERS
         ):
             raise UserError(
-                f"{where}: moe_layers must be ascending layer indices below {MOST_LAYERS:,} (got {shown(layers)})"
+                f"{location}: moe_layers must be ascending layer indices below {MOST_LAYERS:,} (got {shown(layers)})"
             )
         bounds = {
             "num_experts": (1, MOST_EXPERTS),
@@ -68,10 +68,12 @@ class Geometry:
         }
         for name, (least, most) in bounds.items():
             if type(number := getattr(self, name)) is not int or not least <= number <= most:
-                raise UserError(f"{where}: {name} must be a whole number of {least} to {most:,} (got {shown(number)})")
+                raise UserError(
+                    f"{location}: {name} must be a whole number of {least} to {most:,} (got {shown(number)})"
+                )
         if type(self.top_k) is not int or not 1 <= self.top_k <= self.num_experts:
             raise UserError(
-                f"{where}: top_k must be a whole number of 1 to {self.num_experts} (got {shown(self.top_k)})"
+                f"{location}: top_k must be a whole number of 1 to {self.num_experts} (got {shown(self.top_k)})"
             )
 
     @property

@@ -21,7 +21,7 @@ from moe_beyond.files import file_sha256, read_json
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 """Files of a predictor folder."""
 CHECKPOINTS_VARIABLE = "MOE_BEYOND_CHECKPOINTS"
-"""Environment variable with a folder of shipped predictors, such as ``checkpoints/`` of a clone."""
+"""Environment variable with a folder of pretrained predictors, such as ``checkpoints/`` of a clone."""
 LARGE = {"cross_layer.deepseek-v2-lite-puffin": 23_908_732, "token_causal.deepseek-v2-lite-puffin": 8_120_536}
 """Pretrained predictors whose weights a wheel leaves out -> size of the weights in bytes."""
 
@@ -31,7 +31,7 @@ class NotInstalledError(UserError):
 
 
 def checkpoint_folders() -> list[Path]:
-    """Return the folders that are searched for shipped predictors and models, the first one first.
+    """Return the folders that are searched for pretrained predictors and bundled models, the first one first.
 
     These are the folder that ``MOE_BEYOND_CHECKPOINTS`` names, and ``checkpoints/`` of the installed package or clone.
 
@@ -49,7 +49,7 @@ def checkpoint_folders() -> list[Path]:
 
 
 def shipped_folders() -> dict[str, Path]:
-    """Return the folders of all shipped predictors and models, by name; a folder with weights takes precedence."""
+    """Return the folders of pretrained predictors and bundled models, by name; folders with weights take precedence."""
     folders: dict[str, Path] = {}
     for parent in checkpoint_folders():
         for folder in (path.parent for path in sorted(parent.glob(f"*/{CONFIG_FILE}"))):
@@ -59,14 +59,14 @@ def shipped_folders() -> dict[str, Path]:
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the folder of a shipped predictor or model, which may lack its weights.
+    """Return the folder of a pretrained predictor or bundled model, which may lack its weights.
 
     Raises:
         UserError: There is no such predictor or model.
     """
     folders = shipped_folders()
     if name not in folders:
-        raise unknown("shipped predictor or model", name, folders)
+        raise unknown("pretrained predictor or bundled model", name, folders)
     return folders[name]
 
 

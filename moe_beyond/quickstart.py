@@ -28,7 +28,7 @@ from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
 from moe_beyond.pretrained import shipped_folder
-from moe_beyond.report.plots.replay import budgets_figure, save_png
+from moe_beyond.report.plots.replay import budgets_plot, save_png
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.tasks import AdamWSettings, CrossLayerTask
 from moe_beyond.traces.reader import TraceSet
@@ -67,7 +67,7 @@ def quickstart(out: str | Path, console: Console) -> ReplayOutcome:
             predictor = fit(traces, folder, console)
         with _step(console, "3/3 replay: held-out prompts, every budget"):
             outcome = _replay(traces, predictor)
-        save_png(budgets_figure(outcome.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
+        save_png(budgets_plot(outcome.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
         write_json(folder / RESULTS, outcome.to_json())
     table_slots = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
     console.print(metrics_table(outcome.metrics))
@@ -157,7 +157,7 @@ def fit(traces: TraceSet, out: Path, console: Console) -> Path:
 
 @contextmanager
 def _step(console: Console, title: str) -> Iterator[None]:
-    """Print the title of a step and its duration; Lightning's remarks on hardware and all warnings are suppressed."""
+    """Print the title of a step and its duration; Lightning's notices on hardware and all warnings are suppressed."""
     console.print(title)
     began = time.monotonic()
     logger = logging.getLogger("lightning.pytorch")

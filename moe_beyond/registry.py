@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief
+from moe_beyond.json_fields import brief
 
 T = TypeVar("T")
 
@@ -110,6 +110,6 @@ class Registry(Mapping[str, T], Generic[T]):
     def _entry_points(self) -> dict[str, EntryPoint]:
         """Return the entry points of installed packages, by name, read once."""
         if self._installed is None:
-            found = sorted(entry_points(group=self.group), key=lambda entry: entry.name) if self.group else []
-            self._installed = {entry.name: entry for entry in found}
+            entries = sorted(entry_points(group=self.group), key=lambda entry: entry.name) if self.group else []
+            self._installed = {entry.name: entry for entry in entries}
         return self._installed

@@ -193,7 +193,7 @@ def test_readme_lists_what_is_registered() -> None:
     for kind, names in (("Policies", POLICIES), ("Predictors", ARCHITECTURES)):
         assert f"**{kind}** ({len(list(names))})" in text
     written = [name.replace("<m>", "6").replace("<threshold>", "0.5") for name in listed("Prefetchers")]
-    assert {parse_prefetch(name).prefetcher.kind for name in written} == {entry.kind for entry in PREFETCHERS.values()}
+    assert {parse_prefetch(name).prefetcher.id for name in written} == {entry.id for entry in PREFETCHERS.values()}
     formats = listed("Trace formats")
     assert sorted(formats) == sorted((*readable_formats(), *writable_formats()))
     assert f"{len(DEVICES)} device" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_beyond.cli.shipped_configs import list_configs
+from moe_beyond.cli.builtin_configs import list_configs
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, LARGE, WEIGHTS_FILE, shipped_folder, shipped_folders
 
 ROOT = Path(__file__).parents[1]

@@ -204,7 +204,7 @@ def recalled(
     metrics = RoutingMetrics(len(source.lookaheads), *geometry.shape())
     chosen = collate([trace]).targets(geometry.num_experts)[:, first:end]
     metrics.update(torch.from_numpy(scores[first:end])[None], chosen, torch.ones(1, end - first, dtype=torch.bool))
-    found, named = metrics.true_positives.sum(1).tolist(), metrics.chosen.sum((1, 2)).tolist()
+    found, named = metrics.true_positives.sum(1).tolist(), metrics.selected.sum((1, 2)).tolist()
     return {
         f"recall@{geometry.top_k}, lookahead {lookahead}": (found[place], named[place])
         for place, lookahead in enumerate(source.lookaheads)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_beyond.cache.cache import Cache
     from moe_beyond.cache.compiler import jit
     from moe_beyond.cache.core import CacheState, Clock, Expert, PolicyHooks, Pool, admit_all, ignore_expert, is_pinned
-    from moe_beyond.cache.policies.scan import argmin_resident
+    from moe_beyond.cache.policies._scan import argmin_resident
     from moe_beyond.cache.policy_inputs import PolicyInputs
 
 __all__ = [
@@ -46,7 +46,7 @@ _COMPILED = {
     "PolicyHooks": "core",
     "PolicyInputs": "policy_inputs",
     "admit_all": "core",
-    "argmin_resident": "policies.scan",
+    "argmin_resident": "policies._scan",
     "ignore_expert": "core",
     "is_pinned": "core",
     "jit": "compiler",

@@ -10,8 +10,8 @@ from moe_beyond.cache.core import Expert, Pool, Scratch
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import pool_slots
-from moe_beyond.cache.prefetchers import NO_THRESHOLD, Kind, scored
-from moe_beyond.cache.prefetchers.inputs import PrefetchSettings
+from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId, scored
+from moe_beyond.cache.prefetchers._inputs import PrefetchSettings
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.usage_profile import UsageProfile
@@ -109,7 +109,7 @@ class Cache:
         ready = core.demand(self.state, self._policy, self._hooks, layer, ids, tokens)
         if scores is not None:
             self.set_scores(scores)
-        core.fetch(self.state, self._policy, self._hooks, ids, ready)
+        core.transfer_missing(self.state, self._policy, self._hooks, ids, ready)
         return [int(expert) for expert in missing]
 
     def computed(self, layer: int, experts: npt.ArrayLike) -> None:
@@ -147,7 +147,7 @@ class Cache:
             threshold: Score that each expert exceeds (default: no threshold).
         """
         settings = PrefetchSettings(
-            Kind.SCORED.value, count, threshold, 1, True, self._geometry.top_k, False, False, False
+            PrefetcherId.SCORED.value, count, threshold, 1, True, self._geometry.top_k, False, False, False
         )
         end = scored.best_of_layer(self.state, settings, layer, 0)
         selected = self.state.scratch_int[Scratch.SELECTED, :end] - layer * self._geometry.num_experts

@@ -119,7 +119,7 @@ def unsigned(number: int) -> int:
 
 @jit
 def ignore_expert(policy: Any, cache: CacheState, expert: int) -> None:
-    """Hook of a policy that does not react to a hit, an insertion or an eviction."""
+    """Hook of a policy that does not react to a hit, an admission or an eviction."""
 
 
 @jit
@@ -145,9 +145,9 @@ class PolicyHooks(NamedTuple):
     `CacheState`, which a policy only reads.
 
     Attributes:
-        hit: ``(policy, cache, expert)``, after a resident was demanded or prefetched again; its last use is updated.
-        insert: ``(policy, cache, expert)``, after an expert became resident.
-        evict: ``(policy, cache, expert)``, after an expert lost its slot and before another expert gets it.
+        on_hit: ``(policy, cache, expert)``, after a resident was demanded or prefetched again; its last use is updated.
+        on_admit: ``(policy, cache, expert)``, after an expert became resident.
+        on_evict: ``(policy, cache, expert)``, after an expert lost its slot and before another expert gets it.
         victim: ``(policy, cache, pool) -> expert``, a resident of the pool that is not pinned; there is at least one.
         on_demand: ``(policy, cache, experts, tokens)``, after an event demanded these experts, each for that many
             tokens (default: nothing).
@@ -159,9 +159,9 @@ class PolicyHooks(NamedTuple):
             chunk.
     """
 
-    hit: Callable[[Any, CacheState, int], None]
-    insert: Callable[[Any, CacheState, int], None]
-    evict: Callable[[Any, CacheState, int], None]
+    on_hit: Callable[[Any, CacheState, int], None]
+    on_admit: Callable[[Any, CacheState, int], None]
+    on_evict: Callable[[Any, CacheState, int], None]
     victim: Callable[[Any, CacheState, int], int]
     on_demand: Callable[[Any, CacheState, Ints, Ints], None] = ignore_demand
     on_scores: Callable[[Any, CacheState, int], None] = ignore_scores
@@ -256,7 +256,7 @@ def replace(cache: CacheState, policy: Any, hooks: PolicyHooks, victim: int, exp
     cache.experts[Expert.PLACE, victim] = -1
     if cache.experts[Expert.ORIGIN, victim] == Origin.PREFETCHED:
         cache.counters[cache.experts[Expert.LAYER, victim], Counter.WASTED_PREFETCHES] += 1
-    hooks.evict(policy, cache, victim)
+    hooks.on_evict(policy, cache, victim)
     _settle(cache, policy, hooks, expert, cache.experts[Expert.POOL, expert], place, origin)
 
 
@@ -269,7 +269,7 @@ def _settle(
     cache.experts[Expert.PLACE, expert] = place
     cache.experts[Expert.ORIGIN, expert] = origin
     cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
-    hooks.insert(policy, cache, expert)
+    hooks.on_admit(policy, cache, expert)
 
 
 @jit
@@ -285,7 +285,7 @@ def start_step(cache: CacheState, counted: bool) -> None:
 def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, experts: Ints, tokens: Ints) -> float:
     """Begin an event: a layer is routed.
 
-    No expert is transferred yet: `fetch` follows after the scores that become available with this event.
+    No expert is transferred yet: `transfer_missing` follows after the scores that become available with this event.
 
     Args:
         cache: Cache to step.
@@ -320,7 +320,7 @@ def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, exper
         cache.experts[Expert.ORIGIN, expert] = Origin.DEMANDED
         cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
         pin(cache, expert)
-        hooks.hit(policy, cache, expert)
+        hooks.on_hit(policy, cache, expert)
     size = cache.experts.shape[1] // len(cache.counters)
     for expert in range(layer * size, (layer + 1) * size):
         cache.scores[expert] = np.nan  # the scores were for this run
@@ -329,7 +329,7 @@ def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, exper
 
 
 @jit
-def fetch(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints, ready: float) -> float:
+def transfer_missing(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints, ready: float) -> float:
     """Transfer the demanded experts that are not resident.
 
     Args:
@@ -434,7 +434,7 @@ def enqueue_prefetch(cache: CacheState, policy: Any, hooks: PolicyHooks, selecte
         if cache.experts[Expert.PLACE, expert] >= 0:
             pin(cache, expert)
             cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
-            hooks.hit(policy, cache, expert)
+            hooks.on_hit(policy, cache, expert)
         elif link.queue[Queue.WAITS, expert] == 0:
             link.queue[Queue.ORDER, link.tally[Tally.QUEUED]] = expert
             link.tally[Tally.QUEUED] += 1

@@ -21,16 +21,16 @@ from moe_beyond.cache.core import (
     demand,
     enqueue_prefetch,
     enter,
-    fetch,
     start_step,
+    transfer_missing,
     unpin,
     unsigned,
 )
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.interconnect import Seconds, Tally, is_instant
-from moe_beyond.cache.prefetchers import Kind, scored
-from moe_beyond.cache.prefetchers.dispatch import select
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers import PrefetcherId, scored
+from moe_beyond.cache.prefetchers._dispatch import select
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 from moe_beyond.cache.steps import StepArrays, Timing
 
 
@@ -135,14 +135,18 @@ def run_events(
             advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.other)
             if len(steps.lookaheads) > 0 and steps.lookaheads[0] == 0:
                 _publish(cache, policy, hooks, steps.scores[step, 0, layer], layer)
-                if settings.kind == Kind.SCORED and settings.distance == 0 and (layer > 0 or settings.first_layers):
+                if (
+                    settings.prefetcher == PrefetcherId.SCORED
+                    and settings.distance == 0
+                    and (layer > 0 or settings.first_layers)
+                ):
                     count = scored.best_of_layer(cache, settings, layer, 0)
                     enqueue_prefetch(cache, policy, hooks, cache.scratch_int[Scratch.SELECTED, :count])
             routed_at = link.seconds[Seconds.NOW]
             ready = demand(cache, policy, hooks, layer, experts, tokens)
             if not steps.computed:
                 _publish_scores(cache, policy, hooks, steps, step, layer)
-            ready = fetch(cache, policy, hooks, experts, ready)
+            ready = transfer_missing(cache, policy, hooks, experts, ready)
             future.event[0] += 1
             ends = ready + timing.expert * len(experts)
             _set_deadlines(future, settings, timing, ends, layer)
@@ -178,7 +182,7 @@ def run_accesses(
     """
     clock, experts, counters = cache.clock, cache.experts, cache.counters
     size, pooled = experts.shape[1] // len(counters), len(cache.pools) > 1
-    begins = layer = room = 0
+    begins = layer = free_slots = 0
     pool = unsigned(0)
     first = beyond = 0  # range of the current layer's ids
     hits = accesses = 0
@@ -194,7 +198,7 @@ def run_accesses(
                 layer = int(expert) // size
                 first, beyond = layer * size, (layer + 1) * size
                 pool = unsigned(layer if pooled else 0)
-                room = cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.USED]
+                free_slots = cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.USED]
                 clock[Clock.LAYER] = layer
             accesses += 1
             event += 1
@@ -202,11 +206,11 @@ def run_accesses(
             if experts[Expert.PLACE, expert] >= 0:
                 hits += 1
                 experts[Expert.LAST_USE, expert] = event + ahead
-                hooks.hit(policy, cache, expert)
+                hooks.on_hit(policy, cache, expert)
                 continue
-            if room > 0:
+            if free_slots > 0:
                 enter(cache, policy, hooks, expert, Origin.DEMANDED)
-                room -= 1
+                free_slots -= 1
                 continue
             victim = unsigned(hooks.victim(policy, cache, pool))
             if not hooks.bypass or hooks.admit(
@@ -214,11 +218,11 @@ def run_accesses(
             ):  # without prefetches origins do not change
                 place = unsigned(experts[Expert.PLACE, victim])
                 experts[Expert.PLACE, victim] = -1
-                hooks.evict(policy, cache, victim)
+                hooks.on_evict(policy, cache, victim)
                 cache.residents[pool, place] = expert
                 experts[Expert.PLACE, expert] = place
                 experts[Expert.LAST_USE, expert] = event + ahead
-                hooks.insert(policy, cache, expert)
+                hooks.on_admit(policy, cache, expert)
         if counted[step]:
             _count(counters, layer, accesses, hits)
         hits = accesses = 0

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cli.builtin_configs import list_configs
 from moe_beyond.cli.lightning_commands import OPTIONS
 from moe_beyond.cli.main import COMMANDS
 from moe_beyond.cli.options import Output, command_parser
 from moe_beyond.cli.parser import option_strings
-from moe_beyond.cli.shipped_configs import list_configs
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.named_strategies import STRATEGIES
 from moe_beyond.geometry import PRESETS
@@ -114,6 +114,6 @@ def _options(module: str) -> list[str]:
     return option_strings(importlib.import_module(f"moe_beyond.cli.{module}").build_parser())
 
 
-def _cases(words: Mapping[str, Sequence[str]], indent: int) -> str:
-    """Return the branches of a ``case`` statement that assign the words of each pattern."""
-    return "\n".join(f'{" " * indent}{pattern}) words="{" ".join(values)}" ;;' for pattern, values in words.items())
+def _cases(choices: Mapping[str, Sequence[str]], indent: int) -> str:
+    """Return the branches of a ``case`` statement that assign the choices of each pattern."""
+    return "\n".join(f'{" " * indent}{pattern}) words="{" ".join(values)}" ;;' for pattern, values in choices.items())

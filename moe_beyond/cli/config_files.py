@@ -17,11 +17,11 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
+from moe_beyond.cli.builtin_configs import find_config
 from moe_beyond.cli.library_errors import as_user_error
 from moe_beyond.cli.parser import CommandParser, option_strings, parser_error_message
-from moe_beyond.cli.shipped_configs import find_config
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief
+from moe_beyond.json_fields import brief
 
 MAX_VALUES = 100_000
 """Maximum number of values in a YAML text after its aliases are expanded; nested aliases can stand for billions."""
@@ -111,7 +111,7 @@ class ConfigFile(ActionConfigFile):
     """``-c FILE``; errors begin with the file's name."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Read the file, or the shipped configuration of that name, into ``cfg``."""
+        """Read the file, or the built-in configuration of that name, into ``cfg``."""
         if not values.strip():
             raise UserError("-c: the name of the file is empty; name a configuration file in YAML")
         try:

@@ -23,7 +23,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--contrast",
         metavar="OTHER",
-        help="trace set of the same model to compare with, by activation rates (default: none)",
+        help="trace set of the same model to compare with, by selection rates (default: none)",
     )
     parser.add_argument(
         "--steer",
@@ -73,9 +73,9 @@ def main(argv: list[str]) -> None:
     if args.steer:
         output.show(f"steering: {args.steer}")
     if args.plots:
-        from moe_beyond.report.plots.files import write_figures
-        from moe_beyond.report.plots.inspection import inspection_figures
+        from moe_beyond.report.plots.files import write_plots
+        from moe_beyond.report.plots.inspection import inspection_plots
 
-        figures = inspection_figures(summary, difference)
-        output.show(*(f"picture: {path}" for path in write_figures(args.plots, figures)))
+        plots = inspection_plots(summary, difference)
+        output.show(*(f"picture: {path}" for path in write_plots(args.plots, plots)))
     output.result(summary.to_json() | ({} if difference is None else {"contrast": difference.to_json()}))

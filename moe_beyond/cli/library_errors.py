@@ -8,7 +8,7 @@ from types import FrameType
 
 from moe_beyond.cli.parser import causes_of
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
+from moe_beyond.json_fields import brief
 
 PACKAGE = Path(__file__).parents[1]
 MAX_LENGTH = 400
@@ -18,7 +18,7 @@ PROGRAMMING_ERRORS = (AssertionError, AttributeError, LookupError, NameError)
 
 
 @contextmanager
-def as_user_error(where: str = "", *, constructing: bool = False) -> Iterator[None]:
+def as_user_error(location: str = "", *, constructing: bool = False) -> Iterator[None]:
     """Turn an error of a library about an option into one line; a fault of this package keeps its traceback.
 
     An error is about an option in three cases. No code of this package, other than the command line, leads to the code
@@ -26,7 +26,7 @@ def as_user_error(where: str = "", *, constructing: bool = False) -> Iterator[No
     are constructed, there is a fourth case: a library rejects a value that a class of this package passes on.
 
     Args:
-        where: Place of the error in the message (default: the class that raised it).
+        location: Place of the error in the message (default: the class that raised it).
         constructing: Whether the block constructs the classes that the configuration names (default: False).
 
     Raises:
@@ -42,8 +42,8 @@ def as_user_error(where: str = "", *, constructing: bool = False) -> Iterator[No
         cause = next(cause for cause in causes if cause.__cause__ is None or not _raised_in(cause, "jsonargparse"))
         if isinstance(error, OSError) or not _is_about_an_option(cause, constructing):
             raise
-        where = where or _class_in_configuration(cause)
-        raise UserError(f"{where + ': ' if where else ''}{brief(cause, MAX_LENGTH).rstrip('.')}") from error
+        location = location or _class_in_configuration(cause)
+        raise UserError(f"{location + ': ' if location else ''}{brief(cause, MAX_LENGTH).rstrip('.')}") from error
 
 
 def _is_about_an_option(error: BaseException, constructing: bool) -> bool:

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 
+from moe_beyond.cli.builtin_configs import list_configs
 from moe_beyond.cli.options import example_text
-from moe_beyond.cli.shipped_configs import list_configs
 from moe_beyond.predictors.registry import CLASSES
 
 DESCRIPTIONS = {
@@ -25,7 +25,7 @@ EXAMPLES = {
 }
 OPTIONS = {
     "--help": ("", "print this help; --help=all also lists every trainer option"),
-    "--config": ("FILE", "configuration file in YAML, or the name of a shipped one (below); repeat for more"),
+    "--config": ("FILE", "configuration file in YAML, or the name of a built-in one (below); repeat for more"),
     "--print_config": ("", "print the resulting configuration and exit"),
     "--seed_everything": ("SEED", "random seed (default: 0)"),
     "--data": ("CLASS", "data module, such as TraceDataModule; --data.help CLASS lists its arguments"),
@@ -44,7 +44,7 @@ ALL_OPTIONS = "--help=all"
 
 
 def short_help(command: str) -> str:
-    """Return the help of a command with the options that users need most, its classes and the shipped configurations.
+    """Return the help of a command with the options that users need most, its classes and the built-in configurations.
 
     Args:
         command: One of ``fit``, ``validate``, ``test`` and ``predict``.
@@ -55,7 +55,7 @@ def short_help(command: str) -> str:
         lines.append(f"  {f'{names} {metavar}'.rstrip():<26} {text}")
     tasks = [f"{name}Task" for name in CLASSES.values()]
     tasks += [entry.attr for entry in entry_points(group="moe_beyond.tasks")]
-    lines += ["", "tasks:", *_wrapped(tasks), "", "shipped configurations:", *_wrapped(list_configs())]
+    lines += ["", "tasks:", *_wrapped(tasks), "", "built-in configurations:", *_wrapped(list_configs())]
     lines += ["", example_text(EXAMPLES[command])]
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief
+from moe_beyond.json_fields import brief
 from moe_beyond.version import __version__
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a path that cannot be read or written
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"moe-beyond: error: {where}{brief(error.strerror or error)}", file=sys.stderr)
+        location = f"{error.filename}: " if error.filename else ""
+        print(f"moe-beyond: error: {location}{brief(error.strerror or error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moe-beyond: interrupted", file=sys.stderr)

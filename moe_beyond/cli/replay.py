@@ -18,7 +18,7 @@ def build_parser() -> ArgumentParser:
     parser = command_parser(
         "replay",
         "Replay traces through a cache under a memory budget, and on a device with times. Every result is shown "
-        "next to LRU, Belady and the best fixed choice of experts.",
+        "next to LRU, Belady and the best static choice.",
         "moe-beyond replay --traces traces/webglm --budget 10% --strategy all --device rtx4060-laptop",
     )
     add_measured_traces(parser)
@@ -48,11 +48,11 @@ def main(argv: list[str]) -> None:
         *unavailable_lines(outcome.unavailable),
     )
     if args.plots:
-        from moe_beyond.report.plots.files import replay_figures, write_figures
+        from moe_beyond.report.plots.files import replay_plots, write_plots
 
         replay = outcome.replay
-        drawn = replay_figures(
+        plots = replay_plots(
             traces, replay.strategies, outcome.results, replay.sources, replay.profile, outcome.measured_on.split
         )
-        output.show(*(f"picture: {path}" for path in write_figures(args.plots, drawn)))
+        output.show(*(f"picture: {path}" for path in write_plots(args.plots, plots)))
     output.result(outcome.to_json())

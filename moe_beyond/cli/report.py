@@ -53,8 +53,8 @@ def _report(args: Namespace) -> None:
     from moe_beyond.evaluation.sources import from_predictor_folder, load_profile, pretrained_for
     from moe_beyond.geometry import budget_slots
     from moe_beyond.report.html.build import write_page
-    from moe_beyond.report.html.source import find_subject
     from moe_beyond.report.html.strategies import DEFAULT_DEVICES, default_slots, page_strategies
+    from moe_beyond.report.html.subject import find_subject
     from moe_beyond.simulator import ReplaySettings
     from moe_beyond.simulator.devices import load_device
     from moe_beyond.traces.reader import TraceSet

@@ -43,8 +43,8 @@ from moe_beyond.cli.resuming import (
 from moe_beyond.cli.wandb_mode import discard_offline_run, finishing_wandb, set_wandb_mode
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import brief
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.tasks.gradient import GradientTask
@@ -74,7 +74,7 @@ LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 NODE_VARIABLES = "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"
 """Environment variables with which a node finds the others if no launcher sets them."""
 RUNS = "runs", "predictor"
-"""Folder and name of a run whose configuration has no logger, as in the shipped configurations."""
+"""Folder and name of a run whose configuration has no logger, as in the built-in configurations."""
 
 
 class Parser(CommandParser, LightningArgumentParser):
@@ -101,7 +101,7 @@ class PredictorCLI(LightningCLI):
             "--config",
             metavar="FILE",
             action=ConfigFile,
-            help="configuration file in YAML, or the name of a shipped one, such as trainer/default; repeat for more: "
+            help="configuration file in YAML, or the name of a built-in one, such as trainer/default; repeat for more: "
             "a later one overrides an earlier one",
         )
         return parser

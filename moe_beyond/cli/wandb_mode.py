@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief
+from moe_beyond.json_fields import brief
 from moe_beyond.tasks import PredictorTask
 
 MODE = "WANDB_MODE"

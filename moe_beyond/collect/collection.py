@@ -42,9 +42,9 @@ from moe_beyond.collect.steering import steered
 from moe_beyond.collect.tokenize import tokenize_prompts
 from moe_beyond.collect.tokenizer_files import RecordedTokenizer, recorded_tokenizer
 from moe_beyond.errors import UserError
-from moe_beyond.fields import printable
 from moe_beyond.files import is_taken
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import printable
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet

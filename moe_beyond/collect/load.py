@@ -18,8 +18,8 @@ from moe_beyond.download import (
     snapshot,
 )
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief, printable
 from moe_beyond.files import read_json
+from moe_beyond.json_fields import brief, printable
 from moe_beyond.pretrained import CONFIG_FILE, WEIGHTS_FILE, shipped_folder, shipped_folders
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_beyond.download import REPOSITORY, hub_errors, looks_local, no_such_file
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import TEXT, brief, is_plain_name, printable, shown
+from moe_beyond.json_fields import TEXT, brief, is_plain_name, printable, shown
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction")
 """Fields in which the text of a record is searched, in this order, unless one is given."""
@@ -75,8 +75,8 @@ def read_prompts(name: str, notice: Notice = lambda line: None) -> Iterator[Prom
             yield Prompt(line, f"{stem}-{number}", f"{file}:{number}")
     elif path.suffix.lower() in RECORD_FILES:
         fields = _Fields(str(path), column, notice)
-        for number, where, record in _records(path, notice):
-            yield fields.prompt(record, f"{stem}-{number}", f"{file}:{number}", f"{path}: {where}")
+        for number, location, record in _records(path, notice):
+            yield fields.prompt(record, f"{stem}-{number}", f"{file}:{number}", f"{path}: {location}")
         fields.report_unread()
     else:
         raise UserError(
@@ -98,16 +98,16 @@ def as_prompts(items: Any) -> list[Prompt]:
         raise UserError(f"prompts: must be a list of prompts (got one {type(items).__name__}); write [...] around it")
     prompts = []
     for number, item in enumerate(items, start=1):
-        where = f"prompts[{number - 1}]"
+        location = f"prompts[{number - 1}]"
         if isinstance(item, Mapping) and "role" in item and "content" in item:
-            raise UserError(f"{where}: is a message; a chat is a list of messages, so give [[message, ...], ...]")
+            raise UserError(f"{location}: is a message; a chat is a list of messages, so give [[message, ...], ...]")
         if isinstance(item, Prompt):
-            prompts.append(_checked(item, where))
+            prompts.append(_checked(item, location))
         elif isinstance(item, str):
-            prompts.append(_checked(Prompt(item, f"prompt-{number}"), where))
+            prompts.append(_checked(Prompt(item, f"prompt-{number}"), location))
         else:
             record = list(item) if isinstance(item, tuple) else item
-            prompts.append(_Fields("prompts").prompt(record, f"prompt-{number}", "prompts", where))
+            prompts.append(_Fields("prompts").prompt(record, f"prompt-{number}", "prompts", location))
     return prompts
 
 
@@ -125,62 +125,62 @@ class _Fields:
         self._read: dict[str, None] = {}
         self._unread: dict[str, None] = {}
 
-    def prompt(self, record: Any, name: str, source: str, where: str) -> Prompt:
+    def prompt(self, record: Any, name: str, source: str, location: str) -> Prompt:
         """Find a record's text.
 
         Args:
             record: Record, chat or text.
             name: Default name of the sequence.
             source: File or data set, and position in it.
-            where: Position for error messages.
+            location: Position for error messages.
 
         Raises:
             UserError: The record has no text, or an empty one.
         """
         if isinstance(record, list) and record and all(_is_message(item) for item in record):
-            return _checked(Prompt(tuple(_message(item, where) for item in record), name, source), where)
+            return _checked(Prompt(tuple(_message(item, location) for item in record), name, source), location)
         if isinstance(record, str) and not self._column:
             if not record.strip():
-                raise UserError(f"{where}: is empty")
-            return _checked(Prompt(record, name, source), where)
+                raise UserError(f"{location}: is empty")
+            return _checked(Prompt(record, name, source), location)
         if not isinstance(record, Mapping):
             raise UserError(
-                f"{where}: must be a record with a text in one of {', '.join(COLUMNS)} "
+                f"{location}: must be a record with a text in one of {', '.join(COLUMNS)} "
                 f"(got {json.dumps(record, default=str)[:60]})"
             )
         if self._column and self._column not in record:
-            raise unknown(f"column of {where}", self._column, map(str, record))
+            raise unknown(f"column of {location}", self._column, map(str, record))
         field = self._column or next((field for field in COLUMNS if record.get(field) is not None), None)
         if field is None:
             raise UserError(
-                f"{where}: has no {' or '.join(COLUMNS)}; it has {', '.join(map(str, record))}; "
+                f"{location}: has no {' or '.join(COLUMNS)}; it has {', '.join(map(str, record))}; "
                 "rename one, or select it: FILE:COLUMN"
             )
         text = record[field]
         if field in CHATS and isinstance(text, str):
-            text = _chat(text, field, where)
+            text = _chat(text, field, location)
         if isinstance(text, list):
-            text = tuple(_message(message, where) for message in text)
+            text = tuple(_message(message, location) for message in text)
         elif not isinstance(text, str):
-            raise UserError(f"{where}: {field} must be text or a list of messages (got {type(text).__name__})")
+            raise UserError(f"{location}: {field} must be text or a list of messages (got {type(text).__name__})")
         if not text or (isinstance(text, str) and not text.strip()):
-            raise UserError(f"{where}: {field} is empty")
+            raise UserError(f"{location}: {field} is empty")
         fields = [field]
         if isinstance(text, str):
             for added in ADDED.get(field, ()):
                 if not isinstance(record.get(added), str | None):
                     raise UserError(
-                        f"{where}: {added} must be text, because it follows {field} (got {shown(record[added])})"
+                        f"{location}: {added} must be text, because it follows {field} (got {shown(record[added])})"
                     )
                 if record.get(added) is not None and record[added].strip():
                     text, fields = f"{text}\n\n{record[added]}", [*fields, added]
         self._read.update(dict.fromkeys(fields))
         identity = record.get("id")
         if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int | float)):
-            raise UserError(f"{where}: id must be text or a number (got {shown(identity)})")
+            raise UserError(f"{location}: id must be text or a number (got {shown(identity)})")
         read = {*fields, *ADDED.get(field, ()), *([] if identity is None else ["id"])}
         self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in read))
-        return _checked(Prompt(text, name if identity is None else str(identity), source), where)
+        return _checked(Prompt(text, name if identity is None else str(identity), source), location)
 
     def report_unread(self) -> None:
         """Report which fields were read and which were not, if any was not."""
@@ -189,7 +189,7 @@ class _Fields:
             self._notice(f"{self._source}: prompts are the text of {read}; not read: {unread}")
 
 
-def _checked(prompt: Prompt, where: str) -> Prompt:
+def _checked(prompt: Prompt, location: str) -> Prompt:
     """Return a prompt if a tokenizer can read it and a trace set can store it.
 
     Raises:
@@ -198,15 +198,15 @@ def _checked(prompt: Prompt, where: str) -> Prompt:
     """
     name = prompt.sequence_id
     if any(SURROGATE.search(text) for text in (*_strings(prompt.text), *_strings(name))):
-        raise UserError(f"{where}: has half a character (a lone surrogate); write the whole character, or remove it")
+        raise UserError(f"{location}: has half a character (a lone surrogate); write the whole character, or remove it")
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{where}: its id must be text (got {shown(name)}); give every prompt an id, or none")
+        raise UserError(f"{location}: its id must be text (got {shown(name)}); give every prompt an id, or none")
     if not TEXT.accepts(name):
-        raise UserError(f"{where}: its id must be {TEXT.description} (got {shown(name)})")
+        raise UserError(f"{location}: its id must be {TEXT.description} (got {shown(name)})")
     if not TEXT.accepts(prompt.source):
-        raise UserError(f"{where}: its source must be {TEXT.description} (got {shown(prompt.source)})")
+        raise UserError(f"{location}: its source must be {TEXT.description} (got {shown(prompt.source)})")
     if not is_plain_name(prompt.split):
-        raise UserError(f"{where}: its split must be a plain name (got {shown(prompt.split)})")
+        raise UserError(f"{location}: its split must be a plain name (got {shown(prompt.split)})")
     return prompt
 
 
@@ -375,7 +375,7 @@ def _data_set(name: str, notice: Notice) -> Iterator[Prompt]:
     fields.report_unread()
 
 
-def _chat(text: str, field: str, where: str) -> Any:
+def _chat(text: str, field: str, location: str) -> Any:
     """Parse a chat in JSON; other text is returned unchanged.
 
     Raises:
@@ -387,8 +387,8 @@ def _chat(text: str, field: str, where: str) -> Any:
         messages = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: {field} starts like JSON and cannot be parsed ({brief(error)}); give a list of messages, or put "
-            "plain text in a field named text"
+            f"{location}: {field} starts like JSON and cannot be parsed ({brief(error)}); give a list of messages, or "
+            "put plain text in a field named text"
         ) from error
     return messages if isinstance(messages, list) else [messages]
 
@@ -397,22 +397,24 @@ def _is_message(item: Any) -> bool:
     return isinstance(item, Mapping) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, location: str) -> dict[str, Any]:
     """Return a message with the field names of chat templates, from either spelling; other fields are kept.
 
     Raises:
         UserError: The message has no role, or neither content nor tool calls.
     """
     if not isinstance(message, Mapping):
-        raise UserError(f"{where}: a message must be a record with role and content, or from and value")
+        raise UserError(f"{location}: a message must be a record with role and content, or from and value")
     others = {key: value for key, value in message.items() if value is not None}  # a column of a table has Nones
     role, content = others.pop("role", others.pop("from", None)), others.pop("content", others.pop("value", None))
     if not isinstance(role, str):
-        raise UserError(f"{where}: a message has no role (or from); it has {', '.join(map(str, message)) or 'nothing'}")
+        raise UserError(
+            f"{location}: a message has no role (or from); it has {', '.join(map(str, message)) or 'nothing'}"
+        )
     if content is None and not others.get("tool_calls"):
-        raise UserError(f"{where}: a message of role {role!r} has no content (or value)")
+        raise UserError(f"{location}: a message of role {role!r} has no content (or value)")
     if content is not None and not isinstance(content, str | list):
         raise UserError(
-            f"{where}: the content of a message of role {role!r} must be text (got {type(content).__name__})"
+            f"{location}: the content of a message of role {role!r} must be text (got {type(content).__name__})"
         )
     return {"role": SHAREGPT.get(role, role), "content": content, **others}

@@ -44,13 +44,13 @@ class RecallSums:
 
     Attributes:
         names: Ids of the sequences.
-        found: ``(H, L)`` float64 per sequence, the selected experts that are among the k best-scored.
-        chosen: ``(H, L)`` float64 per sequence, the selected experts.
+        recalled: ``(H, L)`` float64 per sequence, the selected experts that are among the k best-scored.
+        selected: ``(H, L)`` float64 per sequence, the selected experts.
     """
 
     names: list[str] = field(default_factory=list)
-    found: list[Floats] = field(default_factory=list)
-    chosen: list[Floats] = field(default_factory=list)
+    recalled: list[Floats] = field(default_factory=list)
+    selected: list[Floats] = field(default_factory=list)
 
 
 def resampled(rows: Floats, resamples: int) -> Floats:
@@ -87,9 +87,11 @@ def interval(values: Floats) -> list[float]:
 def recall_intervals(sums: RecallSums, resamples: int) -> list[list[float]]:
     """Return the interval of each lookahead's recall@k, the mean over layers."""
     order = np.argsort(sums.names, kind="stable")
-    rows = np.stack([np.stack(sums.found), np.stack(sums.chosen)], axis=1)[order]  # (n, 2, H, L)
-    found, chosen = np.moveaxis(resampled(rows.reshape(len(rows), -1), resamples).reshape(-1, *rows.shape[1:]), 1, 0)
-    recall = _quotient(found, chosen).mean(-1)
+    rows = np.stack([np.stack(sums.recalled), np.stack(sums.selected)], axis=1)[order]  # (n, 2, H, L)
+    recalled, selected = np.moveaxis(
+        resampled(rows.reshape(len(rows), -1), resamples).reshape(-1, *rows.shape[1:]), 1, 0
+    )
+    recall = _quotient(recalled, selected).mean(-1)
     return [interval(recall[:, lookahead]) for lookahead in range(recall.shape[1])]
 
 

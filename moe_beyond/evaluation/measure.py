@@ -39,12 +39,12 @@ class Measurement:
         """
         metrics, recall = self._metrics, self._recall
         batch, experts = collate([trace]), scores.shape[-1]
-        found, chosen = metrics.true_positives.clone(), metrics.chosen.sum(-1)
+        recalled, selected = metrics.true_positives.clone(), metrics.selected.sum(-1)
         metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
         if self._resamples:
             recall.names.append(trace.sequence_id)
-            recall.found.append((metrics.true_positives - found).double().numpy())
-            recall.chosen.append((metrics.chosen.sum(-1) - chosen).double().numpy())
+            recall.recalled.append((metrics.true_positives - recalled).double().numpy())
+            recall.selected.append((metrics.selected.sum(-1) - selected).double().numpy())
 
     def rows(self) -> list[LookaheadMetrics]:
         """Return one row per lookahead, with intervals if there are draws."""

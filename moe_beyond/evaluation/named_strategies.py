@@ -19,7 +19,7 @@ class NamedStrategy:
     """A policy and a prefetcher under one name.
 
     Attributes:
-        policy: Name of the eviction policy.
+        policy: Name of an eviction policy, or of a bound in `moe_beyond.simulator.BOUNDS`.
         prefetch: Prefetcher; ``{k}`` is replaced by the model's top-k (default: none).
         on_device: Prefetcher with a device, if it differs (default: ``prefetch``).
         architecture: Architecture of the pretrained predictor that it uses (default: no predictor).

@@ -88,7 +88,7 @@ class ReplayOutcome:
 
     @property
     def results(self) -> Sequence[Result]:
-        """One record per strategy, with LRU, Belady and the best fixed choice at every budget."""
+        """One record per strategy, with LRU, Belady and the best static choice at every budget."""
         return self.evaluation.results
 
     @property

@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import FLAG, PLAIN_NAME, SHA256, TEXT, Kind, check_kinds, optional, printable, shown
 from moe_beyond.files import (
     check_seal,
     file_in,
@@ -23,23 +22,24 @@ from moe_beyond.files import (
     write_json,
 )
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import FLAG, PLAIN_NAME, SHA256, TEXT, FieldRule, check_fields, optional, printable, shown
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 
 FORMAT_VERSION = 1
 INDEX_FILE = "scores.json"
 VALUES_PER_SHARD = 64 * 2**20
 """Number of scores at which a shard is written."""
-OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
+OBJECT = FieldRule("an object", lambda value: isinstance(value, Mapping))
 INDEX_FIELDS = {
     "predictor": TEXT,
-    "lookaheads": Kind("a list", lambda value: isinstance(value, list) and bool(value)),
+    "lookaheads": FieldRule("a list", lambda value: isinstance(value, list) and bool(value)),
     "causal": FLAG,
-    "available_after": Kind("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
+    "available_after": FieldRule("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
     "geometry": OBJECT,
     "traces": TEXT,
     "training": optional(OBJECT),
-    "files": Kind("an object of plain file names", lambda value: _is_object_of(PLAIN_NAME, value)),
-    "sha256": Kind("an object of hashes, 64 hexadecimal digits each", lambda value: _is_object_of(SHA256, value)),
+    "files": FieldRule("an object of plain file names", lambda value: _is_object_of(PLAIN_NAME, value)),
+    "sha256": FieldRule("an object of hashes, 64 hexadecimal digits each", lambda value: _is_object_of(SHA256, value)),
 }
 """Types of the fields of the index."""
 
@@ -226,10 +226,10 @@ def _check_index(index: Any) -> None:
     for name in INDEX_FIELDS:
         if name not in index:
             raise UserError(f"field {name!r} is missing")
-    check_kinds(INDEX_FIELDS, index)
+    check_fields(INDEX_FIELDS, index)
     if set(index["files"].values()) != set(index["sha256"]):
         raise UserError("files and sha256 do not name the same files")
 
 
-def _is_object_of(kind: Kind, value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(kind.accepts, value.values()))
+def _is_object_of(rule: FieldRule, value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(rule.accepts, value.values()))

@@ -19,7 +19,7 @@ BASELINES = ("lru", "belady")
 policies that must admit every demanded expert."""
 
 HINDSIGHT = "static_hindsight"
-"""Third baseline: the best fixed choice of experts, known only afterwards."""
+"""Third baseline: the best static choice, known only afterwards."""
 
 CLAIRVOYANT = "clairvoyant prefetch"
 """Name of the baseline on a device that prefetches the next demanded experts."""
@@ -202,7 +202,7 @@ def with_baselines(
 ) -> list[ReplaySettings]:
     """Add the baselines to strategies, budget by budget.
 
-    The baselines are LRU, Belady, the best fixed choice in hindsight, and LRU with the window of each strategy that
+    The baselines are LRU, Belady, the best static choice in hindsight, and LRU with the window of each strategy that
     verifies drafted tokens together. A device adds clairvoyant prefetching at every budget, and all experts resident
     once.
 

@@ -15,7 +15,7 @@ from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.predictors.training_text import mark_relation, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.report.labels import BYTES_AXIS, metric_lookahead, recorded_label
-from moe_beyond.report.plots.recorded import recorded_figure
+from moe_beyond.report.plots.recorded import recorded_plot
 from moe_beyond.report.plots.replay import render_png
 
 LIBRARY, TASK = "moe-beyond", "expert-prediction"
@@ -141,4 +141,4 @@ def _picture(config: dict[str, Any], repository: str) -> bytes:
         {**evaluation, "source": mark_relation(evaluation["source"], relation_of_figures(training, evaluation))}
         for evaluation in config["figures"]
     ]
-    return render_png(recorded_figure(evaluations, title))
+    return render_png(recorded_plot(evaluations, title))

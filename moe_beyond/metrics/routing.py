@@ -70,8 +70,8 @@ class RoutingMetrics(Metric):
             "true_positives": by_layer,
             "exact": by_layer,
             "above": (*by_layer, num_experts),
-            "above_chosen": (*by_layer, num_experts),
-            "chosen": (*by_layer, num_experts),
+            "above_selected": (*by_layer, num_experts),
+            "selected": (*by_layer, num_experts),
             "histogram": (*by_layer, 2, BINS),
         }.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
@@ -87,8 +87,8 @@ class RoutingMetrics(Metric):
     true_positives: Tensor
     exact: Tensor
     above: Tensor
-    above_chosen: Tensor
-    chosen: Tensor
+    above_selected: Tensor
+    selected: Tensor
     histogram: Tensor
     weighted_tokens: Tensor
     mass: Tensor
@@ -119,8 +119,8 @@ class RoutingMetrics(Metric):
         above = scores > THRESHOLD
         self.exact += (above == truth).all(-1).sum(-1)
         self.above += above.sum(-2)
-        self.above_chosen += (above & truth).sum(-2)
-        self.chosen += truth.sum(-2)
+        self.above_selected += (above & truth).sum(-2)
+        self.selected += truth.sum(-2)
         stretched = scores.logit(eps=1e-8).clamp(-LARGEST_LOGIT, LARGEST_LOGIT) / (2 * LARGEST_LOGIT) + 0.5
         bins = ((scores + stretched) / 2 * BINS).long().clamp(0, BINS - 1)
         cell = torch.arange(self.true_positives.numel(), device=bins.device).view(*self.true_positives.shape, 1, 1)
@@ -142,8 +142,8 @@ class RoutingMetrics(Metric):
         """
         tokens, labels = self.tokens.double(), self.num_experts
         true_positive = self.true_positives.double()
-        above, hit, chosen = self.above.double(), self.above_chosen.double(), self.chosen.double()
-        named = chosen.sum(-1)  # K per token, less its padding
+        above, hit, selected = self.above.double(), self.above_selected.double(), self.selected.double()
+        named = selected.sum(-1)  # K per token, less its padding
         missed, false_alarm = named - true_positive, tokens * self.k - true_positive
         true_negative = tokens * labels - true_positive - missed - false_alarm
         f1 = _f1(true_positive, missed + false_alarm)
@@ -152,8 +152,8 @@ class RoutingMetrics(Metric):
             "f1": f1,
             "f1_two_class": (f1 + _f1(true_negative, missed + false_alarm)) / 2,
             "accuracy": (true_positive + true_negative) / (tokens * labels),
-            "f1_micro": _f1(hit.sum(-1), (above + chosen - 2 * hit).sum(-1)),
-            "f1_macro": _f1(hit, above + chosen - 2 * hit).mean(-1),
+            "f1_micro": _f1(hit.sum(-1), (above + selected - 2 * hit).sum(-1)),
+            "f1_macro": _f1(hit, above + selected - 2 * hit).mean(-1),
             "average_precision": _average_precision(self.histogram),
             "exact_match": self.exact.double() / tokens,
             "nll": self.nll / tokens,
@@ -180,8 +180,10 @@ class RoutingMetrics(Metric):
         for index, lookahead in enumerate(lookaheads):
             means = {name: sum(values[index]) / len(values[index]) for name, values in figures.items()}
             if self.tokens > 0:
-                hits, above, chosen = (x[index].sum().double() for x in (self.above_chosen, self.above, self.chosen))
-                means["f1_micro"] = float(_f1(hits, above + chosen - 2 * hits))
+                hits, above, selected = (
+                    x[index].sum().double() for x in (self.above_selected, self.above, self.selected)
+                )
+                means["f1_micro"] = float(_f1(hits, above + selected - 2 * hits))
             row = LookaheadMetrics(
                 lookahead=lookahead,
                 k=self.k,
@@ -200,16 +202,16 @@ class RoutingMetrics(Metric):
     def _reliability(self, index: int) -> tuple[ReliabilityBin, ...]:
         """Return the bins of a lookahead in ascending order."""
         unselected, selected = self.labels[index].sum(0).tolist()
-        excess = self.excess[index].sum(0).tolist()
+        labels = list(zip(unselected, selected, self.excess[index].sum(0).tolist(), strict=True))
         return tuple(
             ReliabilityBin(
                 low=number / RELIABILITY_BINS,
                 high=(number + 1) / RELIABILITY_BINS,
-                labels=others + chosen,
-                mean_probability=(chosen + beyond) / (others + chosen) if others + chosen else None,
-                chosen_share=chosen / (others + chosen) if others + chosen else None,
+                labels=negatives + positives,
+                mean_probability=(positives + excess) / (negatives + positives) if negatives + positives else None,
+                selected_share=positives / (negatives + positives) if negatives + positives else None,
             )
-            for number, (others, chosen, beyond) in enumerate(zip(unselected, selected, excess, strict=True))
+            for number, (negatives, positives, excess) in enumerate(labels)
         )
 
 

@@ -69,14 +69,14 @@ class ReliabilityBin:
         high: Upper end of the interval.
         labels: Number of labels.
         mean_probability: Mean score; None without labels.
-        chosen_share: Share of the labels whose expert was selected; None without labels.
+        selected_share: Share of the labels whose expert was selected; None without labels.
     """
 
     low: float
     high: float
     labels: int
     mean_probability: float | None
-    chosen_share: float | None
+    selected_share: float | None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -85,7 +85,7 @@ class ReliabilityBin:
             "to": self.high,
             "labels": self.labels,
             "mean_probability": self.mean_probability,
-            "chosen_share": self.chosen_share,
+            "selected_share": self.selected_share,
         }
 
 

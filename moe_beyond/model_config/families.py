@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_beyond.fields import shown
+from moe_beyond.json_fields import shown
 from moe_beyond.model_config.fields import MOST_LAYERS, Config
 from moe_beyond.model_config.layers import (
     BLOCK_TYPES,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import shown
+from moe_beyond.json_fields import shown
 from moe_beyond.model_config import layers as rules
 from moe_beyond.model_config.families import (
     ACTIVATION,
@@ -23,7 +23,7 @@ from moe_beyond.model_config.families import (
     Family,
 )
 from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers
-from moe_beyond.model_config.unread import check_nothing_else, lays_out
+from moe_beyond.model_config.unknown_fields import check_nothing_else, lays_out
 
 MOST_EXPERTS = 32_767
 """Largest number of experts that 16-bit ids can distinguish."""

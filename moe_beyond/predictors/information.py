@@ -1,4 +1,4 @@
-"""InformationSet sets: everything that a predictor reads, and when its scores are available."""
+"""Information sets: everything that a predictor reads, and when its scores are available."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from moe_beyond.lookahead import Lookahead
 
 @dataclass(frozen=True)
 class InformationSet:
-    """InformationSet set of one predictor instance, derived from its arguments and checked by tests.
+    """Information set of one predictor instance, derived from its arguments and checked by tests.
 
     Attributes:
         lookaheads: Lookahead of each of the H outputs, in order.

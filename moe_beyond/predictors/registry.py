@@ -18,8 +18,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import brief
 from moe_beyond.registry import Registry
 
 if TYPE_CHECKING:  # torch takes seconds, and help lists the names

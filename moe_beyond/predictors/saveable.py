@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import shown
+from moe_beyond.json_fields import shown
 from moe_beyond.predictors.base import BASE_ARGUMENTS, Predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
 

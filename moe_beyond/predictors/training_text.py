@@ -159,7 +159,7 @@ def _overlap(
 
 
 def _tuning_texts(training: TrainingRecord) -> list[TrainingRecord]:
-    """Return the other text that influenced a predictor, each with a verb phrase under ``use``."""
+    """Return the other text that influenced a predictor, each with its use, such as ``calibrated``."""
     if isinstance(seen := training.get("seen"), list):
         return [text for text in seen if isinstance(text, Mapping) and "use" in text]
     validation = training.get("validation")

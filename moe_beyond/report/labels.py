@@ -56,7 +56,7 @@ BASELINES: dict[str, Baseline] = {
         "Belady", "Belady (optimum without prefetching)", "belady", {"color": "black", "linestyle": "--"}
     ),
     "static_hindsight": Baseline(
-        "best static", "best static choice (chosen in hindsight)", "static", {"color": "0.55", "linestyle": "-."}
+        "best static", "best static choice (selected in hindsight)", "static", {"color": "0.55", "linestyle": "-."}
     ),
     "clairvoyant prefetch": Baseline(
         "clairvoyant", "clairvoyant prefetch (knows the future)", "clairvoyant", {"color": "0.55", "linestyle": ":"}

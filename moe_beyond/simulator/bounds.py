@@ -10,7 +10,7 @@ from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
-from moe_beyond.simulator.interconnects import idle_link
+from moe_beyond.simulator.idle_interconnect import idle_link
 from moe_beyond.simulator.result import Result, StepTimes, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
@@ -87,7 +87,7 @@ class Bound:
             self.sums.add(group.names, added, demanded, *times.decoded())
             counts += added
         notes = {
-            "static_hindsight": "the best static choice, chosen on these traces",
+            "static_hindsight": "the best static choice, selected on these traces",
             "all_resident": "no expert is transferred",
             "od_moe": f"{settings.groups} groups of {geometry.top_k} workers; demand assumed to be predicted",
         }

@@ -322,8 +322,8 @@ def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
     """Return the number of experts that fit into host memory; all of them with one tier."""
     if device.host_memory_gb is None:
         return geometry.total_experts
-    room = Fraction(str(device.host_memory_gb)) * 10**9 * 8
-    return min(geometry.total_experts, math.floor(room / (geometry.params_per_expert * Fraction(bits))))
+    capacity_bits = Fraction(str(device.host_memory_gb)) * 10**9 * 8
+    return min(geometry.total_experts, math.floor(capacity_bits / (geometry.params_per_expert * Fraction(bits))))
 
 
 def device_slots(device: Device, geometry: Geometry, bits: float) -> int:
@@ -331,7 +331,7 @@ def device_slots(device: Device, geometry: Geometry, bits: float) -> int:
 
     `RESERVED_SHARE` and the MoE layers' other weights are subtracted from the memory.
     """
-    room = Fraction(str(device.memory_gb)) * 10**9 * 8 * (1 - RESERVED_SHARE)
-    others = geometry.num_layers * geometry.other_params_per_layer * Fraction(bits)
-    slots = math.floor((room - others) / (geometry.params_per_expert * Fraction(bits)))
+    capacity_bits = Fraction(str(device.memory_gb)) * 10**9 * 8 * (1 - RESERVED_SHARE)
+    other_bits = geometry.num_layers * geometry.other_params_per_layer * Fraction(bits)
+    slots = math.floor((capacity_bits - other_bits) / (geometry.params_per_expert * Fraction(bits)))
     return min(geometry.total_experts, max(0, slots))

@@ -13,12 +13,12 @@ from moe_beyond.cache.interconnect import LinkState, Seconds, Tally
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import most_used, pool_slots
-from moe_beyond.cache.prefetchers.inputs import FutureView
+from moe_beyond.cache.prefetchers._inputs import FutureView
 from moe_beyond.cache.steps import Timing
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
-from moe_beyond.simulator.interconnects import idle_link
+from moe_beyond.simulator.idle_interconnect import idle_link
 from moe_beyond.simulator.result import Result, StepTimes, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_beyond.cache.policies import POLICIES, load_policy
 from moe_beyond.cache.prefetchers import Prefetch, parse_prefetch
-from moe_beyond.cache.prefetchers.inputs import PrefetchSettings
+from moe_beyond.cache.prefetchers._inputs import PrefetchSettings
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
@@ -178,7 +178,7 @@ class ReplaySettings:
         if prefetch.max_experts is not None and prefetch.max_experts > experts:
             raise UserError(f"prefetch {self.prefetch!r} selects more than a layer's {experts} experts")
         return PrefetchSettings(
-            kind=int(prefetcher.kind),
+            prefetcher=int(prefetcher.id),
             max_experts=prefetcher.max_experts(geometry) if prefetch.max_experts is None else prefetch.max_experts,
             threshold=prefetch.threshold,
             distance=self.distance,

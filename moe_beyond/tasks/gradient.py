@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import check_kinds
+from moe_beyond.json_fields import check_fields
+from moe_beyond.predictors.argument_limits import OPTIMIZATION
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
-from moe_beyond.predictors.limits import OPTIMIZATION
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.adamw import AdamWSettings
 from moe_beyond.tasks.base import PredictorTask
@@ -43,7 +43,7 @@ class GradientTask(PredictorTask):
         teachers: Sequence[str] | None = None,
     ) -> None:
         settings = optimizer if isinstance(optimizer, AdamWSettings) else AdamWSettings(**(optimizer or {}))
-        check_kinds(OPTIMIZATION, settings.to_json(), f"{predictor.architecture}: ")
+        check_fields(OPTIMIZATION, settings.to_json(), f"{predictor.architecture}: ")
         super().__init__(predictor, optimizer=settings.to_json(), teachers=list(teachers or ()))
         self._teacher_names, self._teachers = tuple(teachers or ()), list[Predictor]()
         # A boolean mask selects a number of tokens that only the data determine: avoid recompiling when it changes.

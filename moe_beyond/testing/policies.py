@@ -14,14 +14,14 @@ from moe_beyond.cache.engine import run_events
 from moe_beyond.cache.policies import NEEDS, POLICIES, Policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import pool_slots
-from moe_beyond.cache.prefetchers import NO_THRESHOLD, Kind
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 from moe_beyond.cache.steps import StepArrays, Timing
 from moe_beyond.geometry import Geometry
 from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 Ints = npt.NDArray[np.int64]
-HOOKS = ("hit", "insert", "evict", "victim", "on_demand", "on_scores", "admit")
+HOOKS = ("on_hit", "on_admit", "on_evict", "victim", "on_demand", "on_scores", "admit")
 
 
 def check_policy(policy: str | Policy, *, examples: int = 24, seed: int = 0) -> None:
@@ -45,16 +45,16 @@ def check_policy(policy: str | Policy, *, examples: int = 24, seed: int = 0) -> 
     _check_attributes(name, implementation)
     for example in range(examples):
         case = _draw(np.random.default_rng((seed, example)), implementation, example)
-        where = f"policy {name}, example {example} (seed {seed})"
-        expected = _Reference(where, case, implementation).run()
-        first, second = (_stepped(where, case, implementation) for _ in range(2))
-        _check(first.equals(second), f"{where}: two runs differ; init must return new arrays and no random numbers")
-        _check(first.equals(expected), f"{where}: the compiled core counts or keeps other experts than plain Python")
+        location = f"policy {name}, example {example} (seed {seed})"
+        expected = _Reference(location, case, implementation).run()
+        first, second = (_stepped(location, case, implementation) for _ in range(2))
+        _check(first.equals(second), f"{location}: two runs differ; init must return new arrays and no random numbers")
+        _check(first.equals(expected), f"{location}: the compiled core counts or keeps other experts than plain Python")
         if not case.prefetches:
             hits, steps = _replayed(case, implementation), int(expected.rows[-1][0][:, Counter.HITS].sum())
-            _check(hits == steps, f"{where}: a replay counts {hits} hits, single steps {steps}")
+            _check(hits == steps, f"{location}: a replay counts {hits} hits, single steps {steps}")
             optimum = _replayed(case, POLICIES["belady_bypass" if implementation.HOOKS.bypass else "belady"])
-            _check(hits <= optimum, f"{where}: has {hits} hits, more than the optimum of {optimum}")
+            _check(hits <= optimum, f"{location}: has {hits} hits, more than the optimum of {optimum}")
 
 
 def _check(holds: object, message: str) -> None:
@@ -161,14 +161,14 @@ class _Record:
         return all(np.array_equal(a, b) for row, other_row in pairs for a, b in zip(row, other_row, strict=True))
 
 
-def _init(where: str, case: _Case, policy: Policy) -> Any:
+def _init(location: str, case: _Case, policy: Policy) -> Any:
     """Return the policy's arrays."""
     try:
         return policy.init(case.inputs)
     except Exception as error:
         given = [name for name in ("future", "profile") if getattr(case.inputs, name) is not None]
         inputs = f"with {' and '.join(given)}" if given else "without future and profile"
-        raise AssertionError(f"{where}: init fails {inputs} ({type(error).__name__}: {error})") from error
+        raise AssertionError(f"{location}: init fails {inputs} ({type(error).__name__}: {error})") from error
 
 
 def _cache(case: _Case) -> CacheState:
@@ -179,9 +179,9 @@ def _row(cache: CacheState) -> Row:
     return cache.counters.copy(), cache.experts[Expert.PLACE] >= 0
 
 
-def _stepped(where: str, case: _Case, policy: Policy) -> _Record:
+def _stepped(location: str, case: _Case, policy: Policy) -> _Record:
     """Step the compiled core event by event."""
-    cache, arrays, hooks = _cache(case), _init(where, case, policy), policy.HOOKS
+    cache, arrays, hooks = _cache(case), _init(location, case, policy), policy.HOOKS
     rows = []
     for number, layer in case.steps():
         ids, tokens = case.events[number]
@@ -192,7 +192,7 @@ def _stepped(where: str, case: _Case, policy: Policy) -> _Record:
         if scores is not None:
             cache.scores[case.experts_of(layer)] = scores
             hooks.on_scores(arrays, cache, layer)
-        core.fetch(cache, arrays, hooks, ids, ready)
+        core.transfer_missing(cache, arrays, hooks, ids, ready)
         if number in case.prefetches:
             core.enqueue_prefetch(cache, arrays, hooks, case.prefetches[number])
         core.unpin(cache, ids)
@@ -215,12 +215,12 @@ def _replayed(case: _Case, policy: Policy) -> int:
         row = case.scores[number]
         if row is not None and number // layers + 1 < count:
             scores[number // layers + 1, 0, layer] = row
-    cache, hooks = _cache(case), policy.HOOKS
+    cache, hooks, top_k = _cache(case), policy.HOOKS, case.geometry.top_k
     run_events(
         cache,
         policy.init(inputs if "future" in policy.NEEDS else case.inputs),
         hooks,
-        PrefetchSettings(Kind.NONE.value, experts, NO_THRESHOLD, 1, True, case.geometry.top_k, False, False, False),
+        PrefetchSettings(PrefetcherId.NONE.value, experts, NO_THRESHOLD, 1, True, top_k, False, False, False),
         StepArrays(
             stream.ids,
             stream.offsets,
@@ -242,14 +242,14 @@ class _Reference:
     """Steps a cache in plain Python and checks every call of a hook.
 
     Args:
-        where: Start of error messages.
+        location: Start of error messages.
         case: Cache and its steps.
         policy: Policy to check.
     """
 
-    def __init__(self, where: str, case: _Case, policy: Policy) -> None:
-        self.where, self.case, self.policy = where, case, policy
-        self.cache, self.arrays = _cache(case), _init(where, case, policy)
+    def __init__(self, location: str, case: _Case, policy: Policy) -> None:
+        self.location, self.case, self.policy = location, case, policy
+        self.cache, self.arrays = _cache(case), _init(location, case, policy)
         self.pinned: set[int] = set()
         self.queue: list[int] = []
 
@@ -285,14 +285,14 @@ class _Reference:
         if scores is not None:
             cache.scores[self.case.experts_of(layer)] = scores
             self._call("on_scores", layer)
-        self._fetch(layer, missing)
+        self._transfer_missing(layer, missing)
         if number in self.case.prefetches:
             self._prefetch(self.case.prefetches[number].tolist())
         self._unpin(ids.tolist())
         self._advance()
         return _row(cache)
 
-    def _fetch(self, layer: int, missing: Sequence[int]) -> None:
+    def _transfer_missing(self, layer: int, missing: Sequence[int]) -> None:
         """Admit the missing experts."""
         row, bypass = self.cache.counters[layer], self.policy.HOOKS.bypass
         for expert in missing:
@@ -343,7 +343,7 @@ class _Reference:
         """Return the policy's victim for an expert, after all checks."""
         pool = int(self.cache.experts[Expert.POOL, expert])
         victim = self._call("victim", pool)
-        start = f"{self.where}: victim returns {victim}"
+        start = f"{self.location}: victim returns {victim}"
         _check(isinstance(victim, int | np.integer), f"{start}, which is not an integer")
         _check(0 <= victim < self.case.geometry.total_experts, f"{start}, which is not an expert")
         _check(self._is_resident(victim), f"{start}, which is not resident")
@@ -361,7 +361,7 @@ class _Reference:
                 continue
             reason = " although OFFERS_SCORES is False" if name == "scores" and writes_scores else ""
             same = np.array_equal(old, new, equal_nan=name == "scores")
-            _check(same, f"{self.where}: hook {hook} changes cache.{name}{reason}")
+            _check(same, f"{self.location}: hook {hook} changes cache.{name}{reason}")
         return result
 
     def _arrays(self) -> list[npt.NDArray[Any]]:
@@ -381,7 +381,7 @@ class _Reference:
     def _use(self, expert: int) -> None:
         self.cache.experts[Expert.LAST_USE, expert] = self.cache.clock[Clock.TIME]
         self._pin(expert)
-        self._call("hit", expert)
+        self._call("on_hit", expert)
 
     def _enter(self, expert: int, origin: Origin) -> None:
         pool = self.cache.experts[Expert.POOL, expert]
@@ -393,7 +393,7 @@ class _Reference:
         self.cache.experts[Expert.PLACE, victim] = -1
         if self.cache.experts[Expert.ORIGIN, victim] == Origin.PREFETCHED:
             self.cache.counters[self.cache.experts[Expert.LAYER, victim], Counter.WASTED_PREFETCHES] += 1
-        self._call("evict", victim)
+        self._call("on_evict", victim)
         self._settle(expert, place, origin)
 
     def _settle(self, expert: int, place: int, origin: Origin) -> None:
@@ -401,7 +401,7 @@ class _Reference:
         self.cache.experts[Expert.PLACE, expert] = place
         self.cache.experts[Expert.ORIGIN, expert] = origin
         self.cache.experts[Expert.LAST_USE, expert] = self.cache.clock[Clock.TIME]
-        self._call("insert", expert)
+        self._call("on_admit", expert)
 
     def _pin(self, expert: int) -> None:
         if expert not in self.pinned:

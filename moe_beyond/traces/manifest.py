@@ -8,9 +8,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import PLAIN_NAME, SHA256, TEXT, Kind, build, check_kinds, number, optional, shown, whole
 from moe_beyond.files import SEAL, check_seal, sealed
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import (
+    PLAIN_NAME,
+    SHA256,
+    TEXT,
+    FieldRule,
+    build,
+    check_fields,
+    number,
+    optional,
+    shown,
+    whole,
+)
 from moe_beyond.traces.hidden_states import SUFFIX
 from moe_beyond.traces.steering import Steering
 
@@ -38,7 +49,7 @@ MANIFEST_FIELDS = {
     "source": TEXT,
     "tool_version": TEXT,
     "revision": optional(TEXT),
-    "generation": optional(Kind("an object", lambda value: isinstance(value, Mapping))),
+    "generation": optional(FieldRule("an object", lambda value: isinstance(value, Mapping))),
     "hidden_size": optional(whole(1, 2**24)),
     "routers_sha256": optional(SHA256),
 }
@@ -61,7 +72,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_kinds(TOKENIZER_FIELDS, vars(self), "tokenizer: ")
+        check_fields(TOKENIZER_FIELDS, vars(self), "tokenizer: ")
 
 
 NO_TOKEN_IDS = Tokenizer("none", 1)
@@ -94,14 +105,14 @@ class ShardInfo:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        where = f"shard {shown(self.file)}: "
-        check_kinds(SHARD_FIELDS, vars(self), where)
+        location = f"shard {shown(self.file)}: "
+        check_fields(SHARD_FIELDS, vars(self), location)
         if not self.file.endswith(".parquet"):
-            raise UserError(f"{where}the name does not end with .parquet")
+            raise UserError(f"{location}the name does not end with .parquet")
         if self.tokens < self.sequences:
-            raise UserError(f"{where}has fewer tokens than sequences (got {self.tokens} and {self.sequences})")
+            raise UserError(f"{location}has fewer tokens than sequences (got {self.tokens} and {self.sequences})")
         if (self.states_sha256 is None) != (self.states_bytes == 0):
-            raise UserError(f"{where}states_bytes and states_sha256 go together; restore the missing field")
+            raise UserError(f"{location}states_bytes and states_sha256 go together; restore the missing field")
 
     @property
     def states_file(self) -> str:
@@ -151,8 +162,8 @@ class Manifest:
         Raises:
             UserError: A field has a wrong type or value, a shard occurs twice, or shards disagree.
         """
-        check_kinds({"model": TEXT}, vars(self.geometry), "geometry: ")
-        check_kinds(MANIFEST_FIELDS, vars(self))
+        check_fields({"model": TEXT}, vars(self.geometry), "geometry: ")
+        check_fields(MANIFEST_FIELDS, vars(self))
         if self.generation is not None:
             _check_generation(self.generation)
         for name in ("file", "sha256"):
@@ -270,7 +281,7 @@ def _check_generation(generation: Mapping[str, Any]) -> None:
         if name not in generation:
             raise UserError(f"generation: field {name!r} is missing")
     given = {name: kind for name, kind in GENERATION_FIELDS.items() if name in generation}
-    check_kinds(given, generation, "generation: ")
+    check_fields(given, generation, "generation: ")
 
 
 def _first_twice(names: Iterable[str]) -> str | None:

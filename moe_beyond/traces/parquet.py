@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief, printable
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import brief, printable
 from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema, experts_dtype
 
 BOMB_BYTES, BOMB_RATIO = 2**28, 100

@@ -19,9 +19,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.fields import brief, shown
 from moe_beyond.files import file_in, parse_json
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import brief, shown
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.hidden_states import HiddenStates, load_states

@@ -401,7 +401,7 @@ class ReferenceCache:
                 self.known[layer, expert] = self.level[layer, expert] / 5
         return max([self.now, *(self.arrives[expert] for expert in late)])
 
-    def fetch(self, layer: int, tokens: dict[int, int], ready: float) -> float:
+    def transfer_missing(self, layer: int, tokens: dict[int, int], ready: float) -> float:
         """Move in what an event lacks; return when all that it demands is there."""
         demanded = {(layer, expert) for expert in tokens}
         here = demanded & self.resident
@@ -552,7 +552,7 @@ class ReferenceCache:
                 ready = self.demand(layer, tokens)
                 if not rules.computed:
                     self.publish_scores(step, following, layer)
-                ready = self.fetch(layer, tokens, ready)
+                ready = self.transfer_missing(layer, tokens, ready)
                 ends = ready + rules.expert * len(tokens)
                 stall += ready - routed
                 for later in range(layer + 1, rules.layers):

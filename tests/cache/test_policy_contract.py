@@ -69,8 +69,8 @@ def writing_hit(policy: int, cache: object, expert: int) -> None:
     [
         ({"HOOKS": lru.HOOKS._replace(victim=pinned_victim)}, r"victim returns \d+, which is pinned$"),
         ({"HOOKS": lru.HOOKS._replace(victim=no_victim)}, "victim returns -1, which is not an expert$"),
-        ({"HOOKS": lru.HOOKS._replace(hit=writing_hit)}, r"hook hit changes cache\.scores$"),
-        ({"HOOKS": lru.HOOKS._replace(hit=print)}, "hook hit is not compiled"),
+        ({"HOOKS": lru.HOOKS._replace(on_hit=writing_hit)}, r"hook on_hit changes cache\.scores$"),
+        ({"HOOKS": lru.HOOKS._replace(on_hit=print)}, "hook on_hit is not compiled"),
         ({"HOOKS": None}, r"HOOKS must be a PolicyHooks \(got None\)$"),
         ({"NEEDS": ("scores",)}, "NEEDS names scores, but there is no hook on_scores$"),
         ({"NEEDS": ("time",)}, "NEEDS must be a tuple of some of future, profile, scores"),

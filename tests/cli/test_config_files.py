@@ -13,7 +13,7 @@ from moe_beyond.errors import UserError
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (None, "c.yaml: not found; name a file or a shipped configuration (see fit --help)"),
+        (None, "c.yaml: not found; name a file or a built-in configuration (see fit --help)"),
         ("trainer:\n  max_epochs: [1\n", "c.yaml, line 3: is not YAML (did not find expected ',' or ']')"),
         ("- 1\n- 2\n", "c.yaml: is not a mapping of options to values"),
         ("", "c.yaml: is not a mapping of options to values"),

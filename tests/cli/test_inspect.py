@@ -104,7 +104,7 @@ def test_gates_phases_and_contrast_have_tables_that_fit(tmp_path, capsys):
     rows = cells(out, "prefill and decode by layer")
     assert [row[5] for row in rows] == [f"{layer['phases']['total_variation']:.3f}" for layer in found["by_layer"]]
     # The contrast's rows come by how sure they are.
-    rows = cells(out, "the 20 largest differences of activation rates")
+    rows = cells(out, "the 20 largest differences of selection rates")
     ranked = sorted((abs(z) for layer in found["contrast"]["by_layer"] for z in layer["z"]), reverse=True)
     assert [f"{abs(float(row[6])):.1f}" for row in rows] == [f"{z:.1f}" for z in ranked[:20]]
     for row in rows:

@@ -323,10 +323,10 @@ def test_reliability_by_hand():
     bins = row.reliability
     assert [(bin.low, bin.high) for bin in bins] == [(n / 15, (n + 1) / 15) for n in range(15)]
     assert {n: bin.labels for n, bin in enumerate(bins) if bin.labels} == {0: 8, 7: 1, 8: 3, 14: 4}
-    assert (bins[1].mean_probability, bins[1].chosen_share) == (None, None)
+    assert (bins[1].mean_probability, bins[1].selected_share) == (None, None)
     for number, probability, share in ((0, 0.035, 1 / 8), (7, 0.52, 1), (8, 0.59, 2 / 3), (14, 1.0, 1)):
         assert bins[number].mean_probability == pytest.approx(probability)
-        assert bins[number].chosen_share == share
+        assert bins[number].selected_share == share
 
 
 def test_reliability_of_one_layer_is_its_calibration_error():
@@ -337,7 +337,7 @@ def test_reliability_of_one_layer_is_its_calibration_error():
         bins = [bin for bin in row.reliability if bin.labels]
         labels = sum(bin.labels for bin in bins)
         assert labels == int(mask.sum()) * EXPERTS
-        gaps = sum(bin.labels * abs(bin.mean_probability - bin.chosen_share) for bin in bins)
+        gaps = sum(bin.labels * abs(bin.mean_probability - bin.selected_share) for bin in bins)
         assert row.calibration_error == pytest.approx(gaps / labels)
 
 

@@ -5,7 +5,7 @@ import pytest
 from _helpers.common import TINY, tiny_trace, tiny_traces
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.plots.inspection import inspection_figures
+from moe_beyond.report.plots.inspection import inspection_plots
 from moe_beyond.report.plots.replay import render_png
 from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
@@ -33,7 +33,7 @@ def test_every_figure_draws_its_figures(tmp_path):
             writer.write(Trace(trace.sequence_id, "tests", trace.token_ids, trace.experts, 4))
     traces = TraceSet(str(tmp_path / "set"))
     result, other = summarize(traces), contrast_traces(traces, tiny_traces(tmp_path / "other"))
-    drawn = inspection_figures(result, other)
+    drawn = inspection_plots(result, other)
     summary = result.to_json() | {"contrast": other.to_json()}
     layers = summary["by_layer"]
     assert list(drawn) == ["popularity", "locality", "reuse_distance", "dependence", "phases", "contrast"]
@@ -76,7 +76,7 @@ def test_sets_with_little_to_draw_are_drawn(layers, tmp_path):
         tmp_path / "set", Manifest(geometry, Tokenizer("t", 9), "g", 16.0, "dataset", "tests", "0")
     ) as writer:
         writer.write(Trace("a", "tests", np.zeros(1, np.int32), np.array([[[0, 1]] * layers]), 1))
-    drawn = inspection_figures(summarize(TraceSet(str(tmp_path / "set"))))
+    drawn = inspection_plots(summarize(TraceSet(str(tmp_path / "set"))))
     assert list(drawn) == ["popularity", "locality", "reuse_distance", *["dependence"] * (layers > 1)]
     for figure in drawn.values():
         assert render_png(figure).startswith(b"\x89PNG")

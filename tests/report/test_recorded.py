@@ -4,14 +4,14 @@ import pytest
 from _helpers.publishing import FIGURES
 
 from moe_beyond.report.labels import recorded_label
-from moe_beyond.report.plots.recorded import recorded_figure
+from moe_beyond.report.plots.recorded import recorded_plot
 from moe_beyond.report.plots.replay import render_png
 
 
 def test_one_panel_per_evaluation_and_one_line_per_strategy() -> None:
     larger = [row | {"budget_slots": 16, "budget_share": 0.5, "hit_rate": 0.9} for row in FIGURES["replay"]]
     other = FIGURES | {"source": "other", "replay": [*larger, *FIGURES["replay"]]}
-    figure = recorded_figure([FIGURES, other], "tiny")
+    figure = recorded_plot([FIGURES, other], "tiny")
     assert render_png(figure).startswith(b"\x89PNG")
     panels = figure.axes
     assert [axes.get_title().split(";")[1] for axes in panels] == [

@@ -17,7 +17,7 @@ from moe_beyond.evaluation.sizing import SizingResult, parse_target
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.metrics import FIGURES, LookaheadMetrics
 from moe_beyond.report.labels import score_lookahead, strategy_label
-from moe_beyond.report.plots.files import TIMELINE_TOKEN, replay_figures
+from moe_beyond.report.plots.files import TIMELINE_TOKEN, replay_plots
 from moe_beyond.report.tables.intervals import intervals_tables
 from moe_beyond.report.tables.results import results_table, unavailable_lines
 from moe_beyond.report.tables.sizing import sizing_table
@@ -47,14 +47,14 @@ def legend(figure: Figure) -> list[str]:
 
 
 AHEAD = "lru + top2, seer, lookahead 2"
-LINES = [AHEAD, "LRU", "Belady (optimum without prefetching)", "best static choice (chosen in hindsight)"]
+LINES = [AHEAD, "LRU", "Belady (optimum without prefetching)", "best static choice (selected in hindsight)"]
 TIMED_LINES = [*LINES, "clairvoyant prefetch (knows the future)"]
 
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
     lines, results = replayed(trace_set, [16, 8, 24], timed)
-    drawn = replay_figures(trace_set, lines, results, [SOURCE], None, None)
+    drawn = replay_plots(trace_set, lines, results, [SOURCE], None, None)
     assert list(drawn) == ["budgets", "frontier", "layers", *["timeline"] * timed]
     names = TIMED_LINES if timed else LINES
     curves, frontier = drawn["budgets"], drawn["frontier"]
@@ -81,7 +81,7 @@ def test_pictures_draw_every_strategy(trace_set: TraceSet, timed: bool) -> None:
 
 def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None:
     lines, results = replayed(trace_set, [8], True)
-    figure = replay_figures(trace_set, lines, results, [SOURCE], None, None)["timeline"]
+    figure = replay_plots(trace_set, lines, results, [SOURCE], None, None)["timeline"]
     assert figure.get_suptitle() == f"lru + top2, 8 slots, {DEVICE.name}: token {TIMELINE_TOKEN}"
     bars = {bar.get_label(): bar.get_paths() for bar in figure.axes[0].collections}
     assert set(bars) == {"compute", "stall", "demand transfer", "prefetch"}

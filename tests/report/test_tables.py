@@ -22,12 +22,12 @@ from moe_beyond.geometry import load_preset
 from moe_beyond.metrics import FIGURES, LookaheadMetrics
 from moe_beyond.pretrained import pretrained_figures
 from moe_beyond.report.tables.devices import device_rows, devices_tables
-from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.report.tables.inspection import inspection_tables
 from moe_beyond.report.tables.intervals import intervals_tables
 from moe_beyond.report.tables.pretrained import pretrained_tables
 from moe_beyond.report.tables.results import checkpoints_table, metrics_table, results_table
 from moe_beyond.report.tables.sizing import sizing_table
+from moe_beyond.report.tables.wrapping import WrappedTable
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
 from moe_beyond.traces.analysis.contrast import contrast_traces
@@ -130,8 +130,8 @@ def test_every_figure_is_there_on_a_narrow_terminal(tables: dict[str, Table], wi
         assert max(map(len, text_of(table, width).splitlines())) <= width, name
 
 
-def small() -> FittedTable:
-    table = FittedTable("t", keys=(1,))
+def small() -> WrappedTable:
+    table = WrappedTable("t", keys=(1,))
     table.add_column("a figure", justify="right")
     table.add_column("name")
     table.add_column("b", justify="right")

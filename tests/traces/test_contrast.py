@@ -1,4 +1,4 @@
-"""Differences of activation rates, computed by hand, and separated from noise if tokens come in bursts."""
+"""Differences of selection rates, computed by hand, and separated from noise if tokens come in bursts."""
 
 import math
 from dataclasses import replace

@@ -108,7 +108,7 @@ def _set_key(policy: BeladyState, expert: int, key: int) -> None:
 
 
 @jit
-def insert(policy: BeladyState, cache: CacheState, expert: int) -> None:
+def on_admit(policy: BeladyState, cache: CacheState, expert: int) -> None:
     """Note an expert, to enter the tree when its pin is gone."""
     if policy.pending[Fresh.PIN_EPOCH] != cache.clock[Clock.PIN_EPOCH]:
         _settle(policy, cache)
@@ -136,17 +136,17 @@ def _settle(policy: BeladyState, cache: CacheState) -> None:
 
 
 @jit
-def evict(policy: BeladyState, cache: CacheState, expert: int) -> None:
+def on_evict(policy: BeladyState, cache: CacheState, expert: int) -> None:
     """Remove an expert from the tree."""
     if policy.tree[len(policy.tree) - _size(policy) + expert] >= 0:
         _set_key(policy, expert, -1)
 
 
 @jit
-def hit(policy: BeladyState, cache: CacheState, expert: int) -> None:
+def on_hit(policy: BeladyState, cache: CacheState, expert: int) -> None:
     """Update an expert that is pinned now and whose next use has moved."""
-    evict(policy, cache, expert)
-    insert(policy, cache, expert)
+    on_evict(policy, cache, expert)
+    on_admit(policy, cache, expert)
 
 
 @jit
@@ -163,4 +163,4 @@ def victim(policy: BeladyState, cache: CacheState, pool: int) -> int:
     return size - 1 - key % size
 
 
-HOOKS = PolicyHooks(hit, insert, evict, victim)
+HOOKS = PolicyHooks(on_hit, on_admit, on_evict, victim)

@@ -25,4 +25,4 @@ def admit(policy: belady.BeladyState, cache: CacheState, expert: int, victim: in
     return belady.next_use(policy, cache, expert) < belady.next_use(policy, cache, victim)
 
 
-HOOKS = PolicyHooks(belady.hit, belady.insert, belady.evict, belady.victim, admit=admit, bypass=True)
+HOOKS = PolicyHooks(belady.on_hit, belady.on_admit, belady.on_evict, belady.victim, admit=admit, bypass=True)

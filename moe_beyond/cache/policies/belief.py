@@ -33,7 +33,7 @@ from moe_beyond.cache.core import (
     is_pinned,
     unsigned,
 )
-from moe_beyond.cache.policies.scan import events_ahead, layers_ahead
+from moe_beyond.cache.policies._scan import events_ahead, layers_ahead
 from moe_beyond.cache.policy_inputs import PolicyInputs
 from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, default_hazard
 
@@ -188,7 +188,7 @@ def _store(policy: BeliefState, layer: int, index: int, belief: tuple[float, flo
 
 
 @jit
-def insert(policy: BeliefState, cache: CacheState, expert: int) -> None:
+def on_admit(policy: BeliefState, cache: CacheState, expert: int) -> None:
     """Add an expert to its layer's residents."""
     expert, layer = unsigned(expert), unsigned(cache.experts[Expert.LAYER, expert])
     index = unsigned(policy.counts[LayerCount.MEMBERS, layer])
@@ -199,7 +199,7 @@ def insert(policy: BeliefState, cache: CacheState, expert: int) -> None:
 
 
 @jit
-def evict(policy: BeliefState, cache: CacheState, expert: int) -> None:
+def on_evict(policy: BeliefState, cache: CacheState, expert: int) -> None:
     """Remove an expert from its layer's residents."""
     expert, layer = unsigned(expert), unsigned(cache.experts[Expert.LAYER, expert])
     policy.counts[LayerCount.MEMBERS, layer] -= 1
@@ -307,4 +307,4 @@ def admit(policy: BeliefState, cache: CacheState, expert: int, victim: int) -> b
     return min(ahead * inverse, ahead + wait) < takes
 
 
-HOOKS = PolicyHooks(ignore_expert, insert, evict, victim, on_demand, on_scores, admit)
+HOOKS = PolicyHooks(ignore_expert, on_admit, on_evict, victim, on_demand, on_scores, admit)

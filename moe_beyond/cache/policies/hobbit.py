@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, PolicyHooks, ignore_expert
-from moe_beyond.cache.policies.scan import argmin_resident, events_ahead
+from moe_beyond.cache.policies._scan import argmin_resident, events_ahead
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Clock, Ints, PolicyHooks, ignore_expert
-from moe_beyond.cache.policies.scan import argmin_resident, events_ahead
+from moe_beyond.cache.policies._scan import argmin_resident, events_ahead
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
@@ -31,13 +31,13 @@ def init(inputs: PolicyInputs) -> LeastStaleState:
 
 
 @jit
-def hit(policy: LeastStaleState, cache: CacheState, expert: int) -> None:
+def on_hit(policy: LeastStaleState, cache: CacheState, expert: int) -> None:
     """Mark an expert as current."""
     policy.step[expert] = cache.clock[Clock.STEP]
 
 
 @jit
-def insert(policy: LeastStaleState, cache: CacheState, expert: int) -> None:
+def on_admit(policy: LeastStaleState, cache: CacheState, expert: int) -> None:
     """Mark an expert as current, and note the time."""
     policy.step[expert] = cache.clock[Clock.STEP]
     policy.since[expert] = cache.clock[Clock.TIME]
@@ -56,4 +56,4 @@ def victim(policy: LeastStaleState, cache: CacheState, pool: int) -> int:
     return argmin_resident(policy, cache, pool, priority, policy.since)
 
 
-HOOKS = PolicyHooks(hit, insert, ignore_expert, victim)
+HOOKS = PolicyHooks(on_hit, on_admit, ignore_expert, victim)

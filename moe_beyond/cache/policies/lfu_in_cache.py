@@ -18,9 +18,9 @@ def init(inputs: PolicyInputs) -> lfu.LfuState:
 
 
 @jit
-def evict(policy: lfu.LfuState, cache: CacheState, expert: int) -> None:
+def on_evict(policy: lfu.LfuState, cache: CacheState, expert: int) -> None:
     """Reset the count."""
     policy.uses[expert] = 0
 
 
-HOOKS = PolicyHooks(lfu.use, lfu.use, evict, lfu.victim)
+HOOKS = PolicyHooks(lfu.use, lfu.use, on_evict, lfu.victim)

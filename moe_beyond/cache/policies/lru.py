@@ -42,7 +42,7 @@ def init(inputs: PolicyInputs) -> LruState:
 
 
 @jit
-def insert(policy: LruState, cache: CacheState, expert: int) -> None:
+def on_admit(policy: LruState, cache: CacheState, expert: int) -> None:
     """Add an expert as the most recent; among experts used at the same time the lowest is the oldest."""
     heads, last = unsigned(cache.experts.shape[1]), cache.experts[Expert.LAST_USE, expert]
     newer = heads if len(cache.pools) == 1 else unsigned(heads + cache.experts[Expert.POOL, expert])
@@ -54,17 +54,17 @@ def insert(policy: LruState, cache: CacheState, expert: int) -> None:
 
 
 @jit
-def evict(policy: LruState, cache: CacheState, expert: int) -> None:
+def on_evict(policy: LruState, cache: CacheState, expert: int) -> None:
     """Remove an expert from its ring."""
     newer, older = policy.ring[expert, Ring.NEWER], policy.ring[expert, Ring.OLDER]
     policy.ring[newer, Ring.OLDER], policy.ring[older, Ring.NEWER] = older, newer
 
 
 @jit
-def hit(policy: LruState, cache: CacheState, expert: int) -> None:
+def on_hit(policy: LruState, cache: CacheState, expert: int) -> None:
     """Move an expert to the most recent end."""
-    evict(policy, cache, expert)
-    insert(policy, cache, expert)
+    on_evict(policy, cache, expert)
+    on_admit(policy, cache, expert)
 
 
 @jit
@@ -76,4 +76,4 @@ def victim(policy: LruState, cache: CacheState, pool: int) -> int:
     return expert
 
 
-HOOKS = PolicyHooks(hit, insert, evict, victim)
+HOOKS = PolicyHooks(on_hit, on_admit, on_evict, victim)

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Expert, Floats, PolicyHooks, ignore_expert
-from moe_beyond.cache.policies.scan import argmin_resident
+from moe_beyond.cache.policies._scan import argmin_resident
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ("scores",)

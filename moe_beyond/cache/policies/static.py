@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Expert, Floats, PolicyHooks, ignore_expert
-from moe_beyond.cache.policies.scan import argmin_resident
+from moe_beyond.cache.policies._scan import argmin_resident
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ("profile",)

@@ -12,7 +12,7 @@ from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, Scratch
 from moe_beyond.cache.interconnect import Seconds, duration
 from moe_beyond.cache.prefetchers import scored
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 
 
 @jit

@@ -9,7 +9,7 @@ import numpy as np
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Clock, Expert, Scratch
 from moe_beyond.cache.interconnect import Seconds, is_instant
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 
 EPSILON = 1e-8
 MAX_SELECTED = 64

@@ -6,7 +6,7 @@ next missing expert, and never evict one that is needed sooner for it.
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Expert, Pool, Scratch
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 
 
 @jit

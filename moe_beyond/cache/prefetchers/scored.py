@@ -4,7 +4,7 @@ import numpy as np
 
 from moe_beyond.cache.compiler import jit, jit_apart
 from moe_beyond.cache.core import CacheState, Scratch, unsigned
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 
 LOWEST_KEY, HIGHEST_KEY = -(2**63), 2**63 - 1
 

@@ -16,9 +16,9 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.architectures.token_causal import DECAYS, RETAINED, TokenCausal, TokenState, average_logits
+from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
-from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.modules.copy_attention import LayerCopyAttention
 from moe_beyond.predictors.modules.next_token_head import NextTokenHead
 from moe_beyond.predictors.stepper import Stepper

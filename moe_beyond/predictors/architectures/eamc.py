@@ -17,10 +17,10 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.activation import Activation
+from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
-from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.stepper import Stepper
 
 # Largest count that a matrix stores.

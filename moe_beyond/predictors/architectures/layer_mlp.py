@@ -9,10 +9,10 @@ from torch.nn import functional
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
+from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
-from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.objectives import subset_cross_entropy
 
 

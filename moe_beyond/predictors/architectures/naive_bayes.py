@@ -15,10 +15,10 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures.history import History
 from moe_beyond.predictors.architectures.token_table import TokenTable
+from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
-from moe_beyond.predictors.limits import check_arguments
 from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.predictors.training_stats import TrainingStats
 

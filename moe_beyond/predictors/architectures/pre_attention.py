@@ -14,10 +14,10 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
+from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
-from moe_beyond.predictors.limits import check_arguments
 
 SELECTED_WEIGHT, OTHER_WEIGHT = 3.0, 0.5  # weights of the cross-entropies of selected and other experts
 MARGIN, HINGE_WEIGHT = 0.1, 0.3  # distance by which selected experts should rank above others, and weight of that term

@@ -24,8 +24,8 @@ def look_up(table: Tensor, token_ids: Tensor) -> Tensor:
         table: Table ``(V, ...)`` with one row per token id.
         token_ids: Token ids of any shape.
     """
-    known = (token_ids < len(table)).reshape(*token_ids.shape, *(1,) * (table.ndim - 1))
-    return table[token_ids.clamp(max=len(table) - 1)].where(known, 0)
+    in_table = (token_ids < len(table)).reshape(*token_ids.shape, *(1,) * (table.ndim - 1))
+    return table[token_ids.clamp(max=len(table) - 1)].where(in_table, 0)
 
 
 class TokenEmbedding(nn.Module):
@@ -90,12 +90,12 @@ class TokenEmbedding(nn.Module):
         rows = look_up(self.rows, token_ids).long()
         if hidden is not None:
             rows = rows.masked_fill(hidden, 0)
-        known = functional.embedding(rows, self.known.weight)
+        embedded = functional.embedding(rows, self.known.weight)
         if self.ngram_embedding is None:
-            return known
+            return embedded
         ngrams = look_up(self.ngrams, token_ids).long().flatten(0, 1)
         from_ngrams: Tensor = self.ngram_embedding(ngrams).unflatten(0, token_ids.shape)
-        return known + from_ngrams
+        return embedded + from_ngrams
 
 
 def _ngram_buckets(string: str, buckets: int) -> Iterator[int]:

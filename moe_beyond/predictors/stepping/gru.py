@@ -33,7 +33,7 @@ def gru_step(
         logits: Logits ``(later, E)`` of the later layers, changed in place.
         from_expert: Logits ``(E, later, E)`` that each expert of the layer adds.
     """
-    width, one = len(state), np.float32(1)
+    width, unit = len(state), np.float32(1)
     from_inputs, from_state = bias.copy(), hidden_bias.copy()
     for expert in experts:
         for i in range(3 * width):
@@ -46,8 +46,8 @@ def gru_step(
             from_state[i] += state[feature] * hidden[feature, i]
     after = np.empty_like(state)
     for i in range(width):
-        reset = one / (one + np.exp(-(from_inputs[i] + from_state[i])))
-        update = one / (one + np.exp(-(from_inputs[width + i] + from_state[width + i])))
+        reset = unit / (unit + np.exp(-(from_inputs[i] + from_state[i])))
+        update = unit / (unit + np.exp(-(from_inputs[width + i] + from_state[width + i])))
         candidate = np.tanh(from_inputs[2 * width + i] + reset * from_state[2 * width + i])
         after[i] = candidate + update * (state[i] - candidate)
     return after

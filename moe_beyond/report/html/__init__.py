@@ -6,12 +6,12 @@ from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.report.html.build import write_page as write_page
-    from moe_beyond.report.html.source import Subject as Subject
-    from moe_beyond.report.html.source import find_subject as find_subject
     from moe_beyond.report.html.strategies import DEFAULT_DEVICES as DEFAULT_DEVICES
     from moe_beyond.report.html.strategies import DEFAULT_SHARES as DEFAULT_SHARES
     from moe_beyond.report.html.strategies import default_slots as default_slots
     from moe_beyond.report.html.strategies import page_strategies as page_strategies
+    from moe_beyond.report.html.subject import Subject as Subject
+    from moe_beyond.report.html.subject import find_subject as find_subject
 
 __all__ = [
     "DEFAULT_DEVICES",
@@ -26,9 +26,9 @@ __all__ = [
 _MODULES = {
     "DEFAULT_DEVICES": "strategies",
     "DEFAULT_SHARES": "strategies",
-    "Subject": "source",
+    "Subject": "subject",
     "default_slots": "strategies",
-    "find_subject": "source",
+    "find_subject": "subject",
     "page_strategies": "strategies",
     "write_page": "build",
 }

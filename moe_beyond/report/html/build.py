@@ -12,16 +12,16 @@ from moe_beyond.evaluation.results import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
 from moe_beyond.predictors.io.folder import read_config
-from moe_beyond.report.html.model import Section
+from moe_beyond.report.html.page import Section
+from moe_beyond.report.html.sections.caveats import caveats_section
 from moe_beyond.report.html.sections.experts import experts_section
 from moe_beyond.report.html.sections.learning_curves import curves_section
-from moe_beyond.report.html.sections.limits import limits_section
 from moe_beyond.report.html.sections.prediction import prediction_section, static_recall
 from moe_beyond.report.html.sections.predictor import predictor_section
 from moe_beyond.report.html.sections.replay import replay_section
 from moe_beyond.report.html.sections.summary import key_figures
 from moe_beyond.report.html.sections.timing import timing_section, verdicts
-from moe_beyond.report.html.source import Subject, read_curves, read_run_config
+from moe_beyond.report.html.subject import Subject, read_curves, read_run_config
 from moe_beyond.report.labels import leaks_of
 from moe_beyond.report.tables.conditions import format_conditions
 from moe_beyond.simulator.devices import Device
@@ -81,7 +81,7 @@ def write_page(
         replay_section(evaluation.results),
         *([timing_section(evaluation.results, devices, geometry, bits)] if devices else []),
         experts_section(counts.activations, reuse(counts.overlaps, counts.non_initial_uses), geometry, tokens),
-        limits_section(traces, config, warmup_tokens=warmup_tokens, devices=names, profile=profile),
+        caveats_section(traces, config, warmup_tokens=warmup_tokens, devices=names, profile=profile),
     ]
     page = _template().render(
         version=__version__,

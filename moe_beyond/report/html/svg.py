@@ -184,14 +184,14 @@ def reliability_chart(label: str, bins: Sequence[ReliabilityBin], style: str) ->
     (x1, y1), (x2, y2) = position(0, 0), position(1, 1)
     _add(svg, "line", class_="mark", x1=x1, y1=y1, x2=x2, y2=y2)
     filled = [row for row in bins if row.labels]
-    positions = [position(row.mean_probability or 0.0, row.chosen_share or 0.0) for row in filled]
+    positions = [position(row.mean_probability or 0.0, row.selected_share or 0.0) for row in filled]
     group = _add(svg, "g", class_=f"line {style}")
     _add(group, "polyline", points=" ".join(f"{_n(point_x)},{_n(point_y)}" for point_x, point_y in positions))
     # The lowest bin holds nearly all labels: a linear scale would hide the other bars.
     base, most = HEIGHT + 6, max((row.labels for row in filled), default=1)
     for row, (point_x, point_y) in zip(filled, positions, strict=True):
         tooltip = (
-            f"predicted {row.mean_probability:.1%}, observed {row.chosen_share:.1%}, {row.labels:,} labels "
+            f"predicted {row.mean_probability:.1%}, observed {row.selected_share:.1%}, {row.labels:,} labels "
             f"from {row.low:.0%} to {row.high:.0%}"
         )
         point = _add(group, "path", d=MARKERS[style], transform=f"translate({_n(point_x)} {_n(point_y)})")

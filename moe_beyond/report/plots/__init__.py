@@ -5,41 +5,41 @@ from typing import TYPE_CHECKING
 from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from moe_beyond.report.plots.files import replay_figures as replay_figures
-    from moe_beyond.report.plots.files import write_figures as write_figures
-    from moe_beyond.report.plots.inspection import inspection_figures as inspection_figures
-    from moe_beyond.report.plots.recorded import recorded_figure as recorded_figure
-    from moe_beyond.report.plots.replay import budgets_figure as budgets_figure
-    from moe_beyond.report.plots.replay import frontier_figure as frontier_figure
-    from moe_beyond.report.plots.replay import layers_figure as layers_figure
+    from moe_beyond.report.plots.files import replay_plots as replay_plots
+    from moe_beyond.report.plots.files import write_plots as write_plots
+    from moe_beyond.report.plots.inspection import inspection_plots as inspection_plots
+    from moe_beyond.report.plots.recorded import recorded_plot as recorded_plot
+    from moe_beyond.report.plots.replay import budgets_plot as budgets_plot
+    from moe_beyond.report.plots.replay import frontier_plot as frontier_plot
+    from moe_beyond.report.plots.replay import layers_plot as layers_plot
     from moe_beyond.report.plots.replay import render_png as render_png
     from moe_beyond.report.plots.replay import save_png as save_png
-    from moe_beyond.report.plots.replay import timeline_figure as timeline_figure
+    from moe_beyond.report.plots.replay import timeline_plot as timeline_plot
 
 __all__ = [
-    "budgets_figure",
-    "frontier_figure",
-    "inspection_figures",
-    "layers_figure",
-    "recorded_figure",
+    "budgets_plot",
+    "frontier_plot",
+    "inspection_plots",
+    "layers_plot",
+    "recorded_plot",
     "render_png",
-    "replay_figures",
+    "replay_plots",
     "save_png",
-    "timeline_figure",
-    "write_figures",
+    "timeline_plot",
+    "write_plots",
 ]
 
 _MODULES = {
-    "budgets_figure": "replay",
-    "frontier_figure": "replay",
-    "inspection_figures": "inspection",
-    "layers_figure": "replay",
-    "recorded_figure": "recorded",
+    "budgets_plot": "replay",
+    "frontier_plot": "replay",
+    "inspection_plots": "inspection",
+    "layers_plot": "replay",
+    "recorded_plot": "recorded",
     "render_png": "replay",
-    "replay_figures": "files",
+    "replay_plots": "files",
     "save_png": "replay",
-    "timeline_figure": "replay",
-    "write_figures": "files",
+    "timeline_plot": "replay",
+    "write_plots": "files",
 }
 
 __getattr__ = lazy_exports(__name__, _MODULES)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from moe_beyond.report.plots.replay import budgets_figure, frontier_figure, layers_figure, save_png, timeline_figure
+from moe_beyond.report.plots.replay import budgets_plot, frontier_plot, layers_plot, save_png, timeline_plot
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.simulator.timeline import Timeline, timeline
@@ -20,7 +20,7 @@ TIMELINE_TOKEN = 12
 """Token that a timeline shows, of the first sequence that is longer; the cache is warm by then."""
 
 
-def replay_figures(
+def replay_plots(
     traces: TraceSet,
     strategies: Sequence[ReplaySettings],
     results: Sequence[Result],
@@ -39,28 +39,28 @@ def replay_figures(
         split: Replayed split; None for all.
 
     Returns:
-        Name -> figure: ``frontier`` and ``layers``; ``budgets`` for several budgets; ``timeline`` on a device.
+        Name -> plot: ``frontier`` and ``layers``; ``budgets`` for several budgets; ``timeline`` on a device.
     """
     geometry, title = traces.geometry, f"{traces.geometry.model}, {traces.manifest.source}"
-    figures = {}
+    plots = {}
     if len({result.budget_slots for result in results if result.policy != "all_resident"}) > 1:
-        figures["budgets"] = budgets_figure(results, title)
-    figures |= {"frontier": frontier_figure(results, title), "layers": layers_figure(results, geometry, title)}
+        plots["budgets"] = budgets_plot(results, title)
+    plots |= {"frontier": frontier_plot(results, title), "layers": layers_plot(results, geometry, title)}
     settings = strategies[0]
     if (token := _token_timeline(traces, settings, sources, profile, split)) is not None:
         assert settings.device is not None
         title = f"{settings.strategy}, {settings.slots:,} slots, {settings.device.name}: token {token.token}"
-        figures["timeline"] = timeline_figure(token, geometry, title)
-    return figures
+        plots["timeline"] = timeline_plot(token, geometry, title)
+    return plots
 
 
-def write_figures(folder: str | Path, figures: dict[str, Figure]) -> list[Path]:
-    """Write figures as ``NAME.png`` into a folder, which is created if necessary; return the files."""
+def write_plots(folder: str | Path, plots: dict[str, Figure]) -> list[Path]:
+    """Write plots as ``NAME.png`` into a folder, which is created if necessary; return the files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        save_png(figure, path)
+    paths = [folder / f"{name}.png" for name in plots]
+    for path, plot in zip(paths, plots.values(), strict=True):
+        save_png(plot, path)
     return paths
 
 

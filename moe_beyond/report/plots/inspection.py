@@ -20,7 +20,7 @@ SHADES_END = 99.5
 """Percentile of popularity at which the heat map's colours end; one very popular expert would darken all others."""
 
 
-def inspection_figures(summary: TraceSummary, contrast: Contrast | None = None) -> dict[str, Figure]:
+def inspection_plots(summary: TraceSummary, contrast: Contrast | None = None) -> dict[str, Figure]:
     """Draw the plots of a trace set.
 
     Args:
@@ -32,21 +32,21 @@ def inspection_figures(summary: TraceSummary, contrast: Contrast | None = None) 
         ``phases`` if sequences have both phases; ``contrast`` if it is given.
     """
     title = f"{summary.geometry.model}, {summary.source}"
-    figures = {
-        "popularity": popularity_figure(summary, title),
-        "locality": locality_figure(summary, title),
-        "reuse_distance": reuse_distance_figure(summary, title),
+    plots = {
+        "popularity": popularity_plot(summary, title),
+        "locality": locality_plot(summary, title),
+        "reuse_distance": reuse_distance_plot(summary, title),
     }
     if len(summary.by_layer) > 1:
-        figures["dependence"] = dependence_figure(summary, title)
+        plots["dependence"] = dependence_plot(summary, title)
     if summary.phases:
-        figures["phases"] = phases_figure(summary, title)
+        plots["phases"] = phases_plot(summary, title)
     if contrast is not None:
-        figures["contrast"] = contrast_figure(contrast, title)
-    return figures
+        plots["contrast"] = contrast_plot(contrast, title)
+    return plots
 
 
-def popularity_figure(summary: TraceSummary, title: str) -> Figure:
+def popularity_plot(summary: TraceSummary, title: str) -> Figure:
     """Draw the popularity of each expert and layer as a heat map."""
     layers = summary.by_layer
     ratios = np.array([row.popularity for row in layers]) * summary.geometry.num_experts
@@ -63,7 +63,7 @@ def popularity_figure(summary: TraceSummary, title: str) -> Figure:
     return figure
 
 
-def locality_figure(summary: TraceSummary, title: str) -> Figure:
+def locality_plot(summary: TraceSummary, title: str) -> Figure:
     """Draw entropy, reuse, Jaccard index and dependence of the next layer, by layer, each with its value by chance."""
     layers, geometry = summary.by_layer, summary.geometry
     figure = Figure(figsize=(12, 7), layout="constrained")
@@ -90,7 +90,7 @@ def locality_figure(summary: TraceSummary, title: str) -> Figure:
     return figure
 
 
-def reuse_distance_figure(summary: TraceSummary, title: str) -> Figure:
+def reuse_distance_plot(summary: TraceSummary, title: str) -> Figure:
     """Draw the share of uses that recur within a number of tokens, one line per layer, light (first) to dark (last)."""
     layers = summary.by_layer
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -113,7 +113,7 @@ def reuse_distance_figure(summary: TraceSummary, title: str) -> Figure:
     return figure
 
 
-def dependence_figure(summary: TraceSummary, title: str) -> Figure:
+def dependence_plot(summary: TraceSummary, title: str) -> Figure:
     """Draw the dependence of each pair of layers as a heat map; pairs without a value are grey."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
@@ -130,7 +130,7 @@ def dependence_figure(summary: TraceSummary, title: str) -> Figure:
     return figure
 
 
-def phases_figure(summary: TraceSummary, title: str) -> Figure:
+def phases_plot(summary: TraceSummary, title: str) -> Figure:
     """Draw prefill and decode, by layer."""
     layers = summary.by_layer
     figure = Figure(figsize=(15, 4.2), layout="constrained")
@@ -152,14 +152,14 @@ def phases_figure(summary: TraceSummary, title: str) -> Figure:
     return figure
 
 
-def contrast_figure(contrast: Contrast, title: str) -> Figure:
-    """Draw the difference of activation rates from another trace set as a heat map of experts and layers."""
+def contrast_plot(contrast: Contrast, title: str) -> Figure:
+    """Draw the difference of selection rates from another trace set as a heat map of experts and layers."""
     layers = contrast.by_layer
     difference = 100 * np.array([row.difference for row in layers])
     largest = np.abs(difference).max() or 1
     figure, axes = _expert_axes(layers, f"{title}, compared with {contrast.other['source']}")
     image = axes.imshow(difference, aspect="auto", interpolation="none", vmin=-largest, vmax=largest, cmap="RdBu_r")
-    figure.colorbar(image, ax=axes, label="difference of activation rates (percentage points)")
+    figure.colorbar(image, ax=axes, label="difference of selection rates (percentage points)")
     return figure
 
 

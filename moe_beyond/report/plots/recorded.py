@@ -9,7 +9,7 @@ from moe_beyond.report.labels import BYTES_AXIS, recorded_label
 from moe_beyond.report.plots.replay import line_styles
 
 
-def recorded_figure(evaluations: Sequence[dict[str, Any]], title: str) -> Figure:
+def recorded_plot(evaluations: Sequence[dict[str, Any]], title: str) -> Figure:
     """Draw hit rate over bytes, one panel per evaluation and one line per strategy; up and to the left is better.
 
     Args:

@@ -59,7 +59,7 @@ def line_styles(strategies: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield {"color": matplotlib.colors.to_hex(next(colors)), "linestyle": "-"}
 
 
-def budgets_figure(results: Sequence[Result], title: str) -> Figure:
+def budgets_plot(results: Sequence[Result], title: str) -> Figure:
     """Draw hit rate, bytes and, on a device, tokens per second over budgets, one line per strategy.
 
     Args:
@@ -105,7 +105,7 @@ def budgets_figure(results: Sequence[Result], title: str) -> Figure:
     return figure
 
 
-def frontier_figure(results: Sequence[Result], title: str) -> Figure:
+def frontier_plot(results: Sequence[Result], title: str) -> Figure:
     """Draw hit rate over bytes, one line per strategy through its budgets; up and to the left is better.
 
     Args:
@@ -132,7 +132,7 @@ def frontier_figure(results: Sequence[Result], title: str) -> Figure:
     return figure
 
 
-def layers_figure(results: Sequence[Result], geometry: Geometry, title: str) -> Figure:
+def layers_plot(results: Sequence[Result], geometry: Geometry, title: str) -> Figure:
     """Draw the hit rate of each strategy and layer at the smallest budget, as a heat map.
 
     Args:
@@ -156,7 +156,7 @@ def layers_figure(results: Sequence[Result], geometry: Geometry, title: str) -> 
     return figure
 
 
-def timeline_figure(timeline: Timeline, geometry: Geometry, title: str) -> Figure:
+def timeline_plot(timeline: Timeline, geometry: Geometry, title: str) -> Figure:
     """Draw the timeline of one token: computing and stalls of each layer, and transfers.
 
     Args:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.labels import NO_VALUE
-from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.report.tables.wrapping import WrappedTable
 from moe_beyond.simulator.devices import Device, flash_seconds, host_slots, resident_seconds, transfer_seconds
 
 
@@ -45,7 +45,7 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
         geometry: Geometry of the model.
         bits: Bits per parameter.
     """
-    numbers = FittedTable(title=f"devices, with {escape(geometry.model)} at {bits:g} bits per parameter")
+    numbers = WrappedTable(title=f"devices, with {escape(geometry.model)} at {bits:g} bits per parameter")
     numbers.add_column("device", min_width=22, overflow="fold")
     for heading in (
         "link\nGB/s",
@@ -59,7 +59,7 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
         "tokens/s, all\nresident",
     ):
         numbers.add_column(heading, justify="right")
-    sources = FittedTable(title="sources of the numbers")
+    sources = WrappedTable(title="sources of the numbers")
     sources.add_column("device", min_width=22, overflow="fold")
     sources.add_column("source")
     for row in rows:

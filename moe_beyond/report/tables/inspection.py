@@ -4,7 +4,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.report.labels import NO_VALUE
-from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.report.tables.wrapping import WrappedTable
 from moe_beyond.traces.analysis.summary import Contrast, TraceSummary
 from moe_beyond.traces.copies import describe_copies
 
@@ -39,7 +39,7 @@ def inspection_tables(summary: TraceSummary, contrast: Contrast | None = None) -
 
 def _whole_table(summary: TraceSummary) -> Table:
     geometry, phases = summary.geometry, summary.phases
-    whole = FittedTable(title="trace set", show_header=False)
+    whole = WrappedTable(title="trace set", show_header=False)
     layers = geometry.moe_layers
     heaviest = [row.gate_mass.by_rank[0] for row in summary.by_layer if row.gate_mass]
     rows = {
@@ -70,7 +70,7 @@ def _whole_table(summary: TraceSummary) -> Table:
 
 def _popularity_table(summary: TraceSummary) -> Table:
     geometry = summary.geometry
-    table = FittedTable(title="popularity by layer")
+    table = WrappedTable(title="popularity by layer")
     for name in ("layer", "most popular (share)", "largest share", "unused", "entropy", "reuse"):
         table.add_column(name, justify="left" if name.startswith("most") else "right")
     for row in summary.by_layer:
@@ -167,7 +167,7 @@ def _contrast_table(contrast: Contrast) -> Table:
     rows = sorted(contrast.by_expert(), key=lambda row: (-abs(row.z or 0), row.layer, row.expert))
     other, significant = contrast.other, contrast.significant
     table = _table(
-        f"the {min(LARGEST, len(rows))} largest differences of activation rates",
+        f"the {min(LARGEST, len(rows))} largest differences of selection rates",
         *("layer", "expert", "rate", "other\nrate", "difference", "standard\nerror", "z", "z of\nsequences"),
     )
     for row in rows[:LARGEST]:
@@ -192,7 +192,7 @@ def _contrast_table(contrast: Contrast) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = FittedTable(title=title)
+    table = WrappedTable(title=title)
     for heading in headings:
         table.add_column(heading, justify="right")
     return table

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moe_beyond.report.labels import BYTES_DEFINITION, NO_VALUE, metric_lookahead, score_lookahead
-from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.report.tables.wrapping import WrappedTable
 from moe_beyond.simulator import Result
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ def intervals_tables(metrics: Sequence["LookaheadMetrics"], results: Sequence[Re
         The table of recall, and the table of replays: each value with its interval, and below it the interval of its
         difference from LRU.
     """
-    recall = FittedTable(title="recall with 95 % intervals over sequences")
+    recall = WrappedTable(title="recall with 95 % intervals over sequences")
     recall.add_column("lookahead")
     recall.add_column(f"recall@{metrics[0].k}, %" if metrics else "recall, %", justify="right")
     for row in metrics:
         text = format_interval(row.recall_at_k, (row.intervals or {})["recall_at_k"], percent=True)
         recall.add_row(metric_lookahead(row.lookahead, row.causal, short=True), text)
     timed = any(result.tokens_per_second is not None for result in results)
-    replays = FittedTable(title="replays with 95 % intervals over sequences", keys=(0, 1, 2))
+    replays = WrappedTable(title="replays with 95 % intervals over sequences", keys=(0, 1, 2))
     for heading in ("slots", "strategy", "lookahead", "hit rate, %", "bytes", *(("tok/s",) if timed else ())):
         replays.add_column(heading, justify="left" if heading in ("strategy", "lookahead") else "right")
     budget = None

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from moe_beyond.predictors.training_text import mark_relation, relation_of_figures
 from moe_beyond.report.labels import BYTES_DEFINITION, NO_VALUE
-from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.report.tables.wrapping import WrappedTable
 
 NOT_EVALUATED = "no evaluation recorded"
 
@@ -32,7 +32,7 @@ def pretrained_tables(predictors: Sequence[dict[str, Any]]) -> list[Table]:
     tables: list[Table] = []
     for source, rows_of_source in rows.items():
         subtitle = source if source == NOT_EVALUATED else f"evaluated on {source}"
-        table = FittedTable(title=f"pretrained predictors, {subtitle}", min_width=len(subtitle) + 25)
+        table = WrappedTable(title=f"pretrained predictors, {subtitle}", min_width=len(subtitle) + 25)
         table.add_column("name", no_wrap=True)
         table.add_column("MB", justify="right")
         table.add_column("lookahead: recall@k, %")

@@ -16,7 +16,7 @@ from moe_beyond.report.labels import (
     score_lookahead,
 )
 from moe_beyond.report.tables.conditions import format_conditions
-from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.report.tables.wrapping import WrappedTable
 from moe_beyond.simulator import Result
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def metrics_table(rows: Sequence["LookaheadMetrics"]) -> Table:
     Args:
         rows: Result of `RoutingMetrics.rows`.
     """
-    table = FittedTable(title=f"prediction over {rows[0].tokens:,} tokens, k = {rows[0].k}")
+    table = WrappedTable(title=f"prediction over {rows[0].tokens:,} tokens, k = {rows[0].k}")
     table.add_column("lookahead")
     columns = {name: column for name, column in METRIC_COLUMNS.items() if name in rows[0].figures()}
     for heading, _ in columns.values():
@@ -58,7 +58,7 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
         geometry: Geometry of the model.
     """
     timed = any(result.device for result in results)
-    table = FittedTable(
+    table = WrappedTable(
         title=f"replay over {results[0].demanded:,} accesses ({geometry.describe_shape()})", keys=(0, 2, 3)
     )
     table.add_column("slots (share)", justify="right", no_wrap=True)
@@ -128,7 +128,7 @@ def checkpoints_table(rows: Sequence["CheckpointEvaluation"], geometry: Geometry
         geometry: Geometry of the model.
     """
     first = rows[0].evaluation
-    table = FittedTable(title=f"checkpoints over {first.metrics[0].tokens:,} tokens")
+    table = WrappedTable(title=f"checkpoints over {first.metrics[0].tokens:,} tokens")
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("step", justify="right")
     for row in first.metrics:

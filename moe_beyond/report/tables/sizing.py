@@ -8,7 +8,7 @@ from rich.table import Table
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.labels import BYTES_DEFINITION, NO_VALUE
 from moe_beyond.report.tables.conditions import format_conditions
-from moe_beyond.report.tables.fitted import FittedTable
+from moe_beyond.report.tables.wrapping import WrappedTable
 
 if TYPE_CHECKING:
     from moe_beyond.evaluation.sizing import SizingResult, Target
@@ -29,9 +29,9 @@ def sizing_table(
         bytes_per_expert: Memory of one expert, in bytes.
     """
     device = answers[0].result.device
-    room = "" if device is None else f" (at most {answers[0].result.device_slots:,} slots)"
+    limit = "" if device is None else f" (at most {answers[0].result.device_slots:,} slots)"
     unit, decimal = ("GB", "1e9") if geometry.total_experts * bytes_per_expert >= 1e9 else ("MB", "1e6")
-    table = FittedTable(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}{room}")
+    table = WrappedTable(title=f"smallest budget for {target.text}{f' on {device}' if device else ''}{limit}")
     for heading in ("strategy", "slots (share)", unit, "reaches", "bytes"):
         table.add_column(heading, justify="left" if heading == "strategy" else "right")
     table.add_column("bottleneck", overflow="fold")

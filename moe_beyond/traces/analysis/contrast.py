@@ -1,4 +1,4 @@
-"""Differences of expert activation rates between two trace sets of one model.
+"""Differences of expert selection rates between two trace sets of one model.
 
 The rate of an expert is the share of tokens that activate it. The difference of two rates is the risk difference by
 which SteerMoE (arXiv 2509.09660) finds experts to steer. Two scores compare it with noise:
@@ -48,7 +48,7 @@ class ActivationRates:
 
 
 def activation_rates(traces: TraceSet, split: str | None = None) -> ActivationRates:
-    """Measure the activation rates of a trace set.
+    """Measure the selection rates of a trace set.
 
     Args:
         traces: The trace set.
@@ -108,7 +108,7 @@ def _geometry(traces: TraceSet) -> str:
 
 
 def contrast_traces(traces: TraceSet, other: TraceSet, split: str | None = None) -> Contrast:
-    """Compare the activation rates of two trace sets.
+    """Compare the selection rates of two trace sets.
 
     Args:
         traces: The trace set whose rates are described.

@@ -7,7 +7,7 @@ reused experts are counted at their second use. The number of uses without a lat
 
 The Jaccard index of two neighbouring tokens is the number of experts that both use divided by the number that either
 uses: s / (2K - s) for s shared experts. The value by chance is its mean over two independent tokens. Each expert is
-drawn independently with its activation rate, and draws of more or fewer than K experts are rejected (rejective
+drawn independently with its selection rate, and draws of more or fewer than K experts are rejected (rejective
 sampling: Hajek, Annals of Mathematical Statistics 35, 1964).
 
 The total variation distance of prefill and decode is half the sum over experts of the absolute difference of their

@@ -241,7 +241,7 @@ class ExpertContrast:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Differences of activation rates between two trace sets of one model.
+    """Differences of selection rates between two trace sets of one model.
 
     Attributes:
         other: The other set: its folder as ``traces``, and `moe_beyond.traces.reader.TraceSet.describe`.

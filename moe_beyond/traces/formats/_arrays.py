@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief, shown
+from moe_beyond.json_fields import brief, shown
 from moe_beyond.traces.formats._files import source_files
 
 HEADERS = {
@@ -35,12 +35,12 @@ class StoredArray:
     """An array whose header was read, but not its content.
 
     Attributes:
-        where: Path of the file, and the name in an ``.npz``, for error messages.
+        location: Path of the file, and the name in an ``.npz``, for error messages.
         shape: Shape of the array.
         open: Function that opens the bytes of the ``.npy``.
     """
 
-    where: str
+    location: str
     shape: tuple[int, ...]
     open: Callable[[], AbstractContextManager[IO[bytes]]]
 
@@ -50,7 +50,7 @@ class StoredArray:
         Raises:
             UserError: The file is damaged or truncated.
         """
-        with _naming(self.where), self.open() as file:
+        with _naming(self.location), self.open() as file:
             array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         return array
 
@@ -94,21 +94,21 @@ def _archived(source: Path) -> dict[str, StoredArray]:
             raise UserError(f"{source}: all members must be .npy files (got {name!r})")
         if name in arrays:
             raise UserError(f"{source}: has two members {name!r}; rename one")
-        where = f"{source}: {name}" if name.isprintable() else f"{source}: {name!r}"
+        location = f"{source}: {name}" if name.isprintable() else f"{source}: {name!r}"
         if member.file_size > max(LARGE, MOST_COMPRESSED * member.compress_size):
             raise UserError(
-                f"{where}: unpacks {member.compress_size:,} bytes to {member.file_size:,}, unlike any recording; "
+                f"{location}: unpacks {member.compress_size:,} bytes to {member.file_size:,}, unlike any recording; "
                 "if it is one, save it without compression"
             )
-        arrays[name] = _read_header(where, partial(archive.open, member), member.file_size)
+        arrays[name] = _read_header(location, partial(archive.open, member), member.file_size)
     if not arrays:
         raise UserError(f"{source}: has no array; save at least one")
     return arrays
 
 
-def _read_header(where: str, opened: Callable[[], AbstractContextManager[IO[bytes]]], size: int) -> StoredArray:
+def _read_header(location: str, opened: Callable[[], AbstractContextManager[IO[bytes]]], size: int) -> StoredArray:
     """Read the header of an array, and compare it with the ``size`` of its ``.npy`` in bytes."""
-    with _naming(where), opened() as file:
+    with _naming(location), opened() as file:
         version = np.lib.format.read_magic(file)
         if version not in HEADERS:
             raise ValueError(f"format version {version}")
@@ -121,18 +121,18 @@ def _read_header(where: str, opened: Callable[[], AbstractContextManager[IO[byte
                 f"its header gives {dtype} {shape}, which is {shown(needed)} bytes, but {available:,} follow"
             )
     if dtype.hasobject:
-        raise UserError(f"{where}: holds pickled objects, which are never loaded; save an array of whole numbers")
+        raise UserError(f"{location}: holds pickled objects, which are never loaded; save an array of whole numbers")
     if dtype.kind not in "iu" and needed:  # an empty list is saved as an empty array of floats
-        raise UserError(f"{where}: must hold whole numbers (got {str(dtype)[:60]})")
-    return StoredArray(where, shape, opened)
+        raise UserError(f"{location}: must hold whole numbers (got {str(dtype)[:60]})")
+    return StoredArray(location, shape, opened)
 
 
 @contextmanager
-def _naming(where: str) -> Iterator[None]:
+def _naming(location: str) -> Iterator[None]:
     """Turn errors of numpy and zipfile into a `UserError` with the place of the array."""
     try:
         yield
     except Exception as error:  # numpy evaluates headers as Python, and documents no exceptions
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where}: cannot be read as a NumPy array ({brief(error)})") from error
+        raise UserError(f"{location}: cannot be read as a NumPy array ({brief(error)})") from error

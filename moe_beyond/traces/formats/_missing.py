@@ -14,14 +14,14 @@ import numpy.typing as npt
 from moe_beyond.errors import UserError
 
 
-def recorded_span(ids: npt.NDArray[Any], layers: Sequence[int], num_experts: int, where: str) -> slice:
+def recorded_span(ids: npt.NDArray[Any], layers: Sequence[int], num_experts: int, location: str) -> slice:
     """Return the range of recorded tokens, without missing tokens at both ends; empty if no token was recorded.
 
     Args:
         ids: ``(T, L, K)`` whole numbers. In an unsigned array, -1 is its largest value, unless that is an expert id.
         layers: Index in the model of each of the L layers, for error messages.
         num_experts: Experts per layer, E.
-        where: Path of the recording, for error messages.
+        location: Path of the recording, for error messages.
 
     Raises:
         UserError: A token is missing between others, or in only some layers.
@@ -39,11 +39,11 @@ def recorded_span(ids: npt.NDArray[Any], layers: Sequence[int], num_experts: int
         token, row = int(inside[0][0]) + span.start, int(inside[0][1])
         if missing[token]:
             raise UserError(
-                f"{where}: token {token} is marked as missing ({marker}) between recorded tokens; record the "
+                f"{location}: token {token} is marked as missing ({marker}) between recorded tokens; record the "
                 "request again, or cut the file there"
             )
         raise UserError(
-            f"{where}: token {token} is marked as missing ({marker}) in layer {layers[row]}, but not in "
+            f"{location}: token {token} is marked as missing ({marker}) in layer {layers[row]}, but not in "
             "all layers; record the request again"
         )
     return span

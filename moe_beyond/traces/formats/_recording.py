@@ -132,10 +132,10 @@ def check_token_ids(token_ids: Mapping[str, npt.NDArray[np.integer[Any]]], token
     Raises:
         UserError: An id is too large.
     """
-    for where, ids in token_ids.items():
+    for location, ids in token_ids.items():
         if len(outside := ids[ids >= tokenizer.vocab_size]):
             raise UserError(
-                f"{where}: token id {outside[0]} is out of range 0..{tokenizer.vocab_size - 1} of tokenizer "
+                f"{location}: token id {outside[0]} is out of range 0..{tokenizer.vocab_size - 1} of tokenizer "
                 f"{tokenizer.name}; give the model's tokenizer, or its folder as --model, whose config.json has the "
                 "number of embedding rows"
             )

@@ -50,10 +50,12 @@ def read_token_ids(stored: StoredArray | None, length: int, span: slice) -> npt.
     if stored is None:
         return np.zeros(span.stop - span.start, np.int32)
     if stored.shape not in ((length,), (length + 1,)):
-        raise UserError(f"{stored.where}: must have shape ({length},), one id per recorded token (got {stored.shape})")
+        raise UserError(
+            f"{stored.location}: must have shape ({length},), one id per recorded token (got {stored.shape})"
+        )
     ids: npt.NDArray[Any] = stored.read()[:length]
     if len(outside := ids[(ids < 0) | (ids > np.iinfo(np.int32).max)]):
-        raise UserError(f"{stored.where}: a token id must be in 0..{np.iinfo(np.int32).max} (got {outside[0]})")
+        raise UserError(f"{stored.location}: a token id must be in 0..{np.iinfo(np.int32).max} (got {outside[0]})")
     return ids[span].astype(np.int32)
 
 
@@ -66,7 +68,7 @@ def by_file(
         tokens: Name of the sequence -> sidecar of its token ids, or None.
         ids: Name of the sequence -> its token ids.
     """
-    return {stored.where: ids[name] for name, stored in tokens.items() if stored is not None and name in ids} or None
+    return {stored.location: ids[name] for name, stored in tokens.items() if stored is not None and name in ids} or None
 
 
 def read_decode_start(stored: StoredArray | None, length: int, span: slice) -> int:
@@ -84,9 +86,9 @@ def read_decode_start(stored: StoredArray | None, length: int, span: slice) -> i
     if stored is None:
         return recorded
     if stored.shape != ():
-        raise UserError(f"{stored.where}: decode_start must be one number (got shape {stored.shape})")
+        raise UserError(f"{stored.location}: decode_start must be one number (got shape {stored.shape})")
     if not 0 <= (start := int(stored.read())) <= length:
-        raise UserError(f"{stored.where}: decode_start must be in 0..{length} (got {start})")
+        raise UserError(f"{stored.location}: decode_start must be in 0..{length} (got {start})")
     return min(max(start - int(span.start), 0), recorded)
 
 

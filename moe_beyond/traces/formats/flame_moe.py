@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import brief
 from moe_beyond.traces.formats._files import column_names, listed, source_files
 from moe_beyond.traces.formats._format import Format, Option
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
@@ -103,8 +103,8 @@ def _traces(
     start = 0
     for number, length in enumerate(lengths):
         experts = [
-            checked_ids(next(piece), geometry, lambda row, path=path, start=start: f"{path}: row {start + row}")
-            for path, piece in zip(layers, ids, strict=True)
+            checked_ids(next(chunk), geometry, lambda row, path=path, start=start: f"{path}: row {start + row}")
+            for path, chunk in zip(layers, ids, strict=True)
         ]
         yield Trace(
             sequence_id=f"{source.resolve().name}-{number}",
@@ -112,7 +112,7 @@ def _traces(
             token_ids=np.zeros(length, np.int32) if token_ids is None else next(token_ids),
             experts=np.stack(experts, axis=1),
             decode_start=length,
-            gate_weights=np.stack([next(piece) for piece in scores], axis=1).astype(np.float16),
+            gate_weights=np.stack([next(chunk) for chunk in scores], axis=1).astype(np.float16),
         )
         start += length
         progress(number + 1, len(lengths))
@@ -129,13 +129,13 @@ def _largest_ids(samples: list[Path], rows: int) -> dict[str, npt.NDArray[Any]]:
     return largest
 
 
-def _sequences(parts: Iterator[npt.NDArray[Any]], lengths: list[int], where: object) -> Iterator[npt.NDArray[Any]]:
+def _sequences(parts: Iterator[npt.NDArray[Any]], lengths: list[int], location: object) -> Iterator[npt.NDArray[Any]]:
     """Cut arrays of any size into consecutive sequences of given lengths."""
     rest: npt.NDArray[Any] | None = None
     for length in lengths:
         while rest is None or len(rest) < length:
             if (part := next(parts, None)) is None:
-                raise UserError(f"{where}: is damaged (it has fewer rows than its footer counts)")
+                raise UserError(f"{location}: is damaged (it has fewer rows than its footer counts)")
             rest = part if rest is None else np.concatenate([rest, part])
         yield rest[:length]
         rest = rest[length:]

@@ -120,36 +120,36 @@ def _entries(path: Path, geometry: Geometry) -> Entries:
     return entries
 
 
-def _add(entries: Entries, line: bytes, number: int, where: str, geometry: Geometry) -> None:
+def _add(entries: Entries, line: bytes, number: int, location: str, geometry: Geometry) -> None:
     """Check the fields of a line, and add them."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON ({error})") from error
+        raise UserError(f"{location}: is not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: is not a JSON object")
+        raise UserError(f"{location}: is not a JSON object")
     for name in ("layer_idx", "token_idx", "selected_ids"):
         if name not in record:
-            raise UserError(f"{where}: {name} is missing")
+            raise UserError(f"{location}: {name} is missing")
     layer, token, ids = record["layer_idx"], record["token_idx"], record["selected_ids"]
     weights = record.get("gate_weights") or []
     for name, index in (("layer_idx", layer), ("token_idx", token)):
         if type(index) is not int or not 0 <= index <= LARGEST_INDEX:
-            raise UserError(f"{where}: {name} must be a whole number from 0 on (got {json.dumps(index)})")
+            raise UserError(f"{location}: {name} must be a whole number from 0 on (got {json.dumps(index)})")
     if not isinstance(ids, list) or any(type(expert) is not int for expert in ids):
-        raise UserError(f"{where}: selected_ids must be a list of whole numbers")
+        raise UserError(f"{location}: selected_ids must be a list of whole numbers")
     if len(ids) != geometry.top_k:
         raise UserError(
-            f"{where}: selected_ids must have the {geometry.top_k} experts of {geometry.model} (got {len(ids)})"
+            f"{location}: selected_ids must have the {geometry.top_k} experts of {geometry.model} (got {len(ids)})"
         )
     if not isinstance(weights, list) or not all(
         type(weight) in (int, float) and abs(weight) <= LARGEST_WEIGHT for weight in weights
     ):
-        raise UserError(f"{where}: gate_weights must be a list of numbers up to {LARGEST_WEIGHT:g}")
+        raise UserError(f"{location}: gate_weights must be a list of numbers up to {LARGEST_WEIGHT:g}")
     if weights and len(weights) != len(ids):
-        raise UserError(f"{where}: gate_weights must have one number per expert (got {len(weights)} for {len(ids)})")
+        raise UserError(f"{location}: gate_weights must have one number per expert (got {len(weights)} for {len(ids)})")
     if bool(weights) != bool(entries.gate_weights) and entries.lines:
-        raise UserError(f"{where}: gate_weights must be in all lines or in none; add or remove them")
+        raise UserError(f"{location}: gate_weights must be in all lines or in none; add or remove them")
     entries.layers.append(layer)
     entries.tokens.append(token)
     entries.ids.append(ids)

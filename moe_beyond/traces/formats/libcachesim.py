@@ -1,4 +1,4 @@
-"""libCacheSim's oracleGeneral: one request per expert of every token and layer, in the router's order.
+"""libCacheSim's oracleGeneral: one access per expert of every token and layer, in the router's order.
 
 An object is ``layer * E + expert``. Its size is 1, so the capacity of a cache counts slots. The sequences form one
 stream, as ``moe-beyond replay --sequential --carry-over`` replays them.
@@ -67,6 +67,6 @@ def write_oracle_general(path: Path, ids: npt.NDArray[np.int64]) -> None:
 
 
 FORMAT = Format(
-    summary="libCacheSim's oracleGeneral: one file, a request per expert of every token and layer",
+    summary="libCacheSim's oracleGeneral: one file, one access per expert of every token and layer",
     writer=export_libcachesim,
 )

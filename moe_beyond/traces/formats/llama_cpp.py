@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
 from moe_beyond.files import creating
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import brief
 from moe_beyond.traces.formats._checks import check_no_padding
 from moe_beyond.traces.formats._files import source_files
 from moe_beyond.traces.formats._format import Format
@@ -170,18 +170,19 @@ def _of_experts(path: Path, numbers: Ints, first_row: int, geometry: Geometry) -
     first_size, full = 0, True  # tokens of the batch's first micro-batch; whether the previous batch ended with as many
     unsettled = 0, 0, 0  # first row of a batch that continues a prompt without generated text so far; sizes of both
     for start, stop in pairwise([*starts, len(layers)]):
-        where = f"{path}: row {start + first_row}"
+        location = f"{path}: row {start + first_row}"
         distinct, rows = np.unique(layers[start:stop], return_counts=True)
         ends = stop == len(layers) or tuple(distinct) != geometry.moe_layers[:-1]
         if ends:
-            check_layers(distinct, geometry, where)
+            check_layers(distinct, geometry, location)
         size, last = int(rows[0]) // top_k, int(rows[-1]) // top_k if ends else 0
         if len(ragged := np.flatnonzero(rows != size * top_k)) and (
             not ends or ragged.tolist() != [count - 1] or rows[-1] != top_k
         ):
             raise UserError(
-                f"{where}: in the batch that begins there, layer {distinct[ragged[0]]} has {rows[ragged[0]]} experts, "
-                f"but layer {distinct[0]} has {rows[0]}, and {geometry.model} has {top_k} per token; record it again"
+                f"{location}: in the batch that begins there, layer {distinct[ragged[0]]} has "
+                f"{rows[ragged[0]]} experts, but layer {distinct[0]} has {rows[0]}, and {geometry.model} has {top_k} "
+                "per token; record it again"
             )
         sequence += int(ended and previous == 1 and (size > 1 or not ends))
         generates = ended and ends and previous > 0 and size == 1
@@ -278,13 +279,13 @@ def _check_positions(path: Path, batches: list[list[int]], computed: set[int], r
     Raises:
         UserError: A position is missing, or the rows are in another order.
     """
-    where = f"{path}: row {row}"
+    location = f"{path}: row {row}"
     positions = [position for batch in batches for position in batch]
     present = set(positions)
     for position in range(min(0, *positions), max(-1, *positions) + 1):
         if position not in present:
             raise UserError(
-                f"{where}: position {position} is missing from the sequence that begins there; record it again"
+                f"{location}: position {position} is missing from the sequence that begins there; record it again"
             )
     prompt = [position for position in positions if position < 0]
     ends = [
@@ -302,7 +303,7 @@ def _check_positions(path: Path, batches: list[list[int]], computed: set[int], r
         in_order &= len(computed.intersection(prompt)) in (1, len(prompt))
     if not in_order:
         raise UserError(
-            f"{where}: the prompt of the sequence that begins there is not in the order of computation; "
+            f"{location}: the prompt of the sequence that begins there is not in the order of computation; "
             "keep the rows in the order of llama-moe-trace, and do not sort them"
         )
 

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry, Preset
+from moe_beyond.json_fields import brief
 from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.formats._files import column_names, listed
 from moe_beyond.traces.formats._format import Format

@@ -57,7 +57,7 @@ def read_vllm(source: Path, geometry: Geometry, *, progress: Progress) -> Record
     for name, array in arrays.items():
         if name not in stored and (owner := name.rpartition(".")[0]) not in stored:
             raise UserError(
-                f"{array.where}: is a sidecar of {owner!r}, which is missing; add it, or remove the sidecar"
+                f"{array.location}: is a sidecar of {owner!r}, which is missing; add it, or remove the sidecar"
             )
     if not stored:
         raise UserError(f"{source}: has no sequence; record at least one")
@@ -108,7 +108,7 @@ def _check_shape(stored: StoredArray, geometry: Geometry) -> None:
         if stored.shape[1] == layers or MOST_LAYERS > stored.shape[1] > geometry.moe_layers[-1]:
             return
     raise UserError(
-        f"{stored.where}: must have shape (tokens, {layers}, {top_k}) for {geometry.model}'s "
+        f"{stored.location}: must have shape (tokens, {layers}, {top_k}) for {geometry.model}'s "
         f"{geometry.describe_shape()} (got {stored.shape})"
     )
 
@@ -120,7 +120,7 @@ def _span(stored: StoredArray, geometry: Geometry) -> slice:
     ids = stored.read()
     if ids.shape[1] != geometry.num_layers:
         ids = ids[:, np.array(geometry.moe_layers)]
-    return recorded_span(ids, geometry.moe_layers, geometry.num_experts, stored.where)
+    return recorded_span(ids, geometry.moe_layers, geometry.num_experts, stored.location)
 
 
 def _experts(stored: StoredArray, geometry: Geometry, span: slice) -> npt.NDArray[Any]:
@@ -131,12 +131,12 @@ def _experts(stored: StoredArray, geometry: Geometry, span: slice) -> npt.NDArra
         if len(filled := np.flatnonzero((dense != dense.flat[0]).any(axis=(0, 2)))):
             layer = np.delete(np.arange(ids.shape[1]), layers)[filled[0]]
             raise UserError(
-                f"{stored.where}: has experts of layer {layer}, which is not an MoE layer of {geometry.model}; "
+                f"{stored.location}: has experts of layer {layer}, which is not an MoE layer of {geometry.model}; "
                 "give the model of the recording"
             )
         ids = ids[:, layers]
     return checked_ids(
-        ids, geometry, lambda token, row: f"{stored.where}: token {token + span.start}, layer {layers[row]}"
+        ids, geometry, lambda token, row: f"{stored.location}: token {token + span.start}, layer {layers[row]}"
     )
 
 

@@ -39,10 +39,10 @@ def read_example_lines(
         if top_k != geometry.top_k or entries % geometry.num_layers:
             raise UserError(f"{path}: expected {geometry.num_layers} lines per token, {geometry.top_k} ids each")
 
-        def where(token: int, layer: int, path: Path = path) -> str:
+        def location(token: int, layer: int, path: Path = path) -> str:
             return f"{path}: line {token * geometry.num_layers + layer + 1}"
 
-        experts = checked_ids(ids.reshape(-1, geometry.num_layers, top_k), geometry, where)
+        experts = checked_ids(ids.reshape(-1, geometry.num_layers, top_k), geometry, location)
         tokens = len(experts)
         decode_start = tokens if prompt_tokens is None else min(prompt_tokens, tokens)
         traces.append(Trace(path.stem, path.name, np.zeros(tokens, np.int32), experts, decode_start))

@@ -41,15 +41,15 @@ class Repeats(CountingPredictor):
 
     def partial_fit(self, batch: Batch) -> None:
         """Count a batch."""
-        chosen, before = self._chosen_and_before(batch)
+        selected, before = self._selected_and_before(batch)
         for row, group in enumerate((~before, before)):
             counted = group & batch.mask[:, :, None, None]
-            self.used[row] += (counted & chosen).sum((0, 1, 3))
+            self.used[row] += (counted & selected).sum((0, 1, 3))
             self.chances[row] += counted.sum((0, 1, 3))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits ``(B, T, 1, L, E)``."""
-        return self.logits(self._chosen_and_before(batch)[1])[:, :, None]
+        return self.logits(self._selected_and_before(batch)[1])[:, :, None]
 
     def logits(self, before: Tensor) -> Tensor:
         """Return logits ``(..., L, E)`` from a mask of the same shape: the experts of the previous token."""
@@ -61,9 +61,9 @@ class Repeats(CountingPredictor):
         """Return a stepper, which stores the experts of one token."""
         return RepeatsStepper(self)
 
-    def _chosen_and_before(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        chosen = batch.targets(self.geometry.num_experts)
-        return chosen, functional.pad(chosen, (0, 0, 0, 0, 1, 0))[:, :-1]
+    def _selected_and_before(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        selected = batch.targets(self.geometry.num_experts)
+        return selected, functional.pad(selected, (0, 0, 0, 0, 1, 0))[:, :-1]
 
 
 class RepeatsStepper(TokenStepper):

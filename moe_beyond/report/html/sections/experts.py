@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.html.model import Chart, Section, Table
+from moe_beyond.report.html.page import Chart, Section, Table
 from moe_beyond.report.html.svg import HEAT_EDGES, heat_map, shade_sample
 from moe_beyond.report.labels import NO_VALUE
 from moe_beyond.traces.analysis.statistics import normalized_entropy

@@ -6,8 +6,8 @@ from typing import Any
 
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.metrics.names import of_budget, of_lookahead
-from moe_beyond.report.html.model import Chart, Section
-from moe_beyond.report.html.source import validation_replay
+from moe_beyond.report.html.page import Chart, Section
+from moe_beyond.report.html.subject import validation_replay
 from moe_beyond.report.html.svg import SERIES, Line, fit_axis, format_number, format_percent, line_chart
 from moe_beyond.report.labels import BASELINES, BYTES_AXIS
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.metrics import LookaheadMetrics
-from moe_beyond.report.html.model import Chart, Section, Table
+from moe_beyond.report.html.page import Chart, Section, Table
 from moe_beyond.report.html.svg import (
     SERIES,
     Axis,
@@ -156,7 +156,7 @@ def _calibration_table(metrics: Sequence[LookaheadMetrics], names: Sequence[str]
         cells = [f"{first.low:.1%} to {first.high:.1%}"]
         for row in metrics:
             bin_ = row.reliability[number]
-            shares = (bin_.mean_probability, bin_.chosen_share)
+            shares = (bin_.mean_probability, bin_.selected_share)
             cells += [f"{bin_.labels:,}", *(NO_VALUE if share is None else f"{share:.1%}" for share in shares)]
         rows.append(cells)
     return Table(

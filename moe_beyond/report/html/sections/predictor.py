@@ -6,7 +6,7 @@ import yaml
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.registry import ARCHITECTURES
-from moe_beyond.report.html.model import Section
+from moe_beyond.report.html.page import Section
 from moe_beyond.report.labels import leaks_of
 
 AVAILABLE = {"routed": "reads a layer once it is routed", "computed": "reads a layer once it is computed"}

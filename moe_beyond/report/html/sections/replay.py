@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from moe_beyond.report.html.model import Chart, Section, Table
+from moe_beyond.report.html.page import Chart, Section, Table
 from moe_beyond.report.html.strategies import at_summary_budget
 from moe_beyond.report.html.svg import SERIES, Line, fit_axis, format_number, format_percent, line_chart
 from moe_beyond.report.labels import BASELINES, BYTES_AXIS, DEMAND_RATIO_DEFINITION, NO_VALUE, score_lookahead

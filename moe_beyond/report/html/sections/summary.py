@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from moe_beyond.evaluation.strategies import CLAIRVOYANT
 from moe_beyond.geometry import Geometry
 from moe_beyond.metrics import LookaheadMetrics
-from moe_beyond.report.html.model import KeyFigure
+from moe_beyond.report.html.page import KeyFigure
 from moe_beyond.report.html.sections.replay import format_speed
 from moe_beyond.report.html.strategies import at_summary_budget
 from moe_beyond.report.labels import BYTES_AXIS, metric_lookahead, score_lookahead

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.report.html.model import Chart, Section, Table
+from moe_beyond.report.html.page import Chart, Section, Table
 from moe_beyond.report.html.sections.replay import (
     DEMAND_RATIO,
     budget_chart,
@@ -113,11 +113,11 @@ def _speed_chart(results: Sequence[Result], device: Device, geometry: Geometry, 
 
 def _times_table(results: Sequence[Result], device: Device, *, every: bool = False) -> Table:
     first = results[0]
-    room = f" The device has room for {first.device_slots:,} experts." if first.device_slots else ""
+    capacity = f" The device has room for {first.device_slots:,} experts." if first.device_slots else ""
     return Table(
         f"{'Table: ' if every else ''}{device.name} {budget_phrase(first, every)}",
         "Bytes: transferred / demanded. Stall and p95: milliseconds per token. Late: requested, but still in transit "
-        f"when demanded. all_resident: no budget.{room}{f' {DEMAND_RATIO}' if every else ''} "
+        f"when demanded. all_resident: no budget.{capacity}{f' {DEMAND_RATIO}' if every else ''} "
         f"Source of the device's numbers: {device.source or 'not stated'}.",
         headings(every, "hit rate", "bytes", "tokens/s", "stall, ms", "p95, ms", "late"),
         rows_by_budget(

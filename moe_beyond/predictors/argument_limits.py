@@ -4,16 +4,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_beyond.fields import FLAG, Kind, check_kinds
+from moe_beyond.json_fields import FLAG, FieldRule, check_fields
 
 
-def _whole(minimum: int) -> Kind:
-    return Kind(f"a whole number, at least {minimum}", lambda value: type(value) is int and value >= minimum)
+def _whole(minimum: int) -> FieldRule:
+    return FieldRule(f"a whole number, at least {minimum}", lambda value: type(value) is int and value >= minimum)
 
 
-def _number(description: str, minimum: float, maximum: float) -> Kind:
+def _number(description: str, minimum: float, maximum: float) -> FieldRule:
     """Return the kind of finite numbers within inclusive bounds."""
-    return Kind(
+    return FieldRule(
         description,
         lambda value: (
             isinstance(value, int | float)
@@ -32,7 +32,7 @@ POSITIVE = _number("a finite number above 0", LEAST_ABOVE_0, math.inf)
 SHARE = _number("a number within 0..1", 0, 1)
 DROPOUT = _number("a number from 0 to below 1", 0, MOST_BELOW_1)
 
-ARGUMENTS: dict[str, Kind] = {
+ARGUMENTS: dict[str, FieldRule] = {
     # sizes
     "width": COUNT,
     "depth": COUNT,
@@ -71,7 +71,7 @@ ARGUMENTS: dict[str, Kind] = {
     "next_token_head": FLAG,
 }
 """Argument -> permitted values; an argument has the same meaning in all architectures."""
-OPTIMIZATION: dict[str, Kind] = {"lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "warmup": SHARE}
+OPTIMIZATION: dict[str, FieldRule] = {"lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "warmup": SHARE}
 """Argument of the optimiser -> permitted values."""
 
 
@@ -85,4 +85,4 @@ def check_arguments(architecture: str, values: Mapping[str, Any]) -> None:
     Raises:
         UserError: An argument has a value that is not permitted.
     """
-    check_kinds({name: kind for name, kind in ARGUMENTS.items() if name in values}, values, f"{architecture}: ")
+    check_fields({name: rule for name, rule in ARGUMENTS.items() if name in values}, values, f"{architecture}: ")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moe_beyond.fields import shown
+from moe_beyond.json_fields import shown
 from moe_beyond.model_config import layers
 from moe_beyond.model_config.families import (
     ACTIVATION,

@@ -10,7 +10,7 @@ class PrefetchSettings(NamedTuple):
     """Settings of a prefetcher for one model.
 
     Attributes:
-        kind: Number of the prefetcher, a `moe_beyond.cache.prefetchers.Kind`.
+        prefetcher: Number of the prefetcher, a `moe_beyond.cache.prefetchers.PrefetcherId`.
         max_experts: Largest number of experts that it selects per layer (moe_infinity: of all layers).
         threshold: Score that the selected experts exceed.
         distance: Number of layers between the selection and the demand; 0 selects just before the event.
@@ -22,7 +22,7 @@ class PrefetchSettings(NamedTuple):
         replaces_queue: Whether each selection replaces the queued prefetches.
     """
 
-    kind: int
+    prefetcher: int
     max_experts: int
     threshold: float
     distance: int

@@ -20,7 +20,7 @@ Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
-class Kind:
+class FieldRule:
     """A condition on a value.
 
     Attributes:
@@ -32,25 +32,25 @@ class Kind:
     accepts: Callable[[Any], bool]
 
 
-def whole(minimum: int, maximum: int) -> Kind:
+def whole(minimum: int, maximum: int) -> FieldRule:
     """Return the condition for whole numbers within bounds; JSON's true and false are not numbers."""
-    return Kind(
+    return FieldRule(
         f"a whole number within {minimum}..{maximum}",
         lambda value: type(value) is int and minimum <= value <= maximum,
     )
 
 
-def number(above: float, maximum: float) -> Kind:
+def number(above: float, maximum: float) -> FieldRule:
     """Return the condition for finite numbers above one bound and at most another."""
-    return Kind(
+    return FieldRule(
         f"a number above {above:g}, at most {maximum:g}",
         lambda value: isinstance(value, int | float) and type(value) is not bool and above < value <= maximum,
     )
 
 
-def optional(kind: Kind) -> Kind:
-    """Return the condition for null or a value of a kind."""
-    return Kind(f"{kind.description}, or null", lambda value: value is None or kind.accepts(value))
+def optional(rule: FieldRule) -> FieldRule:
+    """Return the condition for null or a value that satisfies a condition."""
+    return FieldRule(f"{rule.description}, or null", lambda value: value is None or rule.accepts(value))
 
 
 def _is_text(value: Any) -> bool:
@@ -62,28 +62,28 @@ def is_plain_name(value: Any) -> bool:
     return _is_text(value) and value not in ("", ".", "..") and not set(value) & set('/\\:*?"<>|')
 
 
-TEXT = Kind(f"text of at most {MAX_TEXT_LENGTH} characters without control characters", _is_text)
-PLAIN_NAME = Kind("a plain name (no folders, no control characters)", is_plain_name)
-SHA256 = Kind(
+TEXT = FieldRule(f"text of at most {MAX_TEXT_LENGTH} characters without control characters", _is_text)
+PLAIN_NAME = FieldRule("a plain name (no folders, no control characters)", is_plain_name)
+SHA256 = FieldRule(
     "64 hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 )
-FLAG = Kind("true or false", lambda value: type(value) is bool)
+FLAG = FieldRule("true or false", lambda value: type(value) is bool)
 
 
-def check_kinds(kinds: Mapping[str, Kind], values: Mapping[str, Any], where: str = "") -> None:
+def check_fields(rules: Mapping[str, FieldRule], values: Mapping[str, Any], location: str = "") -> None:
     """Refuse values that do not satisfy their conditions.
 
     Args:
-        kinds: Condition of each value, by name.
+        rules: Condition of each value, by name.
         values: Values, by name.
-        where: Text before the name in the message (default: none).
+        location: Text before the name in the message (default: none).
 
     Raises:
         UserError: A value does not satisfy its condition.
     """
-    for name, kind in kinds.items():
-        if not kind.accepts(values[name]):
-            raise UserError(f"{where}{name} must be {kind.description} (got {shown(values[name])})")
+    for name, rule in rules.items():
+        if not rule.accepts(values[name]):
+            raise UserError(f"{location}{name} must be {rule.description} (got {shown(values[name])})")
 
 
 def build(cls: Callable[..., Built], content: Any, name: str) -> Built:

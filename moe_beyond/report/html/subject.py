@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from moe_beyond.errors import UserError
-from moe_beyond.fields import brief
+from moe_beyond.json_fields import brief
 from moe_beyond.pretrained import CONFIG_FILE, find_predictor
 from moe_beyond.run_folder import METRICS_FILE, PREDICTOR_FOLDER, RUN_CONFIG_FILE, is_run
 
@@ -119,11 +119,11 @@ def _columns(rows: "csv.DictReader[str]", path: Path) -> dict[str, list[tuple[fl
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def _number(text: str | Sequence[str], name: str, where: str) -> float:
+def _number(text: str | Sequence[str], name: str, location: str) -> float:
     try:
         return float(str(text))
     except ValueError as error:
-        raise UserError(f"{where}: {name} is not a number (got {text!r}); restore the file or delete it") from error
+        raise UserError(f"{location}: {name} is not a number (got {text!r}); restore the file or delete it") from error
 
 
 def validation_replay(config: dict[str, Any]) -> dict[str, Any]:

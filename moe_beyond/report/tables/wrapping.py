@@ -25,7 +25,7 @@ class _Width:
     least: int
 
 
-class FittedTable(Table):
+class WrappedTable(Table):
     """A table that never cuts a cell or a heading.
 
     If the table is too wide, it is fitted in this order:
@@ -61,12 +61,12 @@ class FittedTable(Table):
             return
         for number, group in enumerate(groups):
             part = self._part(
-                group, _fit_widths([widths[index] for index in group], self._room(group, options.max_width))
+                group, _fit_widths([widths[index] for index in group], self._available_width(group, options.max_width))
             )
             if len(groups) > 1:
                 part.title = self.title if number == 0 else "(continued)"
                 part.caption = None
-            yield from super(FittedTable, part).__rich_console__(console, options)
+            yield from super(WrappedTable, part).__rich_console__(console, options)
         if len(groups) > 1 and self.caption:  # at the width of the terminal, not of the last part
             yield console.render_str(str(self.caption), style="table.caption", highlight=False)
 
@@ -84,7 +84,7 @@ class FittedTable(Table):
         natural, whole = max(widest, heading.maximum, floor), max(widest, heading.minimum)
         return _Width(natural, whole, max(unbroken, heading.minimum))
 
-    def _room(self, group: Sequence[int], width: int) -> int:
+    def _available_width(self, group: Sequence[int], width: int) -> int:
         """Return the width that borders and padding leave for cells."""
         return width - 3 * len(group) - 1
 
@@ -104,16 +104,16 @@ class FittedTable(Table):
         return groups or None
 
     def _fits(self, group: Sequence[int], least: Sequence[int], width: int) -> bool:
-        return sum(least[index] for index in group) <= self._room(group, width)
+        return sum(least[index] for index in group) <= self._available_width(group, width)
 
-    def _part(self, group: Sequence[int], widths: Sequence[int]) -> "FittedTable":
+    def _part(self, group: Sequence[int], widths: Sequence[int]) -> "WrappedTable":
         part = copy(self)
         part.columns = [
             replace(self.columns[index], _index=number, width=width, min_width=None, no_wrap=False, overflow="fold")
             for number, (index, width) in enumerate(zip(group, widths, strict=True))
         ]
-        room = sum(widths) + 3 * len(group) + 1
-        part.min_width = self.min_width if self.min_width and self.min_width <= room else None
+        total_width = sum(widths) + 3 * len(group) + 1
+        part.min_width = self.min_width if self.min_width and self.min_width <= total_width else None
         return part
 
     def _lists(self, console: Console) -> Iterable[Text]:
@@ -145,11 +145,11 @@ def _text(console: Console, cell: object) -> Text:
     return console.render_str(cell, highlight=False) if isinstance(cell, str) else Text(str(cell))
 
 
-def _fit_widths(widths: Sequence[_Width], room: int) -> list[int]:
+def _fit_widths(widths: Sequence[_Width], available_width: int) -> list[int]:
     """Narrow the columns with the most spare width, first by breaking headings, then text, until the table fits."""
     fitted = [width.natural for width in widths]
     for bounds in ([width.cells for width in widths], [width.least for width in widths]):
-        while sum(fitted) > room:
+        while sum(fitted) > available_width:
             spare = [width - bound for width, bound in zip(fitted, bounds, strict=True)]
             if max(spare) <= 0:
                 break

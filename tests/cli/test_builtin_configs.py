@@ -1,4 +1,4 @@
-"""Names of shipped configurations, and their distinction from files."""
+"""Names of built-in configurations, and their distinction from files."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from _helpers.common import error_line
 from _helpers.fitting import CONFIGS
 
-from moe_beyond.cli.shipped_configs import find_config, list_configs
+from moe_beyond.cli.builtin_configs import find_config, list_configs
 from moe_beyond.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_a_file_and_a_name_are_distinguished(tmp_path: Path, monkeypatch: pytest
     assert find_config("trainer/default.yaml") == Path("trainer/default.yaml")
     assert find_config("trainer/default") == (CONFIGS / "trainer/default.yaml").resolve()
     (tmp_path / "trainer/default").write_text("")
-    with pytest.raises(UserError, match=r"both a file here and a shipped configuration; write \./trainer/default"):
+    with pytest.raises(UserError, match=r"both a file here and a built-in configuration; write \./trainer/default"):
         find_config("trainer/default")
     assert find_config("./trainer/default") == Path("trainer/default")
 
@@ -33,7 +33,7 @@ def test_a_file_and_a_name_are_distinguished(tmp_path: Path, monkeypatch: pytest
     [
         ("trainer/defalt", "trainer/defalt: not found; did you mean trainer/default?"),
         ("configs/model/cross_layr.yaml", "configs/model/cross_layr.yaml: not found; did you mean model/cross_layer?"),
-        ("nothing-like-it", "nothing-like-it: not found; name a file or a shipped configuration (see fit --help)"),
+        ("nothing-like-it", "nothing-like-it: not found; name a file or a built-in configuration (see fit --help)"),
         ("folder", "folder: is a folder; name a file"),
         (" ", "-c: the name of the file is empty; name a configuration file in YAML"),
     ],

@@ -2,8 +2,8 @@
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState
-from moe_beyond.cache.prefetchers import Kind, adaptive, moe_infinity, oracle, scored
-from moe_beyond.cache.prefetchers.inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.prefetchers import PrefetcherId, adaptive, moe_infinity, oracle, scored
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 
 
 @jit
@@ -15,12 +15,14 @@ def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, la
     Returns:
         Number of experts in ``cache.scratch_int[Scratch.SELECTED]``, the most urgent first.
     """
-    if settings.kind == Kind.NONE or (layer < 0 and not settings.first_layers and not settings.knows_future):
+    if settings.prefetcher == PrefetcherId.NONE or (
+        layer < 0 and not settings.first_layers and not settings.knows_future
+    ):
         return 0
-    if settings.kind == Kind.ORACLE:
+    if settings.prefetcher == PrefetcherId.ORACLE:
         return oracle.select(cache, settings, future, layer)
-    if settings.kind == Kind.ADAPTIVE:
+    if settings.prefetcher == PrefetcherId.ADAPTIVE:
         return adaptive.select(cache, settings, future, layer)
-    if settings.kind == Kind.MOE_INFINITY:
+    if settings.prefetcher == PrefetcherId.MOE_INFINITY:
         return moe_infinity.select(cache, settings, future, layer)
     return scored.select(cache, settings, future, layer)

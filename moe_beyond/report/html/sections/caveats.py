@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moe_beyond.report.html.model import Section
+from moe_beyond.report.html.page import Section
 from moe_beyond.traces.reader import TraceSet
 
 AUTHORS = {
@@ -13,7 +13,7 @@ AUTHORS = {
 }
 
 
-def limits_section(
+def caveats_section(
     traces: TraceSet, config: dict[str, Any], *, warmup_tokens: int, devices: Sequence[str], profile: str | None
 ) -> Section:
     """Define the numbers of the page and state their limits.
@@ -75,6 +75,6 @@ def _lookaheads(lookaheads: Sequence[int | str]) -> list[str]:
     if "next" in lookaheads:
         sentences.append(
             "next: as soon as the layer is routed for the previous token. The next token's id is still unknown, so "
-            "such scores decide which experts to keep, not which to fetch."
+            "such scores decide which experts to keep, not which to prefetch."
         )
     return sentences
