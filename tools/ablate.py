@@ -9,8 +9,8 @@ training text for the same number of steps, which estimates the benefit of more 
 an interrupted fit resumes from its last checkpoint.
 
 Figures are those of the last epoch: recall@K by lookahead; likelihood and calibration error of the first lookahead,
-not calibrated; hit rate and bytes of `lru` with top<K> prefetch at a tenth of the experts. If a C++ compiler is installed,
-`-- --model.compiled=true` is faster.
+not calibrated; hit rate and bytes of `lru` with top<K> prefetch at a tenth of the experts. If a C++ compiler is
+installed, `-- --model.compiled=true` is faster.
 """
 
 import argparse

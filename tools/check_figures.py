@@ -74,7 +74,9 @@ def main() -> None:
         recall = first_recall(webglm, from_predictor(task.predictor.eval(), "token_table"))
         near = abs(recall - TABLE_RECALL) <= TABLE_WITHIN
         rows.append(("token_table: recall@6 %, whole token", recall, f"about {TABLE_RECALL:.0f}", near))
-    table = Table(title="figures on the MoE-Beyond recordings (WebGLM: hit rates exclude the first 10 tokens of a prompt)")
+    table = Table(
+        title="figures on the MoE-Beyond recordings (WebGLM: hit rates exclude the first 10 tokens of a prompt)"
+    )
     for name in ("figure", "value", "expected", ""):
         table.add_column(name)
     for name, found, target, holds in rows:
