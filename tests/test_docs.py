@@ -218,16 +218,16 @@ def test_the_file_table_of_a_package_is_complete(package: str) -> None:
     cells = re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE)
     listed_names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
     assert all((folder / name).exists() for name in listed_names)
-    names = {f"{path.name}/" for path in folder.iterdir() if path.is_dir()} | {
-        path.name for path in folder.glob("*.py")
-    }
-    assert {name for name in listed_names if not re.search("/.", name)} == {n for n in names if not n.startswith("_")}
+    names = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+    names |= {path.name for path in folder.glob("*.py") if not path.name.startswith("_")}
+    assert {name for name in listed_names if not re.search("/.", name)} == names
 
 
 def test_contributing_lists_every_module() -> None:
     layout = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layout")[2].partition("\n## ")[0]
-    modules = {path.stem for path in (ROOT / "moe_beyond").iterdir() if path.is_dir() or path.suffix == ".py"}
-    assert {module for module in modules if not module.startswith("_")} <= set(re.findall(r"\w+", layout))
+    modules = {path.stem for path in (ROOT / "moe_beyond").glob("*.py") if not path.stem.startswith("_")}
+    modules |= {path.parent.name for path in (ROOT / "moe_beyond").glob("*/__init__.py")}
+    assert modules <= set(re.findall(r"\w+", layout))
     assert {line.count("|") for line in layout.splitlines() if line.startswith("|")} == {4}
 
 

@@ -42,7 +42,7 @@ class Policy(Protocol):
 SUMMARIES = {
     "lru": "least recently used",
     "lfu": "least frequently used in the sequence",
-    "lfu_in_cache": "least frequently used since its transfer",
+    "lfu_in_cache": "least frequently used since it was admitted",
     "lfru": "fewest uses per event since the last use (vLLM)",
     "class_lru": "oldest by age, slowed down for frequent use (llama.cpp)",
     "static": "least popular in training text",
