@@ -14,7 +14,7 @@ demo: $(INSTALLED)  ## record, fit and replay the bundled model, into demo/
 
 test: lint unit  ## lint, then unit
 
-lint: $(INSTALLED)  ## check style, types and imports between rooms
+lint: $(INSTALLED)  ## check style, types and imports between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -3,7 +3,7 @@
 Example:
     >>> import moe_beyond as mb
     >>> traces = mb.load_traces("traces/webglm")  # doctest: +SKIP
-    >>> predictor = mb.load_predictor("cross_layer.deepseek-v2-lite-puffin")  # doctest: +SKIP
+    >>> predictor = mb.load_predictor("cross_layer.deepseek-v2-lite-puffin-small")  # doctest: +SKIP
     >>> mb.replay(traces, predictor, budget="10%", device="rtx4060-laptop").table()  # doctest: +SKIP
 """
 

@@ -362,7 +362,7 @@ def replay(
     Example:
         >>> import moe_beyond as mb
         >>> traces = mb.load_traces("traces/webglm")  # doctest: +SKIP
-        >>> mb.replay(traces, "cross_layer.deepseek-v2-lite-puffin", budget=[0.1, 0.2]).plot()  # doctest: +SKIP
+        >>> mb.replay(traces, "cross_layer.deepseek-v2-lite-puffin-small", budget=[0.1, 0.2]).plot()  # doctest: +SKIP
     """
     opened = _traces(traces, "replay")
     options = _options(

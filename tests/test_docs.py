@@ -28,7 +28,7 @@ SET_UP = ("git clone", "cd ", "make ", "python3 -m venv", "pip install", ".venv/
 """Starts of lines that make the environment in which the tests run; `make demo` and `make test` are CI's."""
 LANGUAGES = {"", "bibtex", "json", "python", "sh", "text"}
 
-ROOMS = ("collect", "traces", "predictors", "cache", "simulator", "evaluation", "report", "hub")
+PACKAGES = ("collect", "traces", "predictors", "cache", "simulator", "evaluation", "report", "hub")
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
@@ -36,7 +36,7 @@ PAGES = (
     "configs/README.md",
     "tools/README.md",
     "tests/README.md",
-    *(f"moe_beyond/{room}/README.md" for room in ROOMS),
+    *(f"moe_beyond/{package}/README.md" for package in PACKAGES),
 )
 CARDS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("checkpoints/*/README.md")))
 LINKED = (*PAGES, *CARDS, "CHANGELOG.md", "moe_beyond/GLOSSARY.md", "tools/experiments.md")
@@ -192,21 +192,59 @@ def test_readme_lists_what_is_registered() -> None:
     assert listed("Strategies") == list(STRATEGIES)
     for kind, names in (("Policies", POLICIES), ("Predictors", ARCHITECTURES)):
         assert f"**{kind}** ({len(list(names))})" in text
-    written = [name.replace("<m>", "6").replace("<threshold>", "0.5") for name in listed("Prefetchers")]
+    written = [{"topN": "top6", "p>T": "p>0.5"}.get(name, name) for name in listed("Prefetchers")]
     assert {parse_prefetch(name).prefetcher.id for name in written} == {entry.id for entry in PREFETCHERS.values()}
     formats = listed("Trace formats")
     assert sorted(formats) == sorted((*readable_formats(), *writable_formats()))
     assert f"{len(DEVICES)} device" in text
-    rows = re.findall(r"^\| `([\w.-]+)` \|", text, re.MULTILINE)
-    assert sorted(rows) == sorted(path.split("/")[1] for path in CARDS if "small-moe" not in path)
-    assert set(LARGE) == set(
-        re.findall(r"^\| `([\w.-]+)` \(clone\)", (ROOT / "checkpoints/README.md").read_text(), re.M)
-    )
+    for page in ("README.md", "checkpoints/README.md"):
+        rows = re.findall(r"^\| `([\w.-]+)`(?: \((clone)\))? \|", (ROOT / page).read_text(), re.MULTILINE)
+        assert sorted(name for name, _ in rows) == sorted(
+            card.split("/")[1] for card in CARDS if "small-moe" not in card
+        )
+        assert {name for name, clone in rows if clone} == set(LARGE)
     for page, names in (("cache", POLICIES), ("predictors", ARCHITECTURES)):
         page_text = (ROOT / f"moe_beyond/{page}/README.md").read_text()
         assert set(names) <= set(re.findall(r"^\| `(\w+)` \|", page_text, re.MULTILINE))
     tools = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "tools/README.md").read_text(), re.MULTILINE)
     assert tools == sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_file_table_of_a_package_is_complete(package: str) -> None:
+    folder = ROOT / "moe_beyond" / package
+    text = (folder / "README.md").read_text()
+    (table,) = re.findall(r"^\| (?:file|file or folder|folder or file) \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    cells = re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE)
+    listed_names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    assert all((folder / name).exists() for name in listed_names)
+    names = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+    names |= {path.name for path in folder.glob("*.py") if not path.name.startswith("_")}
+    assert {name for name in listed_names if not re.search("/.", name)} == names
+
+
+def test_contributing_lists_every_module() -> None:
+    layout = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layout")[2].partition("\n## ")[0]
+    modules = {path.stem for path in (ROOT / "moe_beyond").glob("*.py") if not path.stem.startswith("_")}
+    modules |= {path.parent.name for path in (ROOT / "moe_beyond").glob("*/__init__.py")}
+    assert modules <= set(re.findall(r"\w+", layout))
+    assert {line.count("|") for line in layout.splitlines() if line.startswith("|")} == {4}
+
+
+def test_replay_tables_have_the_headings_of_the_program() -> None:
+    from moe_beyond.report.tables import results_table
+
+    geometry = small_geometry(1, 3, 1)
+    programs = []
+    for device in (None, load_device("rtx4060-laptop")):
+        table = results_table([replay(geometry, ReplaySettings(2, device=device), [[[0]], [[1]]])], geometry)
+        programs.append([str(column.header).replace("-\n", "").replace("\n", " ") for column in table.columns])
+    tables = [
+        line for page in PAGES for line in re.findall(r"^\| slots \(share\) \|.*$", (ROOT / page).read_text(), re.M)
+    ]
+    assert tables
+    for heading in tables:
+        assert heading.strip("| ").split(" | ") in programs
 
 
 def test_readme_counts_the_architectures_that_are_recorded() -> None:

@@ -9,8 +9,8 @@ training text for the same number of steps, which estimates the benefit of more 
 an interrupted fit resumes from its last checkpoint.
 
 Figures are those of the last epoch: recall@K by lookahead; likelihood and calibration error of the first lookahead,
-not calibrated; hits and bytes of `lru` with top<K> prefetch at a tenth of the experts. If a C++ compiler is installed,
-`-- --model.compiled=true` is faster.
+not calibrated; hit rate and bytes of `lru` with top<K> prefetch at a tenth of the experts. If a C++ compiler is
+installed, `-- --model.compiled=true` is faster.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def columns(figures: dict[str, float]) -> dict[str, str]:
     shown = {of_lookahead("val", h, "recall_at_k", first=h == lookaheads[0]): f"recall, {h}" for h in lookaheads}
     shown |= {f"{sections[0]}/nll": "NLL", f"{sections[0]}/calibration_error": "cal. error"}
     budget = next(name.partition("/")[0] for name in figures if name.endswith("/hit_rate"))
-    return shown | {f"{budget}/hit_rate": "hits", f"{budget}/bytes_ratio": "bytes"}
+    return shown | {f"{budget}/hit_rate": "hit rate", f"{budget}/bytes_ratio": "bytes"}
 
 
 def main() -> None:

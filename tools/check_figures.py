@@ -61,7 +61,7 @@ def main() -> None:
         asked = grid(common, [166, 332], ("lru", "belady"))
         for result in evaluate(webglm, asked).results:
             target, found = CACHES[result.policy, result.budget_slots], 100 * result.hit_rate
-            name = f"{result.policy}, {result.budget_slots} slots: hits % @ {result.bytes_ratio:.2f} bytes"
+            name = f"{result.policy}, {result.budget_slots} slots: hit rate % @ {result.bytes_ratio:.2f} bytes"
             rows.append((name, found, f"{target} within {WITHIN}", abs(found - target) <= WITHIN))
         recall = first_recall(webglm, from_predictor_folder(find_predictor(PRETRAINED)))
         rows.append((f"{PRETRAINED}: recall@6 %, lookahead 1", recall, f"at least {MIN_RECALL}", recall >= MIN_RECALL))
@@ -74,7 +74,9 @@ def main() -> None:
         recall = first_recall(webglm, from_predictor(task.predictor.eval(), "token_table"))
         near = abs(recall - TABLE_RECALL) <= TABLE_WITHIN
         rows.append(("token_table: recall@6 %, whole token", recall, f"about {TABLE_RECALL:.0f}", near))
-    table = Table(title="figures on the MoE-Beyond recordings (WebGLM: hits exclude the first 10 tokens of a prompt)")
+    table = Table(
+        title="figures on the MoE-Beyond recordings (WebGLM: hit rates exclude the first 10 tokens of a prompt)"
+    )
     for name in ("figure", "value", "expected", ""):
         table.add_column(name)
     for name, found, target, holds in rows:

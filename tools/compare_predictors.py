@@ -190,7 +190,7 @@ def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
     for name in ("predictor", "reads", "available once", "lookahead"):
         shown.add_column(name)
     later = f"recall@{top_k},\nlayers from {FARTHEST + 1} on"
-    for name in (f"recall@{top_k}", later, f"gate mass@{top_k}", "NLL", f"lru + top{top_k}\nhits @ bytes"):
+    for name in (f"recall@{top_k}", later, f"gate mass@{top_k}", "NLL", f"lru + top{top_k}\nhit rate @ bytes"):
         shown.add_column(name, justify="right")
     for name, row in found.items():
         for lookahead, figures in row["metrics"].items():

@@ -184,7 +184,7 @@ def main() -> None:
         for name, rows in (("moe_beyond", published), ("moe_infinity", static))
     }
     figures["classifier"] = classifier(prompts)
-    table = Table(title=f"hits in %, by MoE-Beyond's method, {len(prompts)} prompts")
+    table = Table(title=f"hit rates in %, by MoE-Beyond's method, {len(prompts)} prompts")
     table.add_column("slots")
     for slots in SIZES:
         table.add_column(str(slots), justify="right")

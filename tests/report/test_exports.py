@@ -1,4 +1,4 @@
-"""Rooms of the report export their public names, and tables need no plotting or deep-learning library."""
+"""The packages of the report export their public names, and tables need no plotting or deep-learning library."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""lfu_in_cache: evict the expert that was used least often since it became resident. Ties go by recency.
+"""lfu_in_cache: evict the expert that was used least often since it was admitted. Ties go by recency.
 
 A larger budget can have fewer hits, because the counts then cover other stays in the cache.
 """

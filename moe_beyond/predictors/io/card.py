@@ -129,10 +129,10 @@ def _evaluation(figures: dict[str, Any], training: TrainingRecord | None) -> str
     ]
     lines += [
         f"| {row['lookahead']} | {_share(row, 'recall_at_k')} | {row['nll']:.2f} | {row['calibration_error']:.2%} "
-        f"| {row['accuracy']:.1%} | {row['f1_two_class']:.3f} |"
+        f"| {row['accuracy']:.1%} | {row['f1_two_class']:.1%} |"
         for row in figures["metrics"]
     ]
-    lines += ["\n| slots | strategy | lookahead | hits | bytes moved / demanded |", "|---|---|---|---|---|"]
+    lines += ["\n| slots | strategy | lookahead | hit rate | bytes transferred / demanded |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['budget_slots']:,} ({row['budget_share']:.0%}) | {row['strategy']} | {_lookahead(row)} "
         f"| {_share(row, 'hit_rate')} | {row['bytes_ratio']:.2f}{_ends(row, 'bytes_ratio', '.2f')} |"
