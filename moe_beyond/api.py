@@ -78,7 +78,7 @@ class ReplayReport(ReplayOutcome):
         from moe_beyond.report.tables.results import unavailable_lines
 
         metrics = [self.metrics_table()] if self.metrics else []
-        intervals = intervals_tables(self.metrics, self.results, self.resamples) if self.resamples else []
+        intervals = intervals_tables(self.metrics, self.results, self.bootstrap_draws) if self.bootstrap_draws else []
         return [
             *self.measured_on.lines, *metrics, self.table(), *intervals, *unavailable_lines(self.unavailable),
         ]  # fmt: skip
@@ -475,7 +475,7 @@ def evaluate(
         quantization=quantization,
     )
     draws = _value("bootstrap", bootstrap)
-    report = ReplayReport.of(run_evaluation(options, opened, source, split=_split(split), bootstrap=draws))
+    report = ReplayReport.of(run_evaluation(options, opened, source, split=_split(split), bootstrap_draws=draws))
     _warn(report.measured_on)
     return report
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, command_parser, progress_bar
-from moe_beyond.cli.replay_options import BUDGET_HELP, PREDICTOR_HELP, add_measured_traces, device_help
+from moe_beyond.cli.replay_options import BUDGET_HELP, DEVICE_HELP, PREDICTOR_HELP, add_measured_traces
 from moe_beyond.errors import UserError
 
 DEFAULT_BUDGETS = "5, 10, 15, 20, 30, 40, 50 and 60% of all experts"
@@ -24,9 +24,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("predictor", metavar="RUN_OR_PREDICTOR", help=PREDICTOR_HELP)
     add_measured_traces(parser)
     parser.add_argument("--out", metavar="FILE", required=True, help="HTML file to write")
-    parser.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})")
     parser.add_argument(
-        "--device", action="append", metavar="D", help=f"{device_help()}; repeatable (default: {DEFAULT_DEVICES})"
+        "--budget", action="append", metavar="BUDGET", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})"
+    )
+    parser.add_argument(
+        "--device", action="append", metavar="DEVICE", help=f"{DEVICE_HELP}; repeatable (default: {DEFAULT_DEVICES})"
     )
     parser.add_argument(
         "--warmup-tokens",

@@ -33,4 +33,4 @@ _MODULES = {
     "write_page": "build",
 }
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

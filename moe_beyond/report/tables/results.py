@@ -117,7 +117,7 @@ def _results_caption(results: Sequence[Result]) -> list[str]:
 
 def unavailable_lines(unavailable: Sequence["Unavailable"]) -> list[str]:
     """Return one line per strategy that cannot be replayed, with the reason."""
-    return [f"{entry.strategy}: not available: {entry.why}" for entry in unavailable]
+    return [f"{entry.strategy}: not available: {entry.reason}" for entry in unavailable]
 
 
 def checkpoints_table(rows: Sequence["CheckpointEvaluation"], geometry: Geometry) -> Table:
