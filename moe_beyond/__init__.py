@@ -15,9 +15,11 @@ from moe_beyond.version import __version__ as __version__
 if TYPE_CHECKING:
     from moe_beyond.api import ReplayReport as ReplayReport
     from moe_beyond.api import evaluate as evaluate
+    from moe_beyond.api import import_traces as import_traces
     from moe_beyond.api import list_pretrained as list_pretrained
     from moe_beyond.api import load_predictor as load_predictor
     from moe_beyond.api import load_traces as load_traces
+    from moe_beyond.api import plan as plan
     from moe_beyond.api import record as record
     from moe_beyond.api import replay as replay
     from moe_beyond.errors import UserError as UserError
@@ -30,9 +32,11 @@ _MODULES = {
     "TraceSet": "traces.reader",
     "UserError": "errors",
     "evaluate": "api",
+    "import_traces": "api",
     "list_pretrained": "api",
     "load_predictor": "api",
     "load_traces": "api",
+    "plan": "api",
     "record": "api",
     "replay": "api",
 }

@@ -120,6 +120,7 @@ def build_parser() -> ArgumentParser:
         metavar="8bit|4bit",
         help="quantize the weights with bitsandbytes (default: no quantization; not tested)",
     )
+    parser.epilog = f"{parser.epilog}\n\nmoe_beyond.record does the same in Python, with a loaded model."
     return parser
 
 

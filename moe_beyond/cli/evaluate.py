@@ -42,7 +42,7 @@ def build_parser() -> ArgumentParser:
     add_measured_traces(
         parser,
         default="required unless PREDICTOR is a run (default for a run: the trace set that it validated on)",
-        split_default=f"{UNFITTED}; for a run, the split that it validated on",
+        split_default=f"{UNFITTED}; for a run without --traces, the split that it validated on",
     )
     add_budgets(parser)
     add_grid(parser, "each of the predictor's, except next")

@@ -10,7 +10,7 @@ DESCRIPTIONS = {
     "fit": "Fit a predictor to a trace set, from configuration files and options.",
     "validate": "Validate a checkpoint on the validation split of a trace set.",
     "test": "Test a checkpoint on --data.test_traces, or on the validation split without it.",
-    "predict": "Write a checkpoint's scores for every sequence of --data.test_traces, or of the validation split without it.",
+    "predict": "Write a checkpoint's scores for --data.test_traces, or for the validation split without it.",
 }
 EXAMPLES = {
     "fit": "moe-beyond fit -c trainer/default -c model/cross_layer -c data/traces --data.traces traces/puffin",
@@ -31,8 +31,8 @@ OPTIONS = {
     "--data.val_split": ("SPLIT", "validation split of the trace set (default: validation)"),
     "--data.test_traces": ("DIR", "trace set for test and predict (default: the validation split)"),
     "--model": ("CLASS", "task, such as CrossLayerTask; --model.help CLASS lists its arguments"),
-    "--trainer.max_epochs": ("N", "number of epochs (default: 1000)"),
-    "--trainer.precision": ("PRECISION", "32-true, 16-mixed or bf16-mixed (default: 32-true)"),
+    "--trainer.max_epochs": ("N", "number of epochs (default: 1000; trainer/default sets 8)"),
+    "--trainer.precision": ("NAME", "32-true, 16-mixed or bf16-mixed (default: 32-true)"),
     "--ckpt_path": ("FILE", "checkpoint to load"),
     "--resume": ("RUN", "run to resume, as a folder or one of its checkpoints"),
     "--json": ("FILE", "file for the result as JSON; - prints only the JSON (default: no JSON)"),

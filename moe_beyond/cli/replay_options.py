@@ -100,15 +100,17 @@ def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's f
         "--prefetch",
         action="append",
         metavar="PREFETCHER",
-        help=f"prefetcher: {choices(map(_quoted, SYNTAX))}; quote it, because a shell reads > as a redirection; top6 and p>0.5 take "
-        "a distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, none without)",
+        help=f"prefetcher: {choices(map(_quoted, SYNTAX))}; quote it, because a shell reads > as a redirection; top6 "
+        "and p>0.5 take a distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, "
+        "none without)",
     )
     parser.add_argument(
         "--lookahead",
         action="append",
         metavar="LOOKAHEAD",
         help="lookahead of the scores that prefetchers select by: token, 1, 2, ...; when a token starts, layers "
-        f"without an earlier layer at that distance use the smallest lookahead; repeatable (default: {lookahead_default})",
+        "without an earlier layer at that distance use the smallest lookahead; repeatable (default: "
+        f"{lookahead_default})",
     )
 
 
