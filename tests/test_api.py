@@ -122,7 +122,7 @@ def test_a_share_is_exact() -> None:
         ({"budget": memoryview(b"10%")}, "budget: must be a share"),
         ({"budget": {"10%": 1}}, "budget: must be a share"),
         ({"policy": b"lru"}, "policy: must be text"),
-        ({"lookahead": b"\x01"}, "lookahead: is "),
+        ({"lookahead": b"\x01"}, "lookahead: must be "),
         ({"budget": -3}, "budget '-3'"),
         ({"policy": 3}, "policy: must be text (got 3)"),
         ({"policy": ["lru", None]}, "policy: must be text (got None)"),
@@ -192,10 +192,10 @@ def test_records_slips_are_one_line(tmp_path: Path) -> None:
     folder = shipped_folder("small-moe")
     small = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for prompts, options, line in (
-        ("hi", {}, "prompts: is one str, not a list of prompts; write [...] around it"),
-        (3, {}, "prompts: is one int, not a list of prompts; write [...] around it"),
-        ([3], {}, "prompts[0]: is not a record with a text under one of messages, "),
-        ([[{"role": "user"}]], {}, "prompts[0]: is not a record with a text under one of messages, "),
+        ("hi", {}, "prompts: must be a list of prompts (got one str); write [...] around it"),
+        (3, {}, "prompts: must be a list of prompts (got one int); write [...] around it"),
+        ([3], {}, "prompts[0]: must be a record with a text in one of messages, "),
+        ([[{"role": "user"}]], {}, "prompts[0]: must be a record with a text in one of messages, "),
         (["hi"], {"generat": 3}, "record: unknown argument 'generat'; did you mean 'generate'?"),
     ):
         with pytest.raises(UserError) as error:
