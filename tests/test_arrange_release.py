@@ -140,7 +140,7 @@ def test_a_folder_that_is_no_clone_is_refused_in_one_line(clone: Path, tmp_path:
     assert f"{other} already exists" in refused(clone, other)
     path = recording(clone, 1)
     path.write_text(path.read_text().replace("[", "[x", 1))
-    assert f"{path}: row 2: expert id 'x" in refused(clone, out)
+    assert f"{path}: row 2: an expert id must be a whole number (got 'x" in refused(clone, out)
     path.unlink()
     for number in (2, 3, 4):
         prediction(clone, NUMBERS[number]).unlink()

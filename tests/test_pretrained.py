@@ -7,7 +7,7 @@ import pytest
 
 from moe_beyond import pretrained
 from moe_beyond.errors import UserError
-from moe_beyond.predictors.io.folder import load_predictor, read_config
+from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.pretrained import CHECKPOINTS_VARIABLE as VARIABLE
 from moe_beyond.pretrained import (
     CONFIG_FILE,
@@ -26,7 +26,7 @@ def test_every_pretrained_predictor_loads_and_names_its_training_data() -> None:
     assert names
     for name in names:
         config = read_config(find_predictor(name))
-        predictor = load_predictor(find_predictor(name))
+        predictor = read_predictor(find_predictor(name))
         assert name.startswith(f"{predictor.architecture}.")
         assert len(config["training"]["fingerprint"]) == 64
         assert f"# {name}" in (shipped_folder(name) / "README.md").read_text()

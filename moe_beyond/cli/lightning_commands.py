@@ -1,10 +1,12 @@
 """``moe-beyond fit``, ``validate``, ``test`` and ``predict``: their short help, without importing Lightning."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
 
 from moe_beyond.cli.options import example_text
 from moe_beyond.cli.shipped_configs import list_configs
+from moe_beyond.predictors.registry import CLASSES
 
 DESCRIPTIONS = {
     "fit": "Fit a predictor to a trace set, from configuration files and options.",
@@ -67,10 +69,15 @@ def short_help(command: str) -> str:
     for option, (metavar, text) in command_options(command).items():
         names = "-c, --config" if option == "--config" else option
         lines.append(f"  {f'{names} {metavar}'.rstrip():<26} {text}")
-    configs = textwrap.wrap(", ".join(list_configs()), 110, break_on_hyphens=False)
-    lines += ["", "shipped configurations:", *(f"  {line}" for line in configs)]
+    tasks = [f"{name}Task" for name in CLASSES.values()]
+    tasks += [entry.attr for entry in entry_points(group="moe_beyond.tasks")]
+    lines += ["", "tasks:", *_wrapped(tasks), "", "shipped configurations:", *_wrapped(list_configs())]
     lines += ["", example_text(EXAMPLES[command])]
     return "\n".join(lines)
+
+
+def _wrapped(names: Iterable[str]) -> list[str]:
+    return textwrap.wrap(", ".join(names), 112, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,9 +20,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-import moe_beyond.callbacks
-import moe_beyond.datamodules
-import moe_beyond.tasks  # noqa: F401  (configs name these classes without their module)
 from moe_beyond.callbacks import TrackWandb
 from moe_beyond.callbacks.epoch_summary import EpochSummary
 from moe_beyond.callbacks.export import export_folder
@@ -51,6 +48,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.tasks.gradient import GradientTask
+from moe_beyond.tasks.registry import import_tasks
 
 HARMLESS_WARNINGS = (
     ".*does not have many workers.*",
@@ -360,6 +358,7 @@ def main(argv: list[str]) -> None:
         lambda record: LITLOGGER_HINT not in record.getMessage()
     )
     guard_yaml()
+    import_tasks()  # configs name tasks without their module
     # On the class, for the parsers that jsonargparse makes of it.
     Parser.command, Parser.example = argv[0], EXAMPLES[argv[0]]
     with printing_last_lines(), finishing_wandb():

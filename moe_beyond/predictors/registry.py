@@ -13,15 +13,19 @@ most_recent = "moe_beyond_example.task:MostRecentTask"
 A notebook calls `register` instead.
 """
 
-from typing import Any, TypeVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_beyond.errors import UserError
 from moe_beyond.fields import brief
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.base import Predictor
 from moe_beyond.registry import Registry
 
-P = TypeVar("P", bound=type[Predictor])
+if TYPE_CHECKING:  # torch takes seconds, and help lists the names
+    from moe_beyond.predictors.base import Predictor
+
+P = TypeVar("P", bound="type[Predictor]")
 
 PACKAGE = __name__.partition(".")[0]
 """Import name of this package."""

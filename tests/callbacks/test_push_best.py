@@ -60,7 +60,7 @@ def test_a_push_that_fails_loses_no_fit(hub: Hub, fitted, capsys) -> None:
     [
         (BOTH, "hf_wrongOne", "hf:org/tiny: the Hub does not accept the token"),
         (BOTH, None, "hf:org/tiny: the Hub requires a token"),
-        (BOTH.replace("org/tiny", "tiny"), "", "'tiny' is no repository; write ORG/REPO"),
+        (BOTH.replace("org/tiny", "tiny"), "", "'tiny' is not the name of a repository; write ORG/REPO"),
         (BOTH.replace("{class_path: ExportBest}, ", ""), "", "put ExportBest before it"),
     ],
 )

@@ -51,7 +51,7 @@ def test_an_import_says_what_the_recording_does_not_tell(desk, capsys):
     out = capsys.readouterr().out
     assert "out: 12 entries in = 12 entries out" in out
     assert "text: routed experts of an engine, src (author: unknown)" in out
-    assert "no token ids: the recording has none" in out
+    assert "no token ids: predictors" in out
     assert json.loads(Path("told.json").read_text())["token_ids"] is False
     assert json.loads(Path("out/manifest.json").read_text())["quantization_bits"] == 4.25
 

@@ -264,10 +264,10 @@ def test_subjects_and_places_that_cannot_be(run: Run, tmp_path: Path, capsys) ->
 
 
 def test_help_states_the_defaults_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    from moe_beyond.report.html.strategies import DEVICES, SHARES
+    from moe_beyond.report.html.strategies import DEFAULT_DEVICES, DEFAULT_SHARES
 
     assert main(["report", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"(default: {', '.join(DEVICES)})" in text
-    *shares, last = SHARES
+    assert f"(default: {', '.join(DEFAULT_DEVICES)})" in text
+    *shares, last = DEFAULT_SHARES
     assert f"(default: {', '.join(map(str, shares))} and {last}% of all experts)" in text

@@ -101,7 +101,7 @@ def test_ctrl_c_in_the_quickstart_is_a_line(
         except KeyboardInterrupt:
             sys.exit(1)
 
-    monkeypatch.setattr(quickstart, "run", interrupted)
+    monkeypatch.setattr(quickstart, "main", interrupted)
     assert main(["quickstart", "--out", str(tmp_path / "demo")]) == 130
     assert capsys.readouterr().err == "moe-beyond: interrupted\n"
 
@@ -111,7 +111,7 @@ def test_a_finished_run_goes_on_for_longer_and_evaluate_sees_all(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--resume", str(run.folder), "--trainer.max_epochs=4"]) == 0
-    assert "from here on the learning rate follows the new schedule" in capsys.readouterr().err
+    assert "the learning rate follows the new schedule from here" in capsys.readouterr().err
     resumed = next(tmp_path.glob("runs/*/version_0"))
     config = yaml.safe_load((resumed / "config.yaml").read_text())
     assert Path(config["ckpt_path"]).parent == run.folder / "checkpoints"

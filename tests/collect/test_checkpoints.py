@@ -199,7 +199,9 @@ def test_a_model_that_transformers_has_is_loaded_without_its_code(tmp_path: Path
     shutil.copyfile(tmp_path / "saved" / "model.safetensors", folder / "model.safetensors")
     words = [word for word in command(tmp_path, "--model", folder) if word != "--quiet"]
     assert main(words) == 0
-    assert f"{folder}: its own code (auto_map) is not run; transformers' own model is used" in capsys.readouterr().out
+    assert (
+        f"{folder}: its code (auto_map) is not run; the model class of transformers is used" in capsys.readouterr().out
+    )
     assert not (folder / "RUN").exists()
 
 

@@ -254,18 +254,18 @@ def test_blocks_of_prompts_are_held_out(small: tuple, tmp_path: Path) -> None:
 
 def test_the_manifest_and_the_card_say_how_text_was_written(small: tuple, tmp_path: Path) -> None:
     for name, asked, generation, said in (
-        ("read", CollectConfig(), None, "people or another program wrote it.\n"),
+        ("read", CollectConfig(), None, "read by the model, written by people or another program.\n"),
         (
             "greedy",
             CollectConfig(generate=2),
             {"tokens": 2, "temperature": 0.0},
-            "2 tokens after each prompt, the most",
+            "at most 2 tokens after each prompt, always the most probable one",
         ),
         (
             "drawn",
             CollectConfig(generate=2, temperature=0.7, seed=5),
             {"tokens": 2, "temperature": 0.7, "seed": 5},
-            "at most 2 tokens after each prompt, drawn at temperature 0.7",
+            "at most 2 tokens after each prompt, sampled at temperature 0.7",
         ),
     ):
         traces = collect(*small, prompts(), tmp_path / name, asked, rank=ProcessRank(0, 1))

@@ -172,7 +172,7 @@ def test_a_dense_model_is_refused(words, tmp_path, capsys) -> None:
 
 def test_a_folder_that_cannot_be_made(words, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "cannot be the present one" in failure(capsys, tmp_path, replaced(words, "--out", "."))
+    assert "is or contains the working folder" in failure(capsys, tmp_path, replaced(words, "--out", "."))
     line = failure(capsys, tmp_path, replaced(words, "--out", tmp_path / "prompts.txt" / "traces"))
     assert str(tmp_path / "prompts.txt") in line
     assert line.endswith(("Not a directory", "File exists"))

@@ -95,7 +95,7 @@ def test_a_predictor_reads_ids_that_it_was_not_fitted_on_as_unknown(padded: Path
     fitted.tokens.ngrams.zero_()
     with torch.inference_mode():
         assert torch.equal(fitted(collate([unknown])), fitted(collate([never_seen])))
-    with pytest.raises(UserError, match=f"has {ROWS} ids, but the predictor knows {KNOWN}"):
+    with pytest.raises(UserError, match=f"has {ROWS} ids, but the predictor was fitted with {KNOWN}"):
         check_fits(fitted, traces.manifest, traces.folder, "0" * 64)
 
 
@@ -111,7 +111,9 @@ def test_a_folder_of_parts_from_before_is_finished(padded: Path, tmp_path: Path,
     monkeypatch.setattr(collecting, "merge_parts", stop)
     assert main(words) == 130
     pieces = tmp_path / ".traces.collecting"
-    assert f"moe-beyond: 1 of 1 batches are kept in {pieces}; the same command goes on" in capsys.readouterr().err
+    assert (
+        f"moe-beyond: 1 of 1 batches are stored in {pieces}; run the same command to resume" in capsys.readouterr().err
+    )
     request = json.loads((pieces / "key.json").read_text())
     before = ManifestTokenizer("model", KNOWN, request["tokenizer"])
     request |= {"tokenizer": vars(before), "tool_version": "0.0.1"}

@@ -132,7 +132,7 @@ def test_what_groups_do_keep_off_is_refused() -> None:
 
 
 def test_a_table_of_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--steer: layer 1 of tiny: no scores of what it reads were found that"):
+    with pytest.raises(UserError, match=r"--steer: layer 1 of tiny cannot be steered: no scores explain its choice"):
         routed_under(moes.tiny_model("DeepseekV4ForCausalLM"), Steering(off=((1, 0), (3, 0))))
 
 
@@ -140,7 +140,7 @@ def test_an_error_of_the_model_leaves_nothing_behind() -> None:
     model = moes.tiny_model("MixtralForCausalLM")
     with (
         pytest.raises(IndexError),
-        routed_under(model, Steering(off=((1, 0),)), shape_of(model)),
+        steered(model, Steering(off=((1, 0),)), shape_of(model)),
         model.model.layers[1].mlp.gate.register_forward_pre_hook(lambda module, args: [][0]),
     ):
         model(PROMPT)

@@ -239,5 +239,7 @@ def test_pins_keep_to_a_layers_slots_and_to_a_profile(traces: TraceSet) -> None:
 def test_pins_of_slots_that_do_not_do(traces: TraceSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="below one event's demand"):
         pins(traces, None, 7, "per-layer", even_split, None)
-    with pytest.raises(UserError, match="quotas must be 4 numbers that sum to 15 slots"):
+    with pytest.raises(
+        UserError, match=r"quotas must be 4 numbers that sum to 15 slots \(got 4 numbers that sum to 14\)"
+    ):
         pins(traces, None, 15, "per-layer", lambda slots: (2, 5, 3, 4), None)

@@ -11,7 +11,7 @@ def test_a_class_calls_itself_what_the_registry_does(name):
     found = ARCHITECTURES[name]
     assert issubclass(found, Predictor)
     assert found.architecture == name
-    assert found.link in ("sigmoid", "softmax", "subset")
+    assert found.activation in ("sigmoid", "softmax", "subset")
 
 
 def test_an_unknown_architecture_names_the_near_miss():

@@ -15,6 +15,7 @@ from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.results import Unavailable
 from moe_beyond.evaluation.sizing import SizingResult, parse_target
 from moe_beyond.evaluation.strategies import grid, with_baselines
+from moe_beyond.metrics import FIGURES, LookaheadMetrics
 from moe_beyond.report.labels import score_lookahead, strategy_label
 from moe_beyond.report.plots.files import TIMELINE_TOKEN, replay_figures
 from moe_beyond.report.tables.intervals import intervals_tables
@@ -159,5 +160,9 @@ def test_unavailable_strategies_and_bottlenecks_are_shown(trace_set: TraceSet) -
 
 def test_intervals_mark_leaks(trace_set: TraceSet) -> None:
     result = result_of(trace_set, lookahead=0, intervals={"hit_rate": (0.1, 0.2)})
-    metrics = [{"k": 2, "lookahead": 0, "causal": True, "recall_at_k": 0.5, "intervals": {"recall_at_k": (0.4, 0.6)}}]
+    row = LookaheadMetrics(
+        lookahead=0, k=2, tokens=1, by_layer=(), reliability=(), intervals={"recall_at_k": [0.4, 0.6]},
+        **dict.fromkeys(FIGURES, 0.5),
+    )  # fmt: skip
+    metrics = [row]
     assert [text_of(table).count("0 (LEAK)") for table in intervals_tables(metrics, [result], 100)] == [1, 1]

@@ -19,8 +19,8 @@ from moe_beyond.evaluation.results import CheckpointEvaluation, Evaluation
 from moe_beyond.evaluation.sizing import SizingResult, parse_target
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.geometry import load_preset
+from moe_beyond.metrics import FIGURES, LookaheadMetrics
 from moe_beyond.pretrained import pretrained_figures
-from moe_beyond.report.labels import METRIC_COLUMNS
 from moe_beyond.report.tables.devices import device_rows, devices_tables
 from moe_beyond.report.tables.fitted import FittedTable
 from moe_beyond.report.tables.inspection import inspection_tables
@@ -32,6 +32,7 @@ from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.devices import DEVICES, load_device
 from moe_beyond.traces.analysis.contrast import contrast_traces
 from moe_beyond.traces.analysis.statistics import summarize
+from moe_beyond.traces.analysis.summary import GateMass, LayerPhases, PhaseCounts, PhaseSummary
 
 WIDE = 400
 NUMBER = re.compile(r"[+-]?\d[\d.,]*%?")
@@ -67,8 +68,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         traces, with_baselines(asked, common, geometry), sources=[source], measure=source, bootstrap_draws=100
     )
     found |= {f"intervals: {t.title}": t for t in intervals_tables(sized.metrics, sized.results, 100)}
-    row = {name: 0.98765 for name in METRIC_COLUMNS} | {"nll": 123.45, "tokens": 1_234_567, "k": 6, "causal": False}
-    rows = [{**row, "lookahead": lookahead} for lookahead in (1, 2, 3, "next")]
+    figures = {**dict.fromkeys(FIGURES, 0.98765), "nll": 123.45}
+    row = LookaheadMetrics(lookahead=1, k=6, tokens=1_234_567, by_layer=(), reliability=(), causal=False, **figures)
+    rows = [replace(row, lookahead=lookahead) for lookahead in (1, 2, 3, "next")]
     found["metrics"] = metrics_table(rows)
     checkpoints = [
         CheckpointEvaluation(f"epoch={n}-step={n}00000.ckpt", n, 100_000 * n, Evaluation(rows, results))
@@ -80,18 +82,18 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         SizingResult("lru", results[1], None),
     ]
     found["plan"] = sizing_table(sizings, parse_target("90%"), geometry, 123_456_789)
-    summary = summarize(traces) | {"contrast": contrast_traces(traces, other)}
-    summary["contrast"]["other"]["traces"] = "traces/other"  # a temporary folder's name has digits of its own
-    summary["phases"] = {"prefill_tokens": 123_456, "decode_tokens": 234_567, "sequences": 1_234}
-    for layer in summary["by_layer"]:
-        phase = {
-            "normalized_entropy": 0.98765,
-            "token_to_token_reuse": 0.12345,
-            "popularity": [0.5, 0.25, 0.125, 0.125],
-        }
-        layer["phases"] = {"prefill": phase, "decode": phase, "total_variation": 0.1, "total_variation_by_chance": 0.2}
-        layer["gate_mass"] = {"by_rank": [0.6, 0.4], "popularity": [0.5, 0.25, 0.125, 0.125]}
-    found |= {f"inspection: {table.title}": table for table in inspection_tables(summary)}
+    summary, difference = summarize(traces), contrast_traces(traces, other)
+    # The name of a temporary folder has digits of its own.
+    difference = replace(difference, other={**difference.other, "traces": "traces/other"})
+    popularity = [0.5, 0.25, 0.125, 0.125]
+    phase = PhaseSummary(0.98765, 0.12345, popularity)
+    phases, gate_mass = LayerPhases(phase, phase, 0.1, 0.2), GateMass([0.6, 0.4], popularity)
+    summary = replace(
+        summary,
+        phases=PhaseCounts(1_234, 123_456, 234_567),
+        by_layer=tuple(replace(layer, phases=phases, gate_mass=gate_mass) for layer in summary.by_layer),
+    )
+    found |= {f"inspection: {table.title}": table for table in inspection_tables(summary, difference)}
     preset = load_preset("deepseek-v2-lite").geometry
     rows = device_rows([load_device(name) for name in DEVICES], preset, 16.0)
     found |= {f"devices: {table.title}": table for table in devices_tables(rows, preset, 16.0)}
