@@ -7,17 +7,19 @@ Example:
     >>> mb.replay(traces, predictor, budget="10%", device="rtx4060-laptop").table()  # doctest: +SKIP
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moe_beyond.exports import lazy_exports
 from moe_beyond.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moe_beyond.api import ReplayReport as ReplayReport
     from moe_beyond.api import evaluate as evaluate
+    from moe_beyond.api import import_traces as import_traces
     from moe_beyond.api import list_pretrained as list_pretrained
     from moe_beyond.api import load_predictor as load_predictor
     from moe_beyond.api import load_traces as load_traces
+    from moe_beyond.api import plan as plan
     from moe_beyond.api import record as record
     from moe_beyond.api import replay as replay
     from moe_beyond.errors import UserError as UserError
@@ -30,9 +32,11 @@ _MODULES = {
     "TraceSet": "traces.reader",
     "UserError": "errors",
     "evaluate": "api",
+    "import_traces": "api",
     "list_pretrained": "api",
     "load_predictor": "api",
     "load_traces": "api",
+    "plan": "api",
     "record": "api",
     "replay": "api",
 }
@@ -40,13 +44,4 @@ _MODULES = {
 
 __all__ = ["__version__", *_MODULES]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moe_beyond.collect.prompts import Prompt
+    from moe_beyond.evaluation.sizing import SizingReport
     from moe_beyond.evaluation.sources import ScoreSource
     from moe_beyond.predictors.base import Predictor
     from moe_beyond.predictors.training_text import MeasuredText
@@ -78,7 +79,7 @@ class ReplayReport(ReplayOutcome):
         from moe_beyond.report.tables.results import unavailable_lines
 
         metrics = [self.metrics_table()] if self.metrics else []
-        intervals = intervals_tables(self.metrics, self.results, self.resamples) if self.resamples else []
+        intervals = intervals_tables(self.metrics, self.results, self.bootstrap_draws) if self.bootstrap_draws else []
         return [
             *self.measured_on.lines, *metrics, self.table(), *intervals, *unavailable_lines(self.unavailable),
         ]  # fmt: skip
@@ -151,7 +152,7 @@ def _check_names(function: str, options: Mapping[str, Any]) -> None:
         others = [other for other, names in _FUNCTIONS.items() if name in names]
         if others:
             raise UserError(f"{function}: takes no {name}; moe_beyond.{others[0]} does")
-        raise unknown("option", name, _FUNCTIONS[function])
+        raise UserError(f"{function}: {unknown('argument', name, _FUNCTIONS[function])}")
 
 
 @_public
@@ -172,7 +173,7 @@ def record(
     hidden_states: bool = False,
     steering: Steering | None = None,
 ) -> TraceSet:
-    """Run a model over prompts, optionally generate, and write its routing as a trace set.
+    """Run a model over prompts, optionally generate, and write its routing as a trace set: ``moe-beyond collect``.
 
     Args:
         model: Loaded transformers mixture-of-experts model, on any device, offloaded or not.
@@ -186,7 +187,8 @@ def record(
         val_blocks: ``SIZE:EVERY`` moves blocks of consecutive prompts to the split ``validation`` (default: no split).
         gate_weights: Whether gate weights are recorded (default: True).
         batch_size: Prompts per batch (default: 8).
-        max_tokens: Tokens to which longer prompts are truncated (default: the model's positions; longer is an error).
+        max_tokens: Length to which prompts are truncated, in tokens (default: no truncation; a prompt longer than the
+            model's positions is an error).
         shard_tokens: Tokens at which a shard is closed (default: 65536).
         hidden_states: Whether hidden states and router weights are recorded; takes about a hundred times the space of
             the routing (default: False).
@@ -341,16 +343,17 @@ def replay(
         device: Device preset or JSON file; enables the timing model (default: no timing).
         scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
         quotas: Slots per layer with ``"per-layer"``: ``"even"``, ``"proportional"`` or ``"10,8,8"`` (default: even).
-        profile: Fitted ``history`` or ``popularity`` predictor for policies that need a usage profile (default: none).
+        profile: Fitted ``history`` or ``popularity`` predictor for policies that need a usage profile (default: none;
+            with ``strategy``, the pretrained history predictor).
         warm_start: Whether every sequence starts with the profile's most popular experts (default: False).
-        carry_over: Whether a sequence starts with the cache of the sequence before (default: False).
+        carry_over: Whether to keep the cache from the previous sequence (default: False).
         cold_host: Whether host memory before flash starts empty (default: False).
         prefill_chunk: Prompt tokens per step; 0 makes every token a step (default: 0).
         batch_size: Sequences decoded together (default: 1).
-        sequential: Whether to count access by access, as other simulators do (default: False).
+        sequential: Whether every access is its own event, as in libCacheSim (default: False).
         warmup_tokens: Tokens at the start of each sequence that do not count (default: 0).
-        no_first_layer_prefetch: Whether to skip prefetching for layers whose scores exist when the token starts
-            (default: False).
+        no_first_layer_prefetch: Whether to skip prefetching, at a token's start, for layers that have no earlier layer
+            at the lookahead (default: False).
         quantization: Bits per parameter (default: as recorded in the trace set).
 
     Raises:
@@ -425,20 +428,21 @@ def evaluate(
         budget: Memory budget or budgets, as in `replay` (default: 10%).
         policy: Eviction policy or policies (default: lru).
         prefetch: Prefetcher or prefetchers (default: ``top<K>``).
-        lookahead: Lookahead or lookaheads that prefetchers select by (default: all of the predictor).
+        lookahead: Lookahead or lookaheads that prefetchers select by (default: each of the predictor's,
+            except ``next``).
         device: Device preset or JSON file; enables the timing model (default: no timing).
         scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
         quotas: Slots per layer with ``"per-layer"``, as in `replay` (default: even).
         profile: Fitted ``history`` or ``popularity`` predictor, as in `replay` (default: none).
         warm_start: Whether every sequence starts with the profile's most popular experts (default: False).
-        carry_over: Whether a sequence starts with the cache of the sequence before (default: False).
+        carry_over: Whether to keep the cache from the previous sequence (default: False).
         cold_host: Whether host memory before flash starts empty (default: False).
         prefill_chunk: Prompt tokens per step; 0 makes every token a step (default: 0).
         batch_size: Sequences decoded together (default: 1).
-        sequential: Whether to count access by access, as other simulators do (default: False).
+        sequential: Whether every access is its own event, as in libCacheSim (default: False).
         warmup_tokens: Tokens at the start of each sequence that do not count in the replay (default: 0).
-        no_first_layer_prefetch: Whether to skip prefetching for layers whose scores exist when the token starts
-            (default: False).
+        no_first_layer_prefetch: Whether to skip prefetching, at a token's start, for layers that have no earlier layer
+            at the lookahead (default: False).
         quantization: Bits per parameter (default: as recorded in the trace set).
 
     Raises:
@@ -475,9 +479,169 @@ def evaluate(
         quantization=quantization,
     )
     draws = _value("bootstrap", bootstrap)
-    report = ReplayReport.of(run_evaluation(options, opened, source, split=_split(split), bootstrap=draws))
+    report = ReplayReport.of(run_evaluation(options, opened, source, split=_split(split), bootstrap_draws=draws))
     _warn(report.measured_on)
     return report
+
+
+@_public
+def plan(
+    traces: TracesLike,
+    target: str,
+    predictor: PredictorLike | None = None,
+    *,
+    split: str | None = None,
+    strategy: str | Iterable[str] = (),
+    policy: str | Iterable[str] = (),
+    prefetch: str | Iterable[str] = (),
+    lookahead: str | int | Iterable[str | int] = (),
+    device: str | Path | None = None,
+    scope: str = "global",
+    quotas: str | None = None,
+    profile: str | Path | None = None,
+    warm_start: bool = False,
+    carry_over: bool = False,
+    cold_host: bool = False,
+    prefill_chunk: int = 0,
+    batch_size: int = 1,
+    sequential: bool = False,
+    warmup_tokens: int = 0,
+    no_first_layer_prefetch: bool = False,
+    quantization: float | None = None,
+) -> SizingReport:
+    """Find the smallest budget at which each strategy reaches a target, or its bottleneck: ``moe-beyond plan``.
+
+    On a device, budgets stay within its memory. Strategies and conditions are those of `replay`.
+
+    Args:
+        traces: Trace set, as in `replay`.
+        target: Hit rate, such as ``"90%"``, or speed on a device, such as ``"10tok/s"``.
+        predictor: Predictor whose scores are used, or a name as in `load_predictor` (default: none).
+        split: Split to measure, as in `replay`.
+        strategy: Named strategy or strategies, or ``"all"``, in place of policy and prefetch (default: none).
+        policy: Eviction policy or policies (default: lru).
+        prefetch: Prefetcher or prefetchers (default: ``top<K>`` with a predictor).
+        lookahead: Lookahead or lookaheads of the scores that prefetchers select by (default: the predictor's first).
+        device: Device preset or JSON file; enables the timing model (default: no timing).
+        scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
+        quotas: Slots per layer with ``"per-layer"``: ``"even"`` or ``"proportional"`` (default: even).
+        profile: Fitted ``history`` or ``popularity`` predictor, as in `replay`.
+        warm_start: Whether every sequence starts with the profile's most popular experts (default: False).
+        carry_over: Whether to keep the cache from the previous sequence (default: False).
+        cold_host: Whether host memory before flash starts empty (default: False).
+        prefill_chunk: Prompt tokens per step; 0 makes every token a step (default: 0).
+        batch_size: Sequences decoded together (default: 1).
+        sequential: Whether every access is its own event, as in libCacheSim (default: False).
+        warmup_tokens: Tokens at the start of each sequence that do not count (default: 0).
+        no_first_layer_prefetch: Whether to skip first-layer prefetching, as in `replay` (default: False).
+        quantization: Bits per parameter (default: as recorded in the trace set).
+
+    Raises:
+        UserError: The target or an option cannot be read, or the predictor does not fit the traces.
+
+    Warns:
+        UserWarning: The predictor may have been fitted on the measured text.
+
+    Example:
+        >>> import moe_beyond as mb
+        >>> mb.plan("traces/webglm", "10tok/s", device="rtx4060-laptop", strategy="all").sizings  # doctest: +SKIP
+    """
+    from moe_beyond.evaluation.sizing import parse_target, run_sizing
+
+    opened = _traces(traces, "plan")
+    if not isinstance(target, str):
+        raise UserError(f"target: must be text such as '90%' or '10tok/s' (got {shown(target)})")
+    options = _options(
+        budget=DEFAULT_BUDGET,
+        strategy=strategy,
+        policy=policy,
+        prefetch=prefetch,
+        lookahead=lookahead,
+        device=device,
+        scope=scope,
+        quotas=quotas,
+        profile=profile,
+        warm_start=warm_start,
+        carry_over=carry_over,
+        cold_host=cold_host,
+        prefill_chunk=prefill_chunk,
+        batch_size=batch_size,
+        sequential=sequential,
+        warmup_tokens=warmup_tokens,
+        no_first_layer_prefetch=no_first_layer_prefetch,
+        quantization=quantization,
+    )
+    source = _source(predictor, "plan")
+    report = run_sizing(options, opened, parse_target(target), source, split=_split(split))
+    _warn(report.measured_on)
+    return report
+
+
+@_public
+def import_traces(
+    format: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path,
+    tokenizer: str | Path | None = None,
+    val_blocks: str | None = None,
+    quantization: float | None = None,
+    format_options: Mapping[str, Any] | None = None,
+) -> TraceSet:
+    """Convert another tool's recording into a trace set: ``moe-beyond import``.
+
+    Args:
+        format: Name of the format, such as ``"vllm"`` (`moe_beyond.traces.formats.readable_formats`).
+        source: Recording: a file, or a folder of files.
+        out: Trace set to write.
+        model: Model that was recorded: a preset, a folder with a ``config.json``, a ``config.json``, or a geometry
+            file.
+        tokenizer: Tokenizer of the token ids: a ``tokenizer.json``, a folder with one, or a name on the Hub (default:
+            the tokenizer of the preset or of the model's folder).
+        val_blocks: ``SIZE:EVERY`` moves blocks of consecutive sequences to the split ``validation`` (default: no
+            split).
+        quantization: Bits per parameter of the model that was recorded (default: 16; ``moe-beyond-csv``: 8).
+        format_options: Options of the format, such as ``{"sequence_tokens": 2048}`` of ``flame-moe`` (default: none).
+
+    Raises:
+        UserError: There is no such format, or the recording does not fit the model or the tokenizer.
+
+    Example:
+        >>> import moe_beyond as mb
+        >>> mb.import_traces("vllm", "engine", "traces/engine", model="deepseek-v2-lite")  # doctest: +SKIP
+    """
+    from moe_beyond.geometry import load_preset
+    from moe_beyond.traces.formats import FORMATS, format_reader
+
+    read = format_reader(format)
+    options = dict(format_options or {})
+    accepted = [option.name for option in FORMATS[format].options]
+    for name in options:
+        if name not in accepted:
+            raise UserError(f"format_options: {format} has no option {name!r} (known: {', '.join(accepted) or 'none'})")
+    if quantization is not None:
+        options["quantization_bits"] = _bits(quantization)
+    return read(
+        _path(source, "import_traces: source"),
+        _path(out, "import_traces: out"),
+        load_preset(_path(model, "import_traces: model")),
+        tokenizer=None if tokenizer is None else _path(tokenizer, "import_traces: tokenizer"),
+        val_blocks=val_blocks,
+        **options,
+    )
+
+
+def _bits(quantization: Any) -> float:
+    """Check a number of bits per parameter.
+
+    Raises:
+        UserError: It is no number above 0.
+    """
+    bits: float = _value("quantization", quantization)
+    if not bits > 0:
+        raise UserError(f"quantization: bits per parameter must be more than 0 (got {bits:g})")
+    return bits
 
 
 def _traces(traces: TracesLike, function: str) -> TraceSet:
@@ -533,9 +697,9 @@ def _path(value: Any, what: str) -> str:
         UserError: The value is neither, or is empty.
     """
     if not isinstance(value, str | Path):
-        raise UserError(f"{what} is a name or a path (got {shown(value)})")
+        raise UserError(f"{what} must be a name or a path (got {shown(value)})")
     if not str(value).strip() or "\0" in str(value):
-        raise UserError(f"{what} is a name or a path (got {shown(str(value))})")
+        raise UserError(f"{what} must be a name or a path (got {shown(str(value))})")
     return str(value)
 
 
@@ -546,7 +710,7 @@ def _split(split: Any) -> str | None:
         UserError: It is no text.
     """
     if not isinstance(split, str | None):
-        raise UserError(f"split: is the name of a split (got {shown(split)})")
+        raise UserError(f"split: must be the name of a split (got {shown(split)})")
     return split
 
 
@@ -602,7 +766,7 @@ def _value(name: str, value: Any) -> Any:
         value = bool(value)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         names = " or ".join(TYPE_NAMES[kind] for kind in types if kind in TYPE_NAMES)
-        raise UserError(f"{name}: is {names} (got {shown(value)})")
+        raise UserError(f"{name}: must be {names} (got {shown(value)})")
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, bool | str):
@@ -624,6 +788,6 @@ def _budget(value: Any) -> str:
     if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1:
         return f"{Decimal(str(value)) * 100:f}%"
     raise UserError(
-        f"budget: is a share (a float above 0 and up to 1.0), slots (an int), or text such as '10%' and '2.9GB' "
+        f"budget: must be a share (a float above 0 and up to 1.0), slots (an int), or text such as '10%' and '2.9GB' "
         f"(got {shown(value)})"
     )

@@ -21,7 +21,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.cli.replay_options import add_budgets, add_conditions, add_strategies
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.options import DEFAULT_BUDGET, ReplayOptions
-from moe_beyond.geometry import budget_slots
+from moe_beyond.geometry import Geometry, budget_slots
 from moe_beyond.pretrained import shipped_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:measured on split validation", "ignore:.*expect (less|a little less)")
@@ -74,7 +74,7 @@ def test_without_a_predictor_of_one_budget(trace_set, tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_named(trace_set, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown option 'polcy'; did you mean 'policy'"):
+    with pytest.raises(UserError, match="replay: unknown argument 'polcy'; did you mean 'policy'"):
         mb.replay(trace_set, polcy="lru")
     with pytest.raises(UserError, match="unknown policy"):
         mb.replay(trace_set, policy="lro")
@@ -109,32 +109,32 @@ def test_a_share_is_exact() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"budget": 0.0}, "budget: is a share"),
-        ({"budget": -1.0}, "budget: is a share"),
-        ({"budget": 1.5}, "budget: is a share"),
-        ({"budget": float("nan")}, "budget: is a share"),
-        ({"budget": True}, "budget: is a share"),
-        ({"budget": None}, "budget: is a share"),
-        ({"budget": [[8]]}, "budget: is a share"),
+        ({"budget": 0.0}, "budget: must be a share"),
+        ({"budget": -1.0}, "budget: must be a share"),
+        ({"budget": 1.5}, "budget: must be a share"),
+        ({"budget": float("nan")}, "budget: must be a share"),
+        ({"budget": True}, "budget: must be a share"),
+        ({"budget": None}, "budget: must be a share"),
+        ({"budget": [[8]]}, "budget: must be a share"),
         ({"budget": []}, "budget: names no budget"),
-        ({"budget": b"10%"}, "budget: is a share"),
-        ({"budget": bytearray(b"10%")}, "budget: is a share"),
-        ({"budget": memoryview(b"10%")}, "budget: is a share"),
-        ({"budget": {"10%": 1}}, "budget: is a share"),
-        ({"policy": b"lru"}, "policy: is text"),
-        ({"lookahead": b"\x01"}, "lookahead: is "),
+        ({"budget": b"10%"}, "budget: must be a share"),
+        ({"budget": bytearray(b"10%")}, "budget: must be a share"),
+        ({"budget": memoryview(b"10%")}, "budget: must be a share"),
+        ({"budget": {"10%": 1}}, "budget: must be a share"),
+        ({"policy": b"lru"}, "policy: must be text"),
+        ({"lookahead": b"\x01"}, "lookahead: must be "),
         ({"budget": -3}, "budget '-3'"),
-        ({"policy": 3}, "policy: is text (got 3)"),
-        ({"policy": ["lru", None]}, "policy: is text (got None)"),
-        ({"warmup_tokens": "ten"}, "warmup_tokens: is a whole number (got 'ten')"),
-        ({"warmup_tokens": 1.5}, "warmup_tokens: is a whole number (got 1.5)"),
-        ({"batch_size": True}, "batch_size: is a whole number (got True)"),
-        ({"carry_over": "yes"}, "carry_over: is True or False (got 'yes')"),
-        ({"quantization": "4"}, "quantization: is a number (got '4')"),
-        ({"device": 3}, "device: is text (got 3)"),
+        ({"policy": 3}, "policy: must be text (got 3)"),
+        ({"policy": ["lru", None]}, "policy: must be text (got None)"),
+        ({"warmup_tokens": "ten"}, "warmup_tokens: must be a whole number (got 'ten')"),
+        ({"warmup_tokens": 1.5}, "warmup_tokens: must be a whole number (got 1.5)"),
+        ({"batch_size": True}, "batch_size: must be a whole number (got True)"),
+        ({"carry_over": "yes"}, "carry_over: must be True or False (got 'yes')"),
+        ({"quantization": "4"}, "quantization: must be a number (got '4')"),
+        ({"device": 3}, "device: must be text (got 3)"),
         ({"device": "/"}, ""),
         ({"profile": "/"}, ""),
-        ({"split": 3}, "split: is the name of a split (got 3)"),
+        ({"split": 3}, "split: must be the name of a split (got 3)"),
         ({"split": "tests"}, "unknown split"),
     ],
 )
@@ -147,7 +147,7 @@ def test_an_options_value_of_another_kind_is_one_line(trace_set, options, line: 
 
 @pytest.mark.parametrize("name", ["", " ", "a\0b"])
 def test_a_name_that_names_nothing_is_one_line(trace_set, name: str) -> None:
-    says = re.escape(f"is a name or a path (got {name!r})")
+    says = re.escape(f"must be a name or a path (got {name!r})")
     with pytest.raises(UserError, match=f"^traces {says}"):
         mb.load_traces(name)
     with pytest.raises(UserError, match=f"^predictor {says}"):
@@ -175,8 +175,8 @@ def test_swapped_and_foreign_arguments_are_one_line(run: Run, trace_set) -> None
         ((trace_set, trace_set), "evaluate: predictor is a trace set"),
         ((trace_set, run.traces), f"evaluate: predictor is a trace set ({run.traces})"),
         ((trace_set, None), "evaluate: a predictor is missing"),
-        ((trace_set, 3), "evaluate: predictor is a name or a path (got 3)"),
-        ((3, predictor), "evaluate: traces is a name or a path (got 3)"),
+        ((trace_set, 3), "evaluate: predictor must be a name or a path (got 3)"),
+        ((3, predictor), "evaluate: traces must be a name or a path (got 3)"),
         ((trace_set, "x" * 5000), "xxx...: File name too long"),
         (("x" * 5000, predictor), "xxx...: File name too long"),
     ):
@@ -194,9 +194,9 @@ def test_records_slips_are_one_line(tmp_path: Path) -> None:
     for prompts, options, line in (
         ("hi", {}, "prompts: must be a list of prompts (got one str); write [...] around it"),
         (3, {}, "prompts: must be a list of prompts (got one int); write [...] around it"),
-        ([3], {}, "prompts[0]: is not a record with a text under one of messages, "),
-        ([[{"role": "user"}]], {}, "prompts[0]: is not a record with a text under one of messages, "),
-        (["hi"], {"generat": 3}, "unknown option 'generat'; did you mean 'generate'?"),
+        ([3], {}, "prompts[0]: must be a record with a text in one of messages, "),
+        ([[{"role": "user"}]], {}, "prompts[0]: must be a record with a text in one of messages, "),
+        (["hi"], {"generat": 3}, "record: unknown argument 'generat'; did you mean 'generate'?"),
     ):
         with pytest.raises(UserError) as error:
             mb.record(*small, prompts, tmp_path / "out", **options)
@@ -286,6 +286,34 @@ def test_functions_have_the_options_of_their_commands() -> None:
     } | {"bootstrap": 0}
 
 
+def test_plan_returns_the_result_of_its_command(trace_set, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {**keywords(mb.plan), "budget": DEFAULT_BUDGET} == keywords(mb.replay)
+    report = mb.plan(trace_set, "30%", policy=["lru"], split="all")
+    words = ("plan", "--traces", str(trace_set.folder), "--target", "30%", "--policy", "lru", "--split", "all")
+    assert report.to_json() == said_by(capsys, *words)
+    with pytest.raises(UserError, match="target: must be text such as"):
+        mb.plan(trace_set, 0.9)
+
+
+def test_import_writes_the_trace_set_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    geometry = Geometry("tiny", (0, 1), num_experts=4, top_k=2, params_per_expert=8, other_params_per_layer=0)
+    Path("geometry.json").write_text(json.dumps(geometry.to_json()))
+    Path("engine").mkdir()
+    np.save("engine/a.npy", np.array([[[0, 1], [2, 3]], [[1, 2], [0, 3]]], np.int16))
+    command = ["import", "vllm", "engine", "--out", "one", "--model", "geometry.json", "--quantization", "4"]
+    assert main([*command, "--quiet"]) == 0
+    traces = mb.import_traces("vllm", "engine", "two", model=Path("geometry.json"), quantization=4)
+    assert traces.manifest == mb.load_traces("one").manifest
+    for options, text in (
+        ({"quantization": 0}, "quantization: bits per parameter must be more than 0"),
+        ({"format_options": {"sequence_tokens": 8}}, "format_options: vllm has no option 'sequence_tokens'"),
+        ({"model": "geometry.jso"}, "geometry.jso"),
+    ):
+        with pytest.raises(UserError, match=text):
+            mb.import_traces("vllm", "engine", "three", **{"model": "geometry.json", **options})
+
+
 def test_record_has_the_options_of_a_collection(trace_set, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = []
 
@@ -307,10 +335,6 @@ def test_pretrained_predictors_are_listed() -> None:
     assert mb.list_pretrained("histor") == []
 
 
-def test_public_names_are_there() -> None:
-    assert all(getattr(mb, name) is not None for name in mb.__all__)
-
-
 def test_all_splits_are_measured_on_request(run: Run) -> None:
     with pytest.warns(UserWarning, match="was fitted on split train of this set"):
         report = mb.evaluate(run.traces, run.folder / "predictor", split="all", budget="25%")
@@ -324,7 +348,7 @@ def test_a_bootstrap_adds_intervals(run: Run, capsys: pytest.CaptureFixture[str]
     report = mb.evaluate(run.traces, folder, split="train", budget="25%", bootstrap=100)
     words = ("evaluate", str(folder), "--traces", str(run.traces), "--split", "train", "--budget", "25%")
     assert report.to_json() == said_by(capsys, *words, "--bootstrap", "100")
-    assert report.resamples == 100
+    assert report.bootstrap_draws == 100
     assert "95 % intervals" in report._repr_html_()
-    with pytest.raises(UserError, match="bootstrap: is a whole number"):
+    with pytest.raises(UserError, match="bootstrap: must be a whole number"):
         mb.evaluate(run.traces, folder, bootstrap=1.5)

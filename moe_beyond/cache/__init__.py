@@ -6,8 +6,8 @@
 from typing import TYPE_CHECKING
 
 from moe_beyond.cache.counters import COUNTERS
-from moe_beyond.cache.policies import POLICIES, policy_summaries
-from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
+from moe_beyond.cache.policies import POLICIES, load_policy, policy_summaries
+from moe_beyond.cache.prefetchers import PREFETCHERS, Prefetch, parse_prefetch
 from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ __all__ = [
     "PolicyHooks",
     "PolicyInputs",
     "Pool",
+    "Prefetch",
     "admit_all",
     "argmin_resident",
     "ignore_expert",
     "is_pinned",
     "jit",
+    "load_policy",
     "parse_prefetch",
     "policy_summaries",
 ]
@@ -53,4 +55,4 @@ _COMPILED = {
 }
 """Public name -> module that is imported when the name is first read, because it imports numba."""
 
-__getattr__ = lazy_exports(__name__, _COMPILED)
+__getattr__, __dir__ = lazy_exports(__name__, _COMPILED)

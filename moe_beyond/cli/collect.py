@@ -33,17 +33,19 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        metavar="M",
+        metavar="MODEL",
         required=True,
         help="model: a folder, ORG/REPO on the Hugging Face Hub, or small-moe, which ships with this package; code of "
         "the model's repository is never run",
     )
     parser.add_argument(
-        "--revision", metavar="R", help="branch, tag or commit on the Hub, for all files of the model (default: main)"
+        "--revision",
+        metavar="REVISION",
+        help="branch, tag or commit on the Hub, for all files of the model (default: main)",
     )
     parser.add_argument(
         "--prompts",
-        metavar="P",
+        metavar="PROMPTS",
         required=True,
         help="prompts: a .txt file with one prompt per line (blank lines are skipped); a .jsonl, .json, .csv, .tsv or "
         f".parquet file, FILE[:COLUMN] (default column: the first of {', '.join(COLUMNS)}); or a data set, "
@@ -58,14 +60,14 @@ def build_parser() -> ArgumentParser:
         "--temperature",
         type=float,
         default=0.0,
-        metavar="T",
+        metavar="TEMPERATURE",
         help="sampling temperature; 0 chooses the most probable token (default: 0)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        metavar="S",
+        metavar="SEED",
         help="random seed for sampling (default: 0); results also depend on the batch size",
     )
     parser.add_argument(
@@ -75,21 +77,24 @@ def build_parser() -> ArgumentParser:
         help=f"comma-separated data to record, out of {', '.join(RECORDED)} (default: experts,gate_weights); hidden "
         "states are about a hundred times as large as the experts, and add the model's router weights",
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts per batch (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: 8)")
     parser.add_argument(
-        "--dtype", default="auto", help=f"data type to compute in: {', '.join(DTYPES)} (default: auto, as stored)"
+        "--dtype",
+        default="auto",
+        metavar="DTYPE",
+        help=f"data type to compute in: {', '.join(DTYPES)} (default: auto, as stored)",
     )
     parser.add_argument(
         "--device",
-        metavar="D",
+        metavar="DEVICE",
         help="cpu, cuda, cuda:1 or mps; auto spreads a model over GPUs, host memory and disk (needs accelerate); "
         "FILE.json is a device map of accelerate (default: a GPU if there is one, otherwise cpu)",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
-        metavar="M",
-        help="truncate prompts to M tokens (default: longer prompts are an error)",
+        metavar="N",
+        help="truncate prompts to N tokens (default: longer prompts are an error)",
     )
     parser.add_argument("--max-prompts", type=int, metavar="N", help="use only the first N prompts (default: all)")
     parser.add_argument(
@@ -101,7 +106,7 @@ def build_parser() -> ArgumentParser:
         "--shard-tokens",
         type=int,
         default=65536,
-        metavar="S",
+        metavar="N",
         help="tokens per shard of the trace set (default: 65536)",
     )
     parser.add_argument(
@@ -111,8 +116,11 @@ def build_parser() -> ArgumentParser:
         "expert], ...]} (default: no steering)",
     )
     parser.add_argument(
-        "--load-in", metavar="BITS", help="quantize the weights to 8bit or 4bit with bitsandbytes (not tested)"
+        "--load-in",
+        metavar="8bit|4bit",
+        help="quantize the weights with bitsandbytes (default: no quantization; not tested)",
     )
+    parser.epilog = f"{parser.epilog}\n\nmoe_beyond.record does the same in Python, with a loaded model."
     return parser
 
 

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cli.builtin_configs import list_configs
-from moe_beyond.cli.lightning_commands import OPTIONS
+from moe_beyond.cli.lightning_commands import command_options
 from moe_beyond.cli.main import COMMANDS
 from moe_beyond.cli.options import Output, command_parser
 from moe_beyond.cli.parser import option_strings
@@ -49,7 +49,7 @@ def build_parser() -> ArgumentParser:
     """Return the parser of this command's options."""
     parser = command_parser(
         "completion",
-        "Print a script that completes commands, options and names in a shell; file names are completed as before.",
+        "Print a script that completes commands, options and names in a shell. File names are still completed.",
         'eval "$(moe-beyond completion bash)"',
     )
     parser.add_argument("shell", metavar="SHELL", help=f"shell: {' or '.join(SHELLS)}")
@@ -89,7 +89,7 @@ def completion_script(shell: str) -> str:
         "-c": list_configs(),
         "--config": list_configs(),
     }
-    options = {command: _options(module) for command, (module, _) in COMMANDS.items()}
+    options = {command: _options(command, module) for command, (module, _) in COMMANDS.items()}
     arguments = {
         "import": list(readable_formats()),
         "export": list(writable_formats()),
@@ -107,10 +107,10 @@ def completion_script(shell: str) -> str:
     )
 
 
-def _options(module: str) -> list[str]:
+def _options(command: str, module: str) -> list[str]:
     """Return the long options of a command; for Lightning commands, the options that users need most."""
     if module == "lightning_commands":
-        return list(OPTIONS)
+        return list(command_options(command))
     return option_strings(importlib.import_module(f"moe_beyond.cli.{module}").build_parser())
 
 

@@ -22,15 +22,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--device",
         action="append",
-        metavar="D",
-        help="device preset or .json file, optionally with changed fields: D,FIELD=VALUE,...; repeat for "
-        "more (default: all "
-        "presets)",
+        metavar="DEVICE",
+        help="preset or JSON file, with optional changes DEVICE,FIELD=VALUE,...; repeatable (default: all presets)",
     )
     parser.add_argument(
         "--model",
         default="deepseek-v2-lite",
-        metavar="M",
+        metavar="MODEL",
         help="model preset, folder with a config.json, config.json, or geometry file (default: deepseek-v2-lite)",
     )
     parser.add_argument(

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, command_parser, progress_bar
 from moe_beyond.cli.replay_options import (
+    UNFITTED,
     add_budgets,
     add_conditions,
     add_grid,
@@ -38,9 +39,13 @@ def build_parser() -> ArgumentParser:
         metavar="PREDICTOR",
         help="predictor folder, pretrained name, hf:ORG/REPO, or the folder of a run, whose checkpoints are compared",
     )
-    add_measured_traces(parser, required=False)
+    add_measured_traces(
+        parser,
+        default="required unless PREDICTOR is a run (default for a run: the trace set that it validated on)",
+        split_default=f"{UNFITTED}; for a run without --traces, the split that it validated on",
+    )
     add_budgets(parser)
-    add_grid(parser)
+    add_grid(parser, "each of the predictor's, except next")
     add_conditions(parser)
     parser.add_argument(
         "--bootstrap",
@@ -93,7 +98,9 @@ def _predictor(args: Namespace, arguments: Sequence[str]) -> None:
     if traces is None:
         raise UserError("evaluate: a trace set is missing; give --traces DIR")
     source = from_predictor_folder(folder)
-    replay = resolve_evaluation(options_from_args(args), traces, source, split=args.split, bootstrap=args.bootstrap)
+    replay = resolve_evaluation(
+        options_from_args(args), traces, source, split=args.split, bootstrap_draws=args.bootstrap
+    )
     if args.record:
         check_recordable(folder, replay.measured_on, training_text=args.record_training_text)
     output = Output(args)

@@ -17,10 +17,10 @@ def build_parser() -> ArgumentParser:
     parser.epilog = "\n".join(
         [str(parser.epilog), "", "formats:", *(f"  {n}: {f.summary}" for n, f in formats.items())]
     )
-    parser.add_argument("format", help=f"format to write: {', '.join(formats)}")
+    parser.add_argument("format", metavar="FORMAT", help=f"format to write: {', '.join(formats)}")
     parser.add_argument("traces", metavar="DIR", help=TRACES_HELP)
     parser.add_argument("out", metavar="OUT", help="file or folder to write")
-    parser.add_argument("--split", metavar="S", help="split of the trace set (default: all)")
+    parser.add_argument("--split", metavar="SPLIT", help="split of the trace set (default: all)")
     return parser
 
 

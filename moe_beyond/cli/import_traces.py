@@ -21,8 +21,12 @@ def build_parser() -> ArgumentParser:
         "moe-beyond import vllm engine --out traces/engine --model deepseek-v2-lite",
     )
     parser.epilog = "\n".join([str(parser.epilog), "", *describe_formats(), "", *describe_models()])
-    parser.add_argument("format", help=f"format of the recording: {', '.join(readable_formats())}; described below")
-    parser.add_argument("source", metavar="SRC", help="recording: a file, or a folder of files")
+    parser.add_argument(
+        "format",
+        metavar="FORMAT",
+        help=f"format of the recording: {', '.join(readable_formats())}; described below",
+    )
+    parser.add_argument("source", metavar="RECORDING", help="recording: a file, or a folder of files")
     parser.add_argument("--out", metavar="DIR", required=True, help="trace set to write")
     parser.add_argument(
         "--model",

@@ -19,7 +19,7 @@ def build_parser() -> ArgumentParser:
         "moe-beyond inspect traces/puffin --contrast traces/webglm --plots plots",
     )
     parser.add_argument("traces", metavar="DIR", help=TRACES_HELP)
-    parser.add_argument("--split", metavar="S", help="split of the trace set, and of OTHER (default: all)")
+    parser.add_argument("--split", metavar="SPLIT", help="split of the trace set, and of OTHER (default: all)")
     parser.add_argument(
         "--contrast",
         metavar="OTHER",
@@ -28,9 +28,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--steer",
         metavar="FILE",
-        help="file for `moe-beyond collect --steer FILE`: the --on N experts that DIR uses more than "
-        "OTHER by the largest "
-        "margin, and the --off N experts that it uses less (default: no file)",
+        help="write a steering file for `moe-beyond collect --steer`: it forces on the N experts that DIR uses most in "
+        "excess of OTHER (--on), and off the N that it uses least (--off) (default: no file)",
     )
     parser.add_argument("--on", type=int, default=0, metavar="N", help="number of experts to force on (default: 0)")
     parser.add_argument("--off", type=int, default=0, metavar="N", help="number of experts to force off (default: 0)")

@@ -9,10 +9,10 @@ from moe_beyond.cli.options import example_text
 from moe_beyond.predictors.registry import CLASSES
 
 DESCRIPTIONS = {
-    "fit": "Fit a predictor to a trace set, as configuration files and options say.",
+    "fit": "Fit a predictor to a trace set, from configuration files and options.",
     "validate": "Validate a checkpoint on the validation split of a trace set.",
-    "test": "Test a checkpoint on the test trace set.",
-    "predict": "Write the scores of a checkpoint for every sequence of a trace set.",
+    "test": "Test a checkpoint on --data.test_traces, or on the validation split without it.",
+    "predict": "Write a checkpoint's scores for --data.test_traces, or for the validation split without it.",
 }
 EXAMPLES = {
     "fit": "moe-beyond fit -c trainer/default -c model/cross_layer -c data/traces --data.traces traces/puffin",
@@ -30,17 +30,33 @@ OPTIONS = {
     "--seed_everything": ("SEED", "random seed (default: 0)"),
     "--data": ("CLASS", "data module, such as TraceDataModule; --data.help CLASS lists its arguments"),
     "--data.traces": ("DIR", "trace set: a folder, hf:ORG/REPO, or a URL that fsspec reads"),
-    "--data.val_split": ("S", "validation split of the trace set (default: validation)"),
-    "--model": ("CLASS", "task, such as CrossLayer; --model.help CLASS lists its arguments"),
-    "--trainer.max_epochs": ("N", "number of epochs"),
-    "--trainer.precision": ("P", "32-true, 16-mixed or bf16-mixed"),
-    "--ckpt_path": ("FILE", "checkpoint whose weights are read"),
-    "--resume": ("RUN", "fit only: run to resume, as a folder or one of its checkpoints"),
+    "--data.val_split": ("SPLIT", "validation split of the trace set (default: validation)"),
+    "--data.test_traces": ("DIR", "trace set for test and predict (default: the validation split)"),
+    "--model": ("CLASS", "task, such as CrossLayerTask; --model.help CLASS lists its arguments"),
+    "--trainer.max_epochs": ("N", "number of epochs (default: 1000; trainer/default sets 8)"),
+    "--trainer.precision": ("NAME", "32-true, 16-mixed or bf16-mixed (default: 32-true)"),
+    "--ckpt_path": ("FILE", "checkpoint to load"),
+    "--resume": ("RUN", "run to resume, as a folder or one of its checkpoints"),
     "--json": ("FILE", "file for the result as JSON; - prints only the JSON (default: no JSON)"),
     "--quiet": ("", "print only errors"),
 }
 """Options that users need most -> metavar and help. The remaining ones depend on the classes in a configuration."""
+COMMANDS_OF = {
+    "--data.test_traces": ("test", "predict"),
+    "--trainer.max_epochs": ("fit",),
+    "--resume": ("fit",),
+}
+"""Option -> the commands that it serves, for options of `OPTIONS` that do not serve all."""
 ALL_OPTIONS = "--help=all"
+
+
+def command_options(command: str) -> dict[str, tuple[str, str]]:
+    """Return the options of a command that users need most, as `OPTIONS`.
+
+    Args:
+        command: One of ``fit``, ``validate``, ``test`` and ``predict``.
+    """
+    return {option: entry for option, entry in OPTIONS.items() if command in COMMANDS_OF.get(option, (command,))}
 
 
 def short_help(command: str) -> str:
@@ -50,7 +66,7 @@ def short_help(command: str) -> str:
         command: One of ``fit``, ``validate``, ``test`` and ``predict``.
     """
     lines = [f"usage: moe-beyond {command} [-c FILE ...] [OPTIONS]", "", DESCRIPTIONS[command], "", "options:"]
-    for option, (metavar, text) in OPTIONS.items():
+    for option, (metavar, text) in command_options(command).items():
         names = "-c, --config" if option == "--config" else option
         lines.append(f"  {f'{names} {metavar}'.rstrip():<26} {text}")
     tasks = [f"{name}Task" for name in CLASSES.values()]

@@ -13,6 +13,9 @@ from moe_beyond.json_fields import brief
 from moe_beyond.version import __version__
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "Start here": {
+        "quickstart": ("quickstart", "record, fit and replay a small bundled model in under three minutes"),
+    },
     "Traces": {
         "collect": ("collect", "run a mixture-of-experts model over prompts and record its routing"),
         "import": ("import_traces", "convert another tool's recording into a trace set"),
@@ -20,7 +23,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "inspect": ("inspect_traces", "describe a trace set, or compare two: popularity, locality, dependence"),
     },
     "Predictors": {
-        "fit": ("lightning_commands", "fit a predictor from configuration files"),
+        "fit": ("lightning_commands", "fit a predictor from configuration files and options"),
         "validate": ("lightning_commands", "validate a checkpoint"),
         "test": ("lightning_commands", "test a checkpoint"),
         "predict": ("lightning_commands", "write a checkpoint's scores for every sequence"),
@@ -34,7 +37,6 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("report", "write an HTML page about a predictor or a run"),
         "devices": ("devices", "list the device presets with their numbers and sources"),
         "plan": ("plan", "find the smallest budget for a target, and the experts to pin"),
-        "quickstart": ("quickstart", "record, fit and replay a small bundled model in under three minutes"),
     },
     "Shell": {
         "completion": ("completion", "print a script that completes commands, options and names"),
@@ -62,7 +64,7 @@ def usage() -> str:
     ]
     for group, commands in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {command:<11} {summary}" for command, (_, summary) in commands.items())]
-    lines += ["", "moe-beyond COMMAND --help lists a command's options. moe-beyond --version prints the version."]
+    lines += ["", "moe-beyond help COMMAND lists a command's options. moe-beyond --version prints the version."]
     return "\n".join(lines)
 
 

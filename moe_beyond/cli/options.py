@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 TRACES_HELP = "trace set: a folder, hf:ORG/REPO, or a URL that fsspec reads"
-SPLIT_HELP = "split of the trace set (default: all; with a predictor, a split that it was not fitted on, if any)"
 PIPE_WIDTH = 120
 """Columns of a table in a file or a pipe; on a terminal, a table fits the terminal."""
 EXAMPLE = "example:"
@@ -72,12 +71,6 @@ def add_output(parser: ArgumentParser) -> None:
         "--json", metavar="FILE", help="file for the result as JSON; - prints only the JSON (default: no JSON)"
     )
     parser.add_argument("--quiet", action="store_true", help="print only errors")
-
-
-def add_traces(parser: ArgumentParser) -> None:
-    """Add ``--traces DIR`` and ``--split S``."""
-    parser.add_argument("--traces", metavar="DIR", required=True, help=TRACES_HELP)
-    parser.add_argument("--split", metavar="S", help=SPLIT_HELP)
 
 
 def add_plots(parser: ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, command_parser, progress_bar
 from moe_beyond.cli.replay_options import (
+    UNFITTED,
     add_budgets,
     add_conditions,
     add_measured_traces,
@@ -24,14 +25,16 @@ def build_parser() -> ArgumentParser:
         "eighth. The budget is the smallest one if a larger budget is never worse; with lfu_in_cache it can be worse.",
         "moe-beyond plan --traces traces/webglm --device rtx4060-laptop --target 10tok/s --strategy all",
     )
-    add_measured_traces(parser)
+    add_measured_traces(parser, split_default=f"all; with a predictor, {UNFITTED}")
     parser.add_argument(
-        "--target", metavar="T", help="target: 90% for a hit rate, or 10tok/s on --device (default: none, only --pins)"
+        "--target",
+        metavar="TARGET",
+        help="target: 90% for a hit rate, or 10tok/s on --device (default: none, only --pins)",
     )
     parser.add_argument(
-        "--pins", metavar="FILE", help="JSON file for the experts to pin at --budget, by model layer (default: none)"
+        "--pins", metavar="FILE", help="JSON file for the experts to pin, by model layer (default: none)"
     )
-    add_budgets(parser)
+    add_budgets(parser, "memory budget for --pins")
     add_strategies(parser)
     add_conditions(parser)
     return parser
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv[1:])
     output = Output(args)
     if args.target is None and args.pins is None:
-        raise UserError("plan: nothing to do; give --target T to reach, or --pins FILE to write")
+        raise UserError("plan: nothing to do; give --target TARGET to reach, or --pins FILE to write")
     # Imported here, so that help and completion do not wait for it.
     from moe_beyond.evaluation.sizing import check_target, choose_pins, parse_target, run_sizing
     from moe_beyond.report.tables.results import unavailable_lines
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> None:
     if report is not None:
         output.show(
             *report.measured_on.lines,
-            sizing_table(report.answers, report.target, traces.geometry, report.bytes_per_expert),
+            sizing_table(report.sizings, report.target, traces.geometry, report.bytes_per_expert),
             *unavailable_lines(report.unavailable),
         )
         output.result(report.to_json())

@@ -16,8 +16,7 @@ def build_parser() -> ArgumentParser:
     parser = command_parser(
         "push",
         "Upload a predictor folder or a trace set to the Hugging Face Hub, with its figures on its card. "
-        "Its name is then "
-        "hf:ORG/REPO.",
+        "Other commands accept it as hf:ORG/REPO.",
         "moe-beyond push runs/predictor/version_0/predictor ORG/REPO --private",
     )
     parser.add_argument(
@@ -28,7 +27,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--revision", metavar="BRANCH", help="branch to commit to, created if it does not exist (default: main)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the files of the upload; connect to nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show the files of the upload; make no network request")
     parser.add_argument(
         "--traces",
         metavar="hf:ORG/REPO",

@@ -4,6 +4,7 @@ from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, add_plots, check_plots, command_parser, progress_bar
 from moe_beyond.cli.replay_options import (
+    UNFITTED,
     add_budgets,
     add_conditions,
     add_measured_traces,
@@ -21,7 +22,7 @@ def build_parser() -> ArgumentParser:
         "next to LRU, Belady and the best static choice.",
         "moe-beyond replay --traces traces/webglm --budget 10% --strategy all --device rtx4060-laptop",
     )
-    add_measured_traces(parser)
+    add_measured_traces(parser, split_default=f"all; with a predictor, {UNFITTED}")
     add_budgets(parser)
     add_strategies(parser)
     add_conditions(parser)

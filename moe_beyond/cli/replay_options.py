@@ -21,11 +21,13 @@ from moe_beyond.evaluation.options import ALL_SPLITS, DEFAULT_BUDGET, SCOPES, Re
 if TYPE_CHECKING:
     from moe_beyond.evaluation.sources import ScoreSource
 
-SPLIT_HELP = (
-    f"split of the trace set to measure, or {ALL_SPLITS} (default: all; with a predictor, a split that it was not "
-    "fitted on, if any)"
-)
+SPLIT_HELP = f"split of the trace set to measure, or {ALL_SPLITS}"
+UNFITTED = "a split that the predictor was not fitted on, if any"
 BUDGET_HELP = "memory budget: 10% of all experts, 166 slots, 2.9GB or 2.7GiB; repeatable"
+DEVICE_HELP = (
+    "device of the timing model: preset (`moe-beyond devices` lists them) or JSON file, with optional changes "
+    "DEVICE,FIELD=VALUE,..."
+)
 PREDICTOR_HELP = (
     "a predictor folder, a pretrained name, hf:ORG/REPO, or the folder of a run (its exported predictor, otherwise its "
     "best checkpoint, otherwise its last one)"
@@ -42,27 +44,27 @@ def choices(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-def device_help() -> str:
-    """Return the help of ``--device``."""
-    from moe_beyond.simulator.devices import DEVICES  # imported only for parsers of replays
-
-    return f"device that enables the timing model: {choices(DEVICES)}, or a JSON file, see `moe-beyond devices`"
-
-
-def add_measured_traces(parser: ArgumentParser, *, required: bool = True) -> None:
+def add_measured_traces(parser: ArgumentParser, *, default: str = "", split_default: str = UNFITTED) -> None:
     """Add ``--traces`` and ``--split``.
 
     Args:
         parser: Parser of a command.
-        required: Whether ``--traces`` is required (default: True).
+        default: Trace set that is measured without ``--traces``, in words (default: ``--traces`` is required).
+        split_default: Split that is measured without ``--split``, in words (default: `UNFITTED`).
     """
-    parser.add_argument("--traces", metavar="DIR", required=required, help=TRACES_HELP)
-    parser.add_argument("--split", metavar="S", help=SPLIT_HELP)
+    help_text = f"{TRACES_HELP}; {default}" if default else TRACES_HELP
+    parser.add_argument("--traces", metavar="DIR", required=not default, help=help_text)
+    parser.add_argument("--split", metavar="SPLIT", help=f"{SPLIT_HELP} (default: {split_default})")
 
 
-def add_budgets(parser: ArgumentParser) -> None:
-    """Add ``--budget``."""
-    parser.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGET})")
+def add_budgets(parser: ArgumentParser, help_text: str = BUDGET_HELP) -> None:
+    """Add ``--budget``.
+
+    Args:
+        parser: Parser of a command.
+        help_text: Purpose and form of a budget (default: `BUDGET_HELP`).
+    """
+    parser.add_argument("--budget", action="append", metavar="BUDGET", help=f"{help_text} (default: {DEFAULT_BUDGET})")
 
 
 def add_strategies(parser: ArgumentParser) -> None:
@@ -70,56 +72,65 @@ def add_strategies(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         action="append",
-        metavar="S",
+        metavar="NAME",
         help="named strategy in place of --policy and --prefetch: "
         f"{choices(STRATEGIES)}, or {ALL}; repeatable (default: none)",
     )
     add_grid(parser)
-    parser.add_argument("--predictor", metavar="P", help=f"predictor whose scores are used: {PREDICTOR_HELP}")
+    parser.add_argument("--predictor", metavar="PREDICTOR", help=f"predictor whose scores are used: {PREDICTOR_HELP}")
     parser.add_argument(
         "--scores", metavar="DIR", help="scores folder of `moe-beyond predict`, in place of --predictor (default: none)"
     )
 
 
-def add_grid(parser: ArgumentParser) -> None:
-    """Add the options that form a grid: policies, prefetchers and lookaheads."""
+def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's first") -> None:
+    """Add the options that form a grid: policies, prefetchers and lookaheads.
+
+    Args:
+        parser: Parser of a command.
+        lookahead_default: Lookaheads without ``--lookahead``, in words (default: the predictor's first).
+    """
     parser.add_argument(
         "--policy",
         action="append",
-        metavar="P",
+        metavar="POLICY",
         help=f"eviction policy: {choices(POLICIES)}; repeatable (default: lru)",
     )
     parser.add_argument(
         "--prefetch",
         action="append",
-        metavar="F",
-        help=f"prefetcher: {choices(map(_quoted, SYNTAX))}; quote >, at which a shell redirects; top6 and p>0.5 take "
-        "a distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, none without)",
+        metavar="PREFETCHER",
+        help=f"prefetcher: {choices(map(_quoted, SYNTAX))}; quote it, because a shell reads > as a redirection; top6 "
+        "and p>0.5 take a distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, "
+        "none without)",
     )
     parser.add_argument(
         "--lookahead",
         action="append",
-        metavar="H",
+        metavar="LOOKAHEAD",
         help="lookahead of the scores that prefetchers select by: token, 1, 2, ...; when a token starts, layers "
-        "without an earlier layer at that distance use the smallest lookahead; repeatable (default: the "
-        "predictor's first)",
+        "without an earlier layer at that distance use the smallest lookahead; repeatable (default: "
+        f"{lookahead_default})",
     )
 
 
 def add_conditions(parser: ArgumentParser) -> None:
     """Add the options that all strategies of a replay share."""
-    parser.add_argument("--device", metavar="D", help=f"{device_help()} (default: no timing)")
+    parser.add_argument("--device", metavar="DEVICE", help=f"{DEVICE_HELP} (default: no timing)")
     parser.add_argument(
-        "--scope", default="global", metavar="S", help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)"
+        "--scope",
+        default="global",
+        metavar="SCOPE",
+        help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)",
     )
     parser.add_argument(
         "--quotas",
-        metavar="Q",
+        metavar="QUOTAS",
         help="slots per layer with --scope per-layer: even, proportional, or a list such as 10,8,8 (default: even)",
     )
     parser.add_argument(
         "--profile",
-        metavar="P",
+        metavar="PREDICTOR",
         help="fitted history or popularity predictor for policies that need a usage profile (default: none; with "
         "--strategy, the pretrained history)",
     )
@@ -128,9 +139,7 @@ def add_conditions(parser: ArgumentParser) -> None:
         action="store_true",
         help="start every sequence with the profile's most popular experts; their transfers count",
     )
-    parser.add_argument(
-        "--carry-over", action="store_true", help="start every sequence with the cache of the sequence before"
-    )
+    parser.add_argument("--carry-over", action="store_true", help="keep the cache from the previous sequence")
     parser.add_argument(
         "--cold-host",
         action="store_true",
@@ -140,21 +149,23 @@ def add_conditions(parser: ArgumentParser) -> None:
         "--prefill-chunk", type=int, default=0, metavar="N", help="prompt tokens per step (default: 0, one step each)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="B", help="sequences decoded together (default: 1)"
+        "--batch-size", type=int, default=1, metavar="N", help="sequences decoded together (default: 1)"
     )
-    parser.add_argument("--sequential", action="store_true", help="count access by access, as other simulators do")
+    parser.add_argument(
+        "--sequential", action="store_true", help="make every access its own event, as libCacheSim does"
+    )
     parser.add_argument(
         "--warmup-tokens",
         type=int,
         default=0,
         metavar="N",
-        help="tokens at the start of each sequence that do not count; sequences without more tokens are left out "
+        help="tokens at the start of each sequence that do not count; sequences of N tokens or fewer are excluded "
         "(default: 0)",
     )
     parser.add_argument(
         "--no-first-layer-prefetch",
         action="store_true",
-        help="do not prefetch for layers whose scores exist when the token starts",
+        help="do not prefetch, at a token's start, layers that have no earlier layer at the lookahead",
     )
     parser.add_argument(
         "--quantization",

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import Output, command_parser, progress_bar
-from moe_beyond.cli.replay_options import BUDGET_HELP, PREDICTOR_HELP, add_measured_traces, device_help
+from moe_beyond.cli.replay_options import BUDGET_HELP, DEVICE_HELP, PREDICTOR_HELP, add_measured_traces
 from moe_beyond.errors import UserError
 
 DEFAULT_BUDGETS = "5, 10, 15, 20, 30, 40, 50 and 60% of all experts"
@@ -24,9 +24,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("predictor", metavar="RUN_OR_PREDICTOR", help=PREDICTOR_HELP)
     add_measured_traces(parser)
     parser.add_argument("--out", metavar="FILE", required=True, help="HTML file to write")
-    parser.add_argument("--budget", action="append", metavar="B", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})")
     parser.add_argument(
-        "--device", action="append", metavar="D", help=f"{device_help()}; repeatable (default: {DEFAULT_DEVICES})"
+        "--budget", action="append", metavar="BUDGET", help=f"{BUDGET_HELP} (default: {DEFAULT_BUDGETS})"
+    )
+    parser.add_argument(
+        "--device", action="append", metavar="DEVICE", help=f"{DEVICE_HELP}; repeatable (default: {DEFAULT_DEVICES})"
     )
     parser.add_argument(
         "--warmup-tokens",
@@ -43,52 +45,21 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv[1:])
     if Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, {Path(args.out) / 'report.html'} for example")
-    _report(args)
-
-
-def _report(args: Namespace) -> None:
     # Imported here, so that help and completion do not wait for it.
-    from moe_beyond.evaluation.resolve import SharedSettings, resolve_text
-    from moe_beyond.evaluation.run import ResolvedReplay
-    from moe_beyond.evaluation.sources import from_predictor_folder, load_profile, pretrained_for
-    from moe_beyond.geometry import budget_slots
-    from moe_beyond.report.html.build import write_page
-    from moe_beyond.report.html.strategies import DEFAULT_DEVICES, default_slots, page_strategies
-    from moe_beyond.report.html.subject import find_subject
-    from moe_beyond.simulator import ReplaySettings
-    from moe_beyond.simulator.devices import load_device
+    from moe_beyond.report.html.report import write_report
     from moe_beyond.traces.reader import TraceSet
 
-    subject, traces = find_subject(args.predictor), TraceSet(args.traces)
     output = Output(args)
-    geometry, bits = traces.geometry, traces.manifest.quantization_bits
-    devices = [load_device(text) for text in dict.fromkeys(args.device or DEFAULT_DEVICES)]
-    slots = [budget_slots(budget, geometry, bits) for budget in args.budget or ()] or default_slots(geometry)
-    source = from_predictor_folder(subject.folder)
-    common = ReplaySettings(geometry.total_experts, warmup_tokens=args.warmup_tokens, bits=bits)
-    history = pretrained_for("history", traces)
-    replay = ResolvedReplay(
-        traces,
-        resolve_text(traces, args.split, SharedSettings(common), [source]),
-        page_strategies(common, slots, source, geometry, devices),
-        [source],
-        profile=None if history is None else load_profile(history, traces),
-        measure=source,
-    )
-    with progress_bar(f"replaying {source.name}", quiet=args.quiet) as progress:
-        outcome = replay.run(progress)
-    write_page(
-        args.out,
-        subject,
-        traces,
-        outcome.measured_on.split,
-        outcome.evaluation,
-        notes=outcome.measured_on.lines,
-        source=source,
-        devices=devices,
-        bits=bits,
-        warmup_tokens=args.warmup_tokens,
-        profile=None if history is None else history.name,
-    )
+    with progress_bar(f"replaying {args.predictor}", quiet=args.quiet) as progress:
+        outcome = write_report(
+            args.out,
+            args.predictor,
+            TraceSet(args.traces),
+            split=args.split,
+            budgets=args.budget or (),
+            devices=args.device or (),
+            warmup_tokens=args.warmup_tokens,
+            progress=progress,
+        )
     output.show(*outcome.measured_on.lines, f"page: {args.out}")
     output.result(outcome.to_json())

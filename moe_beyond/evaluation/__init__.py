@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from moe_beyond.evaluation.run import run_replay as run_replay
     from moe_beyond.evaluation.score_store import ScoresFolder as ScoresFolder
     from moe_beyond.evaluation.score_store import writing_scores as writing_scores
+    from moe_beyond.evaluation.sizing import Pins as Pins
+    from moe_beyond.evaluation.sizing import SizingReport as SizingReport
+    from moe_beyond.evaluation.sizing import Target as Target
     from moe_beyond.evaluation.sizing import choose_pins as choose_pins
     from moe_beyond.evaluation.sizing import parse_target as parse_target
     from moe_beyond.evaluation.sizing import run_sizing as run_sizing
@@ -39,11 +42,14 @@ _MODULES = {
     "STRATEGIES": "named_strategies",
     "Evaluation": "results",
     "NamedStrategy": "named_strategies",
+    "Pins": "sizing",
     "ReplayOptions": "options",
     "ReplayOutcome": "run",
     "ResolvedReplay": "run",
     "ScoreSource": "sources",
     "ScoresFolder": "score_store",
+    "SizingReport": "sizing",
+    "Target": "sizing",
     "Unavailable": "results",
     "choose_pins": "sizing",
     "evaluate": "engine",
@@ -67,4 +73,4 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

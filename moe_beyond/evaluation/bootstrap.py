@@ -18,7 +18,7 @@ from moe_beyond.simulator.sums import COLUMNS, SequenceSums
 
 Floats = npt.NDArray[np.float64]
 
-MIN_RESAMPLES = 100
+MIN_BOOTSTRAP_DRAWS = 100
 """Least number of draws: the ends of a 95 % interval need a few draws beyond them."""
 SEED = 0
 QUANTILES = (0.025, 0.975)
@@ -26,15 +26,16 @@ DRAWS_PER_BLOCK = 128
 """Draws whose weights are in memory at once."""
 
 
-def check_resamples(resamples: int) -> None:
+def check_bootstrap_draws(bootstrap_draws: int) -> None:
     """Check the number of draws.
 
     Raises:
-        UserError: The number is neither 0 nor at least `MIN_RESAMPLES`.
+        UserError: The number is neither 0 nor at least `MIN_BOOTSTRAP_DRAWS`.
     """
-    if resamples and resamples < MIN_RESAMPLES:
+    if bootstrap_draws and bootstrap_draws < MIN_BOOTSTRAP_DRAWS:
         raise UserError(
-            f"--bootstrap: too few draws for an interval (got {resamples}); give {MIN_RESAMPLES} or more, or 0 for none"
+            f"--bootstrap: too few draws for an interval (got {bootstrap_draws}); give {MIN_BOOTSTRAP_DRAWS} or more, "
+            "or 0 for none"
         )
 
 
@@ -53,17 +54,17 @@ class RecallSums:
     selected: list[Floats] = field(default_factory=list)
 
 
-def resampled(rows: Floats, resamples: int) -> Floats:
+def resampled(rows: Floats, bootstrap_draws: int) -> Floats:
     """Draw as many rows as there are, with replacement, and sum them.
 
     The draws depend only on both counts, so tables of the same sequences share their draws.
 
     Args:
         rows: ``(n, C)``, one row per sequence.
-        resamples: Number of draws.
+        bootstrap_draws: Number of draws.
 
     Returns:
-        ``(resamples, C)`` float64.
+        ``(bootstrap_draws, C)`` float64.
 
     Raises:
         UserError: There are fewer than two rows.
@@ -72,8 +73,8 @@ def resampled(rows: Floats, resamples: int) -> Floats:
         raise UserError(
             f"--bootstrap: draws need at least two sequences that count (got {len(rows)}); give more, or --bootstrap 0"
         )
-    rng, sums = np.random.default_rng(SEED), np.empty((resamples, rows.shape[1]))
-    for start in range(0, resamples, DRAWS_PER_BLOCK):
+    rng, sums = np.random.default_rng(SEED), np.empty((bootstrap_draws, rows.shape[1]))
+    for start in range(0, bootstrap_draws, DRAWS_PER_BLOCK):
         part = sums[start : start + DRAWS_PER_BLOCK]
         part[:] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=len(part)) @ rows
     return sums
@@ -84,30 +85,30 @@ def interval(values: Floats) -> list[float]:
     return [float(end) for end in np.nanquantile(values, QUANTILES)]
 
 
-def recall_intervals(sums: RecallSums, resamples: int) -> list[list[float]]:
+def recall_intervals(sums: RecallSums, bootstrap_draws: int) -> list[list[float]]:
     """Return the interval of each lookahead's recall@k, the mean over layers."""
     order = np.argsort(sums.names, kind="stable")
     rows = np.stack([np.stack(sums.recalled), np.stack(sums.selected)], axis=1)[order]  # (n, 2, H, L)
     recalled, selected = np.moveaxis(
-        resampled(rows.reshape(len(rows), -1), resamples).reshape(-1, *rows.shape[1:]), 1, 0
+        resampled(rows.reshape(len(rows), -1), bootstrap_draws).reshape(-1, *rows.shape[1:]), 1, 0
     )
     recall = _quotient(recalled, selected).mean(-1)
     return [interval(recall[:, lookahead]) for lookahead in range(recall.shape[1])]
 
 
-def result_intervals(results: Sequence[Result], sums: Sequence[SequenceSums], resamples: int) -> list[Result]:
+def result_intervals(results: Sequence[Result], sums: Sequence[SequenceSums], bootstrap_draws: int) -> list[Result]:
     """Add intervals of hit rate, bytes ratio and speed, and of their differences from LRU, to results.
 
     Args:
         results: One record per strategy.
         sums: Contributions of the sequences, one object per result.
-        resamples: Number of draws.
+        bootstrap_draws: Number of draws.
 
     Returns:
         The records with ``intervals``.
     """
     tables = [_sorted_rows(part) for part in sums]
-    drawn = np.split(resampled(np.concatenate(tables, axis=1), resamples), len(tables), axis=1)
+    drawn = np.split(resampled(np.concatenate(tables, axis=1), bootstrap_draws), len(tables), axis=1)
     figures = [_figures(result, table, part.once) for result, table, part in zip(results, drawn, sums, strict=True)]
     lru = {result.budget_slots: n for n, result in enumerate(results) if result.strategy == "lru"}
     with_intervals = []
@@ -127,7 +128,7 @@ def _sorted_rows(sums: SequenceSums) -> Floats:
 
 
 def _figures(result: Result, table: Floats, once: int) -> dict[str, Floats]:
-    """Return the figures of each draw, ``(resamples,)`` float64 by name."""
+    """Return the figures of each draw, ``(bootstrap_draws,)`` float64 by name."""
     column = dict(zip(COLUMNS, table.T, strict=True))
     figures = {
         "hit_rate": _quotient(column["hits"], column["accesses"]),

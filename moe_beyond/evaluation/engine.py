@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation.bootstrap import check_resamples, result_intervals
+from moe_beyond.evaluation.bootstrap import check_bootstrap_draws, result_intervals
 from moe_beyond.evaluation.results import Evaluation
 from moe_beyond.evaluation.sources import Scored, ScoreSource
 from moe_beyond.simulator import Replay, ReplaySettings, Result
@@ -37,7 +37,7 @@ def evaluate(
     *,
     measure: ScoreSource | None = None,
     profile: UsageProfile | None = None,
-    resamples: int = 0,
+    bootstrap_draws: int = 0,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Evaluation:
     """Measure scores and replay strategies, each on its own core.
@@ -51,7 +51,7 @@ def evaluate(
         sources: Sources of scores, by the names in the settings' ``predictor`` (default: none).
         measure: Source to measure, one of ``sources`` (default: none).
         profile: Usage profile of training text (default: none).
-        resamples: Number of bootstrap draws for 95 % intervals (`moe_beyond.evaluation.bootstrap`); 0 for none
+        bootstrap_draws: Number of bootstrap draws for 95 % intervals (`moe_beyond.evaluation.bootstrap`); 0 for none
             (default: 0).
         progress: Function that receives the number of tokens that one strategy finished (default: no progress).
 
@@ -60,12 +60,12 @@ def evaluate(
             excludes every token.
     """
     _check_sources(strategies, sources)
-    check_resamples(resamples)
+    check_bootstrap_draws(bootstrap_draws)
     geometry = traces.geometry
     streams: dict[tuple[int, ...], Stream] = {}
     replays = [_start(traces, settings, split, profile, streams) for settings in strategies]
     passes = [source for source in sources if source is measure or source.name in {s.predictor for s in strategies}]
-    measurement = None if measure is None else _measurement(measure, traces, resamples)
+    measurement = None if measure is None else _measurement(measure, traces, bootstrap_draws)
     in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, source in enumerate(passes or [None]):
@@ -86,15 +86,15 @@ def evaluate(
                     progress(sum(map(len, sequences)))
     results = _results(replays)
     rows = [] if measurement is None else measurement.rows()
-    if resamples:
-        results = result_intervals(results, [replay.sums for replay in replays], resamples)
-    return Evaluation(rows, results, resamples)
+    if bootstrap_draws:
+        results = result_intervals(results, [replay.sums for replay in replays], bootstrap_draws)
+    return Evaluation(rows, results, bootstrap_draws)
 
 
-def _measurement(source: ScoreSource, traces: TraceSet, resamples: int) -> Measurement:
+def _measurement(source: ScoreSource, traces: TraceSet, bootstrap_draws: int) -> Measurement:
     from moe_beyond.evaluation.measure import Measurement  # imports torch, which a plain replay does not need
 
-    return Measurement(source, traces.geometry, resamples)
+    return Measurement(source, traces.geometry, bootstrap_draws)
 
 
 def _check_sources(strategies: Sequence[ReplaySettings], sources: Sequence[ScoreSource]) -> None:

@@ -20,15 +20,15 @@ class Measurement:
     Args:
         source: Source of the scores.
         geometry: Geometry of the model.
-        resamples: Number of bootstrap draws for intervals of recall; 0 for none.
+        bootstrap_draws: Number of bootstrap draws for intervals of recall; 0 for none.
     """
 
-    def __init__(self, source: ScoreSource, geometry: Geometry, resamples: int) -> None:
+    def __init__(self, source: ScoreSource, geometry: Geometry, bootstrap_draws: int) -> None:
         self.source = source
         self._layers = geometry.moe_layers
         self._metrics = RoutingMetrics(len(source.lookaheads), *geometry.shape())
         self._recall = RecallSums()
-        self._resamples = resamples
+        self._bootstrap_draws = bootstrap_draws
 
     def add(self, trace: Trace, scores: npt.NDArray[np.float32]) -> None:
         """Add a sequence.
@@ -41,7 +41,7 @@ class Measurement:
         batch, experts = collate([trace]), scores.shape[-1]
         recalled, selected = metrics.true_positives.clone(), metrics.selected.sum(-1)
         metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
-        if self._resamples:
+        if self._bootstrap_draws:
             recall.names.append(trace.sequence_id)
             recall.recalled.append((metrics.true_positives - recalled).double().numpy())
             recall.selected.append((metrics.selected.sum(-1) - selected).double().numpy())
@@ -49,7 +49,7 @@ class Measurement:
     def rows(self) -> list[LookaheadMetrics]:
         """Return one row per lookahead, with intervals if there are draws."""
         rows = self._metrics.rows(self.source.lookaheads, self._layers, causal=self.source.causal)
-        if self._resamples:
-            intervals = recall_intervals(self._recall, self._resamples)
+        if self._bootstrap_draws:
+            intervals = recall_intervals(self._recall, self._bootstrap_draws)
             rows = [replace(row, intervals={"recall_at_k": ends}) for row, ends in zip(rows, intervals, strict=True)]
         return rows

@@ -217,7 +217,7 @@ def resolve_strategies(
         shared.quotas,
     )
     if not settings:
-        raise UserError("; ".join(f"strategy {each.strategy}: not available: {each.why}" for each in unavailable))
+        raise UserError("; ".join(f"strategy {each.strategy}: not available: {each.reason}" for each in unavailable))
     return ResolvedStrategies(settings, sources, tuple(unavailable))
 
 

@@ -17,15 +17,15 @@ class Unavailable:
 
     Attributes:
         strategy: Name of the strategy.
-        why: Reason in one sentence.
+        reason: Reason in one sentence.
     """
 
     strategy: str
-    why: str
+    reason: str
 
     def to_json(self) -> dict[str, str]:
         """Return plain values."""
-        return {"strategy": self.strategy, "why": self.why}
+        return {"strategy": self.strategy, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Evaluation:
     Attributes:
         metrics: One row per lookahead; empty if no scores were measured.
         results: One record per strategy, in the order of the strategies.
-        resamples: Number of bootstrap draws behind the intervals of both; 0 without intervals (default: 0).
+        bootstrap_draws: Number of bootstrap draws behind the intervals of both; 0 without intervals (default: 0).
     """
 
     metrics: list[LookaheadMetrics]
     results: list[Result]
-    resamples: int = 0
+    bootstrap_draws: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        resamples = {"resamples": self.resamples} if self.resamples else {}
+        bootstrap_draws = {"bootstrap_draws": self.bootstrap_draws} if self.bootstrap_draws else {}
         return {
             "metrics": [row.to_json() for row in self.metrics],
             "results": [result.to_json() for result in self.results],
-            **resamples,
+            **bootstrap_draws,
         }
 
 

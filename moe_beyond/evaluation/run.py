@@ -40,7 +40,7 @@ class ResolvedReplay:
         profile: Usage profile of training text (default: none).
         measure: Source of ``sources`` to measure (default: none).
         unavailable: Named strategies that cannot be replayed (default: none).
-        resamples: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
+        bootstrap_draws: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
     """
 
     traces: TraceSet
@@ -50,7 +50,7 @@ class ResolvedReplay:
     profile: UsageProfile | None = None
     measure: ScoreSource | None = None
     unavailable: Sequence[Unavailable] = ()
-    resamples: int = 0
+    bootstrap_draws: int = 0
 
     def run(self, progress: Progress | None = None) -> ReplayOutcome:
         """Replay.
@@ -68,7 +68,7 @@ class ResolvedReplay:
             self.sources,
             measure=self.measure,
             profile=self.profile,
-            resamples=self.resamples,
+            bootstrap_draws=self.bootstrap_draws,
             progress=counted(progress, self.traces, self.measured_on.split, len(self.strategies)),
         )
         return ReplayOutcome(evaluation, self)
@@ -97,9 +97,9 @@ class ReplayOutcome:
         return self.evaluation.metrics
 
     @property
-    def resamples(self) -> int:
+    def bootstrap_draws(self) -> int:
         """Number of bootstrap draws behind the intervals; 0 without intervals."""
-        return self.evaluation.resamples
+        return self.evaluation.bootstrap_draws
 
     @property
     def measured_on(self) -> MeasuredText:
@@ -163,7 +163,7 @@ def resolve_evaluation(
     source: ScoreSource,
     *,
     split: str | None = None,
-    bootstrap: int = 0,
+    bootstrap_draws: int = 0,
 ) -> ResolvedReplay:
     """Resolve the options of an evaluation: metrics of one source, and its replay by every lookahead.
 
@@ -174,7 +174,7 @@ def resolve_evaluation(
         traces: Trace set to replay.
         source: Source of scores.
         split: Name of a split, or ``all`` (default: one that the predictor was not fitted on, if any).
-        bootstrap: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
+        bootstrap_draws: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
 
     Raises:
         UserError: An option cannot be read or excludes another, or the source does not fit.
@@ -183,7 +183,7 @@ def resolve_evaluation(
     text = resolve_text(traces, split, shared, [source])
     lookaheads = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
     settings = resolve_grid(options, traces, shared, source, lookaheads)
-    return measured_replay(traces, text, settings, source, shared, bootstrap)
+    return measured_replay(traces, text, settings, source, shared, bootstrap_draws)
 
 
 def measured_replay(
@@ -192,7 +192,7 @@ def measured_replay(
     settings: Sequence[ReplaySettings],
     source: ScoreSource,
     shared: SharedSettings,
-    bootstrap: int = 0,
+    bootstrap_draws: int = 0,
 ) -> ResolvedReplay:
     """Make the inputs of an evaluation of one source, and add the baselines.
 
@@ -202,10 +202,10 @@ def measured_replay(
         settings: Settings of each strategy, without baselines.
         source: Source of scores to measure.
         shared: Settings that all strategies share.
-        bootstrap: Number of bootstrap draws; 0 for none (default: 0).
+        bootstrap_draws: Number of bootstrap draws; 0 for none (default: 0).
     """
     strategies = with_baselines(settings, shared.common, traces.geometry, shared.quotas)
-    return ResolvedReplay(traces, text, strategies, [source], shared.profile, source, resamples=bootstrap)
+    return ResolvedReplay(traces, text, strategies, [source], shared.profile, source, bootstrap_draws=bootstrap_draws)
 
 
 def run_replay(
@@ -237,7 +237,7 @@ def run_evaluation(
     source: ScoreSource,
     *,
     split: str | None = None,
-    bootstrap: int = 0,
+    bootstrap_draws: int = 0,
     progress: Progress | None = None,
 ) -> ReplayOutcome:
     """Measure a source of scores and replay it: `resolve_evaluation`, then run.
@@ -247,13 +247,13 @@ def run_evaluation(
         traces: Trace set to replay.
         source: Source of scores.
         split: Name of a split, or ``all`` (default: one that the predictor was not fitted on, if any).
-        bootstrap: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
+        bootstrap_draws: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
         progress: Function that receives the finished and the total number of tokens (default: no progress).
 
     Raises:
         UserError: An option cannot be read or excludes another, or the source does not fit.
     """
-    return resolve_evaluation(options, traces, source, split=split, bootstrap=bootstrap).run(progress)
+    return resolve_evaluation(options, traces, source, split=split, bootstrap_draws=bootstrap_draws).run(progress)
 
 
 def counted(progress: Progress | None, traces: TraceSet, split: str | None, strategies: int) -> Callable[[int], object]:

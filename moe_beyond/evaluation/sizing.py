@@ -73,7 +73,7 @@ class Target:
         """Return the targeted figure of a result."""
         return result.hit_rate if self.hit_rate is not None else result.tokens_per_second or 0.0
 
-    def words(self, result: Result) -> str:
+    def format(self, result: Result) -> str:
         """Return the targeted figure of a result with its unit."""
         return f"{result.hit_rate:.1%}" if self.hit_rate is not None else f"{self.value(result):.2f} tok/s"
 
@@ -124,14 +124,14 @@ class SizingReport:
     Attributes:
         target: Target to reach.
         measured_on: Split, and relation of its text to the predictors.
-        answers: One result per strategy.
+        sizings: One result per strategy.
         unavailable: Named strategies that cannot be sized.
         bytes_per_expert: Bytes of one expert.
     """
 
     target: Target
     measured_on: MeasuredText
-    answers: Sequence[SizingResult]
+    sizings: Sequence[SizingResult]
     unavailable: Sequence[Unavailable]
     bytes_per_expert: float
 
@@ -140,7 +140,7 @@ class SizingReport:
         return {
             "target": self.target.text,
             "measured_on": self.measured_on.to_json(),
-            "answers": [answer.to_json(self.bytes_per_expert) for answer in self.answers],
+            "answers": [sizing.to_json(self.bytes_per_expert) for sizing in self.sizings],
             "unavailable": [each.to_json() for each in self.unavailable],
         }
 
@@ -216,7 +216,7 @@ def run_sizing(
             traces, strategies, text.split, resolved.sources, profile=shared.profile, progress=advance
         ).results
 
-    answers = size_budgets(
+    sizings = size_budgets(
         geometry,
         target,
         [partial(at, line) for line in dict.fromkeys(settings)],
@@ -225,7 +225,7 @@ def run_sizing(
         references=lambda: dict(zip(references, replay(list(references.values())), strict=True)),
         max_slots=None if common.device is None else device_slots(common.device, geometry, common.bits),
     )
-    return SizingReport(target, text, answers, unavailable, geometry.params_per_expert * common.bits / 8)
+    return SizingReport(target, text, sizings, unavailable, geometry.params_per_expert * common.bits / 8)
 
 
 def size_budgets(
@@ -277,17 +277,17 @@ def size_budgets(
             (index, middle) for index, of_one in enumerate(tried) if (middle := _middle(target, of_one)) is not None
         ]
     reference_results: dict[str, Result] = {}
-    answers = []
+    sizings = []
     for index, of_one in enumerate(tried):
         enough = _smallest(target, of_one)
         if enough is not None:
-            answers.append(SizingResult(of_one[enough].strategy, of_one[enough], None))
+            sizings.append(SizingResult(of_one[enough].strategy, of_one[enough], None))
             continue
         reference_results = reference_results or references()
         best = max(of_one.values(), key=lambda result: (target.value(result), -result.budget_slots))
         beyond = replay([strategies[index](total)])[0] if most < total else None
-        answers.append(SizingResult(best.strategy, best, _bottleneck(target, best, reference_results, most, beyond)))
-    return answers
+        sizings.append(SizingResult(best.strategy, best, _bottleneck(target, best, reference_results, most, beyond)))
+    return sizings
 
 
 def _smallest(target: Target, results: dict[int, Result]) -> int | None:
@@ -315,13 +315,13 @@ def _bottleneck(target: Target, best: Result, references: dict[str, Result], mos
         beyond: Result with all slots, if they do not fit in the device's memory; None if they do.
     """
     if beyond is not None and target.reached(beyond):
-        return f"memory: room for {most:,} experts; all {beyond.budget_slots:,} would reach {target.words(beyond)}"
+        return f"memory: room for {most:,} experts; all {beyond.budget_slots:,} would reach {target.format(beyond)}"
     if target.tokens_per_second is not None:
         resident, clairvoyant_result = references["all_resident"], references["clairvoyant"]
         if not target.reached(resident):
-            return f"computing: {target.words(resident)} with all experts resident"
+            return f"computing: {target.format(resident)} with all experts resident"
         if not target.reached(clairvoyant_result):
-            return f"interconnect: {target.words(clairvoyant_result)} even with clairvoyant prefetch and all slots"
+            return f"interconnect: {target.format(clairvoyant_result)} even with clairvoyant prefetch and all slots"
         return "policy: clairvoyant prefetch over the same interconnect would reach it"
     assert target.hit_rate is not None
     late = best.late_hits / max(best.accesses, 1)

@@ -112,7 +112,7 @@ def named_strategies(
     common: ReplaySettings,
     slots: Iterable[int],
     top_k: int,
-    given: ScoreSource | None,
+    user_source: ScoreSource | None,
     pretrained: Callable[[str], ScoreSource | None],
     quotas: Quotas = even_split,
 ) -> tuple[list[ReplaySettings], list[ScoreSource], list[Unavailable]]:
@@ -123,7 +123,7 @@ def named_strategies(
         common: Settings shared by all.
         slots: Numbers of slots.
         top_k: Experts per token and layer of the model.
-        given: Scores that the user named; used as the released MoE-Beyond predictions if they have lookahead 0.
+        user_source: Scores that the user named; used as the released MoE-Beyond predictions if they have lookahead 0.
         pretrained: Function from an architecture to the scores of its pretrained predictor for these traces; None if
             there is no such predictor.
         quotas: Slots of each layer (default: an even split).
@@ -139,7 +139,7 @@ def named_strategies(
         named = STRATEGIES[name]
         source = None
         if named.released:
-            source = given if given is not None and 0 in given.lookaheads else None
+            source = user_source if user_source is not None and 0 in user_source.lookaheads else None
             if source is None:
                 unavailable.append(Unavailable(name, "needs the released predictions; give --scores of lookahead 0"))
                 continue
@@ -150,8 +150,8 @@ def named_strategies(
                 unavailable.append(Unavailable(name, str(error)))
                 continue
             if source is None:
-                why = f"no pretrained {named.architecture} predictor fits this model and tokenizer"
-                unavailable.append(Unavailable(name, why))
+                reason = f"no pretrained {named.architecture} predictor fits this model and tokenizer"
+                unavailable.append(Unavailable(name, reason))
                 continue
         if named.needs_device and common.device is None:
             unavailable.append(Unavailable(name, "is defined only by time; give --device"))

@@ -15,4 +15,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "UploadResult", "prepare_upload", "push_upload"]
 
-__getattr__ = lazy_exports(__name__, dict.fromkeys(__all__, "push"))
+__getattr__, __dir__ = lazy_exports(__name__, dict.fromkeys(__all__, "push"))

@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["FIGURES", "Figures", "LayerMetrics", "LookaheadMetrics", "ReliabilityBin", "RoutingMetrics"]
 
-__getattr__ = lazy_exports(__name__, {"RoutingMetrics": "routing"})  # torch takes seconds
+__getattr__, __dir__ = lazy_exports(__name__, {"RoutingMetrics": "routing"})  # torch takes seconds

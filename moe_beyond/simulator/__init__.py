@@ -38,4 +38,4 @@ _COMPILED = {
 }
 """Public name -> module that is imported when the name is first read, because it imports numba."""
 
-__getattr__ = lazy_exports(__name__, _COMPILED)
+__getattr__, __dir__ = lazy_exports(__name__, _COMPILED)

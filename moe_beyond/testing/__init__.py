@@ -22,4 +22,4 @@ __all__ = ["check_policy", "check_predictor"]
 
 _MODULES = {"check_policy": "policies", "check_predictor": "predictors"}
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

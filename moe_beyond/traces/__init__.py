@@ -58,4 +58,4 @@ _MODULES = {
 }
 """Module of each name."""
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

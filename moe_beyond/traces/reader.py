@@ -62,7 +62,9 @@ class TraceSet:
         try:
             content = self._read(MANIFEST_FILE)
         except FileNotFoundError as error:
-            raise UserError(f"{path}: not found; is {self.folder} a trace set?") from error
+            raise UserError(
+                f"{self.folder}: no trace set here ({MANIFEST_FILE} is missing); give the folder of one"
+            ) from error
         self.manifest = Manifest.from_json(parse_json(content, path), source=path)
         if (sha256 := self.manifest.tokenizer.sha256) is not None:
             self._verified(TOKENIZER_FILE, sha256, "tokenizer")

@@ -138,7 +138,7 @@ def test_fits_that_cannot_be(run: Run, tmp_path: Path, refused, monkeypatch: pyt
     assert "a counting predictor needs one epoch (got 2)" in refused(*table, "--trainer.max_epochs=2")
     assert "has no validation split 'dev'" in refused(*table, "--data.val_split=dev")
     nowhere = tmp_path / "nowhere"
-    assert f"{nowhere}/manifest.json: not found" in refused(*table[:-1], f"--data.traces={nowhere}")
+    assert f"{nowhere}: no trace set here" in refused(*table[:-1], f"--data.traces={nowhere}")
     assert not list(tmp_path.glob("runs/*/*/predictor"))
 
 

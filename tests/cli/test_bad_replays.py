@@ -170,7 +170,7 @@ def test_a_plan_knows_how_many_slots_a_union_needs(house: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "plan: nothing to do; give --target T to reach, or --pins FILE to write"),
+        ((), "plan: nothing to do; give --target TARGET to reach, or --pins FILE to write"),
         (("--target", "fast"), "--target: cannot be read (got 'fast'); write 90% for a hit rate, or 10tok/s"),
         (("--target", "0%"), "cannot be read"),
         (("--target", "120%"), "cannot be read"),

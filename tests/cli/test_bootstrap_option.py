@@ -23,7 +23,7 @@ def test_intervals_are_shown_written_and_the_same_again(words: list[str], capsys
     assert main([*words, "--bootstrap", "200", "--json", "-"]) == 0
     assert capsys.readouterr().out == once
     found = json.loads(once)
-    assert found["resamples"] == 200
+    assert found["bootstrap_draws"] == 200
     [row] = found["metrics"]
     low, high = row["intervals"]["recall_at_k"]
     assert low < row["recall_at_k"] < high
@@ -35,7 +35,7 @@ def test_intervals_are_shown_written_and_the_same_again(words: list[str], capsys
     assert f"{100 * row['recall_at_k']:.1f} ({100 * low:.1f}..{100 * high:.1f})" in said
     low, high = ours["intervals"]["minus_lru"]["bytes_ratio"]
     assert f"{low:+.2f}..{high:+.2f}" in said
-    assert "200 bootstrap samples of sequences" in said
+    assert "200 bootstrap draws of sequences" in said
     assert main([*words, "--json", "-"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert "intervals" not in plain["results"][0]

@@ -343,7 +343,7 @@ def test_a_sequence_of_no_rows_is_refused(desk, capsys):
     ("words", "says"),
     [
         (["nonsense", "set", "x"], "unknown format 'nonsense'"),
-        (["vllm", "nowhere", "x"], "nowhere/manifest.json: not found"),
+        (["vllm", "nowhere", "x"], "nowhere: no trace set here (manifest.json is missing)"),
         (["vllm", "set", "x", "--split", "tset"], "unknown split of set 'tset'"),
         (["libcachesim", "set", "x", "--split", "tset"], "unknown split of set 'tset'"),
         (["llama-cpp", "set", "x", "--split", "tset"], "unknown split of set 'tset'"),

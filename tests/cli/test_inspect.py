@@ -195,7 +195,7 @@ def change_manifest(**changes):
     [
         (damage_hash, "train-00001.parquet: shard is damaged"),
         (lambda folder: (folder / "train-00001.parquet").unlink(), "train-00001.parquet: shard named in manifest.json"),
-        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: not found"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no trace set here (manifest.json is missing)"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: is not JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: "),
         (change_manifest(format_version=2), "manifest.json: format version 2, not 1"),
@@ -214,7 +214,7 @@ def test_a_damaged_set_is_one_line(harm, says, more, trace_set, capsys):
 
 def test_a_place_that_holds_no_set_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    assert "nowhere/manifest.json: not found; is" in error_line(capsys, ["inspect", tmp_path / "nowhere"])
+    assert "nowhere: no trace set here" in error_line(capsys, ["inspect", tmp_path / "nowhere"])
     assert str(tmp_path / "file") in error_line(capsys, ["inspect", tmp_path / "file"])
 
 

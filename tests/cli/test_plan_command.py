@@ -91,7 +91,7 @@ def test_systems_and_what_they_lack(capsys):
     assert [one["strategy"] for one in found["answers"]] == [
         "moe-spac", "llama.cpp", "lru", "belady", "lru, window 8", "clairvoyant prefetch",
     ]  # fmt: skip
-    missing = {one["strategy"]: one["why"] for one in found["unavailable"]}
+    missing = {one["strategy"]: one["reason"] for one in found["unavailable"]}
     assert set(missing) == {"belief-cross-layer", "moe-beyond", "moe-infinity", "specmd", "od-moe"}
     assert missing["od-moe"] == "it keeps no cache, so it has no budget"
 

@@ -112,7 +112,7 @@ def test_named_systems(capsys):
     assert spac["accesses"] == windowed["accesses"]
     assert [result["lookahead"] for result in found["results"][:3]] == [0, None, None]
     assert found["results"][0]["causal"] is False
-    missing = {one["strategy"]: one["why"] for one in found["unavailable"]}
+    missing = {one["strategy"]: one["reason"] for one in found["unavailable"]}
     assert set(missing) == {"belief-cross-layer", "moe-infinity", "specmd", "od-moe"}
     words = ("--strategy", "moe-beyond", "--strategy", "belief-cross-layer", "--scores", "leak")
     assert main(["replay", "--traces", "traces", *words]) == 0

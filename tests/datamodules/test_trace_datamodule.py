@@ -192,7 +192,7 @@ def test_training_without_validation(trace_set):
 def test_a_missing_trace_set_is_named(trace_set, tmp_path):
     missing = str(tmp_path / "nowhere")
     for arguments in ({"traces": missing}, {"val_traces": missing}, {"test_traces": missing}):
-        with pytest.raises(UserError, match=re.escape(f"{missing}/manifest.json: not found")):
+        with pytest.raises(UserError, match=re.escape(f"{missing}: no trace set here")):
             TraceDataModule(**{"traces": trace_set.folder, **arguments})
 
 

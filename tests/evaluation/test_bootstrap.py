@@ -49,7 +49,7 @@ def test_recall_by_hand() -> None:
 def test_differences_are_paired(traces: TraceSet) -> None:
     """The draws are the same for all: of a strategy and LRU itself the difference is nothing in each of them."""
     lru = strategy(COMMON, 8, "lru")
-    same, plain = evaluate(traces, [replace(lru, name="the same"), lru], resamples=300).results
+    same, plain = evaluate(traces, [replace(lru, name="the same"), lru], bootstrap_draws=300).results
     assert same.intervals["hit_rate"] == plain.intervals["hit_rate"]
     assert same.intervals["hit_rate"][0] < same.hit_rate < same.intervals["hit_rate"][1]
     assert same.intervals["minus_lru"] == {"hit_rate": [0, 0], "bytes_ratio": [0, 0]}
@@ -60,7 +60,7 @@ def test_the_order_in_which_sequences_came_changes_nothing(traces: TraceSet) -> 
     backwards = seer("seer", (1, 2), backwards=True)
     asked = [strategy(COMMON, 8, "lru", "top2", SOURCE), strategy(COMMON, 8, "lru")]
     one, other = (
-        evaluate(traces, asked, sources=[source], measure=source, resamples=200) for source in (SOURCE, backwards)
+        evaluate(traces, asked, sources=[source], measure=source, bootstrap_draws=200) for source in (SOURCE, backwards)
     )
     assert one.to_json() == other.to_json()
 
@@ -70,7 +70,7 @@ def test_against_plain_python(traces: TraceSet) -> None:
     draws = 3000
     common = replace(COMMON, device=SLOW)
     asked = with_baselines(grid(common, [8], ["lru"], ["top2"], SOURCE, [1]), common, TINY)
-    found = evaluate(traces, asked, sources=[SOURCE], measure=SOURCE, resamples=draws)
+    found = evaluate(traces, asked, sources=[SOURCE], measure=SOURCE, bootstrap_draws=draws)
     kept = [trace for trace in traces.traces() if len(trace) > 3]
     assert 2 < len(kept) < len(list(traces.traces()))
     alone = {}
@@ -135,23 +135,25 @@ def test_a_fixed_choice_is_moved_in_once_in_every_draw(traces: TraceSet) -> None
 
 def test_batches_are_drawn_whole(traces: TraceSet) -> None:
     batched = replace(strategy(COMMON, 20, "lru"), batch_size=4)
-    [result] = evaluate(traces, [batched], resamples=200).results
+    [result] = evaluate(traces, [batched], bootstrap_draws=200).results
     assert result.intervals["hit_rate"][0] <= result.hit_rate <= result.intervals["hit_rate"][1]
 
 
-@pytest.mark.parametrize("resamples", [1, 99, -1])
-def test_too_few_draws(traces: TraceSet, resamples: int) -> None:
-    with pytest.raises(UserError, match=rf"--bootstrap: too few draws .*got {resamples}\)"):
-        evaluate(traces, [strategy(COMMON, 8, "lru")], resamples=resamples)
+@pytest.mark.parametrize("bootstrap_draws", [1, 99, -1])
+def test_too_few_draws(traces: TraceSet, bootstrap_draws: int) -> None:
+    with pytest.raises(UserError, match=rf"--bootstrap: too few draws .*got {bootstrap_draws}\)"):
+        evaluate(traces, [strategy(COMMON, 8, "lru")], bootstrap_draws=bootstrap_draws)
 
 
 def test_one_sequence_has_no_interval(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--bootstrap: draws need at least two sequences"):
-        evaluate(tiny_traces(tmp_path / "one", sequences=1), [strategy(ReplaySettings(32), 8, "lru")], resamples=100)
+        evaluate(
+            tiny_traces(tmp_path / "one", sequences=1), [strategy(ReplaySettings(32), 8, "lru")], bootstrap_draws=100
+        )
 
 
 def test_without_draws_nothing_is_written(traces: TraceSet) -> None:
     said = evaluate(traces, [strategy(COMMON, 8, "lru")], sources=[SOURCE], measure=SOURCE).to_json()
     assert "intervals" not in said["results"][0]
     assert "intervals" not in said["metrics"][0]
-    assert "resamples" not in said
+    assert "bootstrap_draws" not in said

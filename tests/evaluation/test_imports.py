@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from _helpers.common import tiny_traces
 
-import moe_beyond.evaluation as evaluation
-
 HEAVY = ("torch", "lightning", "transformers", "matplotlib")
 
 
@@ -30,10 +28,3 @@ def test_a_replay_without_a_predictor_imports_no_library_for_training(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
-
-
-def test_public_names_are_there() -> None:
-    assert all(getattr(evaluation, name) is not None for name in evaluation.__all__)
-    assert set(evaluation.__all__) <= set(dir(evaluation))
-    with pytest.raises(AttributeError, match="has no attribute 'evaluat'"):
-        _ = evaluation.evaluat

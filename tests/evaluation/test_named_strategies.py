@@ -66,7 +66,7 @@ def test_what_is_not_available_says_why(given: object) -> None:
     found, sources, missing = named_strategies(STRATEGIES, COMMON, [8], 2, given, lambda architecture: None)
     assert [s.strategy for s in found] == ["moe-spac", "llama.cpp"]
     assert sources == []
-    assert {one.strategy: one.why for one in missing} == {
+    assert {one.strategy: one.reason for one in missing} == {
         "belief-cross-layer": "no pretrained cross_layer predictor fits this model and tokenizer",
         "moe-beyond": "needs the released predictions; give --scores of lookahead 0",
         "moe-infinity": "no pretrained eamc predictor fits this model and tokenizer",

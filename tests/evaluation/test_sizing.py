@@ -39,7 +39,7 @@ class Planned:
         ladders = [partial(self.at, line) for line in self.lines]
         self.target = parse_target(target)
         most = None if device is None else device_slots(device, TINY, 16)
-        self.answers: list[SizingResult] = size_budgets(
+        self.sizings: list[SizingResult] = size_budgets(
             TINY, self.target, ladders, self.replayed, TINY.top_k, self.bounds, most
         )
 
@@ -77,7 +77,7 @@ def test_the_smallest_budget_is_exact(traces: TraceSet, device: Device | None) -
     for wanted in (max(all_figures[0], 0.01) / 2, *all_figures[3::8], all_figures[-1] - 1e-3):
         target = f"{math.floor(wanted * 1000) / 1000}{'%' if device is None else 'tok/s'}"
         planned = Planned(traces, target, [("lru", "none"), ("belady", "none")], device)
-        for answer, policy in zip(planned.answers, ("lru", "belady"), strict=True):
+        for answer, policy in zip(planned.sizings, ("lru", "belady"), strict=True):
             reached = [slots for slots, result in found[policy].items() if planned.target.reached(result)]
             if reached:
                 assert (answer.bottleneck, answer.result) == (None, found[policy][min(reached)])
@@ -88,7 +88,7 @@ def test_the_smallest_budget_is_exact(traces: TraceSet, device: Device | None) -
 
 
 def only(traces: TraceSet, target: str, line: tuple[str, str], device: Device | None = None) -> SizingResult:
-    [answer] = Planned(traces, target, [line], device).answers
+    [answer] = Planned(traces, target, [line], device).sizings
     return answer
 
 

@@ -147,13 +147,13 @@ def test_unavailable_strategies_and_bottlenecks_are_shown(trace_set: TraceSet) -
     missing = [Unavailable("a", "needs x"), Unavailable("b", "needs y")]
     assert unavailable_lines(missing) == ["a: not available: needs x", "b: not available: needs y"]
     fits, fails = result_of(trace_set, hit_rate=0.9123, budget_slots=16), result_of(trace_set, hit_rate=0.5)
-    answers = [SizingResult("late", fails, "link: too slow"), SizingResult("good", fits, None)]
-    said = text_of(sizing_table(answers, parse_target("90%"), TINY, 2e9))
+    sizings = [SizingResult("late", fails, "link: too slow"), SizingResult("good", fits, None)]
+    said = text_of(sizing_table(sizings, parse_target("90%"), TINY, 2e9))
     good, late = [line for line in said.splitlines() if "│ good" in line or "│ late" in line]  # what works first
     assert [word in good for word in ("good", "16 (", "32.00", "91.2%")] == [True] * 4
     assert [word in late for word in ("late", "none", "at best 50.0%", "link: too slow")] == [True] * 4
     assert "GB = 1e9 bytes" in " ".join(said.split())
-    small = text_of(sizing_table(answers, parse_target("90%"), TINY, 2e6))
+    small = text_of(sizing_table(sizings, parse_target("90%"), TINY, 2e6))
     assert "32.00" in next(line for line in small.splitlines() if "│ good" in line)
     assert "MB = 1e6 bytes" in " ".join(small.split())
 

@@ -64,7 +64,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         big = {"tokens_per_second": 64285.7, "stall_ms_per_token": 12345.6} if name == "timed" else {}
         large = replace(results[0], prefetch_transfers=123_456_789, wasted_prefetches=98_765_432, lookahead=0, **big)
         found[f"replay, {name}"] = results_table([large, *results[1:]], geometry)
-    sized = evaluate(traces, with_baselines(asked, common, geometry), sources=[source], measure=source, resamples=100)
+    sized = evaluate(
+        traces, with_baselines(asked, common, geometry), sources=[source], measure=source, bootstrap_draws=100
+    )
     found |= {f"intervals: {t.title}": t for t in intervals_tables(sized.metrics, sized.results, 100)}
     figures = {**dict.fromkeys(FIGURES, 0.98765), "nll": 123.45}
     row = LookaheadMetrics(lookahead=1, k=6, tokens=1_234_567, by_layer=(), reliability=(), causal=False, **figures)
@@ -75,11 +77,11 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
         for n in (9, 10)
     ]
     found["checkpoints"] = checkpoints_table(checkpoints, geometry)
-    answers = [
+    sizings = [
         SizingResult("clairvoyant prefetch", results[0], "link: 12.34 GB/s is too slow"),
         SizingResult("lru", results[1], None),
     ]
-    found["plan"] = sizing_table(answers, parse_target("90%"), geometry, 123_456_789)
+    found["plan"] = sizing_table(sizings, parse_target("90%"), geometry, 123_456_789)
     summary, difference = summarize(traces), contrast_traces(traces, other)
     # The name of a temporary folder has digits of its own.
     difference = replace(difference, other={**difference.other, "traces": "traces/other"})

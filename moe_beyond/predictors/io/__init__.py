@@ -27,4 +27,4 @@ _MODULES = {
 """Public name -> module of this package."""
 
 __all__ = sorted(_MODULES)
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

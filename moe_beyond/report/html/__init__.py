@@ -6,6 +6,7 @@ from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
     from moe_beyond.report.html.build import write_page as write_page
+    from moe_beyond.report.html.report import write_report as write_report
     from moe_beyond.report.html.strategies import DEFAULT_DEVICES as DEFAULT_DEVICES
     from moe_beyond.report.html.strategies import DEFAULT_SHARES as DEFAULT_SHARES
     from moe_beyond.report.html.strategies import default_slots as default_slots
@@ -21,6 +22,7 @@ __all__ = [
     "find_subject",
     "page_strategies",
     "write_page",
+    "write_report",
 ]
 
 _MODULES = {
@@ -31,6 +33,7 @@ _MODULES = {
     "find_subject": "subject",
     "page_strategies": "strategies",
     "write_page": "build",
+    "write_report": "report",
 }
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

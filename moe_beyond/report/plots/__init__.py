@@ -42,4 +42,4 @@ _MODULES = {
     "write_plots": "files",
 }
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

@@ -45,4 +45,4 @@ _MODULES = {
     "unavailable_lines": "results",
 }
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

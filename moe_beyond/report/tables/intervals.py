@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from moe_beyond.metrics import LookaheadMetrics
 
 
-def intervals_tables(metrics: Sequence["LookaheadMetrics"], results: Sequence[Result], resamples: int) -> list[Table]:
+def intervals_tables(
+    metrics: Sequence["LookaheadMetrics"], results: Sequence[Result], bootstrap_draws: int
+) -> list[Table]:
     """Return the tables of an evaluation with intervals.
 
     Args:
         metrics: Rows of metrics with ``intervals``, one per lookahead.
         results: Results with ``intervals``, one per strategy and budget.
-        resamples: Number of bootstrap samples.
+        bootstrap_draws: Number of bootstrap draws.
 
     Returns:
         The table of recall, and the table of replays: each value with its interval, and below it the interval of its
@@ -43,7 +45,7 @@ def intervals_tables(metrics: Sequence["LookaheadMetrics"], results: Sequence[Re
         replays.add_row(f"{budget:,}", result.strategy, score_lookahead(result), *_cells(result, timed))
     replays.caption = (
         f"{BYTES_DEFINITION}\n"
-        f"{resamples:,} bootstrap samples of sequences, the same for all strategies\n"
+        f"{bootstrap_draws:,} bootstrap draws of sequences, the same for all strategies\n"
         "second lines: 95 % interval of the difference from lru at the same budget"
     )
     return [recall, replays]

@@ -65,7 +65,7 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
     table.add_column("demand\nratio", justify="right", no_wrap=True)
     table.add_column("strategy")
     table.add_column("look-\nahead")
-    for name in ("hit rate", "late", "bytes", "wasted") if timed else ("hit rate", "bytes", "prefetched", "wasted"):
+    for name in ("hit rate", "late", "bytes", "wasted %") if timed else ("hit rate", "bytes", "prefetched", "wasted"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("tok/s", "stall\nms", "p95\nms") if timed else ():
         table.add_column(name, justify="right", no_wrap=True)
@@ -101,8 +101,8 @@ def _results_caption(results: Sequence[Result]) -> list[str]:
         lines.append("prefetched: transfers before demand; wasted: prefetched experts that no token used in time")
     else:
         lines += [
-            "late: requested but still in transit when demanded; wasted: prefetched experts that no token used in "
-            "time; both as shares of accesses",
+            "late: requested but still in transit when demanded; wasted %: prefetched experts that no token used "
+            "in time; both as shares of accesses",
             f"tok/s, stall and p95 per decoded token: timing model of {device}, not a measurement",
         ]
     if predictors:
@@ -117,7 +117,7 @@ def _results_caption(results: Sequence[Result]) -> list[str]:
 
 def unavailable_lines(unavailable: Sequence["Unavailable"]) -> list[str]:
     """Return one line per strategy that cannot be replayed, with the reason."""
-    return [f"{entry.strategy}: not available: {entry.why}" for entry in unavailable]
+    return [f"{entry.strategy}: not available: {entry.reason}" for entry in unavailable]
 
 
 def checkpoints_table(rows: Sequence["CheckpointEvaluation"], geometry: Geometry) -> Table:

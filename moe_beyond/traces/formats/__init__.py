@@ -15,6 +15,7 @@ from moe_beyond.traces.formats._format import Format, Option
 if TYPE_CHECKING:
     from moe_beyond.traces.formats._files import source_files
     from moe_beyond.traces.formats._ids import check_layers, checked_ids
+    from moe_beyond.traces.formats._missing import recorded_span
     from moe_beyond.traces.formats._recording import Progress, Recording, import_recording, recording_reader
     from moe_beyond.traces.reader import TraceSet
 
@@ -30,6 +31,7 @@ __all__ = [
     "format_writer",
     "import_recording",
     "readable_formats",
+    "recorded_span",
     "recording_reader",
     "source_files",
     "writable_formats",
@@ -41,6 +43,7 @@ _MODULES = {
     "check_layers": "_ids",
     "checked_ids": "_ids",
     "import_recording": "_recording",
+    "recorded_span": "_missing",
     "recording_reader": "_recording",
     "source_files": "_files",
 }
@@ -101,4 +104,4 @@ def format_writer(name: str) -> "Callable[..., None]":
     return writer
 
 
-__getattr__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
