@@ -34,7 +34,7 @@ min: .venv-min/installed  ## run the fast tests on the lowest versions of all de
 	.venv-min/bin/$(PYTEST) -m "not slow" -W default  # old versions warn about each other
 
 docs: $(INSTALLED)  ## write the API documentation as HTML, into site/
-	$(BIN)/pdoc --docformat google -o site moe_beyond
+	$(BIN)/python tools/build_docs.py --out site
 
 bench: demo/predictor  ## time the start-up of every command, and the replay of the demo's traces
 	$(BIN)/python tools/bench_startup.py

@@ -258,7 +258,7 @@ def test_readme_counts_the_architectures_that_are_recorded() -> None:
 
 @pytest.mark.slow
 def test_docstrings_render_without_a_warning(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), "moe_beyond"]
+    arguments = [sys.executable, str(ROOT / "tools/build_docs.py"), "--out", str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "moe-beyond replay" in (tmp_path / "moe_beyond" / "api.html").read_text()
