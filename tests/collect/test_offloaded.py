@@ -182,7 +182,7 @@ def test_an_unknown_option_and_a_wrong_number_are_one_line(tmp_path: Path, capsy
     model = tiny_model("MixtralForCausalLM", vocab_size=2048)
     tokenizer = AutoTokenizer.from_pretrained(SMALL)
     for asked, says in (
-        ({"genrate": 2}, "unknown option 'genrate'; did you mean 'generate'?"),
+        ({"genrate": 2}, "record: unknown argument 'genrate'; did you mean 'generate'?"),
         ({"generate": "2"}, "--generate: must be a whole number from 0 (got '2')"),
         ({"batch_size": 0}, "--batch-size: must be a whole number from 1 (got 0)"),
         ({"temperature": 1.0}, "--temperature: needs --generate N (got 1.0); add --generate"),
