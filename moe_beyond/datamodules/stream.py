@@ -1,5 +1,8 @@
 """Reading planned batches from shards, with a few shards in memory at a time."""
 
+import multiprocessing
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -106,3 +109,19 @@ class ShardedTraces(Dataset[Batch]):
             self._decoded[index] = self._traces.read(self._shards[index], hidden_states=self._hidden_states)
         self._decoded.move_to_end(index)
         return self._decoded[index]
+
+
+def end_with_parent(worker: int) -> None:
+    """End this worker when the process that started it is killed; otherwise worker and fork server would run forever.
+
+    Args:
+        worker: Index of the worker, as a data loader passes it.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

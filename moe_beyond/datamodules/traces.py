@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches, whole_in_order
-from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
+from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces, end_with_parent
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.batch import Batch
@@ -211,6 +211,7 @@ class TraceDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             # Arrow's threads do not survive a fork of this process.
             multiprocessing_context="forkserver" if self.num_workers else None,
+            worker_init_fn=end_with_parent if self.num_workers else None,
         )
 
     def batching(self) -> dict[str, int]:

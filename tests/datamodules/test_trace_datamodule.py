@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from _helpers.common import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
@@ -247,3 +250,22 @@ def test_training_statistics_count_the_experts_of_given_tokens(tmp_path, monkeyp
     assert np.array_equal(text.expert_counts(asked), counted(traces, trace_set.geometry.num_experts)(asked))
     demanded = sum(int((trace.experts < 8).sum()) for trace in traces)
     assert text.expert_counts(np.flatnonzero(text.token_counts)).sum() == demanded
+
+
+def test_workers_end_with_a_killed_process(trace_set: TraceSet) -> None:
+    code = (
+        "import time, psutil\n"
+        "from moe_beyond.datamodules import TraceDataModule\n"
+        f"data = TraceDataModule({trace_set.folder!r}, token_budget=32, num_workers=1)\n"
+        "data.setup('fit')\n"
+        "batches = iter(data.train_dataloader())\n"
+        "next(batches)\n"
+        "print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    children = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(children) >= 2  # the fork server and the worker
+    process.kill()
+    assert psutil.wait_procs(children, timeout=20)[1] == []
