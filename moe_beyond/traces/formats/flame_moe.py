@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
@@ -143,6 +142,8 @@ def _sequences(parts: Iterator[npt.NDArray[Any]], lengths: list[int], location: 
 
 def _lists(path: Path, name: str, types: list[str], geometry: Geometry) -> Iterator[npt.NDArray[Any]]:
     """Read a column of lists in parts of ``(rows, K)``."""
+    import pyarrow.compute as pc  # imported here, because help lists the formats
+
     start = 0
     for column in _columns(path, name):
         listed = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 
 from moe_beyond.errors import UserError
@@ -176,6 +175,8 @@ def read_csv(path: Path, *more: str) -> pa.Table:
     Raises:
         UserError: The file is not CSV, lacks a column, or has an empty cell.
     """
+    import pyarrow.compute as pc  # imported here, because help lists the formats
+
     columns = {**COLUMNS, **dict.fromkeys(more, pa.string())}
     try:
         table = pa.csv.read_csv(
@@ -227,6 +228,8 @@ def column_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.N
     Raises:
         UserError: A row does not have K distinct experts of the model.
     """
+    import pyarrow.compute as pc  # imported here, because help lists the formats
+
     inside = pc.utf8_trim(column, "[] ")
     listed = pc.split_pattern(inside, ",").combine_chunks()
     lengths = np.where(pc.equal(inside, ""), 0, pc.list_value_length(listed).to_numpy(zero_copy_only=False))
