@@ -198,6 +198,7 @@ def test_a_teacher_predicts_what_its_pupil_does(run: Run, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile uses deprecated parts of torch
 def test_a_compiled_objective_is_the_same(run: Run, tmp_path: Path) -> None:
     losses = []
     for compiled in ("false", "true"):
