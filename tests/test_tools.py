@@ -1,5 +1,7 @@
 """Tools of maintainers, in miniature."""
 
+import ast
+import importlib.util
 import json
 import subprocess
 import sys
@@ -183,3 +185,17 @@ def test_killed_fits_resume_exactly(tmp_path: Path) -> None:
         assert row["kills"] == 2
         assert row["planned"] in (None, row["made"])
         assert (row["weights"], row["exported"], row["rates"], row["validations"], row["steps"]) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in TOOLS.glob("*.py")))
+def test_the_imports_of_a_tool_exist(name: str) -> None:
+    nodes = ast.walk(ast.parse((TOOLS / name).read_text()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_bey")]
+    missing = [
+        f"{node.module}.{alias.name}"
+        for node in imports
+        for alias in node.names
+        if not hasattr(importlib.import_module(str(node.module)), alias.name)
+        and importlib.util.find_spec(f"{node.module}.{alias.name}") is None
+    ]
+    assert missing == []

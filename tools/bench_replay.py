@@ -22,7 +22,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_beyond.cli.replay_options import showing_progress
 from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder, pretrained_source
 from moe_beyond.evaluation.strategies import grid
@@ -148,8 +147,7 @@ def _sweep(traces: TraceSet) -> dict[str, float]:
     lines = grid(ReplaySettings(traces.geometry.total_experts), slots, SWEEP_POLICIES)
     evaluate(traces, lines[:6], traces.manifest.splits[-1])  # compiles
     began, cpu = time.perf_counter(), time.process_time()
-    with showing_progress(traces, None, "sweeping", len(lines)) as progress:
-        evaluate(traces, lines, progress=progress)
+    evaluate(traces, lines)
     took = time.perf_counter() - began
     return {"seconds": took, "busy_cores": (time.process_time() - cpu) / took}
 
