@@ -32,6 +32,7 @@ from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.files import read_json, write_json
 from moe_beyond.geometry import budget_slots
+from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.base import CountingPredictor
 from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
@@ -129,8 +130,8 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     return {
         "reads": (information.hidden_states or "ids").replace("_", " "),
         "available once": information.available_after,
-        "metrics": {str(row["lookahead"]): _figures(row) for row in found.metrics},
-        "tokens": found.metrics[0]["tokens"],
+        "metrics": {str(row.lookahead): _figures(row) for row in found.metrics},
+        "tokens": found.metrics[0].tokens,
         "replay": {
             result.strategy if result.lookahead is None else str(result.lookahead): {
                 "hit_rate": result.hit_rate,
@@ -141,10 +142,10 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     }
 
 
-def _figures(row: dict[str, Any]) -> dict[str, float | None]:
+def _figures(row: LookaheadMetrics) -> dict[str, float | None]:
     """Return the figures of a lookahead, over all layers and over layers with an earlier state at every lookahead."""
-    reached = [layer["recall_at_k"] for layer in row["by_layer"][FARTHEST:]]
-    found = {name: row.get(name) for name in ("recall_at_k", "gate_mass_at_k", "nll")}
+    reached = [layer.recall_at_k for layer in row.by_layer[FARTHEST:]]
+    found = {name: getattr(row, name) for name in ("recall_at_k", "gate_mass_at_k", "nll")}
     return found | {"recall_of_later_layers": sum(reached) / len(reached) if reached else None}
 
 
