@@ -104,8 +104,9 @@ class Watch(L.Callback):
 
     def event(self, name: str, trainer: L.Trainer) -> None:
         """Record an event."""
-        if name == "on_train_batch_start" and trainer.optimizers:
-            self.rates[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+        if name == "on_train_batch_start":
+            for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups[:1]):
+                self.rates[trainer.global_step] = group["lr"]  # a counting predictor has no group
         if name == "on_validation_end":
             self.recalls[trainer.global_step] = float(trainer.callback_metrics["val/recall_at_k"])
         self.events.append(name)
