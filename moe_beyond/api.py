@@ -334,8 +334,8 @@ def replay(
         traces: Trace set, its folder, ``hf:ORG/REPO``, or a URL that fsspec reads.
         predictor: Predictor whose scores are used, or a name as in `load_predictor` (default: none).
         split: Split to measure, or ``all`` (default: all; with a predictor, a split that it was not fitted on, if any).
-        budget: Memory budget or budgets. A float up to 1.0 is a share of all experts, an int a number of slots; text is
-            ``"10%"``, ``"166"``, ``"2.9GB"`` or ``"2.7GiB"`` (default: 10%).
+        budget: Memory budget or budgets. A float up to 1.0 is a share of all experts; an int is a number of slots.
+            Text is ``"10%"``, ``"166"``, ``"2.9GB"`` or ``"2.7GiB"`` (default: 10%).
         strategy: Named strategy or strategies, or ``"all"``, in place of policy and prefetch (default: none).
         policy: Eviction policy or policies (default: lru).
         prefetch: Prefetcher or prefetchers, such as ``"top6"`` or ``"p>0.5"`` (default: ``top<K>`` with a predictor).

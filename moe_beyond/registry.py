@@ -95,7 +95,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        """Tell whether there is an implementation of this name; nothing is imported."""
+        """Return whether there is an implementation of this name; nothing is imported."""
         return name in self._builtin or name in self._registered or name in self._entry_points()
 
     def _entry_point(self, name: str) -> EntryPoint:

@@ -157,7 +157,7 @@ def matmul_operands(
 
 
 def same_weight(used: Tensor, parameter: Tensor) -> bool:
-    """Tell whether a multiplied tensor is a parameter, or starts with its rows; routers cast it to float32.
+    """Return whether a multiplied tensor is a parameter, or starts with its rows; routers cast it to float32.
 
     Args:
         used: Multiplied tensor, ``(C, W)``.
@@ -284,7 +284,7 @@ class MoEBlock:
         }
 
     def may_route(self, used: Tensor) -> bool:
-        """Tell whether a multiplied tensor that is no parameter may be a router's weight: about one row per expert.
+        """Return whether a multiplied tensor that is no parameter may be a router's weight: about one row per expert.
 
         Args:
             used: Multiplied tensor of the call.

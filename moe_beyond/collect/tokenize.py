@@ -168,7 +168,7 @@ def _readable(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBas
 
 
 def _writes_parts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", name: str) -> bool:
-    """Tell whether a template writes the text of each part once, in order, and no list unchanged.
+    """Return whether a template writes the text of each part once, in order, and no list unchanged.
 
     The check replaces the texts by unique marks, and adds a key that no template reads to each part.
     """

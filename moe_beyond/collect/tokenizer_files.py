@@ -84,7 +84,7 @@ def _files(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> li
 
 
 def _agrees(content: bytes, ids: dict[str, int]) -> bool:
-    """Tell whether a ``tokenizer.json`` is readable and assigns the same ids."""
+    """Return whether a ``tokenizer.json`` is readable and assigns the same ids."""
     import tokenizers
 
     try:

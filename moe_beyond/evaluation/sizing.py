@@ -63,7 +63,7 @@ class Target:
     tokens_per_second: float | None = None
 
     def reached(self, result: Result) -> bool:
-        """Tell whether a result reaches the target."""
+        """Return whether a result reaches the target."""
         if self.hit_rate is not None:
             return result.hit_rate >= self.hit_rate
         assert self.tokens_per_second is not None

@@ -27,7 +27,7 @@ class Config:
     source: str
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether a field is set."""
+        """Return whether a field is set."""
         return name in self.fields
 
     def error(self, message: str) -> UserError:

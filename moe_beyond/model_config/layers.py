@@ -22,7 +22,7 @@ class Rule:
     layers: Callable[[Config, int], Iterable[int]]
 
     def is_set(self, config: Config) -> bool:
-        """Tell whether a configuration has one of the fields.
+        """Return whether a configuration has one of the fields.
 
         Args:
             config: Configuration of the model.

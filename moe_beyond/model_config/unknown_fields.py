@@ -93,7 +93,7 @@ def check_nothing_else(config: Config, family: Family) -> None:
 
 
 def lays_out(name: str) -> bool:
-    """Tell whether the name of a field suggests an effect on the layers, number, width or matrices of experts.
+    """Return whether the name of a field suggests an effect on the layers, number, width or matrices of experts.
 
     Args:
         name: Name of the field.

@@ -34,7 +34,7 @@ from moe_beyond.tasks.architectures import (
     TokenCausalTask,
     TokenTableTask,
 )
-from moe_beyond.tasks.base import PredictorTask, as_geometry
+from moe_beyond.tasks.base import PredictorTask
 from moe_beyond.tasks.counting import CountingTask
 from moe_beyond.tasks.gradient import GradientTask
 from moe_beyond.tasks.registry import TASKS
@@ -56,5 +56,4 @@ __all__ = [
     "RowEncoderTask",
     "TokenCausalTask",
     "TokenTableTask",
-    "as_geometry",
 ]

@@ -20,7 +20,6 @@ from moe_beyond.predictors.architectures import (
     token_table,
 )
 from moe_beyond.tasks.adamw import AdamWSettings
-from moe_beyond.tasks.base import as_geometry
 from moe_beyond.tasks.counting import CountingTask
 from moe_beyond.tasks.gradient import GradientTask
 
@@ -44,7 +43,7 @@ class PopularityTask(CountingTask):
         vocab_size: int,
         **arguments: Any,
     ) -> None:
-        predictor = popularity.Popularity(as_geometry(geometry), vocab_size, **arguments)
+        predictor = popularity.Popularity(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor)
 
 
@@ -63,7 +62,7 @@ class TokenTableTask(CountingTask):
         vocab_size: int,
         **arguments: Any,
     ) -> None:
-        predictor = token_table.TokenTable(as_geometry(geometry), vocab_size, **arguments)
+        predictor = token_table.TokenTable(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor)
 
 
@@ -82,7 +81,7 @@ class EamcTask(CountingTask):
         vocab_size: int,
         **arguments: Any,
     ) -> None:
-        predictor = eamc.Eamc(as_geometry(geometry), vocab_size, **arguments)
+        predictor = eamc.Eamc(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor)
 
 
@@ -101,7 +100,7 @@ class HistoryTask(CountingTask):
         vocab_size: int,
         **arguments: Any,
     ) -> None:
-        predictor = history.History(as_geometry(geometry), vocab_size, **arguments)
+        predictor = history.History(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor)
 
 
@@ -120,7 +119,7 @@ class NaiveBayesTask(CountingTask):
         vocab_size: int,
         **arguments: Any,
     ) -> None:
-        predictor = naive_bayes.NaiveBayes(as_geometry(geometry), vocab_size, **arguments)
+        predictor = naive_bayes.NaiveBayes(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor)
 
 
@@ -145,7 +144,7 @@ class RowEncoderTask(GradientTask):
         teachers: list[str] | None = None,
         **arguments: Any,
     ) -> None:
-        predictor = row_encoder.RowEncoder(as_geometry(geometry), vocab_size, **arguments)
+        predictor = row_encoder.RowEncoder(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor, optimizer, compiled, teachers)
 
 
@@ -170,7 +169,7 @@ class TokenCausalTask(GradientTask):
         teachers: list[str] | None = None,
         **arguments: Any,
     ) -> None:
-        predictor = token_causal.TokenCausal(as_geometry(geometry), vocab_size, **arguments)
+        predictor = token_causal.TokenCausal(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor, optimizer, compiled, teachers)
 
 
@@ -195,7 +194,7 @@ class CrossLayerTask(GradientTask):
         teachers: list[str] | None = None,
         **arguments: Any,
     ) -> None:
-        predictor = cross_layer.CrossLayer(as_geometry(geometry), vocab_size, **arguments)
+        predictor = cross_layer.CrossLayer(Geometry.of(geometry), vocab_size, **arguments)
         super().__init__(predictor, optimizer, compiled, teachers)
 
 
@@ -216,7 +215,7 @@ class NextGateTask(CountingTask):
         hidden_size: int,
         **arguments: Any,
     ) -> None:
-        predictor = next_gate.NextGate(as_geometry(geometry), vocab_size, hidden_size, **arguments)
+        predictor = next_gate.NextGate(Geometry.of(geometry), vocab_size, hidden_size, **arguments)
         super().__init__(predictor)
 
 
@@ -243,7 +242,7 @@ class LayerMlpTask(GradientTask):
         teachers: list[str] | None = None,
         **arguments: Any,
     ) -> None:
-        predictor = layer_mlp.LayerMlp(as_geometry(geometry), vocab_size, hidden_size, **arguments)
+        predictor = layer_mlp.LayerMlp(Geometry.of(geometry), vocab_size, hidden_size, **arguments)
         super().__init__(predictor, optimizer, compiled, teachers)
 
 
@@ -270,5 +269,5 @@ class PreAttentionTask(GradientTask):
         teachers: list[str] | None = None,
         **arguments: Any,
     ) -> None:
-        predictor = pre_attention.PreAttention(as_geometry(geometry), vocab_size, hidden_size, **arguments)
+        predictor = pre_attention.PreAttention(Geometry.of(geometry), vocab_size, hidden_size, **arguments)
         super().__init__(predictor, optimizer, compiled, teachers)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -14,7 +13,6 @@ from torch import Tensor
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.provenance import fitted_on
 from moe_beyond.errors import UserError
-from moe_beyond.geometry import Geometry
 from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
 from moe_beyond.metrics.names import HEADLINE, lookahead_figures
 from moe_beyond.predictors.base import GradientPredictor, Predictor
@@ -252,15 +250,3 @@ class PredictorTask(L.LightningModule):
         for name, value in lookahead_figures(self.measured, stage).items():
             headline = name == f"{stage}/{HEADLINE}"
             self.log(name, torch.tensor(value, device=self.device), prog_bar=headline, sync_dist=True)
-
-
-def as_geometry(geometry: Geometry | Mapping[str, Any]) -> Geometry:
-    """Return a geometry.
-
-    Args:
-        geometry: A `Geometry`, or its dictionary as `Geometry.to_json` returns it.
-
-    Raises:
-        UserError: The dictionary is not a geometry's.
-    """
-    return geometry if isinstance(geometry, Geometry) else Geometry.from_json(dict(geometry))

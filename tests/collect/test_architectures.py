@@ -65,25 +65,25 @@ def watch(folder: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dic
     return seen
 
 
-def wrap(module: nn.Module, told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def wrap(module: nn.Module, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Yield the arguments of each forward, by name, and its output."""
     forward, signature = module.forward, inspect.signature(type(module).forward)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        told(list(signature.bind(module, *args, **kwargs).arguments.values())[1:], output)
+        record(list(signature.bind(module, *args, **kwargs).arguments.values())[1:], output)
         return output
 
     monkeypatch.setattr(module, "forward", wrapper)
 
 
 def watch_experts(layer: int, module: nn.Module, seen: dict[int, Seen], monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(given: list[Tensor], output: Tensor) -> None:
+    def record(given: list[Tensor], output: Tensor) -> None:
         hidden, experts, weights = given
         rows = (hidden.reshape(-1, moes.HIDDEN), *(t.reshape(-1, t.shape[-1]) for t in (experts, weights)))
         seen[layer] = Seen(module, *rows, output.reshape(-1, moes.HIDDEN))
 
-    wrap(module, told, monkeypatch)
+    wrap(module, record, monkeypatch)
 
 
 def watch_llama4(layer: int, block: Any, seen: dict[int, Seen], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,9 +175,9 @@ def test_plain_datasets_reads_the_folder_as_it_is(small: tuple, tmp_path: Path, 
 
 def test_the_geometry_is_read_off_the_modules(small: tuple) -> None:
     model, _ = small
-    found, told = measured_geometry(model, "small", 3), geometry_from_config(model.config.to_dict())
-    assert (found.moe_layers, found.shape()) == (told.moe_layers, told.shape())
-    assert found.params_per_expert == told.params_per_expert
+    found, fields = measured_geometry(model, "small", 3), geometry_from_config(model.config.to_dict())
+    assert (found.moe_layers, found.shape()) == (fields.moe_layers, fields.shape())
+    assert found.params_per_expert == fields.params_per_expert
 
 
 def test_ranks_take_parts_and_the_first_puts_them_together(small: tuple, tmp_path: Path) -> None:
@@ -205,13 +205,13 @@ def test_other_settings_do_not_go_on_with_what_was_begun(small: tuple, tmp_path:
     out = tmp_path / "traces"
     with pytest.raises(KeyboardInterrupt):
         collect(*small, prompts(), out, CollectConfig(batch_size=2), rank=ProcessRank(0, 1), progress=interrupt)
-    for told, asked, texts in (
+    for fields, asked, texts in (
         ("batch_size", CollectConfig(batch_size=3), prompts()),
         ("prompts", CollectConfig(batch_size=2), prompts()[:4]),
     ):
         with pytest.raises(
             UserError,
-            match=f"contains an unfinished collection with different {told}; rerun with the original settings",
+            match=f"contains an unfinished collection with different {fields}; rerun with the original settings",
         ):
             collect(*small, texts, out, asked, rank=ProcessRank(0, 1))
 

@@ -24,8 +24,8 @@ LINES = ["def main():", "import os", "x = 1", "The list of arguments. " * 100]
 def words(tmp_path: Path) -> list[object]:
     """A collection of four prompts, a batch each."""
     (tmp_path / "prompts.txt").write_text("\n".join(LINES))
-    told = ["collect", "--model", SMALL, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "traces"]
-    return [*told, "--batch-size", 1, "--quiet"]
+    command = ["collect", "--model", SMALL, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "traces"]
+    return [*command, "--batch-size", 1, "--quiet"]
 
 
 def replaced(words: list[object], option: str, value: object) -> list[object]:

@@ -42,12 +42,12 @@ def test_states_are_what_the_layers_read_and_the_routers_choose_by(name: str) ->
     routers = find_routers(model)
     readers = {layer: router.module for layer, router in routers.items()}
     with recording(model, readers) as recorder, torch.inference_mode():
-        told = model(moes.PROMPT, output_hidden_states=True, use_cache=False).hidden_states
+        expected_states = model(moes.PROMPT, output_hidden_states=True, use_cache=False).hidden_states
         (call,) = recorder.pop()
     states = call.hidden_states
     assert states is not None
     for column, layer in enumerate(recorder.moe_layers):
-        expected = told[layer].reshape(moes.PROMPT.numel(), -1).float()
+        expected = expected_states[layer].reshape(moes.PROMPT.numel(), -1).float()
         scale = float(expected.abs().max())
         np.testing.assert_allclose(states.layer_inputs[:, column], expected, atol=2e-3 * scale)
     stored = stored_routers(routers, measured_geometry(model, "tiny", call.experts.shape[-1]))

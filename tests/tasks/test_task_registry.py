@@ -10,7 +10,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.popularity import Popularity
 from moe_beyond.predictors.registry import ARCHITECTURES, create, register
-from moe_beyond.tasks import TASKS, CountingTask, as_geometry
+from moe_beyond.tasks import TASKS, CountingTask
 from moe_beyond.tasks.registry import import_tasks
 
 
@@ -33,7 +33,7 @@ class UnpopularityTask(CountingTask):
     """Fits the predictor of `added`."""
 
     def __init__(self, geometry: Geometry | dict[str, object], vocab_size: int) -> None:
-        super().__init__(create("unpopularity", as_geometry(geometry), vocab_size, package="tests"))  # type: ignore[arg-type]
+        super().__init__(create("unpopularity", Geometry.of(geometry), vocab_size, package="tests"))  # type: ignore[arg-type]
 
 
 def test_a_registered_predictor_is_created_by_name(added: type[Popularity]) -> None:

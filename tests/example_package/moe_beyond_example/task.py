@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_beyond.geometry import Geometry
-from moe_beyond.tasks import CountingTask, as_geometry
+from moe_beyond.tasks import CountingTask
 from moe_beyond_example.predictor import Repeats
 
 
@@ -17,4 +17,4 @@ class RepeatsTask(CountingTask):
     """
 
     def __init__(self, geometry: Geometry | dict[str, Any], vocab_size: int, **arguments: Any) -> None:
-        super().__init__(Repeats(as_geometry(geometry), vocab_size, **arguments))
+        super().__init__(Repeats(Geometry.of(geometry), vocab_size, **arguments))
