@@ -11,7 +11,7 @@ from moe_beyond.cache.prefetchers import PREFETCHERS, Prefetch, parse_prefetch
 from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from moe_beyond.cache.cache import Cache
+    from moe_beyond.cache.cache import Cache, EventCounts, Wave, available_layers
     from moe_beyond.cache.compiler import jit
     from moe_beyond.cache.core import CacheState, Clock, Expert, PolicyHooks, Pool, admit_all, ignore_expert, is_pinned
     from moe_beyond.cache.policies._scan import argmin_resident
@@ -24,13 +24,16 @@ __all__ = [
     "Cache",
     "CacheState",
     "Clock",
+    "EventCounts",
     "Expert",
     "PolicyHooks",
     "PolicyInputs",
     "Pool",
     "Prefetch",
+    "Wave",
     "admit_all",
     "argmin_resident",
+    "available_layers",
     "ignore_expert",
     "is_pinned",
     "jit",
@@ -43,12 +46,15 @@ _COMPILED = {
     "Cache": "cache",
     "CacheState": "core",
     "Clock": "core",
+    "EventCounts": "cache",
     "Expert": "core",
     "Pool": "core",
     "PolicyHooks": "core",
     "PolicyInputs": "policy_inputs",
+    "Wave": "cache",
     "admit_all": "core",
     "argmin_resident": "policies._scan",
+    "available_layers": "cache",
     "ignore_expert": "core",
     "is_pinned": "core",
     "jit": "compiler",

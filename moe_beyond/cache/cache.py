@@ -1,26 +1,72 @@
 """A cache that a Python program steps event by event, through the functions of the replay."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache import core
-from moe_beyond.cache.core import Expert, Pool, Scratch
+from moe_beyond.cache import core, stepping
+from moe_beyond.cache.compiler import bind
+from moe_beyond.cache.core import Clock, Expert, Pool
+from moe_beyond.cache.interconnect import Seconds, Tally, new_link
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import pool_slots
-from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId, scored
-from moe_beyond.cache.prefetchers._inputs import PrefetchSettings
+from moe_beyond.cache.predictions import newly_available
+from moe_beyond.cache.prefetch_queue import finish
+from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
+from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.steps import in_layers
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.lookahead import Lookahead
 from moe_beyond.usage_profile import UsageProfile
+
+Ints = npt.NDArray[np.int64]
+INT64 = np.dtype(np.int64)
+
+
+class Wave(NamedTuple):
+    """Experts of an event that compute together.
+
+    Attributes:
+        experts: Experts as ``layer * E + expert``, ascending, ``(n,)`` int64.
+        slots: Slot of each expert, ``(n,)`` int64, numbered over all pools; -1 for an expert that bypasses the cache.
+        missing: Indices of the experts to transfer, ascending, ``(m,)`` int64.
+        last: Whether no further wave of the event follows.
+    """
+
+    experts: Ints
+    slots: Ints
+    missing: Ints
+    last: bool
+
+    def transfers(self) -> list[tuple[int, int]]:
+        """Return the experts to transfer, each with its slot."""
+        return list(zip(self.experts[self.missing].tolist(), self.slots[self.missing].tolist(), strict=True))
+
+
+class EventCounts(NamedTuple):
+    """Number of hits, late hits and misses of one event."""
+
+    hits: int
+    late_hits: int
+    misses: int
 
 
 class Cache:
     """A cold cache that a program steps, as a runtime does next to its model.
 
-    The program keeps the time: a demanded or prefetched expert counts as resident immediately.
+    Call order for an event: `demand`; `set_scores` for scores that become available when a layer is routed; `next_wave`
+    until it returns None, with `queue_prefetches` after the last wave has begun. Scores that become available when a
+    layer is computed, and the prefetches that follow from them, come after the event. No other call may come between
+    `demand` and the first wave.
+
+    With ``transfer_seconds`` the program begins each prefetch with `begin_prefetch` when its interconnect is idle, and
+    reports the arrival with `arrived`. Without it a demanded or prefetched expert counts as arrived immediately, and
+    queued prefetches begin automatically. A program with several threads holds one lock during every call.
 
     Args:
         geometry: Geometry of the model.
@@ -28,8 +74,15 @@ class Cache:
         policy: Name of the eviction policy (default: ``"lru"``).
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
         quotas: Slots of each layer for ``"per-layer"`` (default: an even split).
-        profile: Usage profile of training text, for policies that need it.
-        future: Experts of the whole sequence, ``(T, L, K)``, for policies that need the future.
+        profile: Usage profile of training text, for policies that need it (default: None).
+        future: Demand of all events, for policies and prefetchers that need the future (default: None).
+        prefetch: Settings of the prefetcher, with a distance of at least 1 (default: no prefetching).
+        transfer_seconds: Expected duration of a transfer in seconds, which prefetchers read; 0 if transfers take no
+            time (default: 0).
+
+    Attributes:
+        state: Arrays of the cache.
+        arrays: Arrays of the policy.
 
     Raises:
         UserError: The policy is unknown, or the slots do not fit the model.
@@ -43,123 +96,178 @@ class Cache:
         scope: str = "global",
         quotas: Sequence[int] | None = None,
         profile: UsageProfile | None = None,
-        future: npt.NDArray[np.integer] | None = None,
+        future: Stream | None = None,
+        prefetch: PrefetchSettings | None = None,
+        transfer_seconds: float = 0.0,
     ) -> None:
         self._geometry = geometry
         pools = pool_slots(geometry, slots, scope, quotas)
         implementation = load_policy(policy)
-        self._hooks = implementation.HOOKS
-        self.state = core.empty_cache(geometry.num_layers, geometry.num_experts, pools)
-        stream = None if future is None else Stream.of_tokens(geometry, future)
-        self._policy = implementation.init(PolicyInputs(geometry, pools, stream, profile))
+        self.arrays: Any = implementation.init(PolicyInputs(geometry, pools, future, profile))
+        link = new_link(geometry.total_experts, transfer_seconds)
+        self.state = core.empty_cache(geometry.num_layers, geometry.num_experts, pools, link)
+        if prefetch is None:
+            prefetch = PrefetchSettings(
+                PrefetcherId.NONE.value, 0, NO_THRESHOLD, 1, True, geometry.top_k, False, False, False
+            )
+        self.state.clock[Clock.FORCED] = prefetch.knows_future
+        stream = future or Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
+        self._future = FutureView(np.zeros(geometry.num_layers), stream.ids, stream.offsets, np.zeros(1, np.int64))
+        self._experts = ids = np.zeros(0, np.int64)  # of the running event
+        cached = (self.state, self.arrays, implementation.HOOKS)
+        self._start_step = _bound(stepping.begin_step, (self.state,), True)
+        self._begin_event = _bound(stepping.begin_event, cached, 0, ids, ids, 0.0)
+        self._next_wave = _bound(stepping.next_wave, (*cached, self._future), ids, 0.0, np.zeros((3, 0), np.int64))
+        self._publish = _bound(stepping.publish_rows, cached, np.zeros((0, 0), np.float32), ids)
+        self._queue = _bound(stepping.queue_prefetches, (*cached, prefetch, self._future), 0)
+        self._begin_prefetch = _bound(stepping.begin_prefetch, cached, 0.0)
 
-    def start_token(self, *, counted: bool = True) -> None:
-        """Begin a token, or several tokens that are computed together.
+    @property
+    def has_queued(self) -> bool:
+        """Whether prefetches are queued."""
+        return bool(self.state.link.tally[Tally.QUEUED] > 0)
+
+    def set_transfer_seconds(self, seconds: float) -> None:
+        """Set the expected duration of a transfer in seconds, which prefetchers read."""
+        self.state.link.seconds[Seconds.TRANSFER] = seconds
+
+    def start_step(self, *, counted: bool = True) -> None:
+        """Begin a step: a token, or several tokens that are computed together.
 
         Args:
             counted: Whether its accesses and transfers are counted (default: True).
         """
-        core.start_step(self.state, counted)
+        self._start_step(counted)
 
-    def set_scores(self, scores: npt.NDArray[np.floating]) -> None:
-        """Make scores of each layer's next run available.
-
-        Call it with scores that become available at a token's start or after a layer was computed. Scores that become
-        available after a layer was routed are an argument of `demand`.
+    def set_scores(self, scores: npt.NDArray[np.floating], layers: Ints | None = None) -> None:
+        """Make the scores of layers available for the next run of each.
 
         Args:
             scores: Probabilities as `Stepper.scores` returns them, ``(L, E)`` floating; NaN for layers without scores.
+            layers: Layers whose scores become available, as `available_layers` returns them, ``(n,)`` int64 (default:
+                all layers with scores, ascending).
 
         Raises:
-            UserError: The shape is wrong, or a score is not a probability.
+            UserError: The shape is wrong, a layer does not exist, or a score is not a probability.
         """
         if scores.shape != self._geometry.shape()[:2]:
             raise UserError(f"scores must have shape {self._geometry.shape()[:2]} (got {scores.shape})")
-        for layer in np.flatnonzero(~np.isnan(scores[:, 0])):
-            if not (np.isfinite(scores[layer]).all() and scores[layer].min() >= 0 and scores[layer].max() <= 1):
-                raise UserError(f"scores of layer {layer} must be finite and within 0..1")
-            first = layer * self._geometry.num_experts
-            self.state.scores[first : first + self._geometry.num_experts] = scores[layer]
-            self._hooks.on_scores(self._policy, self.state, int(layer))
+        if layers is None:
+            layers = np.flatnonzero(~np.isnan(scores[:, 0]))
+        wrong = self._publish(np.ascontiguousarray(scores, np.float32), _checked(layers))
+        if wrong >= self._geometry.num_layers or wrong < -1:
+            raise UserError(f"there is no layer {wrong}")
+        if wrong >= 0:
+            raise UserError(f"scores of layer {wrong} must be finite and within 0..1")
 
-    def demand(self, layer: int, experts: npt.ArrayLike, scores: npt.NDArray[np.floating] | None = None) -> list[int]:
-        """Begin an event: a layer is routed, and its experts compute.
+    def demand(self, layer: int, experts: Ints, tokens: Ints, now: float = 0.0) -> None:
+        """Begin an event: a layer is routed. Hits, late hits and misses are counted.
 
         Args:
             layer: Layer that was routed.
-            experts: Demanded experts, one id per token and top-k entry, any shape.
-            scores: Scores that become available with the routing, as in `set_scores`; they are set before any eviction
-                (default: none).
-
-        Returns:
-            Distinct experts, ascending, that must be transferred.
+            experts: Distinct demanded experts ``layer * E + expert``, ascending, ``(n,)`` int64; may be empty.
+            tokens: Number of tokens that demand each expert, ``(n,)`` int64.
+            now: Time in seconds (default: 0).
 
         Raises:
-            UserError: The layer demands more experts than its pool has slots.
+            ValueError: The experts are not distinct, ascending experts of the layer, or the arrays are no int64 arrays
+                of the same length.
         """
-        distinct, tokens = np.unique(np.asarray(experts, np.int64), return_counts=True)
-        ids = self._ids(layer, distinct)
-        capacity = self.state.pools[layer if len(self.state.pools) > 1 else 0, Pool.CAPACITY]
-        if len(ids) > capacity and not self._hooks.bypass:
-            raise UserError(
-                f"layer {layer} demands {len(ids)} experts at once, more than the {capacity} slots of its pool; "
-                "give a larger budget"
-            )
-        missing = distinct[self.state.experts[Expert.PLACE, ids] < 0]
-        ready = core.demand(self.state, self._policy, self._hooks, layer, ids, tokens)
-        if scores is not None:
-            self.set_scores(scores)
-        core.transfer_missing(self.state, self._policy, self._hooks, ids, ready)
-        return [int(expert) for expert in missing]
+        if not self._begin_event(layer, _checked(experts), _checked(tokens), now):
+            raise ValueError(f"experts must be distinct, ascending and of layer {layer} (got {experts}, {tokens})")
+        self._experts = experts
 
-    def computed(self, layer: int, experts: npt.ArrayLike) -> None:
-        """End an event: its experts may be evicted, and queued prefetches take their slots.
+    def next_wave(self, now: float = 0.0) -> Wave | None:
+        """End the running wave of the event, and begin the next one.
+
+        The experts of a wave keep their slots until the next call.
 
         Args:
-            layer: Layer of the event.
-            experts: Experts of the event, any shape.
-        """
-        core.unpin(self.state, self._ids(layer, np.unique(np.asarray(experts, np.int64))))
-        core.advance(self.state, self._policy, self._hooks, 0.0)
-
-    def prefetch(self, layer: int, experts: npt.ArrayLike) -> list[int]:
-        """Queue experts of a layer for transfer.
-
-        Args:
-            layer: Layer of the experts.
-            experts: Distinct experts, the most urgent first, ``(m,)``.
+            now: Time in seconds (default: 0).
 
         Returns:
-            Experts that must be transferred now, in the given order; the others wait for a slot until `computed`.
+            Next wave, which is empty if the event demands nothing; None if the event is over.
         """
-        ids = self._ids(layer, np.asarray(experts, np.int64))
-        before = self.state.experts[Expert.PLACE, ids] >= 0
-        core.enqueue_prefetch(self.state, self._policy, self._hooks, ids)
-        moved = ids[~before & (self.state.experts[Expert.PLACE, ids] >= 0)]
-        return [int(expert) - layer * self._geometry.num_experts for expert in moved]
+        rows = np.empty((3, len(self._experts)), np.int64)
+        count, missing = self._next_wave(self._experts, now, rows)
+        if count < 0:
+            return None
+        clock = self.state.clock
+        return Wave(
+            rows[0, :count], rows[1, :count], rows[2, :missing], bool(clock[Clock.MOVED] == clock[Clock.MISSING])
+        )
 
-    def best(self, layer: int, count: int, threshold: float = NO_THRESHOLD) -> list[int]:
-        """Return the best-scored experts of a layer, best first; none if the layer has no scores.
+    def event_counts(self) -> EventCounts:
+        """Return the counts of the last event."""
+        return EventCounts(*self.state.clock[Clock.HITS : Clock.MISSES + 1].tolist())
+
+    def queue_prefetches(self, layer: int, deadlines: npt.NDArray[np.float64] | None = None) -> None:
+        """Queue the experts that the prefetcher selects.
 
         Args:
-            layer: Layer of the experts.
-            count: Largest number of experts.
-            threshold: Score that each expert exceeds (default: no threshold).
+            layer: Layer that was routed or computed; -1 at a step's start.
+            deadlines: Times at which each layer of this step is expected to be routed, ``(L,)`` float64 in seconds, for
+                prefetchers that read them (default: unchanged).
         """
-        settings = PrefetchSettings(
-            PrefetcherId.SCORED.value, count, threshold, 1, True, self._geometry.top_k, False, False, False
-        )
-        end = scored.best_of_layer(self.state, settings, layer, 0)
-        selected = self.state.scratch_int[Scratch.SELECTED, :end] - layer * self._geometry.num_experts
-        return [int(expert) for expert in selected]
+        if deadlines is not None:
+            self._future.deadline[:] = deadlines
+        self._queue(layer)
+
+    def begin_prefetch(self, now: float = 0.0) -> tuple[int, int] | None:
+        """Begin the first queued prefetch whose pool has room; the interconnect is idle.
+
+        Args:
+            now: Time in seconds (default: 0).
+
+        Returns:
+            Expert and its slot, or None if no prefetch can begin.
+        """
+        expert, slot = self._begin_prefetch(now)
+        return (expert, slot) if expert >= 0 else None
+
+    def arrived(self, expert: int) -> None:
+        """Note that the prefetch of an expert has arrived; until then a demand of it is a late hit.
+
+        Args:
+            expert: Expert ``layer * E + expert``; it may have lost its slot since.
+        """
+        self.state.link.arrives[expert] = -np.inf
 
     def finish(self) -> None:
-        """End the sequence: prefetched experts that were never demanded count as wasted."""
-        core.finish(self.state)
+        """End the sequence: prefetched experts that were never demanded count as wasted; the queue is cleared."""
+        finish(self.state)
 
-    def is_resident(self, layer: int, expert: int) -> bool:
-        """Return whether an expert has a slot."""
-        return bool(self.state.experts[Expert.PLACE, layer * self._geometry.num_experts + expert] >= 0)
+    def slot(self, expert: int) -> int:
+        """Return the slot of an expert ``layer * E + expert``, numbered over all pools; -1 if it has none."""
+        place = int(self.state.experts[Expert.PLACE, expert])
+        pool = self.state.experts[Expert.POOL, expert]
+        return int(self.state.pools[pool, Pool.FIRST]) + place if place >= 0 else -1
 
-    def _ids(self, layer: int, experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return layer * self._geometry.num_experts + experts
+
+def available_layers(lookaheads: Sequence[Lookahead], layer: int, num_layers: int, *, first_step: bool = False) -> Ints:
+    """Return the layers whose scores become available after a layer, in the order in which a replay publishes them.
+
+    Args:
+        lookaheads: Lookaheads of a predictor, ascending.
+        layer: Layer that was routed or computed; -1 at a step's start.
+        num_layers: Number of layers L.
+        first_step: Whether the step is the first of its sequence (default: False).
+
+    Returns:
+        Distinct layers, ``(n,)`` int64.
+    """
+    ahead = in_layers(lookaheads, num_layers)
+    ranges = [newly_available(ahead, i, layer, num_layers, first_step) for i in reversed(range(len(ahead)))]
+    return np.array([later for begin, end in ranges for later in range(begin, end)], np.int64)
+
+
+def _bound(function: Any, first: tuple[Any, ...], *examples: Any) -> Any:
+    """Return a compiled function with its first arguments, for later arguments like the examples."""
+    return partial(bind(function, *first, *examples), *first)
+
+
+def _checked(array: Ints) -> Ints:
+    """Return an array whose type and layout machine code reads correctly."""
+    if array.dtype != INT64 or array.ndim != 1 or not array.flags.c_contiguous:
+        raise ValueError(f"an array must be one-dimensional, contiguous and int64 (got {array.dtype}, {array.strides})")
+    return array

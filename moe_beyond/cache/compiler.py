@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 
@@ -33,7 +33,29 @@ def jit_apart(function: Function) -> Function:
     return _compile(function, inline=False)
 
 
-def _compile(function: Function, *, inline: bool) -> Function:
+def jit_entry(function: Function) -> Function:
+    """Compile a function like `jit` for short calls from Python, which keep the interpreter's lock.
+
+    A call that released the lock would wait for another thread to give it back, for longer than the function takes.
+    """
+    return _compile(function, inline=False, nogil=False)
+
+
+def bind(function: Callable[..., Any], *examples: object) -> Callable[..., Any]:
+    """Return the machine code of a compiled function for arguments of one type each.
+
+    Numba looks up the types of all arguments at every call, which takes 50 microseconds for the arrays and hooks of a
+    cache. The returned function looks up none: other types, data types or layouts of arrays are read wrongly.
+
+    Args:
+        function: Result of `jit_entry`.
+        examples: Arguments with the types of all later calls.
+    """
+    dispatcher = cast(Any, function)
+    return cast(Callable[..., Any], dispatcher.compile(tuple(dispatcher.typeof_pyval(example) for example in examples)))
+
+
+def _compile(function: Function, *, inline: bool, nogil: bool = True) -> Function:
     """Compile a function and make its stored result depend on all code that it may call.
 
     numba finds a stored result by the types of the arguments. The type of a compiled function is an identity that is
@@ -42,7 +64,7 @@ def _compile(function: Function, *, inline: bool) -> Function:
     file next to the function's own file (a policy of another package).
     """
     # Without the allocation runtime: its reference counting costs more than these functions do.
-    dispatcher = numba.njit(function, nogil=True, forceinline=inline, _nrt=False)  # type: ignore[call-overload]
+    dispatcher = numba.njit(function, nogil=nogil, forceinline=inline, _nrt=False)  # type: ignore[call-overload]
     keep_compiled(dispatcher, function, ANNOUNCEMENT)
     stamp = _stamp(function.__code__.co_filename, repr(function.__code__.co_code))
     name = f"{function.__module__}.{function.__qualname__} {stamp}"

@@ -1,15 +1,8 @@
-"""State of an expert cache, and the compiled functions that step it.
+"""State of an expert cache: slots, residents, pins, and the hooks of a policy.
 
-An expert is one number, ``layer * E + expert``. An event demands a set of experts. Hits are judged against the
-residents before the event. All demanded experts hold slots while they compute, so no victim comes from the current
-demand. The policy chooses victims through compiled functions (`PolicyHooks`).
-
-Time passes in `advance`. Without a device a transfer takes no time: a prefetched expert becomes resident immediately if
-its pool has room.
-
-A queued prefetch counts as a use when its transfer begins. A prefetch whose pool has no room is overtaken by later
-ones. An expert in transit may be evicted after the next event has begun; its transfer is counted as wasted. Ties
-between victims go by the time of the last use, then by the lower (layer, expert), unless a policy has another rule.
+An expert is one number, ``layer * E + expert``. The policy chooses victims through compiled functions (`PolicyHooks`).
+Ties between victims go by the time of the last use, then by the lower (layer, expert), unless a policy has another
+rule.
 """
 
 from collections.abc import Callable
@@ -21,7 +14,7 @@ import numpy.typing as npt
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.counters import Counter
-from moe_beyond.cache.interconnect import LinkState, Queue, Seconds, Tally, is_instant, new_link, send
+from moe_beyond.cache.interconnect import LinkState, Seconds, new_link, send
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -53,11 +46,12 @@ class Origin(IntEnum):
 
 
 class Pool(IntEnum):
-    """Columns of `CacheState.pools`: slots, slots in use, and slots whose expert is pinned."""
+    """Columns of `CacheState.pools`: slots, slots in use, slots whose expert is pinned, number of the first slot."""
 
     CAPACITY = 0
     USED = 1
     PINNED = 2
+    FIRST = 3
 
 
 class Clock(IntEnum):
@@ -66,6 +60,10 @@ class Clock(IntEnum):
     ``EVENT`` numbers events. ``TIME`` is the logical time: it counts events and prefetch requests. ``LAYER`` is the
     layer of the last event, -1 between steps. ``COUNTED`` is 1 if the step counts. ``FORCED`` is 1 if the policy must
     admit every prefetch.
+
+    ``HITS``, ``LATE_HITS`` and ``MISSES`` count the demanded experts of the last event. ``MISSING`` is the number of
+    those that were not resident, and ``MOVED`` the number of those whose wave has begun. ``WAVE`` is the number of
+    waves that have begun.
     """
 
     EVENT = 0
@@ -75,14 +73,25 @@ class Clock(IntEnum):
     LAYER = 4
     COUNTED = 5
     FORCED = 6
+    HITS = 7
+    LATE_HITS = 8
+    MISSES = 9
+    MISSING = 10
+    MOVED = 11
+    WAVE = 12
 
 
 class Scratch(IntEnum):
-    """Rows of `CacheState.scratch_int`: the experts that a prefetcher selects, and two rows for its work."""
+    """Rows of `CacheState.scratch_int`.
+
+    ``SELECTED`` holds the experts that a prefetcher selects; ``ORDER`` and ``MARKED`` are for its work. ``MISSING``
+    holds the demanded experts of the last event that were not resident, ascending.
+    """
 
     SELECTED = 0
     ORDER = 1
     MARKED = 2
+    MISSING = 3
 
 
 class CacheState(NamedTuple):
@@ -90,12 +99,12 @@ class CacheState(NamedTuple):
 
     Attributes:
         experts: Facts of each expert, ``(6, L*E)`` int32, rows `Expert`.
-        pools: Slots of each pool, ``(pools, 3)`` int64, columns `Pool`.
+        pools: Slots of each pool, ``(pools, 4)`` int64, columns `Pool`.
         residents: Experts of each pool in no order, ``(pools, largest capacity)`` int32.
         scores: Score of each expert for its layer's next run, ``(L*E,)`` float32; NaN if no score is available.
-        clock: Numbers of the current event and step, ``(7,)`` int64, entries `Clock`.
+        clock: Numbers of the current event and step, ``(13,)`` int64, entries `Clock`.
         counters: Counts by layer of the expert, ``(L, 8)`` int64, columns `Counter`.
-        scratch_int: Work space of the prefetcher, ``(3, L*E)`` int64, rows `Scratch`.
+        scratch_int: Work space of events and the prefetcher, ``(4, L*E)`` int64, rows `Scratch`.
         scratch_float: Work space of the prefetcher, ``(L*E,)`` float64.
         link: Interconnect, with its queue and transfers.
     """
@@ -200,7 +209,7 @@ def empty_cache(num_layers: int, num_experts: int, quotas: npt.ArrayLike, link: 
     clock[Clock.COUNTED] = 1
     return CacheState(
         experts=experts,
-        pools=np.stack([capacity, np.zeros_like(capacity), np.zeros_like(capacity)], axis=1),
+        pools=np.stack([capacity, 0 * capacity, 0 * capacity, np.cumsum(capacity) - capacity], axis=1),
         residents=np.full((len(capacity), int(capacity.max())), -1, np.int32),
         scores=np.full(total, np.nan, np.float32),
         clock=clock,
@@ -227,7 +236,7 @@ def pin(cache: CacheState, expert: int) -> None:
 
 @jit
 def unpin(cache: CacheState, experts: Ints) -> None:
-    """End the computing of an event: its experts may be evicted."""
+    """End the computing of a wave: its experts may be evicted."""
     for expert in experts:
         if cache.experts[Expert.PLACE, expert] >= 0 and is_pinned(cache, expert):
             cache.experts[Expert.PIN_EPOCH, expert] = 0
@@ -282,206 +291,6 @@ def start_step(cache: CacheState, counted: bool) -> None:
 
 
 @jit
-def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, experts: Ints, tokens: Ints) -> float:
-    """Begin an event: a layer is routed.
-
-    No expert is transferred yet: `transfer_missing` follows after the scores that become available with this event.
-
-    Args:
-        cache: Cache to step.
-        policy: Value that the policy's ``init`` returned.
-        hooks: Functions of the policy.
-        layer: Layer of the event.
-        experts: Distinct demanded experts of the layer, ``(n,)`` int64, at most the capacity of their pool; may be
-            empty.
-        tokens: Number of tokens that demand each expert, ``(n,)`` int64.
-
-    Returns:
-        Time at which all demanded residents have arrived, in seconds of the interconnect.
-    """
-    link, counted = cache.link, cache.clock[Clock.COUNTED] == 1
-    cache.clock[Clock.EVENT] += 1
-    cache.clock[Clock.TIME] += 1
-    unpin_all(cache)
-    cache.clock[Clock.LAYER] = layer
-    row = cache.counters[layer]
-    ready = link.seconds[Seconds.NOW]
-    for expert in experts:
-        if cache.experts[Expert.PLACE, expert] < 0:
-            continue
-        late = link.arrives[expert] > link.seconds[Seconds.NOW]
-        if late:
-            ready = max(ready, link.arrives[expert])
-        elif cache.experts[Expert.ORIGIN, expert] == Origin.PREFETCHED:
-            row[Counter.USEFUL_PREFETCHES] += 1
-        if counted:
-            row[Counter.ACCESSES] += 1
-            row[Counter.LATE_HITS if late else Counter.HITS] += 1
-        cache.experts[Expert.ORIGIN, expert] = Origin.DEMANDED
-        cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
-        pin(cache, expert)
-        hooks.on_hit(policy, cache, expert)
-    size = cache.experts.shape[1] // len(cache.counters)
-    for expert in range(layer * size, (layer + 1) * size):
-        cache.scores[expert] = np.nan  # the scores were for this run
-    hooks.on_demand(policy, cache, experts, tokens)
-    return ready
-
-
-@jit
-def transfer_missing(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints, ready: float) -> float:
-    """Transfer the demanded experts that are not resident.
-
-    Args:
-        cache: Cache to step.
-        policy: Value that the policy's ``init`` returned.
-        hooks: Functions of the policy.
-        experts: Demanded experts, as in `demand`.
-        ready: Time that `demand` returned, in seconds.
-
-    Returns:
-        Time at which all demanded experts have arrived, in seconds.
-    """
-    link, counted = cache.link, cache.clock[Clock.COUNTED] == 1
-    layer = cache.clock[Clock.LAYER]
-    row = cache.counters[layer]
-    missing = 0
-    for expert in experts:
-        missing += cache.experts[Expert.PLACE, expert] < 0
-    if missing:
-        coming = cache.scratch_int[Scratch.ORDER, :missing]
-        missing = 0
-        for expert in experts:
-            if cache.experts[Expert.PLACE, expert] < 0:
-                coming[missing] = expert
-                missing += 1
-        for expert in coming:
-            queued = link.queue[Queue.WAITS, expert] == 1
-            if counted:
-                row[Counter.ACCESSES] += 1
-                row[Counter.LATE_HITS if queued else Counter.MISSES] += 1
-                row[Counter.PREFETCH_TRANSFERS if queued else Counter.DEMAND_TRANSFERS] += 1
-            ready = send(link, expert, link.seconds[Seconds.NOW], False)
-        if hooks.bypass:
-            unpin_all(cache)
-            for expert in coming:
-                _admit_demanded(cache, policy, hooks, expert)
-        else:
-            pool = cache.experts[Expert.POOL, experts[0]]
-            for expert in coming:
-                if cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]:
-                    replace(cache, policy, hooks, hooks.victim(policy, cache, pool), expert, Origin.DEMANDED)
-                else:
-                    enter(cache, policy, hooks, expert, Origin.DEMANDED)
-                pin(cache, expert)
-    if link.tally[Tally.QUEUED] > 0:
-        drop_layer_prefetches(cache, layer)
-    return ready
-
-
-@jit
-def _admit_demanded(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int) -> None:
-    """Admit an expert that bypassed the cache if there is a free slot, or if the policy prefers it to its victim."""
-    pool = cache.experts[Expert.POOL, expert]
-    if cache.pools[pool, Pool.USED] < cache.pools[pool, Pool.CAPACITY]:
-        enter(cache, policy, hooks, expert, Origin.DEMANDED)
-        return
-    victim = hooks.victim(policy, cache, pool)
-    if hooks.admit(policy, cache, expert, victim):
-        replace(cache, policy, hooks, victim, expert, Origin.DEMANDED)
-
-
-@jit
-def drop_layer_prefetches(cache: CacheState, layer: int) -> None:
-    """Cancel the layer's queued prefetches: its demand has arrived."""
-    link, kept = cache.link, 0
-    for i in range(link.tally[Tally.QUEUED]):
-        expert = link.queue[Queue.ORDER, i]
-        if cache.experts[Expert.LAYER, expert] == layer:
-            link.queue[Queue.WAITS, expert] = 0
-        else:
-            link.queue[Queue.ORDER, kept] = expert
-            kept += 1
-    link.tally[Tally.QUEUED] = kept
-
-
-@jit
-def clear_prefetch_queue(cache: CacheState) -> None:
-    """Cancel all prefetches whose transfer has not begun."""
-    for i in range(cache.link.tally[Tally.QUEUED]):
-        cache.link.queue[Queue.WAITS, cache.link.queue[Queue.ORDER, i]] = 0
-    cache.link.tally[Tally.QUEUED] = 0
-
-
-@jit
-def enqueue_prefetch(cache: CacheState, policy: Any, hooks: PolicyHooks, selected: Ints) -> None:
-    """Queue the transfer of experts ahead of their event, behind the prefetches that are queued already.
-
-    They evict neither the experts that compute now nor those prefetched since the current event began. A resident among
-    them is pinned and counts as used, because it is expected to be demanded.
-
-    Args:
-        cache: Cache to step.
-        policy: Value that the policy's ``init`` returned.
-        hooks: Functions of the policy.
-        selected: Distinct experts, the most urgent first, ``(m,)`` int64.
-    """
-    if len(selected) == 0:
-        return
-    link = cache.link
-    cache.clock[Clock.TIME] += 1
-    for expert in selected:
-        if cache.experts[Expert.PLACE, expert] >= 0:
-            pin(cache, expert)
-            cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
-            hooks.on_hit(policy, cache, expert)
-        elif link.queue[Queue.WAITS, expert] == 0:
-            link.queue[Queue.ORDER, link.tally[Tally.QUEUED]] = expert
-            link.tally[Tally.QUEUED] += 1
-            link.queue[Queue.WAITS, expert] = 1
-    advance(cache, policy, hooks, link.seconds[Seconds.NOW])
-
-
-@jit
-def advance(cache: CacheState, policy: Any, hooks: PolicyHooks, until: float) -> None:
-    """Let time pass; queued prefetches begin one by one while the interconnect is free and their pool has room.
-
-    Args:
-        cache: Cache to step.
-        policy: Value that the policy's ``init`` returned.
-        hooks: Functions of the policy.
-        until: Time at the end, in seconds of the interconnect.
-    """
-    link = cache.link
-    since, kept = link.seconds[Seconds.NOW], 0
-    link.seconds[Seconds.NOW] = until
-    for i in range(link.tally[Tally.QUEUED]):
-        expert = link.queue[Queue.ORDER, i]
-        pool = cache.experts[Expert.POOL, expert]
-        full = cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]
-        in_time = max(link.seconds[Seconds.FREE], since) < until or is_instant(link)
-        if not in_time or (full and cache.pools[pool, Pool.PINNED] == cache.pools[pool, Pool.USED]):
-            link.queue[Queue.ORDER, kept] = expert
-            kept += 1
-            continue
-        link.queue[Queue.WAITS, expert] = 0
-        counted = cache.clock[Clock.COUNTED] == 1
-        origin = Origin.PREFETCHED if counted else Origin.PREFETCHED_UNCOUNTED
-        if full:
-            victim = hooks.victim(policy, cache, pool)
-            if cache.clock[Clock.FORCED] == 0 and not hooks.admit(policy, cache, expert, victim):
-                continue
-            replace(cache, policy, hooks, victim, expert, origin)
-        else:
-            enter(cache, policy, hooks, expert, origin)
-        pin(cache, expert)
-        send(link, expert, since, True)
-        if counted:
-            cache.counters[cache.experts[Expert.LAYER, expert], Counter.PREFETCH_TRANSFERS] += 1
-    link.tally[Tally.QUEUED] = kept
-
-
-@jit
 def preload(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints) -> None:
     """Fill a cold cache before the first step; the transfers count as prefetches, also if a warm-up follows.
 
@@ -498,13 +307,3 @@ def preload(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints) -
             enter(cache, policy, hooks, expert, Origin.PREFETCHED)
             cache.link.seconds[Seconds.NOW] = send(cache.link, expert, cache.link.seconds[Seconds.NOW], True)
             cache.counters[cache.experts[Expert.LAYER, expert], Counter.PREFETCH_TRANSFERS] += 1
-
-
-@jit
-def finish(cache: CacheState) -> None:
-    """End a sequence: prefetched experts that were never demanded count as wasted."""
-    for expert in range(cache.experts.shape[1]):
-        if cache.experts[Expert.PLACE, expert] >= 0 and cache.experts[Expert.ORIGIN, expert] == Origin.PREFETCHED:
-            cache.counters[cache.experts[Expert.LAYER, expert], Counter.WASTED_PREFETCHES] += 1
-            cache.experts[Expert.ORIGIN, expert] = Origin.PREFETCHED_UNCOUNTED
-    clear_prefetch_queue(cache)

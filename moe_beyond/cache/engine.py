@@ -16,60 +16,33 @@ from moe_beyond.cache.core import (
     PolicyHooks,
     Pool,
     Scratch,
-    advance,
-    clear_prefetch_queue,
-    demand,
-    enqueue_prefetch,
     enter,
     start_step,
-    transfer_missing,
     unpin,
     unsigned,
 )
 from moe_beyond.cache.counters import Counter
+from moe_beyond.cache.events import demand, transfer_wave
 from moe_beyond.cache.interconnect import Seconds, Tally, is_instant
+from moe_beyond.cache.predictions import issue_prefetches, newly_available, publish
+from moe_beyond.cache.prefetch_queue import advance, enqueue_prefetch
 from moe_beyond.cache.prefetchers import PrefetcherId, scored
-from moe_beyond.cache.prefetchers._dispatch import select
 from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
-from moe_beyond.cache.steps import StepArrays, Timing
-
-
-@jit
-def _publish(cache: CacheState, policy: Any, hooks: PolicyHooks, scores: npt.NDArray[np.float32], layer: int) -> None:
-    """Make a layer's scores ``(E,)`` available."""
-    if np.isnan(scores[0]):
-        return
-    available = cache.scores[layer * len(scores) : (layer + 1) * len(scores)]
-    for expert in range(len(scores)):
-        available[expert] = scores[expert]
-    hooks.on_scores(policy, cache, layer)
+from moe_beyond.cache.steps import EventRecord, StepArrays, Timing
 
 
 @jit
 def _publish_scores(
     cache: CacheState, policy: Any, hooks: PolicyHooks, steps: StepArrays, step: int, layer: int
 ) -> None:
-    """Make the scores available that follow a layer, or a step's start (layer -1).
-
-    A slice of lookahead h gives the scores of layer l after layer l - h. If there is no such layer, it gives them at
-    the step's start; among several such slices the smallest lookahead is used. A slice of lookahead L + 1 gives the
-    scores of a layer's next run after the layer.
-    """
+    """Make the scores available that follow a layer, or a step's start (layer -1)."""
     layers = len(cache.counters)
     for i in range(len(steps.lookaheads) - 1, -1, -1):
-        lookahead = steps.lookaheads[i]
-        if lookahead > layers and step > 0 and layer < 0:
-            continue  # available since the step before
-        if lookahead > layers and layer >= 0:
-            if step + 1 < len(steps.counted):
-                _publish(cache, policy, hooks, steps.scores[step + 1, i, layer], layer)
-        elif layer >= 0:
-            if lookahead > 0 and layer + lookahead < layers:
-                _publish(cache, policy, hooks, steps.scores[step, i, layer + lookahead], layer + lookahead)
-        else:
-            smaller = steps.lookaheads[i - 1] if i > 0 else 0
-            for first in range(smaller, min(lookahead, layers)):
-                _publish(cache, policy, hooks, steps.scores[step, i, first], first)
+        source = step + (layer >= 0 and steps.lookaheads[i] > layers)
+        if source < len(steps.counted):
+            begin, end = newly_available(steps.lookaheads, i, layer, layers, step == 0)
+            for later in range(begin, end):
+                publish(cache, policy, hooks, steps.scores[source, i, later], later)
 
 
 @jit
@@ -82,18 +55,6 @@ def _set_deadlines(future: FutureView, settings: PrefetchSettings, timing: Timin
 
 
 @jit
-def _issue_prefetches(
-    cache: CacheState, policy: Any, hooks: PolicyHooks, settings: PrefetchSettings, future: FutureView, layer: int
-) -> None:
-    """Queue the experts that the prefetcher selects after a layer, or at a step's start (layer -1)."""
-    count = select(cache, settings, future, layer)
-    if settings.replaces_queue:
-        clear_prefetch_queue(cache)
-    if count > 0:
-        enqueue_prefetch(cache, policy, hooks, cache.scratch_int[Scratch.SELECTED, :count])
-
-
-@jit
 def run_events(
     cache: CacheState,
     policy: Any,
@@ -103,7 +64,7 @@ def run_events(
     timing: Timing,
     future: FutureView,
     stall_compute: Floats,
-    event_times: Floats,
+    events: Floats,
 ) -> None:
     """Step a sequence event by event.
 
@@ -116,25 +77,24 @@ def run_events(
         timing: Seconds of computing.
         future: Demand of this sequence (and of others if the cache is carried over); its ``event`` advances.
         stall_compute: Output, ``(S, 2)`` float64: each step's seconds of stall and of computing.
-        event_times: Output, ``(events, 3)`` float64 or empty: times at which each event was routed, had all its
-            experts, and ended.
+        events: Output, ``(events, 6)`` float64 or empty, columns `moe_beyond.cache.steps.EventRecord`.
     """
     layers = len(cache.counters)
-    link = cache.link
+    link, clock = cache.link, cache.clock
     event = 0
-    cache.clock[Clock.FORCED] = settings.knows_future
+    clock[Clock.FORCED] = settings.knows_future
     for step in range(len(steps.counted)):
         begins = link.seconds[Seconds.NOW]
         start_step(cache, steps.counted[step])
         _set_deadlines(future, settings, timing, begins, -1)
         _publish_scores(cache, policy, hooks, steps, step, -1)
-        _issue_prefetches(cache, policy, hooks, settings, future, -1)
+        issue_prefetches(cache, policy, hooks, settings, future, -1)
         for layer in range(layers):
             experts = steps.ids[steps.offsets[event] : steps.offsets[event + 1]]
             tokens = steps.tokens[steps.offsets[event] : steps.offsets[event + 1]]
             advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.other)
             if len(steps.lookaheads) > 0 and steps.lookaheads[0] == 0:
-                _publish(cache, policy, hooks, steps.scores[step, 0, layer], layer)
+                publish(cache, policy, hooks, steps.scores[step, 0, layer], layer)
                 if (
                     settings.prefetcher == PrefetcherId.SCORED
                     and settings.distance == 0
@@ -146,22 +106,34 @@ def run_events(
             ready = demand(cache, policy, hooks, layer, experts, tokens)
             if not steps.computed:
                 _publish_scores(cache, policy, hooks, steps, step, layer)
-            ready = transfer_missing(cache, policy, hooks, experts, ready)
-            future.event[0] += 1
-            ends = ready + timing.expert * len(experts)
-            _set_deadlines(future, settings, timing, ends, layer)
-            if not steps.computed:
-                _issue_prefetches(cache, policy, hooks, settings, future, layer)
-            advance(cache, policy, hooks, ends)
-            unpin(cache, experts)
+            waits_for = len(experts)
+            while True:  # one wave of the event after another
+                ready = transfer_wave(cache, policy, hooks, ready)
+                later = clock[Clock.MISSING] - clock[Clock.MOVED]
+                ends = ready + timing.expert * (waits_for - later)
+                waits_for = later
+                if later == 0:
+                    future.event[0] += 1
+                    _set_deadlines(future, settings, timing, ends, layer)
+                    if not steps.computed:
+                        issue_prefetches(cache, policy, hooks, settings, future, layer)
+                stall_compute[step, 0] += ready - link.seconds[Seconds.NOW]
+                advance(cache, policy, hooks, ends)
+                unpin(cache, experts)
+                if later == 0:
+                    break
+                ready = ends
             if link.tally[Tally.QUEUED] > 0 and is_instant(link):  # prefetches without room during the computing
                 advance(cache, policy, hooks, ends)
             if steps.computed:
                 _publish_scores(cache, policy, hooks, steps, step, layer)
-                _issue_prefetches(cache, policy, hooks, settings, future, layer)
-            stall_compute[step, 0] += ready - routed_at
-            if event < len(event_times):
-                event_times[event, 0], event_times[event, 1], event_times[event, 2] = routed_at, ready, ends
+                issue_prefetches(cache, policy, hooks, settings, future, layer)
+            if event < len(events):
+                record = events[event]
+                record[EventRecord.ROUTED], record[EventRecord.READY] = routed_at, ready
+                record[EventRecord.ENDED], record[EventRecord.HITS] = ends, clock[Clock.HITS]
+                record[EventRecord.LATE_HITS] = clock[Clock.LATE_HITS]
+                record[EventRecord.MISSES] = clock[Clock.MISSES]
             event += 1
         stall_compute[step, 1] = link.seconds[Seconds.NOW] - begins - stall_compute[step, 0]
 

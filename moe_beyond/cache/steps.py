@@ -1,9 +1,13 @@
-"""Inputs of the engine: a sequence as arrays, and the seconds of its computing."""
+"""Inputs of the engine, a sequence as arrays and the seconds of its computing; and its record of each event."""
 
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from moe_beyond.lookahead import Lookahead
 
 Ints = npt.NDArray[np.int64]
 
@@ -31,8 +35,29 @@ class StepArrays(NamedTuple):
     counted: npt.NDArray[np.bool_]
 
 
+def in_layers(lookaheads: Sequence[Lookahead], num_layers: int) -> Ints:
+    """Return lookaheads in layers, ``(H,)`` int64: ``"token"`` is L, and ``"next"`` is L + 1."""
+    names = {"token": num_layers, "next": num_layers + 1}
+    return np.array([names[h] if isinstance(h, str) else min(h, num_layers) for h in lookaheads], np.int64)
+
+
 class Timing(NamedTuple):
     """Seconds of a layer without its routed experts (``other``), and of one routed expert (``expert``)."""
 
     other: float
     expert: float
+
+
+class EventRecord(IntEnum):
+    """Columns of the engine's record of events.
+
+    Times are in seconds: the layer was routed, all experts of the event's last wave had arrived, and the event ended.
+    The others count its experts.
+    """
+
+    ROUTED = 0
+    READY = 1
+    ENDED = 2
+    HITS = 3
+    LATE_HITS = 4
+    MISSES = 5

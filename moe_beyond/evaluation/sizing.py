@@ -247,27 +247,26 @@ def size_budgets(
         target: Target to reach.
         strategies: Functions from the number of slots to the settings of each strategy.
         replay: Function that replays several settings.
-        min_slots: Slots for one token's event, K, or K per layer; a strategy with larger events needs more.
+        min_slots: Slots for one token's event, K, or K per layer.
         references: Function that returns results with all slots: ``"lru"``, without hits on first uses, and on a
             device ``"all_resident"`` and ``"clairvoyant"``; called only if a strategy misses the target.
         max_slots: Slots that fit in a device's memory; a strategy that needs more is bound by memory (default: all
             experts).
 
     Raises:
-        UserError: A strategy's events demand more than ``max_slots`` slots.
+        UserError: A token's event demands more than ``max_slots`` slots.
     """
     total = geometry.total_experts
     most = total if max_slots is None else max_slots
     tried: list[dict[int, Result]] = [{} for _ in strategies]
     budgets: list[tuple[int, int]] = []
-    for index, settings_at in enumerate(strategies):
-        least = max(min_slots, settings_at(total).most_demanded(geometry) * (min_slots // geometry.top_k))
-        if least > most:
-            raise UserError(
-                f"--device: its memory has room for {most} experts, fewer than the {least} that an event may demand; "
-                "name a device with more memory, or fewer bits (--quantization)"
-            )
-        budgets += [(index, max(least, round(most * step / STEPS))) for step in range(STEPS + 1)]
+    if min_slots > most:
+        raise UserError(
+            f"--device: its memory has room for {most} experts, fewer than the {min_slots} that an event may demand; "
+            "name a device with more memory, or fewer bits (--quantization)"
+        )
+    for index in range(len(strategies)):
+        budgets += [(index, max(min_slots, round(most * step / STEPS))) for step in range(STEPS + 1)]
     budgets = list(dict.fromkeys(budgets))
     while budgets:
         results = replay([strategies[index](slots) for index, slots in budgets])

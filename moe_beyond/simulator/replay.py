@@ -13,8 +13,9 @@ from moe_beyond.cache.interconnect import LinkState, Seconds, Tally
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import most_used, pool_slots
+from moe_beyond.cache.prefetch_queue import finish
 from moe_beyond.cache.prefetchers._inputs import FutureView
-from moe_beyond.cache.steps import Timing
+from moe_beyond.cache.steps import EventRecord, Timing
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import devices
@@ -25,7 +26,7 @@ from moe_beyond.simulator.settings import ReplaySettings
 from moe_beyond.simulator.sums import SequenceSums
 from moe_beyond.usage_profile import UsageProfile
 
-NO_EVENT_TIMES = np.zeros((0, 3))
+NO_EVENTS = np.zeros((0, len(EventRecord)))
 LOGGED_PER_EVENT = 64
 
 
@@ -103,27 +104,26 @@ class Replay:
             self._step(group)
 
     def watch(self, sequence: ReplaySequence) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Replay one sequence and return its times.
+        """Replay one sequence and return its events.
 
         Returns:
-            Times at which each event was routed, had all its experts, and ended, ``(events, 3)`` float64 in seconds;
-            and the log of the interconnect (`LinkState.log`).
+            Times and counts of each event, ``(events, 6)`` float64, columns `moe_beyond.cache.steps.EventRecord`; and
+            the log of the interconnect (`LinkState.log`).
         """
         group = sequence.as_group(self.settings)
-        event_times = np.zeros((len(group.stream.offsets) - 1, 3))
-        link = self._step(group, event_times)
-        return event_times, link.log[: link.tally[Tally.SENT]]
+        events = np.zeros((len(group.stream.offsets) - 1, len(EventRecord)))
+        link = self._step(group, events)
+        return events, link.log[: link.tally[Tally.SENT]]
 
-    def _step(self, group: Group, event_times: npt.NDArray[np.float64] = NO_EVENT_TIMES) -> LinkState:
+    def _step(self, group: Group, events: npt.NDArray[np.float64] = NO_EVENTS) -> LinkState:
         """Step a group, and return the interconnect at its end."""
         if self._cache is None:
-            self._start(group, LOGGED_PER_EVENT * len(event_times))
+            self._start(group, LOGGED_PER_EVENT * len(events))
             before = np.zeros_like(self._counts)
         else:
             before = self._cache.counters.copy()
         cache, steps = self._cache, group.steps(self.settings)
         assert cache is not None
-        self._check_demand(group)
         stall_compute = np.zeros((len(group.size), 2))
         hooks = self._implementation.HOOKS
         if self.settings.sequential:
@@ -132,34 +132,15 @@ class Replay:
             stream = self._stream if self.settings.carry_over and self._stream is not None else group.stream
             future = FutureView(np.zeros(self.geometry.num_layers), stream.ids, stream.offsets, self._event)
             busy = cache.link.seconds[Seconds.BUSY]
-            run_events(
-                cache, self._policy, hooks, self._prefetch, steps, self.timing, future, stall_compute, event_times
-            )
+            run_events(cache, self._policy, hooks, self._prefetch, steps, self.timing, future, stall_compute, events)
             self.times.busy += cache.link.seconds[Seconds.BUSY] - busy
         demanded = self.times.add(group, stall_compute, steps.counted)
         self.sums.add(group.names, cache.counters - before, demanded, *self.times.decoded())
         if not self.settings.carry_over:
-            core.finish(cache)
+            finish(cache)
             self._counts += cache.counters
             self._cache = None
         return cache.link
-
-    def _check_demand(self, group: Group) -> None:
-        """Check that no event demands more experts than its pool has slots, unless they bypass the cache.
-
-        Raises:
-            UserError: An event demands more.
-        """
-        bypass = self._implementation.HOOKS.bypass
-        if bypass or self.settings.most_demanded(self.geometry) <= self._pools.min():
-            return
-        demanded = np.diff(group.stream.offsets).reshape(-1, self.geometry.num_layers).max(0)
-        if (over := np.flatnonzero(demanded > self._pools)).size:
-            layer = int(over[0])
-            raise UserError(
-                f"layer {layer} demands {demanded[layer]} experts at once, more than the "
-                f"{self._pools[layer if len(self._pools) > 1 else 0]} slots of its pool; give a larger budget"
-            )
 
     def prepare(self, sequence: ReplaySequence) -> None:
         """Create the cache and the policy's arrays for a sequence, which adding it would do otherwise."""
@@ -185,13 +166,23 @@ class Replay:
             self._step(group)
         if self._cache is None:
             return self._counts
-        # The cache is carried over: prefetched experts that were not demanded yet count as wasted for now.
-        cache = self._cache
-        unused = (cache.experts[Expert.PLACE] >= 0) & (cache.experts[Expert.ORIGIN] == Origin.PREFETCHED)
-        counts = cache.counters.copy()
-        counts[:, Counter.WASTED_PREFETCHES] += np.bincount(cache.experts[Expert.LAYER][unused], minlength=len(counts))
-        return counts
+        return counts_so_far(self._cache)
 
     def result(self) -> Result:
         """Return the result of the sequences added so far."""
         return make_result(self.geometry, self.settings, self.counts(), self.times, self._grouping)
+
+
+def counts_so_far(cache: core.CacheState) -> npt.NDArray[np.int64]:
+    """Return the counts of a cache that is carried over; prefetched experts not demanded yet count as wasted for now.
+
+    Args:
+        cache: Cache that was stepped.
+
+    Returns:
+        Counts of each layer, ``(L, 8)`` int64, columns `Counter`.
+    """
+    unused = (cache.experts[Expert.PLACE] >= 0) & (cache.experts[Expert.ORIGIN] == Origin.PREFETCHED)
+    counts = cache.counters.copy()
+    counts[:, Counter.WASTED_PREFETCHES] += np.bincount(cache.experts[Expert.LAYER][unused], minlength=len(counts))
+    return counts

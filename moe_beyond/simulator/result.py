@@ -25,8 +25,9 @@ TIMED = (
     "prefill_ms",
     "link_ms_per_token",
     "device_slots",
+    "measured",
 )
-"""Fields that are None without a device."""
+"""Fields without a meaning if there is no device."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Result:
         prefill_chunk: Number of prompt tokens per step; 0 if every prompt token is a step.
         warm_start: Whether each sequence starts with the most popular experts in the cache.
         carry_over: Whether each sequence starts with the cache of the previous one.
-        device: Name of the device, or None; then all fields below are None except ``note`` and ``intervals``.
+        device: Name of the device, or None; then all times and bytes below are None.
         bytes_per_token: Transferred bytes per counted token.
         stall_ms_per_token: Milliseconds of stall per decoded token.
         compute_ms_per_token: Milliseconds of computing per decoded token.
@@ -82,6 +83,7 @@ class Result:
         link_ms_per_token: Milliseconds for which the interconnect was busy, per token (including uncounted tokens).
         device_slots: Number of experts that fit into the device's memory
             (`moe_beyond.simulator.devices.device_slots`); a larger budget does not fit.
+        measured: Whether the times were measured in a run, instead of computed by a timing model (default: False).
         note: Note about substitutes and assumptions.
         intervals: 95 % intervals over sequences, ``[low, high]`` by the name of a figure; ``"minus_lru"`` holds
             those of the differences from LRU at the same budget. None if they were not computed.
@@ -130,6 +132,7 @@ class Result:
     prefill_ms: float | None = None
     link_ms_per_token: float | None = None
     device_slots: int | None = None
+    measured: bool = False
     note: str | None = None
     intervals: dict[str, Any] | None = None
 

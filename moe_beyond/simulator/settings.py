@@ -7,6 +7,7 @@ import numpy as np
 from moe_beyond.cache.policies import POLICIES, load_policy
 from moe_beyond.cache.prefetchers import Prefetch, parse_prefetch
 from moe_beyond.cache.prefetchers._inputs import PrefetchSettings
+from moe_beyond.cache.steps import in_layers
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
@@ -67,6 +68,8 @@ class ReplaySettings:
         name: Name of the strategy (default: None, the policy and the prefetcher).
         groups: Number of worker groups of ``od_moe`` (default: 4).
         note: Note for tables about substitutes and assumptions.
+        measured_times: Whether a running model measures the times that a prefetcher needs, in place of a device
+            (default: False).
     """
 
     slots: int
@@ -93,6 +96,7 @@ class ReplaySettings:
     name: str | None = None
     groups: int = 4
     note: str | None = None
+    measured_times: bool = False
 
     def __post_init__(self) -> None:
         """Check everything that does not depend on the model.
@@ -136,7 +140,7 @@ class ReplaySettings:
                 f"{start} selects experts of later layers, but scores of lookahead 0 are only available when their "
                 "layer is routed; give scores of another lookahead"
             )
-        if prefetcher.needs_device and self.device is None:
+        if prefetcher.needs_device and self.device is None and not self.measured_times:
             raise UserError(f"{start} needs the times of a device; give --device")
         if prefetch.distance is not None and self.lookahead not in ("token", None):
             raise UserError(
@@ -196,11 +200,6 @@ class ReplaySettings:
         prefetches = prefetcher.reads_scores and not prefetcher.reads_one_lookahead
         return bool(self.lookaheads) and (prefetches or reads_scores(self.policy))
 
-    def most_demanded(self, geometry: Geometry) -> int:
-        """Return the largest number of experts of a layer that an event may demand."""
-        together = max(self.window, self.prefill_chunk, 1) * self.batch_size
-        return min(geometry.top_k * together, geometry.num_experts)
-
     @property
     def distance(self) -> int:
         """Layers between selection and demand: the lookahead; for lookahead token that of the prefetcher, or 1."""
@@ -210,9 +209,7 @@ class ReplaySettings:
 
     def slices(self, num_layers: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return the lookaheads in layers, ``(H,)`` int64: "token" is L, and "next" is L + 1."""
-        in_layers = {"token": num_layers, "next": num_layers + 1}
-        slices = [in_layers[h] if isinstance(h, str) else min(h, num_layers) for h in self.lookaheads]
-        return np.array(slices, np.int64)
+        return in_layers(self.lookaheads, num_layers)
 
     @property
     def strategy(self) -> str:

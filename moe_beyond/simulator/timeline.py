@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_beyond.cache.interconnect import Transfer
+from moe_beyond.cache.steps import EventRecord
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.replay import Replay
@@ -59,9 +60,10 @@ def timeline(
     if not 0 <= token < len(sequence):
         raise UserError(f"token must be within 0..{len(sequence) - 1}, the tokens of the sequence (got {token})")
     replaying = Replay(geometry, settings, profile)
-    event_times, log = replaying.watch(sequence)
+    events, log = replaying.watch(sequence)
     layers = geometry.num_layers
-    routed, ready, ended = event_times[token * layers : (token + 1) * layers].T
+    times = (EventRecord.ROUTED, EventRecord.READY, EventRecord.ENDED)
+    routed, ready, ended = events[token * layers : (token + 1) * layers, times].T
     begins = float(routed[0]) - replaying.timing.other
     before = np.concatenate([[begins], ended[:-1]])
     during = log[(log[:, Transfer.END] > begins) & (log[:, Transfer.BEGIN] < ended[-1])]

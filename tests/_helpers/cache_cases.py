@@ -101,6 +101,16 @@ class Case:
             offsets.extend((part.stream.offsets[1:] + offsets[-1]).tolist())
         return Stream(np.array(ids, np.int64), np.array(offsets, np.int64))
 
+    def with_room(self) -> "Case":
+        """The same with slots for all experts of the largest event."""
+        config, layers = self.settings, self.geometry.num_layers
+        demanded = np.diff(self.stream().offsets).reshape(-1, layers).max(0, initial=0)
+        if config.scope == "global":
+            return self.changed(slots=max(config.slots, int(demanded.max())))
+        quotas = config.quotas or split_slots(config.slots, layers, config.scope)
+        quotas = tuple(max(int(least), slots) for least, slots in zip(demanded, quotas, strict=True))
+        return self.changed(slots=sum(quotas), quotas=quotas)
+
     def replayed(self) -> Replay:
         stream = self.stream() if self.settings.carry_over else None
         replaying = Replay(self.geometry, self.settings, self.profile, stream)
@@ -289,25 +299,16 @@ def _scored(draw: Callable, experts: int, layers: int, lookaheads: tuple) -> dic
 
 @st.composite
 def _slots(draw: Callable, case: Case, scopes: Sequence[str]) -> dict:
-    """Slots that hold the largest event, and not always more."""
+    """Slots that hold a token's event, and not always more; larger events run in waves."""
     layers, experts, top_k = case.geometry.shape()
-    largest = [top_k] * layers
-    if case.settings.policy != "belady_bypass":
-        # Tests change these: without warm-up none is skipped, without chunks and windows other tokens go together.
-        alone = case.changed(prefill_chunk=0, window=1)
-        for asked in (case, case.changed(warmup_tokens=0), alone, alone.changed(warmup_tokens=0)):
-            demanded = np.diff(asked.stream().offsets)
-            for layer in range(layers):
-                largest[layer] = max(largest[layer], int(demanded[layer::layers].max(initial=0)))
     scope = draw(st.sampled_from(scopes))
-    if scope == "global":
-        spare = draw(st.sampled_from([0, 1, 2, 3, 4, *range(5, layers * experts)]))
-        return {"slots": min(max(largest) + spare, layers * experts)}
-    if draw(st.booleans()):
-        quotas = tuple(draw(st.integers(least, experts)) for least in largest)
-        return {"scope": scope, "slots": sum(quotas), "quotas": quotas}
     spare = draw(st.sampled_from([0, 1, 2, 3, 4, *range(5, layers * experts)]))
-    return {"scope": scope, "slots": min(layers * max(largest) + spare, layers * experts)}
+    if scope == "global":
+        return {"slots": min(top_k + spare, layers * experts)}
+    if draw(st.booleans()):
+        quotas = tuple(draw(st.integers(top_k, experts)) for _ in range(layers))
+        return {"scope": scope, "slots": sum(quotas), "quotas": quotas}
+    return {"scope": scope, "slots": min(layers * top_k + spare, layers * experts)}
 
 
 def replay(

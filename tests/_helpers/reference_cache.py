@@ -387,6 +387,7 @@ class ReferenceCache:
         self.pinned = set(here)
         for expert in here:
             self.use(expert)
+        self.queue = [expert for expert in self.queue if expert[0] != layer]
         self.runs[layer].append(tokens)
         for expert in range(self.rules.experts):
             self.known.pop((layer, expert), None)
@@ -401,15 +402,23 @@ class ReferenceCache:
                 self.known[layer, expert] = self.level[layer, expert] / 5
         return max([self.now, *(self.arrives[expert] for expert in late)])
 
-    def transfer_missing(self, layer: int, tokens: dict[int, int], ready: float) -> float:
-        """Move in what an event lacks; return when all that it demands is there."""
+    def waves(self, layer: int, tokens: dict[int, int]) -> list[list[Expert]]:
+        """What is missing, wave by wave: what fits next to the demanded residents, then as much as the pool holds."""
         demanded = {(layer, expert) for expert in tokens}
-        here = demanded & self.resident
-        for expert in sorted(demanded - here):
+        missing = sorted(demanded - self.resident)
+        slots = self.rules.pools[self.pool_of((layer, 0))]
+        if self.rules.policy == "belady_bypass":
+            return [missing]
+        first = slots - len(demanded & self.resident)
+        return [missing[:first], *(missing[i : i + slots] for i in range(first, len(missing), slots))]
+
+    def transfer(self, missing: list[Expert], ready: float) -> float:
+        """Move in what a wave lacks; return when all of the wave is there."""
+        for expert in missing:
             ready = self.send(expert, self.now)
-        if self.rules.policy == "belady_bypass" and demanded - here:
+        if self.rules.policy == "belady_bypass" and missing:
             self.pinned = set()
-        for expert in sorted(demanded - here):
+        for expert in missing:
             pool = self.pool_of(expert)
             if self.is_full(pool):
                 victim = self.victim(pool)
@@ -419,7 +428,6 @@ class ReferenceCache:
             self.enter(expert)
             if self.rules.policy != "belady_bypass":
                 self.pinned.add(expert)
-        self.queue = [expert for expert in self.queue if expert[0] != layer]
         return ready
 
     def finish(self) -> None:
@@ -548,20 +556,24 @@ class ReferenceCache:
                         self.learn(layer, step.scores[0][layer])
                     if rules.prefetch == "scored" and rules.distance == 0 and (layer > 0 or rules.first_layers):
                         self.enqueue_prefetch(self.best(layer, rules.most, rules.threshold))
-                routed = self.now
                 ready = self.demand(layer, tokens)
                 if not rules.computed:
                     self.publish_scores(step, following, layer)
-                ready = self.transfer_missing(layer, tokens, ready)
-                ends = ready + rules.expert * len(tokens)
-                stall += ready - routed
-                for later in range(layer + 1, rules.layers):
-                    gap = later - layer
-                    self.need[later] = ends + gap * rules.other + (gap - 1) * rules.top_k * rules.expert
-                if not rules.computed:
-                    self.issue_prefetches(layer)
-                self.advance(ends - self.now)
-                self.pinned -= {(layer, expert) for expert in tokens}
+                waves = self.waves(layer, tokens)
+                computing = len(tokens) - sum(map(len, waves))  # residents, which are of the first wave
+                for number, missing in enumerate(waves, 1):
+                    ready = self.transfer(missing, ready)
+                    ends = ready + rules.expert * (computing + len(missing))
+                    stall += ready - self.now
+                    if number == len(waves):
+                        for later in range(layer + 1, rules.layers):
+                            gap = later - layer
+                            self.need[later] = ends + gap * rules.other + (gap - 1) * rules.top_k * rules.expert
+                        if not rules.computed:
+                            self.issue_prefetches(layer)
+                    self.advance(ends - self.now)
+                    self.pinned -= {(layer, expert) for expert in tokens}
+                    ready, computing = self.now, 0
                 if rules.instant:
                     self.advance(0)
                 if rules.computed:

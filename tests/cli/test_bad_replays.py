@@ -149,16 +149,16 @@ def test_budgets(refused, verb: tuple[str, ...], budget: str, more: tuple[str, .
         ("replay", "--budget", "2", "--strategy", "moe-spac"),
     ],
 )
-def test_a_union_that_the_cache_cannot_hold(house: Path, words: tuple[str, ...]) -> None:
+def test_a_union_that_the_cache_cannot_hold_runs_in_waves(house: Path, words: tuple[str, ...]) -> None:
     """In a process of its own: it once wrote past its arrays."""
     command = [sys.executable, "-m", "moe_beyond", *words, "--traces", "traces", "--json", "-"]
     done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith("moe-beyond: error: ")
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == 0, done.stderr
+    for result in json.loads(done.stdout)["results"]:
+        assert result["hits"] + result["late_hits"] + result["misses"] == result["accesses"] > 0
 
 
-def test_a_plan_knows_how_many_slots_a_union_needs(house: Path) -> None:
+def test_a_plan_of_unions(house: Path) -> None:
     words = ("plan", "--traces", "traces", "--target", "30%", "--batch-size", "4", "--json", "-")
     command = [sys.executable, "-m", "moe_beyond", *words]
     done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False, timeout=60)

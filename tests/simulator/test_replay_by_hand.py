@@ -466,7 +466,7 @@ def clock(
     spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.array(trace), scores))
     return (
         replay(geometry, config, trace, scores),
-        [tuple(int(time / TICK) for time in span) for span in spans],
+        [tuple(int(time / TICK) for time in span[:3]) for span in spans],
         [(int(row[0]), int(row[1] / TICK), int(row[2] / TICK), bool(row[3])) for row in log],
     )
 
@@ -618,7 +618,7 @@ def test_a_warm_start_takes_its_time_before_the_first_token():
     config = ReplaySettings(2, warm_start=True, device=ticking(3), bits=8.0)
     replaying = Replay(geometry, config, profile([0.1, 0.9, 0.5]))
     spans, log = replaying.watch(ReplaySequence(geometry, np.array([[[1]]])))
-    assert (spans / TICK).tolist() == [[7, 7, 8]]
+    assert (spans[:, :3] / TICK).tolist() == [[7, 7, 8]]
     assert (log[:, :3] / [1, TICK, TICK]).tolist() == [[2, 0, 3], [1, 3, 6]]
     assert replaying.times.busy == 6 * TICK
     assert [part.tolist() for part in replaying.times.stall_compute] == [[[0, 2 * TICK]]]
@@ -639,3 +639,68 @@ def test_only_decode_is_told_as_tokens_per_second():
     whole = replay(geometry, ReplaySettings(4, device=ticking(3), bits=8.0), [[[e]] for e in (0, 1, 1, 2, 2)], None, 2)
     assert whole.prefill_ms is None
     assert whole.tokens_per_second == pytest.approx(5 / (19 * TICK))
+
+
+def test_an_event_larger_than_the_cache_runs_in_waves():
+    # Two slots, K=2, a transfer takes 3. The chunk demands 0 to 5. Routed at 1; 0 and 1 are there at 7 and through at
+    # 9; 2 and 3 are there at 15 and through at 17; 4 and 5 are there at 23 and through at 25. Decode finds 4 and 5.
+    trace = [[[0, 1]], [[2, 3]], [[4, 5]], [[4, 5]]]
+    config = ReplaySettings(2, device=ticking(3), bits=8.0, prefill_chunk=3)
+    geometry = small_geometry(1, 6, 2)
+    replaying = Replay(geometry, config)
+    events, log = replaying.watch(ReplaySequence(geometry, np.array(trace), decode_start=3))
+    times = [TICK, TICK, TICK, 1, 1, 1]
+    assert (events / times).tolist() == [[1, 23, 25, 0, 0, 6], [26, 26, 28, 2, 0, 0]]
+    sent = [[0, 1, 4, 0], [1, 4, 7, 0], [2, 9, 12, 0], [3, 12, 15, 0], [4, 17, 20, 0], [5, 20, 23, 0]]
+    assert (log / [1, TICK, TICK, 1]).tolist() == sent
+    assert (replaying.times.stall_compute[0] / TICK).tolist() == [[18, 7], [0, 3]]
+    assert counts(replay(geometry, config, trace, None, 3)) == (2, 6, 6, 0, 0, 0)
+
+
+# Three slots, windows of four tokens: {4,5} | {0,1,4,5} | {0,5}. The first is M M. The second finds 4 and 5, and its
+# first wave takes 0 into the free slot. The second wave is 1, with any of the others as its victim.
+@pytest.mark.parametrize(
+    ("policy", "hits"),
+    [
+        ("lru", 3),  # 0, 4 and 5 were used in the same event: the lowest, 0, goes | 5H, 0M
+        ("lfu", 3),  # 0 has one use, 4 and 5 have two: 0 goes | 5H, 0M
+        ("belady", 4),  # 4 is never used again: it goes | 0H 5H
+        ("belady_bypass", 4),  # there is one wave: 0 takes the free slot, 1 is not retained | 0H 5H
+    ],
+)
+def test_a_wave_takes_its_victims_from_the_waves_before(policy: str, hits: int):
+    trace = [[[expert]] for expert in (4, 4, 5, 5, 0, 1, 4, 5, 0, 5, 5, 5)]
+    result = replay(small_geometry(1, 6, 1), ReplaySettings(3, policy=policy, window=4), trace)
+    assert (result.accesses, result.hits, result.misses, result.demand_transfers) == (8, hits, 8 - hits, 8 - hits)
+
+
+def test_waves_fill_the_pool_of_their_layer():
+    # Two slots for each layer, windows of three. a: {0,1} and then 2, which takes the slot of 0; b: {0,1}. Then a:
+    # {1,2} and b: {0,1}, which are all there.
+    trace = [[[0], [0]], [[1], [0]], [[2], [1]], [[1], [0]], [[2], [1]], [[2], [1]]]
+    result = replay(small_geometry(2, 4, 1), ReplaySettings(4, scope="per-layer", window=3), trace)
+    assert [(row["hits"], row["misses"]) for row in result.per_layer] == [(2, 3), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("device", "late", "spent"),
+    [
+        # One slot, two sequences. a: 0, then 1. b1 is prefetched once a1 is through. b: 1 hits, then 0 takes its slot.
+        (None, 0, (0, 0)),
+        # a is routed at 1: 0 is there at 4 and through at 5; 1 is there at 8 and through at 9, when b1 begins. b is
+        # routed at 10: 1 is there at 12 and through at 13; 0 is there at 16 and through at 17.
+        (ticking(3), 1, (11, 6)),
+    ],
+)
+def test_a_prefetch_waits_for_the_last_wave(device: Device | None, late: int, spent: tuple[int, int]):
+    geometry = small_geometry(2, 2, 1)
+    config = ReplaySettings(
+        1, prefetch="top1", lookahead=1, lookaheads=(1,), first_layer_prefetch=False, batch_size=2,
+        device=device, bits=8.0,
+    )  # fmt: skip
+    replaying = Replay(geometry, config)
+    for expert in (0, 1):
+        replaying.add(np.array([[[expert], [expert]]]), scored(geometry, [[[], [1]]]))
+    result = replaying.result()
+    assert (result.late_hits, *counts(result)) == (late, 1 - late, 3, 3, 1, 1 - late, 0)
+    assert (replaying.times.stall_compute[0] / TICK).tolist() == [list(spent)]

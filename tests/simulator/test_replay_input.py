@@ -302,25 +302,6 @@ def test_an_expert_that_the_model_does_not_have(expert: int):
         Replay(GEOMETRY, ReplaySettings(8)).add(experts)
 
 
-# Two tokens that share no expert demand four in a layer.
-APART = np.array([[[0, 1]] * 3, [[2, 3]] * 3, [[0, 1]] * 3, [[2, 3]] * 3], np.uint8)
-
-
-@pytest.mark.parametrize("change", [{"prefill_chunk": 2}, {"window": 2}, {"batch_size": 2}])
-@pytest.mark.parametrize(("scope", "slots"), [("global", 3), ("per-layer", 11)])
-def test_fewer_slots_than_a_step_of_several_tokens_demands(change: dict, scope: str, slots: int):
-    def replayed(slots: int) -> None:
-        replay = Replay(GEOMETRY, ReplaySettings(slots, policy="lfu", scope=scope, **change))
-        replay.add(APART, decode_start=4)
-        replay.add(APART[[1, 0, 1, 0]], decode_start=4)
-        replay.result()
-
-    with pytest.raises(UserError) as caught:
-        replayed(slots)
-    assert "4" in complaint(caught)
-    replayed(slots + 1)
-
-
 @pytest.mark.parametrize("policy", ["belady", "belady_bypass"])
 def test_belady_must_be_told_the_future(policy: str):
     with pytest.raises(ValueError, match="future"):

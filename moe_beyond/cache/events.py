@@ -1,0 +1,148 @@
+"""Events: the demand of a layer, and the waves in which its experts hold slots and compute.
+
+Hits are judged against the residents before the event. All experts of a wave hold slots while they compute, so no
+victim comes from the running wave.
+
+An event that demands more experts than its pool has slots runs in several waves. The first holds the demanded
+residents and the first missing experts that fill the pool. Each further wave holds the next missing experts, at most
+the pool's capacity. A wave is unpinned when it has computed, so the next wave may evict it. Each expert is transferred
+once per event.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.core import (
+    CacheState,
+    Clock,
+    Expert,
+    Ints,
+    Origin,
+    PolicyHooks,
+    Pool,
+    Scratch,
+    enter,
+    pin,
+    replace,
+    unpin_all,
+)
+from moe_beyond.cache.counters import Counter
+from moe_beyond.cache.interconnect import Queue, Seconds, Tally, send
+from moe_beyond.cache.prefetch_queue import drop_layer_prefetches
+
+
+@jit
+def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, experts: Ints, tokens: Ints) -> float:
+    """Begin an event: a layer is routed.
+
+    All accesses are counted. No expert is transferred yet: `transfer_wave` follows after the scores that become
+    available with this event.
+
+    Args:
+        cache: Cache to step.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        layer: Layer of the event.
+        experts: Distinct demanded experts of the layer, ascending, ``(n,)`` int64; may be empty.
+        tokens: Number of tokens that demand each expert, ``(n,)`` int64.
+
+    Returns:
+        Time at which all demanded residents have arrived, in seconds of the interconnect.
+    """
+    link, clock = cache.link, cache.clock
+    clock[Clock.EVENT] += 1
+    clock[Clock.TIME] += 1
+    unpin_all(cache)
+    clock[Clock.LAYER] = layer
+    row = cache.counters[layer]
+    ready = link.seconds[Seconds.NOW]
+    missing = queued = late = 0
+    for expert in experts:
+        if cache.experts[Expert.PLACE, expert] < 0:
+            cache.scratch_int[Scratch.MISSING, missing] = expert
+            missing += 1
+            queued += link.queue[Queue.WAITS, expert]
+            continue
+        if link.arrives[expert] > link.seconds[Seconds.NOW]:
+            ready = max(ready, link.arrives[expert])
+            late += 1
+        elif cache.experts[Expert.ORIGIN, expert] == Origin.PREFETCHED:
+            row[Counter.USEFUL_PREFETCHES] += 1
+        cache.experts[Expert.ORIGIN, expert] = Origin.DEMANDED
+        cache.experts[Expert.LAST_USE, expert] = clock[Clock.TIME]
+        pin(cache, expert)
+        hooks.on_hit(policy, cache, expert)
+    clock[Clock.HITS], clock[Clock.LATE_HITS] = len(experts) - missing - late, late + queued
+    clock[Clock.MISSES], clock[Clock.MISSING] = missing - queued, missing
+    clock[Clock.MOVED] = clock[Clock.WAVE] = 0
+    if clock[Clock.COUNTED] == 1:
+        row[Counter.ACCESSES] += len(experts)
+        row[Counter.HITS] += clock[Clock.HITS]
+        row[Counter.LATE_HITS] += clock[Clock.LATE_HITS]
+        row[Counter.MISSES] += clock[Clock.MISSES]
+        row[Counter.DEMAND_TRANSFERS] += clock[Clock.MISSES]
+        row[Counter.PREFETCH_TRANSFERS] += queued
+    if link.tally[Tally.QUEUED] > 0:
+        drop_layer_prefetches(cache, layer)
+    size = cache.experts.shape[1] // len(cache.counters)
+    for expert in range(layer * size, (layer + 1) * size):
+        cache.scores[expert] = np.nan  # the scores were for this run
+    hooks.on_demand(policy, cache, experts, tokens)
+    return ready
+
+
+@jit
+def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: float) -> float:
+    """Begin the next wave of the event: transfer its missing experts.
+
+    The caller unpins the experts of the wave before. The event's last wave is running if ``Clock.MOVED`` equals
+    ``Clock.MISSING`` afterwards. With a policy that bypasses the cache, there is one wave.
+
+    Args:
+        cache: Cache to step.
+        policy: Value that the policy's ``init`` returned.
+        hooks: Functions of the policy.
+        ready: Time at which the wave's residents have arrived, in seconds of the interconnect.
+
+    Returns:
+        Time at which all experts of the wave have arrived, in seconds.
+    """
+    link, clock = cache.link, cache.clock
+    clock[Clock.WAVE] += 1
+    begin, end = clock[Clock.MOVED], clock[Clock.MISSING]
+    if begin == end:
+        return ready
+    missing = cache.scratch_int[Scratch.MISSING]
+    pool = cache.experts[Expert.POOL, missing[begin]]
+    if not hooks.bypass:
+        end = min(end, begin + cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED])
+    clock[Clock.MOVED] = end
+    coming = missing[begin:end]
+    for expert in coming:
+        ready = send(link, expert, link.seconds[Seconds.NOW], False)
+    if hooks.bypass:
+        unpin_all(cache)
+        for expert in coming:
+            _admit_demanded(cache, policy, hooks, expert)
+    else:
+        for expert in coming:
+            if cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]:
+                replace(cache, policy, hooks, hooks.victim(policy, cache, pool), expert, Origin.DEMANDED)
+            else:
+                enter(cache, policy, hooks, expert, Origin.DEMANDED)
+            pin(cache, expert)
+    return ready
+
+
+@jit
+def _admit_demanded(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int) -> None:
+    """Admit an expert that bypassed the cache if there is a free slot, or if the policy prefers it to its victim."""
+    pool = cache.experts[Expert.POOL, expert]
+    if cache.pools[pool, Pool.USED] < cache.pools[pool, Pool.CAPACITY]:
+        enter(cache, policy, hooks, expert, Origin.DEMANDED)
+        return
+    victim = hooks.victim(policy, cache, pool)
+    if hooks.admit(policy, cache, expert, victim):
+        replace(cache, policy, hooks, victim, expert, Origin.DEMANDED)
