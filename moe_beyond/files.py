@@ -77,7 +77,7 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
 
     Raises:
         UserError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; it is or contains the working
-            folder of this process; or the disk is full.
+            folder of this process; another process writes there meanwhile; or the disk is full.
     """
     path = Path(path)
     if not overwrite:
@@ -97,11 +97,27 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
                 temporary.replace(path)
                 shutil.rmtree(previous)
             else:
-                if path.is_dir():
-                    path.rmdir()  # fails if another process has filled the folder
-                temporary.replace(path)
+                _rename_to_free(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_to_free(temporary: Path, folder: Path) -> None:
+    """Rename a folder to a path that was free before.
+
+    Raises:
+        UserError: Another process has written there since.
+    """
+    try:
+        if folder.is_dir():
+            folder.rmdir()
+        temporary.replace(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"{folder}: another process has written there meanwhile; choose another folder, and run again"
+        ) from error
 
 
 def is_taken(folder: Path) -> bool:

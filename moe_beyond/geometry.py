@@ -333,7 +333,7 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
             raise UserError(f"{written}: a number of slots is whole; {_budget_hint(number)}")
         slots = int(Fraction(number))
     elif unit == "%" and Fraction(number) > 100:
-        raise UserError(f"{written} is more than all {geometry.total_experts} experts")
+        raise UserError(f"{written} is more than all {geometry.total_experts} experts; write 100%")
     elif unit == "%":
         slots = math.floor(Fraction(number) * geometry.total_experts / 100)
     else:
@@ -347,7 +347,7 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
             f"{least} (slots), which is {_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
         )
     if slots > geometry.total_experts:
-        raise UserError(f"{written} is {slots} slots, more than all {geometry.total_experts} experts")
+        raise UserError(f"{written} is {slots} slots, more than all {geometry.total_experts} experts; write 100%")
     return slots
 
 

@@ -74,6 +74,20 @@ def test_modes_follow_the_umask_and_not_the_temporary(umask, tmp_path):
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
+def write_while_another_process_writes(path, theirs):
+    with replacing_folder(path) as temporary:
+        (temporary / "ours").touch()
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.touch()
+
+
+def test_the_result_of_another_process_stays(tmp_path):
+    for name, theirs in (("folder", "folder/theirs"), ("file", "file")):
+        with pytest.raises(UserError, match=f"{name}: another process has written there meanwhile"):
+            write_while_another_process_writes(tmp_path / name, tmp_path / theirs)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder", "theirs"]
+
+
 def test_replacing_folder_appears_whole(tmp_path):
     path = tmp_path / "deep" / "folder"
     with replacing_folder(path) as temporary:

@@ -100,7 +100,7 @@ def collect(
     check_out(out)
     check_can_generate(model, config)
     rows = tokenize_prompts(prompts, tokenizer, model.config, config, source)
-    _check_ids(rows, tokenizer, embedding_rows(model))
+    check_ids(rows, tokenizer, embedding_rows(model))
     recorded = recorded_tokenizer(model, tokenizer)
     routers = find_routers(model) if config.hidden_states else None
     inputs = None if routers is None else {layer: router.module for layer, router in routers.items()}
@@ -151,7 +151,7 @@ def check_can_generate(model: Any, config: CollectConfig) -> None:
         )
 
 
-def _check_ids(rows: Sequence[TokenizedPrompt], tokenizer: "PreTrainedTokenizerBase", num_embeddings: int) -> None:
+def check_ids(rows: Sequence[TokenizedPrompt], tokenizer: "PreTrainedTokenizerBase", num_embeddings: int) -> None:
     """Check that every token id has an embedding.
 
     Raises:

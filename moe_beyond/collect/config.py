@@ -11,6 +11,8 @@ from moe_beyond.json_fields import shown
 from moe_beyond.traces.splits import parse_blocks
 from moe_beyond.traces.steering import Steering
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types to compute in; ``auto`` is the type of the stored weights."""
 MIN_TEMPERATURE = 0.001
 """Smallest temperature above 0; below it, logits overflow."""
 MINIMUMS = {"generate": 0, "batch_size": 1, "max_tokens": 1, "shard_tokens": 1}

@@ -50,10 +50,37 @@ def placement(name: str | None) -> str | dict[str, Any]:
         _check_accelerate(name)
         return device_map
     if name not in names:
-        reason = "" if _count() else " (this PyTorch sees no GPU)"
-        choices = ", ".join([*names, AUTO])
-        raise UserError(f"--device {name}: this machine has no such device{reason}; choose one of: {choices}")
+        raise _no_such_device(name, [*names, AUTO])
     return name
+
+
+def one_device(name: str | None) -> str:
+    """Read ``--device`` of a model that is not spread.
+
+    Args:
+        name: A device. None is the accelerator of this rank, otherwise the CPU.
+
+    Returns:
+        The name of the device.
+
+    Raises:
+        UserError: The name is no device, or this machine has no such device.
+    """
+    names = devices()
+    if name == AUTO or (name is not None and name.endswith(".json")):
+        raise UserError(
+            f"--device {name}: an offloaded model has one device; leave it out, or choose one of: {', '.join(names)}"
+        )
+    if name is not None and name not in (*names, _accelerator() or None):
+        raise _no_such_device(name, names)
+    place = placement(name)
+    assert isinstance(place, str), "neither auto nor a device map"
+    return place
+
+
+def _no_such_device(name: str, choices: list[str]) -> UserError:
+    reason = "" if _count() else " (this PyTorch sees no GPU)"
+    return UserError(f"--device {name}: this machine has no such device{reason}; choose one of: {', '.join(choices)}")
 
 
 def _check_accelerate(name: str) -> None:

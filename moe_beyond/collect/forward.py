@@ -62,8 +62,8 @@ def record_batch(
     if config.generate:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
         decoding = sampling if config.temperature else {"do_sample": False}
-        with torch.random.fork_rng(), _default_generation(model):
-            torch.manual_seed(_batch_seed(batch, config.seed))  # a batch that is repeated is sampled alike
+        with torch.random.fork_rng(), default_generation(model):
+            torch.manual_seed(batch_seed(batch, config.seed))  # a batch that is repeated is sampled alike
             try:
                 sequences = model.generate(  # type: ignore[operator]
                     ids, attention_mask=mask, max_new_tokens=config.generate, pad_token_id=pad, **decoding
@@ -108,7 +108,7 @@ def check_trace(trace: Trace, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _default_generation(model: "PreTrainedModel") -> Iterator[None]:
+def default_generation(model: "PreTrainedModel") -> Iterator[None]:
     """Ignore ``generation_config.json`` except its end tokens: beams would mix rows, penalties would change routing."""
     from transformers import GenerationConfig
 
@@ -121,7 +121,7 @@ def _default_generation(model: "PreTrainedModel") -> Iterator[None]:
         model.generation_config = original
 
 
-def _batch_seed(batch: Sequence[TokenizedPrompt], seed: int) -> int:
+def batch_seed(batch: Sequence[TokenizedPrompt], seed: int) -> int:
     """Return a seed that depends on the prompts of a batch."""
     names = "\n".join([str(seed), *(prompt.sequence_id for prompt, _ in batch)])
     return int.from_bytes(hashlib.sha256(names.encode()).digest()[:8], "little")

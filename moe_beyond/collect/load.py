@@ -94,17 +94,17 @@ class Checkpoint:
         spread = not isinstance(device, str) or device == "auto"
         if spread or load_in is not None:
             options |= {"device_map": device if spread else {"": device}, "offload_folder": offload_folder}
-        self._fetch_weights()
-        with _one_line(self.name), _quiet_transformers():
+        self.fetch_weights()
+        with one_line_errors(self.name), quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
                 ignore_mismatched_sizes=True, output_loading_info=True, **options,
             )  # fmt: skip
             model, report = loaded
-            _check_loaded(self.name, report)
+            check_loaded(self.name, report)
             return model if options else model.to(device)  # type: ignore[no-any-return]
 
-    def _fetch_weights(self) -> None:
+    def fetch_weights(self) -> None:
         """Download the weight files that the index of a Hub model lists.
 
         Raises:
@@ -152,7 +152,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     folder, repository = _find(name, revision)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"--model {name}: has no {CONFIG_FILE}; give the folder of a transformers model")
-    with _one_line(name):
+    with one_line_errors(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -255,7 +255,7 @@ def _download(name: str, repository: HubName) -> tuple[Path, HubName]:
         raise UserError(f"{error}; or did you mean the folder {near}?") from error
 
 
-def _check_loaded(name: str, report: Mapping[str, Any]) -> None:
+def check_loaded(name: str, report: Mapping[str, Any]) -> None:
     """Refuse a model with random weights: transformers initialises weights that are missing or have the wrong shape.
 
     Args:
@@ -285,8 +285,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the loading report of transformers; `_check_loaded` reports the relevant parts."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence the loading report of transformers; `check_loaded` reports the relevant parts."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -298,7 +298,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def one_line_errors(name: str) -> Iterator[None]:
     """Turn a library's error about files that it cannot load into one line."""
     try:
         yield

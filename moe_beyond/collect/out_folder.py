@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import mkdtemp
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import check_is_elsewhere, check_is_free
@@ -33,3 +34,7 @@ def check_out(out: Path) -> None:
         raise UserError(f"{out}: cannot be made, choose another folder; {parent}: Not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot be made, because {parent} is not writable; choose another folder")
+    try:  # a file system such as /proc refuses new folders whatever its permissions say
+        Path(mkdtemp(prefix=f".{out.name}.", dir=parent)).rmdir()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made in {parent} ({error.strerror}); choose another folder") from error

@@ -128,17 +128,23 @@ def _start(
             settings.sequential,
         )
         if key not in streams:
-            streams[key] = _whole_stream(traces, settings, split)
+            sequences = (
+                ReplaySequence(traces.geometry, t.experts, None, t.decode_start, t.sequence_id)
+                for t in traces.traces(split)
+            )
+            streams[key] = whole_stream(sequences, settings)
         stream = streams[key]
     return Replay(traces.geometry, settings, profile, stream)
 
 
-def _whole_stream(traces: TraceSet, settings: ReplaySettings, split: str | None) -> Stream:
-    """Return the demands of all sequences in order, grouped as a replay groups them."""
+def whole_stream(sequences: Iterable[ReplaySequence], settings: ReplaySettings) -> Stream:
+    """Return the demands of all sequences in order, grouped as a replay groups them.
+
+    Args:
+        sequences: Sequences that a replay adds one after another.
+        settings: Settings of the replay.
+    """
     grouping = Grouping(settings)
-    sequences = (
-        ReplaySequence(traces.geometry, t.experts, None, t.decode_start, t.sequence_id) for t in traces.traces(split)
-    )
     groups = [group for sequence in sequences for group in grouping.add(sequence)]
     parts = [group.stream for group in (*groups, *grouping.flush())]
     if not parts:

@@ -93,7 +93,7 @@ def resolve_settings(options: ReplayOptions, traces: TraceSet) -> SharedSettings
     if options.scope not in SCOPES:
         raise unknown("scope", options.scope, SCOPES)
     folder = _profile_folder(options, traces)
-    profile = None if folder is None else load_profile(folder, traces)
+    profile = None if folder is None else load_profile(folder, traces.manifest, traces.folder)
     common = ReplaySettings(
         slots=traces.geometry.total_experts,
         scope=options.scope,

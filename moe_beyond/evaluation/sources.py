@@ -18,6 +18,7 @@ from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.pretrained import checkpoint_folders, list_pretrained, pretrained_folder, shipped_folder
+from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.usage_profile import UsageProfile
@@ -156,15 +157,16 @@ def pretrained_source(architecture: str, traces: TraceSet) -> ScoreSource | None
     return None if folder is None else from_predictor_folder(folder)
 
 
-def load_profile(folder: str | Path, traces: TraceSet) -> UsageProfile:
+def load_profile(folder: str | Path, manifest: Manifest, location: str) -> UsageProfile:
     """Load the usage profile of a fitted ``history`` or ``popularity`` predictor.
 
     Args:
         folder: Predictor folder to read.
-        traces: Trace set that the profile is used on.
+        manifest: Description of the trace set, or of the running model, that the profile is used on.
+        location: Path of the trace set, or name of the model, for error messages.
 
     Raises:
-        UserError: The predictor has no profile, or does not fit the traces.
+        UserError: The predictor has no profile, or does not fit.
     """
     from moe_beyond.predictors.architectures.popularity import Popularity
     from moe_beyond.predictors.io.folder import check_fits, read_predictor
@@ -175,7 +177,7 @@ def load_profile(folder: str | Path, traces: TraceSet) -> UsageProfile:
             f"{folder}: a profile is a fitted history or popularity predictor (got {predictor.architecture}); "
             "name another predictor"
         )
-    check_fits(predictor, traces.manifest, traces.folder)
+    check_fits(predictor, manifest, location)
     return predictor.profile()
 
 

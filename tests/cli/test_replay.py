@@ -137,7 +137,7 @@ def test_quotas(capsys):
     assert all(a > b for a, b in zip(rates[0][:3], rates[1][:3], strict=True))
     assert rates[0][3] < rates[1][3]
     traces = TraceSet("traces")
-    popularity = load_profile("history", traces).popularity
+    popularity = load_profile("history", traces.manifest, traces.folder).popularity
     quotas = proportional_quotas(traces.geometry, 14, popularity)
     proportional = per_layer(capsys, "--quotas", "proportional", "--profile", "history")
     assert proportional == per_layer(capsys, "--quotas", ",".join(map(str, quotas)))

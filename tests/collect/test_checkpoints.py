@@ -110,7 +110,7 @@ def test_without_a_network_the_cache_serves_at_once(tmp_path, capfd, monkeypatch
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail("waits for the Hub"))
     cache(tmp_path / "hub", main=versions()["main"])
     checkpoint = open_checkpoint("org/tiny", revision)
-    checkpoint._fetch_weights()
+    checkpoint.fetch_weights()
     assert (checkpoint.folder / "model.safetensors").is_file()
     assert capfd.readouterr() == ("", "")
     with pytest.raises(UserError, match=r"the Hub is unreachable at http://127\.0\.0\.1:9"):

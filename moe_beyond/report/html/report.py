@@ -54,7 +54,7 @@ def write_report(
         resolve_text(traces, split, SharedSettings(common), [source]),
         page_strategies(common, slots, source, geometry, loaded),
         [source],
-        profile=None if history is None else load_profile(history, traces),
+        profile=None if history is None else load_profile(history, traces.manifest, traces.folder),
         measure=source,
     ).run(progress)
     write_page(

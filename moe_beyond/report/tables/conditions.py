@@ -14,7 +14,7 @@ def format_conditions(results: Sequence[Result]) -> str:
         results: Results of one command, at least one. They differ only in policy, prefetcher, budget and window.
     """
     clauses = [_start(results), _steps(results), format_counts(results[0])]
-    if any(result.device is not None for result in results):
+    if any(result.device is not None and not result.measured for result in results):
         clauses.append(UPPER_BOUND)
     if oversized := format_oversized(results):
         clauses.append(oversized)

@@ -57,10 +57,10 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
         results: Results of one command, budget by budget; at least one.
         geometry: Geometry of the model.
     """
-    timed = any(result.device for result in results)
-    table = WrappedTable(
-        title=f"replay over {results[0].demanded:,} accesses ({geometry.describe_shape()})", keys=(0, 2, 3)
-    )
+    timed, measured = any(result.device for result in results), any(result.measured for result in results)
+    kind = "run" if measured else "replay"
+    title = f"{kind} over {results[0].demanded:,} accesses ({geometry.describe_shape()})"
+    table = WrappedTable(title=title, keys=(0, 2, 3))
     table.add_column("slots (share)", justify="right", no_wrap=True)
     table.add_column("demand\nratio", justify="right", no_wrap=True)
     table.add_column("strategy")
@@ -95,6 +95,7 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
 
 def _results_caption(results: Sequence[Result]) -> list[str]:
     device = next((result.device for result in results if result.device), None)
+    measured = any(result.measured for result in results)
     predictors = sorted({result.predictor for result in results if result.predictor})
     lines = [BYTES_DEFINITION, DEMAND_RATIO_DEFINITION]
     if device is None:
@@ -103,8 +104,12 @@ def _results_caption(results: Sequence[Result]) -> list[str]:
         lines += [
             "late: requested but still in transit when demanded; wasted %: prefetched experts that no token used "
             "in time; both as shares of accesses",
-            f"tok/s, stall and p95 per decoded token: timing model of {device}, not a measurement",
+            f"tok/s, stall and p95 per decoded token: measured on {device}, without sampling and printing"
+            if measured
+            else f"tok/s, stall and p95 per decoded token: timing model of {device}, not a measurement",
         ]
+    if measured:
+        lines.append("compute_ms_per_token in JSON: forwards without stall; cache core and predictor count")
     if predictors:
         lines.append(f"scores: {', '.join(predictors)}")
     leaks = {leak for result in results if result.predictor for leak in result_leaks(result)}
