@@ -1,4 +1,4 @@
-"""Record, predict and replay mixture-of-experts routing under a memory budget.
+"""Record, predict and replay mixture-of-experts routing under a memory budget, and run models under it.
 
 Example:
     >>> import moe_beyond as mb
@@ -24,18 +24,24 @@ if TYPE_CHECKING:
     from moe_beyond.api import replay as replay
     from moe_beyond.errors import UserError as UserError
     from moe_beyond.geometry import Geometry as Geometry
+    from moe_beyond.runtime.offloading import load_offloaded as load_offloaded
+    from moe_beyond.runtime.offloading import offload as offload
+    from moe_beyond.runtime.run import OffloadedRun as OffloadedRun
     from moe_beyond.traces.reader import TraceSet as TraceSet
 
 _MODULES = {
     "Geometry": "geometry",
+    "OffloadedRun": "runtime.run",
     "ReplayReport": "api",
     "TraceSet": "traces.reader",
     "UserError": "errors",
     "evaluate": "api",
     "import_traces": "api",
     "list_pretrained": "api",
+    "load_offloaded": "runtime.offloading",
     "load_predictor": "api",
     "load_traces": "api",
+    "offload": "runtime.offloading",
     "plan": "api",
     "record": "api",
     "replay": "api",

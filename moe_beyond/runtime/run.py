@@ -1,0 +1,267 @@
+"""A model whose experts are moved into slots while it runs."""
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from moe_beyond.cache.cache import Wave
+from moe_beyond.collect.devices import describe, input_device
+from moe_beyond.errors import UserError
+from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import shown
+from moe_beyond.runtime.controller import make_controller
+from moe_beyond.runtime.copies import make_copier
+from moe_beyond.runtime.experts import ExpertsLayer
+from moe_beyond.runtime.kernels import ATTRIBUTE, SlotKernel, refuse_compilation, slot_kernels
+from moe_beyond.runtime.memory import Memory, memory_of
+from moe_beyond.runtime.mover import Mover
+from moe_beyond.runtime.options import READERS
+from moe_beyond.runtime.result import run_result
+from moe_beyond.runtime.sequences import SequenceLog
+from moe_beyond.runtime.slab import SlotPool
+from moe_beyond.runtime.states import watch_states
+from moe_beyond.runtime.store import ExpertStore
+from moe_beyond.runtime.strategy import RunStrategy
+from moe_beyond.runtime.telemetry import Telemetry
+from moe_beyond.simulator import Result
+from moe_beyond.traces.manifest import Manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Ints = npt.NDArray[np.int64]
+
+TIMEOUT_S = 60.0
+
+
+class OffloadedRun:
+    """A model whose experts are moved into slots when they are needed, within a block.
+
+    Leaving the block restores the registry of transformers, removes all hooks, and ends all threads. A model that was
+    loaded whole gets its experts back; a model that was loaded without experts cannot run any more.
+
+    Args:
+        model: MoE model of transformers.
+        layers: Experts of the model.
+        store: Source of the experts; the run closes it at its end.
+        strategy: Strategy of the run.
+        manifest: Description of the model.
+        state_modules: Modules that receive the hidden states that the predictor reads (default: it reads none).
+        tokenizer: Tokenizer of the model (default: None).
+        readers: Number of threads that read experts (default: 4).
+        timeout_s: Seconds without progress after which a forward that waits fails (default: 60).
+        keep_rows: Whether telemetry is kept for every event, about 5 KB per token for 26 layers (default: False).
+        keeps_store: Whether the store stays open after the run (default: False).
+
+    Attributes:
+        model: Model without its experts, which generates within the block.
+        tokenizer: Tokenizer of the model; None if the caller loaded the model.
+        strategy: Strategy of the run.
+        manifest: Description of the model, as a trace set of the run has it.
+        cache: Cache core of the run, with its counters.
+        pool: Memory of the slots.
+        store: Source of the experts.
+        telemetry: Times and bytes of the run.
+        log: Sequences that the model has read.
+        demanded: Number of experts that were demanded, token by token.
+        readers: Number of threads that read experts.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        layers: Mapping[int, ExpertsLayer],
+        store: ExpertStore,
+        strategy: RunStrategy,
+        manifest: Manifest,
+        state_modules: Mapping[int, nn.Module] | None = None,
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        readers: int = READERS,
+        timeout_s: float = TIMEOUT_S,
+        keep_rows: bool = False,
+        keeps_store: bool = False,
+    ) -> None:
+        self.model, self.store, self.strategy, self.manifest, self.tokenizer = (
+            model,
+            store,
+            strategy,
+            manifest,
+            tokenizer,
+        )
+        geometry = manifest.geometry
+        self.telemetry, self.log = Telemetry(keep_rows), SequenceLog(geometry)
+        self.demanded = 0
+        self._layers, self._state_modules = layers, state_modules
+        self.pool = SlotPool(strategy.settings.slots, store.layouts, input_device(model))
+        self._controller = make_controller(geometry, strategy, self.pool, self.telemetry)
+        self.cache = self._controller.cache
+        if not isinstance(readers, int) or readers < 1:
+            raise UserError(f"readers must be a whole number of at least 1 (got {shown(readers)})")
+        if not isinstance(timeout_s, int | float) or not timeout_s > 0:
+            raise UserError(f"timeout_s must be a number of seconds above 0 (got {shown(timeout_s)})")
+        self._keeps_store = keeps_store
+        self.readers, self._timeout_s = readers, timeout_s
+        self._block = ExitStack()
+        self._entered = False
+        self._forward_began: float | None = None
+        self._forward_thread = 0
+        # Converting a model changes its parameters in place, but not the experts outside of it.
+        self._kept = next(model.parameters())
+        self._kept_form = self._kept.dtype, self._kept.device
+
+    @property
+    def geometry(self) -> Geometry:
+        """Geometry of the model."""
+        return self.manifest.geometry
+
+    def __enter__(self) -> Self:
+        """Move the experts out of the model, and serve them from slots.
+
+        Raises:
+            UserError: The model is offloaded already, or this run has ended.
+        """
+        if self._entered:
+            raise UserError(f"{type(self.model).__name__}: a run is entered once; create another one")
+        self._entered = True
+        with ExitStack() as block:
+            if not self._keeps_store:
+                block.callback(self.store.close)
+            block.callback(self.pool.free)
+            copier = make_copier(self.pool, self.store)
+            block.callback(copier.close)
+            self._controller.copier = copier
+            mover = Mover(
+                self.store, copier, next_prefetch=self._controller.next_prefetch,
+                arrived=self._controller.arrived, readers=self.readers, timeout_s=self._timeout_s,
+            )  # fmt: skip
+            block.callback(mover.close)
+            weakref.finalize(self, mover.close)  # for a run that is dropped without an exit
+            self._controller.mover = mover
+            for layer, experts in self._layers.items():
+                self._take_experts(block, layer, experts)
+            block.enter_context(slot_kernels())
+            for handle in self._hooks():
+                block.callback(handle.remove)
+            self._block = block.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the run and free its slots; its counts and telemetry stay."""
+        self._block.close()
+
+    def memory(self) -> Memory:
+        """Return the memory of the run now, without activations and the cache of keys and values."""
+        return memory_of(self.model, self._layers, self.pool, self.store, self.readers)
+
+    def event(self, layer: int, routed: Ints) -> Iterator[Wave]:
+        """Make the experts of an event resident, for `moe_beyond.runtime.kernels`.
+
+        Raises:
+            UserError: The model itself was not called.
+        """
+        if self._forward_began is None:
+            raise UserError(
+                f"{type(self.model).__name__}: its experts ran outside of its own call; call the model itself, instead "
+                "of a part or its forward"
+            )
+        yield from self._controller.event(layer, routed)
+        self.log.add(routed)
+        self.demanded += routed.size
+
+    def result(self) -> Result:
+        """Return the counts so far and the measured times."""
+        return run_result(
+            self.geometry, self.strategy.settings, cache=self.cache, telemetry=self.telemetry, log=self.log,
+            demanded=self.demanded, device=describe(self.model),
+        )  # fmt: skip
+
+    def wait(self, experts: list[int]) -> None:
+        """Wait until experts are in their slots, for `moe_beyond.runtime.kernels`."""
+        self._controller.wait(experts)
+
+    def _take_experts(self, block: ExitStack, layer: int, experts: ExpertsLayer) -> None:
+        """Take a layer's parameters out of the model, and let slots serve it."""
+        module = experts.module
+        if ATTRIBUTE in module.__dict__:
+            raise UserError(f"{type(self.model).__name__}: is offloaded already; end that run first")
+        kernel = SlotKernel(module, layer, experts.num_experts, self.pool.views(self.store.layouts[layer]), self)
+        module.__dict__[ATTRIBUTE] = kernel
+        block.callback(module.__dict__.pop, ATTRIBUTE)
+        for field in experts.layout.fields:
+            parameter = getattr(module, field.name)
+            if parameter is not None:
+                block.callback(setattr, module, field.name, parameter)
+                setattr(module, field.name, None)
+
+    def _hooks(self) -> Iterator[Any]:
+        """Hook the model's forward, and the hidden states that the predictor reads."""
+        yield self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        yield self.model.register_forward_hook(self._after_forward, always_call=True)
+        for module in (self.model, *(experts.module for experts in self._layers.values())):
+            yield module.register_state_dict_pre_hook(_refuse_saving)  # type: ignore[no-untyped-call]
+        if self._state_modules is not None:
+            yield from watch_states(self._state_modules, self._controller.take_state)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_compilation()
+        self._check_unchanged()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        token_ids, past = None, 0
+        if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1:
+            token_ids, past = ids[0].numpy(force=True).astype(np.int64), _past_length(kwargs.get("past_key_values"))
+            if past < 0:
+                token_ids = None
+        states = kwargs.get("inputs_embeds") if ids is None else ids
+        shape = tuple(states.shape[:2]) if isinstance(states, Tensor) else (0, 0)
+        sequence = self.log.begin(token_ids, past)
+        self._forward_began, self._forward_thread = time.perf_counter(), threading.get_ident()
+        self._controller.begin_step(token_ids if sequence >= 0 else None, past, shape, sequence)
+
+    def _check_unchanged(self) -> None:
+        """Check that no other thread uses the model, and that nobody has converted it.
+
+        Raises:
+            UserError: A forward of another thread has not ended, or the model has another type or device.
+        """
+        name = type(self.model).__name__
+        threads = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        if self._forward_began is not None and self._forward_thread in threads:
+            raise UserError(f"{name}: another thread runs it; an offloaded model computes one forward at a time")
+        if (self._kept.dtype, self._kept.device) != self._kept_form:
+            dtype, device = self._kept_form
+            raise UserError(
+                f"{name}: was converted during the run (got {self._kept.dtype} on {self._kept.device}); leave it in "
+                f"{dtype} on {device}, or convert it before"
+            )
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._forward_began is not None and self._forward_thread == threading.get_ident():
+            if self.pool.memory.is_cuda:  # kernels are still running
+                torch.cuda.current_stream(self.pool.memory.device).synchronize()
+            self._controller.end_step(time.perf_counter() - self._forward_began)
+            self._forward_began = None
+
+
+def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise UserError(f"{type(model).__name__}: its state has no experts while it is offloaded; save it after the run")
+
+
+def _past_length(past: Any) -> int:
+    """Return the number of tokens that a cache of keys and values holds; -1 if it does not tell."""
+    if past is None:
+        return 0
+    length = getattr(past, "get_seq_length", None)
+    return -1 if length is None else int(length())
