@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import Output, command_parser, progress_bar
-from moe_beyond.collect.config import CollectConfig, ProcessRank
+from moe_beyond.collect.config import DTYPES, CollectConfig, ProcessRank
 from moe_beyond.collect.out_folder import check_out, parts_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError, unknown
@@ -19,7 +19,6 @@ from moe_beyond.files import is_taken
 from moe_beyond.traces.copies import describe_copies
 from moe_beyond.traces.steering import read_steering
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 RECORDED = ("experts", "gate_weights", "hidden_states")
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from moe_beyond.errors import UserError, unknown
@@ -14,7 +15,7 @@ from moe_beyond.version import __version__
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {
-        "quickstart": ("quickstart", "record, fit and replay a small bundled model in under three minutes"),
+        "quickstart": ("quickstart", "record, fit, replay and run a small bundled model in under three minutes"),
     },
     "Traces": {
         "collect": ("collect", "run a mixture-of-experts model over prompts and record its routing"),
@@ -37,6 +38,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("report", "write an HTML page about a predictor or a run"),
         "devices": ("devices", "list the device presets with their numbers and sources"),
         "plan": ("plan", "find the smallest budget for a target, and the experts to pin"),
+    },
+    "Models": {
+        "run": ("run", "run a model under a memory budget for its experts, and generate text"),
+        "pack": ("pack", "copy a model with contiguous experts, for fast reads from the disk"),
     },
     "Shell": {
         "completion": ("completion", "print a script that completes commands, options and names"),
@@ -125,12 +130,23 @@ def is_interrupt(error: BaseException) -> bool:
     )
 
 
+def _open_closed_streams() -> None:
+    """Give a standard stream that the shell closed, as ``>&-`` does, the null device.
+
+    Python has None in its place, and the next file that opens would get its descriptor.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+
+
 def console() -> NoReturn:
     """Run this process's command line, and end the process without C++ destructors.
 
     Arrow and torch keep native threads that Python cannot join. If such a thread still runs while static objects are
     destroyed, the process aborts after its work is done: its exit code is 134 instead of 0 or 2.
     """
+    _open_closed_streams()
     code = main()
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
     atexit._run_exitfuncs()  # noqa: SLF001

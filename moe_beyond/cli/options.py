@@ -146,6 +146,11 @@ class Output:
             write_json(self._json, content)
 
 
+def print_error(error: Exception) -> None:
+    """Print the line of an error."""
+    print(f"moe-beyond: error: {error}", file=sys.stderr)
+
+
 @contextmanager
 def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Show a progress bar on standard error if that is a terminal.

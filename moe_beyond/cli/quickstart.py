@@ -17,9 +17,9 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    """Record, fit and replay."""
+    """Record, fit, replay and run."""
     args = build_parser().parse_args(argv[1:])
     output = Output(args)
     from moe_beyond.quickstart import quickstart  # imported here, so that wrong options are refused at once
 
-    output.result(quickstart(args.out, output.console).to_json())
+    output.result(quickstart(args.out, output.console))

@@ -34,7 +34,7 @@ PREDICTOR_HELP = (
 )
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Return the text of a prefetcher as a shell takes it."""
     return f"'{text}'" if ">" in text else text
 
@@ -100,7 +100,7 @@ def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's f
         "--prefetch",
         action="append",
         metavar="PREFETCHER",
-        help=f"prefetcher: {choices(map(_quoted, SYNTAX))}; quote it, because a shell reads > as a redirection; top6 "
+        help=f"prefetcher: {choices(map(quoted, SYNTAX))}; quote it, because a shell reads > as a redirection; top6 "
         "and p>0.5 take a distance in layers for whole-token scores (top6@2); repeatable (default: top<K> with scores, "
         "none without)",
     )

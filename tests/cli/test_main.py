@@ -137,3 +137,11 @@ def test_what_native_libraries_do_at_their_end_changes_no_exit_code() -> None:
     done = subprocess.run([sys.executable, "-c", leaving], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "cleaned up\n")
     assert done.stderr == "moe-beyond: error: unknown command 'inspekt'; did you mean 'inspect'?\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_mistake(closed: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -m moe_beyond --version {closed}', sys.executable], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
