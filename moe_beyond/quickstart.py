@@ -1,4 +1,4 @@
-"""Quickstart on the bundled small model: record its routing, fit a predictor, replay, and draw the results."""
+"""Quickstart on the bundled small model: record its routing, fit a predictor, replay, and run it under a budget."""
 
 import json
 import logging
@@ -6,7 +6,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,17 +21,23 @@ from transformers.utils import logging as transformers_logging
 from moe_beyond.callbacks import CacheReplay, EpochSummary, ExportBest
 from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
+from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.evaluation.options import ReplayOptions
-from moe_beyond.evaluation.run import ReplayOutcome, run_evaluation
+from moe_beyond.evaluation.run import ReplayOutcome, run_evaluation, run_replay
 from moe_beyond.evaluation.sources import from_predictor_folder
+from moe_beyond.evaluation.strategies import HINDSIGHT
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
 from moe_beyond.pretrained import shipped_folder
 from moe_beyond.report.plots.replay import budgets_plot, save_png
 from moe_beyond.report.tables.results import metrics_table, results_table
+from moe_beyond.runtime import load_offloaded
+from moe_beyond.runtime.generation import Sampling, TextGenerator
+from moe_beyond.runtime.recording import write_recording
+from moe_beyond.simulator import Result
 from moe_beyond.tasks import AdamWSettings, CrossLayerTask
 from moe_beyond.traces.reader import TraceSet
 
@@ -41,39 +49,77 @@ BUDGETS = ("25%", "50%")
 EPOCHS = 12
 PICTURE = "hits.png"
 RESULTS = "results.json"
-WRITTEN = ("traces", "predictor", "checkpoints", "metrics.csv", "hparams.yaml", PICTURE)
+WRITTEN = ("traces", "predictor", "checkpoints", "metrics.csv", "hparams.yaml", "run", PICTURE)
+RUN_PROMPTS, RUN_TOKENS = 4, 32
+"""Held-out prompts that the model continues under the first budget, and tokens that it generates after each."""
 
 
-def quickstart(out: str | Path, console: Console) -> ReplayOutcome:
-    """Record the small model's routing on new prompts, fit a predictor, and replay held-out prompts.
+def quickstart(out: str | Path, console: Console) -> dict[str, Any]:
+    """Record the small model's routing on new prompts, fit a predictor, replay held-out prompts, and run the model.
 
     Args:
-        out: Folder for ``traces/``, ``predictor/``, ``results.json`` and ``hits.png``; replaces an earlier result.
+        out: Folder for ``traces/``, ``predictor/``, ``run/``, ``results.json`` and ``hits.png``; replaces an earlier
+            result.
         console: Console for progress and tables.
 
     Returns:
-        Metrics and results on the held-out prompts.
+        Content of ``results.json``: metrics and results on the held-out prompts, and those of the run.
     """
     out = Path(out)
     with replacing_folder(out, overwrite=is_earlier_result(out, RESULTS, *WRITTEN)) as folder:
-        with _step(console, "1/3 record: run small-moe over its bundled prompts"):
+        with _step(console, "1/4 record: run small-moe over its bundled prompts"):
             traces = record_small_model(folder / "traces")
             splits = traces.manifest.to_json()["splits"]
             console.print(
                 f"    {splits['train']['tokens']:,} training tokens, "
                 f"{splits['validation']['tokens']:,} held-out tokens from other files"
             )
-        with _step(console, f"2/3 fit: cross_layer, {EPOCHS} epochs"):
+        with _step(console, f"2/4 fit: cross_layer, {EPOCHS} epochs"):
             predictor = fit(traces, folder, console)
-        with _step(console, "3/3 replay: held-out prompts, every budget"):
+        with _step(console, "3/4 replay: held-out prompts, every budget"):
             outcome = _replay(traces, predictor)
+        with _step(console, f"4/4 run: small-moe with slots for {BUDGETS[0]} of its experts, held-out prompts"):
+            run = run_small_model(folder / "run", predictor)
         save_png(budgets_plot(outcome.results, f"{MODEL}, held-out prompts"), folder / PICTURE)
-        write_json(folder / RESULTS, outcome.to_json())
+        content = outcome.to_json() | {"run": [result.to_json() for result in run]}
+        write_json(folder / RESULTS, content)
     table_slots = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
     console.print(metrics_table(outcome.metrics))
     console.print(results_table([r for r in outcome.results if r.budget_slots in table_slots], traces.geometry))
+    console.print(results_table([replace(run[0], strategy=f"this run: {run[0].strategy}"), *run[1:]], traces.geometry))
     console.print(f"picture: {out / PICTURE}   all budgets: {out / RESULTS}   predictor: {out / 'predictor'}")
-    return outcome
+    return content
+
+
+def run_small_model(folder: Path, predictor: Path) -> list[Result]:
+    """Continue held-out prompts with the small model under the first budget, and replay the run's routing.
+
+    Args:
+        folder: Folder of the run's trace set to make.
+        predictor: Folder of the fitted predictor.
+
+    Returns:
+        Result of the run, and those of the replays: the same strategy, LRU and Belady.
+    """
+    checkpoint, sampling = open_checkpoint(MODEL), Sampling(RUN_TOKENS)
+    generator = TextGenerator(checkpoint, sampling)
+    prompts = [prompt for prompt in bundled_prompts() if prompt.split == "validation"][:RUN_PROMPTS]
+    run = load_offloaded(
+        checkpoint,
+        budget=BUDGETS[0],
+        policy="belief",
+        predictor=predictor,
+        device="cpu",
+        dtype="float32",
+        keep_rows=True,
+    )
+    with run:
+        generations = [generator.generate(run.model, prompt) for prompt in prompts]
+    write_recording(run, folder, generations, sampling, "held-out prompts", {})
+    result = run.result()
+    options = ReplayOptions(budget=BUDGETS[:1], policy=["belief"], carry_over=True, prefill_chunk=result.prefill_chunk)
+    replayed = run_replay(options, TraceSet(str(folder)), from_predictor_folder(predictor), split="all")
+    return [result, *(each for each in replayed.results if each.strategy != HINDSIGHT)]
 
 
 def _replay(traces: TraceSet, predictor: Path) -> ReplayOutcome:

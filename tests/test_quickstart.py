@@ -41,7 +41,7 @@ def test_the_quickstart_from_a_wheel_beats_lru(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=empty, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "1/3 record" in done.stdout
+    assert "1/4 record" in done.stdout
     assert "lru + top3" in done.stdout
     assert "belief + top3" in done.stdout
     out = empty / "demo"
