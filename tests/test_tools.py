@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from _helpers.common import TINY, release, tiny_traces
 from _helpers.tools import TOOLS, run
+from safetensors.torch import load_file
 
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.predictors.io.folder import save_predictor
@@ -185,6 +186,48 @@ def test_killed_fits_resume_exactly(tmp_path: Path) -> None:
         assert row["kills"] == 2
         assert row["planned"] in (None, row["made"])
         assert (row["weights"], row["exported"], row["rates"], row["validations"], row["steps"]) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_a_model_for_benchmarks_decodes_with_the_recorded_routing(tmp_path: Path) -> None:
+    traces = tiny_traces(tmp_path / "traces", sequences=4)
+    words = ["--data", str(tmp_path / "traces")]
+    size = ["--hidden-size", "64", "--expert-width", "32"]
+    run("make_bench_model.py", *words, *size, "--out", str(tmp_path / "model"))
+    run("make_bench_model.py", *words, *size, "--out", str(tmp_path / "again"))
+    files = sorted((tmp_path / "model").iterdir())
+    assert all(file.read_bytes() == (tmp_path / "again" / file.name).read_bytes() for file in files)
+    shards = [load_file(file) for file in files if file.suffix == ".safetensors"]
+    weights = {name: tensor for shard in shards for name, tensor in shard.items()}
+    gates = [
+        tuple(tensor.flatten().tolist())
+        for name, tensor in weights.items()
+        if name.endswith("gate_proj.weight") and ".experts." in name
+    ]
+    assert len(set(gates)) == len(gates) == TINY.total_experts
+
+    words += ["--model", str(tmp_path / "model"), "--budget", "16", "--sequences", "2", "--repeats", "2"]
+    names = ["accelerate", "lru", "resident", "unmodified"]
+    run("bench_run.py", *words, "--rows", *names, "--json", str(tmp_path / "found.json"))
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    expert = 3 * 64 * 32 * 2
+    assert [rows[name]["expert_bytes"] for name in ("accelerate", "unmodified")] == [16 * expert, 32 * expert]
+    assert all(rows[name]["tokens"] == 2 * sum(len(trace) for trace in traces[:2]) for name in names[1:])
+    tokens = {name: row["per_token"] for name, row in rows.items()}
+    assert tokens["accelerate"]["read_bytes"] >= 3 * 8 * expert > tokens["unmodified"]["read_bytes"]
+    lru, resident, used = tokens["lru"], tokens["resident"], TINY.num_layers * TINY.top_k
+    assert lru["hits"] + lru["misses"] == pytest.approx(used)
+    assert lru["disk_bytes"] == pytest.approx(expert * lru["misses"])
+    assert resident["hits"] == pytest.approx(used)
+    assert resident["disk_bytes"] == 0
+
+    run("bench_run.py", *words, "--overhead", "--policies", "lru", "--json", str(tmp_path / "overhead.json"))
+    assert list(json.loads((tmp_path / "overhead.json").read_text())["overhead_us"]) == ["lru"]
+
+    run("bench_disk.py", "--model", str(tmp_path / "model"), "--json", str(tmp_path / "disk.json"))
+    times = json.loads((tmp_path / "disk.json").read_text())["direct_read_ms"]
+    assert list(times) == ["1", "2", "4"]
+    assert min(times.values()) > 0
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in TOOLS.glob("*.py")))
