@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, command_parser, progress_bar
+from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, command_parser, progress_bar
 from moe_beyond.collect.config import DTYPES, CollectConfig, ProcessRank
 from moe_beyond.collect.out_folder import check_out, parts_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
@@ -34,13 +34,12 @@ def build_parser() -> ArgumentParser:
         "--model",
         metavar="MODEL",
         required=True,
-        help="model: a folder, ORG/REPO on the Hugging Face Hub, or small-moe, which ships with this package; code of "
-        "the model's repository is never run",
+        help=MODEL_HELP,
     )
     parser.add_argument(
         "--revision",
         metavar="REVISION",
-        help="branch, tag or commit on the Hub, for all files of the model (default: main)",
+        help=REVISION_HELP,
     )
     parser.add_argument(
         "--prompts",

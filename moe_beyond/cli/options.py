@@ -19,6 +19,11 @@ from moe_beyond.files import write_json
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+MODEL_HELP = (
+    "model: a folder, ORG/REPO on the Hugging Face Hub, or small-moe, which ships with this package; code of the "
+    "model's repository is never run"
+)
+REVISION_HELP = "branch, tag or commit on the Hub, for all files of the model (default: main)"
 TRACES_HELP = "trace set: a folder, hf:ORG/REPO, or a URL that fsspec reads"
 PIPE_WIDTH = 120
 """Columns of a table in a file or a pipe; on a terminal, a table fits the terminal."""

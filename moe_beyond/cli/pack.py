@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, command_parser, progress_bar
+from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, command_parser, progress_bar
 from moe_beyond.collect.config import DTYPES
 from moe_beyond.collect.out_folder import check_out
 from moe_beyond.errors import unknown
@@ -21,14 +21,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="model: a folder, ORG/REPO on the Hugging Face Hub, or small-moe, which ships with this package; code of "
-        "the model's repository is never run",
+        help=MODEL_HELP,
     )
     parser.add_argument("out", metavar="OUT", help="model folder to write, which must not exist")
     parser.add_argument(
         "--revision",
         metavar="REVISION",
-        help="branch, tag or commit on the Hub, for all files of the model (default: main)",
+        help=REVISION_HELP,
     )
     parser.add_argument(
         "--dtype",

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
-from moe_beyond.cli.options import Output, command_parser, print_error
+from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, command_parser, print_error
 from moe_beyond.cli.replay_options import PREDICTOR_HELP, choices, quoted
 from moe_beyond.collect.config import DTYPES
 from moe_beyond.collect.out_folder import check_out
@@ -44,13 +44,12 @@ def build_parser() -> ArgumentParser:
         "--model",
         metavar="MODEL",
         required=True,
-        help="model: a folder, ORG/REPO on the Hugging Face Hub, or small-moe, which ships with this package; code of "
-        "the model's repository is never run",
+        help=MODEL_HELP,
     )
     parser.add_argument(
         "--revision",
         metavar="REVISION",
-        help="branch, tag or commit on the Hub, for all files of the model (default: main)",
+        help=REVISION_HELP,
     )
     _add_text(parser)
     _add_strategy(parser)

@@ -76,7 +76,7 @@ def carried_settings(settings: ReplaySettings, log: SequenceLog) -> ReplaySettin
 
 
 def logged_sequences(log: SequenceLog, geometry: Geometry) -> list[ReplaySequence]:
-    """Return the sequences of a run for a replay, without those that were interrupted in their first forward.
+    """Return the sequences of a run for a replay.
 
     Args:
         log: Sequences that the model has read.
@@ -92,8 +92,6 @@ def logged_sequences(log: SequenceLog, geometry: Geometry) -> list[ReplaySequenc
                 f"sequence {number}: a later forward read several tokens, which a replay cannot repeat; read every "
                 "prompt in one forward"
             )
-        if len(logged.experts) < geometry.num_layers:
-            continue
         experts = logged.routing(geometry.num_layers)
         sequences.append(ReplaySequence(geometry, experts, None, logged.steps[0], f"sequence-{number}"))
     if log.unlogged:

@@ -92,24 +92,18 @@ class OffloadedRun:
         keep_rows: bool = False,
         keeps_store: bool = False,
     ) -> None:
-        self.model, self.store, self.strategy, self.manifest, self.tokenizer = (
-            model,
-            store,
-            strategy,
-            manifest,
-            tokenizer,
-        )
-        geometry = manifest.geometry
+        if not isinstance(readers, int) or readers < 1:
+            raise UserError(f"readers must be a whole number of at least 1 (got {shown(readers)})")
+        if not isinstance(timeout_s, int | float) or not timeout_s > 0:
+            raise UserError(f"timeout_s must be a number of seconds above 0 (got {shown(timeout_s)})")
+        self.model, self.tokenizer, self.store = model, tokenizer, store
+        self.strategy, self.manifest, geometry = strategy, manifest, manifest.geometry
         self.telemetry, self.log = Telemetry(keep_rows), SequenceLog(geometry)
         self.demanded = 0
         self._layers, self._state_modules = layers, state_modules
         self.pool = SlotPool(strategy.settings.slots, store.layouts, input_device(model))
         self._controller = make_controller(geometry, strategy, self.pool, self.telemetry)
         self.cache = self._controller.cache
-        if not isinstance(readers, int) or readers < 1:
-            raise UserError(f"readers must be a whole number of at least 1 (got {shown(readers)})")
-        if not isinstance(timeout_s, int | float) or not timeout_s > 0:
-            raise UserError(f"timeout_s must be a number of seconds above 0 (got {shown(timeout_s)})")
         self._keeps_store = keeps_store
         self.readers, self._timeout_s = readers, timeout_s
         self._block = ExitStack()
@@ -237,9 +231,9 @@ class OffloadedRun:
             UserError: A forward of another thread has not ended, or the model has another type or device.
         """
         name = type(self.model).__name__
-        threads = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-        if self._forward_began is not None and self._forward_thread in threads:
-            raise UserError(f"{name}: another thread runs it; an offloaded model computes one forward at a time")
+        if self._forward_began is not None and self._forward_thread != threading.get_ident():
+            if self._forward_thread in {thread.ident for thread in threading.enumerate()}:
+                raise UserError(f"{name}: another thread runs it; an offloaded model computes one forward at a time")
         if (self._kept.dtype, self._kept.device) != self._kept_form:
             dtype, device = self._kept_form
             raise UserError(
@@ -260,7 +254,7 @@ def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _past_length(past: Any) -> int:
-    """Return the number of tokens that a cache of keys and values holds; -1 if it does not tell."""
+    """Return the number of tokens that a cache of keys and values holds; -1 if it is unknown."""
     if past is None:
         return 0
     length = getattr(past, "get_seq_length", None)

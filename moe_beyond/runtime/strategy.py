@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 FEW_SLOTS_POLICY = "belief"
 """Policy to advise for a budget below the demand of one token."""
-
-
 OPTION_TYPES: dict[str, tuple[Any, str]] = {
     "budget": (str | int, "text such as '10%', '3GB' or '166', or a number of slots"),
     "policy": (str, "the name of a policy"),
@@ -121,7 +119,8 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
     prefetch = options.prefetch or ("none" if source is None else f"top{geometry.top_k}")
     lookahead = None if options.lookahead is None else parse_lookahead(options.lookahead)
     if lookahead is not None and (source is None or lookahead not in source.lookaheads):
-        available = "there is no predictor" if source is None else f"choose from {source.lookaheads}"
+        listed = "" if source is None else ", ".join(map(str, source.lookaheads))
+        available = f"choose from {listed}" if listed else "there is no predictor"
         raise UserError(f"lookahead {lookahead}: no such scores; {available}")
     if source is None:
         _check_needs_no_scores(options.policy, prefetch)
@@ -137,9 +136,9 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
     if load_policy(options.policy).HOOKS.bypass:
         raise UserError(f"policy {options.policy}: needs extra slots, which a run does not have; choose another policy")
     reads = reads_scores(options.policy) or parse_prefetch(prefetch).prefetcher.reads_scores
-    if predictor is not None and not reads:
+    if source is not None and not reads:
         raise UserError(
-            f"predictor {settings.predictor or source}: neither policy {options.policy} nor prefetch {prefetch} reads "
+            f"predictor {source.name}: neither policy {options.policy} nor prefetch {prefetch} reads "
             "scores; leave it out, or give another policy or prefetch"
         )
     profile = None

@@ -63,7 +63,7 @@ class Driver:
         self.transit: dict[int, float] = {}  # prefetches, and when they arrive
 
     def publish(self, steps: StepArrays, step: int, layer: int) -> None:
-        """Tell what is known after a layer, or at -1 when the step starts."""
+        """Publish the scores that become available after a layer, or at the start of a step (-1)."""
         layers = self.case.geometry.num_layers
         slices = in_layers(self.case.settings.lookaheads, layers).tolist()
         rows = np.full(steps.scores.shape[2:], np.nan, np.float32)
