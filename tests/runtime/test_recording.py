@@ -146,6 +146,6 @@ def test_nothing_is_written_after_a_mistake(tmp_path):
     with load_offloaded("small-moe", budget=48, keep_rows=True) as run:
         with torch.inference_mode():
             run.model(ids.repeat(2, 1))
-    with pytest.raises(UserError, match="1 forwards read several sequences"):
+    with pytest.raises(UserError, match="1 forwards were interrupted, read several sequences"):
         replayed_baselines(run)
     assert {path.name for path in tmp_path.iterdir()} == {"taken"}
