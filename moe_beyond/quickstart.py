@@ -36,7 +36,7 @@ from moe_beyond.report.plots.replay import budgets_plot, save_png
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.runtime import load_offloaded
 from moe_beyond.runtime.generation import Sampling, TextGenerator
-from moe_beyond.runtime.recording import write_recording
+from moe_beyond.runtime.records.recording import write_recording
 from moe_beyond.simulator import Result
 from moe_beyond.tasks import AdamWSettings, CrossLayerTask
 from moe_beyond.traces.reader import TraceSet

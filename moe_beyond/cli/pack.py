@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     check_out(out)
     output = Output(args)
     from moe_beyond.collect.load import open_checkpoint
-    from moe_beyond.runtime.pack import pack
+    from moe_beyond.runtime.storage.pack import pack
 
     checkpoint = open_checkpoint(args.model, args.revision)
     with progress_bar(f"packing {args.out}", quiet=args.quiet) as bar:

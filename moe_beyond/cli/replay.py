@@ -116,8 +116,8 @@ def _replay_as_run(args: Namespace, output: Output) -> None:
     Raises:
         UserError: The folder is no recording of a run, or its predictor is not found.
     """
-    from moe_beyond.runtime.as_run import replay_as_run
-    from moe_beyond.runtime.recording import read_recording
+    from moe_beyond.runtime.records.as_run import replay_as_run
+    from moe_beyond.runtime.records.recording import read_recording
 
     recording = read_recording(args.traces)
     named = {name: args[name] for name in ("predictor", "profile") if args[name] is not None}

@@ -9,8 +9,8 @@ from torch import nn
 
 from moe_beyond.collect.devices import input_device
 from moe_beyond.runtime.experts import ExpertsLayer
-from moe_beyond.runtime.slab import SlotPool
-from moe_beyond.runtime.store import ExpertStore, HostStore
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.storage.store import ExpertStore, HostStore
 
 HOST = "host"
 

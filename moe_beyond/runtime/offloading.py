@@ -15,15 +15,15 @@ from moe_beyond.collect.tokenizer_files import recorded_tokenizer
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import shown
-from moe_beyond.runtime.bare_loading import load_bare
-from moe_beyond.runtime.checkpoint_index import index_checkpoint
-from moe_beyond.runtime.disk_store import DiskStore
 from moe_beyond.runtime.experts import ExpertsLayer, experts_per_token, find_offloadable, runtime_geometry
-from moe_beyond.runtime.kernels import ATTRIBUTE
 from moe_beyond.runtime.options import READERS, TIERS
 from moe_beyond.runtime.run import TIMEOUT_S, OffloadedRun
-from moe_beyond.runtime.states import state_modules
-from moe_beyond.runtime.store import ExpertStore, HostStore
+from moe_beyond.runtime.slots.kernels import ATTRIBUTE
+from moe_beyond.runtime.stepping.states import state_modules
+from moe_beyond.runtime.storage.bare_loading import load_bare
+from moe_beyond.runtime.storage.checkpoint_index import index_checkpoint
+from moe_beyond.runtime.storage.disk_store import DiskStore
+from moe_beyond.runtime.storage.store import ExpertStore, HostStore
 from moe_beyond.runtime.strategy import StrategyOptions, resolve_strategy
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.version import __version__

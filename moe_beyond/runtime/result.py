@@ -8,8 +8,8 @@ import numpy as np
 from moe_beyond.cache.cache import Cache
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.runtime.sequences import SequenceLog
-from moe_beyond.runtime.telemetry import Telemetry
+from moe_beyond.runtime.stepping.sequences import SequenceLog
+from moe_beyond.runtime.stepping.telemetry import Telemetry
 from moe_beyond.simulator import ReplaySequence, ReplaySettings, Result
 from moe_beyond.simulator.replay import counts_so_far
 from moe_beyond.simulator.result import StepTimes, make_result

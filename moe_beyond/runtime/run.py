@@ -18,20 +18,20 @@ from moe_beyond.collect.devices import describe, input_device
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import shown
-from moe_beyond.runtime.controller import make_controller
-from moe_beyond.runtime.copies import make_copier
 from moe_beyond.runtime.experts import ExpertsLayer
-from moe_beyond.runtime.kernels import ATTRIBUTE, SlotKernel, refuse_compilation, slot_kernels
 from moe_beyond.runtime.memory import Memory, memory_of
-from moe_beyond.runtime.mover import Mover
 from moe_beyond.runtime.options import READERS
 from moe_beyond.runtime.result import run_result
-from moe_beyond.runtime.sequences import SequenceLog
-from moe_beyond.runtime.slab import SlotPool
-from moe_beyond.runtime.states import watch_states
-from moe_beyond.runtime.store import ExpertStore
+from moe_beyond.runtime.slots.copies import make_copier
+from moe_beyond.runtime.slots.kernels import ATTRIBUTE, SlotKernel, refuse_compilation, slot_kernels
+from moe_beyond.runtime.slots.mover import Mover
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.stepping.controller import make_controller
+from moe_beyond.runtime.stepping.sequences import SequenceLog
+from moe_beyond.runtime.stepping.states import watch_states
+from moe_beyond.runtime.stepping.telemetry import Telemetry
+from moe_beyond.runtime.storage.store import ExpertStore
 from moe_beyond.runtime.strategy import RunStrategy
-from moe_beyond.runtime.telemetry import Telemetry
 from moe_beyond.simulator import Result
 from moe_beyond.traces.manifest import Manifest
 
@@ -161,7 +161,7 @@ class OffloadedRun:
         return memory_of(self.model, self._layers, self.pool, self.store, self.readers)
 
     def event(self, layer: int, routed: Ints) -> Iterator[Wave]:
-        """Make the experts of an event resident, for `moe_beyond.runtime.kernels`.
+        """Make the experts of an event resident, for `moe_beyond.runtime.slots.kernels`.
 
         Raises:
             UserError: The model itself was not called.
@@ -183,7 +183,7 @@ class OffloadedRun:
         )  # fmt: skip
 
     def wait(self, experts: list[int]) -> None:
-        """Wait until experts are in their slots, for `moe_beyond.runtime.kernels`."""
+        """Wait until experts are in their slots, for `moe_beyond.runtime.slots.kernels`."""
         self._controller.wait(experts)
 
     def _take_experts(self, block: ExitStack, layer: int, experts: ExpertsLayer) -> None:

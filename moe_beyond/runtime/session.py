@@ -14,10 +14,10 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.runtime.check import Comparison, check_fits_memory, compare
 from moe_beyond.runtime.generation import Conversation, Generation, Sampling, TextGenerator
 from moe_beyond.runtime.offloading import load_offloaded
-from moe_beyond.runtime.packed_experts import EXPERTS_FILE
-from moe_beyond.runtime.recording import write_recording
+from moe_beyond.runtime.records.recording import write_recording
+from moe_beyond.runtime.records.summary import replayed_baselines, summary_json, summary_lines, whole_model_bytes
 from moe_beyond.runtime.run import OffloadedRun
-from moe_beyond.runtime.summary import replayed_baselines, summary_json, summary_lines, whole_model_bytes
+from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE
 from moe_beyond.simulator import Result
 
 

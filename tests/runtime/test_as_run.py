@@ -16,9 +16,9 @@ from moe_beyond.predictors.architectures.next_gate import NextGate
 from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import read_config, read_predictor, save_predictor
 from moe_beyond.runtime import load_offloaded
-from moe_beyond.runtime.as_run import replay_as_run
 from moe_beyond.runtime.generation import Sampling, TextGenerator
-from moe_beyond.runtime.recording import Recording, read_recording, write_recording
+from moe_beyond.runtime.records.as_run import replay_as_run
+from moe_beyond.runtime.records.recording import Recording, read_recording, write_recording
 
 PROMPTS = ("def read(path):", "The list of all exceptions that the module raises is short:", "A")
 TOKENS = 24

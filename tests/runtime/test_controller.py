@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_beyond.cache.cache import Cache, available_layers
-from moe_beyond.runtime.controller import Controller
-from moe_beyond.runtime.mover import Transfer
-from moe_beyond.runtime.slab import SlabLayout, SlotPool
-from moe_beyond.runtime.store import BytesBySource
-from moe_beyond.runtime.telemetry import Telemetry
+from moe_beyond.runtime.slab import SlabLayout
+from moe_beyond.runtime.slots.mover import Transfer
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.stepping.controller import Controller
+from moe_beyond.runtime.stepping.telemetry import Telemetry
+from moe_beyond.runtime.storage.store import BytesBySource
 from moe_beyond.simulator import ReplaySettings
 
 NEVER = float("inf")

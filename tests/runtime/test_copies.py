@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from moe_beyond.errors import UserError
-from moe_beyond.runtime import copies
-from moe_beyond.runtime.copies import CpuCopier, CudaCopier
-from moe_beyond.runtime.slab import Bytes, SlabLayout, SlotPool
-from moe_beyond.runtime.store import BytesBySource, HostStore, Part
+from moe_beyond.runtime.slab import Bytes, SlabLayout
+from moe_beyond.runtime.slots import copies
+from moe_beyond.runtime.slots.copies import CpuCopier, CudaCopier
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.storage.store import BytesBySource, HostStore, Part
 
 LAYOUTS = {0: SlabLayout.of({"weight": ((40,), torch.int32), "bias": ((3,), torch.int32)})}
 STRIDE = LAYOUTS[0].stride

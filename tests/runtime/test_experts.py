@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.errors import UserError
 from moe_beyond.runtime.experts import experts_per_token, find_offloadable, runtime_geometry
-from moe_beyond.runtime.store import BytesBySource, HostStore
+from moe_beyond.runtime.storage.store import BytesBySource, HostStore
 
 UNDECORATED = ("dbrx", "jetmoe", "llama4", "longcat_flash")
 

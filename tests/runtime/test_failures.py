@@ -22,7 +22,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.registry import create
 from moe_beyond.runtime import load_offloaded, offload
-from moe_beyond.runtime.store import BytesBySource, HostStore
+from moe_beyond.runtime.storage.store import BytesBySource, HostStore
 
 IDS = torch.tensor([[5, 9, 30, 7, 11, 40, 3, 17, 60, 8]])
 MODEL = "OlmoeForCausalLM"
@@ -177,7 +177,7 @@ def test_a_failing_reader_raises_in_the_forward(model: Any, monkeypatch: pytest.
 
 @torch.inference_mode()
 def test_a_hanging_read_is_named(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_beyond.runtime.disk_store import DiskStore
+    from moe_beyond.runtime.storage.disk_store import DiskStore
 
     model.save_pretrained(tmp_path)
     released = threading.Event()

@@ -15,14 +15,14 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, core_model_l
 from moe_beyond.collect.geometry import measured_geometry
 from moe_beyond.collect.load import Checkpoint, open_checkpoint
 from moe_beyond.errors import UserError
-from moe_beyond.runtime import bare_loading
-from moe_beyond.runtime.bare_loading import load_bare
-from moe_beyond.runtime.checkpoint_index import _numbers_of_experts, _placement, index_checkpoint
-from moe_beyond.runtime.disk_store import DiskStore
-from moe_beyond.runtime.expert_index import Source
 from moe_beyond.runtime.experts import find_offloadable, runtime_geometry
-from moe_beyond.runtime.safetensors_header import read_header, stored_tensors
 from moe_beyond.runtime.slab import SlabField
+from moe_beyond.runtime.storage import bare_loading
+from moe_beyond.runtime.storage.bare_loading import load_bare
+from moe_beyond.runtime.storage.checkpoint_index import _numbers_of_experts, _placement, index_checkpoint
+from moe_beyond.runtime.storage.disk_store import DiskStore
+from moe_beyond.runtime.storage.expert_index import Source
+from moe_beyond.runtime.storage.safetensors_header import read_header, stored_tensors
 
 UNDECORATED = ("dbrx", "jetmoe", "llama4", "longcat_flash")
 DECORATED = [

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
-from moe_beyond.runtime import mover
-from moe_beyond.runtime.copies import CpuCopier
-from moe_beyond.runtime.mover import CLOSING_S, HANDOVER_BYTES, Mover, Transfer
-from moe_beyond.runtime.slab import Bytes, SlabLayout, SlotPool
-from moe_beyond.runtime.store import BytesBySource
+from moe_beyond.runtime.slab import Bytes, SlabLayout
+from moe_beyond.runtime.slots import mover
+from moe_beyond.runtime.slots.copies import CpuCopier
+from moe_beyond.runtime.slots.mover import CLOSING_S, HANDOVER_BYTES, Mover, Transfer
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.storage.store import BytesBySource
 
 SMALL, LARGE = 64, HANDOVER_BYTES
 SOURCES = {"memory": BytesBySource(host=1), "page cache": BytesBySource(page_cache=1), "disk": BytesBySource(disk=1)}

@@ -13,13 +13,13 @@ from transformers import AutoConfig
 
 from moe_beyond.collect.load import Checkpoint, open_checkpoint
 from moe_beyond.errors import UserError
-from moe_beyond.runtime import bare_loading
-from moe_beyond.runtime.bare_loading import load_bare
-from moe_beyond.runtime.checkpoint_index import index_checkpoint
-from moe_beyond.runtime.disk_store import DiskStore
-from moe_beyond.runtime.pack import pack
-from moe_beyond.runtime.packed_experts import EXPERTS_FILE
 from moe_beyond.runtime.slab import PAGE
+from moe_beyond.runtime.storage import bare_loading
+from moe_beyond.runtime.storage.bare_loading import load_bare
+from moe_beyond.runtime.storage.checkpoint_index import index_checkpoint
+from moe_beyond.runtime.storage.disk_store import DiskStore
+from moe_beyond.runtime.storage.pack import pack
+from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE
 
 NAMES = (
     "MixtralForCausalLM", "DeepseekV2ForCausalLM", "GptOssForCausalLM", "Inkling2ForCausalLM", "AriaTextForCausalLM",

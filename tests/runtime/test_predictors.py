@@ -19,7 +19,7 @@ from moe_beyond.collect.router_probe import find_routers
 from moe_beyond.predictors.batch import collate
 from moe_beyond.runtime import offload
 from moe_beyond.runtime.run import OffloadedRun
-from moe_beyond.runtime.scorer import SequenceScorer
+from moe_beyond.runtime.stepping.scorer import SequenceScorer
 from moe_beyond.simulator import Replay
 from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.traces.hidden_states import HiddenStates

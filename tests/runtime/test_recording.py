@@ -19,9 +19,9 @@ from moe_beyond.evaluation.options import ReplayOptions
 from moe_beyond.evaluation.run import run_replay
 from moe_beyond.runtime import OffloadedRun, load_offloaded
 from moe_beyond.runtime.generation import Sampling, TextGenerator
-from moe_beyond.runtime.recording import read_recording, write_recording
+from moe_beyond.runtime.records.recording import read_recording, write_recording
+from moe_beyond.runtime.records.summary import replayed_baselines
 from moe_beyond.runtime.result import carried_settings, logged_sequences
-from moe_beyond.runtime.summary import replayed_baselines
 from moe_beyond.simulator import Replay
 from moe_beyond.traces.reader import TraceSet
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
-from moe_beyond.runtime import disk_store
-from moe_beyond.runtime.disk_store import DiskStore
-from moe_beyond.runtime.expert_index import Entry, ExpertIndex, Piece, Segment
 from moe_beyond.runtime.slab import PAGE, SlabLayout
-from moe_beyond.runtime.store import BytesBySource, HostStore
+from moe_beyond.runtime.storage import disk_store
+from moe_beyond.runtime.storage.disk_store import DiskStore
+from moe_beyond.runtime.storage.expert_index import Entry, ExpertIndex, Piece, Segment
+from moe_beyond.runtime.storage.store import BytesBySource, HostStore
 
 RNG = np.random.default_rng(0)
 

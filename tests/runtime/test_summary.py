@@ -9,7 +9,7 @@ from _helpers.moe_architectures import EXPERTS, LAYERS, TOP_K, tiny_model
 from moe_beyond.errors import UserError
 from moe_beyond.runtime import load_offloaded, offload, summary
 from moe_beyond.runtime.memory import Memory
-from moe_beyond.runtime.summary import replayed_baselines, summary_json, summary_lines
+from moe_beyond.runtime.records.summary import replayed_baselines, summary_json, summary_lines
 
 IDS = torch.tensor([[5, 9, 30, 7, 11]])
 NEW = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

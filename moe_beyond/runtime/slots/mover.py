@@ -13,8 +13,8 @@ from time import perf_counter
 from weakref import WeakSet
 
 from moe_beyond.errors import UserError
-from moe_beyond.runtime.copies import Copier
-from moe_beyond.runtime.store import BytesBySource, ExpertStore
+from moe_beyond.runtime.slots.copies import Copier
+from moe_beyond.runtime.storage.store import BytesBySource, ExpertStore
 
 HANDOVER_BYTES = 1024 * 1024
 """Size of an expert whose copy in memory takes ten times as long as waking a thread for it."""

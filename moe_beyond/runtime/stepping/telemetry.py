@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.runtime.store import BytesBySource
+from moe_beyond.runtime.storage.store import BytesBySource
 
 
 @dataclass(slots=True)

@@ -8,10 +8,10 @@ import torch
 
 from moe_beyond.evaluation.engine import whole_stream
 from moe_beyond.evaluation.strategies import BASELINES, strategy
-from moe_beyond.runtime.disk_store import NO_WAIT
 from moe_beyond.runtime.memory import HOST, Memory
 from moe_beyond.runtime.result import carried_settings, logged_sequences
-from moe_beyond.runtime.telemetry import Sums
+from moe_beyond.runtime.stepping.telemetry import Sums
+from moe_beyond.runtime.storage.disk_store import NO_WAIT
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 
 if TYPE_CHECKING:

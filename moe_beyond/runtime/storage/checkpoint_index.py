@@ -23,11 +23,11 @@ from moe_beyond.collect.load import Checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.json_fields import brief
 from moe_beyond.pretrained import CONFIG_FILE
-from moe_beyond.runtime.expert_index import Conversion, Entry, ExpertIndex, Piece, Segment, Source
 from moe_beyond.runtime.experts import ExpertsLayer
-from moe_beyond.runtime.packed_experts import EXPERTS_FILE, packed_index
-from moe_beyond.runtime.safetensors_header import DTYPES, StoredTensor, stored_tensors
 from moe_beyond.runtime.slab import SlabField
+from moe_beyond.runtime.storage.expert_index import Conversion, Entry, ExpertIndex, Piece, Segment, Source
+from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE, packed_index
+from moe_beyond.runtime.storage.safetensors_header import DTYPES, StoredTensor, stored_tensors
 
 SHORTEST_RUN = 64
 """Bytes of the shortest run that is read directly into a slab; below it, a read has too many pieces."""

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from moe_beyond.errors import UserError
-from moe_beyond.runtime.slab import Bytes, SlotPool
-from moe_beyond.runtime.store import BytesBySource, ExpertStore, HostStore, Part
+from moe_beyond.runtime.slab import Bytes
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.storage.store import BytesBySource, ExpertStore, HostStore, Part
 
 cuda: Any = torch.cuda  # its functions have no types
 

@@ -18,12 +18,12 @@ from moe_beyond.collect.load import SMALL_FILES, Checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.files import check_is_elsewhere, check_is_free, read_json, replacing_folder
 from moe_beyond.pretrained import CONFIG_FILE, WEIGHTS_FILE
-from moe_beyond.runtime.bare_loading import load_bare
-from moe_beyond.runtime.checkpoint_index import assign_keys, expert_parameters, index_checkpoint
-from moe_beyond.runtime.disk_store import DiskStore
-from moe_beyond.runtime.packed_experts import EXPERTS_FILE, packed_header, packed_layouts
-from moe_beyond.runtime.safetensors_header import INDEX_FILE, StoredTensor, header_bytes, stored_tensors
 from moe_beyond.runtime.slab import Bytes
+from moe_beyond.runtime.storage.bare_loading import load_bare
+from moe_beyond.runtime.storage.checkpoint_index import assign_keys, expert_parameters, index_checkpoint
+from moe_beyond.runtime.storage.disk_store import DiskStore
+from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE, packed_header, packed_layouts
+from moe_beyond.runtime.storage.safetensors_header import INDEX_FILE, StoredTensor, header_bytes, stored_tensors
 
 BLOCK = 1 << 24
 """Bytes per read of a weight that is copied."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import parse_json
-from moe_beyond.runtime.expert_index import Entry, ExpertIndex, Piece, Segment
 from moe_beyond.runtime.experts import ExpertsLayer
-from moe_beyond.runtime.safetensors_header import header_bytes, read_header
 from moe_beyond.runtime.slab import PAGE, SlabField, SlabLayout
+from moe_beyond.runtime.storage.expert_index import Entry, ExpertIndex, Piece, Segment
+from moe_beyond.runtime.storage.safetensors_header import header_bytes, read_header
 
 EXPERTS_FILE = "experts.safetensors"
 LAYOUTS = "layouts"

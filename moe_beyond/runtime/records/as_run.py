@@ -17,14 +17,15 @@ import torch
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.pretrained import list_pretrained
-from moe_beyond.runtime.controller import Controller, Times, make_controller
-from moe_beyond.runtime.copies import CpuCopier
-from moe_beyond.runtime.mover import Transfer
-from moe_beyond.runtime.recording import Recording
-from moe_beyond.runtime.slab import SlabLayout, SlotPool
-from moe_beyond.runtime.store import BytesBySource
+from moe_beyond.runtime.records.recording import Recording
+from moe_beyond.runtime.slab import SlabLayout
+from moe_beyond.runtime.slots.copies import CpuCopier
+from moe_beyond.runtime.slots.mover import Transfer
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.stepping.controller import Controller, Times, make_controller
+from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, Telemetry, TransferRow
+from moe_beyond.runtime.storage.store import BytesBySource
 from moe_beyond.runtime.strategy import RunStrategy, resolve_strategy
-from moe_beyond.runtime.telemetry import EventRow, PrefetchRow, StepRow, Telemetry, TransferRow
 
 COMPARED = ("hits", "late_hits", "misses", "transfers", "waves")
 """Fields of an event that must equal the recorded ones."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from moe_beyond.errors import UserError
-from moe_beyond.runtime.expert_index import Conversion, ExpertIndex, Piece, Segment
 from moe_beyond.runtime.slab import PAGE, Bytes
-from moe_beyond.runtime.store import BytesBySource
+from moe_beyond.runtime.storage.expert_index import Conversion, ExpertIndex, Piece, Segment
+from moe_beyond.runtime.storage.store import BytesBySource
 
 MOST_BUFFERS = os.sysconf("SC_IOV_MAX")
 """Limit of the system for the buffers of one read."""

@@ -19,12 +19,12 @@ import numpy.typing as npt
 from moe_beyond.cache.cache import Cache, Wave, available_layers
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.runtime.copies import Copier
-from moe_beyond.runtime.mover import Mover, Transfer
-from moe_beyond.runtime.scorer import SequenceScorer
-from moe_beyond.runtime.slab import SlotPool
+from moe_beyond.runtime.slots.copies import Copier
+from moe_beyond.runtime.slots.mover import Mover, Transfer
+from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.stepping.scorer import SequenceScorer
+from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, Telemetry, TransferRow
 from moe_beyond.runtime.strategy import RunStrategy
-from moe_beyond.runtime.telemetry import EventRow, PrefetchRow, StepRow, Telemetry, TransferRow
 
 Ints = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
@@ -169,7 +169,7 @@ class Controller:
         self._step = None
 
     def event(self, layer: int, routed: Ints) -> Iterator[Wave]:
-        """Yield the waves of an event, as `moe_beyond.runtime.kernels.Residency` does.
+        """Yield the waves of an event, as `moe_beyond.runtime.slots.kernels.Residency` does.
 
         Args:
             layer: Position of the layer among the MoE layers.

@@ -23,8 +23,8 @@ from moe_beyond.pretrained import list_pretrained
 from moe_beyond.runtime.generation import Generation, Sampling
 from moe_beyond.runtime.options import RUN_FILE
 from moe_beyond.runtime.result import logged_sequences
+from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, TransferRow, columns
 from moe_beyond.runtime.strategy import StrategyOptions
-from moe_beyond.runtime.telemetry import EventRow, PrefetchRow, StepRow, TransferRow, columns
 from moe_beyond.traces.manifest import TOKENIZER_FILE
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace

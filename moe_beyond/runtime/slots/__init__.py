@@ -1,0 +1,1 @@
+"""Slots: their memory, the threads that move experts into them, and kernels that compute in them."""

@@ -1,0 +1,1 @@
+"""Experts in host memory and in files, and loading a model without them."""
