@@ -1,1 +1,1 @@
-"""Stepping the cache core and a predictor with a running model, and the log of what happened."""
+"""Stepping the cache core and a predictor with a running model; sequences, times and bytes of a run."""
