@@ -17,6 +17,8 @@ from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 MOST_PARAMS = 10**15
 """Bound on parameters: a thousand times those of today's largest models."""
+OPTIONAL = ("outside_params", "kv_values_per_token")
+"""Fields of a geometry that may be unknown."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Geometry:
         params_per_expert: Parameters of one routed expert: its matrices, and its biases if it has any.
         other_params_per_layer: Parameters that every token reads in an MoE layer besides its routed experts
             (attention, router, shared experts); an estimate if it was read from a ``config.json``.
+        outside_params: Parameters that every step reads outside the MoE layers: dense layers and head (default: None,
+            unknown).
+        kv_values_per_token: Numbers in the KV cache of all layers per token of context; layers with a sliding window
+            are left out (default: None, unknown).
     """
 
     model: str
@@ -40,6 +46,8 @@ class Geometry:
     top_k: int
     params_per_expert: int
     other_params_per_layer: int
+    outside_params: int | None = None
+    kv_values_per_token: int | None = None
 
     def __post_init__(self) -> None:
         """Check types and bounds.
@@ -66,6 +74,7 @@ class Geometry:
             "params_per_expert": (1, MOST_PARAMS),
             "other_params_per_layer": (0, MOST_PARAMS),
         }
+        bounds |= {name: (0, MOST_PARAMS) for name in OPTIONAL if getattr(self, name) is not None}
         for name, (least, most) in bounds.items():
             if type(number := getattr(self, name)) is not int or not least <= number <= most:
                 raise UserError(
@@ -100,8 +109,10 @@ class Geometry:
         return f"{self.num_layers} MoE layers x {self.num_experts} experts, top-{self.top_k}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain dictionary that `from_json` reads."""
-        return {**asdict(self), "moe_layers": list(self.moe_layers)}
+        """Return the plain dictionary that `from_json` reads; unknown fields are left out."""
+        unknown = {name for name in OPTIONAL if getattr(self, name) is None}
+        content = {name: value for name, value in asdict(self).items() if name not in unknown}
+        return {**content, "moe_layers": list(self.moe_layers)}
 
     @classmethod
     def of(cls, value: "Geometry | Mapping[str, Any]") -> "Geometry":
@@ -129,7 +140,7 @@ class Geometry:
         if not isinstance(content, Mapping):
             raise UserError(f"{source}: must be a geometry (got {shown(content)})")
         names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in content]:
+        if missing := [name for name in names if name not in content and name not in OPTIONAL]:
             raise UserError(f"{source}: {missing[0]} is missing; a geometry has {', '.join(names)}")
         if strange := [name for name in content if name not in names]:
             raise UserError(f"{source}: a geometry has no field {shown(strange[0])}; it has {', '.join(names)}")
@@ -149,11 +160,13 @@ class Preset:
         geometry: Geometry of the model.
         tokenizer: Name or folder that `moe_beyond.traces.tokenizers` can load, or None.
         vocab_size: Rows of the model's embedding, possibly more than its tokenizer has tokens; None if unknown.
+        hidden_size: Width of the model's hidden state; None if unknown.
     """
 
     geometry: Geometry
     tokenizer: str | None = None
     vocab_size: int | None = None
+    hidden_size: int | None = None
 
 
 def _preset(
@@ -164,7 +177,10 @@ def _preset(
     width: int,
     expert_width: int,
     other: int,
+    head: int,
+    kv: int,
     *,
+    dense: int = 0,
     first: int = 0,
     biases: int = 0,
     tokenizer: str | None = None,
@@ -179,6 +195,9 @@ def _preset(
         width: Hidden size of the model.
         expert_width: Width of an expert.
         other: Parameters of attention and shared experts per layer.
+        head: Rows of the head, one per entry of the vocabulary.
+        kv: Numbers in the KV cache per token of context.
+        dense: Parameters of the dense layers (default: 0).
         first: Index of the first MoE layer (default: 0).
         biases: Biases per expert (default: 0).
         tokenizer: Name of the tokenizer, or None.
@@ -190,8 +209,10 @@ def _preset(
         top_k=top_k,
         params_per_expert=3 * width * expert_width + biases,
         other_params_per_layer=other + width * experts,
+        outside_params=dense + width * head,
+        kv_values_per_token=kv,
     )
-    return Preset(geometry, tokenizer)
+    return Preset(geometry, tokenizer, hidden_size=width)
 
 
 def _attention(width: int, heads: int, kv_heads: int, head: int) -> int:
@@ -199,41 +220,63 @@ def _attention(width: int, heads: int, kv_heads: int, head: int) -> int:
     return 2 * width * heads * head + 2 * width * kv_heads * head
 
 
-# Layers, experts, top-k and widths are those of each model's published config.json. `other` is attention plus shared
-# experts (and DeepSeek-V2's low-rank attention maps: 2048x3072 + 2048x576 + 512x4096 + 2048x2048).
+def _kv(layers: int, kv_heads: int, head: int) -> int:
+    """Count the numbers that grouped-query attention keeps per token in all layers: keys and values."""
+    return 2 * layers * kv_heads * head
+
+
+# Layers, experts, top-k, widths and vocabularies are those of each model's published config.json. `other` is attention
+# plus shared experts (and DeepSeek-V2's low-rank attention maps: 2048x3072 + 2048x576 + 512x4096 + 2048x2048). Every
+# second layer of gpt-oss has a sliding window of 128 tokens, which the KV cache leaves out.
+_DEEPSEEK_ATTENTION = 2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048
 PRESETS: dict[str, Preset] = {
     "deepseek-v2-lite": _preset(
         "DeepSeek-V2-Lite",
-        26, 64, 6, 2048, 1408,
-        2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048 + 3 * 2048 * 2816,
+        26, 64, 6, 2048, 1408, _DEEPSEEK_ATTENTION + 3 * 2048 * 2816, 102_400, 27 * (512 + 64),
+        dense=_DEEPSEEK_ATTENTION + 3 * 2048 * 10944,
         first=1,
         tokenizer="deepseek-v2",
     ),
     "deepseek-moe-16b": _preset(
-        "DeepSeek-MoE-16B", 27, 64, 6, 2048, 1408, _attention(2048, 16, 16, 128) + 3 * 2048 * 2816, first=1
+        "DeepSeek-MoE-16B",
+        27, 64, 6, 2048, 1408, _attention(2048, 16, 16, 128) + 3 * 2048 * 2816, 102_400, _kv(28, 16, 128),
+        dense=_attention(2048, 16, 16, 128) + 3 * 2048 * 10944,
+        first=1,
     ),
     "qwen1.5-moe-a2.7b": _preset(
-        "Qwen1.5-MoE-A2.7B", 24, 60, 4, 2048, 1408, _attention(2048, 16, 16, 128) + 3 * 2048 * 5632
+        "Qwen1.5-MoE-A2.7B",
+        24, 60, 4, 2048, 1408, _attention(2048, 16, 16, 128) + 3 * 2048 * 5632, 151_936, _kv(24, 16, 128),
     ),
     "qwen2-57b-a14b": _preset(
-        "Qwen2-57B-A14B", 28, 64, 8, 3584, 2560, _attention(3584, 28, 4, 128) + 3 * 3584 * 20480
+        "Qwen2-57B-A14B",
+        28, 64, 8, 3584, 2560, _attention(3584, 28, 4, 128) + 3 * 3584 * 20480, 151_936, _kv(28, 4, 128),
     ),
-    "qwen3-30b-a3b": _preset("Qwen3-30B-A3B", 48, 128, 8, 2048, 768, _attention(2048, 32, 4, 128)),
-    "mixtral-8x7b": _preset("Mixtral-8x7B", 32, 8, 2, 4096, 14336, _attention(4096, 32, 8, 128)),
-    "olmoe-1b-7b": _preset("OLMoE-1B-7B", 16, 64, 8, 2048, 1024, _attention(2048, 16, 16, 128)),
+    "qwen3-30b-a3b": _preset(
+        "Qwen3-30B-A3B", 48, 128, 8, 2048, 768, _attention(2048, 32, 4, 128), 151_936, _kv(48, 4, 128)
+    ),
+    "mixtral-8x7b": _preset(
+        "Mixtral-8x7B", 32, 8, 2, 4096, 14336, _attention(4096, 32, 8, 128), 32_000, _kv(32, 8, 128)
+    ),
+    "olmoe-1b-7b": _preset(
+        "OLMoE-1B-7B", 16, 64, 8, 2048, 1024, _attention(2048, 16, 16, 128), 50_304, _kv(16, 16, 128)
+    ),
     "gpt-oss-20b": _preset(
-        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64), biases=3 * 2880
+        "gpt-oss-20b", 24, 32, 4, 2880, 2880, _attention(2880, 64, 8, 64), 201_088, _kv(12, 8, 64), biases=3 * 2880
     ),
     "gpt-oss-120b": _preset(
-        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64), biases=3 * 2880
+        "gpt-oss-120b", 36, 128, 4, 2880, 2880, _attention(2880, 64, 8, 64), 201_088, _kv(18, 8, 64), biases=3 * 2880
     ),
-    "phi-3.5-moe": _preset("Phi-3.5-MoE", 32, 16, 2, 4096, 6400, _attention(4096, 32, 8, 128)),
-    "phi-mini-moe": _preset("Phi-mini-MoE", 32, 16, 2, 4096, 960, _attention(4096, 32, 8, 128)),
+    "phi-3.5-moe": _preset(
+        "Phi-3.5-MoE", 32, 16, 2, 4096, 6400, _attention(4096, 32, 8, 128), 32_064, _kv(32, 8, 128)
+    ),
+    "phi-mini-moe": _preset(
+        "Phi-mini-MoE", 32, 16, 2, 4096, 960, _attention(4096, 32, 8, 128), 32_064, _kv(32, 8, 128)
+    ),
     "granite-3.1-3b-a800m": _preset(
-        "Granite-3.1-3B-A800M", 32, 40, 8, 1536, 512, _attention(1536, 24, 8, 64)
+        "Granite-3.1-3B-A800M", 32, 40, 8, 1536, 512, _attention(1536, 24, 8, 64), 49_155, _kv(32, 8, 64)
     ),
     "granite-3.1-1b-a400m": _preset(
-        "Granite-3.1-1B-A400M", 24, 32, 8, 1024, 512, _attention(1024, 16, 8, 64)
+        "Granite-3.1-1B-A400M", 24, 32, 8, 1024, 512, _attention(1024, 16, 8, 64), 49_155, _kv(24, 8, 64)
     ),
 }  # fmt: skip
 
@@ -293,10 +336,12 @@ def _preset_of(config: Mapping[str, Any], source: str) -> Preset:
             top_k=mixture.top_k,
             params_per_expert=mixture.params_per_expert,
             other_params_per_layer=mixture.other_params_per_layer,
+            outside_params=mixture.outside_params,
+            kv_values_per_token=mixture.kv_values_per_token,
         )
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return Preset(geometry, vocab_size=mixture.vocab_size)
+    return Preset(geometry, vocab_size=mixture.vocab_size, hidden_size=mixture.hidden_size)
 
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

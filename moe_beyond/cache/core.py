@@ -300,10 +300,12 @@ def preload(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints) -
         hooks: Functions of the policy.
         experts: Distinct experts, the most popular last, ``(n,)`` int64.
     """
+    begins = ends = cache.link.seconds[Seconds.NOW]
     for expert in experts:
         pool = cache.experts[Expert.POOL, expert]
         if cache.pools[pool, Pool.USED] < cache.pools[pool, Pool.CAPACITY]:
             cache.clock[Clock.TIME] += 1
             enter(cache, policy, hooks, expert, Origin.PREFETCHED)
-            cache.link.seconds[Seconds.NOW] = send(cache.link, expert, cache.link.seconds[Seconds.NOW], True)
+            ends = max(ends, send(cache.link, expert, begins, True))
             cache.counters[cache.experts[Expert.LAYER, expert], Counter.PREFETCH_TRANSFERS] += 1
+    cache.link.seconds[Seconds.NOW] = ends

@@ -121,7 +121,7 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
     clock[Clock.MOVED] = end
     coming = missing[begin:end]
     for expert in coming:
-        ready = send(link, expert, link.seconds[Seconds.NOW], False)
+        ready = max(ready, send(link, expert, link.seconds[Seconds.NOW], False))
     if hooks.bypass:
         unpin_all(cache)
         for expert in coming:

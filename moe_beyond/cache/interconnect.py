@@ -1,6 +1,9 @@
 """The interconnect that experts cross one at a time, with a second tier if the device has flash.
 
-A read from flash and the copy over the interconnect follow each other: one expert occupies the interconnect for both.
+Flash and interconnect are two resources that work at the same time. The copy of an expert begins when its read from
+flash has ended and the interconnect is free. Reads follow each other in the order of sending, and so do copies. There
+is one exception: while the last copy waits for its read, copies from host memory that end before the read go first.
+
 Host memory keeps the experts that were transferred last, including those in slots. It starts with as many experts as
 fit (`first_hosted`).
 """
@@ -17,9 +20,10 @@ from moe_beyond.cache.compiler import jit
 class Seconds(IntEnum):
     """Entries of `LinkState.seconds`.
 
-    ``NOW`` is the present and ``FREE`` the time at which the interconnect becomes free. ``BUSY`` and ``FLASH_BUSY``
-    sum the time of all transfers and of all flash reads. ``TRANSFER`` is the duration of a transfer from host memory,
-    and ``FLASH`` the time that a flash read adds.
+    ``NOW`` is the present, and ``FREE`` and ``FLASH_FREE`` are the times at which interconnect and flash become free.
+    ``BUSY`` and ``FLASH_BUSY`` sum the time of all copies and of all flash reads. ``TRANSFER`` is the duration of a
+    copy from host memory, and ``FLASH`` that of a flash read. From ``GAP_BEGIN`` to ``GAP_END`` the interconnect is
+    idle before its last copy.
     """
 
     NOW = 0
@@ -28,6 +32,9 @@ class Seconds(IntEnum):
     FLASH_BUSY = 3
     TRANSFER = 4
     FLASH = 5
+    FLASH_FREE = 6
+    GAP_BEGIN = 7
+    GAP_END = 8
 
 
 class Tally(IntEnum):
@@ -55,7 +62,11 @@ class Host(IntEnum):
 
 
 class Transfer(IntEnum):
-    """Columns of `LinkState.log`; ``PREFETCH`` is 1 for a prefetch and 0 for a transfer on demand."""
+    """Columns of `LinkState.log`.
+
+    ``BEGIN`` is the begin of the flash read if there is one, and otherwise of the copy. ``PREFETCH`` is 1 for a
+    prefetch and 0 for a transfer on demand.
+    """
 
     EXPERT = 0
     BEGIN = 1
@@ -67,7 +78,7 @@ class LinkState(NamedTuple):
     """Arrays of the interconnect, its queue, and host memory.
 
     Attributes:
-        seconds: Times and durations, ``(6,)`` float64, entries `Seconds`.
+        seconds: Times and durations, ``(9,)`` float64, entries `Seconds`.
         tally: Counts, ``(4,)`` int64, entries `Tally`.
         arrives: Time at which each expert's last transfer ends, ``(L*E,)`` float64.
         queue: Queue of prefetches, ``(2, L*E)`` int64, rows `Queue`.
@@ -95,8 +106,8 @@ def new_link(
 
     Args:
         num_ids: Number of experts L * E.
-        transfer_seconds: Duration of a transfer from host memory (default: 0).
-        flash_seconds: Time that a flash read adds if host memory does not hold the expert (default: 0, no flash).
+        transfer_seconds: Duration of a copy from host memory (default: 0).
+        flash_seconds: Duration of the flash read if host memory does not hold the expert (default: 0, no flash).
         host_slots: Number of experts that host memory holds; not used if flash takes no time (default: 0).
         log_size: Number of transfers to log (default: 0).
         hosted: Experts in host memory at the start, at most ``host_slots``, the last to leave first (default: none).
@@ -107,7 +118,7 @@ def new_link(
     host[Host.HOLDS] = 0
     host[Host.HOLDS, ring[1:]] = 1
     return LinkState(
-        seconds=np.array([0.0, 0.0, 0.0, 0.0, transfer_seconds, flash_seconds]),
+        seconds=np.array([0.0, 0.0, 0.0, 0.0, transfer_seconds, flash_seconds, 0.0, 0.0, 0.0]),
         tally=np.array([0, 0, len(ring) - 1, host_slots]),
         arrives=np.zeros(num_ids),
         queue=np.zeros((len(Queue), num_ids), np.int64),
@@ -142,15 +153,42 @@ def is_instant(link: LinkState) -> bool:
 
 @jit
 def duration(link: LinkState, expert: int) -> float:
-    """Return the seconds that a transfer of an expert would take now."""
-    if link.seconds[Seconds.FLASH] == 0 or link.host[Host.HOLDS, expert] == 1:
-        return link.seconds[Seconds.TRANSFER]
-    return link.seconds[Seconds.TRANSFER] + link.seconds[Seconds.FLASH]
+    """Return the seconds that a transfer of an expert takes if flash and interconnect are free."""
+    if reads_flash(link, expert):
+        return link.seconds[Seconds.TRANSFER] + link.seconds[Seconds.FLASH]
+    return link.seconds[Seconds.TRANSFER]
+
+
+@jit
+def reads_flash(link: LinkState, expert: int) -> bool:
+    """Return whether a transfer of an expert begins with a read from flash."""
+    return link.seconds[Seconds.FLASH] > 0 and link.host[Host.HOLDS, expert] == 0
+
+
+@jit
+def begins_at(link: LinkState, expert: int, since: float) -> float:
+    """Return the time at which a transfer of an expert can begin.
+
+    Args:
+        link: State of the interconnect.
+        expert: Expert to transfer.
+        since: Earliest start in seconds.
+    """
+    seconds = link.seconds
+    if seconds[Seconds.FLASH] == 0:
+        return max(seconds[Seconds.FREE], since)
+    if link.host[Host.HOLDS, expert] == 0:
+        return max(seconds[Seconds.FLASH_FREE], since)
+    since = max(since, link.arrives[expert] - seconds[Seconds.TRANSFER])  # host memory may still be receiving it
+    in_gap = max(seconds[Seconds.GAP_BEGIN], since)
+    if in_gap + seconds[Seconds.TRANSFER] <= seconds[Seconds.GAP_END]:
+        return in_gap
+    return max(seconds[Seconds.FREE], since)
 
 
 @jit
 def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
-    """Transfer an expert behind the current transfers.
+    """Transfer an expert as soon as the transfers that were sent before it allow.
 
     Args:
         link: State of the interconnect.
@@ -161,21 +199,38 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
     Returns:
         Time of arrival in seconds.
     """
-    takes = duration(link, expert)
-    begins = max(link.seconds[Seconds.FREE], since)
-    link.seconds[Seconds.FREE] = begins + takes
+    seconds = link.seconds
+    begins = begins_at(link, expert, since)
+    copies = begins
+    if reads_flash(link, expert):
+        copies = _read_flash(link, begins, since)
+    arrives = copies + seconds[Seconds.TRANSFER]
+    if arrives <= seconds[Seconds.GAP_END]:
+        seconds[Seconds.GAP_BEGIN] = arrives
+    seconds[Seconds.FREE] = max(seconds[Seconds.FREE], arrives)
     if link.tally[Tally.SENT] < len(link.log):
         row = link.log[link.tally[Tally.SENT]]
         row[Transfer.EXPERT], row[Transfer.BEGIN] = expert, begins
-        row[Transfer.END], row[Transfer.PREFETCH] = link.seconds[Seconds.FREE], prefetch
+        row[Transfer.END], row[Transfer.PREFETCH] = arrives, prefetch
     link.tally[Tally.SENT] += 1
-    link.seconds[Seconds.BUSY] += takes
-    link.seconds[Seconds.FLASH_BUSY] += takes - link.seconds[Seconds.TRANSFER]
-    link.arrives[expert] = link.seconds[Seconds.FREE]
+    seconds[Seconds.BUSY] += seconds[Seconds.TRANSFER]
+    link.arrives[expert] = arrives
     link.queue[Queue.WAITS, expert] = 0
-    if link.seconds[Seconds.FLASH] > 0:
+    if seconds[Seconds.FLASH] > 0:
         _keep_in_host(link, expert)
-    return link.seconds[Seconds.FREE]
+    return arrives
+
+
+@jit
+def _read_flash(link: LinkState, begins: float, since: float) -> float:
+    """Read an expert from flash; return the time at which its copy begins."""
+    seconds = link.seconds
+    ends = seconds[Seconds.FLASH_FREE] = begins + seconds[Seconds.FLASH]
+    seconds[Seconds.FLASH_BUSY] += seconds[Seconds.FLASH]
+    idle = max(seconds[Seconds.FREE], since)
+    if ends > idle:
+        seconds[Seconds.GAP_BEGIN], seconds[Seconds.GAP_END] = idle, ends
+    return max(seconds[Seconds.FREE], ends)
 
 
 @jit
@@ -215,6 +270,8 @@ def load_seconds(
 ) -> None:
     """Compute the load time of each event without a cache: every expert that is not resident is transferred.
 
+    One worker reads flash and copies at the same time, as `send` does. Several workers read and copy in turn.
+
     Args:
         link: Interconnect, for the times and host memory; its queue is not used.
         ids: Experts that the events demand, ``(n,)`` int64.
@@ -227,10 +284,17 @@ def load_seconds(
     for event in range(len(seconds)):
         loads[:] = 0.0
         sent = 0
+        link.seconds[Seconds.FREE] = link.seconds[Seconds.FLASH_FREE] = 0.0
+        link.seconds[Seconds.GAP_BEGIN] = link.seconds[Seconds.GAP_END] = 0.0
         for expert in ids[offsets[event] : offsets[event + 1]]:
             if not resident[expert]:
-                loads[sent % len(loads)] += duration(link, expert)
-                send(link, expert, 0.0, False)
+                takes = duration(link, expert)
+                arrives = send(link, expert, 0.0, False)
+                if len(loads) == 1:
+                    loads[0] = max(loads[0], arrives)
+                else:
+                    loads[sent % len(loads)] += takes
+                link.arrives[expert] = 0.0  # the times of every event begin at 0
                 sent += 1
         slowest = 0.0
         for load in loads:

@@ -15,10 +15,10 @@ from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import most_used, pool_slots
 from moe_beyond.cache.prefetch_queue import finish
 from moe_beyond.cache.prefetchers._inputs import FutureView
-from moe_beyond.cache.steps import EventRecord, Timing
+from moe_beyond.cache.steps import EventRecord, Timing, no_computing
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.simulator import devices
+from moe_beyond.simulator.computing import step_timing
 from moe_beyond.simulator.idle_interconnect import idle_link
 from moe_beyond.simulator.result import Result, StepTimes, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
@@ -65,12 +65,6 @@ class Replay:
         if settings.carry_over and "future" in settings.needs and stream is None:
             raise ValueError("a strategy that needs the future and carries its cache over needs the whole stream")
         self._device = settings.device
-        self.timing = Timing(0.0, 0.0)
-        if self._device is not None:
-            self.timing = Timing(
-                devices.other_seconds(self._device, geometry, settings.bits),
-                devices.expert_seconds(self._device, geometry, settings.bits),
-            )
         self._counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
         self.times = StepTimes()
         self._grouping = Grouping(settings)
@@ -132,7 +126,8 @@ class Replay:
             stream = self._stream if self.settings.carry_over and self._stream is not None else group.stream
             future = FutureView(np.zeros(self.geometry.num_layers), stream.ids, stream.offsets, self._event)
             busy = cache.link.seconds[Seconds.BUSY]
-            run_events(cache, self._policy, hooks, self._prefetch, steps, self.timing, future, stall_compute, events)
+            timing = self.timing(group)
+            run_events(cache, self._policy, hooks, self._prefetch, steps, timing, future, stall_compute, events)
             self.times.busy += cache.link.seconds[Seconds.BUSY] - busy
         demanded = self.times.add(group, stall_compute, steps.counted)
         self.sums.add(group.names, cache.counters - before, demanded, *self.times.decoded())
@@ -141,6 +136,12 @@ class Replay:
             self._counts += cache.counters
             self._cache = None
         return cache.link
+
+    def timing(self, group: Group) -> Timing:
+        """Return the seconds of computing of a group's steps."""
+        if self._device is None:
+            return no_computing(len(group.size))
+        return step_timing(self._device, self.geometry, self.settings.bits, group.size, group.context)
 
     def prepare(self, sequence: ReplaySequence) -> None:
         """Create the cache and the policy's arrays for a sequence, which adding it would do otherwise."""

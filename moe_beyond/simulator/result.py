@@ -10,6 +10,7 @@ from moe_beyond.cache.counters import COUNTERS
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.simulator import devices
+from moe_beyond.simulator.computing import left_out
 from moe_beyond.simulator.sequence import Group, Grouping
 from moe_beyond.simulator.settings import ReplaySettings
 
@@ -25,6 +26,7 @@ TIMED = (
     "prefill_ms",
     "link_ms_per_token",
     "device_slots",
+    "left_out",
     "measured",
 )
 """Fields without a meaning if there is no device."""
@@ -74,15 +76,16 @@ class Result:
         bytes_per_token: Transferred bytes per counted token.
         stall_ms_per_token: Milliseconds of stall per decoded token.
         compute_ms_per_token: Milliseconds of computing per decoded token.
-        tokens_per_second: Decoded tokens per second, over all sequences of a batch; None if no token is decoded. It is
-            an upper bound, because it covers MoE layers only.
+        tokens_per_second: Decoded tokens per second, over all sequences of a batch; None if no token is decoded.
         token_ms_p50: Median of the milliseconds per decoded token; a token of a window has its share of the window.
         token_ms_p95: 95th percentile of the milliseconds per decoded token.
         token_ms_p99: 99th percentile of the milliseconds per decoded token.
         prefill_ms: Mean milliseconds of a sequence's counted prefill chunks; None without ``--prefill-chunk``.
-        link_ms_per_token: Milliseconds for which the interconnect was busy, per token (including uncounted tokens).
+        link_ms_per_token: Milliseconds for which the interconnect was busy, per token (including uncounted tokens);
+            reads from flash are not included.
         device_slots: Number of experts that fit into the device's memory
             (`moe_beyond.simulator.devices.device_slots`); a larger budget does not fit.
+        left_out: Fields that the geometry lacks, whose times the timing model leaves out.
         measured: Whether the times were measured in a run, instead of computed by a timing model (default: False).
         note: Note about substitutes and assumptions.
         intervals: 95 % intervals over sequences, ``[low, high]`` by the name of a figure; ``"minus_lru"`` holds
@@ -132,6 +135,7 @@ class Result:
     prefill_ms: float | None = None
     link_ms_per_token: float | None = None
     device_slots: int | None = None
+    left_out: list[str] | None = None
     measured: bool = False
     note: str | None = None
     intervals: dict[str, Any] | None = None
@@ -208,6 +212,7 @@ def timed_fields(geometry: Geometry, settings: ReplaySettings, transfers: int, t
         "bytes_per_token": transfers * bytes_per_expert / max(int(tokens.sum()), 1),
         "link_ms_per_token": 1e3 * times.busy / max(times.all_tokens, 1),
         "device_slots": devices.device_slots(settings.device, geometry, settings.bits),
+        "left_out": left_out(geometry),
     }
     if decoding.any():
         steps, decoded = spent[decoding], int(tokens[decoding].sum())

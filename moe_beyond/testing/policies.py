@@ -18,7 +18,7 @@ from moe_beyond.cache.pools import pool_slots
 from moe_beyond.cache.prefetch_queue import advance, enqueue_prefetch
 from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
 from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
-from moe_beyond.cache.steps import EventRecord, StepArrays, Timing
+from moe_beyond.cache.steps import EventRecord, StepArrays, no_computing
 from moe_beyond.geometry import Geometry
 from moe_beyond.usage_profile import UsageProfile, default_hazard
 
@@ -241,7 +241,7 @@ def _replayed(case: _Case, policy: Policy) -> int:
             False,
             np.ones(count, np.bool_),
         ),
-        Timing(0.0, 0.0),
+        no_computing(count),
         FutureView(np.zeros(layers), stream.ids, stream.offsets, np.zeros(1, np.int64)),
         np.zeros((count, 2)),
         np.zeros((0, len(EventRecord))),
