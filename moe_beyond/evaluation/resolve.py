@@ -68,7 +68,11 @@ def resolve_bits(options: ReplayOptions, traces: TraceSet) -> float:
     Raises:
         UserError: The number is not positive and finite.
     """
-    bits = traces.manifest.quantization_bits if options.quantization is None else options.quantization
+    bits = traces.manifest.bits if options.quantization is None else options.quantization
+    if options.quantization is not None and traces.geometry.expert_bytes is not None:
+        raise UserError(
+            f"--quantization: {traces.folder} has the stored bytes of its experts (got {bits:g}); remove the option"
+        )
     if not 0 < bits < float("inf"):
         raise UserError(f"--quantization: bits per parameter must be more than 0 (got {bits:g}); give 4, 8 or 16")
     return float(bits)
