@@ -287,7 +287,7 @@ def flash_seconds(device: Device, expert_bytes: float) -> float:
 
 
 def other_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the seconds of an MoE layer without its routed experts, for one token.
+    """Return the seconds of an MoE layer without its routed experts, for one token; the mean where layers differ.
 
     Args:
         device: Device; without ``other_ms`` the layer's other weights are read once at its memory bandwidth.
@@ -296,11 +296,11 @@ def other_seconds(device: Device, geometry: Geometry, bits: float) -> float:
     """
     if device.other_ms is not None:
         return device.other_ms * 1e-3
-    return geometry.other_params_per_layer * bits / 8 / (device.memory_gb_per_s * 1e9)
+    return float(geometry.mean_other_bytes(bits)) / (device.memory_gb_per_s * 1e9)
 
 
 def expert_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the seconds of one resident routed expert, for one token.
+    """Return the seconds of one resident routed expert, for one token; the mean where layers differ.
 
     Args:
         device: Device; without ``expert_ms`` the expert's weights are read once at its memory bandwidth.
@@ -309,7 +309,7 @@ def expert_seconds(device: Device, geometry: Geometry, bits: float) -> float:
     """
     if device.expert_ms is not None:
         return device.expert_ms * 1e-3
-    return geometry.params_per_expert * bits / 8 / (device.memory_gb_per_s * 1e9)
+    return float(geometry.mean_expert_bytes(bits)) / (device.memory_gb_per_s * 1e9)
 
 
 def resident_seconds(device: Device, geometry: Geometry, bits: float) -> float:
@@ -319,19 +319,24 @@ def resident_seconds(device: Device, geometry: Geometry, bits: float) -> float:
 
 
 def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Return the number of experts that fit into host memory; all of them with one tier."""
+    """Return the number of experts of mean size that fit into host memory; all of them with one tier."""
+    return host_units(device, geometry, bits) * geometry.total_experts // geometry.total_units
+
+
+def host_units(device: Device, geometry: Geometry, bits: float) -> int:
+    """Return the units of experts that fit into host memory (`Geometry.expert_units`); all of them with one tier."""
     if device.host_memory_gb is None:
-        return geometry.total_experts
-    capacity_bits = Fraction(str(device.host_memory_gb)) * 10**9 * 8
-    return min(geometry.total_experts, math.floor(capacity_bits / (geometry.params_per_expert * Fraction(bits))))
+        return geometry.total_units
+    capacity = Fraction(str(device.host_memory_gb)) * 10**9
+    return min(geometry.total_units, math.floor(capacity / geometry.unit_bytes(bits)))
 
 
 def device_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Return the number of experts that fit into the device's memory, from 0 to L * E.
+    """Return the number of experts of mean size that fit into the device's memory, from 0 to L * E.
 
     `RESERVED_SHARE` and the MoE layers' other weights are subtracted from the memory.
     """
-    capacity_bits = Fraction(str(device.memory_gb)) * 10**9 * 8 * (1 - RESERVED_SHARE)
-    other_bits = geometry.num_layers * geometry.other_params_per_layer * Fraction(bits)
-    slots = math.floor((capacity_bits - other_bits) / (geometry.params_per_expert * Fraction(bits)))
+    capacity = Fraction(str(device.memory_gb)) * 10**9 * (1 - RESERVED_SHARE)
+    other = geometry.num_layers * geometry.mean_other_bytes(bits)
+    slots = math.floor((capacity - other) / geometry.mean_expert_bytes(bits))
     return min(geometry.total_experts, max(0, slots))

@@ -21,8 +21,8 @@ x {layers} layers x {size}. `router_inputs` are the inputs of the routers, and `
 each layer's attention.{routers}
 """
 ENGINE_LOG = """
-`engine.log.parquet` is the log of the engine that recorded the set: for each sequence, the residency of every access and
-metrics of every token.
+`engine.log.parquet` is the log of the engine that recorded the set: for each sequence, the residency of every access
+and metrics of every token.
 """
 
 

@@ -1,12 +1,13 @@
 """The log of another engine's run, beside its traces: which experts it held, and its times per token.
 
 The file `ENGINE_FILE` of a trace set has one row per sequence. Its columns are the sequence id, the flat residency of
-the T*L*K top-k entries, and one list of T numbers for each metric.
+the T*L*K top-k entries, a JSON object with figures of the whole sequence, and one list of T numbers for each metric.
 """
 
 import io
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -19,7 +20,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief
 
 ENGINE_FILE = "engine.log.parquet"
-SEQUENCE, RESIDENCY = "sequence_id", "residency"
+SEQUENCE, RESIDENCY, SUMMARY = "sequence_id", "residency", "summary"
 
 
 class Residency(IntEnum):
@@ -40,11 +41,14 @@ class EngineLog:
         metrics: Name -> numbers of every token, ``(T,)`` float64, NaN for tokens without metrics; empty if the engine
             wrote none. Names end with their unit: ``wall_ms``, ``io_ms``, ``stall_ms``, ``read_bytes``,
             ``cache_hit_pct`` (cumulative) and others.
+        summary: Figures of the whole sequence by name, such as ``cache_budget_MiB`` and ``prefill_s``; empty if the
+            engine wrote none.
     """
 
     sequence_id: str
     residency: npt.NDArray[np.uint8]
-    metrics: Mapping[str, npt.NDArray[np.float64]]
+    metrics: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    summary: Mapping[str, float] = field(default_factory=dict)
 
 
 def engine_table(logs: Sequence[EngineLog]) -> pa.Table:
@@ -56,6 +60,7 @@ def engine_table(logs: Sequence[EngineLog]) -> pa.Table:
     columns: dict[str, pa.Array] = {
         SEQUENCE: pa.array([log.sequence_id for log in logs], pa.string()),
         RESIDENCY: pa.array([log.residency.ravel() for log in logs], pa.list_(pa.uint8())),
+        SUMMARY: pa.array([json.dumps(dict(log.summary)) for log in logs], pa.string()),
     }
     for name in logs[0].metrics:
         columns[name] = pa.array([log.metrics[name] for log in logs], pa.list_(pa.float64()))
@@ -80,7 +85,8 @@ def load_engine_logs(content: bytes, geometry: Geometry, source: str) -> list[En
             EngineLog(
                 row[SEQUENCE],
                 np.array(row[RESIDENCY], np.uint8).reshape(-1, layers, top_k),
-                {name: np.array(row[name], np.float64) for name in row if name not in (SEQUENCE, RESIDENCY)},
+                {name: np.array(row[name], np.float64) for name in row if name not in (SEQUENCE, RESIDENCY, SUMMARY)},
+                json.loads(row[SUMMARY]),
             )
             for row in rows
         ]

@@ -24,8 +24,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief, shown
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
-from moe_beyond.traces.hidden_states import HiddenStates, load_states
 from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, load_engine_logs
+from moe_beyond.traces.hidden_states import HiddenStates, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
 from moe_beyond.traces.parquet import read_columns
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers

@@ -1,7 +1,7 @@
 """The metrics per token of a BigMoeOnEdge run: CSV with one row per generated token, and a line of figures at the end.
 
 Columns are found by name. ``step`` counts the tokens of a turn from 1, and ``steps`` is their number. The other columns
-are kept under their names. ``# summary`` ends a turn; its ``n_prompt`` is the number of prompt tokens.
+are kept under their names. ``# summary`` ends a turn with figures such as ``n_prompt``, the number of prompt tokens.
 """
 
 import csv
@@ -19,7 +19,7 @@ from moe_beyond.json_fields import brief, shown
 
 COUNTERS = ("turn", "step", "steps")
 """Columns that number the rows, and are no metrics."""
-SUMMARY = "# summary"
+SUMMARY, PROMPT_TOKENS = "# summary", "n_prompt"
 
 
 @dataclass
@@ -28,14 +28,16 @@ class TurnMetrics:
 
     Attributes:
         rows: Numbers of each generated token, in the order of the columns.
-        prompt_tokens: Number of prompt tokens; None without a summary.
+        summary: Figures of the turn by name; empty without a summary.
     """
 
     rows: list[list[float]] = field(default_factory=list)
-    prompt_tokens: int | None = None
+    summary: dict[str, float] = field(default_factory=dict)
 
 
-def read_metrics(path: Path, lengths: Sequence[tuple[int, int]]) -> list[dict[str, npt.NDArray[np.float64]]]:
+def read_metrics(
+    path: Path, lengths: Sequence[tuple[int, int]]
+) -> list[tuple[dict[str, npt.NDArray[np.float64]], dict[str, float]]]:
     """Read the metrics of every turn of a recording.
 
     Args:
@@ -43,7 +45,8 @@ def read_metrics(path: Path, lengths: Sequence[tuple[int, int]]) -> list[dict[st
         lengths: Prompt tokens and generated tokens of each turn of the recording.
 
     Returns:
-        Name -> numbers of every token of a turn, ``(T,)`` float64, NaN for prompt tokens; one dictionary per turn.
+        For every turn: name -> numbers of every token, ``(T,)`` float64, NaN for prompt tokens; and name -> figure of
+        the turn.
 
     Raises:
         UserError: The file has no metrics, or those of another run.
@@ -63,17 +66,20 @@ def read_metrics(path: Path, lengths: Sequence[tuple[int, int]]) -> list[dict[st
             f"{_listed(found)}); give the metrics of this recording"
         )
     for turn, (prompt, _) in zip(turns, lengths, strict=True):
-        if turn.prompt_tokens not in (None, prompt):
+        if turn.summary.get(PROMPT_TOKENS, prompt) != prompt:
             raise UserError(
                 f"{path}: belongs to another run: the recording has a prompt of {prompt} tokens (got metrics of "
-                f"{turn.prompt_tokens}); give the metrics of this recording"
+                f"{turn.summary[PROMPT_TOKENS]:g}); give the metrics of this recording"
             )
     kept = [(column, name) for column, name in enumerate(names) if name not in COUNTERS]
     return [
-        {
-            name: np.concatenate([np.full(prompt, np.nan), np.array([row[column] for row in turn.rows], np.float64)])
-            for column, name in kept
-        }
+        (
+            {
+                name: np.array([*[np.nan] * prompt, *(row[column] for row in turn.rows)], np.float64)
+                for column, name in kept
+            },
+            turn.summary,
+        )
         for turn, (prompt, _) in zip(turns, lengths, strict=True)
     ]
 
@@ -83,8 +89,9 @@ def _turns(path: Path, lines: Sequence[str], names: Sequence[str]) -> list[TurnM
     turns: list[TurnMetrics] = []
     for number, line in enumerate(lines[1:], 2):
         if line.startswith(SUMMARY):
-            if turns and (match := re.search(r"\bn_prompt=(\d{1,9})\b", line, re.ASCII)):
-                turns[-1].prompt_tokens = int(match[1])
+            if turns:
+                found = re.findall(r"(\S+)=(-?\d+(?:\.\d+)?)(?=\s|$)", line, re.ASCII)
+                turns[-1].summary = {name: float(value) for name, value in found}
             continue
         if not line.strip() or line.startswith("#"):
             continue

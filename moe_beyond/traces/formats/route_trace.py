@@ -299,14 +299,12 @@ def _recording(source: Path, geometry: Geometry, entries: Entries, metrics: Path
         traces.append(replace(trace, sequence_id=name if len(numbers) == 1 else f"{name}-{number}"))
         residencies.append(residency)
         chunks.update(sizes)
-    measured = [{} for _ in traces]
+    logs = [EngineLog(trace.sequence_id, residency) for trace, residency in zip(traces, residencies, strict=True)]
     if metrics is not None:
-        lengths = [(trace.decode_start, len(trace) - trace.decode_start) for trace in traces]
-        measured = read_metrics(metrics, lengths)
-    logs = [
-        EngineLog(trace.sequence_id, residency, values)
-        for trace, residency, values in zip(traces, residencies, measured, strict=True)
-    ]
+        measured = read_metrics(metrics, [(trace.decode_start, len(trace) - trace.decode_start) for trace in traces])
+        logs = [
+            replace(log, metrics=values, summary=summary) for log, (values, summary) in zip(logs, measured, strict=True)
+        ]
     notes = [f"route trace of BigMoeOnEdge, {source.resolve().name}"]
     if chunks:
         notes.append(f"prompts were read in batches of up to {max(chunks):,} tokens")
