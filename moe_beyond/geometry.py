@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,10 @@ MOST_PARAMS = 10**15
 """Bound on parameters: a thousand times those of today's largest models."""
 OPTIONAL = ("outside_params", "kv_values_per_token")
 """Fields of a geometry that may be unknown."""
+SIZES = ("expert_bytes", "other_bytes")
+"""Fields of a geometry with one number for each MoE layer, that may be unset."""
+MOST_BYTES = 2**31 - 1
+"""Bound on the stored bytes of one expert, or of the rest of one layer."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,17 @@ class Geometry:
             is a position in this list.
         num_experts: Routed experts per MoE layer, E.
         top_k: Experts per token and layer, K.
-        params_per_expert: Parameters of one routed expert: its matrices, and its biases if it has any.
+        params_per_expert: Parameters of one routed expert: its matrices, and its biases if it has any; 0 if only
+            ``expert_bytes`` is known.
         other_params_per_layer: Parameters that every token reads in an MoE layer besides its routed experts
             (attention, router, shared experts); an estimate if it was read from a ``config.json``.
         outside_params: Parameters that every step reads outside the MoE layers: dense layers and head (default: None,
             unknown).
         kv_values_per_token: Numbers in the KV cache of all layers per token of context; layers with a sliding window
             are left out (default: None, unknown).
+        expert_bytes: Stored bytes of one expert of each MoE layer, where the layers are quantised differently
+            (default: None, parameters times bits).
+        other_bytes: Stored bytes of each MoE layer besides its routed experts (default: None, parameters times bits).
     """
 
     model: str
@@ -48,6 +56,8 @@ class Geometry:
     other_params_per_layer: int
     outside_params: int | None = None
     kv_values_per_token: int | None = None
+    expert_bytes: tuple[int, ...] | None = None
+    other_bytes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check types and bounds.
@@ -71,7 +81,7 @@ class Geometry:
             )
         bounds = {
             "num_experts": (1, MOST_EXPERTS),
-            "params_per_expert": (1, MOST_PARAMS),
+            "params_per_expert": (1 if self.expert_bytes is None else 0, MOST_PARAMS),
             "other_params_per_layer": (0, MOST_PARAMS),
         }
         bounds |= {name: (0, MOST_PARAMS) for name in OPTIONAL if getattr(self, name) is not None}
@@ -84,6 +94,17 @@ class Geometry:
             raise UserError(
                 f"{location}: top_k must be a whole number of 1 to {self.num_experts} (got {shown(self.top_k)})"
             )
+        for name, least in (("expert_bytes", 1), ("other_bytes", 0)):
+            if (sizes := getattr(self, name)) is not None:
+                self._check_sizes(f"{location}: {name}", sizes, least)
+
+    def _check_sizes(self, location: str, sizes: Any, least: int) -> None:
+        """Check the bytes of each MoE layer."""
+        if not isinstance(sizes, tuple) or len(sizes) != self.num_layers:
+            raise UserError(f"{location} must be one number for each of {self.num_layers} layers (got {shown(sizes)})")
+        for size in sizes:
+            if type(size) is not int or not least <= size <= MOST_BYTES:
+                raise UserError(f"{location} must be whole numbers of {least} to {MOST_BYTES:,} (got {shown(size)})")
 
     @property
     def num_layers(self) -> int:
@@ -100,6 +121,55 @@ class Geometry:
         """Number of experts that one token uses, L * K."""
         return self.num_layers * self.top_k
 
+    @property
+    def expert_units(self) -> tuple[int, ...]:
+        """Size of one expert of each layer in units of a cache, ``(L,)``; 1 if all experts have the same size.
+
+        A unit is the greatest common divisor of the layers' bytes, so that caches count in small whole numbers.
+        """
+        if self.expert_bytes is None:
+            return (1,) * self.num_layers
+        unit = math.gcd(*self.expert_bytes)
+        return tuple(size // unit for size in self.expert_bytes)
+
+    @property
+    def total_units(self) -> int:
+        """Size of all experts in units; L * E if all have the same size."""
+        return self.num_experts * sum(self.expert_units)
+
+    @property
+    def has_one_size(self) -> bool:
+        """Whether all experts have the same size."""
+        return max(self.expert_units) == 1
+
+    def unit_bytes(self, bits: float) -> Fraction:
+        """Return the bytes of one unit: of an expert, if all have the same size.
+
+        Args:
+            bits: Bits per expert parameter; not read if ``expert_bytes`` is known.
+        """
+        if self.expert_bytes is None:
+            return self.params_per_expert * Fraction(bits) / 8
+        return Fraction(math.gcd(*self.expert_bytes))
+
+    def mean_expert_bytes(self, bits: float) -> Fraction:
+        """Return the bytes of an expert, the mean over the layers.
+
+        Args:
+            bits: Bits per expert parameter; not read if ``expert_bytes`` is known.
+        """
+        return self.unit_bytes(bits) * self.total_units / self.total_experts
+
+    def mean_other_bytes(self, bits: float) -> Fraction:
+        """Return the bytes of a layer besides its routed experts, the mean over the layers.
+
+        Args:
+            bits: Bits per parameter; not read if ``other_bytes`` is known.
+        """
+        if self.other_bytes is None:
+            return self.other_params_per_layer * Fraction(bits) / 8
+        return Fraction(sum(self.other_bytes), self.num_layers)
+
     def shape(self) -> tuple[int, int, int]:
         """Return (L, E, K), which must be equal for a trace set and a predictor."""
         return self.num_layers, self.num_experts, self.top_k
@@ -109,10 +179,9 @@ class Geometry:
         return f"{self.num_layers} MoE layers x {self.num_experts} experts, top-{self.top_k}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain dictionary that `from_json` reads; unknown fields are left out."""
-        unknown = {name for name in OPTIONAL if getattr(self, name) is None}
-        content = {name: value for name, value in asdict(self).items() if name not in unknown}
-        return {**content, "moe_layers": list(self.moe_layers)}
+        """Return the plain dictionary that `from_json` reads; fields that are not set are left out."""
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
 
     @classmethod
     def of(cls, value: "Geometry | Mapping[str, Any]") -> "Geometry":
@@ -140,14 +209,16 @@ class Geometry:
         if not isinstance(content, Mapping):
             raise UserError(f"{source}: must be a geometry (got {shown(content)})")
         names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in content and name not in OPTIONAL]:
+        if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in content]:
             raise UserError(f"{source}: {missing[0]} is missing; a geometry has {', '.join(names)}")
         if strange := [name for name in content if name not in names]:
             raise UserError(f"{source}: a geometry has no field {shown(strange[0])}; it has {', '.join(names)}")
-        if not isinstance(layers := content["moe_layers"], list | tuple):
-            raise UserError(f"{source}: moe_layers must be a list of whole numbers (got {shown(layers)})")
+        lists = {name: content[name] for name in ("moe_layers", *SIZES) if content.get(name) is not None}
+        for name, value in lists.items():
+            if not isinstance(value, list | tuple):
+                raise UserError(f"{source}: {name} must be a list of whole numbers (got {shown(value)})")
         try:
-            return cls(**{**content, "moe_layers": tuple(layers)})
+            return cls(**{**content, **{name: tuple(value) for name, value in lists.items()}})
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
@@ -348,12 +419,24 @@ _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2*
 _BUDGET = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>%|B|[KMG]i?B)?", re.ASCII)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """A memory budget for experts.
+
+    Attributes:
+        slots: Number of slots, from 1 to L * E; rounded down at the mean size of an expert where layers differ.
+        bytes: Exact bytes where layers differ; None if all experts have the same size, or the budget is in slots.
+    """
+
+    slots: int
+    bytes: int | None = None
+
+
 def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> int:
-    """Convert a memory budget to a number of slots.
+    """Convert a memory budget to a number of slots, as `parse_budget` does.
 
     Args:
-        budget: Share of all experts (``"10%"``, rounded down), number of slots (``"166"``), or memory (``"2.9GB"``,
-            ``"2.7GiB"``: decimal or binary bytes, divided by the bytes of one expert).
+        budget: Text of the budget, or number of slots.
         geometry: Geometry of the model.
         bits: Bits per expert parameter (default: 16).
 
@@ -368,6 +451,24 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
         >>> [budget_slots(b, geometry) for b in ("10%", "166", "2.9GB", "2.7GiB")]
         [166, 166, 167, 167]
     """
+    return parse_budget(budget, geometry, bits).slots
+
+
+def parse_budget(budget: str | int, geometry: Geometry, bits: float = 16.0) -> Budget:
+    """Read a memory budget.
+
+    Args:
+        budget: Share of all experts (``"10%"``, rounded down), number of slots (``"166"``), or memory (``"2.9GB"``,
+            ``"2.7GiB"``: decimal or binary bytes, divided by the bytes of one expert). A slot holds an expert of mean
+            size where layers differ.
+        geometry: Geometry of the model.
+        bits: Bits per expert parameter; not read if the geometry has bytes (default: 16).
+
+    Raises:
+        UserError: The budget is malformed, too small for one expert, or larger than all experts.
+    """
+    expert = geometry.mean_expert_bytes(bits)
+    size: Fraction | None = None
     written = f"budget {shown(budget)}"
     match = _BUDGET.fullmatch(str(budget).strip()) if isinstance(budget, str) or abs(budget) < 10**18 else None
     if match is None:
@@ -380,20 +481,22 @@ def budget_slots(budget: str | int, geometry: Geometry, bits: float = 16.0) -> i
     elif unit == "%" and Fraction(number) > 100:
         raise UserError(f"{written} is more than all {geometry.total_experts} experts; write 100%")
     elif unit == "%":
-        slots = math.floor(Fraction(number) * geometry.total_experts / 100)
+        size = Fraction(number) * geometry.total_experts * expert / 100
     else:
-        slots = math.floor(Fraction(number) * _BYTES[unit] * 8 / (geometry.params_per_expert * Fraction(bits)))
+        size = Fraction(number) * _BYTES[unit]
+    if size is not None:
+        slots = math.floor(size / expert)
     if slots < 1:
         least = geometry.top_k  # one layer needs as many slots at once
         share = Fraction(100 * least, geometry.total_experts)
-        size = least * geometry.params_per_expert * Fraction(bits) / 8
+        needed = geometry.top_k * max(geometry.expert_units) * geometry.unit_bytes(bits)
         raise UserError(
             f"{written} is too small for one expert of {geometry.model}; a token needs {least} per layer: write "
-            f"{least} (slots), which is {_rounded_up(share)}% or {_rounded_up(size / 10**6)}MB"
+            f"{least} (slots), which is {_rounded_up(share)}% or {_rounded_up(needed / 10**6)}MB"
         )
     if slots > geometry.total_experts:
         raise UserError(f"{written} is {slots} slots, more than all {geometry.total_experts} experts; write 100%")
-    return slots
+    return Budget(slots, None if size is None or geometry.has_one_size else math.floor(size))
 
 
 def _budget_hint(number: str) -> str:

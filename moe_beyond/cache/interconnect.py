@@ -8,6 +8,7 @@ Host memory keeps the experts that were transferred last, including those in slo
 fit (`first_hosted`).
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ class Seconds(IntEnum):
 
     ``NOW`` is the present, and ``FREE`` and ``FLASH_FREE`` are the times at which interconnect and flash become free.
     ``BUSY`` and ``FLASH_BUSY`` sum the time of all copies and of all flash reads. ``TRANSFER`` is the duration of a
-    copy from host memory, and ``FLASH`` that of a flash read. From ``GAP_BEGIN`` to ``GAP_END`` the interconnect is
-    idle before its last copy.
+    copy from host memory, and ``FLASH`` that of a flash read, both for an expert of mean size. From ``GAP_BEGIN`` to
+    ``GAP_END`` the interconnect is idle before its last copy.
     """
 
     NOW = 0
@@ -38,12 +39,19 @@ class Seconds(IntEnum):
 
 
 class Tally(IntEnum):
-    """Entries of `LinkState.tally`: queued prefetches, transfers so far, experts in host memory, and its capacity."""
+    """Entries of `LinkState.tally`: queued prefetches, transfers so far, units in host memory, and its capacity."""
 
     QUEUED = 0
     SENT = 1
     HOSTED = 2
-    HOST_SLOTS = 3
+    HOST_CAPACITY = 3
+
+
+class Relative(IntEnum):
+    """Rows of `LinkState.relative`: copies over the interconnect, and reads from flash."""
+
+    COPY = 0
+    READ = 1
 
 
 class Queue(IntEnum):
@@ -54,11 +62,16 @@ class Queue(IntEnum):
 
 
 class Host(IntEnum):
-    """Rows of `LinkState.host`: a ring by recency, forwards and backwards; and 1 for each expert in host memory."""
+    """Rows of `LinkState.host`.
+
+    ``NEWER`` and ``OLDER`` are a ring by recency, ``HOLDS`` is 1 for each expert in host memory, and ``UNITS`` its size
+    in units.
+    """
 
     NEWER = 0
     OLDER = 1
     HOLDS = 2
+    UNITS = 3
 
 
 class Transfer(IntEnum):
@@ -82,7 +95,9 @@ class LinkState(NamedTuple):
         tally: Counts, ``(4,)`` int64, entries `Tally`.
         arrives: Time at which each expert's last transfer ends, ``(L*E,)`` float64.
         queue: Queue of prefetches, ``(2, L*E)`` int64, rows `Queue`.
-        host: Experts in host memory, ``(3, L*E + 1)`` int64, rows `Host`; the head of the ring is the number L*E.
+        host: Experts in host memory, ``(4, L*E + 1)`` int64, rows `Host`; the head of the ring is the number L*E.
+        relative: Duration of each expert's copy and read, divided by ``TRANSFER`` and ``FLASH`` of `Seconds`,
+            ``(2, L*E)`` float64, rows `Relative`; 1 if all experts have the same size.
         log: First n transfers, ``(n, 4)`` float64, columns `Transfer`; n is 0 if no log is kept.
     """
 
@@ -91,6 +106,7 @@ class LinkState(NamedTuple):
     arrives: npt.NDArray[np.float64]
     queue: npt.NDArray[np.int64]
     host: npt.NDArray[np.int64]
+    relative: npt.NDArray[np.float64]
     log: npt.NDArray[np.float64]
 
 
@@ -98,9 +114,11 @@ def new_link(
     num_ids: int,
     transfer_seconds: float = 0.0,
     flash_seconds: float = 0.0,
-    host_slots: int = 0,
+    host_capacity: int = 0,
     log_size: int = 0,
     hosted: npt.ArrayLike = (),
+    units: npt.ArrayLike = 1,
+    relative: npt.ArrayLike = 1.0,
 ) -> LinkState:
     """Return an idle interconnect.
 
@@ -108,41 +126,45 @@ def new_link(
         num_ids: Number of experts L * E.
         transfer_seconds: Duration of a copy from host memory (default: 0).
         flash_seconds: Duration of the flash read if host memory does not hold the expert (default: 0, no flash).
-        host_slots: Number of experts that host memory holds; not used if flash takes no time (default: 0).
+        host_capacity: Units that host memory holds; not used if flash takes no time (default: 0).
         log_size: Number of transfers to log (default: 0).
-        hosted: Experts in host memory at the start, at most ``host_slots``, the last to leave first (default: none).
+        hosted: Experts in host memory at the start, which fit, the last to leave first (default: none).
+        units: Units of each expert, ``(L*E,)`` (default: 1).
+        relative: Duration of each expert's copy and read divided by that of the mean, ``(2, L*E)`` (default: 1).
     """
     ring = np.concatenate([[num_ids], np.asarray(hosted, np.int64)])  # from the head to the oldest
     host = np.full((len(Host), num_ids + 1), num_ids)
     host[Host.OLDER, ring], host[Host.NEWER, ring] = np.roll(ring, -1), np.roll(ring, 1)
     host[Host.HOLDS] = 0
     host[Host.HOLDS, ring[1:]] = 1
+    host[Host.UNITS, :num_ids] = units
     return LinkState(
         seconds=np.array([0.0, 0.0, 0.0, 0.0, transfer_seconds, flash_seconds, 0.0, 0.0, 0.0]),
-        tally=np.array([0, 0, len(ring) - 1, host_slots]),
+        tally=np.array([0, 0, host[Host.UNITS, ring[1:]].sum(), host_capacity]),
         arrives=np.zeros(num_ids),
         queue=np.zeros((len(Queue), num_ids), np.int64),
         host=host,
+        relative=np.broadcast_to(np.asarray(relative, np.float64), (len(Relative), num_ids)).copy(),
         log=np.zeros((log_size, len(Transfer))),
     )
 
 
-def first_hosted(num_layers: int, num_experts: int, host_slots: int) -> npt.NDArray[np.int64]:
+def first_hosted(num_experts: int, units: Sequence[int], host_capacity: int) -> npt.NDArray[np.int64]:
     """Choose the experts in host memory at the start: the lowest ids of each layer, the same number in every layer.
 
-    No profile is used, so all strategies start with the same experts. If the slots do not divide evenly, the first
+    No profile is used, so all strategies start with the same experts. If the capacity does not divide evenly, the first
     layers have one expert more.
 
     Args:
-        num_layers: Number of MoE layers L.
         num_experts: Number of experts per layer E.
-        host_slots: Number of experts that host memory holds.
+        units: Units of an expert of each layer, L numbers.
+        host_capacity: Units that host memory holds.
 
     Returns:
-        Experts, ``(min(host_slots, L*E),)`` int64, the last to leave first: expert 0 of every layer, then expert 1, ...
+        Experts that fit, ``(n,)`` int64, the last to leave first: expert 0 of every layer, then expert 1, ...
     """
-    ids = np.arange(num_layers * num_experts).reshape(num_layers, num_experts)
-    return ids.T.ravel()[:host_slots]
+    ids = np.arange(len(units) * num_experts).reshape(len(units), num_experts)
+    return ids.T.ravel()[np.cumsum(np.tile(units, num_experts)) <= host_capacity]
 
 
 @jit
@@ -152,11 +174,23 @@ def is_instant(link: LinkState) -> bool:
 
 
 @jit
+def copy_seconds(link: LinkState, expert: int) -> float:
+    """Return the seconds of an expert's copy over the interconnect."""
+    return link.seconds[Seconds.TRANSFER] * link.relative[Relative.COPY, expert]
+
+
+@jit
+def read_seconds(link: LinkState, expert: int) -> float:
+    """Return the seconds of an expert's read from flash."""
+    return link.seconds[Seconds.FLASH] * link.relative[Relative.READ, expert]
+
+
+@jit
 def duration(link: LinkState, expert: int) -> float:
     """Return the seconds that a transfer of an expert takes if flash and interconnect are free."""
     if reads_flash(link, expert):
-        return link.seconds[Seconds.TRANSFER] + link.seconds[Seconds.FLASH]
-    return link.seconds[Seconds.TRANSFER]
+        return copy_seconds(link, expert) + read_seconds(link, expert)
+    return copy_seconds(link, expert)
 
 
 @jit
@@ -179,9 +213,10 @@ def begins_at(link: LinkState, expert: int, since: float) -> float:
         return max(seconds[Seconds.FREE], since)
     if link.host[Host.HOLDS, expert] == 0:
         return max(seconds[Seconds.FLASH_FREE], since)
-    since = max(since, link.arrives[expert] - seconds[Seconds.TRANSFER])  # host memory may still be receiving it
+    copies = copy_seconds(link, expert)
+    since = max(since, link.arrives[expert] - copies)  # host memory may still be receiving it
     in_gap = max(seconds[Seconds.GAP_BEGIN], since)
-    if in_gap + seconds[Seconds.TRANSFER] <= seconds[Seconds.GAP_END]:
+    if in_gap + copies <= seconds[Seconds.GAP_END]:
         return in_gap
     return max(seconds[Seconds.FREE], since)
 
@@ -203,8 +238,8 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
     begins = begins_at(link, expert, since)
     copies = begins
     if reads_flash(link, expert):
-        copies = _read_flash(link, begins, since)
-    arrives = copies + seconds[Seconds.TRANSFER]
+        copies = _read_flash(link, expert, begins, since)
+    arrives = copies + copy_seconds(link, expert)
     if arrives <= seconds[Seconds.GAP_END]:
         seconds[Seconds.GAP_BEGIN] = arrives
     seconds[Seconds.FREE] = max(seconds[Seconds.FREE], arrives)
@@ -213,7 +248,7 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
         row[Transfer.EXPERT], row[Transfer.BEGIN] = expert, begins
         row[Transfer.END], row[Transfer.PREFETCH] = arrives, prefetch
     link.tally[Tally.SENT] += 1
-    seconds[Seconds.BUSY] += seconds[Seconds.TRANSFER]
+    seconds[Seconds.BUSY] += copy_seconds(link, expert)
     link.arrives[expert] = arrives
     link.queue[Queue.WAITS, expert] = 0
     if seconds[Seconds.FLASH] > 0:
@@ -222,11 +257,12 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
 
 
 @jit
-def _read_flash(link: LinkState, begins: float, since: float) -> float:
+def _read_flash(link: LinkState, expert: int, begins: float, since: float) -> float:
     """Read an expert from flash; return the time at which its copy begins."""
     seconds = link.seconds
-    ends = seconds[Seconds.FLASH_FREE] = begins + seconds[Seconds.FLASH]
-    seconds[Seconds.FLASH_BUSY] += seconds[Seconds.FLASH]
+    reads = read_seconds(link, expert)
+    ends = seconds[Seconds.FLASH_FREE] = begins + reads
+    seconds[Seconds.FLASH_BUSY] += reads
     idle = max(seconds[Seconds.FREE], since)
     if ends > idle:
         seconds[Seconds.GAP_BEGIN], seconds[Seconds.GAP_END] = idle, ends
@@ -235,18 +271,19 @@ def _read_flash(link: LinkState, begins: float, since: float) -> float:
 
 @jit
 def _keep_in_host(link: LinkState, expert: int) -> None:
-    """Make an expert the most recent in host memory; the oldest leaves if the memory is full."""
-    head = link.host.shape[1] - 1
+    """Make an expert the most recent in host memory; the oldest leave until there is room."""
+    head, units = link.host.shape[1] - 1, link.host[Host.UNITS, expert]
+    if units > link.tally[Tally.HOST_CAPACITY]:
+        return
     if link.host[Host.HOLDS, expert] == 1:
         _remove_from_ring(link, expert)
-    elif link.tally[Tally.HOSTED] == link.tally[Tally.HOST_SLOTS]:
+        link.tally[Tally.HOSTED] -= units
+    while link.tally[Tally.HOSTED] + units > link.tally[Tally.HOST_CAPACITY]:
         oldest = link.host[Host.NEWER, head]
-        if oldest == head:  # host memory has no slots
-            return
         _remove_from_ring(link, oldest)
         link.host[Host.HOLDS, oldest] = 0
-    else:
-        link.tally[Tally.HOSTED] += 1
+        link.tally[Tally.HOSTED] -= link.host[Host.UNITS, oldest]
+    link.tally[Tally.HOSTED] += units
     link.host[Host.HOLDS, expert] = 1
     newest = link.host[Host.OLDER, head]
     link.host[Host.NEWER, newest], link.host[Host.OLDER, expert] = expert, newest

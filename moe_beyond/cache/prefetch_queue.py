@@ -112,7 +112,7 @@ def begin_first(cache: CacheState, policy: Any, hooks: PolicyHooks) -> int:
 
 @jit
 def leaves_queue(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int, since: float) -> bool:
-    """Begin a queued prefetch if its pool has room, unless the policy does not admit it.
+    """Begin a queued prefetch if its pool has room, unless the policy does not admit it in place of its first victim.
 
     Args:
         cache: Cache to step.
@@ -125,13 +125,13 @@ def leaves_queue(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int
         Whether the prefetch leaves the queue, because its transfer begins or because it is not admitted.
     """
     pool = cache.experts[Expert.POOL, expert]
-    full = cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]
-    if full and cache.pools[pool, Pool.PINNED] == cache.pools[pool, Pool.USED]:
+    units = cache.experts[Expert.UNITS, expert]
+    if cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED] < units:
         return False
     cache.link.queue[Queue.WAITS, expert] = 0
     counted = cache.clock[Clock.COUNTED] == 1
     origin = Origin.PREFETCHED if counted else Origin.PREFETCHED_UNCOUNTED
-    if full:
+    if cache.pools[pool, Pool.FREE] < units:
         victim = hooks.victim(policy, cache, pool)
         if cache.clock[Clock.FORCED] == 0 and not hooks.admit(policy, cache, expert, victim):
             return True

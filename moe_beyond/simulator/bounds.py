@@ -5,8 +5,8 @@ import numpy.typing as npt
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.counters import Counter
-from moe_beyond.cache.interconnect import LinkState, Seconds, load_seconds
-from moe_beyond.cache.pools import most_used, pool_slots
+from moe_beyond.cache.interconnect import LinkState, Relative, Seconds, load_seconds
+from moe_beyond.cache.pools import most_used, pool_capacities
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.computing import step_timing
@@ -49,12 +49,13 @@ class Bound:
 
     def __init__(self, geometry: Geometry, settings: ReplaySettings) -> None:
         self.geometry, self.settings = geometry, settings
-        self._pools = pool_slots(geometry, settings.slots, settings.scope, settings.quotas)
+        settings.check_sizes(geometry)
+        self._pools = pool_capacities(geometry, settings.slots, settings.scope, settings.quotas, settings.budget_bytes)
         if settings.policy == "od_moe" and settings.device is None:
             raise UserError("od_moe differs from other strategies in time only; give --device")
         self._grouping = Grouping(settings)
         self._groups: list[Group] = []
-        self.sums = SequenceSums()
+        self.sums = SequenceSums(units=np.array(geometry.expert_units))
 
     def add_sequence(self, sequence: ReplaySequence) -> None:
         """Add one sequence, or hold it until its batch is full."""
@@ -70,12 +71,14 @@ class Bound:
         resident = np.full(len(uses), settings.policy == "all_resident")
         counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
         if settings.policy == "static_hindsight":
-            resident[most_used(uses, self._pools)] = True
+            resident[most_used(uses, self._pools, geometry.expert_units)] = True
             moved = (resident & (uses > 0)).reshape(geometry.num_layers, -1).sum(1)
             counts[:, Counter.PREFETCH_TRANSFERS] = counts[:, Counter.USEFUL_PREFETCHES] = moved
-        self.sums, times = SequenceSums(once=int(counts[:, Counter.PREFETCH_TRANSFERS].sum())), StepTimes()
+        once, units = counts[:, Counter.PREFETCH_TRANSFERS].copy(), np.array(geometry.expert_units)
+        self.sums, times = SequenceSums(once=int(once @ units), units=units), StepTimes.of(geometry)
         link = idle_link(settings, geometry)
-        times.busy = self.sums.once * float(link.seconds[Seconds.TRANSFER])
+        relative = link.relative[Relative.COPY, :: geometry.num_experts]
+        times.busy = float(once @ relative) * float(link.seconds[Seconds.TRANSFER])
         for group in self._groups:
             if not settings.carry_over:
                 link = idle_link(settings, geometry)

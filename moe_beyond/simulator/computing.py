@@ -16,7 +16,8 @@ def step_timing(device: Device, geometry: Geometry, bits: float, tokens: Ints, c
     """Compute the seconds of steps on a device.
 
     A layer reads the weights that its tokens need once, and the KV cache of the context. It takes longer if its tokens
-    need more floating-point operations than the device has in that time. FLOPs of attention over the context, of dense
+    need more floating-point operations than the device has in that time. Where layers differ in bytes, all take the mean
+    time. FLOPs of attention over the context, of dense
     layers and of the head are left out, and so are fields that the geometry lacks (`left_out`).
 
     Args:
@@ -26,15 +27,15 @@ def step_timing(device: Device, geometry: Geometry, bits: float, tokens: Ints, c
         tokens: Number of tokens of each step, ``(S,)`` int64.
         context: Number of tokens whose keys and values each step reads, over all sequences, ``(S,)`` int64.
     """
-    weights = _read_seconds(device, geometry.other_params_per_layer, bits)
-    expert = _read_seconds(device, geometry.params_per_expert, bits)
+    weights = _read_seconds(device, float(geometry.mean_other_bytes(bits)))
+    expert = _read_seconds(device, float(geometry.mean_expert_bytes(bits)))
     if device.other_ms is not None:
         weights = device.other_ms * 1e-3
     if device.expert_ms is not None:
         expert = device.expert_ms * 1e-3
-    cached = _read_seconds(device, (geometry.kv_values_per_token or 0) / geometry.num_layers, KV_BITS)
+    cached = _read_seconds(device, (geometry.kv_values_per_token or 0) / geometry.num_layers * KV_BITS / 8)
     layer = np.maximum(weights, tokens * _token_seconds(device, geometry.other_params_per_layer)) + context * cached
-    outside = _read_seconds(device, geometry.outside_params or 0, bits) + device.token_ms * 1e-3
+    outside = _read_seconds(device, (geometry.outside_params or 0) * bits / 8) + device.token_ms * 1e-3
     return Timing(
         layer=layer + device.layer_us * 1e-6,
         outside=np.full(len(tokens), outside),
@@ -62,9 +63,9 @@ def left_out(geometry: Geometry) -> list[str]:
     return [name for name in OPTIONAL if getattr(geometry, name) is None]
 
 
-def _read_seconds(device: Device, numbers: float, bits: float) -> float:
-    """Return the seconds in which computing reads numbers of so many bits."""
-    return numbers * bits / 8 / (device.memory_gb_per_s * 1e9 * device.efficiency)
+def _read_seconds(device: Device, size: float) -> float:
+    """Return the seconds in which computing reads a number of bytes."""
+    return size / (device.memory_gb_per_s * 1e9 * device.efficiency)
 
 
 def _token_seconds(device: Device, params: int) -> float:

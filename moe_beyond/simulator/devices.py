@@ -343,19 +343,24 @@ def flash_seconds(device: Device, expert_bytes: float) -> float:
 
 
 def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Return the number of experts that fit into host memory; all of them with one tier."""
+    """Return the number of experts of mean size that fit into host memory; all of them with one tier."""
+    return host_units(device, geometry, bits) * geometry.total_experts // geometry.total_units
+
+
+def host_units(device: Device, geometry: Geometry, bits: float) -> int:
+    """Return the units of experts that fit into host memory (`Geometry.expert_units`); all of them with one tier."""
     if device.host_memory_gb is None:
-        return geometry.total_experts
-    capacity_bits = Fraction(str(device.host_memory_gb)) * 10**9 * 8
-    return min(geometry.total_experts, math.floor(capacity_bits / (geometry.params_per_expert * Fraction(bits))))
+        return geometry.total_units
+    capacity = Fraction(str(device.host_memory_gb)) * 10**9
+    return min(geometry.total_units, math.floor(capacity / geometry.unit_bytes(bits)))
 
 
 def device_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Return the number of experts that fit into the device's memory, from 0 to L * E.
+    """Return the number of experts of mean size that fit into the device's memory, from 0 to L * E.
 
     `RESERVED_SHARE` and the MoE layers' other weights are subtracted from the memory.
     """
-    capacity_bits = Fraction(str(device.memory_gb)) * 10**9 * 8 * (1 - RESERVED_SHARE)
-    other_bits = geometry.num_layers * geometry.other_params_per_layer * Fraction(bits)
-    slots = math.floor((capacity_bits - other_bits) / (geometry.params_per_expert * Fraction(bits)))
+    capacity = Fraction(str(device.memory_gb)) * 10**9 * (1 - RESERVED_SHARE)
+    other = geometry.num_layers * geometry.mean_other_bytes(bits)
+    slots = math.floor((capacity - other) / geometry.mean_expert_bytes(bits))
     return min(geometry.total_experts, max(0, slots))

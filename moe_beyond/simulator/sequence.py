@@ -160,9 +160,14 @@ class Group:
         """Return the number of each event's step, ``(events,)`` int64."""
         return np.searchsorted(self.ends, np.arange(len(self.stream.offsets) - 1), side="right")
 
-    def demanded(self) -> Ints:
-        """Return the number of experts that each step demands, token by token, ``(S,)`` int64."""
-        until = np.concatenate([[0], np.cumsum(self.tokens)])[self.stream.offsets[self.ends]]
+    def demanded(self, units: Ints | None = None) -> Ints:
+        """Return the number of experts that each step demands, token by token, ``(S,)`` int64.
+
+        Args:
+            units: Size of each expert, ``(L*E,)``, to return the sum of the sizes (default: 1 for all).
+        """
+        sizes = self.tokens if units is None else self.tokens * units[self.stream.ids]
+        until = np.concatenate([[0], np.cumsum(sizes)])[self.stream.offsets[self.ends]]
         return np.diff(until, prepend=0)
 
     def steps(self, settings: ReplaySettings) -> StepArrays:

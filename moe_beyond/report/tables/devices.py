@@ -26,7 +26,7 @@ def device_rows(devices: Sequence[Device], geometry: Geometry, bits: float) -> l
         Fields of each device, with ``transfer_ms`` and ``flash_ms`` (milliseconds per expert), ``host_slots`` (experts
         that fit into host memory) and ``resident_tokens_per_second`` (all experts resident, empty context).
     """
-    expert_bytes = geometry.params_per_expert * bits / 8
+    expert_bytes = float(geometry.mean_expert_bytes(bits))
     return [
         {
             **device.to_json(),
