@@ -583,7 +583,7 @@ def import_traces(
     source: str | Path,
     out: str | Path,
     *,
-    model: str | Path,
+    model: str | Path | None = None,
     tokenizer: str | Path | None = None,
     val_blocks: str | None = None,
     quantization: float | None = None,
@@ -596,7 +596,7 @@ def import_traces(
         source: Recording: a file, or a folder of files.
         out: Trace set to write.
         model: Model that was recorded: a preset, a folder with a ``config.json``, a ``config.json``, or a geometry
-            file.
+            file (default: the description in the recording, for ``route-trace``).
         tokenizer: Tokenizer of the token ids: a ``tokenizer.json``, a folder with one, or a name on the Hub (default:
             the tokenizer of the preset or of the model's folder).
         val_blocks: ``SIZE:EVERY`` moves blocks of consecutive sequences to the split ``validation`` (default: no
@@ -622,10 +622,12 @@ def import_traces(
             raise UserError(f"format_options: {format} has no option {name!r} (known: {', '.join(accepted) or 'none'})")
     if quantization is not None:
         options["quantization_bits"] = _bits(quantization)
+    if model is None and not FORMATS[format].describes_model:
+        raise UserError(f"import_traces: {format} does not describe its model; name it with model=")
     return read(
         _path(source, "import_traces: source"),
         _path(out, "import_traces: out"),
-        load_preset(_path(model, "import_traces: model")),
+        None if model is None else load_preset(_path(model, "import_traces: model")),
         tokenizer=None if tokenizer is None else _path(tokenizer, "import_traces: tokenizer"),
         val_blocks=val_blocks,
         **options,

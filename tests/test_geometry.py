@@ -41,6 +41,7 @@ MIXTRAL = {
     "num_hidden_layers": 32,
     "num_key_value_heads": 8,
     "num_local_experts": 8,
+    "vocab_size": 32000,
 }
 QWEN3 = {
     "model_type": "qwen3_moe",
@@ -55,6 +56,7 @@ QWEN3 = {
     "num_experts_per_tok": 8,
     "num_hidden_layers": 48,
     "num_key_value_heads": 4,
+    "vocab_size": 151936,
 }
 QWEN15 = {
     "model_type": "qwen2_moe",
@@ -68,6 +70,7 @@ QWEN15 = {
     "num_hidden_layers": 24,
     "num_key_value_heads": 16,
     "shared_expert_intermediate_size": 5632,
+    "vocab_size": 151936,
 }
 OLMOE = {
     "model_type": "olmoe",
@@ -78,6 +81,7 @@ OLMOE = {
     "num_experts_per_tok": 8,
     "num_hidden_layers": 16,
     "num_key_value_heads": 16,
+    "vocab_size": 50304,
 }
 DEEPSEEK = {
     "model_type": "deepseek_v2",
@@ -97,6 +101,7 @@ DEEPSEEK = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
+    "vocab_size": 102400,
 }
 GPT_OSS = {
     "model_type": "gpt_oss",
@@ -109,6 +114,9 @@ GPT_OSS = {
     "num_hidden_layers": 24,
     "num_key_value_heads": 8,
     "num_local_experts": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "sliding_window": 128,
+    "vocab_size": 201088,
 }
 GRANITE = {
     "model_type": "granitemoe",
@@ -119,6 +127,7 @@ GRANITE = {
     "num_hidden_layers": 32,
     "num_key_value_heads": 8,
     "num_local_experts": 40,
+    "vocab_size": 49155,
 }
 CONFIGS = {
     "mixtral-8x7b": MIXTRAL,
@@ -149,6 +158,47 @@ def test_presets_equal_the_published_table(name):
 
 def test_the_table_above_covers_every_preset():
     assert set(TABLE) == set(PRESETS)
+
+
+# Parameters of dense layers and head, numbers in the KV cache per token: from the models' cards, by hand.
+@pytest.mark.parametrize(
+    ("name", "outside", "cached"),
+    [
+        # Layer 0: attention of 2048 x (3072 + 576 + 2048) + 512 x 4096, and 3 x 2048 x 10944; head 102,400 x 2048.
+        ("deepseek-v2-lite", 13_762_560 + 67_239_936 + 209_715_200, 27 * (512 + 64)),
+        ("mixtral-8x7b", 32_000 * 4096, 2 * 32 * 8 * 128),
+        ("gpt-oss-20b", 201_088 * 2880, 2 * 12 * 8 * 64),
+    ],
+)
+def test_what_decoding_reads_besides_the_moe_layers(name, outside, cached):
+    geometry = PRESETS[name].geometry
+    assert (geometry.outside_params, geometry.kv_values_per_token) == (outside, cached)
+
+
+@pytest.mark.parametrize(
+    ("change", "outside", "cached"),
+    [
+        ({}, True, True),
+        ({"vocab_size": None}, False, True),
+        ({"model_type": "kimi_linear", "kv_lora_rank": 8}, False, False),
+        ({"sliding_window": 64}, True, False),
+        ({"sliding_window": 64, "use_sliding_window": False}, True, True),
+        ({"sliding_window": 64, "max_position_embeddings": 64}, True, True),
+        ({"layer_types": ["linear_attention"] * 48}, True, False),
+        ({"mlp_only_layers": [0]}, True, True),
+    ],
+)
+def test_what_a_config_json_leaves_open_is_unknown(change, outside, cached):
+    geometry = geometry_from_config({**QWEN3, **change})
+    assert (geometry.outside_params is not None, geometry.kv_values_per_token is not None) == (outside, cached)
+    unknown = {"outside_params", "kv_values_per_token"} - set(geometry.to_json())
+    assert len(unknown) == 2 - outside - cached
+
+
+def test_a_dense_layer_counts_with_its_attention():
+    dense = geometry_from_config({**QWEN3, "mlp_only_layers": [0]}).outside_params
+    attention = 2 * 2048 * 128 * (32 + 4)
+    assert dense == 151_936 * 2048 + attention + 3 * 2048 * 6144
 
 
 def test_deepseek_skips_its_dense_first_layer():

@@ -122,7 +122,7 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     """Return the inputs of a predictor, its figures by lookahead, and the replay of LRU with top-K prefetch."""
     source, geometry = from_predictor_folder(predictor), traces.geometry
     slots = budget_slots(BUDGET, geometry)
-    common = ReplaySettings(geometry.total_experts, bits=traces.manifest.quantization_bits)
+    common = ReplaySettings(geometry.total_experts, bits=traces.manifest.bits)
     prefetch = (f"top{geometry.top_k}",)
     asked = grid(common, [slots], ("lru",), prefetch, source, [h for h in source.lookaheads if h != "next"])
     found = evaluate(traces, with_baselines(asked, common, geometry), "validation", [source], measure=source)

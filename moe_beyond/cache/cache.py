@@ -13,7 +13,7 @@ from moe_beyond.cache.core import Clock, Expert, Pool
 from moe_beyond.cache.interconnect import Seconds, Tally, new_link
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
-from moe_beyond.cache.pools import pool_slots
+from moe_beyond.cache.pools import pool_capacities
 from moe_beyond.cache.predictions import newly_available
 from moe_beyond.cache.prefetch_queue import finish
 from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
@@ -85,7 +85,7 @@ class Cache:
         arrays: Arrays of the policy.
 
     Raises:
-        UserError: The policy is unknown, or the slots do not fit the model.
+        UserError: The policy is unknown, the slots do not fit the model, or its experts have different sizes.
     """
 
     def __init__(
@@ -101,7 +101,9 @@ class Cache:
         transfer_seconds: float = 0.0,
     ) -> None:
         self._geometry = geometry
-        pools = pool_slots(geometry, slots, scope, quotas)
+        if not geometry.has_one_size:
+            raise UserError(f"{geometry.model}: slots need experts of one size (got layers of different bytes)")
+        pools = pool_capacities(geometry, slots, scope, quotas)
         implementation = load_policy(policy)
         self.arrays: Any = implementation.init(PolicyInputs(geometry, pools, future, profile))
         link = new_link(geometry.total_experts, transfer_seconds)

@@ -26,7 +26,8 @@ class Expert(IntEnum):
     ``POOL`` is the pool whose slots the expert competes for. ``PLACE`` is its index in the pool's row of
     `CacheState.residents`, -1 if it is not resident. ``ORIGIN`` is one of `Origin`. An expert is pinned while its
     ``PIN_EPOCH`` equals that of the clock. ``LAST_USE`` is the clock's time of its last use, 0 for never: a demand, a
-    prefetch while it was resident, or the start of its transfer.
+    prefetch while it was resident, or the start of its transfer. ``UNITS`` is the part of its pool's capacity that it
+    takes: 1 if all experts have the same size.
     """
 
     POOL = 0
@@ -35,6 +36,7 @@ class Expert(IntEnum):
     ORIGIN = 3
     PIN_EPOCH = 4
     LAST_USE = 5
+    UNITS = 6
 
 
 class Origin(IntEnum):
@@ -46,12 +48,18 @@ class Origin(IntEnum):
 
 
 class Pool(IntEnum):
-    """Columns of `CacheState.pools`: slots, slots in use, slots whose expert is pinned, number of the first slot."""
+    """Columns of `CacheState.pools`.
+
+    ``CAPACITY`` is the size of the pool in units, ``FREE`` its units without an expert, and ``PINNED`` its units whose
+    expert is pinned. If all experts have the same size, a unit is a slot. ``USED`` is the number of residents, and
+    ``FIRST`` the number of the pool's first slot.
+    """
 
     CAPACITY = 0
     USED = 1
     PINNED = 2
     FIRST = 3
+    FREE = 4
 
 
 class Clock(IntEnum):
@@ -98,9 +106,10 @@ class CacheState(NamedTuple):
     """Arrays of a cache; few and with many rows, because numba passes each array in seven words.
 
     Attributes:
-        experts: Facts of each expert, ``(6, L*E)`` int32, rows `Expert`.
-        pools: Slots of each pool, ``(pools, 4)`` int64, columns `Pool`.
-        residents: Experts of each pool in no order, ``(pools, largest capacity)`` int32.
+        experts: Facts of each expert, ``(7, L*E)`` int32, rows `Expert`.
+        pools: Sizes of each pool, ``(pools, 5)`` int64, columns `Pool`.
+        residents: Experts of each pool in no order, ``(pools, most residents)`` int32. An expert keeps its place if
+            all experts have the same size.
         scores: Score of each expert for its layer's next run, ``(L*E,)`` float32; NaN if no score is available.
         clock: Numbers of the current event and step, ``(13,)`` int64, entries `Clock`.
         counters: Counts by layer of the expert, ``(L, 8)`` int64, columns `Counter`.
@@ -188,29 +197,40 @@ class PolicyHooks(NamedTuple):
         return self.on_demand is not ignore_demand
 
 
-def empty_cache(num_layers: int, num_experts: int, quotas: npt.ArrayLike, link: LinkState | None = None) -> CacheState:
+def empty_cache(
+    num_layers: int,
+    num_experts: int,
+    capacities: npt.ArrayLike,
+    link: LinkState | None = None,
+    units: npt.ArrayLike = 1,
+) -> CacheState:
     """Return an empty cache.
 
     Args:
         num_layers: Number of MoE layers L.
         num_experts: Number of experts per layer E.
-        quotas: Slots of each layer's pool, ``(L,)``, or of one pool for all layers, ``(1,)``.
+        capacities: Units of each layer's pool, ``(L,)``, or of one pool for all layers, ``(1,)``.
         link: Interconnect (default: one whose transfers take no time).
+        units: Units of an expert of each layer, ``(L,)`` (default: 1, so that a unit is a slot).
     """
-    capacity = np.asarray(quotas, np.int64)
+    capacity = np.asarray(capacities, np.int64)
     total = num_layers * num_experts
+    sizes = np.broadcast_to(np.asarray(units, np.int64), num_layers)
+    smallest = sizes if len(capacity) > 1 else sizes.min(keepdims=True)
+    slots = np.minimum(capacity // smallest, total // len(capacity))
     experts = np.zeros((len(Expert), total), np.int32)
     experts[Expert.LAYER] = np.repeat(np.arange(num_layers), num_experts)
     experts[Expert.POOL] = experts[Expert.LAYER] if len(capacity) > 1 else 0
     experts[Expert.PLACE] = -1
+    experts[Expert.UNITS] = np.repeat(sizes, num_experts)
     clock = np.zeros(len(Clock), np.int64)
     clock[Clock.PIN_EPOCH] = 1  # after the epoch 0 of all experts: none is pinned
     clock[Clock.LAYER] = -1
     clock[Clock.COUNTED] = 1
     return CacheState(
         experts=experts,
-        pools=np.stack([capacity, 0 * capacity, 0 * capacity, np.cumsum(capacity) - capacity], axis=1),
-        residents=np.full((len(capacity), int(capacity.max())), -1, np.int32),
+        pools=np.stack([capacity, 0 * capacity, 0 * capacity, np.cumsum(slots) - slots, capacity], axis=1),
+        residents=np.full((len(capacity), int(slots.max())), -1, np.int32),
         scores=np.full(total, np.nan, np.float32),
         clock=clock,
         counters=np.zeros((num_layers, len(Counter)), np.int64),
@@ -231,7 +251,7 @@ def pin(cache: CacheState, expert: int) -> None:
     """Protect a resident from eviction until the next event, or until `unpin`."""
     if not is_pinned(cache, expert):
         cache.experts[Expert.PIN_EPOCH, expert] = cache.clock[Clock.PIN_EPOCH]
-        cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] += 1
+        cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] += cache.experts[Expert.UNITS, expert]
 
 
 @jit
@@ -240,7 +260,7 @@ def unpin(cache: CacheState, experts: Ints) -> None:
     for expert in experts:
         if cache.experts[Expert.PLACE, expert] >= 0 and is_pinned(cache, expert):
             cache.experts[Expert.PIN_EPOCH, expert] = 0
-            cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] -= 1
+            cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] -= cache.experts[Expert.UNITS, expert]
 
 
 @jit
@@ -252,21 +272,50 @@ def unpin_all(cache: CacheState) -> None:
 
 @jit
 def enter(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int, origin: int) -> None:
-    """Give an expert a free slot of its pool."""
+    """Give an expert a place in its pool, which has room."""
     pool = cache.experts[Expert.POOL, expert]
     _settle(cache, policy, hooks, expert, pool, cache.pools[pool, Pool.USED], origin)
     cache.pools[pool, Pool.USED] += 1
+    cache.pools[pool, Pool.FREE] -= cache.experts[Expert.UNITS, expert]
 
 
 @jit
 def replace(cache: CacheState, policy: Any, hooks: PolicyHooks, victim: int, expert: int, origin: int) -> None:
-    """Evict a resident and give its slot to an expert of the same pool."""
+    """Evict a resident and give its place to an expert of the same pool.
+
+    If the expert is larger than the room, the policy's next victims are evicted too.
+    """
+    pool = cache.experts[Expert.POOL, expert]
+    more = cache.experts[Expert.UNITS, expert] - cache.experts[Expert.UNITS, victim]
+    if more != 0:
+        while cache.pools[pool, Pool.FREE] < more:
+            _remove(cache, policy, hooks, victim, pool)
+            victim = hooks.victim(policy, cache, pool)
+            more = cache.experts[Expert.UNITS, expert] - cache.experts[Expert.UNITS, victim]
+        cache.pools[pool, Pool.FREE] -= more
     place = cache.experts[Expert.PLACE, victim]
+    _evict(cache, policy, hooks, victim)
+    _settle(cache, policy, hooks, expert, pool, place, origin)
+
+
+@jit
+def _evict(cache: CacheState, policy: Any, hooks: PolicyHooks, victim: int) -> None:
+    """Make an expert no resident."""
     cache.experts[Expert.PLACE, victim] = -1
     if cache.experts[Expert.ORIGIN, victim] == Origin.PREFETCHED:
         cache.counters[cache.experts[Expert.LAYER, victim], Counter.WASTED_PREFETCHES] += 1
     hooks.on_evict(policy, cache, victim)
-    _settle(cache, policy, hooks, expert, cache.experts[Expert.POOL, expert], place, origin)
+
+
+@jit
+def _remove(cache: CacheState, policy: Any, hooks: PolicyHooks, victim: int, pool: int) -> None:
+    """Evict a resident; the last resident of its pool gets its place."""
+    last = cache.pools[pool, Pool.USED] - 1
+    place, moved = cache.experts[Expert.PLACE, victim], cache.residents[pool, last]
+    cache.residents[pool, place], cache.experts[Expert.PLACE, moved] = moved, place
+    cache.pools[pool, Pool.USED] = last
+    cache.pools[pool, Pool.FREE] += cache.experts[Expert.UNITS, victim]
+    _evict(cache, policy, hooks, victim)
 
 
 @jit
@@ -300,10 +349,12 @@ def preload(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints) -
         hooks: Functions of the policy.
         experts: Distinct experts, the most popular last, ``(n,)`` int64.
     """
+    begins = ends = cache.link.seconds[Seconds.NOW]
     for expert in experts:
         pool = cache.experts[Expert.POOL, expert]
-        if cache.pools[pool, Pool.USED] < cache.pools[pool, Pool.CAPACITY]:
+        if cache.pools[pool, Pool.FREE] >= cache.experts[Expert.UNITS, expert]:
             cache.clock[Clock.TIME] += 1
             enter(cache, policy, hooks, expert, Origin.PREFETCHED)
-            cache.link.seconds[Seconds.NOW] = send(cache.link, expert, cache.link.seconds[Seconds.NOW], True)
+            ends = max(ends, send(cache.link, expert, begins, True))
             cache.counters[cache.experts[Expert.LAYER, expert], Counter.PREFETCH_TRANSFERS] += 1
+    cache.link.seconds[Seconds.NOW] = ends

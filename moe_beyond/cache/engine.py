@@ -46,12 +46,26 @@ def _publish_scores(
 
 
 @jit
-def _set_deadlines(future: FutureView, settings: PrefetchSettings, timing: Timing, ends: float, layer: int) -> None:
+def _set_deadlines(
+    future: FutureView, settings: PrefetchSettings, timing: Timing, step: int, ends: float, layer: int
+) -> None:
     """Set the times at which later layers will be routed if this layer ends at ``ends`` and nothing stalls."""
     if settings.reads_deadlines:
         for later in range(layer + 1, len(future.deadline)):
             ahead = later - layer
-            future.deadline[later] = ends + ahead * timing.other + (ahead - 1) * settings.top_k * timing.expert
+            experts = (ahead - 1) * settings.top_k * timing.expert
+            future.deadline[later] = ends + ahead * timing.layer[step] + experts
+
+
+@jit
+def _expert_seconds(timing: Timing, tokens: Ints) -> float:
+    """Return the seconds of one expert of an event, given the number of tokens that demand each expert."""
+    if timing.token == 0 or len(tokens) == 0:
+        return timing.expert
+    demanded = 0
+    for count in tokens:
+        demanded += count
+    return max(timing.expert, timing.token * demanded / len(tokens))
 
 
 @jit
@@ -86,13 +100,13 @@ def run_events(
     for step in range(len(steps.counted)):
         begins = link.seconds[Seconds.NOW]
         start_step(cache, steps.counted[step])
-        _set_deadlines(future, settings, timing, begins, -1)
+        _set_deadlines(future, settings, timing, step, begins, -1)
         _publish_scores(cache, policy, hooks, steps, step, -1)
         issue_prefetches(cache, policy, hooks, settings, future, -1)
         for layer in range(layers):
             experts = steps.ids[steps.offsets[event] : steps.offsets[event + 1]]
             tokens = steps.tokens[steps.offsets[event] : steps.offsets[event + 1]]
-            advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.other)
+            advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.layer[step])
             if len(steps.lookaheads) > 0 and steps.lookaheads[0] == 0:
                 publish(cache, policy, hooks, steps.scores[step, 0, layer], layer)
                 if (
@@ -106,15 +120,15 @@ def run_events(
             ready = demand(cache, policy, hooks, layer, experts, tokens)
             if not steps.computed:
                 _publish_scores(cache, policy, hooks, steps, step, layer)
-            waits_for = len(experts)
+            waits_for, per_expert = len(experts), _expert_seconds(timing, tokens)
             while True:  # one wave of the event after another
                 ready = transfer_wave(cache, policy, hooks, ready)
                 later = clock[Clock.MISSING] - clock[Clock.MOVED]
-                ends = ready + timing.expert * (waits_for - later)
+                ends = ready + per_expert * (waits_for - later)
                 waits_for = later
                 if later == 0:
                     future.event[0] += 1
-                    _set_deadlines(future, settings, timing, ends, layer)
+                    _set_deadlines(future, settings, timing, step, ends, layer)
                     if not steps.computed:
                         issue_prefetches(cache, policy, hooks, settings, future, layer)
                 stall_compute[step, 0] += ready - link.seconds[Seconds.NOW]
@@ -135,6 +149,8 @@ def run_events(
                 record[EventRecord.LATE_HITS] = clock[Clock.LATE_HITS]
                 record[EventRecord.MISSES] = clock[Clock.MISSES]
             event += 1
+        if timing.outside[step] > 0:
+            advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.outside[step])
         stall_compute[step, 1] = link.seconds[Seconds.NOW] - begins - stall_compute[step, 0]
 
 

@@ -3,7 +3,7 @@
 Hits are judged against the residents before the event. All experts of a wave hold slots while they compute, so no
 victim comes from the running wave.
 
-An event that demands more experts than its pool has slots runs in several waves. The first holds the demanded
+An event that demands more experts than its pool has room for runs in several waves. The first holds the demanded
 residents and the first missing experts that fill the pool. Each further wave holds the next missing experts, at most
 the pool's capacity. A wave is unpinned when it has computed, so the next wave may evict it. Each expert is transferred
 once per event.
@@ -117,18 +117,19 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
     missing = cache.scratch_int[Scratch.MISSING]
     pool = cache.experts[Expert.POOL, missing[begin]]
     if not hooks.bypass:
-        end = min(end, begin + cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED])
+        room = cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED]
+        end = min(end, begin + room // cache.experts[Expert.UNITS, missing[begin]])  # a layer's experts have one size
     clock[Clock.MOVED] = end
     coming = missing[begin:end]
     for expert in coming:
-        ready = send(link, expert, link.seconds[Seconds.NOW], False)
+        ready = max(ready, send(link, expert, link.seconds[Seconds.NOW], False))
     if hooks.bypass:
         unpin_all(cache)
         for expert in coming:
             _admit_demanded(cache, policy, hooks, expert)
     else:
         for expert in coming:
-            if cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]:
+            if cache.pools[pool, Pool.FREE] < cache.experts[Expert.UNITS, expert]:
                 replace(cache, policy, hooks, hooks.victim(policy, cache, pool), expert, Origin.DEMANDED)
             else:
                 enter(cache, policy, hooks, expert, Origin.DEMANDED)
@@ -138,9 +139,9 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
 
 @jit
 def _admit_demanded(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int) -> None:
-    """Admit an expert that bypassed the cache if there is a free slot, or if the policy prefers it to its victim."""
+    """Admit an expert that bypassed the cache if there is room, or if the policy prefers it to its first victim."""
     pool = cache.experts[Expert.POOL, expert]
-    if cache.pools[pool, Pool.USED] < cache.pools[pool, Pool.CAPACITY]:
+    if cache.pools[pool, Pool.FREE] >= cache.experts[Expert.UNITS, expert]:
         enter(cache, policy, hooks, expert, Origin.DEMANDED)
         return
     victim = hooks.victim(policy, cache, pool)

@@ -45,7 +45,7 @@ class PolicyInputs:
 
     Attributes:
         geometry: Geometry of the model.
-        capacity: Slots of each pool, ``(pools,)`` int64.
+        capacity: Units of each pool, ``(pools,)`` int64; a unit is a slot if all experts have the same size.
         future: Demand of all events, for policies that read it (default: None).
         profile: Usage profile of training text (default: None).
     """

@@ -12,7 +12,7 @@ from typing import Any
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, Origin, PolicyHooks, Pool, enter, pin, replace
 from moe_beyond.cache.counters import Counter
-from moe_beyond.cache.interconnect import Queue, Seconds, Tally, is_instant, send
+from moe_beyond.cache.interconnect import Queue, Seconds, Tally, begins_at, is_instant, send
 
 
 @jit
@@ -68,7 +68,9 @@ def enqueue_prefetch(cache: CacheState, policy: Any, hooks: PolicyHooks, selecte
 
 @jit
 def advance(cache: CacheState, policy: Any, hooks: PolicyHooks, until: float) -> None:
-    """Let time pass; queued prefetches begin one by one while the interconnect is free and their pool has room.
+    """Let time pass; queued prefetches begin one by one while their way is free and their pool has room.
+
+    The way of an expert begins with flash, or with the interconnect if host memory holds the expert.
 
     Args:
         cache: Cache to step.
@@ -81,7 +83,7 @@ def advance(cache: CacheState, policy: Any, hooks: PolicyHooks, until: float) ->
     link.seconds[Seconds.NOW] = until
     for i in range(link.tally[Tally.QUEUED]):
         expert = link.queue[Queue.ORDER, i]
-        in_time = max(link.seconds[Seconds.FREE], since) < until or is_instant(link)
+        in_time = begins_at(link, expert, since) < until or is_instant(link)
         if not in_time or not leaves_queue(cache, policy, hooks, expert, since):
             link.queue[Queue.ORDER, kept] = expert
             kept += 1
@@ -110,7 +112,7 @@ def begin_first(cache: CacheState, policy: Any, hooks: PolicyHooks) -> int:
 
 @jit
 def leaves_queue(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int, since: float) -> bool:
-    """Begin a queued prefetch if its pool has room, unless the policy does not admit it.
+    """Begin a queued prefetch if its pool has room, unless the policy does not admit it in place of its first victim.
 
     Args:
         cache: Cache to step.
@@ -123,13 +125,13 @@ def leaves_queue(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int
         Whether the prefetch leaves the queue, because its transfer begins or because it is not admitted.
     """
     pool = cache.experts[Expert.POOL, expert]
-    full = cache.pools[pool, Pool.USED] == cache.pools[pool, Pool.CAPACITY]
-    if full and cache.pools[pool, Pool.PINNED] == cache.pools[pool, Pool.USED]:
+    units = cache.experts[Expert.UNITS, expert]
+    if cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED] < units:
         return False
     cache.link.queue[Queue.WAITS, expert] = 0
     counted = cache.clock[Clock.COUNTED] == 1
     origin = Origin.PREFETCHED if counted else Origin.PREFETCHED_UNCOUNTED
-    if full:
+    if cache.pools[pool, Pool.FREE] < units:
         victim = hooks.victim(policy, cache, pool)
         if cache.clock[Clock.FORCED] == 0 and not hooks.admit(policy, cache, expert, victim):
             return True

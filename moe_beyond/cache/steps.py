@@ -10,6 +10,7 @@ import numpy.typing as npt
 from moe_beyond.lookahead import Lookahead
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 class StepArrays(NamedTuple):
@@ -42,10 +43,28 @@ def in_layers(lookaheads: Sequence[Lookahead], num_layers: int) -> Ints:
 
 
 class Timing(NamedTuple):
-    """Seconds of a layer without its routed experts (``other``), and of one routed expert (``expert``)."""
+    """Seconds of computing.
 
-    other: float
+    Attributes:
+        layer: Seconds of an MoE layer without its routed experts, in each step, ``(S,)`` float64.
+        outside: Seconds of each step outside its MoE layers, after the last of them, ``(S,)`` float64.
+        expert: Seconds that one routed expert takes, for any number of tokens.
+        token: Seconds that one routed expert takes for each token, if that is more; 0 for no limit.
+    """
+
+    layer: Floats
+    outside: Floats
     expert: float
+    token: float
+
+
+def no_computing(steps: int) -> Timing:
+    """Return a timing in which computing takes no time.
+
+    Args:
+        steps: Number of steps S.
+    """
+    return Timing(np.zeros(steps), np.zeros(steps), 0.0, 0.0)
 
 
 class EventRecord(IntEnum):

@@ -81,7 +81,7 @@ class CacheReplay(L.Callback):
         if lookahead not in lookaheads:
             choices = ", ".join(map(str, lookaheads))
             raise UserError(f"CacheReplay: the predictor has no lookahead {lookahead}; choose one of {choices}")
-        bits = manifest.quantization_bits
+        bits = manifest.bits
         slots = list(self._budgets(predictor.geometry, bits))
         common = ReplaySettings(
             slots=slots[0],
@@ -178,7 +178,7 @@ class CacheReplay(L.Callback):
             For each of `results`, the names by field of `Result`.
         """
         figures = FIGURES if self.device is None else (*FIGURES, "tokens_per_second")
-        budgets = self._budgets(manifest.geometry, manifest.quantization_bits).values()
+        budgets = self._budgets(manifest.geometry, manifest.bits).values()
         return [
             {figure: of_budget(stage, budget, prefix + figure) for figure in figures}
             for budget in budgets

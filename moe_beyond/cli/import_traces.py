@@ -31,9 +31,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        required=True,
         help="model that was recorded: a preset (below), a folder with a config.json, a config.json, or "
-        "a geometry file",
+        f"a geometry file; optional for {', '.join(self_describing())}",
     )
     parser.add_argument(
         "--tokenizer",
@@ -77,6 +76,11 @@ def format_options() -> dict[str, tuple[Option, list[str]]]:
     return options
 
 
+def self_describing() -> list[str]:
+    """Return the formats whose recordings describe their model."""
+    return [name for name, recording_format in readable_formats().items() if recording_format.describes_model]
+
+
 def describe_formats() -> list[str]:
     """Return the lines of the help text about formats."""
     lines = ["formats (K: experts per token and layer; NAME: the file's name without its ending):"]
@@ -114,7 +118,9 @@ def main(argv: list[str]) -> None:
     if args.quantization is not None and not args.quantization > 0:
         raise UserError(f"--quantization {args.quantization:g}: bits per parameter must be more than 0")
     optional = {"quantization_bits": args.quantization, **{name: args[name] for name in own_options}}
-    preset = load_preset(args.model)
+    if args.model is None and args.format not in self_describing():
+        raise UserError(f"--model: {args.format} does not describe its model; name the model that was recorded")
+    preset = None if args.model is None else load_preset(args.model)
     with progress_bar(f"importing {args.source}", quiet=args.quiet) as progress:
         traces = read(
             args.source,
@@ -147,6 +153,8 @@ def main(argv: list[str]) -> None:
     output.show(f"  text: {text} (author: {manifest.author})")
     for note in notes:
         output.show(f"  {note}")
+    if manifest.engine_log_sha256 is not None:
+        output.show("  log of the engine: residency of every access, and its metrics if given")
     if not manifest.has_token_ids:
         output.show("  no token ids: predictors that read token ids cannot be fitted on this trace set")
     if args.scores is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from moe_beyond.evaluation.sources import (
     pretrained_source,
 )
 from moe_beyond.evaluation.strategies import Quotas, even_split, grid, named_strategies
-from moe_beyond.geometry import budget_slots
+from moe_beyond.geometry import parse_budget
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictors.training_text import MeasuredText, measured_text
 from moe_beyond.pretrained import find_predictor
@@ -68,7 +68,11 @@ def resolve_bits(options: ReplayOptions, traces: TraceSet) -> float:
     Raises:
         UserError: The number is not positive and finite.
     """
-    bits = traces.manifest.quantization_bits if options.quantization is None else options.quantization
+    bits = traces.manifest.bits if options.quantization is None else options.quantization
+    if options.quantization is not None and traces.geometry.expert_bytes is not None:
+        raise UserError(
+            f"--quantization: {traces.folder} has the stored bytes of its experts (got {bits:g}); remove the option"
+        )
     if not 0 < bits < float("inf"):
         raise UserError(f"--quantization: bits per parameter must be more than 0 (got {bits:g}); give 4, 8 or 16")
     return float(bits)
@@ -80,8 +84,38 @@ def resolve_budgets(options: ReplayOptions, traces: TraceSet) -> list[int]:
     Raises:
         UserError: A budget cannot be read.
     """
+    return list(_budgets(options, traces))
+
+
+def exact_budgets(
+    strategies: Iterable[ReplaySettings], options: ReplayOptions, traces: TraceSet
+) -> list[ReplaySettings]:
+    """Return settings with the exact bytes of their budgets, where layers differ.
+
+    Args:
+        strategies: Settings whose slots `resolve_budgets` returned.
+        options: Options of the replay.
+        traces: Trace set to replay.
+
+    Raises:
+        UserError: A budget cannot be read.
+    """
+    exact = _budgets(options, traces)
+    return [replace(settings, budget_bytes=exact.get(settings.slots)) for settings in strategies]
+
+
+def _budgets(options: ReplayOptions, traces: TraceSet) -> dict[int, int | None]:
+    """Return slots -> exact bytes of each budget, None where the slots are exact."""
     bits = resolve_bits(options, traces)
-    return [budget_slots(budget, traces.geometry, bits) for budget in options.budget]
+    exact: dict[int, int | None] = {}
+    for text in options.budget:
+        budget = parse_budget(text, traces.geometry, bits)
+        if exact.setdefault(budget.slots, budget.bytes) != budget.bytes:
+            raise UserError(
+                f"--budget: two budgets differ by less than an expert (got {', '.join(map(str, options.budget))}); "
+                "replay one at a time"
+            )
+    return exact
 
 
 def resolve_settings(options: ReplayOptions, traces: TraceSet) -> SharedSettings:

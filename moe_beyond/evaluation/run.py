@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.options import ReplayOptions
 from moe_beyond.evaluation.resolve import (
     SharedSettings,
+    exact_budgets,
     resolve_grid,
     resolve_settings,
     resolve_strategies,
@@ -150,7 +151,9 @@ def resolve_replay(
     return ResolvedReplay(
         traces,
         resolve_text(traces, split, shared, strategies.sources),
-        with_baselines(strategies.settings, shared.common, traces.geometry, shared.quotas),
+        exact_budgets(
+            with_baselines(strategies.settings, shared.common, traces.geometry, shared.quotas), options, traces
+        ),
         strategies.sources,
         shared.profile,
         unavailable=strategies.unavailable,
@@ -183,7 +186,8 @@ def resolve_evaluation(
     text = resolve_text(traces, split, shared, [source])
     lookaheads = [lookahead for lookahead in source.lookaheads if lookahead != "next"]
     settings = resolve_grid(options, traces, shared, source, lookaheads)
-    return measured_replay(traces, text, settings, source, shared, bootstrap_draws)
+    replay = measured_replay(traces, text, settings, source, shared, bootstrap_draws)
+    return replace(replay, strategies=exact_budgets(replay.strategies, options, traces))
 
 
 def measured_replay(

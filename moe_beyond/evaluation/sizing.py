@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.pools import most_used, pool_slots
+from moe_beyond.cache.pools import least_slots, most_used, pool_capacities
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.options import ALL_SPLITS, ReplayOptions
@@ -126,7 +126,7 @@ class SizingReport:
         measured_on: Split, and relation of its text to the predictors.
         sizings: One result per strategy.
         unavailable: Named strategies that cannot be sized.
-        bytes_per_expert: Bytes of one expert.
+        bytes_per_expert: Bytes of one expert, the mean where layers differ.
     """
 
     target: Target
@@ -221,11 +221,11 @@ def run_sizing(
         target,
         [partial(at, line) for line in dict.fromkeys(settings)],
         replay,
-        min_slots=geometry.top_k * (geometry.num_layers if common.scope == "per-layer" else 1),
+        min_slots=least_slots(geometry, common.scope),
         references=lambda: dict(zip(references, replay(list(references.values())), strict=True)),
         max_slots=None if common.device is None else device_slots(common.device, geometry, common.bits),
     )
-    return SizingReport(target, text, sizings, unavailable, geometry.params_per_expert * common.bits / 8)
+    return SizingReport(target, text, sizings, unavailable, float(geometry.mean_expert_bytes(common.bits)))
 
 
 def size_budgets(
@@ -415,7 +415,8 @@ def pins(
             ids = expert_ids(trace.experts, experts)
             demanded = (ids + np.arange(layers)[:, None] * experts)[ids < experts]
             uses += np.bincount(demanded, minlength=layers * experts).reshape(layers, experts)
-    chosen = most_used(uses.ravel(), pool_slots(geometry, slots, scope, quotas(slots)))
+    pools = pool_capacities(geometry, slots, scope, quotas(slots))
+    chosen = most_used(uses.ravel(), pools, geometry.expert_units)
     return {
         str(geometry.moe_layers[layer]): [int(e) % experts for e in chosen if e // experts == layer]
         for layer in range(layers)

@@ -8,6 +8,7 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.json_fields import shown
 from moe_beyond.model_config import layers as rules
+from moe_beyond.model_config.decoding import attention_params, kv_values_per_token, outside_params
 from moe_beyond.model_config.families import (
     ACTIVATION,
     EXPERT_WIDTHS,
@@ -47,6 +48,9 @@ class Mixture:
         top_k: Experts per token and layer, K.
         params_per_expert: Parameters of one expert, including its biases if it has any.
         other_params_per_layer: Estimated parameters of attention, router and shared experts per MoE layer.
+        outside_params: Parameters of dense layers and head; None if unknown.
+        kv_values_per_token: Numbers in the KV cache of all layers per token of context; None if unknown.
+        hidden_size: Width of the hidden state.
         vocab_size: Rows of the embedding; None if the configuration has no such field.
     """
 
@@ -56,6 +60,9 @@ class Mixture:
     top_k: int
     params_per_expert: int
     other_params_per_layer: int
+    outside_params: int | None
+    kv_values_per_token: int | None
+    hidden_size: int
     vocab_size: int | None
 
 
@@ -103,6 +110,9 @@ def read_mixture(content: Mapping[str, Any], source: str = "config.json") -> Mix
         other_params_per_layer=_other_params(config, family, hidden, width, depth)
         + hidden * experts
         + (2 * hidden * inner if inner != hidden else 0),
+        outside_params=outside_params(config, family, hidden, depth - len(layers)),
+        kv_values_per_token=kv_values_per_token(config, hidden, depth),
+        hidden_size=hidden,
         vocab_size=config.number("vocab_size"),
     )
 
@@ -206,24 +216,5 @@ def _other_params(config: Config, family: Family, hidden: int, width: int, depth
         count = config.number(SHARED_COUNT, least=0, most=MOST_EXPERTS, depth=depth)
         own = config.number(SHARED, least=0, depth=depth)
         widths = [(width if own is None else own) * ((own is not None) if count is None else count)]
-    attention = _attention(config, hidden) if family.attentions else 0
+    attention = attention_params(config, hidden) if family.attentions else 0
     return family.matrices * hidden * sum(widths) + family.attentions * attention
-
-
-def _attention(config: Config, hidden: int) -> int:
-    """Count the parameters of softmax attention, grouped-query or DeepSeek's low-rank (arXiv 2405.04434, 2.1)."""
-    heads = config.number(("num_attention_heads", "n_heads"))
-    if heads is None:
-        raise config.error("the number of attention heads is missing (field num_attention_heads)")
-    rank = config.number("kv_lora_rank")
-    if rank is None:
-        head = config.number(("head_dim", "kv_channels")) or max(1, hidden // heads)
-        return 2 * hidden * head * (heads + (config.number(("num_key_value_heads", "kv_n_heads")) or heads))
-    plain, rotary, value = (
-        config.number(name, least=0) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    )
-    query = heads * (plain + rotary)
-    query_rank = config.number("q_lora_rank")
-    queries = hidden * query if query_rank is None else query_rank * (hidden + query)
-    keys_and_values = hidden * (rank + rotary) + rank * heads * (plain + value)
-    return queries + keys_and_values + heads * value * hidden

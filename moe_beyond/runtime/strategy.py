@@ -125,7 +125,7 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
     if source is None:
         _check_needs_no_scores(options.policy, prefetch)
     common = ReplaySettings(
-        slots=geometry.total_experts, scope=options.scope, carry_over=True, bits=manifest.quantization_bits,
+        slots=geometry.total_experts, scope=options.scope, carry_over=True, bits=manifest.bits,
         measured_times=True,
     )  # fmt: skip
     settings = strategy(common, slots, options.policy, prefetch, source, lookahead)

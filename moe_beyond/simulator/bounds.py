@@ -5,11 +5,11 @@ import numpy.typing as npt
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.counters import Counter
-from moe_beyond.cache.interconnect import LinkState, Seconds, load_seconds
-from moe_beyond.cache.pools import most_used, pool_slots
+from moe_beyond.cache.interconnect import LinkState, Relative, Seconds, load_seconds
+from moe_beyond.cache.pools import most_used, pool_capacities
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.simulator import devices
+from moe_beyond.simulator.computing import step_timing
 from moe_beyond.simulator.idle_interconnect import idle_link
 from moe_beyond.simulator.result import Result, StepTimes, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
@@ -49,12 +49,13 @@ class Bound:
 
     def __init__(self, geometry: Geometry, settings: ReplaySettings) -> None:
         self.geometry, self.settings = geometry, settings
-        self._pools = pool_slots(geometry, settings.slots, settings.scope, settings.quotas)
+        settings.check_sizes(geometry)
+        self._pools = pool_capacities(geometry, settings.slots, settings.scope, settings.quotas, settings.budget_bytes)
         if settings.policy == "od_moe" and settings.device is None:
             raise UserError("od_moe differs from other strategies in time only; give --device")
         self._grouping = Grouping(settings)
         self._groups: list[Group] = []
-        self.sums = SequenceSums()
+        self.sums = SequenceSums(units=np.array(geometry.expert_units))
 
     def add_sequence(self, sequence: ReplaySequence) -> None:
         """Add one sequence, or hold it until its batch is full."""
@@ -70,12 +71,14 @@ class Bound:
         resident = np.full(len(uses), settings.policy == "all_resident")
         counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
         if settings.policy == "static_hindsight":
-            resident[most_used(uses, self._pools)] = True
+            resident[most_used(uses, self._pools, geometry.expert_units)] = True
             moved = (resident & (uses > 0)).reshape(geometry.num_layers, -1).sum(1)
             counts[:, Counter.PREFETCH_TRANSFERS] = counts[:, Counter.USEFUL_PREFETCHES] = moved
-        self.sums, times = SequenceSums(once=int(counts[:, Counter.PREFETCH_TRANSFERS].sum())), StepTimes()
+        once, units = counts[:, Counter.PREFETCH_TRANSFERS].copy(), np.array(geometry.expert_units)
+        self.sums, times = SequenceSums(once=int(once @ units), units=units), StepTimes.of(geometry)
         link = idle_link(settings, geometry)
-        times.busy = self.sums.once * float(link.seconds[Seconds.TRANSFER])
+        relative = link.relative[Relative.COPY, :: geometry.num_experts]
+        times.busy = float(once @ relative) * float(link.seconds[Seconds.TRANSFER])
         for group in self._groups:
             if not settings.carry_over:
                 link = idle_link(settings, geometry)
@@ -104,17 +107,22 @@ class Bound:
         offsets = group.stream.offsets
         if device is None:
             return np.zeros((len(group.size), 2)), np.zeros(len(offsets) - 1, np.bool_)
-        rest = devices.other_seconds(device, self.geometry, bits)
+        timing = step_timing(device, self.geometry, bits, group.size, group.context)
+        step = group.step_of_events()
+        rest = timing.layer[step]
         experts, stalls = np.diff(offsets), np.zeros(len(offsets) - 1)
+        demanded = np.diff(np.concatenate([[0], np.cumsum(group.tokens)])[offsets])
+        each = np.maximum(timing.expert, timing.token * demanded / np.maximum(experts, 1))
         if just_in_time := self.settings.policy == "od_moe":
             experts = -(-experts // workers)  # the workers compute in parallel
-        computing = experts * devices.expert_seconds(device, self.geometry, bits)
+        computing = experts * each
         load_seconds(link, group.stream.ids, offsets, resident, np.zeros(workers if just_in_time else 1), stalls)
         if just_in_time:
-            wait_for_workers(stalls, computing, rest, np.zeros(self.settings.groups))
-        step = group.step_of_events()
-        by_step = [np.bincount(step, weights, len(group.size)) for weights in (stalls, computing + rest)]
-        return np.stack(by_step, axis=1), stalls > 0
+            before = np.zeros(len(stalls))  # dense layers and head of the step before
+            before[self.geometry.num_layers :: self.geometry.num_layers] = timing.outside[:-1]
+            wait_for_workers(stalls, computing, before + rest, np.zeros(self.settings.groups))
+        stall, layers = (np.bincount(step, weights, len(group.size)) for weights in (stalls, computing + rest))
+        return np.stack([stall, layers + timing.outside], axis=1), stalls > 0
 
     def _counts(self, group: Group, resident: Bools, waited: Bools) -> Ints:
         """Return the counts of a group's counted steps, ``(L, 8)`` int64, columns `Counter`."""
@@ -138,19 +146,20 @@ class Bound:
 
 
 @jit
-def wait_for_workers(seconds: Floats, computing: Floats, rest: float, ends: Floats) -> None:
+def wait_for_workers(seconds: Floats, computing: Floats, rest: Floats, ends: Floats) -> None:
     """Replace the load time of each event by the time that its layer waits for the load.
 
     Args:
         seconds: Seconds of loading, ``(events,)`` float64; on return, seconds of waiting.
         computing: Seconds of the workers' computing, ``(events,)`` float64.
-        rest: Seconds of a layer without its routed experts.
+        rest: Seconds of computing between the workers' computing for the event before and the routing, ``(events,)``
+            float64.
         ends: Time at which each group has computed its last layer, ``(G,)`` float64, zeros.
     """
     end = 0.0
     for event in range(len(seconds)):
         group = event % len(ends)
-        routed = end + rest
+        routed = end + rest[event]
         seconds[event] = max(0.0, ends[group] + seconds[event] - routed)
         end = routed + seconds[event] + computing[event]
         ends[group] = end

@@ -16,12 +16,20 @@ PINNED_US = 20.0
 FLASH_US = 100.0
 """Microseconds to start a read from flash (an assumption)."""
 
+EFFICIENCY = 0.8
+"""Share of the nominal memory bandwidth that the presets reach: 0.7 to 0.9 (an assumption)."""
+REACHED_FLOPS = 0.6
+"""Share of the nominal FLOPs that the presets reach on large chunks (an assumption)."""
+GPU_LAYER_US, CPU_LAYER_US = 55.0, 20.0
+"""Microseconds per layer in addition: about 22 kernels of 2.5 us in a graph, or barriers of threads (assumptions)."""
+_ASSUMED = f"{EFFICIENCY:.0%} of the memory bandwidth and the fixed cost per layer: assumptions"
+
 RESERVED_SHARE = Fraction(1, 8)
 """Share of a device's memory that is reserved for parts outside the geometry: KV cache, context of the runtime,
 embeddings, dense layers and head (an assumption)."""
 
 _TEXTS = ("name", "source")
-_FROM_ZERO = ("link_latency_us", "flash_latency_us")
+_FROM_ZERO = ("link_latency_us", "flash_latency_us", "layer_us", "token_ms")
 
 
 @dataclass(frozen=True)
@@ -34,14 +42,23 @@ class Device:
             GPU, or the flash of a device with unified memory.
         link_latency_us: Microseconds before the first byte of a transfer moves.
         memory_gb: GPU or unified memory in GB; larger budgets are marked, and `moe-beyond plan` stays within it.
-        memory_gb_per_s: Bandwidth at which computing reads weights, in GB/s.
+        memory_gb_per_s: Nominal bandwidth of the memory that computing reads, in GB/s.
         host_memory_gb: Host memory for experts in GB; the other experts are on flash. It starts with as many experts as
             fit, the same number of each layer, and then keeps those transferred last (default: None, one tier: every
             expert is in host memory).
         flash_gb_per_s: Bandwidth from flash to host memory in GB/s (default: None, one tier).
         flash_latency_us: Microseconds before the first byte of a flash read moves (default: 0).
-        other_ms: Measured milliseconds of a layer without its routed experts (default: None, an estimate).
-        expert_ms: Measured milliseconds of one routed expert (default: None, an estimate).
+        efficiency: Share of the nominal memory bandwidth that computing reaches (default: 1).
+        layer_us: Microseconds that every MoE layer takes in addition, such as kernel launches (default: 0).
+        token_ms: Milliseconds that every step takes in addition, such as sampling; a step of decode is a token
+            (default: 0).
+        tflops: Floating-point operations per second that computing reaches, in units of 1e12 (default: None, no limit).
+        host_gb_per_s: Bandwidth at which the host's processor reads experts that it computes, in GB/s (default: None,
+            unknown).
+        other_ms: Measured milliseconds of a layer without its routed experts at an empty context. It replaces the read
+            of these weights, and ``efficiency`` does not apply to it (default: None, an estimate).
+        expert_ms: Measured milliseconds of one routed expert for one token. It replaces the read of its weights, and
+            ``efficiency`` does not apply to it (default: None, an estimate).
         source: Sources of the numbers.
     """
 
@@ -53,6 +70,11 @@ class Device:
     host_memory_gb: float | None = None
     flash_gb_per_s: float | None = None
     flash_latency_us: float = 0.0
+    efficiency: float = 1.0
+    layer_us: float = 0.0
+    token_ms: float = 0.0
+    tflops: float | None = None
+    host_gb_per_s: float | None = None
     other_ms: float | None = None
     expert_ms: float | None = None
     source: str = ""
@@ -75,6 +97,11 @@ class Device:
             if not _is_number(value) or value < 0 or (value == 0 and field.name not in _FROM_ZERO):
                 minimum = "from 0" if field.name in _FROM_ZERO else "above 0"
                 raise UserError(f"device {self.name!r}: {field.name} must be a finite number {minimum} (got {value!r})")
+        if self.efficiency > 1:
+            raise UserError(
+                f"device {self.name!r}: efficiency must be above 0 and at most 1 (got {self.efficiency!r}); "
+                "memory_gb_per_s is the nominal bandwidth"
+            )
         if (self.host_memory_gb is None) != (self.flash_gb_per_s is None):
             given, missing = "host_memory_gb", "flash_gb_per_s"
             if self.host_memory_gb is None:
@@ -96,14 +123,36 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def _behind_pcie(name: str, link: float, memory: float, bandwidth: float, source: str) -> Device:
-    """Return a discrete GPU with enough pinned host memory."""
-    return Device(name, link, PINNED_US, memory, bandwidth, source=f"{source}; latency: pinned copies, 10-30 us")
+def _behind_pcie(name: str, link: float, memory: float, bandwidth: float, tflops: float, source: str) -> Device:
+    """Return a discrete GPU with enough pinned host memory; ``tflops`` is nominal."""
+    return Device(
+        name,
+        link, PINNED_US, memory, bandwidth,
+        efficiency=EFFICIENCY,
+        layer_us=GPU_LAYER_US,
+        tflops=round(tflops * REACHED_FLOPS, 1),
+        source=f"{source}; latency: pinned copies, 10-30 us; {_ASSUMED}; FLOPs: {REACHED_FLOPS:.0%} of {tflops:g} "
+        "tera nominal (16-bit tensor cores, general knowledge), an assumption",
+    )  # fmt: skip
 
 
-def _on_flash(name: str, flash: float, memory: float, bandwidth: float, source: str) -> Device:
-    """Return a device with unified memory, whose transfers are flash reads."""
-    return Device(name, flash, FLASH_US, memory, bandwidth, source=f"{source}; latency: an assumption")
+def _on_flash(
+    name: str, flash: float, memory: float, bandwidth: float, source: str, layer_us: float = GPU_LAYER_US
+) -> Device:
+    """Return a device with unified memory, whose transfers are flash reads; without a limit by FLOPs."""
+    source = f"{source}; latency: an assumption; {_ASSUMED}"
+    return Device(name, flash, FLASH_US, memory, bandwidth, efficiency=EFFICIENCY, layer_us=layer_us, source=source)
+
+
+def _with_flash(device: Device, host_memory_gb: float, flash_gb_per_s: float, source: str) -> Device:
+    """Return a device with host memory for some experts, and flash for the others."""
+    return replace(
+        device,
+        host_memory_gb=host_memory_gb,
+        flash_gb_per_s=flash_gb_per_s,
+        flash_latency_us=FLASH_US,
+        source=f"{device.source}; {source}",
+    )
 
 
 _PCIE3 = "link: PCIe 3.0 x16, 15.75 raw, 12-13 pinned (hpc-notes.pages.dev/reference/pcie)"
@@ -117,21 +166,23 @@ _NVIDIA = "memory: NVIDIA's brief (general knowledge)"
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _behind_pcie("rtx3060", 25, 12, 360, f"{_PCIE4}; memory: rtechsl.com"),
-        _behind_pcie("rtx4060-laptop", 12, 8, 256, _RTX4060_LAPTOP),
-        replace(
-            _behind_pcie("rtx4060-laptop-16gb", 12, 8, 256, _RTX4060_LAPTOP),
-            host_memory_gb=12.0,
-            flash_gb_per_s=6.0,
-            flash_latency_us=FLASH_US,
-            source=f"{_RTX4060_LAPTOP}; host: 16 GB less 4 for the system, an assumption; flash: NVMe Gen4, 6-7 "
-            "nominal; latencies: pinned copies, 10-30 us, and for flash an assumption",
+        _behind_pcie("rtx3060", 25, 12, 360, 25, f"{_PCIE4}; memory: rtechsl.com"),
+        _behind_pcie("rtx4060-laptop", 12, 8, 256, 30, _RTX4060_LAPTOP),
+        _with_flash(
+            _behind_pcie("rtx4060-laptop-16gb", 12, 8, 256, 30, _RTX4060_LAPTOP),
+            12.0,
+            6.0,
+            "host: 16 GB less 4 for the system, an assumption; flash: NVMe Gen4, 6-7 nominal; latency: an assumption",
         ),
-        _behind_pcie("rtx4060", 12, 8, 272, f"{_PCIE4_X8}; memory: general knowledge"),
-        _behind_pcie("rtx4090", 25, 24, 1008, f"{_PCIE4}; {_RTX4090}"),
-        _behind_pcie("rtx4090-laptop", 25, 16, 576, f"{_PCIE4}; {_RTX4090}"),
-        _behind_pcie("pcie3-desktop", 12, 24, 1008, f"{_PCIE3}; memory: that of rtx4090, whatever the card"),
-        _behind_pcie("pcie5-desktop", 50, 24, 1008, f"{_PCIE5}; memory: that of rtx4090, whatever the card"),
+        _behind_pcie("rtx4060", 12, 8, 272, 30, f"{_PCIE4_X8}; memory: general knowledge"),
+        _behind_pcie("rtx4090", 25, 24, 1008, 165, f"{_PCIE4}; {_RTX4090}"),
+        _behind_pcie("rtx4090-laptop", 25, 16, 576, 66, f"{_PCIE4}; {_RTX4090}"),
+        _behind_pcie(
+            "pcie3-desktop", 12, 24, 1008, 165, f"{_PCIE3}; memory and FLOPs: those of rtx4090, whatever the card"
+        ),
+        _behind_pcie(
+            "pcie5-desktop", 50, 24, 1008, 165, f"{_PCIE5}; memory and FLOPs: those of rtx4090, whatever the card"
+        ),
         _on_flash(
             "jetson-orin-nano",
             2.5, 8, 68,
@@ -152,22 +203,26 @@ DEVICES: dict[str, Device] = {
             "raspberry-pi-5",
             0.84, 8, 17,
             "flash: NVMe on PCIe 3.0 x1, 0.837 measured (evezone.evetech.co.za); memory: general knowledge",
+            CPU_LAYER_US,
         ),
         _on_flash(
             "raspberry-pi-5-microsd",
             0.085, 8, 17,
             "flash: microSD, 0.04-0.085 (iambillmeyer.com); memory: general knowledge",
+            CPU_LAYER_US,
         ),
         _on_flash(
             "phone-ufs3",
             2.1, 8, 51.2,
             "flash: UFS 3.1, sequential, Samsung's specification; memory: 64 bits of LPDDR5-6400 (general knowledge)",
+            CPU_LAYER_US,
         ),
         _on_flash(
             "phone-ufs4",
             4, 16, 76.8,
             "flash: UFS 4.0 of a Snapdragon 8 Gen 3, sequential, measured (PowerInfer-2; 3.5 at random in 512 KB); "
             "memory: 64 bits of LPDDR5X-9600 (general knowledge)",
+            CPU_LAYER_US,
         ),
         _on_flash(
             "macbook-air-m1",
@@ -183,6 +238,7 @@ DEVICES: dict[str, Device] = {
             "rk3588-emmc",
             0.3, 16, 34,
             "flash: eMMC, about 0.3 (arXiv 2609.04238); memory: 64 bits of LPDDR4X-4267 (forum.radxa.com/t/19293)",
+            CPU_LAYER_US,
         ),
     )
 }  # fmt: skip
@@ -286,52 +342,25 @@ def flash_seconds(device: Device, expert_bytes: float) -> float:
     return device.flash_latency_us * 1e-6 + expert_bytes / (device.flash_gb_per_s * 1e9)
 
 
-def other_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the seconds of an MoE layer without its routed experts, for one token.
-
-    Args:
-        device: Device; without ``other_ms`` the layer's other weights are read once at its memory bandwidth.
-        geometry: Geometry of the model.
-        bits: Bits per parameter.
-    """
-    if device.other_ms is not None:
-        return device.other_ms * 1e-3
-    return geometry.other_params_per_layer * bits / 8 / (device.memory_gb_per_s * 1e9)
-
-
-def expert_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the seconds of one resident routed expert, for one token.
-
-    Args:
-        device: Device; without ``expert_ms`` the expert's weights are read once at its memory bandwidth.
-        geometry: Geometry of the model.
-        bits: Bits per parameter.
-    """
-    if device.expert_ms is not None:
-        return device.expert_ms * 1e-3
-    return geometry.params_per_expert * bits / 8 / (device.memory_gb_per_s * 1e9)
-
-
-def resident_seconds(device: Device, geometry: Geometry, bits: float) -> float:
-    """Return the seconds of one token in all MoE layers if every expert is resident."""
-    experts = geometry.top_k * expert_seconds(device, geometry, bits)
-    return geometry.num_layers * (other_seconds(device, geometry, bits) + experts)
-
-
 def host_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Return the number of experts that fit into host memory; all of them with one tier."""
+    """Return the number of experts of mean size that fit into host memory; all of them with one tier."""
+    return host_units(device, geometry, bits) * geometry.total_experts // geometry.total_units
+
+
+def host_units(device: Device, geometry: Geometry, bits: float) -> int:
+    """Return the units of experts that fit into host memory (`Geometry.expert_units`); all of them with one tier."""
     if device.host_memory_gb is None:
-        return geometry.total_experts
-    capacity_bits = Fraction(str(device.host_memory_gb)) * 10**9 * 8
-    return min(geometry.total_experts, math.floor(capacity_bits / (geometry.params_per_expert * Fraction(bits))))
+        return geometry.total_units
+    capacity = Fraction(str(device.host_memory_gb)) * 10**9
+    return min(geometry.total_units, math.floor(capacity / geometry.unit_bytes(bits)))
 
 
 def device_slots(device: Device, geometry: Geometry, bits: float) -> int:
-    """Return the number of experts that fit into the device's memory, from 0 to L * E.
+    """Return the number of experts of mean size that fit into the device's memory, from 0 to L * E.
 
     `RESERVED_SHARE` and the MoE layers' other weights are subtracted from the memory.
     """
-    capacity_bits = Fraction(str(device.memory_gb)) * 10**9 * 8 * (1 - RESERVED_SHARE)
-    other_bits = geometry.num_layers * geometry.other_params_per_layer * Fraction(bits)
-    slots = math.floor((capacity_bits - other_bits) / (geometry.params_per_expert * Fraction(bits)))
+    capacity = Fraction(str(device.memory_gb)) * 10**9 * (1 - RESERVED_SHARE)
+    other = geometry.num_layers * geometry.mean_other_bytes(bits)
+    slots = math.floor((capacity - other) / geometry.mean_expert_bytes(bits))
     return min(geometry.total_experts, max(0, slots))

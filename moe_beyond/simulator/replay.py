@@ -12,13 +12,13 @@ from moe_beyond.cache.engine import run_accesses, run_events
 from moe_beyond.cache.interconnect import LinkState, Seconds, Tally
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
-from moe_beyond.cache.pools import most_used, pool_slots
+from moe_beyond.cache.pools import most_used, pool_capacities
 from moe_beyond.cache.prefetch_queue import finish
 from moe_beyond.cache.prefetchers._inputs import FutureView
-from moe_beyond.cache.steps import EventRecord, Timing
+from moe_beyond.cache.steps import EventRecord, Timing, no_computing
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.simulator import devices
+from moe_beyond.simulator.computing import step_timing
 from moe_beyond.simulator.idle_interconnect import idle_link
 from moe_beyond.simulator.result import Result, StepTimes, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
@@ -52,7 +52,8 @@ class Replay:
     ) -> None:
         self.geometry, self.settings = geometry, settings
         self._profile, self._stream = profile, stream
-        self._pools = pool_slots(geometry, settings.slots, settings.scope, settings.quotas)
+        settings.check_sizes(geometry)
+        self._pools = pool_capacities(geometry, settings.slots, settings.scope, settings.quotas, settings.budget_bytes)
         self._implementation = load_policy(settings.policy)
         self._prefetch = settings.prefetch_settings(geometry)
         if "profile" in settings.needs and profile is None:
@@ -65,16 +66,10 @@ class Replay:
         if settings.carry_over and "future" in settings.needs and stream is None:
             raise ValueError("a strategy that needs the future and carries its cache over needs the whole stream")
         self._device = settings.device
-        self.timing = Timing(0.0, 0.0)
-        if self._device is not None:
-            self.timing = Timing(
-                devices.other_seconds(self._device, geometry, settings.bits),
-                devices.expert_seconds(self._device, geometry, settings.bits),
-            )
         self._counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
-        self.times = StepTimes()
+        self.times = StepTimes.of(geometry)
         self._grouping = Grouping(settings)
-        self.sums = SequenceSums()
+        self.sums = SequenceSums(units=np.array(geometry.expert_units))
         self._cache: core.CacheState | None = None
         self._policy: Any = None
         self._event = np.zeros(1, np.int64)
@@ -132,7 +127,8 @@ class Replay:
             stream = self._stream if self.settings.carry_over and self._stream is not None else group.stream
             future = FutureView(np.zeros(self.geometry.num_layers), stream.ids, stream.offsets, self._event)
             busy = cache.link.seconds[Seconds.BUSY]
-            run_events(cache, self._policy, hooks, self._prefetch, steps, self.timing, future, stall_compute, events)
+            timing = self.timing(group)
+            run_events(cache, self._policy, hooks, self._prefetch, steps, timing, future, stall_compute, events)
             self.times.busy += cache.link.seconds[Seconds.BUSY] - busy
         demanded = self.times.add(group, stall_compute, steps.counted)
         self.sums.add(group.names, cache.counters - before, demanded, *self.times.decoded())
@@ -142,6 +138,12 @@ class Replay:
             self._cache = None
         return cache.link
 
+    def timing(self, group: Group) -> Timing:
+        """Return the seconds of computing of a group's steps."""
+        if self._device is None:
+            return no_computing(len(group.size))
+        return step_timing(self._device, self.geometry, self.settings.bits, group.size, group.context)
+
     def prepare(self, sequence: ReplaySequence) -> None:
         """Create the cache and the policy's arrays for a sequence, which adding it would do otherwise."""
         self._start(sequence.as_group(self.settings), 0)
@@ -150,13 +152,15 @@ class Replay:
         """Create an empty cache, and fill it for a warm start."""
         geometry = self.geometry
         link = idle_link(self.settings, geometry, log_size)
-        self._cache = core.empty_cache(geometry.num_layers, geometry.num_experts, self._pools, link)
+        self._cache = core.empty_cache(
+            geometry.num_layers, geometry.num_experts, self._pools, link, geometry.expert_units
+        )
         future = self._stream if self.settings.carry_over and self._stream is not None else group.stream
         inputs = PolicyInputs(geometry, self._pools, future, self._profile)
         self._policy = self._implementation.init(inputs)
         self._event[0] = 0
         if self.settings.warm_start:
-            popular = most_used(inputs.popularity(), self._pools)
+            popular = most_used(inputs.popularity(), self._pools, geometry.expert_units)
             core.preload(self._cache, self._policy, self._implementation.HOOKS, popular[::-1].copy())
             self.times.busy += self._cache.link.seconds[Seconds.BUSY]
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.counters import COUNTERS
+from moe_beyond.cache.counters import COUNTERS, Counter
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.simulator import devices
+from moe_beyond.simulator.computing import left_out
 from moe_beyond.simulator.sequence import Group, Grouping
 from moe_beyond.simulator.settings import ReplaySettings
 
@@ -25,6 +26,7 @@ TIMED = (
     "prefill_ms",
     "link_ms_per_token",
     "device_slots",
+    "left_out",
     "measured",
 )
 """Fields without a meaning if there is no device."""
@@ -43,7 +45,7 @@ class Result:
         leaks: Whether some scores read the router's own input (lookahead 0).
         causal: Whether the scores ignore later tokens.
         scope: ``"global"`` or ``"per-layer"``.
-        budget_slots: Budget in slots.
+        budget_slots: Budget in slots; one holds an expert of mean size where layers differ.
         budget_share: Budget as a share of all experts.
         demand_ratio: Slots divided by L * K; below 1 the cache cannot hold the experts of one token.
         accesses: Number of distinct experts demanded, summed over all events. In a step of several tokens (windows,
@@ -53,7 +55,8 @@ class Result:
         late_hits: Accesses to prefetched experts that were queued or in transit when their event began.
         misses: Accesses to experts that were neither.
         hit_rate: Hits divided by accesses.
-        bytes_ratio: All transfers divided by `demanded`; 1.0 is one transfer per expert that a token demands.
+        bytes_ratio: Bytes of all transfers divided by those that the tokens demand one by one; 1.0 is one transfer per
+            expert that a token demands.
         demand_transfers: Transfers on demand.
         prefetch_transfers: Prefetches, including those of late hits. A warm start counts at every sequence, and the
             best static choice once; both also count with a warm-up.
@@ -74,19 +77,22 @@ class Result:
         bytes_per_token: Transferred bytes per counted token.
         stall_ms_per_token: Milliseconds of stall per decoded token.
         compute_ms_per_token: Milliseconds of computing per decoded token.
-        tokens_per_second: Decoded tokens per second, over all sequences of a batch; None if no token is decoded. It is
-            an upper bound, because it covers MoE layers only.
+        tokens_per_second: Decoded tokens per second, over all sequences of a batch; None if no token is decoded.
         token_ms_p50: Median of the milliseconds per decoded token; a token of a window has its share of the window.
         token_ms_p95: 95th percentile of the milliseconds per decoded token.
         token_ms_p99: 99th percentile of the milliseconds per decoded token.
         prefill_ms: Mean milliseconds of a sequence's counted prefill chunks; None without ``--prefill-chunk``.
-        link_ms_per_token: Milliseconds for which the interconnect was busy, per token (including uncounted tokens).
+        link_ms_per_token: Milliseconds for which the interconnect was busy, per token (including uncounted tokens);
+            reads from flash are not included.
         device_slots: Number of experts that fit into the device's memory
             (`moe_beyond.simulator.devices.device_slots`); a larger budget does not fit.
+        left_out: Fields that the geometry lacks, whose times the timing model leaves out.
         measured: Whether the times were measured in a run, instead of computed by a timing model (default: False).
         note: Note about substitutes and assumptions.
         intervals: 95 % intervals over sequences, ``[low, high]`` by the name of a figure; ``"minus_lru"`` holds
             those of the differences from LRU at the same budget. None if they were not computed.
+        budget_bytes: Exact budget in bytes where layers differ; None if all experts have the same size, or the budget
+            was given in slots.
     """
 
     strategy: str
@@ -132,9 +138,11 @@ class Result:
     prefill_ms: float | None = None
     link_ms_per_token: float | None = None
     device_slots: int | None = None
+    left_out: list[str] | None = None
     measured: bool = False
     note: str | None = None
     intervals: dict[str, Any] | None = None
+    budget_bytes: int | None = None
 
     @property
     def fits_device(self) -> bool:
@@ -143,7 +151,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain values; the fields of a device are left out without a device."""
-        dropped = {name for name in ("note", "intervals") if getattr(self, name) is None}
+        dropped = {name for name in ("note", "intervals", "budget_bytes") if getattr(self, name) is None}
         dropped |= set(TIMED if self.device is None else ())
         return {name: value for name, value in asdict(self).items() if name not in dropped}
 
@@ -160,6 +168,8 @@ class StepTimes:
         busy: Seconds for which the interconnect was busy, over all steps, counted or not.
         all_tokens: Number of tokens of all steps, counted or not.
         demanded: Number of experts that the counted steps demanded, token by token.
+        units: Size of each expert, ``(L*E,)`` int64; None if all experts have the same size.
+        demanded_units: Sum of the sizes of the demanded experts; not used without ``units``.
     """
 
     stall_compute: list[npt.NDArray[np.float64]] = field(default_factory=list)
@@ -169,6 +179,13 @@ class StepTimes:
     busy: float = 0.0
     all_tokens: int = 0
     demanded: int = 0
+    units: npt.NDArray[np.int64] | None = None
+    demanded_units: int = 0
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> "StepTimes":
+        """Return empty times of a model."""
+        return cls(units=None if geometry.has_one_size else np.repeat(geometry.expert_units, geometry.num_experts))
 
     def add(self, group: Group, stall_compute: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_]) -> int:
         """Add the steps of a group.
@@ -179,7 +196,7 @@ class StepTimes:
             counted: Whether each step counts, ``(S,)`` bool.
 
         Returns:
-            Number of experts that the counted steps demand, token by token.
+            Units that the counted steps demand, token by token; experts if all have the same size.
         """
         self.stall_compute.append(stall_compute[counted])
         self.tokens.append(group.size[counted])
@@ -188,7 +205,11 @@ class StepTimes:
         self.all_tokens += int(group.size.sum())
         demanded = int(group.demanded()[counted].sum())
         self.demanded += demanded
-        return demanded
+        if self.units is None:
+            return demanded
+        units = int(group.demanded(self.units)[counted].sum())
+        self.demanded_units += units
+        return units
 
     def decoded(self) -> tuple[int, float]:
         """Return the number of tokens and the seconds of decode in the group that was added last."""
@@ -196,18 +217,25 @@ class StepTimes:
         return int(self.tokens[-1][decoding].sum()), float(self.stall_compute[-1][decoding].sum())
 
 
-def timed_fields(geometry: Geometry, settings: ReplaySettings, transfers: int, times: StepTimes) -> dict[str, Any]:
-    """Return the fields of a `Result` that depend on times; none without a device."""
+def timed_fields(geometry: Geometry, settings: ReplaySettings, transferred: int, times: StepTimes) -> dict[str, Any]:
+    """Return the fields of a `Result` that depend on times; none without a device.
+
+    Args:
+        geometry: Geometry of the model.
+        settings: Settings of the replay.
+        transferred: Units that were transferred.
+        times: Times and demand of the steps.
+    """
     if settings.device is None or not times.stall_compute:
         return {}
     spent, tokens = np.concatenate(times.stall_compute), np.concatenate(times.tokens)
     decoding = np.concatenate(times.decoding)
-    bytes_per_expert = geometry.params_per_expert * settings.bits / 8
     values: dict[str, Any] = {
         "device": settings.device.name,
-        "bytes_per_token": transfers * bytes_per_expert / max(int(tokens.sum()), 1),
+        "bytes_per_token": float(transferred * geometry.unit_bytes(settings.bits)) / max(int(tokens.sum()), 1),
         "link_ms_per_token": 1e3 * times.busy / max(times.all_tokens, 1),
         "device_slots": devices.device_slots(settings.device, geometry, settings.bits),
+        "left_out": left_out(geometry),
     }
     if decoding.any():
         steps, decoded = spent[decoding], int(tokens[decoding].sum())
@@ -250,7 +278,9 @@ def make_result(
     for row in per_layer:
         row["hit_rate"] = row["hits"] / max(row["accesses"], 1)
     accesses = max(total["accesses"], 1)
-    transfers = total["demand_transfers"] + total["prefetch_transfers"]
+    transfers = counts[:, [Counter.DEMAND_TRANSFERS, Counter.PREFETCH_TRANSFERS]].sum(1)
+    transferred = int(transfers @ np.array(geometry.expert_units))
+    demanded = times.demanded if times.units is None else times.demanded_units
     return Result(
         strategy=settings.strategy,
         policy=settings.policy,
@@ -264,7 +294,7 @@ def make_result(
         budget_share=settings.slots / geometry.total_experts,
         demand_ratio=settings.slots / geometry.demand_per_token,
         hit_rate=total["hits"] / accesses,
-        bytes_ratio=transfers / max(times.demanded, 1),
+        bytes_ratio=transferred / max(demanded, 1),
         per_layer=per_layer,
         demanded=times.demanded,
         sequences=grouping.taken,
@@ -277,6 +307,7 @@ def make_result(
         warm_start=settings.warm_start,
         carry_over=settings.carry_over,
         note=note or settings.note,
+        budget_bytes=settings.budget_bytes,
         **total,
-        **timed_fields(geometry, settings, transfers, times),
+        **timed_fields(geometry, settings, transferred, times),
     )

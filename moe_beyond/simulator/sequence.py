@@ -109,6 +109,7 @@ class Group:
         tokens: Number of tokens that demand each expert of the stream, ``(n,)`` int64.
         first: Position of each step's first token in its sequence, ``(S,)`` int64.
         size: Number of tokens of each step, ``(S,)`` int64.
+        context: Number of tokens up to the end of each step, over the sequences that take part in it, ``(S,)`` int64.
         in_turn: Number of consecutive tokens of each step in the longest sequence, ``(S,)`` int64.
         decoding: Whether each step is decoded, ``(S,)`` bool; prompt tokens without chunks count as decoded.
     """
@@ -121,6 +122,10 @@ class Group:
         self._step_of = [member.steps_of_tokens(settings) for member in members]
         length = max(int(steps[-1]) + 1 for steps in self._step_of)
         self.size: Ints = np.sum([np.bincount(steps, minlength=length) for steps in self._step_of], axis=0)
+        self.context: Ints = np.zeros(length, np.int64)
+        for steps in self._step_of:
+            sizes = np.bincount(steps)
+            self.context[: len(sizes)] += np.cumsum(sizes)
         longest = max(zip(members, self._step_of, strict=True), key=lambda pair: pair[1][-1])
         self.first = np.searchsorted(longest[1], np.arange(length))
         self.in_turn: Ints = np.bincount(longest[1], minlength=length)
@@ -155,9 +160,14 @@ class Group:
         """Return the number of each event's step, ``(events,)`` int64."""
         return np.searchsorted(self.ends, np.arange(len(self.stream.offsets) - 1), side="right")
 
-    def demanded(self) -> Ints:
-        """Return the number of experts that each step demands, token by token, ``(S,)`` int64."""
-        until = np.concatenate([[0], np.cumsum(self.tokens)])[self.stream.offsets[self.ends]]
+    def demanded(self, units: Ints | None = None) -> Ints:
+        """Return the number of experts that each step demands, token by token, ``(S,)`` int64.
+
+        Args:
+            units: Size of each expert, ``(L*E,)``, to return the sum of the sizes (default: 1 for all).
+        """
+        sizes = self.tokens if units is None else self.tokens * units[self.stream.ids]
+        until = np.concatenate([[0], np.cumsum(sizes)])[self.stream.offsets[self.ends]]
         return np.diff(until, prepend=0)
 
     def steps(self, settings: ReplaySettings) -> StepArrays:

@@ -33,7 +33,7 @@ class ReplaySettings:
     """A strategy and its budget: one row of a replay table.
 
     Attributes:
-        slots: Budget in slots.
+        slots: Budget in slots; one holds an expert of mean size where layers differ.
         policy: Eviction policy, or one of `BOUNDS` (default: ``"lru"``).
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
         quotas: Slots of each layer for ``"per-layer"`` (default: an even split).
@@ -68,6 +68,7 @@ class ReplaySettings:
         name: Name of the strategy (default: None, the policy and the prefetcher).
         groups: Number of worker groups of ``od_moe`` (default: 4).
         note: Note for tables about substitutes and assumptions.
+        budget_bytes: Exact budget in bytes where layers differ (default: None, the bytes of the slots).
         measured_times: Whether a running model measures the times that a prefetcher needs, in place of a device
             (default: False).
     """
@@ -96,6 +97,7 @@ class ReplaySettings:
     name: str | None = None
     groups: int = 4
     note: str | None = None
+    budget_bytes: int | None = None
     measured_times: bool = False
 
     def __post_init__(self) -> None:
@@ -170,6 +172,24 @@ class ReplaySettings:
         needs: tuple[str, ...] = () if self.policy in BOUNDS else tuple(load_policy(self.policy).NEEDS)
         needs += ("future",) * parse_prefetch(self.prefetch).prefetcher.knows_future
         return needs + ("profile",) * self.warm_start
+
+    def check_sizes(self, geometry: Geometry) -> None:
+        """Check that the strategy can count the bytes of a model whose layers differ in size.
+
+        Raises:
+            UserError: It counts experts, or decides about one expert in place of another.
+        """
+        if geometry.has_one_size:
+            return
+        if self.sequential:
+            raise UserError(
+                f"--sequential counts experts, but the layers of {geometry.model} differ in bytes; remove it"
+            )
+        if self.policy not in BOUNDS and load_policy(self.policy).HOOKS.bypass:
+            raise UserError(
+                f"policy {self.policy} compares one expert with another, but the layers of {geometry.model} differ in "
+                "bytes; choose another policy"
+            )
 
     def prefetch_settings(self, geometry: Geometry) -> PrefetchSettings:
         """Return the settings of the prefetcher for a model.

@@ -11,7 +11,8 @@ from moe_beyond.cache.counters import Counter
 Floats = npt.NDArray[np.float64]
 
 COLUMNS = ("accesses", "hits", "transfers", "demanded", "tokens", "seconds")
-"""Columns of a sequence's row; ``tokens`` and ``seconds`` cover decoding, 0 without a device."""
+"""Columns of a sequence's row; ``transfers`` and ``demanded`` are in units of the geometry, experts if all have the
+same size; ``tokens`` and ``seconds`` cover decoding, 0 without a device."""
 
 
 @dataclass
@@ -21,12 +22,14 @@ class SequenceSums:
     Attributes:
         names: Ids of the sequences of each row.
         rows: Sums of each row, ``(6,)`` float64.
-        once: Transfers that belong to no sequence: the best static choice transfers its experts once.
+        once: Units that belong to no sequence: the best static choice transfers its experts once.
+        units: Units of an expert of each layer, ``(L,)`` (default: 1).
     """
 
     names: list[tuple[str, ...]] = field(default_factory=list)
     rows: list[Floats] = field(default_factory=list)
     once: int = 0
+    units: npt.ArrayLike = 1
 
     def add(
         self, names: Iterable[str], counts: npt.NDArray[np.int64], demanded: int, tokens: int, seconds: float
@@ -36,12 +39,12 @@ class SequenceSums:
         Args:
             names: Ids of the sequences.
             counts: Counts that stepping them added, ``(L, 8)`` int64, columns `Counter`.
-            demanded: Number of experts that their counted tokens demanded, token by token.
+            demanded: Units that their counted tokens demanded, token by token.
             tokens: Number of counted tokens of decode.
             seconds: Seconds of decoding these tokens.
         """
         total = counts.sum(0)
-        transfers = total[Counter.DEMAND_TRANSFERS] + total[Counter.PREFETCH_TRANSFERS]
+        transfers = (counts[:, [Counter.DEMAND_TRANSFERS, Counter.PREFETCH_TRANSFERS]].sum(1) * self.units).sum()
         self.names.append(tuple(names))
         sums = [total[Counter.ACCESSES], total[Counter.HITS], transfers, demanded, tokens, seconds]
         self.rows.append(np.array(sums, np.float64))

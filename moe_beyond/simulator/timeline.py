@@ -24,8 +24,9 @@ class Timeline:
     Attributes:
         token: Position of the token in the sequence.
         begins: Time at which it started.
-        ends: Time at which its last layer ended.
-        computing: Spans of computing, two per layer: before the routing, and the experts.
+        ends: Time at which its computing ended.
+        computing: Spans of computing, two per layer: before the routing, and the experts; and one after the last layer
+            for dense layers, head and fixed cost, if they take time.
         stalls: Spans of waiting for experts.
         demand_transfers: Transfers on demand.
         prefetch_transfers: Prefetches, including those issued in this token that arrive after it.
@@ -64,15 +65,19 @@ def timeline(
     layers = geometry.num_layers
     times = (EventRecord.ROUTED, EventRecord.READY, EventRecord.ENDED)
     routed, ready, ended = events[token * layers : (token + 1) * layers, times].T
-    begins = float(routed[0]) - replaying.timing.other
+    timing = replaying.timing(sequence.as_group(settings))
+    begins, ends = float(routed[0] - timing.layer[token]), float(ended[-1] + timing.outside[token])
     before = np.concatenate([[begins], ended[:-1]])
-    during = log[(log[:, Transfer.END] > begins) & (log[:, Transfer.BEGIN] < ended[-1])]
+    computing = [span for a, b, c, d in zip(before, routed, ready, ended, strict=True) for span in ((a, b), (c, d))]
+    if ends > ended[-1]:
+        computing.append((float(ended[-1]), ends))
+    during = log[(log[:, Transfer.END] > begins) & (log[:, Transfer.BEGIN] < ends)]
     prefetched = during[:, Transfer.PREFETCH] == 1
     return Timeline(
         token=token,
         begins=begins,
-        ends=float(ended[-1]),
-        computing=[span for a, b, c, d in zip(before, routed, ready, ended, strict=True) for span in ((a, b), (c, d))],
+        ends=ends,
+        computing=computing,
         stalls=[(a, b) for a, b in zip(routed, ready, strict=True) if b > a],
         demand_transfers=[(row[Transfer.BEGIN], row[Transfer.END]) for row in during[~prefetched]],
         prefetch_transfers=[(row[Transfer.BEGIN], row[Transfer.END]) for row in during[prefetched]],

@@ -14,11 +14,11 @@ from moe_beyond.cache.engine import run_events
 from moe_beyond.cache.events import demand, transfer_wave
 from moe_beyond.cache.policies import NEEDS, POLICIES, Policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
-from moe_beyond.cache.pools import pool_slots
+from moe_beyond.cache.pools import pool_capacities
 from moe_beyond.cache.prefetch_queue import advance, enqueue_prefetch
 from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
 from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
-from moe_beyond.cache.steps import EventRecord, StepArrays, Timing
+from moe_beyond.cache.steps import EventRecord, StepArrays, no_computing
 from moe_beyond.geometry import Geometry
 from moe_beyond.usage_profile import UsageProfile, default_hazard
 
@@ -133,7 +133,7 @@ def _draw(rng: np.random.Generator, policy: Policy, example: int) -> _Case:
         events.append((ids + number % layers * experts, tokens))
     scope = ("global", "per-layer")[int(rng.integers(2))]
     smallest = (largest if example % 3 else top_k) * (layers if scope == "per-layer" else 1)
-    pools = pool_slots(geometry, int(rng.integers(smallest, geometry.total_experts + 1)), scope)
+    pools = pool_capacities(geometry, int(rng.integers(smallest, geometry.total_experts + 1)), scope)
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in events])])
     stream = Stream(np.concatenate([ids for ids, _ in events]), offsets)
     profile = UsageProfile(rng.dirichlet(np.ones(experts), layers) * top_k, default_hazard())
@@ -241,7 +241,7 @@ def _replayed(case: _Case, policy: Policy) -> int:
             False,
             np.ones(count, np.bool_),
         ),
-        Timing(0.0, 0.0),
+        no_computing(count),
         FutureView(np.zeros(layers), stream.ids, stream.offsets, np.zeros(1, np.int64)),
         np.zeros((count, 2)),
         np.zeros((0, len(EventRecord))),

@@ -20,6 +20,10 @@ Next to every shard `NAME.parquet`, the file `NAME.states.safetensors` holds the
 x {layers} layers x {size}. `router_inputs` are the inputs of the routers, and `layer_inputs` the residual stream before
 each layer's attention.{routers}
 """
+ENGINE_LOG = """
+`engine.log.parquet` is the log of the engine that recorded the set: for each sequence, the residency of every access
+and metrics of every token.
+"""
 
 
 def configs(manifest: Manifest) -> list[dict[str, Any]]:
@@ -76,8 +80,8 @@ def traces_card(manifest: Manifest) -> str:
 
 The experts to which every token was routed, layer by layer, in the router's order.
 
-- Model: {manifest.model_id}{revision}, {geometry.describe_shape()}, run with {manifest.quantization_bits:g} bits per
-  parameter. Expert ids are valid only for this checkpoint.
+- Model: {manifest.model_id}{revision}, {geometry.describe_shape()}, run with {_precision(manifest)}.
+  Expert ids are valid only for this checkpoint.
 {steered}- Text: {manifest.source}; {describe_author(manifest.author)}{_generation(manifest)}.
 - Tokenizer: {vocabulary if manifest.has_token_ids else "none; token ids were not recorded, and all are 0"}.
 - Written by moe-beyond {manifest.tool_version}; fingerprint `{manifest.fingerprint}`.
@@ -90,9 +94,16 @@ Each row is a sequence with the columns `sequence_id`, `source`, `token_ids`, `d
 the decode phase) and `experts`. `experts` is flat: tokens x {geometry.num_layers} layers x {geometry.top_k} ids
 from 0 to {geometry.num_experts - 1}. A top-k entry without an expert, as in models with identity or skip experts, is
 {padding_id(experts_dtype(geometry))}. If gate weights were recorded, `gate_weights` has the same order.
-{states}
+{states}{ENGINE_LOG if manifest.engine_log_sha256 else ""}
 `manifest.json` lists the sha256 of every shard.
 """
+
+
+def _precision(manifest: Manifest) -> str:
+    """Describe the numbers of the weights."""
+    if manifest.quantization_bits is None:
+        return "quantised weights, whose bytes `manifest.json` lists by layer"
+    return f"{manifest.quantization_bits:.3g} bits per parameter"
 
 
 def _generation(manifest: Manifest) -> str:

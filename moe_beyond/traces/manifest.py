@@ -44,7 +44,7 @@ SHARD_FIELDS = {
 GENERATION_FIELDS = {"tokens": COUNT, "temperature": number(-1e-9, 1e6), "seed": whole(-(2**64), 2**64)}
 MANIFEST_FIELDS = {
     "model_id": TEXT,
-    "quantization_bits": number(0, 64),
+    "quantization_bits": optional(number(0, 64)),
     "author": TEXT,
     "source": TEXT,
     "tool_version": TEXT,
@@ -52,6 +52,7 @@ MANIFEST_FIELDS = {
     "generation": optional(FieldRule("an object", lambda value: isinstance(value, Mapping))),
     "hidden_size": optional(whole(1, 2**24)),
     "routers_sha256": optional(SHA256),
+    "engine_log_sha256": optional(SHA256),
 }
 """Kinds of the fields of the classes below, by class."""
 
@@ -133,7 +134,8 @@ class Manifest:
             most probable token) and ``seed``; None if the model generated nothing.
         hidden_size: Width of the hidden states; None if they were not recorded.
         routers_sha256: Hash of the file of router weights; None if there is none.
-        quantization_bits: Bits per parameter with which the model ran.
+        engine_log_sha256: Hash of the file of another engine's log; None if there is none.
+        quantization_bits: Bits per parameter with which the model ran; None if the geometry has only bytes.
         author: Author of the text: ``"dataset"`` (the model read it), ``"model"`` (the model generated it),
             ``"mixed"``, or ``"unknown"``.
         source: Origin of the prompts.
@@ -145,7 +147,7 @@ class Manifest:
     geometry: Geometry
     tokenizer: Tokenizer
     model_id: str
-    quantization_bits: float
+    quantization_bits: float | None
     author: str
     source: str
     tool_version: str
@@ -155,6 +157,7 @@ class Manifest:
     routers_sha256: str | None = None
     shards: tuple[ShardInfo, ...] = field(default=())
     steering: Steering | None = None
+    engine_log_sha256: str | None = None
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -164,6 +167,8 @@ class Manifest:
         """
         check_fields({"model": TEXT}, vars(self.geometry), "geometry: ")
         check_fields(MANIFEST_FIELDS, vars(self))
+        if self.quantization_bits is None and self.geometry.expert_bytes is None:
+            raise UserError("quantization_bits is null, but the geometry has no bytes; give the bits per parameter")
         if self.generation is not None:
             _check_generation(self.generation)
         for name in ("file", "sha256"):
@@ -173,6 +178,11 @@ class Manifest:
             if (shard.states_sha256 is None) != (self.hidden_size is None):
                 with_or_without = "without" if self.hidden_size is None else "with"
                 raise UserError(f"shard {shard.file}: all shards of this set must be {with_or_without} hidden states")
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter for sizes; 16 if unknown, which no size reads then."""
+        return 16.0 if self.quantization_bits is None else self.quantization_bits
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -204,10 +214,13 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dictionary that `from_json` reads."""
+        fields = asdict(self)
+        if self.engine_log_sha256 is None:
+            del fields["engine_log_sha256"]
         return sealed(
             {
                 "format_version": FORMAT_VERSION,
-                **asdict(self),
+                **fields,
                 "geometry": self.geometry.to_json(),
                 "splits": self.counts(),
                 "fingerprint": self.fingerprint,

@@ -24,6 +24,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief, shown
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
+from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, load_engine_logs
 from moe_beyond.traces.hidden_states import HiddenStates, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
 from moe_beyond.traces.parquet import read_columns
@@ -345,6 +346,22 @@ class TraceSet:
         self._download_file(ROUTERS_FILE)
         content = self._verified(ROUTERS_FILE, sha256, "file")
         return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
+
+    def engine_logs(self) -> list[EngineLog]:
+        """Read the log of the engine that recorded the set: its residency and its metrics, one log per sequence.
+
+        Returns:
+            Logs in the order of the recording; empty if the set has none.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        if (sha256 := self.manifest.engine_log_sha256) is None:
+            return []
+        self._download_file(ENGINE_FILE)
+        return load_engine_logs(
+            self._verified(ENGINE_FILE, sha256, "file"), self.geometry, f"{self.folder}/{ENGINE_FILE}"
+        )
 
     @cached_property
     def token_strings(self) -> list[str] | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from moe_beyond.json_fields import is_plain_name, shown
 from moe_beyond.pretrained import CARD_FILE
 from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.checks import first_fault
+from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, engine_table
 from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers
@@ -182,6 +183,7 @@ def open_writer(
     *,
     vocabulary: str | Path | None = None,
     routers: Routers | None = None,
+    engine_logs: Sequence[EngineLog] = (),
     shard_tokens: int = 65536,
 ) -> Iterator[TraceWriter]:
     """Write a trace set. The complete folder appears when the block ends without an error.
@@ -192,6 +194,7 @@ def open_writer(
         vocabulary: Path of a ``tokenizer.json`` that is copied into the set, so that predictors can read token strings
             (default: none).
         routers: Router weights of the model (default: none).
+        engine_logs: Log of another engine for each sequence (default: none).
         shard_tokens: Number of tokens at which a shard is closed. About 100 MB of hidden states close it too.
 
     Raises:
@@ -205,6 +208,10 @@ def open_writer(
             routers.save(temporary / ROUTERS_FILE)
             sha256 = hashlib.sha256((temporary / ROUTERS_FILE).read_bytes()).hexdigest()
             manifest = replace(manifest, routers_sha256=sha256)
+        if engine_logs:
+            pq.write_table(engine_table(engine_logs), temporary / ENGINE_FILE, compression="zstd")
+            sha256 = hashlib.sha256((temporary / ENGINE_FILE).read_bytes()).hexdigest()
+            manifest = replace(manifest, engine_log_sha256=sha256)
         writer = TraceWriter(temporary, manifest, shard_tokens)
         yield writer
         if vocabulary is not None:

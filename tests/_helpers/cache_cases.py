@@ -67,6 +67,7 @@ class Case:
     decode_starts: list[int]
     profile: UsageProfile
     ticks: tuple[int, int, int, int, int]  # of a transfer, other, an expert, and flash; experts that host memory holds
+    costs: tuple[float, float, float] = (0, 0, 0)  # ticks: a token's KV cache in a layer, a step outside, expert FLOPs
 
     def changed(self, **settings) -> "Case":
         return replace(self, settings=replace(self.settings, **settings))
@@ -77,10 +78,21 @@ class Case:
 
     def with_ticks(self, transfer: int, other: int, expert: int, flash: int = 0, host_slots: int = 0) -> "Case":
         device = ticking(transfer, other, expert, flash or None, (host_slots or 0.5) if flash else None)
-        return replace(self.changed(device=device), ticks=(transfer, other, expert, flash, host_slots))
+        case = replace(self.changed(device=device), ticks=(transfer, other, expert, flash, host_slots))
+        return case.with_costs(0, 0, 0)
+
+    def with_costs(self, cached: float, outside: float, flops: float) -> "Case":
+        kv = int(cached * TICK * 1e9 / 2) * self.geometry.num_layers if cached else None  # 2 bytes each at 1 GB/s
+        device = replace(
+            self.settings.device,
+            token_ms=outside * TICK * 1e3,
+            tflops=2e9 / (flops * TICK) / 1e12 if flops else None,
+        )
+        geometry = replace(self.geometry, kv_values_per_token=kv, other_params_per_layer=0 if flops else 10)
+        return replace(self.changed(device=device), geometry=geometry, costs=(cached, outside, flops))
 
     def on_no_device(self) -> "Case":
-        return replace(self.changed(device=None), ticks=(0, 0, 0, 0, 0))
+        return replace(self.changed(device=None), ticks=(0, 0, 0, 0, 0), costs=(0, 0, 0))
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -132,6 +144,7 @@ class Case:
         top = [int(part[3:]) for part in named if part.startswith("top")]
         above = [float(part[2:]) for part in named if part.startswith("p>")]
         transfer, other, expert, flash, host_slots = self.ticks
+        cached, outside, flops = self.costs
         return Rules(
             layers,
             experts,
@@ -158,7 +171,10 @@ class Case:
             host_slots=host_slots,
             cold_host=settings.cold_host,
             other=other * TICK,
+            cached=cached * TICK,
+            outside=outside * TICK,
             expert=expert * TICK,
+            flops=flops * TICK,
         )
 
     def reference(self) -> Outcome:
@@ -265,6 +281,10 @@ def cases(
         expert=draw(st.sampled_from([1, 2])),
         flash=draw(st.sampled_from([0, 0, 2, 5])),
         host_slots=draw(st.sampled_from([2, 0, 1, 4])),
+    ).with_costs(
+        cached=draw(st.sampled_from([0, 0, 0.5, 1])),
+        outside=draw(st.sampled_from([0, 0, 1, 4])),
+        flops=draw(st.sampled_from([0, 0, 0.5, 1])),
     )
 
 

@@ -57,7 +57,10 @@ class Rules:
     host_slots: int = 0
     cold_host: bool = False
     other: float = 0
+    cached: float = 0  # reading the keys and values of one token, by layer
+    outside: float = 0
     expert: float = 0
+    flops: float = 0  # of one expert for one token
 
     @property
     def instant(self) -> bool:
@@ -72,6 +75,7 @@ class Step:
     scores: dict  # lookahead -> Scores; empty without scores
     counted: bool
     tokens: int
+    context: int  # tokens up to its end
     first: bool  # of its sequences
 
 
@@ -122,7 +126,9 @@ def union_steps(rules: Rules, batch: list[tuple]) -> list[Step]:
                     for layer in range(rules.layers)
                 ]
         size = sum(len(tokens) for _, _, tokens in present)
-        steps.append(Step([dict(d) for d in demands], predicted, longest[i][0] >= rules.warmup, size, i == 0))
+        context = sum(tokens[-1] + 1 for _, _, tokens in present)
+        counted = longest[i][0] >= rules.warmup
+        steps.append(Step([dict(d) for d in demands], predicted, counted, size, context, i == 0))
     return steps
 
 
@@ -160,8 +166,9 @@ class ReferenceCache:
         self.has_fresh_score: dict[Expert, bool] = {}  # whether a score came after the layer's last run
         self.level: dict[Expert, int] = defaultdict(int)
         self.counts = [dict.fromkeys(COUNTERS, 0) for _ in range(rules.layers)]
-        # The interconnect and host memory.
-        self.now = self.free = self.busy = 0.0
+        # The interconnect, flash, and host memory.
+        self.now = self.free = self.flash_free = self.busy = 0.0
+        self.gap = (0.0, 0.0)  # when the link is idle before its last copy
         self.arrives: dict[Expert, float] = {}
         self.queue: list[Expert] = []
         # Host memory, the most recently moved last. Unless it is cold it begins with expert 0 of every layer, which
@@ -286,22 +293,42 @@ class ReferenceCache:
     def duration(self, expert: Expert) -> float:
         return self.rules.transfer + (0 if expert in self.host else self.rules.flash)
 
+    def way(self, expert: Expert, since: float) -> tuple[float, float]:
+        """When a transfer would begin, and when its copy would."""
+        if not self.rules.flash:
+            begins = max(self.free, since)
+            return begins, begins
+        if expert not in self.host:
+            begins = max(self.flash_free, since)
+            return begins, max(self.free, begins + self.rules.flash)
+        since = max(since, self.arrives.get(expert, 0.0) - self.rules.transfer)  # its read may not have ended
+        early = max(self.gap[0], since)
+        begins = early if early + self.rules.transfer <= self.gap[1] else max(self.free, since)
+        return begins, begins
+
     def send(self, expert: Expert, since: float) -> float:
-        begins = max(self.free, since)
-        self.busy += self.duration(expert)
-        self.free = self.arrives[expert] = begins + self.duration(expert)
+        begins, copies = self.way(expert, since)
+        if self.rules.flash and expert not in self.host:
+            self.flash_free = begins + self.rules.flash
+            if max(self.free, since) < self.flash_free:
+                self.gap = (max(self.free, since), self.flash_free)
+        elif copies < self.free:
+            self.gap = (copies + self.rules.transfer, self.gap[1])
+        self.busy += self.rules.transfer
+        self.arrives[expert] = copies + self.rules.transfer
+        self.free = max(self.free, self.arrives[expert])
         if expert in self.host:
             self.host.remove(expert)
         self.host = [*self.host, expert][-self.rules.host_slots :] if self.rules.host_slots else []
-        return self.free
+        return self.arrives[expert]
 
-    def advance(self, seconds: float) -> None:
-        """Let time pass; what waits begins, in its order, while the link is free before the end, and finds room."""
-        since, self.now = self.now, self.now + seconds
+    def advance(self, until: float) -> None:
+        """Let time pass; what waits begins, in its order, if its way is free before the end, and finds room."""
+        since, self.now = self.now, until
         for expert in list(self.queue):
             pool = self.pool_of(expert)
-            if not self.rules.instant and max(self.free, since) >= self.now:
-                break
+            if not self.rules.instant and self.way(expert, since)[0] >= self.now:
+                continue
             if self.is_full(pool) and self.members(pool) <= self.pinned:
                 continue
             self.queue.remove(expert)
@@ -338,12 +365,14 @@ class ReferenceCache:
                 < self.rules.pools[self.pool_of(expert)]
             ):
                 chosen.append(expert)
+        arrivals = [self.now]
         for expert in reversed(chosen):
             self.moment += 1
             self.enter(expert)
             self.open.add(expert)
-            self.now = self.send(expert, self.now)
+            arrivals.append(self.send(expert, self.now))
             self.counts[expert[0]]["prefetch_transfers"] += 1
+        self.now = max(arrivals)
 
     def learn(self, layer: int, scores: list[float]) -> None:
         for expert, score in enumerate(scores):
@@ -360,7 +389,7 @@ class ReferenceCache:
                 self.use(expert)
             elif expert not in self.queue:
                 self.queue.append(expert)
-        self.advance(0)
+        self.advance(self.now)
 
     def demand(self, layer: int, tokens: dict[int, int]) -> float:
         """Begin an event; return when what is resident is there."""
@@ -415,7 +444,7 @@ class ReferenceCache:
     def transfer(self, missing: list[Expert], ready: float) -> float:
         """Move in what a wave lacks; return when all of the wave is there."""
         for expert in missing:
-            ready = self.send(expert, self.now)
+            ready = max(ready, self.send(expert, self.now))
         if self.rules.policy == "belady_bypass" and missing:
             self.pinned = set()
         for expert in missing:
@@ -545,12 +574,13 @@ class ReferenceCache:
         rules, spent = self.rules, []
         for step, following in itertools.zip_longest(steps, steps[1:]):
             begins, stall = self.now, 0.0
+            other = rules.other + step.context * rules.cached
             self.start_step(step.counted)
-            self.need = [begins + (i + 1) * rules.other + i * rules.top_k * rules.expert for i in range(rules.layers)]
+            self.need = [begins + (i + 1) * other + i * rules.top_k * rules.expert for i in range(rules.layers)]
             self.publish_scores(step, following, -1)
             self.issue_prefetches(-1)
             for layer, tokens in enumerate(step.demands):
-                self.advance(rules.other)
+                self.advance(self.now + other)
                 if 0 in rules.lookaheads:  # a policy may offer scores where a window has none of its own
                     if 0 in step.scores:
                         self.learn(layer, step.scores[0][layer])
@@ -561,23 +591,28 @@ class ReferenceCache:
                     self.publish_scores(step, following, layer)
                 waves = self.waves(layer, tokens)
                 computing = len(tokens) - sum(map(len, waves))  # residents, which are of the first wave
+                each = rules.expert
+                if tokens:
+                    each = max(each, rules.flops * sum(tokens.values()) / len(tokens))
                 for number, missing in enumerate(waves, 1):
                     ready = self.transfer(missing, ready)
-                    ends = ready + rules.expert * (computing + len(missing))
+                    ends = ready + each * (computing + len(missing))
                     stall += ready - self.now
                     if number == len(waves):
                         for later in range(layer + 1, rules.layers):
                             gap = later - layer
-                            self.need[later] = ends + gap * rules.other + (gap - 1) * rules.top_k * rules.expert
+                            self.need[later] = ends + gap * other + (gap - 1) * rules.top_k * rules.expert
                         if not rules.computed:
                             self.issue_prefetches(layer)
-                    self.advance(ends - self.now)
+                    self.advance(ends)
                     self.pinned -= {(layer, expert) for expert in tokens}
                     ready, computing = self.now, 0
                 if rules.instant:
-                    self.advance(0)
+                    self.advance(self.now)
                 if rules.computed:
                     self.publish_scores(step, following, layer)
                     self.issue_prefetches(layer)
+            if rules.outside:
+                self.advance(self.now + rules.outside)
             spent.append((stall, self.now - begins - stall))
         return spent

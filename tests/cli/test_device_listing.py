@@ -49,14 +49,16 @@ def test_a_token_with_all_experts_resident(capsys, tmp_path):
         "top_k": 2,
         "params_per_expert": 1_000_000,
         "other_params_per_layer": 3_000_000,
+        "outside_params": 10_000_000,
     }
     (tmp_path / "g.json").write_text(json.dumps(geometry))
     words = ("--model", str(tmp_path / "g.json"), "--quantization", "4", "--device", "rtx3060,memory_gb_per_s=100")
     found = listed(capsys, *words)
     assert (found["model"], found["quantization_bits"]) == ("g", 4)
     [row] = found["devices"]
-    # Two layers of 3 + 2 * 1 million parameters, half a byte each, at 100 GB/s: 50 us.
-    assert row["resident_tokens_per_second"] == pytest.approx(20_000)
+    # Two layers of 3 + 2 * 1 million parameters and 10 million outside, half a byte each, at 80 % of 100 GB/s: 125 us;
+    # and 55 us for each of two layers.
+    assert row["resident_tokens_per_second"] == pytest.approx(1e6 / 235)
     assert row["transfer_ms"] == pytest.approx(0.02 + 0.5 / 25)
 
 
@@ -65,7 +67,9 @@ def test_devices_of_ones_own(capsys, tmp_path):
     words = ("--device", "rtx3060,expert_ms=0.5,other_ms=1", "--device", str(tmp_path / "mine.json"))
     changed, mine = listed(capsys, *words)["devices"]
     assert changed["name"] == "rtx3060,expert_ms=0.5,other_ms=1"
-    assert changed["resident_tokens_per_second"] == pytest.approx(1000 / (26 * (1 + 6 * 0.5)))
+    # Dense layer and head: 291 million parameters of 2 bytes at 80 % of 360 GB/s.
+    outside = 290_717_696 * 2 / 288e6
+    assert changed["resident_tokens_per_second"] == pytest.approx(1000 / (26 * (1 + 0.055 + 6 * 0.5) + outside))
     assert (mine["name"], mine["link_gb_per_s"]) == ("mine", 5)
     (tmp_path / "odd.json").write_text('{"base": "m4-max", "name": "[red]x", "source": "[/y]"}')
     assert main(["devices", "--device", str(tmp_path / "odd.json")]) == 0

@@ -79,7 +79,7 @@ def test_a_plan_keeps_to_the_devices_memory(capsys):
     plan("--target", "100tok/s", "--device", "mine.json,memory_gb=8e-5", "--json", "plan.json")
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "(at most 15 slots)" in said
-    assert "tok/s is an upper bound (MoE layers only)" in said
+    assert "tok/s is a forecast without dense layers and head and the KV cache" in said
     for answer in json.loads(Path("plan.json").read_text())["answers"]:
         assert answer["result"]["budget_slots"] <= answer["result"]["device_slots"] == 15
 

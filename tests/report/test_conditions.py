@@ -9,7 +9,7 @@ from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.strategies import grid, with_baselines
 from moe_beyond.report.html.sections.replay import format_speed
 from moe_beyond.report.html.sections.timing import verdicts
-from moe_beyond.report.tables.conditions import format_conditions
+from moe_beyond.report.tables.conditions import format_conditions, format_left_out
 from moe_beyond.report.tables.results import results_table
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import load_device
@@ -52,14 +52,19 @@ def test_a_warm_up_says_what_it_leaves_out(trace_set: TraceSet) -> None:
         ({"carry_over": True}, "each sequence starts with the cache of the previous one"),
         ({"prefill_chunk": 4}, "prompts in steps of 4 tokens; hit rate over the distinct experts of a step"),
         ({"batch_size": 2}, "prompts included, batches of 2 sequences; hit rate over"),
-        ({"device": DEVICE}, "tok/s is an upper bound (MoE layers only)"),
+        ({"device": DEVICE}, "tok/s is a forecast without dense layers and head and the KV cache"),
     ],
 )
 def test_they_follow_the_options(trace_set: TraceSet, changes: dict[str, object], words: str) -> None:
     said = format_conditions(replayed(trace_set, **changes))
     assert words in said
     assert ("empty cache" in said) == ("carry_over" not in changes)
-    assert ("upper bound" in said) == ("device" in changes)
+    assert ("forecast" in said) == ("device" in changes)
+
+
+def test_parts_without_a_time_are_named() -> None:
+    assert format_left_out([]) == ""
+    assert format_left_out(["kv_values_per_token"]) == " without the KV cache: the geometry has no kv_values_per_token"
 
 
 def test_a_warm_start_is_of_those_that_have_one(trace_set: TraceSet) -> None:

@@ -11,12 +11,9 @@ from moe_beyond.simulator.devices import (
     DEVICES,
     Device,
     device_slots,
-    expert_seconds,
     flash_seconds,
     host_slots,
     load_device,
-    other_seconds,
-    resident_seconds,
     transfer_seconds,
 )
 
@@ -30,18 +27,6 @@ def test_times_by_hand():
     assert transfer_seconds(ONE_TIER, 2e6) == pytest.approx(20e-6 + 500e-6)
     assert flash_seconds(ONE_TIER, 2e6) == 0
     assert flash_seconds(TWO_TIERS, 2e6) == pytest.approx(100e-6 + 4e-3)
-    assert other_seconds(ONE_TIER, GEOMETRY, 8) == pytest.approx(100e-6)
-    assert other_seconds(ONE_TIER, GEOMETRY, 16) == pytest.approx(200e-6)
-    assert expert_seconds(ONE_TIER, GEOMETRY, 8) == pytest.approx(20e-6)
-    assert expert_seconds(ONE_TIER, GEOMETRY, 4) == pytest.approx(10e-6)
-    assert resident_seconds(ONE_TIER, GEOMETRY, 8) == pytest.approx(3 * (100e-6 + 2 * 20e-6))
-
-
-def test_measured_times_replace_the_estimates():
-    measured = replace(ONE_TIER, other_ms=0.25, expert_ms=0.5)
-    assert other_seconds(measured, GEOMETRY, 8) == other_seconds(measured, GEOMETRY, 16) == pytest.approx(250e-6)
-    assert expert_seconds(measured, GEOMETRY, 8) == pytest.approx(500e-6)
-    assert resident_seconds(measured, GEOMETRY, 8) == pytest.approx(3 * (0.25e-3 + 2 * 0.5e-3))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +129,10 @@ def test_a_file_holds_a_device_or_what_differs_from_a_preset(tmp_path):
         ({"link_gb_per_s": "12"}, "(got '12')"),
         ({"link_gb_per_s": None}, "(got None)"),
         ({"flash_latency_us": None}, "(got None)"),
+        ({"efficiency": 0}, "efficiency must be a finite number above 0 (got 0)"),
+        ({"efficiency": 1.2}, "efficiency must be above 0 and at most 1 (got 1.2)"),
+        ({"layer_us": -1}, "layer_us must be a finite number from 0 (got -1)"),
+        ({"tflops": 0}, "tflops must be a finite number above 0 (got 0)"),
         ({"expert_ms": 0}, "expert_ms must be a finite number above 0 (got 0)"),
         ({"host_memory_gb": 16}, "host_memory_gb is given without"),
         ({"flash_gb_per_s": 3}, "flash_gb_per_s is given without"),

@@ -1,5 +1,7 @@
 """Counts and times of traces small enough to work out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from _helpers.cache_cases import TICK, replay, scored, small_geometry, ticking
@@ -9,6 +11,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import Device
 from moe_beyond.simulator.sequence import ReplaySequence
+from moe_beyond.simulator.timeline import timeline
 from moe_beyond.usage_profile import UsageProfile
 
 COLUMNS = ("hits", "misses", "demand_transfers", "prefetch_transfers", "useful_prefetches", "wasted_prefetches")
@@ -463,7 +466,7 @@ def clock(
     geometry = small_geometry(layers, 4, len(trace[0][0]))
     config = ReplaySettings(min(slots, 4 * layers), device=device or ticking(3), bits=8.0, **settings)
     scores = None if predicted is None else scored(geometry, predicted)
-    spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.array(trace), scores))
+    spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.array(trace, np.uint8), scores))
     return (
         replay(geometry, config, trace, scores),
         [tuple(int(time / TICK) for time in span[:3]) for span in spans],
@@ -592,7 +595,67 @@ def test_two_tiers(cold: bool, takes: list[int]):
     result, spans, log = clock(1, [[[e]] for e in (0, 1, 0, 2, 0, 1)], slots=1, device=device, cold_host=cold)
     assert [ready - routed for routed, ready, _ in spans] == takes
     assert [end - begin for _, begin, end, _ in log] == takes
-    assert result.link_ms_per_token == pytest.approx(sum(takes) / 6 * TICK * 1e3)
+    assert result.link_ms_per_token == pytest.approx(1 * TICK * 1e3)  # copies; flash is another resource
+
+
+def two_tiers(*moved: int, **settings):
+    """Spans and log of one event that demands these experts; host memory holds 0 and 1. A copy takes 1, a read 3."""
+    device = ticking(1, flash=3, host_memory_gb=2)
+    _, spans, log = clock(1, [[[*moved]]], device=device, **settings)
+    return spans, [row[:3] for row in log]
+
+
+def test_flash_reads_while_the_link_copies():
+    # 2 is read from 1 to 4 and copied until 5; 3 is read from 4 to 7 and copied until 8.
+    assert two_tiers(2, 3) == ([(1, 8, 10)], [(2, 1, 5), (3, 4, 8)])
+
+
+def test_copies_from_host_memory_do_not_wait_for_flash():
+    # 0 is copied from 1 to 2, while 2 is read until 4.
+    assert two_tiers(0, 2) == ([(1, 5, 7)], [(0, 1, 2), (2, 1, 5)])
+    # Host memory holds 0, 1 and 2; there are two slots. 3 is read from 1 to 4 and copied until 5: 2 leaves host memory.
+    # 0 is copied from 7 to 8, and 1 from 10 to 11: 3 leaves its slot. At 13 the event demands 2 and 3: 2 is read until
+    # 16 and copied until 17, and before that 3 is copied until 14.
+    trace = [[[3, NO_EXPERT]], [[0, NO_EXPERT]], [[1, NO_EXPERT]], [[2, 3]]]
+    _, spans, log = clock(1, trace, slots=2, device=ticking(1, flash=3, host_memory_gb=3))
+    assert spans[-1] == (13, 17, 19)
+    assert [row[:3] for row in log] == [(3, 1, 5), (0, 7, 8), (1, 10, 11), (2, 13, 17), (3, 13, 14)]
+
+
+def test_the_head_comes_after_the_last_layer_and_leaves_the_link_free():
+    # Two tokens, one layer, slots for all: 0 is there at 4 and through at 5; the head takes 2. 0 is routed at 8 and
+    # through at 9, and the head ends at 11.
+    device = replace(ticking(3), token_ms=2 * TICK * 1e3)
+    result, spans, _ = clock(1, [[[0]], [[0]]], device=device)
+    assert spans == [(1, 4, 5), (8, 8, 9)]
+    assert (result.stall_ms_per_token, result.compute_ms_per_token) == (1.5 * TICK * 1e3, 4 * TICK * 1e3)
+    seen = timeline(AB, ReplaySettings(8, device=device, bits=8.0), ReplaySequence(AB, np.array(TRACE)), 1, None)
+    assert seen.computing[-1][1] - seen.computing[-1][0] == 2 * TICK
+    assert seen.computing[-1][1] == seen.ends
+
+
+def test_reading_the_cache_of_keys_and_values_grows_with_the_context():
+    # Each token of context takes a tick in each of two layers: 1 + 1 and 1 + 2 ticks before the routing. A batch of two
+    # sequences reads both: 1 + 2 and 1 + 4.
+    geometry = replace(small_geometry(2, 4, 1), kv_values_per_token=int(2 * TICK * 1e9 / 2))
+    config = ReplaySettings(8, device=ticking(3), bits=8.0)
+    for batch, ticks in ((1, [2 * (2 + 1), 2 * (3 + 1)]), (2, [2 * (3 + 1), 2 * (5 + 1)])):
+        replaying = Replay(geometry, replace(config, batch_size=batch))
+        for _ in range(batch):
+            replaying.add(np.zeros((2, 2, 1), np.uint8))
+        assert (replaying.times.stall_compute[0][:, 1] / TICK).tolist() == ticks
+
+
+def test_many_tokens_of_an_expert_take_longer_than_its_weights():
+    # An expert's weights take 1 tick, and each token 1/2. Chunk of five tokens, 0 for four and 1 for one: 2.5 ticks for
+    # both together, but 2 for their weights. Two tokens, 0 and 1 for one each: 2 ticks.
+    device = replace(ticking(1), tflops=2e9 / (TICK / 2) / 1e12)
+    geometry = replace(small_geometry(1, 4, 1), other_params_per_layer=0)
+    config = ReplaySettings(4, device=device, bits=8.0, prefill_chunk=5)
+    for tokens, ticks in (([0, 0, 1, 0, 0], 1 + 2.5), ([1, 0], 1 + 2)):
+        replaying = Replay(geometry, config)
+        replaying.add(np.array(tokens).reshape(-1, 1, 1), None, len(tokens))
+        assert (replaying.times.stall_compute[0] / TICK).tolist() == [[2, ticks]]
 
 
 def test_host_memory_begins_with_as_many_of_every_layer():

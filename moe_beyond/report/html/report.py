@@ -43,7 +43,7 @@ def write_report(
         UserError: There is no such predictor, it does not fit the traces, or a budget or a device cannot be read.
     """
     subject = find_subject(predictor)
-    geometry, bits = traces.geometry, traces.manifest.quantization_bits
+    geometry, bits = traces.geometry, traces.manifest.bits
     loaded = [load_device(device) for device in dict.fromkeys(devices or DEFAULT_DEVICES)]
     slots = [budget_slots(budget, geometry, bits) for budget in budgets] or default_slots(geometry)
     source = from_predictor_folder(subject.folder)

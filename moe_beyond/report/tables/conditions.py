@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from moe_beyond.simulator import Result
 
-UPPER_BOUND = "tok/s is an upper bound (MoE layers only)"
+FORECAST = "tok/s is a forecast"
+PARTS = {"outside_params": "dense layers and head", "kv_values_per_token": "the KV cache"}
+"""Field of a geometry -> parts of computing whose times need it."""
 
 
 def format_conditions(results: Sequence[Result]) -> str:
@@ -14,11 +16,23 @@ def format_conditions(results: Sequence[Result]) -> str:
         results: Results of one command, at least one. They differ only in policy, prefetcher, budget and window.
     """
     clauses = [_start(results), _steps(results), format_counts(results[0])]
-    if any(result.device is not None and not result.measured for result in results):
-        clauses.append(UPPER_BOUND)
+    if timed := [result for result in results if result.device is not None and not result.measured]:
+        clauses.append(FORECAST + format_left_out(timed[0].left_out or []))
     if oversized := format_oversized(results):
         clauses.append(oversized)
     return "; ".join(clauses)
+
+
+def format_left_out(fields: Sequence[str]) -> str:
+    """Name the parts of computing that a timing model leaves out; an empty text if there are none.
+
+    Args:
+        fields: Fields that the geometry lacks.
+    """
+    if not fields:
+        return ""
+    parts = " and ".join(PARTS[name] for name in fields)
+    return f" without {parts}: the geometry has no {', '.join(fields)}"
 
 
 def format_counts(result: Result) -> str:

@@ -8,8 +8,10 @@ from rich.table import Table
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.labels import NO_VALUE
+from moe_beyond.report.tables.conditions import format_left_out
 from moe_beyond.report.tables.wrapping import WrappedTable
-from moe_beyond.simulator.devices import Device, flash_seconds, host_slots, resident_seconds, transfer_seconds
+from moe_beyond.simulator.computing import left_out, resident_seconds
+from moe_beyond.simulator.devices import Device, flash_seconds, host_slots, transfer_seconds
 
 
 def device_rows(devices: Sequence[Device], geometry: Geometry, bits: float) -> list[dict[str, Any]]:
@@ -22,9 +24,9 @@ def device_rows(devices: Sequence[Device], geometry: Geometry, bits: float) -> l
 
     Returns:
         Fields of each device, with ``transfer_ms`` and ``flash_ms`` (milliseconds per expert), ``host_slots`` (experts
-        that fit into host memory) and ``resident_tokens_per_second`` (MoE layers only, all experts resident).
+        that fit into host memory) and ``resident_tokens_per_second`` (all experts resident, empty context).
     """
-    expert_bytes = geometry.params_per_expert * bits / 8
+    expert_bytes = float(geometry.mean_expert_bytes(bits))
     return [
         {
             **device.to_json(),
@@ -78,6 +80,6 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
     numbers.caption = (
         "link: PCIe to host memory; on devices with unified memory, flash\n"
         "host: host memory in front of flash (-: all experts are directly behind the link)\n"
-        "GB = 1e9 bytes; tokens/s: MoE layers only, with room for all experts (an upper bound)"
+        f"GB = 1e9 bytes; tokens/s: with room for all experts, at an empty context{format_left_out(left_out(geometry))}"
     )
     return [numbers, sources]

@@ -188,7 +188,7 @@ def _strategy(recording: Recording) -> RunStrategy:
             raise UserError(f"{recording.traces.folder}: its {role} was an instance without a name; give --{role}")
         if not (is_hub_name(str(name)) or str(name) in list_pretrained() or Path(name).is_dir()):
             raise UserError(f"{recording.traces.folder}: its {role} {name} is not found here; give --{role}")
-    strategy = resolve_strategy(options, manifest, manifest.quantization_bits)
+    strategy = resolve_strategy(options, manifest, manifest.bits)
     for role, sha256 in recording.fingerprints.items():
         if sha256 is not None and strategy.fingerprints.get(role) != sha256:
             raise UserError(

@@ -145,7 +145,7 @@ class TraceSummary:
         bytes_per_entry: Stored bytes per entry.
         geometry: Shape of the model.
         model_id: Model that routed.
-        quantization_bits: Bits per parameter with which the model ran.
+        quantization_bits: Bits per parameter with which the model ran; None if unknown.
         tokenizer: Name of the tokenizer.
         author: Author of the text, as in `moe_beyond.traces.manifest.Manifest`.
         source: Origin of the prompts.
@@ -167,7 +167,7 @@ class TraceSummary:
     bytes_per_entry: float
     geometry: Geometry
     model_id: str
-    quantization_bits: float
+    quantization_bits: float | None
     tokenizer: str
     author: str
     source: str

@@ -58,6 +58,7 @@ FORMATS: Registry[Format] = Registry(
         "llama-cpp": "moe_beyond.traces.formats.llama_cpp:FORMAT",
         "flame-moe": "moe_beyond.traces.formats.flame_moe:FORMAT",
         "jsonl": "moe_beyond.traces.formats.jsonl:FORMAT",
+        "route-trace": "moe_beyond.traces.formats.route_trace:FORMAT",
         "libcachesim": "moe_beyond.traces.formats.libcachesim:FORMAT",
     },
 )

@@ -43,6 +43,8 @@ class Format:
         fields: Fields of a recording and files next to it, one line each, for the help of `moe-beyond import`.
         example: Three lines of a recording.
         options: Further keywords of the reader.
+        describes_model: Whether a recording describes its model, so that the reader's preset may be None (default:
+            False).
     """
 
     summary: str
@@ -51,6 +53,7 @@ class Format:
     fields: tuple[str, ...] = ()
     example: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
+    describes_model: bool = False
 
     def describe(self, name: str) -> list[str]:
         """Return the lines of help.

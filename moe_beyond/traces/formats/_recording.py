@@ -13,6 +13,7 @@ import numpy.typing as npt
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Preset
 from moe_beyond.traces.copies import text_digest
+from moe_beyond.traces.engine_log import EngineLog
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.splits import parse_blocks, validation_numbers, without_copies
@@ -36,6 +37,7 @@ class Recording:
         author: Author of the text, as in `moe_beyond.traces.manifest.Manifest`.
         token_ids: File -> recorded token ids, which are checked before anything is written; None if the recording has
             none. All token ids of the traces are 0 then.
+        engine_logs: Log of the engine for each sequence (default: none).
     """
 
     source: str
@@ -43,6 +45,7 @@ class Recording:
     traces: Iterable[Trace]
     author: str
     token_ids: Mapping[str, npt.NDArray[np.integer[Any]]] | None
+    engine_logs: Sequence[EngineLog] = ()
 
 
 def recording_reader(read: Callable[..., Recording]) -> Callable[..., TraceSet]:
@@ -62,7 +65,7 @@ def import_recording(
     *,
     tokenizer: str | None = None,
     val_blocks: str | None = None,
-    quantization_bits: float = 16.0,
+    quantization_bits: float | None = 16.0,
     progress: Progress = lambda done, total: None,
     **options: Any,
 ) -> TraceSet:
@@ -76,7 +79,7 @@ def import_recording(
         tokenizer: Tokenizer of the token ids (default: that of the preset).
         val_blocks: ``SIZE:EVERY``: validation gets one in EVERY blocks of SIZE consecutive sequences, without exact
             copies of training sequences (default: one split, ``train``).
-        quantization_bits: Bits per parameter with which the model ran.
+        quantization_bits: Bits per parameter with which the model ran; None if the geometry has only bytes.
         progress: Called with the number of read parts and their total.
         **options: Options of the format.
 
@@ -101,7 +104,8 @@ def import_recording(
     if recording.token_ids is not None:
         check_token_ids(recording.token_ids, manifest.tokenizer)
     held_out = set() if blocks is None else validation_numbers(dict(enumerate(recording.lengths)), *blocks)
-    with open_writer(out, manifest, vocabulary=None if vocabulary is None else vocabulary.path) as writer:
+    vocabulary_path = None if vocabulary is None else vocabulary.path
+    with open_writer(out, manifest, vocabulary=vocabulary_path, engine_logs=recording.engine_logs) as writer:
         write_splits(writer, recording.traces, held_out, manifest=manifest, folder=Path(out).parent, source=str(source))
         if writer.tokens != (tokens := sum(recording.lengths)):
             raise UserError(f"{source}: {tokens} tokens were read but {writer.tokens} written; report this as a bug")

@@ -51,8 +51,9 @@ def caveats_section(
             "another model, and treats all experts as equally popular."
         ),
         "speed": f"Computed by a timing model, not measured ({', '.join(devices)}). The model has one interconnect "
-        "with bandwidth, latency and a queue, and computes at the memory's nominal bandwidth. It covers MoE layers "
-        "only, so speeds are upper bounds. Use them to compare strategies.",
+        "with bandwidth, latency and a queue. Computing reads weights and KV cache at a share of the memory's nominal "
+        "bandwidth, and each layer has a fixed cost. Dense layers, head and KV cache count if the geometry has their "
+        "sizes. Speeds are forecasts; a run measures.",
         "validity": "Expert ids are specific to this checkpoint of the model, its tokenizer and its quantisation.",
         "output": "Predictions never change the model's output: the router selects the experts. A wrong prediction "
         "only costs time.",

@@ -43,9 +43,9 @@ def timing_section(results: Sequence[Result], devices: Sequence[Device], geometr
         "Estimated speed on devices",
         prose=[
             "The same strategies with a timing model. A prefetch occupies the interconnect, and the layer waits for "
-            "late experts, so hit rates are lower than above. Speeds are upper bounds: they cover MoE layers only. A "
-            "vertical line marks the budget that fills the device's memory, next to the other weights of the MoE "
-            "layers and an eighth kept free. The tables mark larger budgets.",
+            "late experts, so hit rates are lower than above. A vertical line marks the budget that fills the "
+            "device's memory, next to the other weights of the MoE layers and an eighth kept free. The tables mark "
+            "larger budgets.",
             *verdicts(results),
         ],
         charts=charts,
