@@ -27,6 +27,7 @@ from moe_beyond.runtime.slots.kernels import ATTRIBUTE, SlotKernel, refuse_compi
 from moe_beyond.runtime.slots.mover import Mover
 from moe_beyond.runtime.slots.pool import SlotPool
 from moe_beyond.runtime.stepping.controller import make_controller
+from moe_beyond.runtime.stepping.ledger import make_ledger
 from moe_beyond.runtime.stepping.sequences import SequenceLog
 from moe_beyond.runtime.stepping.states import watch_states
 from moe_beyond.runtime.stepping.telemetry import Telemetry
@@ -102,8 +103,8 @@ class OffloadedRun:
         self.demanded = 0
         self._layers, self._state_modules = layers, state_modules
         self.pool = SlotPool(strategy.settings.slots, store.layouts, input_device(model))
-        self._controller = make_controller(geometry, strategy, self.pool, self.telemetry)
-        self.cache = self._controller.cache
+        self._ledger = make_ledger(geometry, strategy, self.pool, self.telemetry)
+        self.cache = self._ledger.cache
         self._keeps_store = keeps_store
         self.readers, self._timeout_s = readers, timeout_s
         self._block = ExitStack()
@@ -134,14 +135,13 @@ class OffloadedRun:
             block.callback(self.pool.free)
             copier = make_copier(self.pool, self.store)
             block.callback(copier.close)
-            self._controller.copier = copier
             mover = Mover(
-                self.store, copier, next_prefetch=self._controller.next_prefetch,
-                arrived=self._controller.arrived, readers=self.readers, timeout_s=self._timeout_s,
+                self.store, copier, next_prefetch=self._ledger.next_prefetch, arrived=self._ledger.arrived,
+                readers=self.readers, timeout_s=self._timeout_s,
             )  # fmt: skip
             block.callback(mover.close)
             weakref.finalize(self, mover.close)  # for a run that is dropped without an exit
-            self._controller.mover = mover
+            self._controller = make_controller(self.geometry, self.strategy, self._ledger, mover, copier)
             for layer, experts in self._layers.items():
                 self._take_experts(block, layer, experts)
             block.enter_context(slot_kernels())
