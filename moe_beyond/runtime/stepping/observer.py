@@ -131,6 +131,4 @@ def make_observer(strategy: RunStrategy) -> Observer:
     """
     if strategy.predictor is None:
         return Observer()
-    return Observer(
-        SequenceScorer(strategy.predictor), after_computing=strategy.settings.available_after == "computed"
-    )
+    return Observer(SequenceScorer(strategy.predictor), after_computing=strategy.settings.available_after == "computed")
