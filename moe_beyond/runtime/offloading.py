@@ -157,7 +157,7 @@ def load_offloaded(
         raise unknown("tier", tier, TIERS)
     if tier == "host" and direct_io:
         raise UserError(
-            "direct-io: reads experts from the disk during the run (got tier host); leave it out, or choose tier disk"
+            "direct I/O: reads experts from the disk during the run (got tier host); leave it out, or choose tier disk"
         )
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

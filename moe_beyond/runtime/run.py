@@ -117,7 +117,7 @@ class OffloadedRun:
         self.readers, self._timeout_s = readers, timeout_s
         self._block = ExitStack()
         self._entered = False
-        self._thread: int | None = None  # the one that runs a forward
+        self._thread: int | None = None  # identity of the thread of the running forward
         # Converting a model changes its parameters in place, but not the experts outside of it.
         self._kept = next(model.parameters())
         self._kept_form = self._kept.dtype, self._kept.device

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moe_beyond.collect.devices import placement
-from moe_beyond.collect.load import Checkpoint, open_checkpoint
+from moe_beyond.collect.load import EXPERTS_FILE, Checkpoint, open_checkpoint
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
@@ -18,7 +18,6 @@ from moe_beyond.runtime.offloading import load_offloaded
 from moe_beyond.runtime.records.recording import write_recording
 from moe_beyond.runtime.records.summary import replayed_baselines, summary_json, summary_lines, whole_model_bytes
 from moe_beyond.runtime.run import OffloadedRun
-from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE
 from moe_beyond.simulator import Result
 
 
@@ -134,7 +133,7 @@ def run_session(
 def _write_files(
     run: OffloadedRun, options: SessionOptions, generations: Sequence[Generation], figures: dict[str, Any]
 ) -> Iterator[UserError]:
-    """Write the recording and the log of predictions; yield the errors, because the figures are worth showing."""
+    """Write the recording and the log of predictions; yield the errors, so that the figures are shown."""
     try:
         if options.trace is not None:
             write_recording(run, options.trace, generations, options.sampling, options.source, figures)

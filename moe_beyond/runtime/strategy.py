@@ -149,7 +149,7 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
         profile = load_profile(folder, manifest, manifest.model_id)
         fingerprints["profile"] = _fingerprint(folder)
     elif "profile" in settings.needs:
-        raise UserError(f"policy {options.policy}: needs the popularity of experts in training text; give --profile")
+        raise UserError(f"policy {options.policy}: needs the popularity of experts in training text; give a profile")
     return RunStrategy(settings, predictor, profile, _notices(options, slots, geometry), options, fingerprints)
 
 
@@ -169,7 +169,7 @@ def resolve_predict_only(options: StrategyOptions, manifest: Manifest, slot_bits
             lookahead, or an option is wrong as `resolve_strategy` explains.
     """
     if options.predictor is None:
-        raise UserError("predict-log: needs a predictor to score (got none); give --predictor")
+        raise UserError("predict-log: needs a predictor to score (got none); give one")
     if reads_scores(options.policy):
         raise UserError(
             f"predict-log: its predictor does not act, and policy {options.policy} reads scores; choose another "
@@ -206,9 +206,9 @@ def _check_needs_no_scores(policy: str, prefetch: str) -> None:
         UserError: The policy or the prefetcher needs scores.
     """
     if parse_prefetch(prefetch).prefetcher.reads_scores and not offers_scores(policy):
-        raise UserError(f"prefetch {prefetch!r} needs scores; give --predictor")
+        raise UserError(f"prefetch {prefetch!r} needs scores; give a predictor")
     if "scores" in load_policy(policy).NEEDS:
-        raise UserError(f"policy {policy} needs scores; give --predictor, such as a fitted eamc")
+        raise UserError(f"policy {policy} needs scores; give a predictor, such as a fitted eamc")
 
 
 def _predictor(predictor: "Predictor | str | Path") -> "tuple[Predictor, str, str | None, str | None]":

@@ -364,6 +364,32 @@ def test_one_thread_at_a_time():
     assert torch.equal(done, expected)
 
 
+def test_an_interrupted_forward_leaves_the_model_to_other_threads() -> None:
+    model = tiny_model("OlmoeForCausalLM")
+    with torch.inference_mode():
+        expected = model(IDS).logits
+    results: list[Any] = []
+
+    def forward() -> None:
+        try:
+            with torch.inference_mode():
+                results.append(model(IDS).logits)
+        except UserError as error:
+            results.append(error)
+
+    with offload(model, budget="50%") as run:
+        for layer in (0, LAYERS - 1):
+            handle = model.model.layers[layer].register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+                model(IDS)
+            handle.remove()
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+            assert torch.equal(results.pop(), expected)
+        assert run.log.unlogged == 1  # the second one had computed its last layer
+
+
 def test_a_model_is_not_converted_copied_or_saved_in_part_during_a_run(tmp_path):
     model = tiny_model("OlmoeForCausalLM")
     with offload(model, budget="50%"), torch.inference_mode():

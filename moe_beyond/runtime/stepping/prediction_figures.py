@@ -124,7 +124,7 @@ def partners(count: int, seed: int) -> npt.NDArray[np.int64]:
 
     Args:
         count: Number of tokens.
-        seed: Random seed.
+        seed: Seed of the random numbers.
 
     Returns:
         Number of the other token, ``(count,)``; empty for fewer than two tokens.
