@@ -99,18 +99,35 @@ def check_json(path: str | None) -> None:
     Raises:
         UserError: ``--json`` names a folder, or a file below a file or in a folder that cannot be written to.
     """
-    if path in (None, "-"):
+    if path == "":
+        raise UserError("--json: the name of the file is empty; name a file, or - for standard output")
+    if path != "-":
+        check_file("--json", path)
+
+
+def check_file(option: str, path: str | None) -> None:
+    """Refuse a file that cannot be written, before anything takes long.
+
+    Args:
+        option: Option that names the file.
+        path: Name of the file; None for none.
+
+    Raises:
+        UserError: The name is empty or that of a folder, or the file is below a file or in a folder that cannot be
+            written to.
+    """
+    if path is None:
         return
     if not path:
-        raise UserError("--json: the name of the file is empty; name a file, or - for standard output")
+        raise UserError(f"{option}: the name of the file is empty; name a file")
     file = Path(path)
     if file.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file")
+        raise UserError(f"{option} {path}: is a folder; name a file")
     ancestor = next(folder for folder in (*file.parents, Path()) if folder.exists())
     if not ancestor.is_dir():
-        raise UserError(f"--json {path}: {ancestor} is a file, not a folder; name another place")
+        raise UserError(f"{option} {path}: {ancestor} is a file, not a folder; name another place")
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise UserError(f"--json {path}: {ancestor} cannot be written to; name another place")
+        raise UserError(f"{option} {path}: {ancestor} cannot be written to; name another place")
 
 
 class Output:

@@ -1,9 +1,11 @@
 """The parser of a command, whose errors are one line that names the option and the remedy."""
 
 import inspect
+import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
@@ -216,9 +218,31 @@ def _value_message(parser: CommandParser, key: str, message: str, error: BaseExc
         value = value or _flat(message.rpartition("Given value: ")[2])
         if (names := class_names(type_hint)) and CLASS_NAME.fullmatch(value):
             return f"{option}: {unknown('class', value, names)}"
-        return f"{option}: expects {' or '.join(describe_type(type_hint))} (got {value!r})"
+        value = _typed(parser, option) or value
+        return f"{option}: expects {' or '.join(describe_type(type_hint))} (got {value!r}){_number_hint(value)}"
     reason = reason.removeprefix(f'Parser key "{key}": ')
     return f"{option}: {reason}" + (f" (got {value!r})" if value else "")
+
+
+def _typed(parser: CommandParser, option: str) -> str | None:
+    """Return the value of an option as it was typed: YAML reads ``1e3`` as 1000.0; None if it was not typed."""
+    typed = None
+    for argument, following in zip_longest(parser.given, parser.given[1:]):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            typed = value if equals else following
+    return typed
+
+
+def _number_hint(value: str) -> str:
+    """Return advice for a number in a form that an option does not accept."""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return "; give a finite number"
+    return f"; write {int(number)}" if number.is_integer() else ""
 
 
 def _nested_message(parser: CommandParser, option: str, key: str, message: str, inner: str) -> str:

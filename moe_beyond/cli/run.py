@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
-from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, command_parser, print_error
+from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, check_file, command_parser, print_error
 from moe_beyond.cli.replay_options import PREDICTOR_HELP, choices, quoted
 from moe_beyond.collect.config import DTYPES
 from moe_beyond.collect.out_folder import check_out
@@ -81,6 +81,12 @@ def build_parser() -> ArgumentParser:
         "--trace",
         metavar="DIR",
         help="trace set to write, with the telemetry of every layer; `moe-beyond replay --as-run` repeats it",
+    )
+    parser.add_argument(
+        "--predict-log",
+        metavar="FILE",
+        help="JSON file for the recall and the gate mass of the predictor, which then does not act, and the bytes that "
+        "its prefetches would move, by layer (default: the predictor acts)",
     )
     parser.add_argument(
         "--check",
@@ -176,6 +182,7 @@ def main(argv: list[str]) -> None:
     output = Output(args)
     if args.trace:
         check_out(Path(args.trace))
+    check_file("--predict-log", args.predict_log)
     # Imported here, so that help and completion do not wait for them.
     from moe_beyond.report.tables.results import results_table
     from moe_beyond.runtime.generation import Sampling
@@ -188,7 +195,8 @@ def main(argv: list[str]) -> None:
     options = SessionOptions(
         args.model, args.revision, args.device, args.dtype, loading={name: args[name] for name in LOADING},
         sampling=Sampling(args.max_new_tokens, args.temperature, args.seed),
-        trace=Path(args.trace) if args.trace else None, source=_source(args), check=args.check,
+        trace=Path(args.trace) if args.trace else None,
+        predict_log=Path(args.predict_log) if args.predict_log else None, source=_source(args), check=args.check,
     )  # fmt: skip
     texts = _messages() if args.chat else _prompts(args, notify)
     refused: list[UserError] = []
@@ -206,6 +214,10 @@ def main(argv: list[str]) -> None:
     if session.comparison is not None:
         output.show(str(session.comparison))
     output.result({"results": [result.to_json() for result in session.results], "run": session.figures})
+    for error in session.unwritten:
+        print_error(error)
+    if session.unwritten:
+        raise SystemExit(2)
     if session.comparison is not None and not session.comparison.identical:
         raise SystemExit(1)
 
@@ -265,5 +277,7 @@ def _check(args: Namespace) -> None:
     for option, number in (("--max-prompts", args.max_prompts), ("--readers", args.readers)):
         if number is not None and number < 1:
             raise UserError(f"{option}: must be at least 1 (got {number})")
+    if args.predict_log is not None and args.predictor is None:
+        raise UserError("--predict-log: needs a predictor to score (got none); give --predictor")
     if args.max_prompts is not None and args.prompts is None:
         raise UserError("--max-prompts: needs --prompts; leave it out")

@@ -40,11 +40,11 @@ def placement(name: str | None) -> str | dict[str, Any]:
     if name.endswith(".json"):
         device_map = read_json(name)
         if not isinstance(device_map, dict) or not all(isinstance(place, str | int) for place in device_map.values()):
-            raise UserError(f'--device {name}: is not a device map; write {{"MODULE": "cpu", "MODULE": "disk", ...}}')
+            raise UserError(f'device {name}: is not a device map; write {{"MODULE": "cpu", "MODULE": "disk", ...}}')
         for module, place in device_map.items():
             if place not in (*names, *range(_count()), _accelerator(), "disk"):
                 raise UserError(
-                    f"--device {name}: no such device for {module} (got {place!r}); choose one of: {', '.join(names)}, "
+                    f"device {name}: no such device for {module} (got {place!r}); choose one of: {', '.join(names)}, "
                     "disk"
                 )
         _check_accelerate(name)
@@ -69,7 +69,7 @@ def one_device(name: str | None) -> str:
     names = devices()
     if name == AUTO or (name is not None and name.endswith(".json")):
         raise UserError(
-            f"--device {name}: an offloaded model has one device; leave it out, or choose one of: {', '.join(names)}"
+            f"device {name}: an offloaded model has one device; leave it out, or choose one of: {', '.join(names)}"
         )
     if name is not None and name not in (*names, _accelerator() or None):
         raise _no_such_device(name, names)
@@ -80,13 +80,13 @@ def one_device(name: str | None) -> str:
 
 def _no_such_device(name: str, choices: list[str]) -> UserError:
     reason = "" if _count() else " (this PyTorch sees no GPU)"
-    return UserError(f"--device {name}: this machine has no such device{reason}; choose one of: {', '.join(choices)}")
+    return UserError(f"device {name}: this machine has no such device{reason}; choose one of: {', '.join(choices)}")
 
 
 def _check_accelerate(name: str) -> None:
     if find_spec("accelerate") is None:
         raise UserError(
-            f"--device {name}: needs accelerate, which is not installed; run: pip install 'moe-beyond[offload]', or "
+            f"device {name}: needs accelerate, which is not installed; run: pip install 'moe-beyond[offload]', or "
             f"choose one of: {', '.join(devices())}"
         )
 

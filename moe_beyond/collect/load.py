@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+EXPERTS_FILE = "experts.safetensors"
+"""Experts of a model that `moe-beyond pack` has written."""
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 """Patterns of a model's files other than weights: configurations, tokenizers, chat templates. No code, no pickle."""
 MAX_LISTED = 3
@@ -105,7 +107,7 @@ class Checkpoint:
             return model if options else model.to(device)  # type: ignore[no-any-return]
 
     def fetch_weights(self) -> None:
-        """Download the weight files that the index of a Hub model lists.
+        """Download the weight files that the index of a Hub model lists, and the experts of a packed one.
 
         Raises:
             UserError: A file cannot be downloaded.
@@ -113,7 +115,7 @@ class Checkpoint:
         if self.repository is None:
             if not any(self.folder.glob("*.safetensors")) and any(self.folder.glob("*.bin")):
                 raise UserError(
-                    f"--model {self.name}: has only pickled weights (.bin), which may run code; convert them in an "
+                    f"model {self.name}: has only pickled weights (.bin), which may run code; convert them in an "
                     "isolated environment: load the model with transformers, then call save_pretrained"
                 )
             return
@@ -126,8 +128,10 @@ class Checkpoint:
             files = {str(file) for file in weight_map.values()}
         if all((self.folder / file).is_file() for file in files):  # the files of a commit never change
             return
-        commit = HubName(self.repository.repository, self.folder.name)
-        snapshot(commit, "model", sorted(files), shown=f"--model {self.name}")
+        commit, shown = HubName(self.repository.repository, self.folder.name), f"model {self.name}"
+        # No index lists the experts of a packed model. They come first: when the weights are here, they are, too.
+        snapshot(commit, "model", [EXPERTS_FILE], shown=shown)
+        snapshot(commit, "model", sorted(files), shown=shown)
         for file in sorted(files):
             if not (self.folder / file).is_file():
                 raise UserError(
@@ -151,17 +155,17 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder, repository = _find(name, revision)
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"--model {name}: has no {CONFIG_FILE}; give the folder of a transformers model")
+        raise UserError(f"model {name}: has no {CONFIG_FILE}; give the folder of a transformers model")
     with one_line_errors(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except KeyError as error:  # a JSON file that is no tokenizer
             raise UserError(
-                f"--model {name}: its tokenizer files lack {error}; give the tokenizer files of the model"
+                f"model {name}: its tokenizer files lack {error}; give the tokenizer files of the model"
             ) from error
     if not tokenizer.get_vocab():
-        raise UserError(f"--model {name}: its tokenizer has no tokens; give the tokenizer files of the model")
+        raise UserError(f"model {name}: its tokenizer has no tokens; give the tokenizer files of the model")
     if repository is not None and "@" in name:
         revision = repository.revision
     return Checkpoint(name, folder, repository, revision, config, tokenizer)
@@ -224,29 +228,29 @@ def _find(name: str, revision: str | None) -> tuple[Path, HubName | None]:
     if is_hub_name(name):
         hub_name = parse_hub_name(name)
         if revision is not None and "@" in name:
-            raise UserError(f"--model {name}: has a revision, and --revision {revision} is another; give one of them")
+            raise UserError(f"model {name}: has a revision, and revision {revision} is another; give one of them")
         return _download(name, HubName(hub_name.repository, revision or hub_name.revision))
     if path.is_file():
-        raise UserError(f"--model {name}: is a file; give its folder")
+        raise UserError(f"model {name}: is a file; give its folder")
     if not path.is_dir() and name in (bundled := bundled_models()):
         path = shipped_folder(name)
     if path.is_dir():
         if revision is not None:
-            raise UserError(f"--revision {revision}: --model {name} is a folder, which has no revisions; leave it out")
+            raise UserError(f"revision {revision}: model {name} is a folder, which has no revisions; leave it out")
         return path, None
     if "/" not in name and not looks_local(name):
         near = near_path(name)
         if near is not None and near.is_dir():
-            raise UserError(f"--model {name}: there is no such folder; did you mean {near}?")
-        raise UserError(f"--model: {unknown('model', name, bundled)}; give a folder, or a name on the Hub: ORG/REPO")
+            raise UserError(f"model {name}: there is no such folder; did you mean {near}?")
+        raise UserError(f"{unknown('model', name, bundled)}; give a folder, or a name on the Hub: ORG/REPO")
     if looks_local(name) or not REPOSITORY.fullmatch(name):
-        raise UserError(f"--model {no_such_file(name, 'folder', hint='a model on the Hub is ORG/REPO')}")
+        raise UserError(f"model {no_such_file(name, 'folder', hint='a model on the Hub is ORG/REPO')}")
     return _download(name, HubName(name, revision or "main"))
 
 
 def _download(name: str, repository: HubName) -> tuple[Path, HubName]:
     complete = repository.revision == "main" or "@" in name
-    shown = f"--model {name}" if complete else f"--model {name} at --revision {repository.revision}"
+    shown = f"model {name}" if complete else f"model {name} at revision {repository.revision}"
     try:
         return snapshot(repository, "model", SMALL_FILES, shown=shown), repository
     except UserError as error:
@@ -267,13 +271,13 @@ def check_loaded(name: str, report: Mapping[str, Any]) -> None:
     """
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"--model {name}: its files lack {_listed(missing)}, which would be random; give the complete checkpoint "
+            f"model {name}: its files lack {_listed(missing)}, which would be random; give the complete checkpoint "
             "of the model"
         )
     if mismatched := sorted(report["mismatched_keys"]):
         keys = [f"{key} is {list(stored)}, not {list(needed)}" for key, stored, needed in mismatched]
         raise UserError(
-            f"--model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_listed(keys)}); give the "
+            f"model {name}: its weights do not have the shapes of its {CONFIG_FILE} ({_listed(keys)}); give the "
             "complete files of one model"
         )
 
@@ -307,12 +311,12 @@ def one_line_errors(name: str) -> Iterator[None]:
     except Exception as error:  # for damaged files libraries raise any exception, tokenizers a bare `Exception`
         if "trust_remote_code" in str(error):  # transformers' message for an architecture that it lacks
             raise UserError(
-                f"--model {name}: needs Python code of the checkpoint ({CODE_FIELD}), which is never run; give a model "
+                f"model {name}: needs Python code of the checkpoint ({CODE_FIELD}), which is never run; give a model "
                 "whose architecture transformers has"
             ) from error
         if "CONVERSION" in str(error):  # the message refers to a report that is not shown
             raise UserError(
-                f"--model {name}: its files lack a weight, or one has the wrong shape; give the complete checkpoint of "
+                f"model {name}: its files lack a weight, or one has the wrong shape; give the complete checkpoint of "
                 "the model"
             ) from error
-        raise UserError(f"--model {name}: cannot be loaded ({brief(error)})") from error
+        raise UserError(f"model {name}: cannot be loaded ({brief(error)})") from error

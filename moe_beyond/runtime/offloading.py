@@ -18,13 +18,13 @@ from moe_beyond.json_fields import shown
 from moe_beyond.runtime.experts import ExpertsLayer, experts_per_token, find_offloadable, runtime_geometry
 from moe_beyond.runtime.options import READERS, TIERS
 from moe_beyond.runtime.run import TIMEOUT_S, OffloadedRun
-from moe_beyond.runtime.slots.kernels import ATTRIBUTE
+from moe_beyond.runtime.slots.registry import ATTRIBUTE
 from moe_beyond.runtime.stepping.states import state_modules
 from moe_beyond.runtime.storage.bare_loading import load_bare
 from moe_beyond.runtime.storage.checkpoint_index import index_checkpoint
 from moe_beyond.runtime.storage.disk_store import DiskStore
 from moe_beyond.runtime.storage.store import ExpertStore, HostStore
-from moe_beyond.runtime.strategy import StrategyOptions, resolve_strategy
+from moe_beyond.runtime.strategy import RunStrategy, StrategyOptions, resolve_predict_only, resolve_strategy
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.version import __version__
 
@@ -47,6 +47,7 @@ def offload(
     readers: int = READERS,
     timeout_s: float = TIMEOUT_S,
     keep_rows: bool = False,
+    predict_only: bool = False,
 ) -> OffloadedRun:
     """Move the experts of a loaded model into slots when they are needed.
 
@@ -67,6 +68,8 @@ def offload(
         readers: Number of threads that move experts (default: 4).
         timeout_s: Seconds without progress after which a forward that waits fails (default: 60).
         keep_rows: Whether telemetry is kept for every event (default: False).
+        predict_only: Whether the predictor scores without acting; ``run.predictions`` then has its figures, and those
+            of the prefetches that it would cause (default: False).
 
     Returns:
         The run, to be used as a context manager.
@@ -86,8 +89,9 @@ def offload(
     options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope)
     manifest = describe_model(model, layers)
     store = HostStore.of_model(layers)
-    strategy = resolve_strategy(options, manifest, slot_bits(store, manifest.geometry))
-    modules = _state_modules(strategy.predictor, layers, lambda: find_routers(model))
+    resolve = resolve_predict_only if predict_only else resolve_strategy
+    strategy = resolve(options, manifest, slot_bits(store, manifest.geometry))
+    modules = _state_modules(strategy, layers, lambda: find_routers(model))
     return OffloadedRun(
         model, layers, store, strategy, manifest, modules, readers=readers, timeout_s=timeout_s, keep_rows=keep_rows
     )
@@ -111,6 +115,7 @@ def load_offloaded(
     readers: int = READERS,
     timeout_s: float = TIMEOUT_S,
     keep_rows: bool = False,
+    predict_only: bool = False,
 ) -> OffloadedRun:
     """Load a model without its experts, and read each expert when it is needed.
 
@@ -137,6 +142,8 @@ def load_offloaded(
         readers: Number of threads that read experts (default: 4).
         timeout_s: Seconds without progress after which a forward that waits fails (default: 60).
         keep_rows: Whether telemetry is kept for every event (default: False).
+        predict_only: Whether the predictor scores without acting; ``run.predictions`` then has its figures, and those
+            of the prefetches that it would cause (default: False).
 
     Returns:
         The run, to be used as a context manager; ``run.model`` and ``run.tokenizer`` are the model and its tokenizer.
@@ -150,7 +157,7 @@ def load_offloaded(
         raise unknown("tier", tier, TIERS)
     if tier == "host" and direct_io:
         raise UserError(
-            "--direct-io: reads experts from the disk during the run (got tier host); leave it out, or choose tier disk"
+            "direct I/O: reads experts from the disk during the run (got tier host); leave it out, or choose tier disk"
         )
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -161,7 +168,8 @@ def load_offloaded(
     try:
         manifest = describe_model(model, layers, checkpoint.tokenizer, checkpoint.model_id, checkpoint.revision)
         options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope)
-        strategy = resolve_strategy(options, manifest, slot_bits(store, manifest.geometry))
+        resolve = resolve_predict_only if predict_only else resolve_strategy
+        strategy = resolve(options, manifest, slot_bits(store, manifest.geometry))
 
         def routers() -> dict[int, Router]:
             plain = resolve_strategy(
@@ -170,7 +178,7 @@ def load_offloaded(
             with OffloadedRun(model, layers, store, plain, manifest, keeps_store=True):
                 return find_routers(model)
 
-        modules = _state_modules(strategy.predictor, layers, routers)
+        modules = _state_modules(strategy, layers, routers)
         if tier == "host":
             with closing(store) as files:
                 store = HostStore.filled(files, layers[0].num_experts)
@@ -197,9 +205,10 @@ def _refuse_calls_without_experts(model: nn.Module, layers: Mapping[int, Experts
 
 
 def _state_modules(
-    predictor: "Predictor | None", layers: Mapping[int, ExpertsLayer], routers: Callable[[], Mapping[int, Router]]
-) -> "dict[int, nn.Module] | None":
-    """Return the modules that receive the hidden states that a predictor reads; None if it reads none."""
+    strategy: RunStrategy, layers: Mapping[int, ExpertsLayer], routers: Callable[[], Mapping[int, Router]]
+) -> dict[int, nn.Module] | None:
+    """Return the modules that receive the hidden states that the predictor reads; None if it reads none."""
+    predictor = (strategy.scored or strategy).predictor
     states = None if predictor is None else predictor.information.hidden_states
     if states is None:
         return None

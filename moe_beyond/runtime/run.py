@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,10 +24,13 @@ from moe_beyond.runtime.memory import Memory, memory_of
 from moe_beyond.runtime.options import READERS
 from moe_beyond.runtime.result import run_result
 from moe_beyond.runtime.slots.copies import make_copier
-from moe_beyond.runtime.slots.kernels import ATTRIBUTE, SlotKernel, refuse_compilation, slot_kernels
+from moe_beyond.runtime.slots.kernels import SlotKernel
 from moe_beyond.runtime.slots.mover import Mover
 from moe_beyond.runtime.slots.pool import SlotPool
+from moe_beyond.runtime.slots.registry import ATTRIBUTE, refuse_compilation, slot_kernels
 from moe_beyond.runtime.stepping.controller import make_controller
+from moe_beyond.runtime.stepping.ledger import make_ledger
+from moe_beyond.runtime.stepping.prediction_log import PredictionLog
 from moe_beyond.runtime.stepping.sequences import SequenceLog
 from moe_beyond.runtime.stepping.states import watch_states
 from moe_beyond.runtime.stepping.telemetry import Telemetry
@@ -73,6 +77,7 @@ class OffloadedRun:
         store: Source of the experts.
         telemetry: Times and bytes of the run.
         log: Sequences that the model has read.
+        predictions: Figures of a predictor that scores without acting; None without one.
         demanded: Number of experts that were demanded, token by token.
         readers: Number of threads that read experts.
     """
@@ -102,14 +107,17 @@ class OffloadedRun:
         self.demanded = 0
         self._layers, self._state_modules = layers, state_modules
         self.pool = SlotPool(strategy.settings.slots, store.layouts, input_device(model))
-        self._controller = make_controller(geometry, strategy, self.pool, self.telemetry)
-        self.cache = self._controller.cache
+        self._ledger = make_ledger(geometry, strategy, self.pool, self.telemetry)
+        self.cache = self._ledger.cache
+        self.predictions = None
+        if strategy.scored is not None:
+            sizes = [store.layouts[layer].nbytes for layer in range(geometry.num_layers)]
+            self.predictions = PredictionLog(geometry, strategy.scored, self.cache, sizes)
         self._keeps_store = keeps_store
         self.readers, self._timeout_s = readers, timeout_s
         self._block = ExitStack()
         self._entered = False
-        self._forward_began: float | None = None
-        self._forward_thread = 0
+        self._thread: int | None = None  # identity of the thread of the running forward
         # Converting a model changes its parameters in place, but not the experts outside of it.
         self._kept = next(model.parameters())
         self._kept_form = self._kept.dtype, self._kept.device
@@ -134,17 +142,17 @@ class OffloadedRun:
             block.callback(self.pool.free)
             copier = make_copier(self.pool, self.store)
             block.callback(copier.close)
-            self._controller.copier = copier
             mover = Mover(
-                self.store, copier, next_prefetch=self._controller.next_prefetch,
-                arrived=self._controller.arrived, readers=self.readers, timeout_s=self._timeout_s,
+                self.store, copier, next_prefetch=self._ledger.next_prefetch, arrived=self._ledger.arrived,
+                readers=self.readers, timeout_s=self._timeout_s,
             )  # fmt: skip
             block.callback(mover.close)
             weakref.finalize(self, mover.close)  # for a run that is dropped without an exit
-            self._controller.mover = mover
+            self._controller = make_controller(self.geometry, self.strategy, self._ledger, mover, copier)
             for layer, experts in self._layers.items():
                 self._take_experts(block, layer, experts)
             block.enter_context(slot_kernels())
+            self._wrap_forward(block)
             for handle in self._hooks():
                 block.callback(handle.remove)
             self._block = block.pop_all()
@@ -160,18 +168,20 @@ class OffloadedRun:
         """Return the memory of the run now, without activations and the cache of keys and values."""
         return memory_of(self.model, self._layers, self.pool, self.store, self.readers)
 
-    def event(self, layer: int, routed: Ints) -> Iterator[Wave]:
+    def event(self, layer: int, routed: Ints, gate_weights: Tensor) -> Iterator[Wave]:
         """Make the experts of an event resident, for `moe_beyond.runtime.slots.kernels`.
 
         Raises:
             UserError: The model itself was not called.
         """
-        if self._forward_began is None:
+        if self._thread is None:
             raise UserError(
                 f"{type(self.model).__name__}: its experts ran outside of its own call; call the model itself, instead "
-                "of a part or its forward"
+                "of a part"
             )
         yield from self._controller.event(layer, routed)
+        if self.predictions is not None:
+            self.predictions.event(layer, routed, gate_weights)
         self.log.add(routed)
         self.demanded += routed.size
 
@@ -201,17 +211,44 @@ class OffloadedRun:
                 setattr(module, field.name, None)
 
     def _hooks(self) -> Iterator[Any]:
-        """Hook the model's forward, and the hidden states that the predictor reads."""
-        yield self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        yield self.model.register_forward_hook(self._after_forward, always_call=True)
+        """Hook saving, and the hidden states that the predictor reads."""
         for module in (self.model, *(experts.module for experts in self._layers.values())):
             yield module.register_state_dict_pre_hook(_refuse_saving)  # type: ignore[no-untyped-call]
         if self._state_modules is not None:
-            yield from watch_states(self._state_modules, self._controller.take_state)
+            yield from watch_states(self._state_modules, (self.predictions or self._controller).take_state)
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_compilation()
-        self._check_unchanged()
+    def _wrap_forward(self, block: ExitStack) -> None:
+        """Let the run know the begin and the end of each forward, however it ends.
+
+        PyTorch's hooks are not called after a forward that Ctrl-C has ended.
+        """
+        model: Any = self.model
+        forward, attributes = model.forward, vars(model)
+
+        @wraps(forward)
+        def run_forward(*args: Any, **kwargs: Any) -> Any:
+            refuse_compilation()
+            self._check_unchanged()
+            began = time.perf_counter()
+            try:
+                self._thread = threading.get_ident()
+                self._begin_forward(args, kwargs)
+                output = forward(*args, **kwargs)
+                if self.pool.memory.is_cuda:  # kernels are still running
+                    torch.cuda.current_stream(self.pool.memory.device).synchronize()
+                return output
+            finally:
+                self._controller.end_step(time.perf_counter() - began)
+                self._thread = None
+
+        if "forward" in attributes:
+            block.callback(setattr, model, "forward", forward)
+        else:
+            block.callback(delattr, model, "forward")
+        model.forward = run_forward
+
+    def _begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a step with the arguments of the model's forward."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         token_ids, past = None, 0
         if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1:
@@ -221,8 +258,10 @@ class OffloadedRun:
         states = kwargs.get("inputs_embeds") if ids is None else ids
         shape = tuple(states.shape[:2]) if isinstance(states, Tensor) else (0, 0)
         sequence = self.log.begin(token_ids, past)
-        self._forward_began, self._forward_thread = time.perf_counter(), threading.get_ident()
-        self._controller.begin_step(token_ids if sequence >= 0 else None, past, shape, sequence)
+        followed = token_ids if sequence >= 0 else None
+        self._controller.begin_step(followed, past, shape, sequence)
+        if self.predictions is not None:
+            self.predictions.begin_step(followed, past)
 
     def _check_unchanged(self) -> None:
         """Check that no other thread uses the model, and that nobody has converted it.
@@ -231,22 +270,14 @@ class OffloadedRun:
             UserError: A forward of another thread has not ended, or the model has another type or device.
         """
         name = type(self.model).__name__
-        if self._forward_began is not None and self._forward_thread != threading.get_ident():
-            if self._forward_thread in {thread.ident for thread in threading.enumerate()}:
-                raise UserError(f"{name}: another thread runs it; an offloaded model computes one forward at a time")
+        if self._thread not in (None, threading.get_ident()):
+            raise UserError(f"{name}: another thread runs it; an offloaded model computes one forward at a time")
         if (self._kept.dtype, self._kept.device) != self._kept_form:
             dtype, device = self._kept_form
             raise UserError(
                 f"{name}: was converted during the run (got {self._kept.dtype} on {self._kept.device}); leave it in "
                 f"{dtype} on {device}, or convert it before"
             )
-
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._forward_began is not None and self._forward_thread == threading.get_ident():
-            if self.pool.memory.is_cuda:  # kernels are still running
-                torch.cuda.current_stream(self.pool.memory.device).synchronize()
-            self._controller.end_step(time.perf_counter() - self._forward_began)
-            self._forward_began = None
 
 
 def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from moe_beyond.collect.devices import placement
-from moe_beyond.collect.load import Checkpoint, open_checkpoint
+from moe_beyond.collect.load import EXPERTS_FILE, Checkpoint, open_checkpoint
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
+from moe_beyond.files import write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.runtime.check import Comparison, check_fits_memory, compare
 from moe_beyond.runtime.generation import Conversation, Generation, Sampling, TextGenerator
@@ -17,7 +18,6 @@ from moe_beyond.runtime.offloading import load_offloaded
 from moe_beyond.runtime.records.recording import write_recording
 from moe_beyond.runtime.records.summary import replayed_baselines, summary_json, summary_lines, whole_model_bytes
 from moe_beyond.runtime.run import OffloadedRun
-from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE
 from moe_beyond.simulator import Result
 
 
@@ -33,6 +33,7 @@ class SessionOptions:
         loading: Other options of `load_offloaded`, by name.
         sampling: Choice of the tokens.
         trace: Folder of the recording to write; None for none.
+        predict_log: File for the figures of a predictor that scores without acting; None if it acts.
         source: File or data set of the prompts.
         check: Whether the unmodified model generates the same prompts for a comparison.
     """
@@ -44,6 +45,7 @@ class SessionOptions:
     loading: dict[str, Any]
     sampling: Sampling
     trace: Path | None
+    predict_log: Path | None
     source: str
     check: bool
 
@@ -58,6 +60,7 @@ class SessionResult:
         lines: Speed, times, bytes and memory, for a user.
         figures: Figures that the results lack, as plain values.
         comparison: Comparison with the unmodified model; None without one.
+        unwritten: Errors of files that could not be written at the end.
     """
 
     results: list[Result]
@@ -65,6 +68,7 @@ class SessionResult:
     lines: list[str]
     figures: dict[str, Any]
     comparison: Comparison | None
+    unwritten: list[UserError]
 
 
 def run_session(
@@ -102,8 +106,9 @@ def run_session(
         for prompt in texts:  # before weights are loaded
             generator.token_ids(prompt)
     run = load_offloaded(
-        checkpoint, device=options.device, dtype=options.dtype, keep_rows=options.trace is not None, **options.loading
-    )
+        checkpoint, device=options.device, dtype=options.dtype, keep_rows=options.trace is not None,
+        predict_only=options.predict_log is not None, **options.loading,
+    )  # fmt: skip
     with run:
         if options.check:
             check_fits_memory(whole_model_bytes(run), run.memory())
@@ -118,12 +123,27 @@ def run_session(
         return None
     results = [run.result(), *replayed_baselines(run)]
     figures = {**summary_json(run, memory), "generations": [each.to_json() for each in generations]}
-    if options.trace is not None:
-        write_recording(run, options.trace, generations, options.sampling, options.source, figures)
+    unwritten = list(_write_files(run, options, generations, figures))
     comparison = _compare(checkpoint, options, generations) if options.check else None
     if comparison is not None:
         figures["check"] = comparison.to_json()
-    return SessionResult(results, run.geometry, summary_lines(run, memory), figures, comparison)
+    return SessionResult(results, run.geometry, summary_lines(run, memory), figures, comparison, unwritten)
+
+
+def _write_files(
+    run: OffloadedRun, options: SessionOptions, generations: Sequence[Generation], figures: dict[str, Any]
+) -> Iterator[UserError]:
+    """Write the recording and the log of predictions; yield the errors, so that the figures are shown."""
+    try:
+        if options.trace is not None:
+            write_recording(run, options.trace, generations, options.sampling, options.source, figures)
+    except UserError as error:
+        yield error
+    try:
+        if options.predict_log is not None and run.predictions is not None:
+            write_json(options.predict_log, run.predictions.to_json())
+    except UserError as error:
+        yield error
 
 
 def _converse(

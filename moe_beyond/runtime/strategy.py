@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,7 @@ class RunStrategy:
         options: Options that it was made from.
         fingerprints: ``"predictor"`` and ``"profile"`` -> sha256 of the weights, None for an instance; absent without
             one.
+        scored: Strategy of a predictor that scores without acting; None without one (default: None).
     """
 
     settings: ReplaySettings
@@ -92,6 +93,7 @@ class RunStrategy:
     notices: tuple[str, ...]
     options: StrategyOptions
     fingerprints: Mapping[str, str | None]
+    scored: "RunStrategy | None" = None
 
 
 def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: float) -> RunStrategy:
@@ -147,8 +149,39 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
         profile = load_profile(folder, manifest, manifest.model_id)
         fingerprints["profile"] = _fingerprint(folder)
     elif "profile" in settings.needs:
-        raise UserError(f"policy {options.policy}: needs the popularity of experts in training text; give --profile")
+        raise UserError(f"policy {options.policy}: needs the popularity of experts in training text; give a profile")
     return RunStrategy(settings, predictor, profile, _notices(options, slots, geometry), options, fingerprints)
+
+
+def resolve_predict_only(options: StrategyOptions, manifest: Manifest, slot_bits: float) -> RunStrategy:
+    """Read the options of a run whose predictor scores without acting.
+
+    Args:
+        options: Options that choose the strategy; the prefetcher is only counted.
+        manifest: Description of the model, as a trace set of the run would have it.
+        slot_bits: Bits of a slot per expert parameter, gaps included.
+
+    Returns:
+        Strategy without the predictor, which has the predictor's as ``scored``.
+
+    Raises:
+        UserError: There is no predictor, the policy reads scores, the prefetcher selects by more than the scores of one
+            lookahead, or an option is wrong as `resolve_strategy` explains.
+    """
+    if options.predictor is None:
+        raise UserError("predict-log: needs a predictor to score (got none); give one")
+    if reads_scores(options.policy):
+        raise UserError(
+            f"predict-log: its predictor does not act, and policy {options.policy} reads scores; choose another "
+            "policy, such as lru"
+        )
+    scored = resolve_strategy(options, manifest, slot_bits)
+    if not parse_prefetch(scored.settings.prefetch).prefetcher.reads_one_lookahead:
+        raise UserError(
+            f"predict-log: counts prefetches by score only (got {scored.settings.prefetch}); write top<m> or p><t>"
+        )
+    acting = replace(options, predictor=None, prefetch=None, lookahead=None)
+    return replace(resolve_strategy(acting, manifest, slot_bits), scored=scored)
 
 
 def _notices(options: StrategyOptions, slots: int, geometry: Geometry) -> tuple[str, ...]:
@@ -173,9 +206,9 @@ def _check_needs_no_scores(policy: str, prefetch: str) -> None:
         UserError: The policy or the prefetcher needs scores.
     """
     if parse_prefetch(prefetch).prefetcher.reads_scores and not offers_scores(policy):
-        raise UserError(f"prefetch {prefetch!r} needs scores; give --predictor")
+        raise UserError(f"prefetch {prefetch!r} needs scores; give a predictor")
     if "scores" in load_policy(policy).NEEDS:
-        raise UserError(f"policy {policy} needs scores; give --predictor, such as a fitted eamc")
+        raise UserError(f"policy {policy} needs scores; give a predictor, such as a fitted eamc")
 
 
 def _predictor(predictor: "Predictor | str | Path") -> "tuple[Predictor, str, str | None, str | None]":

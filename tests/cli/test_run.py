@@ -153,6 +153,24 @@ def test_a_recorded_run_is_replayed_and_repeated(capsys, tmp_path):
     assert "of 64 events equal; step" in capsys.readouterr().out
 
 
+def test_a_run_whose_folder_is_taken_meanwhile_keeps_its_figures(capsys, monkeypatch, tmp_path):
+    folder = tmp_path / "trace"
+    put = TextStreamer.put
+
+    def taking(self: TextStreamer, value: torch.Tensor) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").touch()
+        put(self, value)
+
+    monkeypatch.setattr(TextStreamer, "put", taking)
+    assert run("--prompt", PROMPT, *SHORT, "--trace", folder) == 2
+    out, err = capsys.readouterr()
+    assert "this run: lru" in out
+    assert err.startswith(f"moe-beyond: error: {folder}")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"]
+
+
 def test_check_compares_with_the_unmodified_model(capsys, monkeypatch):
     words = ("--prompt", PROMPT, "--budget", "3", "--max-new-tokens", "6", "--temperature", "0.9", "--check")
     assert run(*words) == 0
@@ -218,6 +236,11 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     assert "unknown --policy 'lur'" in refused(*text, "--policy", "lur")
     assert "--max-new-tokens: must be at least 1 (got 0)" in refused(*text, "--max-new-tokens", "0")
     assert "--temperature: must be 0" in refused(*text, "--temperature", "-1")
+    for value, says in (("1e3", "(got '1e3'); write 1000"), ("inf", "(got 'inf'); give a finite number")):
+        assert refused(*text, "--max-new-tokens", value) == f"--max-new-tokens: expects a whole number {says}"
+    assert refused(*text, "--temperature=inf") == "--temperature: expects a number (got 'inf'); give a finite number"
+    assert "--temperature: must be 0" in refused(*text, "--temperature", ".inf")
+    assert "--predict-log: needs a predictor" in refused(*text, "--predict-log", tmp_path / "log.json")
     assert "--readers: must be at least 1 (got 0)" in refused(*text, "--readers", "0")
     assert "--max-prompts: needs --prompts" in refused(*text, "--max-prompts", "1")
     assert "this machine has no such device" in refused(*text, "--device", "cuda:9")

@@ -76,6 +76,19 @@ def test_a_revision_reaches_every_file(hub: Hub, tmp_path: Path) -> None:
     assert open_checkpoint("hf:org/tiny@v1").revision == "v1"
 
 
+def test_the_experts_of_a_packed_model_come_first(hub: Hub, tmp_path: Path) -> None:
+    """An interrupted download has no weights without experts, so that the next one completes it."""
+    repository = hub.repositories["models", "org/tiny"] = Repository()
+    repository.commit("main", versions()["main"] | {"experts.safetensors": b"slabs"})
+    checkpoint = open_checkpoint("org/tiny")
+    assert not (checkpoint.folder / "experts.safetensors").exists()
+    hub.breaks("HEAD", "model.safetensors", None)
+    with pytest.raises(UserError):
+        checkpoint.fetch_weights()
+    assert (checkpoint.folder / "experts.safetensors").read_bytes() == b"slabs"
+    assert not (checkpoint.folder / "model.safetensors").exists()
+
+
 def cache(folder: Path, **revisions: dict[str, bytes]) -> None:
     """Lay a Hub cache out by hand."""
     root = folder / "models--org--tiny"
@@ -99,7 +112,7 @@ def test_a_cache_serves_a_revision_offline(tmp_path: Path, monkeypatch, capsys, 
     assert stored == versions()["v1"]["tokenizer.json"]
     capsys.readouterr()
     line = error_line(capsys, command(tmp_path / "o", "--model", "org/tiny", "--revision", "v2"))
-    assert line.startswith("--model org/tiny at --revision v2: is not in the local cache, and HF_HUB_OFFLINE")
+    assert line.startswith("model org/tiny at revision v2: is not in the local cache, and HF_HUB_OFFLINE")
 
 
 @pytest.mark.parametrize("revision", ["main", hashlib.sha1(b"main").hexdigest()])
@@ -121,7 +134,7 @@ def test_without_a_network_it_is_one_line_after_one_request(hub: Hub, tmp_path, 
     hub.breaks("GET", "/api/models/", None)
     hub.breaks("HEAD", "/resolve/", None)
     line = error_line(capsys, command(tmp_path, "--model", "org/tiny"))
-    assert line.startswith("--model org/tiny: the Hub is unreachable at http://127.0.0.1")
+    assert line.startswith("model org/tiny: the Hub is unreachable at http://127.0.0.1")
     assert len([path for path in hub.asked if "org/tiny" in path]) == 1
 
 
@@ -145,7 +158,7 @@ def test_what_is_a_path_never_waits_for_the_hub(hub: Hub, tmp_path, monkeypatch,
     (tmp_path / "models" / "small-moe").mkdir(parents=True)
     (tmp_path / "model.safetensors").write_bytes(b"")
     line = error_line(capsys, command(tmp_path, "--model", name))
-    assert line.removeprefix("--model").lstrip(" :").startswith(says)
+    assert line.removeprefix("model").lstrip().startswith(says)
     assert not hub.asked
 
 
@@ -153,14 +166,14 @@ def test_a_folder_that_the_hub_may_have_meant_is_named(hub: Hub, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "small-moe").mkdir(parents=True)
     line = error_line(capsys, command(tmp_path, "--model", "model/small-moe"))
-    assert line.startswith("--model model/small-moe: there is no such repository of this kind")
+    assert line.startswith("model model/small-moe: there is no such repository of this kind")
     assert line.endswith("; or did you mean the folder models/small-moe?")
 
 
 def test_a_bundled_model_goes_by_its_name(tmp_path, capsys) -> None:
     assert open_checkpoint("small-moe").folder == SMALL
     line = failure(capsys, tmp_path.parent, command(tmp_path, "--model", "small-moe", "--revision", "v1"))
-    assert line == "--revision v1: --model small-moe is a folder, which has no revisions; leave it out"
+    assert line == "revision v1: model small-moe is a folder, which has no revisions; leave it out"
 
 
 def with_code(folder: Path, **config: object) -> Path:
@@ -178,16 +191,16 @@ def test_code_of_a_model_is_never_run(tmp_path: Path, capsys, monkeypatch) -> No
     own = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
     says = "needs Python code of the checkpoint (auto_map), which is never run; give a model whose"
     folder = with_code(tmp_path / "unknown", model_type="own", auto_map=own)
-    assert f"--model {folder}: {says}" in error_line(capsys, command(tmp_path, "--model", folder))
+    assert f"model {folder}: {says}" in error_line(capsys, command(tmp_path, "--model", folder))
     # A configuration that transformers knows, of a model that it does not write text with.
     known = with_code(tmp_path / "known", model_type="clip", auto_map=own)
-    assert f"--model {known}: {says}" in error_line(capsys, command(tmp_path, "--model", known))
+    assert f"model {known}: {says}" in error_line(capsys, command(tmp_path, "--model", known))
     tokenizer = with_code(tmp_path / "tokenizer", **LlamaConfig().to_dict())
     (tokenizer / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["modeling_own.Own", None]}})
     )
     line = error_line(capsys, command(tmp_path, "--model", tokenizer))
-    assert f"--model {tokenizer}: " in line
+    assert f"model {tokenizer}: " in line
     assert not list(tmp_path.rglob("RUN"))
 
 
@@ -212,7 +225,7 @@ def test_devices_are_named_and_a_gpu_is_the_default(monkeypatch) -> None:
         with pytest.raises(UserError) as error:
             placement(name)
         assert str(error.value) == (
-            f"--device {name}: this machine has no such device (this PyTorch sees no GPU); choose one of: cpu, auto"
+            f"device {name}: this machine has no such device (this PyTorch sees no GPU); choose one of: cpu, auto"
         )
     monkeypatch.setattr(devices, "_accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -220,7 +233,7 @@ def test_devices_are_named_and_a_gpu_is_the_default(monkeypatch) -> None:
     assert [placement(name) for name in (None, "cuda", "cuda:1", "cpu")] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
     monkeypatch.setenv("LOCAL_RANK", "3")  # torchrun's: ranks share the devices
     assert placement(None) == "cuda:1"
-    with pytest.raises(UserError, match="--device cuda:2: this machine has no such device; choose one of: cuda:0, "):
+    with pytest.raises(UserError, match="device cuda:2: this machine has no such device; choose one of: cuda:0, "):
         placement("cuda:2")
 
 
@@ -273,7 +286,7 @@ def test_a_weight_that_is_missing_or_of_another_shape_is_refused(tmp_path: Path,
     ):
         folder = changed_weights(tmp_path / f"model-{number}", change)
         line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", folder))
-        assert line.startswith(f"--model {folder}: its ")
+        assert line.startswith(f"model {folder}: its ")
         assert says in line
 
 
@@ -324,11 +337,11 @@ def test_pickles_and_an_empty_tokenizer_are_refused_before_work(tmp_path: Path, 
     pickled = Path(shutil.copytree(SMALL, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", pickled))
-    assert line.startswith(f"--model {pickled}: has only pickled weights (.bin), which may run code; convert")
+    assert line.startswith(f"model {pickled}: has only pickled weights (.bin), which may run code; convert")
     empty = Path(shutil.copytree(SMALL, tmp_path / "empty"))
     (empty / "tokenizer.json").write_text("{}")
     line = failure(capfd, tmp_path / "out", command(tmp_path / "out", "--model", empty))
-    assert line == f"--model {empty}: its tokenizer files lack 'added_tokens'; give the tokenizer files of the model"
+    assert line == f"model {empty}: its tokenizer files lack 'added_tokens'; give the tokenizer files of the model"
 
 
 def test_a_folder_for_json_and_too_long_a_text_to_write_are_refused_before_work(tmp_path: Path, capfd) -> None:

@@ -329,4 +329,4 @@ def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ):
         assert says in error_line(capsys, [*words, *bad])
     line = error_line(capsys, [*words[:2], tmp_path / "none", *words[3:6], tmp_path / "other"])
-    assert line == f"--model {tmp_path}/none: there is no such folder; a model on the Hub is ORG/REPO"
+    assert line == f"model {tmp_path}/none: there is no such folder; a model on the Hub is ORG/REPO"

@@ -18,7 +18,10 @@ from moe_beyond.runtime.slab import SlabLayout
 from moe_beyond.runtime.slots.mover import Transfer
 from moe_beyond.runtime.slots.pool import SlotPool
 from moe_beyond.runtime.stepping.controller import Controller
+from moe_beyond.runtime.stepping.ledger import Ledger
+from moe_beyond.runtime.stepping.observer import Observer
 from moe_beyond.runtime.stepping.telemetry import Telemetry
+from moe_beyond.runtime.stepping.times import RunTimes
 from moe_beyond.runtime.storage.store import BytesBySource
 from moe_beyond.simulator import ReplaySettings
 
@@ -62,17 +65,16 @@ class Script:
 
     Args:
         reference: Plain cache that does the same.
+        ledger: Ledger of the controller.
         random: Source of the order in which transfers begin and arrive.
     """
 
-    def __init__(self, reference: Reference, random: Random) -> None:
-        self.reference, self.random = reference, random
+    def __init__(self, reference: Reference, ledger: Ledger, random: Random) -> None:
+        self.reference, self.ledger, self.random = reference, ledger, random
         self.scores: dict[Any, np.ndarray] = {}
         self.missing: list[Expert] = []
         self.computing: list[int] = []
         self.lock = threading.Condition()
-        self.controller: Any = None
-        self.cache: Any = None
         self.demands: list[tuple[int, int]] = []
         self.prefetch: tuple[int, int] | None = None
         self.content: dict[int, int] = {}
@@ -107,7 +109,7 @@ class Script:
             self.prefetch = None
         self.content[job[1]] = job[0]
         self.reference.arrives[divmod(job[0], self.reference.rules.experts)] = -NEVER
-        self.controller.arrived(Transfer(*job, prefetch, 0, 1, 2, 1, 0, BytesBySource(host=1)))
+        self.ledger.arrived(Transfer(*job, prefetch, 0, 1, 2, 1, 0, BytesBySource(host=1)))
 
     def idle(self) -> None:
         """Let prefetches begin and arrive, as far as the random numbers say."""
@@ -115,11 +117,11 @@ class Script:
             if self.prefetch:
                 self.arrive(self.prefetch, prefetch=True)
             elif self.woken and not self.demands:
-                expected, begun = self.reference.begin_prefetch(), self.controller.next_prefetch()
+                expected, begun = self.reference.begin_prefetch(), self.ledger.next_prefetch()
                 self.woken = begun is not None
                 assert (begun and divmod(begun[0], self.reference.rules.experts)) == expected
                 if begun:
-                    assert self.cache.slot(begun[0]) == begun[1]
+                    assert self.ledger.cache.slot(begun[0]) == begun[1]
                     self.prefetch = begun
                     self.content.pop(begun[1], None)
             elif not self.demands:
@@ -210,17 +212,15 @@ def test_events_follow_the_reference(
 
         rules.age_edges, rules.rate_edges, rules.hazard = list(AGE_EDGES), list(RATE_EDGES), default_hazard().tolist()
     reference = Reference(rules)
-    script = Script(reference, random)
     cache = Cache(
         geometry, slots, policy, scope, prefetch=prefetching.prefetch_settings(geometry), transfer_seconds=1e-3
     )
     pool = SlotPool(slots, {0: SlabLayout.of({"w": ((1,), torch.float32)})}, torch.device("cpu"))
     telemetry = Telemetry(keep_rows=True)
-    controller = Controller(
-        geometry, cache, pool, telemetry, script, lookaheads, after_computing=computed, prefetches=True  # type: ignore[arg-type]
-    )  # fmt: skip
-    controller.mover = controller.copier = script  # type: ignore[assignment]
-    script.controller, script.cache = controller, cache
+    ledger = Ledger(cache, pool, telemetry, RunTimes())
+    script = Script(reference, ledger, random)
+    observer = Observer(script, after_computing=computed)  # type: ignore[arg-type]
+    controller = Controller(geometry, ledger, script, script, observer, lookaheads, prefetches=True)  # type: ignore[arg-type]
     for number in range(random.randint(1, 6)):
         tokens = random.choice([1, 1, 1, 4])
         routed = numbers.random((layers, tokens, experts)).argsort(-1)[..., :top_k].astype(np.int64)

@@ -240,9 +240,9 @@ def test_parts_of_a_model_and_its_state_are_refused(tmp_path: Path) -> None:
     model = tiny_model("OlmoeForCausalLM")
     expected = model(IDS).logits
     with offload(model, budget=4):
-        for call in (model.model, model.forward):
-            with pytest.raises(UserError, match="its experts ran outside of its own call; call the model itself"):
-                call(IDS)
+        with pytest.raises(UserError, match="its experts ran outside of its own call; call the model itself"):
+            model.model(IDS)
+        assert torch.equal(model.forward(IDS).logits, expected)
         with pytest.raises(UserError, match="its state has no experts while it is offloaded; save it after the run"):
             model.save_pretrained(tmp_path)
         assert torch.equal(model(IDS).logits, expected)
@@ -362,6 +362,32 @@ def test_one_thread_at_a_time():
     refused, done = results
     assert "another thread runs it; an offloaded model computes one forward at a time" in str(refused)
     assert torch.equal(done, expected)
+
+
+def test_an_interrupted_forward_leaves_the_model_to_other_threads() -> None:
+    model = tiny_model("OlmoeForCausalLM")
+    with torch.inference_mode():
+        expected = model(IDS).logits
+    results: list[Any] = []
+
+    def forward() -> None:
+        try:
+            with torch.inference_mode():
+                results.append(model(IDS).logits)
+        except UserError as error:
+            results.append(error)
+
+    with offload(model, budget="50%") as run:
+        for layer in (0, LAYERS - 1):
+            handle = model.model.layers[layer].register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+                model(IDS)
+            handle.remove()
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+            assert torch.equal(results.pop(), expected)
+        assert run.log.unlogged == 1  # the second one had computed its last layer
 
 
 def test_a_model_is_not_converted_copied_or_saved_in_part_during_a_run(tmp_path):

@@ -11,7 +11,7 @@ from _helpers import moe_architectures as moes
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from moe_beyond.collect.load import Checkpoint, open_checkpoint
+from moe_beyond.collect.load import EXPERTS_FILE, Checkpoint, open_checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.runtime.slab import PAGE
 from moe_beyond.runtime.storage import bare_loading
@@ -19,7 +19,6 @@ from moe_beyond.runtime.storage.bare_loading import load_bare
 from moe_beyond.runtime.storage.checkpoint_index import index_checkpoint
 from moe_beyond.runtime.storage.disk_store import DiskStore
 from moe_beyond.runtime.storage.pack import pack
-from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE
 
 NAMES = (
     "MixtralForCausalLM", "DeepseekV2ForCausalLM", "GptOssForCausalLM", "Inkling2ForCausalLM", "AriaTextForCausalLM",
@@ -94,7 +93,7 @@ def test_another_type_or_model_is_refused(tmp_path: Path) -> None:
         pack(checkpoint_of(tmp_path / name), tmp_path / f"{name}-packed")
     packed = checkpoint_of(tmp_path / "a-packed")
     bare, layers = load_bare(packed, "bfloat16")
-    with pytest.raises(UserError, match=r"is packed in float32 \(got --dtype bfloat16\); leave out --dtype, or pack"):
+    with pytest.raises(UserError, match=r"is packed in float32 \(got dtype bfloat16\); leave dtype out, or pack"):
         index_checkpoint(packed, bare, layers)
     shutil.copyfile(tmp_path / "b-packed" / EXPERTS_FILE, packed.folder / EXPERTS_FILE)
     bare, layers = load_bare(packed)

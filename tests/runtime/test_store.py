@@ -262,5 +262,5 @@ def test_files_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "open", no_direct)
-    with pytest.raises(UserError, match="its file system does not support direct I/O; leave out --direct-io"):
+    with pytest.raises(UserError, match="its file system does not support direct I/O; leave direct I/O out"):
         DiskStore(index_of(path, whole(1), stride=64), direct_io=True)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from moe_beyond.runtime.slab import SlabLayout
 from moe_beyond.runtime.slots.copies import CpuCopier
 from moe_beyond.runtime.slots.mover import Transfer
 from moe_beyond.runtime.slots.pool import SlotPool
-from moe_beyond.runtime.stepping.controller import Controller, Times, make_controller
+from moe_beyond.runtime.stepping.controller import Controller, make_controller
+from moe_beyond.runtime.stepping.ledger import Ledger, make_ledger
 from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, Telemetry, TransferRow
+from moe_beyond.runtime.stepping.times import Times
 from moe_beyond.runtime.storage.store import BytesBySource
 from moe_beyond.runtime.strategy import RunStrategy, resolve_strategy
 
@@ -63,19 +65,17 @@ class _RecordedMover:
     """Does what the mover of a recorded run did.
 
     Args:
+        ledger: Ledger of the replay.
         prefetches: Moments at which a prefetch could begin.
         transfers: Transfers in the order of their arrival.
 
     Attributes:
         lock: The mover itself, which acts when its lock is released.
-        controller: Controller of the replay; set it before the first step.
         jobs: Transfers on demand since the last event, expert and slot.
     """
 
-    controller: Controller
-
-    def __init__(self, prefetches: Sequence[PrefetchRow], transfers: Sequence[TransferRow]) -> None:
-        self.lock = self
+    def __init__(self, ledger: Ledger, prefetches: Sequence[PrefetchRow], transfers: Sequence[TransferRow]) -> None:
+        self.lock, self._ledger = self, ledger
         self.jobs: list[tuple[int, int]] = []
         self._demanded: list[tuple[int, int]] = []
         self._begins = iter(prefetches)
@@ -91,7 +91,7 @@ class _RecordedMover:
     def wait(self, experts: Sequence[int]) -> None:
         """Report the arrival of all transfers on demand."""
         for expert, slot in self._demanded:
-            self.controller.arrived(_transfer(expert, slot, prefetch=False))
+            self._ledger.arrived(_transfer(expert, slot, prefetch=False))
         self._demanded = []
 
     def wake(self) -> None:
@@ -110,18 +110,18 @@ class _RecordedMover:
     def _arrives(self) -> bool:
         """Report the arrival of the prefetch in transit if it follows this operation."""
         row = self._in_transit
-        if row is None or row.arrived_operation > self.controller.operations:
+        if row is None or row.arrived_operation > self._ledger.operations:
             return False
-        self.controller.arrived(_transfer(row.expert, row.slot, prefetch=True))
+        self._ledger.arrived(_transfer(row.expert, row.slot, prefetch=True))
         self._in_transit = None
         return True
 
     def _begins_next(self) -> bool:
         """Begin the next prefetch, or try to, if that follows this operation."""
         row = self._begin
-        if row is None or self._in_transit is not None or row.operation > self.controller.operations:
+        if row is None or self._in_transit is not None or row.operation > self._ledger.operations:
             return False
-        job = self.controller.next_prefetch(row.now_s) or (-1, -1)
+        job = self._ledger.next_prefetch(row.now_s) or (-1, -1)
         if job != (row.expert, row.slot):
             raise _DifferenceError(
                 f"after operation {row.operation:,}: prefetch of {_described(job)}, recorded "
@@ -152,14 +152,13 @@ def replay_as_run(recording: Recording) -> ReplayAsRun:
     """
     manifest = recording.traces.manifest
     strategy = _strategy(recording)
-    mover = _RecordedMover(recording.prefetches, recording.transfers)
     telemetry = Telemetry(keep_rows=True)
     pool = SlotPool(strategy.settings.slots, {0: UNUSED}, torch.device("cpu"))
     times = (Times(row.now_s, row.transfer_estimate_s, row.layer_estimate_s) for row in _in_order(recording))
-    controller = make_controller(manifest.geometry, strategy, pool, telemetry, times)
-    controller.copier = CpuCopier(pool)
-    mover.controller = controller
-    controller.mover = mover  # type: ignore[assignment]  # a stand-in
+    ledger = make_ledger(manifest.geometry, strategy, pool, telemetry, times)
+    mover = _RecordedMover(ledger, recording.prefetches, recording.transfers)
+    stand_in: Any = mover
+    controller = make_controller(manifest.geometry, strategy, ledger, stand_in, CpuCopier(pool))
     demanded = defaultdict(list)
     for row in recording.transfers:
         if not row.prefetch:

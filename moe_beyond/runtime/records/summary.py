@@ -10,6 +10,7 @@ from moe_beyond.evaluation.engine import whole_stream
 from moe_beyond.evaluation.strategies import BASELINES, strategy
 from moe_beyond.runtime.memory import HOST, Memory
 from moe_beyond.runtime.result import carried_settings, logged_sequences
+from moe_beyond.runtime.stepping.prediction_log import PredictionLog
 from moe_beyond.runtime.stepping.telemetry import Sums
 from moe_beyond.runtime.storage.disk_store import NO_WAIT
 from moe_beyond.simulator import Replay, ReplaySettings, Result
@@ -81,7 +82,7 @@ def summary_json(run: "OffloadedRun", memory: Memory) -> dict[str, Any]:
 
 
 def summary_lines(run: "OffloadedRun", memory: Memory) -> list[str]:
-    """Return lines about speed, times per token, bytes by source, and memory.
+    """Return lines about speed, times per token, bytes by source, memory, and a predictor that does not act.
 
     Args:
         run: Run with at least one forward.
@@ -95,7 +96,32 @@ def summary_lines(run: "OffloadedRun", memory: Memory) -> list[str]:
             spent["experts"] = decode.compute_s
         each = ", ".join(f"{name} {1e3 * seconds / decode.tokens:.2f} ms" for name, seconds in spent.items())
         lines.append(f"per decoded token: {each}")
-    return [*lines, _bytes_line(run), _memory_line(memory)]
+    lines += [_bytes_line(run), _memory_line(memory)]
+    return lines if run.predictions is None else [*lines, *_prediction_lines(run.predictions)]
+
+
+def _prediction_lines(log: PredictionLog) -> list[str]:
+    content = log.to_json()
+    if not content["tokens"]:
+        return [f"{log.predictor}: no decoded token had scores"]
+    lines = [f"{log.predictor} does not act; shares of another token's routing are in brackets"]
+    for row in content["lookaheads"]:
+        recall, mass = (
+            f"{_percent(row[name])} ({_percent(row[f'shuffled_{name}'])})" for name in ("recall_at_k", "gate_mass_at_k")
+        )
+        shares = f"recall@{content['k']} {recall}, gate mass {mass}"
+        lines.append(f"lookahead {row['lookahead']}: {shares} over {row['entries']:,} entries")
+    names = ("moved_bytes", "used_bytes", "shuffled_used_bytes", "missed_bytes")
+    moved, used, control, missed = (format_bytes(content["prefetch"][name] / content["tokens"]) for name in names)
+    return [
+        *lines,
+        f"prefetch {log.prefetch} would move {moved} per decoded token, and {used} ({control}) of them would be used; "
+        f"misses move {missed}",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{share:.1%}"
 
 
 def _bytes_line(run: "OffloadedRun") -> str:

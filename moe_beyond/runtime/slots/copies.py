@@ -61,7 +61,7 @@ def make_copier(pool: SlotPool, store: ExpertStore) -> Copier:
         return CpuCopier(pool)
     if kind == "cuda":
         return CudaCopier(pool, store if isinstance(store, HostStore) else None)
-    raise UserError(f"--device {kind}: experts cannot be copied to such a device; choose cpu or cuda")
+    raise UserError(f"device {kind}: experts cannot be copied to such a device; choose cpu or cuda")
 
 
 class CpuCopier:

@@ -68,7 +68,7 @@ def load_bare(checkpoint: Checkpoint, dtype: str = "auto", device: str = "cpu") 
         UserError: The experts cannot be moved, the model cannot be loaded, or a weight is missing or has the wrong
             shape.
     """
-    where = f"--model {checkpoint.name}"
+    where = f"model {checkpoint.name}"
     check_unquantized(where, checkpoint.config)
     checkpoint.fetch_weights()
     stored_tensors(checkpoint.folder, where)  # names a damaged file, which the library's message does not

@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from moe_beyond.collect.load import Checkpoint
+from moe_beyond.collect.load import EXPERTS_FILE, Checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.json_fields import brief
 from moe_beyond.pretrained import CONFIG_FILE
 from moe_beyond.runtime.experts import ExpertsLayer
 from moe_beyond.runtime.slab import SlabField
 from moe_beyond.runtime.storage.expert_index import Conversion, Entry, ExpertIndex, Piece, Segment, Source
-from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE, packed_index
+from moe_beyond.runtime.storage.packed_experts import packed_index
 from moe_beyond.runtime.storage.safetensors_header import DTYPES, StoredTensor, stored_tensors
 
 SHORTEST_RUN = 64
@@ -54,7 +54,7 @@ def index_checkpoint(checkpoint: Checkpoint, model: Any, layers: Mapping[int, Ex
     Raises:
         UserError: A file is damaged; or an expert is missing or has the wrong shape.
     """
-    where = f"--model {checkpoint.name}"
+    where = f"model {checkpoint.name}"
     if (packed := checkpoint.folder / EXPERTS_FILE).is_file():
         return packed_index(packed, layers)
     stored = stored_tensors(checkpoint.folder, where)

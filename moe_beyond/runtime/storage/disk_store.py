@@ -160,7 +160,7 @@ class _File:
         except OSError as error:
             if direct_io and error.errno == errno.EINVAL:
                 raise UserError(
-                    f"{path}: its file system does not support direct I/O; leave out --direct-io, or move the model"
+                    f"{path}: its file system does not support direct I/O; leave direct I/O out, or move the model"
                 ) from error
             raise UserError(
                 f"{path}: cannot be opened (got {error.strerror}); check the file and its permissions"

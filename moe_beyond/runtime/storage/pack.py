@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_beyond.collect.load import SMALL_FILES, Checkpoint
+from moe_beyond.collect.load import EXPERTS_FILE, SMALL_FILES, Checkpoint
 from moe_beyond.errors import UserError
 from moe_beyond.files import check_is_elsewhere, check_is_free, read_json, replacing_folder
 from moe_beyond.pretrained import CONFIG_FILE, WEIGHTS_FILE
@@ -22,7 +22,7 @@ from moe_beyond.runtime.slab import Bytes
 from moe_beyond.runtime.storage.bare_loading import load_bare
 from moe_beyond.runtime.storage.checkpoint_index import assign_keys, expert_parameters, index_checkpoint
 from moe_beyond.runtime.storage.disk_store import DiskStore
-from moe_beyond.runtime.storage.packed_experts import EXPERTS_FILE, packed_header, packed_layouts
+from moe_beyond.runtime.storage.packed_experts import packed_header, packed_layouts
 from moe_beyond.runtime.storage.safetensors_header import INDEX_FILE, StoredTensor, header_bytes, stored_tensors
 
 BLOCK = 1 << 24
@@ -77,7 +77,7 @@ def pack(
     """
     check_is_free(out)
     check_is_elsewhere(out)
-    where = f"--model {checkpoint.name}"
+    where = f"model {checkpoint.name}"
     if (checkpoint.folder / EXPERTS_FILE).is_file():
         raise UserError(f"{where}: is packed already; give the original checkpoint")
     model, layers = load_bare(checkpoint, dtype)

@@ -16,7 +16,6 @@ from moe_beyond.runtime.slab import PAGE, SlabField, SlabLayout
 from moe_beyond.runtime.storage.expert_index import Entry, ExpertIndex, Piece, Segment
 from moe_beyond.runtime.storage.safetensors_header import header_bytes, read_header
 
-EXPERTS_FILE = "experts.safetensors"
 LAYOUTS = "layouts"
 """Metadata field of the layouts, as JSON."""
 AGAIN = "pack the model again"
@@ -70,8 +69,8 @@ def packed_index(path: Path, layers: Mapping[int, ExpertsLayer]) -> ExpertIndex:
             dtype, packed = _dtype(expected), _dtype(stored)
             if packed not in (dtype, None):
                 raise UserError(
-                    f"{path}: is packed in {packed} (got --dtype {dtype}); leave out --dtype, or pack the original "
-                    f"model again with --dtype {dtype}"
+                    f"{path}: is packed in {packed} (got dtype {dtype}); leave dtype out, or pack the original "
+                    f"model again with dtype {dtype}"
                 )
             raise UserError(f"{path}: does not hold the experts of layer {layer.layer} as the model has them; {AGAIN}")
     entries = []
