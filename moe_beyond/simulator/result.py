@@ -186,7 +186,7 @@ class StepTimes:
         self.in_turn.append(group.in_turn[counted])
         self.decoding.append(group.decoding[counted])
         self.all_tokens += int(group.size.sum())
-        demanded = int(group.demanded()[counted].sum())
+        demanded = int(group.demanded[counted].sum())
         self.demanded += demanded
         return demanded
 

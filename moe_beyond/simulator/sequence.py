@@ -146,17 +146,19 @@ class Group:
             self.stream = Stream(keys % total, np.concatenate([[0], np.cumsum(events)]))
 
     def without_scores(self) -> "Group":
-        """Return the group without its sequences, whose scores need memory."""
+        """Return the group without its sequences, whose scores need memory, and without the stream's index."""
         group = copy(self)
         group._members, group._step_of = (), []  # noqa: SLF001
+        group.stream = Stream(self.stream.ids, self.stream.offsets)
         return group
 
     def step_of_events(self) -> Ints:
         """Return the number of each event's step, ``(events,)`` int64."""
         return np.searchsorted(self.ends, np.arange(len(self.stream.offsets) - 1), side="right")
 
+    @cached_property
     def demanded(self) -> Ints:
-        """Return the number of experts that each step demands, token by token, ``(S,)`` int64."""
+        """Number of experts that each step demands, token by token, ``(S,)`` int64."""
         until = np.concatenate([[0], np.cumsum(self.tokens)])[self.stream.offsets[self.ends]]
         return np.diff(until, prepend=0)
 
