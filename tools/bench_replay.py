@@ -1,12 +1,14 @@
 """Speed of the cache core next to libcachesim, and a check that both count the same.
 
-    python tools/bench_replay.py --data TRACES [--predictor P] [--slots N] [--repeats N] [--json FILE]
+    python tools/bench_replay.py --data TRACES [--predictor P] [--slots N] [--repeats N] [--sweeps N] [--json FILE]
 
 All sequences of a trace set form one stream of experts. LRU, LFU and Belady are timed access by access in both, and
-must agree on every hit. Then `belief` is timed event by event, with a predictor's scores and a top<K> prefetch. One run
-gives all ratios: medians of several rounds, each of which times everything once, with all counters of a replay. Reading
-the traces, sorting them into events, indexing Belady's future and computing the scores are not timed. The time of
-libcachesim includes reading its trace file, not writing it. A sweep of budgets and policies on all cores follows.
+must agree on every hit. libcachesim has no LFU whose counts outlive evictions, so `lfu` is compared with its LFU in
+time only. Then `belief` is timed event by event, with a predictor's scores and a top<K> prefetch. One run gives all
+ratios: medians of several rounds, each of which times everything once, with all counters of a replay. Reading the
+traces, sorting them into events, indexing Belady's future and computing the scores are not timed. The time of
+libcachesim includes reading its trace file, not writing it. Sweeps of budgets and policies on all cores follow, with
+reading the traces; the figures are medians.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from moe_beyond.cache.counters import Counter
 from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import from_predictor_folder, pretrained_source
 from moe_beyond.evaluation.strategies import grid
@@ -32,8 +35,8 @@ from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.traces.formats.libcachesim import write_oracle_general
 from moe_beyond.traces.reader import TraceSet
 
-SEQUENTIAL = {"lru": "LRU", "lfu_in_cache": "LFU", "belady": "Belady"}
-LEAST = {"lru": 5.0, "belady": 2.0, "belief": 0.4}
+SEQUENTIAL = {"lru": "LRU", "lfu": "LFU", "lfu_in_cache": "LFU", "belady": "Belady"}
+LEAST = {"lru": 5.0, "lfu": 1.0, "lfu_in_cache": 1.0, "belady": 2.0, "belief": 0.4}
 SWEEP_BUDGETS = [f"{share}%" for share in (5, 10, 15, 20, 25, 30, 40, 50, 60, 80)]
 SWEEP_POLICIES = ("lru", "lfu", "lfru", "class_lru", "belief", "belady")
 
@@ -66,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--slots", type=int, default=166, help="budget in slots (default: 166)")
     parser.add_argument("--repeats", type=int, default=5, help="number of timed rounds (default: 5)")
+    parser.add_argument("--sweeps", type=int, default=3, help="number of timed sweeps (default: 3)")
     parser.add_argument(
         "--scored-tokens", type=int, default=20_000, help="number of tokens on which belief is timed (default: 20000)"
     )
@@ -81,17 +85,19 @@ def main() -> None:
     source = source or pretrained_source("cross_layer", traces)
     scored = _scored(traces, source, args.scored_tokens) if source is not None else None
     seconds: dict[str, list[float]] = {}
-    agree = {}
+    hits: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stream.oracleGeneral"
         write_oracle_general(path, stream.ids.ravel())
         for _ in range(args.repeats + 1):  # the first compiles, and is dropped
-            for policy, name in SEQUENTIAL.items():
+            for name in dict.fromkeys(SEQUENTIAL.values()):
                 took, misses = time_libcachesim(name, path, args.slots)
                 seconds.setdefault(f"libcachesim {name}", []).append(took)
+                hits[f"libcachesim {name}"] = round((1 - misses) * accesses)
+            for policy in SEQUENTIAL:
                 took, replaying = time_replay(ReplaySettings(args.slots, policy, sequential=True), stream)
                 seconds.setdefault(policy, []).append(took)
-                agree[policy] = (int(replaying.counts()[:, 1].sum()), round((1 - misses) * accesses))
+                hits[policy] = int(replaying.counts()[:, Counter.HITS].sum())
             if scored is not None and source is not None:
                 settings = ReplaySettings(
                     args.slots, "belief", prefetch=f"top{geometry.top_k}", lookahead=source.lookaheads[0],
@@ -107,11 +113,10 @@ def main() -> None:
     for policy, name in SEQUENTIAL.items():
         other = speed[f"libcachesim {name}"]
         ratios[policy] = speed[policy] / other
-        hits = agree[policy]
-        least = f"{LEAST[policy]:.1f}" if policy in LEAST else "-"
+        theirs = "-" if policy == "lfu" else f"{hits[f'libcachesim {name}']:,}"
         table.add_row(
-            f"{policy}, sequential", f"{speed[policy]:.1f}", f"{other:.1f}", f"{ratios[policy]:.2f}", least,
-            f"{hits[0]:,} / {hits[1]:,}",
+            f"{policy}, sequential", f"{speed[policy]:.1f}", f"{other:.1f}", f"{ratios[policy]:.2f}",
+            f"{LEAST[policy]:.1f}", f"{hits[policy]:,} / {theirs}",
         )  # fmt: skip
     if "belief" in speed:
         ratios["belief"] = speed["belief"] / speed["libcachesim Belady"]
@@ -120,14 +125,15 @@ def main() -> None:
             f"{speed['libcachesim Belady']:.1f} (Belady)", f"{ratios['belief']:.2f}", f"{LEAST['belief']:.1f}", "-",
         )  # fmt: skip
     console.print(table)
-    sweep = _sweep(traces)
+    sweep = _sweep(traces, args.sweeps)
     console.print(
-        f"sweep of {len(SWEEP_BUDGETS)} budgets x {len(SWEEP_POLICIES)} policies: {sweep['seconds']:.1f} s, "
+        f"sweep of {len(SWEEP_BUDGETS)} budgets x {len(SWEEP_POLICIES)} policies: {sweep['seconds']:.1f} s "
+        f"(median of {args.sweeps}), {sweep['cpu_seconds']:.1f} s of processor time, "
         f"{sweep['busy_cores']:.2f} of {os.cpu_count()} cores busy",
         highlight=False,
     )
     if args.json:
-        write_json(args.json, {"accesses": accesses, "speed": speed, "ratios": ratios, "hits": agree, "sweep": sweep})
+        write_json(args.json, {"accesses": accesses, "speed": speed, "ratios": ratios, "hits": hits, "sweep": sweep})
 
 
 def _scored(traces: TraceSet, source: Any, tokens: int) -> ReplaySequence:
@@ -141,15 +147,20 @@ def _scored(traces: TraceSet, source: Any, tokens: int) -> ReplaySequence:
     return ReplaySequence(traces.geometry, np.concatenate(experts), np.concatenate(scores))
 
 
-def _sweep(traces: TraceSet) -> dict[str, float]:
-    """Replay all budgets and policies; return the seconds and the average number of busy cores."""
+def _sweep(traces: TraceSet, sweeps: int) -> dict[str, float]:
+    """Replay all budgets and policies; return medians of the seconds, of processor time and of the busy cores."""
     slots = [int(budget[:-1]) * traces.geometry.total_experts // 100 for budget in SWEEP_BUDGETS]
     lines = grid(ReplaySettings(traces.geometry.total_experts), slots, SWEEP_POLICIES)
-    evaluate(traces, lines[:6], traces.manifest.splits[-1])  # compiles
-    began, cpu = time.perf_counter(), time.process_time()
-    evaluate(traces, lines)
-    took = time.perf_counter() - began
-    return {"seconds": took, "busy_cores": (time.process_time() - cpu) / took}
+    evaluate(traces, lines[: len(SWEEP_POLICIES)], traces.manifest.splits[-1])  # compiles
+    figures = []
+    for _ in range(sweeps):
+        began, cpu = time.perf_counter(), time.process_time()
+        evaluate(traces, lines)
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
+        figures.append((took, cpu, cpu / took))
+    return dict(
+        zip(("seconds", "cpu_seconds", "busy_cores"), map(statistics.median, zip(*figures, strict=True)), strict=True)
+    )
 
 
 if __name__ == "__main__":

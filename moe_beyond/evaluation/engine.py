@@ -84,7 +84,8 @@ def evaluate(
                 sequences = [ReplaySequence(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
                 for _ in pool.map(lambda replay, part=sequences: _add(replay, part), share):
                     progress(sum(map(len, sequences)))
-    results = _results(replays)
+        results = list(pool.map(lambda replay: replay.result(), replays))
+    _check_counted(results, strategies)
     rows = [] if measurement is None else measurement.rows()
     if bootstrap_draws:
         results = result_intervals(results, [replay.sums for replay in replays], bootstrap_draws)
@@ -177,9 +178,9 @@ def _add(replay: Replay | Bound, sequences: Sequence[ReplaySequence]) -> None:
         replay.add_sequence(sequence)
 
 
-def _results(replays: Sequence[Replay | Bound]) -> list[Result]:
-    results = [replay.result() for replay in replays]
-    if empty := next((result for result in results if result.accesses == 0), None):
-        warmup = replays[results.index(empty)].settings.warmup_tokens
-        raise UserError(f"--warmup-tokens {warmup}: no sequence has more tokens, so nothing counts; give fewer")
-    return results
+def _check_counted(results: Sequence[Result], strategies: Sequence[ReplaySettings]) -> None:
+    pairs = zip(results, strategies, strict=True)
+    if empty := next((settings for result, settings in pairs if result.accesses == 0), None):
+        raise UserError(
+            f"--warmup-tokens {empty.warmup_tokens}: no sequence has more tokens, so nothing counts; give fewer"
+        )

@@ -203,11 +203,11 @@ class StepTimes:
         self.in_turn.append(group.in_turn[counted])
         self.decoding.append(group.decoding[counted])
         self.all_tokens += int(group.size.sum())
-        demanded = int(group.demanded()[counted].sum())
+        demanded = int(group.demanded[counted].sum())
         self.demanded += demanded
         if self.units is None:
             return demanded
-        units = int(group.demanded(self.units)[counted].sum())
+        units = int(group.demanded_units(self.units)[counted].sum())
         self.demanded_units += units
         return units
 

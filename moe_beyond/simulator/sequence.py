@@ -151,23 +151,32 @@ class Group:
             self.stream = Stream(keys % total, np.concatenate([[0], np.cumsum(events)]))
 
     def without_scores(self) -> "Group":
-        """Return the group without its sequences, whose scores need memory."""
+        """Return the group without its sequences, whose scores need memory, and without the stream's index."""
         group = copy(self)
         group._members, group._step_of = (), []  # noqa: SLF001
+        group.stream = Stream(self.stream.ids, self.stream.offsets)
         return group
 
     def step_of_events(self) -> Ints:
         """Return the number of each event's step, ``(events,)`` int64."""
         return np.searchsorted(self.ends, np.arange(len(self.stream.offsets) - 1), side="right")
 
-    def demanded(self, units: Ints | None = None) -> Ints:
-        """Return the number of experts that each step demands, token by token, ``(S,)`` int64.
+    @cached_property
+    def demanded(self) -> Ints:
+        """Number of experts that each step demands, token by token, ``(S,)`` int64."""
+        return self._sums_of_steps(self.tokens)
+
+    def demanded_units(self, units: Ints) -> Ints:
+        """Return the sum of the sizes of the experts that each step demands, token by token, ``(S,)`` int64.
 
         Args:
-            units: Size of each expert, ``(L*E,)``, to return the sum of the sizes (default: 1 for all).
+            units: Size of each expert, ``(L*E,)`` int64.
         """
-        sizes = self.tokens if units is None else self.tokens * units[self.stream.ids]
-        until = np.concatenate([[0], np.cumsum(sizes)])[self.stream.offsets[self.ends]]
+        return self._sums_of_steps(self.tokens * units[self.stream.ids])
+
+    def _sums_of_steps(self, values: Ints) -> Ints:
+        """Return the sum of the values of each step's experts, ``(n,)``, as ``(S,)`` int64."""
+        until = np.concatenate([[0], np.cumsum(values)])[self.stream.offsets[self.ends]]
         return np.diff(until, prepend=0)
 
     def steps(self, settings: ReplaySettings) -> StepArrays:

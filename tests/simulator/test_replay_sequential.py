@@ -64,6 +64,19 @@ def lfu_in_cache(ids: list[int], slots: int) -> int:
     return hits
 
 
+def lfu(ids: list[int], slots: int) -> int:
+    uses: dict[int, tuple[int, int]] = {}  # how often, and when last, also of those that left
+    cache: set[int] = set()
+    hits = 0
+    for now, expert in enumerate(ids):
+        hits += expert in cache
+        if expert not in cache and len(cache) == slots:
+            cache.remove(min(cache, key=uses.__getitem__))
+        cache.add(expert)
+        uses[expert] = (uses.get(expert, (0, 0))[0] + 1, now)
+    return hits
+
+
 def belady(ids: list[int], slots: int) -> int:
     due: dict[int, int] = {}
     heap: list[tuple[int, int]] = []  # farthest first; what is out of date is skipped
@@ -91,7 +104,7 @@ def replayed(geometry: Geometry, sequences: list[np.ndarray], policy: str, slots
     return result.hits
 
 
-@pytest.mark.parametrize("simulate", [lru, lfu_in_cache, belady])
+@pytest.mark.parametrize("simulate", [lru, lfu, lfu_in_cache, belady])
 @settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), slots=st.integers(2, 9))
 def test_plain_simulators(simulate, seed: int, slots: int):

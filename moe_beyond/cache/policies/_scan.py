@@ -31,6 +31,13 @@ def argmin_resident(
 
 
 @jit
+def goes_before(cache: CacheState, expert: int, other: int) -> bool:
+    """Compare two experts of equal priority: by recency, then by the lower id."""
+    last, other_last = cache.experts[Expert.LAST_USE, expert], cache.experts[Expert.LAST_USE, other]
+    return last < other_last or (last == other_last and expert < other)
+
+
+@jit
 def layers_ahead(cache: CacheState, layer: int) -> int:
     """Return the number of events until a layer runs: 1 for the next layer, L for the current one."""
     current = cache.clock[Clock.LAYER]

@@ -54,14 +54,13 @@ def init(inputs: PolicyInputs) -> BeladyState:
     """Index the future by expert."""
     if inputs.future is None:
         raise ValueError("belady needs the future")
-    ids = inputs.future.ids
-    order = np.argsort(ids, kind="stable")
-    end = np.cumsum(np.bincount(ids, minlength=inputs.num_ids))
+    events, demands = inputs.future.events_by_expert
+    end = np.cumsum(np.pad(demands, (0, inputs.num_ids - len(demands))))
     size = 8
     while size < inputs.num_ids:
         size *= 8
     return BeladyState(
-        events=inputs.future.events()[order],
+        events=events,
         cursor=np.concatenate([[0], end[:-1]]),
         end=end,
         tree=np.full((8 * size - 1) // 7, -1, np.int64),

@@ -33,7 +33,7 @@ from moe_beyond.cache.core import (
     is_pinned,
     unsigned,
 )
-from moe_beyond.cache.policies._scan import events_ahead, layers_ahead
+from moe_beyond.cache.policies._scan import events_ahead, goes_before, layers_ahead
 from moe_beyond.cache.policy_inputs import PolicyInputs
 from moe_beyond.usage_profile import AGE_EDGES, DECAY, PRIOR, RATE_EDGES, default_hazard
 
@@ -254,13 +254,6 @@ def on_scores(policy: BeliefState, cache: CacheState, layer: int) -> None:
 
 
 @jit
-def _goes_before(cache: CacheState, expert: int, other: int) -> bool:
-    """Compare two experts with equal events per hit: by recency, then by the lower id."""
-    last, other_last = cache.experts[Expert.LAST_USE, expert], cache.experts[Expert.LAST_USE, other]
-    return last < other_last or (last == other_last and expert < other)
-
-
-@jit
 def victim(policy: BeliefState, cache: CacheState, pool: int) -> int:
     """Return the resident with the most events per hit.
 
@@ -292,7 +285,7 @@ def victim(policy: BeliefState, cache: CacheState, pool: int) -> int:
             )
             if takes >= most:
                 expert = unsigned(policy.members[layer, index])
-                if not is_pinned(cache, expert) and (best < 0 or takes > most or _goes_before(cache, expert, best)):
+                if not is_pinned(cache, expert) and (best < 0 or takes > most or goes_before(cache, expert, best)):
                     best, most = int(expert), takes
     return best
 

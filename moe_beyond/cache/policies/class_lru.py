@@ -2,6 +2,7 @@
 
 An expert's frequency halves every 128 tokens: F <- F * 2^(-tokens/128) + 1 at each use, kept across evictions. Its
 class is floor(log2 F), within 0..7, at its last use. The victim has the largest age / 2^class, with the age in events.
+Each class has a ring by recency, so the victim is the oldest expert of a class.
 """
 
 from typing import NamedTuple
@@ -9,49 +10,79 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_beyond.cache.compiler import jit
-from moe_beyond.cache.core import CacheState, Clock, Expert, Floats, Ints, PolicyHooks, ignore_expert
-from moe_beyond.cache.policies._scan import argmin_resident
+from moe_beyond.cache.core import CacheState, Clock, Expert, Floats, Ints, PolicyHooks, unsigned
+from moe_beyond.cache.policies._ring import Rings, empty_rings, link, oldest, unlink
+from moe_beyond.cache.policies._scan import goes_before
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False
-HALF_LIFE, CLASSES = 128.0, 8
+HALF_LIFE, CLASSES = 128, 8
+FADES = np.array([2.0 ** (-age / HALF_LIFE) for age in range(80 * HALF_LIFE)])
+"""Weight of a use by its age in steps; after that age, adding 1 to a frequency rounds what is left of it away."""
 
 
 class ClassLruState(NamedTuple):
-    """Decayed frequency of every expert, and step, event and class of its last use, ``(L*E,)`` each."""
+    """Frequencies, and residents by class.
+
+    Attributes:
+        frequency: Decayed frequency of every expert at its last use, ``(L*E,)`` float64.
+        step: Step of every expert's last use, ``(L*E,)`` int64.
+        event: Event of every expert's last use, ``(L*E,)`` int64.
+        rings: Ring of each class of each pool, ``(L*E + pools * CLASSES, 2)`` uint32.
+        fades: `FADES`.
+    """
 
     frequency: Floats
     step: Ints
     event: Ints
-    level: Ints
+    rings: Rings
+    fades: Floats
 
 
 def init(inputs: PolicyInputs) -> ClassLruState:
-    """Return zeros."""
-    return ClassLruState(np.zeros(inputs.num_ids), *(np.zeros(inputs.num_ids, np.int64) for _ in range(3)))
+    """Return zeros, and no residents."""
+    rings = empty_rings(inputs.num_ids, len(inputs.capacity) * CLASSES)
+    zeros = np.zeros(inputs.num_ids, np.int64)
+    return ClassLruState(np.zeros(inputs.num_ids), zeros, zeros.copy(), rings, FADES)
 
 
 @jit
-def use(policy: ClassLruState, cache: CacheState, expert: int) -> None:
-    """Decay the frequency, count the use, and set the class."""
-    age = policy.step[expert] - cache.clock[Clock.STEP]
-    decayed = policy.frequency[expert] * 2.0 ** (age / HALF_LIFE)
-    policy.frequency[expert] = decayed + 1
+def on_admit(policy: ClassLruState, cache: CacheState, expert: int) -> None:
+    """Decay the frequency, count the use, and add the expert to its class."""
+    age = min(cache.clock[Clock.STEP] - policy.step[expert], len(policy.fades) - 1)
+    frequency = policy.frequency[expert] * policy.fades[unsigned(age)] + 1
+    policy.frequency[expert] = frequency
     policy.step[expert], policy.event[expert] = cache.clock[Clock.STEP], cache.clock[Clock.EVENT]
-    policy.level[expert] = min(int(np.log2(decayed + 1)), CLASSES - 1)
+    ring = cache.experts[Expert.POOL, expert] * CLASSES + min(int(np.log2(frequency)), CLASSES - 1)
+    link(policy.rings, cache, unsigned(cache.experts.shape[1] + ring), expert)
 
 
 @jit
-def priority(policy: ClassLruState, cache: CacheState, expert: int) -> float:
-    """Return the negative slowed age."""
-    return (policy.event[expert] - cache.clock[Clock.EVENT]) / 2.0 ** policy.level[expert]
+def on_evict(policy: ClassLruState, cache: CacheState, expert: int) -> None:
+    """Remove an expert from its class."""
+    unlink(policy.rings, expert)
+
+
+@jit
+def on_hit(policy: ClassLruState, cache: CacheState, expert: int) -> None:
+    """Count a use of a resident."""
+    on_evict(policy, cache, expert)
+    on_admit(policy, cache, expert)
 
 
 @jit
 def victim(policy: ClassLruState, cache: CacheState, pool: int) -> int:
     """Return the resident with the largest slowed age."""
-    return argmin_resident(policy, cache, pool, priority, cache.experts[Expert.LAST_USE])
+    heads = cache.experts.shape[1]
+    best, most = -1, -1
+    for level in range(CLASSES):
+        expert = oldest(policy.rings, cache, unsigned(heads + pool * CLASSES + level))
+        if expert < heads:
+            slowed = (cache.clock[Clock.EVENT] - policy.event[expert]) << (CLASSES - 1 - level)  # times 2^7: exact
+            if slowed > most or (slowed == most and goes_before(cache, expert, best)):
+                best, most = int(expert), slowed
+    return best
 
 
-HOOKS = PolicyHooks(use, use, ignore_expert, victim)
+HOOKS = PolicyHooks(on_hit, on_admit, on_evict, victim)

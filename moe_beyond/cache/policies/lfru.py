@@ -1,6 +1,7 @@
 """lfru: evict the expert with the fewest uses / (events since the last use + 1) (vllm-project/vllm#38256).
 
-Counts outlive evictions.
+Counts outlive evictions. Among experts with equal counts the oldest goes first, so the victim is the oldest expert of a
+bucket of `lfu`.
 """
 
 from typing import NamedTuple
@@ -8,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_beyond.cache.compiler import jit
-from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, PolicyHooks, ignore_expert
-from moe_beyond.cache.policies._scan import argmin_resident
+from moe_beyond.cache.core import CacheState, Clock, Ints, PolicyHooks, unsigned
+from moe_beyond.cache.policies import lfu
+from moe_beyond.cache.policies._ring import oldest
+from moe_beyond.cache.policies._scan import goes_before
 from moe_beyond.cache.policy_inputs import PolicyInputs
 
 NEEDS: tuple[str, ...] = ()
@@ -17,34 +20,52 @@ OFFERS_SCORES = False
 
 
 class LfruState(NamedTuple):
-    """Number of uses of every expert and the event of its last use, ``(L*E,)`` int64 each."""
+    """Counts and residents of `lfu`, and the event of every expert's last use, ``(L*E,)`` int64."""
 
-    uses: Ints
+    counts: lfu.LfuState
     event: Ints
 
 
 def init(inputs: PolicyInputs) -> LfruState:
-    """Return zero counts."""
-    return LfruState(np.zeros(inputs.num_ids, np.int64), np.zeros(inputs.num_ids, np.int64))
+    """Return zero counts and no residents."""
+    return LfruState(lfu.init(inputs), np.zeros(inputs.num_ids, np.int64))
 
 
 @jit
-def use(policy: LfruState, cache: CacheState, expert: int) -> None:
-    """Count a use."""
-    policy.uses[expert] += 1
+def on_hit(policy: LfruState, cache: CacheState, expert: int) -> None:
+    """Count a use of a resident."""
     policy.event[expert] = cache.clock[Clock.EVENT]
+    lfu.on_hit(policy.counts, cache, expert)
 
 
 @jit
-def priority(policy: LfruState, cache: CacheState, expert: int) -> float:
-    """Return the number of uses divided by the age."""
-    return policy.uses[expert] / (cache.clock[Clock.EVENT] - policy.event[expert] + 1)
+def on_admit(policy: LfruState, cache: CacheState, expert: int) -> None:
+    """Count a use, and add the expert to the residents."""
+    policy.event[expert] = cache.clock[Clock.EVENT]
+    lfu.on_admit(policy.counts, cache, expert)
+
+
+@jit
+def on_evict(policy: LfruState, cache: CacheState, expert: int) -> None:
+    """Remove an expert from the residents."""
+    lfu.on_evict(policy.counts, cache, expert)
 
 
 @jit
 def victim(policy: LfruState, cache: CacheState, pool: int) -> int:
-    """Return the resident with the lowest priority."""
-    return argmin_resident(policy, cache, pool, priority, cache.experts[Expert.LAST_USE])
+    """Return the resident with the fewest uses per event of its age."""
+    buckets, heads, end = policy.counts.buckets, cache.experts.shape[1], unsigned(pool)
+    best, lowest = -1, 0.0
+    bucket = buckets[end, lfu.Bucket.MORE]
+    while bucket != end:
+        expert = oldest(policy.counts.rings, cache, unsigned(heads + bucket))
+        if expert < heads:
+            age = cache.clock[Clock.EVENT] - policy.event[expert]
+            rate = buckets[bucket, lfu.Bucket.USES] / (age + 1)
+            if best < 0 or rate < lowest or (rate == lowest and goes_before(cache, expert, best)):
+                best, lowest = int(expert), rate
+        bucket = buckets[bucket, lfu.Bucket.MORE]
+    return best
 
 
-HOOKS = PolicyHooks(use, use, ignore_expert, victim)
+HOOKS = PolicyHooks(on_hit, on_admit, on_evict, victim)

@@ -19,8 +19,9 @@ def init(inputs: PolicyInputs) -> lfu.LfuState:
 
 @jit
 def on_evict(policy: lfu.LfuState, cache: CacheState, expert: int) -> None:
-    """Reset the count."""
+    """Remove an expert from the residents, and reset its count."""
+    lfu.on_evict(policy, cache, expert)
     policy.uses[expert] = 0
 
 
-HOOKS = PolicyHooks(lfu.use, lfu.use, on_evict, lfu.victim)
+HOOKS = PolicyHooks(lfu.on_hit, lfu.on_admit, on_evict, lfu.victim)
