@@ -116,27 +116,35 @@ def run_events(
                 ):
                     count = scored.best_of_layer(cache, settings, layer, 0)
                     enqueue_prefetch(cache, policy, hooks, cache.scratch_int[Scratch.SELECTED, :count])
-            routed_at = link.seconds[Seconds.NOW]
+            routed_at, per_expert = link.seconds[Seconds.NOW], _expert_seconds(timing, tokens)
+            link.seconds[Seconds.COMPUTE] = per_expert
             ready = demand(cache, policy, hooks, layer, experts, tokens)
             if not steps.computed:
                 _publish_scores(cache, policy, hooks, steps, step, layer)
-            waits_for, per_expert = len(experts), _expert_seconds(timing, tokens)
+            waits_for = len(experts) - clock[Clock.ON_HOST]
+            computing = per_expert * waits_for
+            stall = 0.0
             while True:  # one wave of the event after another
                 ready = transfer_wave(cache, policy, hooks, ready)
                 later = clock[Clock.MISSING] - clock[Clock.MOVED]
                 ends = ready + per_expert * (waits_for - later)
                 waits_for = later
+                stall += ready - link.seconds[Seconds.NOW]
                 if later == 0:
+                    if clock[Clock.ON_HOST] > 0:
+                        ends = max(ends, link.seconds[Seconds.HOST_FREE])
+                        stall = ends - max(routed_at + computing, link.seconds[Seconds.HOST_FREE])
+                        ready = routed_at + stall
                     future.event[0] += 1
                     _set_deadlines(future, settings, timing, step, ends, layer)
                     if not steps.computed:
                         issue_prefetches(cache, policy, hooks, settings, future, layer)
-                stall_compute[step, 0] += ready - link.seconds[Seconds.NOW]
                 advance(cache, policy, hooks, ends)
                 unpin(cache, experts)
                 if later == 0:
                     break
                 ready = ends
+            stall_compute[step, 0] += stall
             if link.tally[Tally.QUEUED] > 0 and is_instant(link):  # prefetches without room during the computing
                 advance(cache, policy, hooks, ends)
             if steps.computed:
