@@ -25,7 +25,8 @@ class NamedStrategy:
         architecture: Architecture of the pretrained predictor that it uses (default: no predictor).
         released: Whether it uses the released predictions of MoE-Beyond, with lookahead 0 (default: False).
         needs_device: Whether it is defined only with a device (default: False).
-        misses: Miss handling; all but ``"move"`` need a device whose host computes (default: ``"move"``).
+        misses: Miss handling on a device whose host computes. Without one, a strategy that needs a device is
+            unavailable, and others move every miss (default: ``"move"``).
         warm_start: Whether every sequence starts with the most popular experts (default: False).
         window: Drafted tokens that are verified together (default: 1).
         note: Substitutions and assumptions, for tables (default: none).
@@ -66,7 +67,11 @@ for _name, _strategy in {
         note="cross_layer replaces its router scores of hidden states",
     ),
     "moe-spac": NamedStrategy(
-        "moe_spac", "p>0", needs_device=True, misses="cpu", window=8, note="drafting is free and always right"
+        "moe_spac",
+        "p>0",
+        misses="cpu",
+        window=8,
+        note="drafting is free and always right; the CPU computes misses if the device has host_gb_per_s",
     ),
     "od-moe": NamedStrategy("od_moe", needs_device=True),
     "llama.cpp": NamedStrategy("class_lru"),

@@ -170,12 +170,15 @@ def named_strategies(
             reason = "needs the popularity of experts in training text; give --profile"
             unavailable.append(Unavailable(name, reason))
             continue
-        if named.misses != MOVE and common.device is not None:
-            try:
-                check_host(common.device, named.misses)
-            except UserError as error:
+        misses = named.misses
+        try:
+            if misses != MOVE:
+                check_host(common.device, misses)
+        except UserError as error:
+            if named.needs_device:
                 unavailable.append(Unavailable(name, str(error)))
                 continue
+            misses = MOVE
         if source is not None:
             sources[source.name] = source
         prefetch = named.prefetch if common.device is None else named.on_device or named.prefetch
@@ -183,7 +186,7 @@ def named_strategies(
             common,
             window=max(named.window, common.window),
             note=named.note,
-            misses=named.misses,
+            misses=misses,
             warm_start=named.warm_start or common.warm_start,
         )
         settings += [

@@ -45,7 +45,7 @@ def step_timing(device: Device, geometry: Geometry, bits: float, tokens: Ints, c
     )
 
 
-def check_host(device: Device, misses: str) -> None:
+def check_host(device: Device | None, misses: str) -> None:
     """Check that the host of a device can compute experts.
 
     Args:
@@ -53,8 +53,10 @@ def check_host(device: Device, misses: str) -> None:
         misses: Value of ``--misses``, for the message.
 
     Raises:
-        UserError: The device has no speed of its host, or has experts on flash.
+        UserError: There is no device, it has no speed of its host, or it has experts on flash.
     """
+    if device is None:
+        raise UserError(f"--misses {misses}: needs the times of a device; give --device")
     if device.host_gb_per_s is None:
         raise UserError(
             f"--misses {misses}: needs the speed of the host (device {device.name} has no host_gb_per_s); give "

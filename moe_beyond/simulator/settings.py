@@ -142,12 +142,12 @@ class ReplaySettings:
         """Check miss handling on the host."""
         if self.misses not in MISSES:
             raise unknown("miss handling", self.misses, MISSES)
-        if self.device is not None:
+        if self.device is not None or not self.measured_times:
             check_host(self.device, self.misses)
-        if self.device is None and not self.measured_times:
-            raise UserError(f"--misses {self.misses}: needs the times of a device; give --device")
         if self.policy in BOUNDS:
-            raise UserError(f"--misses {self.misses}: {self.policy} has no misses to handle; choose another policy")
+            raise UserError(
+                f"--misses {self.misses}: a bound moves its experts (got policy {self.policy}); choose another policy"
+            )
 
     def _check_prefetch(self, prefetch: Prefetch) -> None:
         """Check the prefetcher with its scores and the device."""

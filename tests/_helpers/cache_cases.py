@@ -79,7 +79,8 @@ class Case:
 
     def with_ticks(self, transfer: int, other: int, expert: int, flash: int = 0, host_slots: int = 0) -> "Case":
         device = ticking(transfer, other, expert, flash or None, (host_slots or 0.5) if flash else None)
-        case = replace(self.changed(device=device), ticks=(transfer, other, expert, flash, host_slots))
+        ticks = (transfer, other, expert, flash, host_slots)
+        case = replace(self.changed(device=device, misses="move"), ticks=ticks, host=(0, 0))
         return case.with_costs(0, 0, 0)
 
     def with_costs(self, cached: float, outside: float, flops: float) -> "Case":
@@ -101,7 +102,7 @@ class Case:
         return replace(self.changed(device=device, misses=misses), host=(expert, flops))
 
     def on_no_device(self) -> "Case":
-        return replace(self.changed(device=None), ticks=(0, 0, 0, 0, 0), costs=(0, 0, 0))
+        return replace(self.changed(device=None, misses="move"), ticks=(0, 0, 0, 0, 0), costs=(0, 0, 0), host=(0, 0))
 
     @cached_property
     def batches(self) -> list[list[int]]:
