@@ -20,7 +20,7 @@ OPTIONAL_SIZES = ("expert_bytes", "other_bytes")
 MOST_PARAMS = 10**15
 """Bound on parameters: a thousand times those of today's largest models."""
 MOST_BYTES = 2**31 - 1
-"""Bound on the stored bytes of one expert, or of the rest of one layer."""
+"""Bound on the stored bytes of one expert, or of the other weights of one layer."""
 
 
 @dataclass(frozen=True)
