@@ -57,19 +57,20 @@ class Row:
 
 QWEN, DEEPSEEK, GPT_OSS = "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b"
 IMP, EDGE = "kekzl/imp", "Helldez/BigMoeOnEdge"
-SLOTS = "three copies per expert, and launches between layers"
-CLOCKED = "a phone's processor computes at about 10 GB/s, not 61"
+PAGEABLE = "time per miss is that of pageable copies, 8 GB/s"
+"""By regression of the published token times on misses; the engine measured 9.6 GB/s for them (#1409)."""
+SLOW_MEMORY = "the phone computes at about 10 GB/s, not 61"
 ROWS = (
-    Row(IMP, QWEN, 4.5, RTX5090, None, 311, "its kernels are fused: a third of the fixed cost per layer", "#1365"),
-    Row(IMP, QWEN, 4.5, RTX5090, 96.2, 51.86, SLOTS, "#1374"),
-    Row(IMP, QWEN, 4.5, RTX5090, 89.4, 30.51, SLOTS, "#1374"),
-    Row(IMP, QWEN, 4.5, RTX5090, 74.1, 20.99, SLOTS, "#1374"),
-    Row(IMP, QWEN, 4.5, RTX5090, 36.6, 10.51, SLOTS, "#1374"),
-    Row(IMP, QWEN, 4.5, RTX5090, 0, 6.63, SLOTS, "#1365"),
-    Row(EDGE, QWEN, 4.87, PHONE, 0, 1.7, CLOCKED, "its README"),
-    Row(EDGE, QWEN, 4.87, PHONE, 53, 2.4, CLOCKED, "its README"),
-    Row(EDGE, QWEN, 4.87, PHONE, 76, 4.0, CLOCKED, "its README"),
-    Row(EDGE, QWEN, 4.87, PHONE, 74.9, 5.657, CLOCKED, "recording of 2026-07-15", top_k=6),
+    Row(IMP, QWEN, 4.5, RTX5090, None, 311, "fused kernels: 20 us a layer, not 55", "#1365"),
+    Row(IMP, QWEN, 4.5, RTX5090, 96.2, 51.86, PAGEABLE, "#1374"),
+    Row(IMP, QWEN, 4.5, RTX5090, 89.4, 30.51, PAGEABLE, "#1374"),
+    Row(IMP, QWEN, 4.5, RTX5090, 74.1, 20.99, PAGEABLE, "#1374"),
+    Row(IMP, QWEN, 4.5, RTX5090, 36.6, 10.51, PAGEABLE, "#1374"),
+    Row(IMP, QWEN, 4.5, RTX5090, 0, 6.63, PAGEABLE, "#1365"),
+    Row(EDGE, QWEN, 4.87, PHONE, 0, 1.7, SLOW_MEMORY, "its README"),
+    Row(EDGE, QWEN, 4.87, PHONE, 53, 2.4, SLOW_MEMORY, "its README"),
+    Row(EDGE, QWEN, 4.87, PHONE, 76, 4.0, SLOW_MEMORY, "its README"),
+    Row(EDGE, QWEN, 4.87, PHONE, 74.9, 5.657, SLOW_MEMORY, "recording of 2026-07-15", top_k=6),
     Row(
         EDGE,
         QWEN,
@@ -77,15 +78,15 @@ ROWS = (
         LAPTOP,
         83.5,
         4.72,
-        "computing 115 ms and reading 88 ms a token: half the bandwidths",
+        "115 ms of computing and 88 ms of reading per token",
         "README",
     ),
-    Row("tinyserve", GPT_OSS, 4.25, RTX2000, 87.8, 10.7, "dispatch by Python, and upcasts of mxfp4", "its README"),
-    Row("tinyserve", GPT_OSS, 4.25, RTX2000, 76.4, 5.5, "dispatch by Python, and upcasts of mxfp4", "its README"),
-    Row("AdapMoE", DEEPSEEK, 16, A6000, 47.7, 7.59, "dispatch by Python; hit rate that of LRU", "HybriMoE's paper"),
-    Row("HybriMoE", DEEPSEEK, 16, A6000, 47.7, 14.49, "the host computes misses; 4-bit experts there", "its paper"),
-    Row("MoE-Infinity", DEEPSEEK, 16, A5000, "19GB", 6.45, "dispatch by Python; other text", "its README"),
-    Row("MoE-Infinity", DEEPSEEK, 16, A100, "7GB", 2.56, "dispatch by Python; other text", "SP-MoE's paper"),
+    Row("tinyserve", GPT_OSS, 4.25, RTX2000, 87.8, 10.7, "generate() takes 38 of 90 ms per token", "its README"),
+    Row("tinyserve", GPT_OSS, 4.25, RTX2000, 76.4, 5.5, "generate() takes 38 of 90 ms per token", "its README"),
+    Row("AdapMoE", DEEPSEEK, 16, A6000, 47.7, 7.59, "overhead of its framework; hit rate: LRU's", "HybriMoE's paper"),
+    Row("HybriMoE", DEEPSEEK, 16, A6000, 47.7, 14.49, "the host computes misses, instead of moving them", "its paper"),
+    Row("MoE-Infinity", DEEPSEEK, 16, A5000, "19GB", 6.45, "overhead of its framework; budget assumed", "its README"),
+    Row("MoE-Infinity", DEEPSEEK, 16, A100, "7GB", 2.56, "overhead of its framework; budget assumed", "SP-MoE's paper"),
     Row(
         "ProMoE's LRU",
         DEEPSEEK,
@@ -93,7 +94,7 @@ ROWS = (
         RTX4090,
         "19GB",
         46.2,
-        "its budget is not stated here; other text",
+        "budget assumed: what fits in 24 GB",
         "ProMoE's paper",
     ),
 )
@@ -135,8 +136,8 @@ def forecast(row: Row, device: Device, traces: str | None) -> float | None:
     """Return the clock's tokens per second for a published run; None without the traces that it needs.
 
     Args:
-        row: Published run.
-        device: Its device.
+        row: Run with its published speed.
+        device: Device of the run.
         traces: Trace set of DeepSeek-V2-Lite, or None.
     """
     geometry = PRESETS[row.model].geometry

@@ -264,7 +264,7 @@ def _files(folder: Path | None, size: int) -> Iterator[Sequence[Path]]:
 
 
 def _computing(place: str, preset: Preset) -> tuple[Measured, Measured]:
-    """Measure an expert and the rest of a layer for one token, on weights too large for a cache."""
+    """Measure an expert, and a layer without experts, for one token on weights too large for a cache."""
     hidden, geometry = preset.hidden_size, preset.geometry
     assert hidden is not None
     width = max(1, geometry.params_per_expert // (3 * hidden))
@@ -301,5 +301,6 @@ def _available(place: str) -> int | None:
 
 def _processor(place: str) -> str:
     if place == "cpu":
-        return f"the CPU with {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"the CPU with {threads} thread{'s' * (threads > 1)}"
     return str(torch.cuda.get_device_name(place))
