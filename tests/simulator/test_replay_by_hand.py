@@ -613,9 +613,9 @@ def test_flash_reads_while_the_link_copies():
 def test_copies_from_host_memory_do_not_wait_for_flash():
     # 0 is copied from 1 to 2, while 2 is read until 4.
     assert two_tiers(0, 2) == ([(1, 5, 7)], [(0, 1, 2), (2, 1, 5)])
-    # Host memory holds 0 to 3, of which 3 leaves first; there are two slots. 4 is read from 1 to 4 and copied until 5: 3
-    # leaves. 0 is copied from 7 to 8, and 1 from 10 to 11: 4 leaves its slot. At 13 the event demands 3 and 4: 3 is read
-    # until 16 and copied until 17, and before that 4 is copied until 14.
+    # Host memory holds 0 to 3, of which 3 leaves first. There are two slots. 4 is read from 1 to 4 and copied until 5:
+    # 3 leaves. 0 is copied from 7 to 8, and 1 from 10 to 11: 4 leaves its slot. At 13 the event demands 3 and 4: 3 is
+    # read until 16 and copied until 17, and before that 4 is copied until 14.
     geometry = small_geometry(1, 5, 2)
     trace = np.array([[[4, NO_EXPERT]], [[0, NO_EXPERT]], [[1, NO_EXPERT]], [[3, 4]]], np.uint8)
     config = ReplaySettings(2, device=ticking(1, flash=3, host_memory_gb=4), bits=8.0)
