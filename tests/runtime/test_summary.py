@@ -7,8 +7,9 @@ import torch
 from _helpers.moe_architectures import EXPERTS, LAYERS, TOP_K, tiny_model
 
 from moe_beyond.errors import UserError
-from moe_beyond.runtime import load_offloaded, offload, summary
+from moe_beyond.runtime import load_offloaded, offload
 from moe_beyond.runtime.memory import Memory
+from moe_beyond.runtime.records import summary
 from moe_beyond.runtime.records.summary import replayed_baselines, summary_json, summary_lines
 
 IDS = torch.tensor([[5, 9, 30, 7, 11]])
