@@ -38,6 +38,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("report", "write an HTML page about a predictor or a run"),
         "devices": ("devices", "list the device presets with their numbers and sources"),
         "plan": ("plan", "find the smallest budget for a target, and the experts to pin"),
+        "tune": ("tune", "choose the best strategy of a budget, on recorded conversations"),
     },
     "Models": {
         "run": ("run", "run a model under a memory budget for its experts, and generate text"),

@@ -93,24 +93,29 @@ def check_plots(folder: str | None) -> None:
         raise UserError(f"--plots {folder}: is a file; name a folder")
 
 
-def check_json(path: str | None) -> None:
-    """Refuse a file for the JSON that cannot be written, before anything takes long.
+def check_json(path: str | None, option: str = "--json") -> None:
+    """Refuse a file for a result that cannot be written, before anything takes long.
+
+    Args:
+        path: File; None or ``-`` for none.
+        option: Option that names the file (default: ``--json``).
 
     Raises:
-        UserError: ``--json`` names a folder, or a file below a file or in a folder that cannot be written to.
+        UserError: The option names a folder, or a file below a file or in a folder that cannot be written to.
     """
     if path in (None, "-"):
         return
     if not path:
-        raise UserError("--json: the name of the file is empty; name a file, or - for standard output")
+        other = ", or - for standard output" if option == "--json" else ""
+        raise UserError(f"{option}: the name of the file is empty; name a file{other}")
     file = Path(path)
     if file.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file")
+        raise UserError(f"{option} {path}: is a folder; name a file")
     ancestor = next(folder for folder in (*file.parents, Path()) if folder.exists())
     if not ancestor.is_dir():
-        raise UserError(f"--json {path}: {ancestor} is a file, not a folder; name another place")
+        raise UserError(f"{option} {path}: {ancestor} is a file, not a folder; name another place")
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise UserError(f"--json {path}: {ancestor} cannot be written to; name another place")
+        raise UserError(f"{option} {path}: {ancestor} cannot be written to; name another place")
 
 
 class Output:
