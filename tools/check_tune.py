@@ -52,9 +52,9 @@ def grid_results(
     policies = Space(geometry, shared.common, slots[0], None, source, shared.profile).policies()
     prefetches, lookaheads = ["none"], []
     if source is not None:
-        thresholds = (f"p>{number / 20:g}" for number in range(1, 20))
-        tops = (f"top{number}" for number in range(1, 2 * geometry.top_k + 1))
-        prefetches += [*tops, *thresholds, "moe_infinity", "adaptive", "adaptive,p>0.1", "adaptive,p>0.3"]
+        thresholds = (f"p>{number / 10:g}" for number in range(1, 10))
+        tops = (f"top{number}" for number in dict.fromkeys((1, geometry.top_k // 2 or 1, geometry.top_k)))
+        prefetches += [*tops, *thresholds, "moe_infinity", "adaptive", "adaptive,p>0.3"]
         lookaheads = [each for each in source.lookaheads if each != "next"]
     settings = [
         each
@@ -69,6 +69,34 @@ def grid_results(
     return results
 
 
+def compared(
+    options: ReplayOptions, traces: TraceSet, source: ScoreSource | None, predictor: str | None
+) -> dict[str, str | int | float]:
+    """Tune, replay the grid, and return one row of the table.
+
+    Args:
+        options: Options with a device and one budget.
+        traces: Trace set of both halves.
+        source: Source of scores; None without scores.
+        predictor: Name of the source's predictor.
+    """
+    tuned = run_tuning(options, traces, source, aim="tokens", predictor=predictor)
+    results = grid_results(options, traces, source, tuned)
+    speed = tuned.aim.value
+    choice, lru, best = tuned.held_out[0], tuned.held_out[-2], max(results, key=speed)
+    return {
+        "device": str(options.device), "budget": options.budget[0], "tried": len(tuned.tried), "choice": named(choice),
+        "choice tok/s": speed(choice), "lru tok/s": speed(lru), "grid": len(results), "best": named(best),
+        "best tok/s": speed(best), "share": speed(choice) / speed(best),
+        "holds": speed(choice) >= max(LEAST_SHARE * speed(best), speed(lru)),
+    }  # fmt: skip
+
+
+def named(result: Result) -> str:
+    """Return the strategy of a result with its lookahead and scope."""
+    return f"{result.policy} + {result.prefetch}, lookahead {result.lookahead}, {result.scope}"
+
+
 def main() -> None:
     """Parse the options, tune, replay the grids and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,51 +109,21 @@ def main() -> None:
     args = parser.parse_args()
     predictor, profile = (None if name == "none" else name for name in (args.predictor, args.profile))
     traces, source = TraceSet(args.traces), None if predictor is None else find_source(predictor)
-    table = Table(title="choice of tune, and the best strategy of the grid, on the held-out half (tok/s)")
-    for name in (
-        "device",
-        "budget",
-        "tried",
-        "choice",
-        "tok/s",
-        "lru",
-        "grid",
-        "best of the grid",
-        "tok/s",
-        "share",
-        "",
-    ):
-        table.add_column(name)
-    rows, holds = [], True
+    console, rows = Console(width=160), []
     for device in args.device or DEVICES:
         for budget in args.budget or BUDGETS:
             options = ReplayOptions(budget=(budget,), device=device, profile=profile)
-            tuned = run_tuning(options, traces, source, aim="tokens", predictor=predictor)
-            choice, lru = tuned.held_out[0], tuned.held_out[-2]
-            results = grid_results(options, traces, source, tuned)
-            best = max(results, key=tuned.aim.value)
-            share = tuned.aim.value(choice) / tuned.aim.value(best)
-            enough = share >= LEAST_SHARE and tuned.aim.value(choice) >= tuned.aim.value(lru)
-            holds &= enough
-            speeds = [f"{tuned.aim.value(each):.2f}" for each in (choice, lru, best)]
-            names = [
-                each.strategy if each.lookahead is None else f"{each.strategy} ({each.lookahead})"
-                for each in (choice, best)
-            ]
-            table.add_row(
-                device, budget, str(len(tuned.tried)), names[0], *speeds[:2], f"{len(results):,}",
-                f"{names[1]}, {best.scope}", speeds[2], f"{share:.1%}", "ok" if enough else "MISSES",
-            )  # fmt: skip
-            rows.append(
-                {
-                    "device": device, "budget": budget, "tried": len(tuned.tried), "grid": len(results), "share": share,
-                    "choice": choice.to_json(), "lru": lru.to_json(), "best": best.to_json(),
-                }
-            )  # fmt: skip
-    Console(width=160).print(table)
+            rows.append(compared(options, traces, source, predictor))
+            console.print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), highlight=False)
+    table = Table(title="choice of tune, and the best strategy of the grid, on the held-out half (tok/s)")
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
     if args.json:
         write_json(args.json, rows)
-    sys.exit(0 if holds else 1)
+    sys.exit(0 if all(row["holds"] for row in rows) else 1)
 
 
 if __name__ == "__main__":

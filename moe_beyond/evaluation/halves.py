@@ -17,7 +17,7 @@ from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 
-HALF_TOKENS = 8192
+HALF_TOKENS = 4096
 """Number of tokens of a half above which a trace set is sampled."""
 SEQUENCE_TOKENS = 2048
 """Number of tokens of a sequence that are replayed; the others are cut off."""
@@ -96,9 +96,8 @@ def halve(
             f"{traces.folder}: tuning needs at least {MIN_CONVERSATIONS} conversations that are longer than the "
             f"warm-up, two to choose by and two to judge by (got {len(conversations)}); record more"
         )
-    blocks = _blocks(conversations)
-    chosen = blocks[:: _stride(blocks)]
-    tuning, held_out = ([text for block in chosen[first::2] for text in block] for first in (0, 1))
+    blocks, sampled = _sampled_blocks(conversations)
+    tuning, held_out = ([text for block in blocks[first::2] for text in block] for first in (0, 1))
     digests = {text.digest for text in tuning}
     names = ({text.name for text in tuning}, {text.name for text in held_out if text.digest not in digests})
     if not names[1]:
@@ -117,7 +116,7 @@ def halve(
                         min(trace.decode_start, SEQUENCE_TOKENS), trace.sequence_id,
                     )
                 )  # fmt: skip
-    return Halves(halves[0], halves[1], sampled=cut or len(chosen) < len(blocks))
+    return Halves(halves[0], halves[1], sampled=sampled or cut)
 
 
 def _text(trace: Trace, has_token_ids: bool) -> _Text:
@@ -142,14 +141,15 @@ def _continues(earlier: Trace, later: Trace) -> bool:
     return len(prompt) >= MIN_PROMPT and np.array_equal(later.token_ids[: len(prompt)], prompt)
 
 
-def _blocks(conversations: list[list[_Text]]) -> list[list[_Text]]:
-    """Join consecutive conversations into blocks."""
+def _sampled_blocks(conversations: list[list[_Text]]) -> tuple[list[list[_Text]], bool]:
+    """Join consecutive conversations into blocks, each with the first few of its conversations if there are too many.
+
+    Returns:
+        Sequences of each block, and whether some were left out.
+    """
     size = min(MAX_BLOCK, max(1, len(conversations) // BLOCKS))
-    parts = (conversations[start : start + size] for start in range(0, len(conversations), size))
-    return [[text for conversation in part for text in conversation] for part in parts]
-
-
-def _stride(blocks: list[list[_Text]]) -> int:
-    """Return the distance of the blocks that a sample takes; at least four remain."""
-    tokens = sum(text.tokens for block in blocks for text in block)
-    return max(1, min(math.ceil(tokens / (2 * HALF_TOKENS)), len(blocks) // MIN_CONVERSATIONS))
+    tokens = sum(text.tokens for conversation in conversations for text in conversation)
+    kept = max(1, math.floor(size * min(1, 2 * HALF_TOKENS / tokens)))
+    starts = range(0, len(conversations), size)
+    parts = (conversations[start : start + min(size, kept)] for start in starts)
+    return [[text for conversation in part for text in conversation] for part in parts], kept < size

@@ -1,8 +1,8 @@
 """The search of `moe-beyond tune`: candidates, their dimensions, and the order in which they are tried.
 
-The search starts with every policy without prefetching. It then tries all candidates that differ from one of the best
-few in a single dimension, until no such candidate is left. Numbers of prefetchers are refined at the end. The result
-does not depend on the number of cores, nor on chance.
+The search starts with every policy without prefetching. It then tries all candidates that differ in a single dimension
+from one of the best few, or from the best of a prefetcher, until no such candidate is left. Numbers of prefetchers are
+refined at the end. The result does not depend on the number of cores, nor on chance.
 """
 
 import re
@@ -22,7 +22,7 @@ from moe_beyond.simulator.settings import offers_scores
 from moe_beyond.usage_profile import UsageProfile
 
 WIDTH = 3
-"""Number of candidates whose neighbours are tried."""
+"""Number of candidates whose neighbours are tried, besides the best of each prefetcher."""
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Thresholds that are tried first."""
 STEPS = (0.1, 0.05, 0.02)
@@ -182,7 +182,7 @@ class Space:
     def _prefetches(self) -> list[str]:
         """Return the prefetchers that are tried first."""
         top_k, experts = self.geometry.top_k, self.geometry.num_experts
-        numbers = dict.fromkeys((1, max(1, top_k // 2), top_k, min(2 * top_k, experts)))
+        numbers = sorted({1, max(1, top_k // 2), top_k, min(2 * top_k, experts), min(4 * top_k, experts)})
         texts = ["none", *(f"top{number}" for number in numbers), *(f"p>{each:g}" for each in THRESHOLDS)]
         texts += ["moe_infinity"]
         return texts if self.common.device is None else [*texts, "adaptive", "adaptive,p>0.3"]
@@ -220,15 +220,21 @@ class Search:
     def run(self) -> None:
         """Try candidates until no neighbour of the best few is left."""
         self._try(self.space.plain())
-        while self._try(each for best in self.best(WIDTH) for each in self.space.neighbours(best)):
+        while self._try(each for promising in self._promising() for each in self.space.neighbours(promising)):
             pass
         for step in STEPS:
-            while self._try(each for best in self.best(WIDTH) for each in self.space.nearby(best, step)):
+            while self._try(each for promising in self._promising() for each in self.space.nearby(promising, step)):
                 pass
 
     def best(self, number: int) -> list[Candidate]:
         """Return the best candidates; of equal ones, those tried first."""
         return sorted(self.tried, key=lambda each: self.aim.rank(self.tried[each]))[:number]
+
+    def _promising(self) -> list[Candidate]:
+        """Return the best few candidates, and the best one of each prefetcher: the best few are often alike."""
+        ranked = self.best(len(self.tried))
+        of_prefetcher = {parse_prefetch(each.prefetch).prefetcher.id: each for each in reversed(ranked)}
+        return list(dict.fromkeys([*ranked[:WIDTH], *of_prefetcher.values()]))
 
     def _try(self, candidates: Iterator[Candidate] | list[Candidate]) -> bool:
         """Replay candidates that were not tried before, and return whether there were any."""
