@@ -158,7 +158,6 @@ def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:
         assert named / chosen == pytest.approx(certain, abs=0.1)
 
 
-@pytest.mark.slow
 def test_a_choice_is_compared_with_a_grid(tmp_path: Path) -> None:
     traces = tiny_traces(tmp_path / "traces")
     words = ("--traces", traces.folder, "--device", "rtx4060", "--predictor", "none", "--profile", "none")
@@ -171,6 +170,7 @@ def test_a_choice_is_compared_with_a_grid(tmp_path: Path) -> None:
     assert row["grid"] == row["tried"]
 
 
+@pytest.mark.slow
 def test_training_is_timed_on_the_same_segments(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=40)
     words = ["--data", str(tmp_path / "traces"), "--steps", "1", "--eager", "--json", str(tmp_path / "f.json")]
