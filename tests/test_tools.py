@@ -180,6 +180,18 @@ def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:
         assert named / chosen == pytest.approx(certain, abs=0.1)
 
 
+def test_a_choice_is_compared_with_a_grid(tmp_path: Path) -> None:
+    traces = tiny_traces(tmp_path / "traces")
+    words = ("--traces", traces.folder, "--device", "rtx4060", "--predictor", "none", "--profile", "none")
+    # With all experts resident, every policy without a predictor is as good as LRU.
+    printed = run("check_tune.py", *words, "--budget", "100%", "--json", str(tmp_path / "check.json"))
+    assert "choice lru + none, lookahead None, global" in printed
+    [row] = json.loads((tmp_path / "check.json").read_text())
+    assert row["holds"]
+    assert row["choice tok/s"] == row["lru tok/s"] == row["best tok/s"]
+    assert row["grid"] == row["tried"]
+
+
 @pytest.mark.slow
 def test_training_is_timed_on_the_same_segments(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=40)

@@ -39,6 +39,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "devices": ("devices", "list the device presets with their numbers and sources"),
         "probe": ("probe", "measure this machine's interconnect, disk, memory and computing"),
         "plan": ("plan", "find the smallest budget for a target, and the experts to pin"),
+        "tune": ("tune", "choose the best strategy of a budget, on recorded conversations"),
     },
     "Models": {
         "run": ("run", "run a model under a memory budget for its experts, and generate text"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, check_json, command_parser, progress_bar
+from moe_beyond.cli.options import Output, check_file, command_parser, progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 from moe_beyond.geometry import Preset, load_preset
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv[1:])
     if args.out is not None and not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: a device file ends in .json; rename it")
-    check_json(args.out)
+    check_file("--out", args.out)
     size, preset = _sizes(args)
     output = Output(args)
     from moe_beyond.collect.devices import one_device

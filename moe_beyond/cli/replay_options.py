@@ -114,14 +114,19 @@ def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's f
     )
 
 
-def add_conditions(parser: ArgumentParser) -> None:
-    """Add the options that all strategies of a replay share."""
+def add_conditions(parser: ArgumentParser, scope_default: str | None = "global") -> None:
+    """Add the options that all strategies of a replay share.
+
+    Args:
+        parser: Parser of a command.
+        scope_default: Scope of the cache without ``--scope``; None if both are tried (default: global).
+    """
     parser.add_argument("--device", metavar="DEVICE", help=f"{DEVICE_HELP} (default: no timing)")
     parser.add_argument(
         "--scope",
-        default="global",
+        default=scope_default,
         metavar="SCOPE",
-        help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)",
+        help=f"scope of the cache: {' or '.join(SCOPES)} (default: {scope_default or 'both are tried'})",
     )
     parser.add_argument(
         "--quotas",
