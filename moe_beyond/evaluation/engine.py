@@ -139,7 +139,8 @@ def replay_sequences(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda replay: _add(replay, sequences), replays):
             pass
-    results = _results(replays)
+        results = list(pool.map(lambda replay: replay.result(), replays))
+    _check_counted(results, strategies)
     return result_intervals(results, [each.sums for each in replays], bootstrap_draws) if bootstrap_draws else results
 
 
