@@ -79,7 +79,7 @@ ROWS = (
         83.5,
         4.72,
         "115 ms of computing and 88 ms of reading per token",
-        "README",
+        "its README",
     ),
     Row("tinyserve", GPT_OSS, 4.25, RTX2000, 87.8, 10.7, "generate() takes 38 of 90 ms per token", "its README"),
     Row("tinyserve", GPT_OSS, 4.25, RTX2000, 76.4, 5.5, "generate() takes 38 of 90 ms per token", "its README"),

@@ -107,12 +107,8 @@ class Probe:
         """
         latency = min(self.latency.median, self.copy.median / 2)
         direct = [found for (source, _), found in self.disk.items() if source == "disk"]
-        host = available_memory()
-        if flash := min(direct, key=lambda found: found.median, default=None) if host else None:
-            assert host is not None
-            tiers = {"host_memory_gb": host / 1e9, "flash_gb_per_s": flash.gb_per_s}
-        else:
-            tiers = {}
+        host = available_memory() if direct else None
+        flash = min(direct, key=lambda found: found.median) if host else None
         bandwidth = self.memory.gb_per_s
         assert bandwidth is not None
         return Device(
@@ -121,12 +117,13 @@ class Probe:
             link_latency_us=1e6 * latency,
             memory_gb=(_available(self.place) or MOVED_BYTES) / 1e9,
             memory_gb_per_s=bandwidth,
+            host_memory_gb=host / 1e9 if host else None,
+            flash_gb_per_s=flash.gb_per_s if flash else None,
             layer_us=1e6 * KERNELS * self.operation.median,
             other_ms=None if self.layer is None else 1e3 * self.layer.median,
             expert_ms=None if self.expert is None else 1e3 * self.expert.median,
             source=f"moe-beyond probe on {self.processor}: medians of {REPEATS} repeats at experts of "
             f"{self.expert_bytes / 1e6:.3g} MB; layer_us: {KERNELS} operations",
-            **tiers,
         )
 
 
