@@ -277,6 +277,16 @@ def test_a_model_for_benchmarks_decodes_with_the_recorded_routing(tmp_path: Path
     assert min(times.values()) > 0
 
 
+@pytest.mark.slow
+def test_the_checks_of_a_gpu_pass_on_the_cpu(tmp_path: Path) -> None:
+    run("check_gpu.py", "--device", "cpu", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["exactness", "overhead", "speed"]
+    outputs = [row["output"] for row in (*found["exactness"], *found["speed"][1:])]
+    assert len(outputs) == 36
+    assert all(output.startswith("identical: ") for output in outputs)
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in TOOLS.glob("*.py")))
 def test_the_imports_of_a_tool_exist(name: str) -> None:
     nodes = ast.walk(ast.parse((TOOLS / name).read_text()))
