@@ -26,6 +26,7 @@ from moe_beyond.cache.core import (
     enter,
     pin,
     replace,
+    units_of,
     unpin_all,
 )
 from moe_beyond.cache.counters import Counter
@@ -118,7 +119,9 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
     pool = cache.experts[Expert.POOL, missing[begin]]
     if not hooks.bypass:
         room = cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED]
-        end = min(end, begin + room // cache.experts[Expert.UNITS, missing[begin]])  # a layer's experts have one size
+        if clock[Clock.MIXED] == 1:
+            room //= cache.experts[Expert.UNITS, missing[begin]]  # a layer's experts have one size
+        end = min(end, begin + room)
     clock[Clock.MOVED] = end
     coming = missing[begin:end]
     for expert in coming:
@@ -129,7 +132,7 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
             _admit_demanded(cache, policy, hooks, expert)
     else:
         for expert in coming:
-            if cache.pools[pool, Pool.FREE] < cache.experts[Expert.UNITS, expert]:
+            if cache.pools[pool, Pool.FREE] < units_of(cache, expert):
                 replace(cache, policy, hooks, hooks.victim(policy, cache, pool), expert, Origin.DEMANDED)
             else:
                 enter(cache, policy, hooks, expert, Origin.DEMANDED)
@@ -141,7 +144,7 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
 def _admit_demanded(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int) -> None:
     """Admit an expert that bypassed the cache if there is room, or if the policy prefers it to its first victim."""
     pool = cache.experts[Expert.POOL, expert]
-    if cache.pools[pool, Pool.FREE] >= cache.experts[Expert.UNITS, expert]:
+    if cache.pools[pool, Pool.FREE] >= units_of(cache, expert):
         enter(cache, policy, hooks, expert, Origin.DEMANDED)
         return
     victim = hooks.victim(policy, cache, pool)

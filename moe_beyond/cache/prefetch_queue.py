@@ -10,7 +10,19 @@ ones. An expert in transit may be evicted after the next event has begun; its tr
 from typing import Any
 
 from moe_beyond.cache.compiler import jit
-from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, Origin, PolicyHooks, Pool, enter, pin, replace
+from moe_beyond.cache.core import (
+    CacheState,
+    Clock,
+    Expert,
+    Ints,
+    Origin,
+    PolicyHooks,
+    Pool,
+    enter,
+    pin,
+    replace,
+    units_of,
+)
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.interconnect import Queue, Seconds, Tally, begins_at, is_instant, send
 
@@ -125,7 +137,7 @@ def leaves_queue(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int
         Whether the prefetch leaves the queue, because its transfer begins or because it is not admitted.
     """
     pool = cache.experts[Expert.POOL, expert]
-    units = cache.experts[Expert.UNITS, expert]
+    units = units_of(cache, expert)
     if cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED] < units:
         return False
     cache.link.queue[Queue.WAITS, expert] = 0

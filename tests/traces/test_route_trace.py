@@ -173,9 +173,9 @@ def test_damage_is_named_and_nothing_is_left(says: str, desk: Path, capsys: pyte
 
 
 def test_a_dropped_expert_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = (HEAD + PROMPT + DECODE).replace("expert_bytes\n", "expert_bytes,dropped\n").splitlines()
-    rows = [row if row[0] in "#t" else f"{row},{int(row.endswith('2,0'))}" for row in rows]
-    Path("run.route.csv").write_text("\n".join([*rows[:-1], rows[-1][:-1] + "1"]) + "\n")
+    head, *rows = (PROMPT + DECODE).splitlines()
+    rows = [f"{row},0" for row in (head, *rows[:-1])] + [f"{rows[-1]},1"]
+    Path("run.route.csv").write_text(HEAD.replace("expert_bytes\n", "expert_bytes,dropped\n") + "\n".join(rows) + "\n")
     assert failure(capsys, desk, command()).startswith("run.route.csv: line 16: its expert was dropped")
 
 
