@@ -39,7 +39,7 @@ def read_seconds(
     if direct and not DIRECT:
         return None
     rng = np.random.default_rng(0)
-    jobs = [(number % readers, files[rng.integers(len(files))], rng.random()) for number in range(reads)]
+    jobs = [(number % readers, files[int(rng.integers(len(files)))], rng.random()) for number in range(reads)]
     buffers = [mmap.mmap(-1, size) for _ in range(readers)]
     for buffer in buffers:
         buffer.write(bytes(size))  # memory that was never written has no pages yet
