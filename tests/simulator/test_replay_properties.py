@@ -121,7 +121,7 @@ def test_with_one_tier_the_link_is_busy_for_every_transfer(case: Case):
 @few
 @given(cases(plain=True, timed=True), st.sampled_from([0, 2, 5]), st.integers(0, 4))
 def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
-    """One copy and one read at a time; a read of each expert that host memory lost; and events that wait for their experts."""
+    """One copy and one read at a time; reads of experts that left host memory; and events that wait for experts."""
     transfer, other, expert, _, _ = case.ticks
     case = replace(case, sequences=case.sequences[:1], scores=case.scores[:1], decode_starts=case.decode_starts[:1])
     case = case.with_ticks(transfer, other, expert, flash, host_slots)
