@@ -71,7 +71,7 @@ class EventRecord(IntEnum):
     """Columns of the engine's record of events.
 
     Times are in seconds: the layer was routed, all experts of the event's last wave had arrived, and the event ended.
-    The others count its experts.
+    ``STALL`` is the time of the event in which nothing computed. The others count its experts.
     """
 
     ROUTED = 0
@@ -80,3 +80,4 @@ class EventRecord(IntEnum):
     HITS = 3
     LATE_HITS = 4
     MISSES = 5
+    STALL = 6

@@ -29,7 +29,7 @@ RESERVED_SHARE = Fraction(1, 8)
 embeddings, dense layers and head (an assumption)."""
 
 _TEXTS = ("name", "source")
-_FROM_ZERO = ("link_latency_us", "flash_latency_us", "layer_us", "token_ms")
+_FROM_ZERO = ("link_latency_us", "flash_latency_us", "layer_us", "token_ms", "other_ms", "expert_ms")
 
 
 @dataclass(frozen=True)
