@@ -188,6 +188,19 @@ def test_killed_fits_resume_exactly(tmp_path: Path) -> None:
         assert (row["weights"], row["exported"], row["rates"], row["validations"], row["steps"]) == (0, 0, 0, 0, 0)
 
 
+def test_published_runs_have_a_forecast_or_wait_for_traces(tmp_path: Path) -> None:
+    printed = run("compare_published.py", "--json", str(tmp_path / "published.json"))
+    rows = json.loads((tmp_path / "published.json").read_text())
+    assert len(rows) >= 12
+    assert len({row["engine"] for row in rows}) >= 4
+    assert printed.count("\n") == len(rows) + 2
+    assert all((row["clock"] is None) == isinstance(row["cached"], str) for row in rows)
+    assert all(row["source"] and row["reason"] for row in rows)
+    # No hit: 384 experts of 4,718,592 parameters at 4.5 bits over 51 GB/s, 20 us each, are 27.7 ms; computing 3.8 ms.
+    never = next(row for row in rows if row["published"] == 6.63)
+    assert 1e3 / never["clock"] == pytest.approx(27.7 + 3.8, abs=0.1)
+
+
 @pytest.mark.slow
 def test_a_model_for_benchmarks_decodes_with_the_recorded_routing(tmp_path: Path) -> None:
     traces = tiny_traces(tmp_path / "traces", sequences=4)

@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "replay": ("replay", "replay traces through a cache under a budget"),
         "report": ("report", "write an HTML page about a predictor or a run"),
         "devices": ("devices", "list the device presets with their numbers and sources"),
+        "probe": ("probe", "measure this machine's interconnect, disk, memory and computing"),
         "plan": ("plan", "find the smallest budget for a target, and the experts to pin"),
         "validate": ("validate", "compare a recording with its replay, or validate a checkpoint"),
     },

@@ -630,13 +630,15 @@ def test_flash_reads_while_the_link_copies():
 def test_copies_from_host_memory_do_not_wait_for_flash():
     # 0 is copied from 1 to 2 and through at 3, while 2 is read until 4.
     assert two_tiers(0, 2) == ([(1, 5, 6)], [(0, 1, 2), (2, 1, 5)])
-    # Host memory holds 0, 1 and 2; there are two slots. 3 is read from 1 to 4 and copied until 5: 2 leaves host memory.
-    # 0 is copied from 7 to 8, and 1 from 10 to 11: 3 leaves its slot. At 13 the event demands 2 and 3: 2 is read until
-    # 16 and copied until 17, and before that 3 is copied until 14 and through at 15. 2 is through at 18.
-    trace = [[[3, NO_EXPERT]], [[0, NO_EXPERT]], [[1, NO_EXPERT]], [[2, 3]]]
-    _, spans, log = clock(1, trace, slots=2, device=ticking(1, flash=3, host_memory_gb=3))
-    assert spans[-1] == (13, 17, 18)
-    assert [row[:3] for row in log] == [(3, 1, 5), (0, 7, 8), (1, 10, 11), (2, 13, 17), (3, 13, 14)]
+    # Host memory holds 0 to 3, of which 3 leaves first. There are two slots. 4 is read from 1 to 4 and copied until 5:
+    # 3 leaves. 0 is copied from 7 to 8, and 1 from 10 to 11: 4 leaves its slot. At 13 the event demands 3 and 4: 3 is
+    # read until 16, copied until 17 and through at 18; before that 4 is copied until 14 and through at 15.
+    geometry = small_geometry(1, 5, 2)
+    trace = np.array([[[4, NO_EXPERT]], [[0, NO_EXPERT]], [[1, NO_EXPERT]], [[3, 4]]], np.uint8)
+    config = ReplaySettings(2, device=ticking(1, flash=3, host_memory_gb=4), bits=8.0)
+    spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, trace))
+    assert (spans[-1, :3] / TICK).tolist() == [13, 17, 18]
+    assert (log[:, :3] / [1, TICK, TICK]).tolist() == [[4, 1, 5], [0, 7, 8], [1, 10, 11], [3, 13, 17], [4, 13, 14]]
 
 
 def test_the_head_comes_after_the_last_layer_and_leaves_the_link_free():
