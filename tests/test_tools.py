@@ -59,6 +59,28 @@ def test_the_small_model_can_be_trained_and_resumed(tmp_path: Path) -> None:
     assert {"model.safetensors", "config.json", "tokenizer.json", "prompts.jsonl", "README.md"} <= files
 
 
+def test_a_route_trace_is_compared_with_its_curve(tmp_path: Path) -> None:
+    head = "# route_trace v1\n# model=s.gguf arch=s n_layer=2 n_expert=4 n_expert_used=1\n"
+    head += "# layer=0 expert_bytes=3145728 dense_bytes=0\n# layer=1 expert_bytes=2097152 dense_bytes=0\n"
+    head += "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n"
+    # 5 MiB hold an expert of each layer: the second token's are hits, and the third's are not.
+    rows = [f"0,1,{step},{layer},0,{step // 2},1,{step % 2},0\n" for step in range(3) for layer in (0, 1)]
+    (tmp_path / "r.csv").write_text(head + "".join(rows))
+    curve = "budget_mib,policy,hit_pct_cum,hit_pct_decode\n5,lru,33.333,33.333\n5,belady,33.333,33.0\n5,other,1,1\n"
+    (tmp_path / "c.csv").write_text(curve)
+    metrics = "step,steps,wall_ms\n1,3,1\n2,3,1\n3,3,1\n# summary n_prompt=0 cache_budget_MiB=5.0\n"
+    (tmp_path / "m.csv").write_text(metrics)
+    words = ("--route", str(tmp_path / "r.csv"), "--curve", str(tmp_path / "c.csv"))
+    printed = run(
+        "compare_route_curves.py", *words, "--metrics", str(tmp_path / "m.csv"), "--json", str(tmp_path / "j")
+    )
+    assert printed.splitlines()[-1] == "largest difference: 0.333 points"
+    rows = json.loads((tmp_path / "j").read_text())["rows"]
+    assert [(row["policy"], round(row["ours"][0], 3)) for row in rows] == [
+        ("lru", 33.333), ("belady", 33.333), ("lru; theirs: the engine", 33.333),
+    ]  # fmt: skip
+
+
 def test_the_method_of_the_paper_on_predictions_that_miss_one_in_six(tmp_path: Path) -> None:
     release(tmp_path, [3, 12, 14], missed=1)
     printed = run(
