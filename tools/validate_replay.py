@@ -90,8 +90,8 @@ def decode(run: OffloadedRun, texts: Sequence[Text], *, forced: bool) -> None:
                 run.model(token_id[None, None], past_key_values=cache, use_cache=True)
 
 
-def record(args: argparse.Namespace, texts: Sequence[Text], budget: str, strategy: str) -> Row:
-    """Run a strategy, write its recording, and read its measurements."""
+def record(args: argparse.Namespace, texts: Sequence[Text], budget: str, strategy: str, folder: Path) -> Row:
+    """Run a strategy, write its recording into a folder, and read its measurements."""
     policy, _, prefetch = strategy.partition("+")
     scores = reads_scores(policy) or parse_prefetch(prefetch or "none").prefetcher.reads_scores
     run = load_offloaded(
@@ -104,12 +104,10 @@ def record(args: argparse.Namespace, texts: Sequence[Text], budget: str, strateg
     generations = [
         Generation(Prompt("", str(number), "tools/validate_replay.py"), [], [], "") for number in range(len(texts))
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{policy}{prefetch}-{budget}"
-        write_recording(run, path, generations, Sampling(), str(args.data or args.model), {})
-        recording = read_recording(path)
-        as_run = replay_as_run(recording)
-        return Row(measured_run(recording), as_run.events, as_run.equal)
+    write_recording(run, folder, generations, Sampling(), str(args.data or args.model), {})
+    recording = read_recording(folder)
+    as_run = replay_as_run(recording)
+    return Row(measured_run(recording), as_run.events, as_run.equal)
 
 
 def together(rows: Sequence[Measured]) -> tuple[Measured, np.ndarray]:
@@ -225,6 +223,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="most tokens of each text (default: 16)")
     parser.add_argument("--repeats", type=int, default=3, help="repeats (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="threads that compute (default: 1)")
+    parser.add_argument("--recordings", type=Path, help="folder for the recordings (default: none are kept)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -232,8 +231,11 @@ def main() -> None:
     logging.disable_progress_bar()
     texts = texts_of(args)
     rows: dict[tuple[str, str], list[Row]] = {}
-    for _, strategy, budget in itertools.product(range(args.repeats), args.strategies, args.budgets):
-        rows.setdefault((strategy, budget), []).append(record(args, texts, budget, strategy))
+    with tempfile.TemporaryDirectory() as temporary:
+        parent = args.recordings or Path(temporary)
+        for number, strategy, budget in itertools.product(range(args.repeats), args.strategies, args.budgets):
+            folder = parent / f"{strategy}-{budget}-{number}"
+            rows.setdefault((strategy, budget), []).append(record(args, texts, budget, strategy, folder))
     content = summary(rows)
     show(content)
     if args.json:

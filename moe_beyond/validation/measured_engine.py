@@ -99,7 +99,7 @@ def _budget(logs: list[EngineLog], options: EngineOptions, folder: str) -> str:
     budgets = {log.summary.get(BUDGET) for log in logs}
     if len(budgets) != 1 or (budget := budgets.pop()) is None:
         raise UserError(f"{folder}: its log does not name the budget of the engine; give --budget")
-    return f"{budget:g}MiB"
+    return f"{budget!r}MiB"
 
 
 def _counts(geometry: Geometry, sequence: ReplaySequence, group: Group, log: EngineLog) -> Ints:
