@@ -34,9 +34,9 @@ from rich.table import Table
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from moe_beyond.cache.prefetchers import parse_prefetch
 from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.collect.prompts import Prompt
-from moe_beyond.cache.prefetchers import parse_prefetch
 from moe_beyond.files import write_json
 from moe_beyond.runtime import OffloadedRun, load_offloaded
 from moe_beyond.runtime.generation import Generation, Sampling

@@ -152,8 +152,11 @@ def run_events(
                 computing = per_expert * (waits_for - later)
                 ends = now + computing
                 if ready > now:
-                    ends = _wave_ends(cache, experts, moved, now, per_expert)
-                stall += ends - (now + computing)
+                    in_turn = per_expert * timing.overlap
+                    ends = _wave_ends(cache, experts, moved, now, in_turn) + (per_expert - in_turn) * (
+                        waits_for - later
+                    )
+                stall += max(0.0, ends - (now + computing))  # 0 but for rounding
                 waits_for = later
                 if later == 0:
                     future.event[0] += 1

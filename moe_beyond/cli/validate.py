@@ -36,7 +36,9 @@ def build_parser() -> ArgumentParser:
         "--policy", metavar="POLICY", help=f"policy of another engine: {choices(POLICIES)} (default: lru)"
     )
     parser.add_argument(
-        "--budget", metavar="BUDGET", help="budget of another engine: 10%%, 166 (slots), 2.9GB (default: the recorded one)"
+        "--budget",
+        metavar="BUDGET",
+        help="budget of another engine: 10%%, 166 (slots), 2.9GB (default: the recorded one)",
     )
     parser.add_argument("--predictor", metavar="PREDICTOR", help=f"{PREDICTOR_HELP} (default: that of the run)")
     parser.add_argument("--profile", metavar="PREDICTOR", help="usage profile (default: that of the run)")

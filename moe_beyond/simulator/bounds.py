@@ -117,7 +117,7 @@ class Bound:
             experts = -(-experts // workers)  # the workers compute in parallel
         computing = experts * each
         loads = np.zeros(workers if just_in_time else 1)
-        stall_seconds(link, group.stream.ids, offsets, resident, each, loads, stalls)
+        stall_seconds(link, group.stream.ids, offsets, resident, each * timing.overlap, loads, stalls)
         if just_in_time:
             before = np.zeros(len(stalls))  # dense layers and head of the step before
             before[self.geometry.num_layers :: self.geometry.num_layers] = timing.outside[:-1]

@@ -76,7 +76,8 @@ def timeline(
     for place in places:
         computing.append((before, float(events[place, EventRecord.ROUTED])))
         stream = group.stream
-        experts, waits = _experts(events[place], stream.ids[stream.offsets[place] : stream.offsets[place + 1]], log)
+        ids = stream.ids[stream.offsets[place] : stream.offsets[place + 1]]
+        experts, waits = _experts(events[place], ids, log, timing.overlap)
         computing += experts
         stalls += waits
         before = float(events[place, EventRecord.ENDED])
@@ -96,7 +97,7 @@ def timeline(
 
 
 def _experts(
-    event: npt.NDArray[np.float64], experts: npt.NDArray[np.int64], log: npt.NDArray[np.float64]
+    event: npt.NDArray[np.float64], experts: npt.NDArray[np.int64], log: npt.NDArray[np.float64], overlap: float
 ) -> tuple[Spans, Spans]:
     """Return the spans in which an event's experts compute, and those of its stalls.
 
@@ -104,11 +105,12 @@ def _experts(
         event: Record of the event, ``(7,)``, columns `EventRecord`.
         experts: Demanded experts, ``(n,)``.
         log: Log of the interconnect, ``(m, 4)``, columns `moe_beyond.cache.interconnect.Transfer`.
+        overlap: Share of an expert's computing that can begin before all experts have arrived.
     """
     routed, ended = float(event[EventRecord.ROUTED]), float(event[EventRecord.ENDED])
     during = (log[:, Transfer.END] > routed) & (log[:, Transfer.END] <= ended)
     awaited = log[during & np.isin(log[:, Transfer.EXPERT], experts), Transfer.END].tolist()
-    each = (ended - routed - float(event[EventRecord.STALL])) / max(len(experts), 1)
+    each = overlap * (ended - routed - float(event[EventRecord.STALL])) / max(len(experts), 1)
     computing: Spans = []
     stalls: Spans = []
     begins = now = routed

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from moe_beyond.runtime.records.as_run import ReplayAsRun
 from moe_beyond.simulator.devices import Device
 from moe_beyond.validation.forecast import Forecast
@@ -165,8 +163,7 @@ def compare_times(measured: Measured, found: Forecast, judged: Ints) -> Times:
         token_ms=_milliseconds(recorded, replayed),
         tokens_per_second=_speed(recorded, replayed),
         parts={
-            name: _milliseconds(seconds[judged], found.parts[name][judged])
-            for name, seconds in measured.parts.items()
+            name: _milliseconds(seconds[judged], found.parts[name][judged]) for name, seconds in measured.parts.items()
         },
         r2=_r2(recorded, replayed),
         given_computing=given,

@@ -9,6 +9,7 @@ import numpy as np
 from moe_beyond.errors import UserError
 from moe_beyond.simulator.computing import step_timing
 from moe_beyond.simulator.devices import RESERVED_SHARE, Device
+from moe_beyond.validation.forecast import forecast
 from moe_beyond.validation.least_squares import robust, robust_mean
 from moe_beyond.validation.measured import (
     CACHE,
@@ -16,13 +17,15 @@ from moe_beyond.validation.measured import (
     EXPERTS,
     FIXED,
     LAYERS,
+    LINK,
     PREDICTOR,
     TRANSFERS,
-    Floats,
     Ints,
     Measured,
 )
 
+HALVINGS = 6
+"""Number of replays that find the overlap."""
 LEAST_TOKENS = 8
 """Least number of generated tokens: four to fit on, four to judge."""
 
@@ -47,8 +50,8 @@ def fit_device(measured: Measured, tokens: Ints) -> Fit:
 
     The interconnect is a non-negative least-squares solution without outliers, with one row per token. Bandwidth and
     cost per transfer can be told apart only where layers differ in bytes; otherwise the bandwidth has all of it. Other
-    numbers are robust means (`moe_beyond.validation.least_squares`). Of a foreign engine, only a rate, a fixed cost and
-    the computing per token are known.
+    numbers are robust means (`moe_beyond.validation.least_squares`). The overlap gives the clock the recorded stall. Of
+    a foreign engine, only a rate, a fixed cost and the computing per token are known.
 
     Args:
         measured: Measurements of a recording.
@@ -91,16 +94,35 @@ def _fit_run(measured: Measured, tokens: Ints) -> Fit:
     read = float(geometry.mean_expert_bytes(measured.settings.bits)) / max(experts, np.finfo(float).tiny)
     device = _device(measured, len(tokens), per_byte, per_transfer, read)
     device = replace(device, expert_ms=1e3 * experts, layer_us=1e6 * sum(upkeep.values()))
-    return Fit(_fixed(device, measured, tokens, part[LAYERS] / layers, part[FIXED]), upkeep, len(tokens))
+    device = _fixed(device, measured, tokens, part[LAYERS] / layers, part[FIXED])
+    return Fit(replace(device, overlap=_overlap(measured, device, tokens)), upkeep, len(tokens))
+
+
+def _overlap(measured: Measured, device: Device, tokens: Ints) -> float:
+    """Return the overlap with which the clock has the recorded stall; the more overlap, the less stall.
+
+    Args:
+        measured: Measurements of a run.
+        device: Device with all other numbers.
+        tokens: Steps of the fit, ``(n,)`` int64.
+    """
+    least, most = 0.0, 1.0
+    recorded = robust_mean(measured.parts[LINK][tokens])
+    for _ in range(HALVINGS):
+        overlap = (least + most) / 2
+        found = forecast(measured, replace(device, overlap=overlap), {})
+        if robust_mean(found.parts[LINK][tokens]) > recorded:
+            least = overlap
+        else:
+            most = overlap
+    return (least + most) / 2
 
 
 def _fit_engine(measured: Measured, tokens: Ints) -> Fit:
     """Fit a rate, a fixed cost and the computing per token to an engine that wrote times per token."""
     geometry, bits = measured.geometry, measured.settings.bits
     ones = np.ones(len(tokens))
-    per_byte, fixed = robust(
-        np.stack([measured.read_bytes[tokens], ones], axis=1), measured.parts[TRANSFERS][tokens]
-    )
+    per_byte, fixed = robust(np.stack([measured.read_bytes[tokens], ones], axis=1), measured.parts[TRANSFERS][tokens])
     computing = robust_mean(measured.parts[COMPUTING][tokens])
     read = geometry.mean_other_bytes(bits) + geometry.top_k * geometry.mean_expert_bytes(bits)
     device = _device(measured, len(tokens), per_byte, 0.0, geometry.num_layers * float(read) / computing)
@@ -158,5 +180,3 @@ def _fixed(device: Device, measured: Measured, tokens: Ints, layer: float, token
         other_ms=1e3 * max(layer - float(np.mean(clock.layer)), 0.0),
         token_ms=1e3 * max(float(token) - float(np.mean(clock.outside)), 0.0),
     )
-
-

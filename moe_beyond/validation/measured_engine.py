@@ -12,7 +12,7 @@ from moe_beyond.simulator.sequence import Group, ReplaySequence
 from moe_beyond.traces.engine_log import EngineLog
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import expert_ids
-from moe_beyond.validation.measured import COMPUTING, TRANSFERS, Floats, Ints, Measured, expert_bytes
+from moe_beyond.validation.measured import COMPUTING, TRANSFERS, Ints, Measured, expert_bytes
 
 TIMES = ("wall_ms", "compute_ms", "read_bytes")
 """Metrics that a comparison of times needs."""
@@ -63,9 +63,7 @@ def measured_engine(traces: TraceSet, options: EngineOptions) -> Measured:
         carry_over=True, bits=bits, budget_bytes=budget.bytes,
     )  # fmt: skip
     steps = [sequence.as_group(settings) for sequence in sequences]
-    counts = np.concatenate(
-        [_counts(geometry, *each) for each in zip(sequences, steps, logs, strict=True)]
-    )
+    counts = np.concatenate([_counts(geometry, *each) for each in zip(sequences, steps, logs, strict=True)])
     wall, computing, read_bytes = (
         np.concatenate([log.metrics[name][group.first] for log, group in zip(logs, steps, strict=True)])
         for name in TIMES

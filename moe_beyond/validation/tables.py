@@ -14,6 +14,7 @@ FITTED = (
     ("layer_us", "us per layer in addition"),
     ("expert_ms", "ms per expert"),
     ("token_ms", "ms per token"),
+    ("overlap", "overlap"),
 )
 """Fields of a device that a fit sets, and their units."""
 
@@ -50,9 +51,7 @@ def validation_lines(validation: Validation) -> list[str]:
         lines.append(f"given the recorded computing of each token: tokens/s {_speed(speed)}; r2 {_r2(r2)}")
     if validation.as_run is not None:
         lines.append(str(validation.as_run))
-    values = ", ".join(
-        f"{value:.4g} {unit}" for name, unit in FITTED if (value := getattr(device, name)) is not None
-    )
+    values = ", ".join(f"{value:.4g} {unit}" for name, unit in FITTED if (value := getattr(device, name)) is not None)
     origin = "given"
     if validation.fitted_on:
         origin = f"fitted on the first {validation.fitted_on:,} generated tokens, judged on the other ones"

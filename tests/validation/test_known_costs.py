@@ -18,7 +18,6 @@ from moe_beyond.runtime.stepping.telemetry import EventRow, StepRow, TransferRow
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.engine_log import EngineLog
 from moe_beyond.traces.manifest import Manifest, Tokenizer
-from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 from moe_beyond.validation.validate import ValidationOptions, validate
