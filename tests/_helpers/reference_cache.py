@@ -391,8 +391,8 @@ class ReferenceCache:
                 self.queue.append(expert)
         self.advance(self.now)
 
-    def demand(self, layer: int, tokens: dict[int, int]) -> float:
-        """Begin an event; return when what is resident is there."""
+    def demand(self, layer: int, tokens: dict[int, int]) -> None:
+        """Begin an event."""
         self.event += 1
         self.moment += 1
         self.layer = layer
@@ -429,7 +429,6 @@ class ReferenceCache:
                 elif level - count >= 1:
                     self.level[layer, expert] = level - 1
                 self.known[layer, expert] = self.level[layer, expert] / 5
-        return max([self.now, *(self.arrives[expert] for expert in late)])
 
     def waves(self, layer: int, tokens: dict[int, int]) -> list[list[Expert]]:
         """What is missing, wave by wave: what fits next to the demanded residents, then as much as the pool holds."""
@@ -441,10 +440,10 @@ class ReferenceCache:
         first = slots - len(demanded & self.resident)
         return [missing[:first], *(missing[i : i + slots] for i in range(first, len(missing), slots))]
 
-    def transfer(self, missing: list[Expert], ready: float) -> float:
-        """Move in what a wave lacks; return when all of the wave is there."""
+    def transfer(self, missing: list[Expert]) -> None:
+        """Move in what a wave lacks."""
         for expert in missing:
-            ready = max(ready, self.send(expert, self.now))
+            self.send(expert, self.now)
         if self.rules.policy == "belady_bypass" and missing:
             self.pinned = set()
         for expert in missing:
@@ -457,7 +456,6 @@ class ReferenceCache:
             self.enter(expert)
             if self.rules.policy != "belady_bypass":
                 self.pinned.add(expert)
-        return ready
 
     def finish(self) -> None:
         for layer, _ in self.open:
@@ -586,18 +584,23 @@ class ReferenceCache:
                         self.learn(layer, step.scores[0][layer])
                     if rules.prefetch == "scored" and rules.distance == 0 and (layer > 0 or rules.first_layers):
                         self.enqueue_prefetch(self.best(layer, rules.most, rules.threshold))
-                ready = self.demand(layer, tokens)
+                self.demand(layer, tokens)
                 if not rules.computed:
                     self.publish_scores(step, following, layer)
                 waves = self.waves(layer, tokens)
-                computing = len(tokens) - sum(map(len, waves))  # residents, which are of the first wave
+                missed = set(itertools.chain(*waves))
+                here = [(layer, expert) for expert in tokens if (layer, expert) not in missed]  # of the first wave
                 each = rules.expert
                 if tokens:
                     each = max(each, rules.flops * sum(tokens.values()) / len(tokens))
                 for number, missing in enumerate(waves, 1):
-                    ready = self.transfer(missing, ready)
-                    ends = ready + each * (computing + len(missing))
-                    stall += ready - self.now
+                    began = self.now
+                    self.transfer(missing)
+                    in_wave = [*here, *missing]
+                    ends = began
+                    for arrival in sorted(max(began, self.arrives.get(expert, 0.0)) for expert in in_wave):
+                        stall += max(0.0, arrival - ends)
+                        ends = max(ends, arrival) + each
                     if number == len(waves):
                         for later in range(layer + 1, rules.layers):
                             gap = later - layer
@@ -606,7 +609,7 @@ class ReferenceCache:
                             self.issue_prefetches(layer)
                     self.advance(ends)
                     self.pinned -= {(layer, expert) for expert in tokens}
-                    ready, computing = self.now, 0
+                    here = []
                 if rules.instant:
                     self.advance(self.now)
                 if rules.computed:

@@ -150,10 +150,12 @@ def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
     begun = np.concatenate([[0.0], through[:-1]])
     demanded = case.geometry.top_k * expert * TICK
     assert (routed - begun == other * TICK).all()
-    assert (through - ready == demanded).all()
-    assert (ready - routed).sum() == sum(stall for stall, _ in outcome.spent)
+    stalls = spans[:, EventRecord.STALL]
+    assert (through - routed - stalls == demanded).all()
+    assert ((through >= ready) & (ready >= routed)).all()
+    assert stalls.sum() == sum(stall for stall, _ in outcome.spent)
     on_demand = log[log[:, 3] == 0]
-    assert np.isin(on_demand[:, 2], ready).any() or len(on_demand) == 0  # the last transfer for an event ends its stall
+    assert np.isin(on_demand[:, 2], ready).any() or len(on_demand) == 0  # the last one for an event
 
 
 @few
