@@ -22,7 +22,7 @@ OPTIONAL = ("outside_params", "kv_values_per_token")
 SIZES = ("expert_bytes", "other_bytes")
 """Fields of a geometry with one number for each MoE layer, that may be unset."""
 MOST_BYTES = 2**31 - 1
-"""Bound on the stored bytes of one expert, or of the rest of one layer."""
+"""Bound on the stored bytes of one expert, or of the other weights of one layer."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,18 @@ SET_UP = ("git clone", "cd ", "make ", "python3 -m venv", "pip install", ".venv/
 """Starts of lines that make the environment in which the tests run; `make demo` and `make test` are CI's."""
 LANGUAGES = {"", "bibtex", "json", "python", "sh", "text"}
 
-PACKAGES = ("collect", "traces", "predictors", "cache", "simulator", "evaluation", "report", "hub", "runtime")
+PACKAGES = (
+    "collect",
+    "traces",
+    "predictors",
+    "cache",
+    "simulator",
+    "evaluation",
+    "report",
+    "hub",
+    "runtime",
+    "validation",
+)
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",

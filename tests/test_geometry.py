@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -488,3 +489,40 @@ def test_geometry_survives_json(layers, experts, top_k, params, name):
     geometry = Geometry(name, tuple(sorted(layers)), experts, min(top_k, experts), params, params)
     assert Geometry.from_json(json.loads(json.dumps(geometry.to_json()))) == geometry
     assert Geometry.of(geometry.to_json()) == Geometry.of(geometry) == geometry
+
+
+MIXED = Geometry("mixed", (0, 2), 4, 1, 0, 0, (300, 200), (7, 9))
+
+
+def test_bytes_by_layer_are_kept_and_left_out_if_unset():
+    assert Geometry.from_json(MIXED.to_json()) == MIXED
+    assert MIXED.to_json()["expert_bytes"] == [300, 200]
+    plain = replace(MIXED, params_per_expert=1, expert_bytes=None, other_bytes=None)
+    assert not {"expert_bytes", "other_bytes"} & set(plain.to_json())
+    assert (plain.expert_units, plain.total_units, plain.has_one_size) == ((1, 1), 8, True)
+
+
+def test_units_are_the_greatest_common_divisor():
+    assert (MIXED.expert_units, MIXED.total_units, MIXED.has_one_size) == ((3, 2), 20, False)
+    assert (MIXED.unit_bytes(16), MIXED.mean_expert_bytes(16), MIXED.mean_other_bytes(16)) == (100, 250, 8)
+    equal = replace(MIXED, expert_bytes=(300, 300))
+    assert (equal.expert_units, equal.unit_bytes(4), equal.has_one_size) == ((1, 1), 300, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"expert_bytes": None}, "params_per_expert must be a whole number of 1 to"),
+        ({"expert_bytes": (1,)}, "expert_bytes must be one number for each of 2 layers (got a list of 1)"),
+        ({"expert_bytes": (1, 0)}, "expert_bytes must be whole numbers of 1 to 2,147,483,647 (got 0)"),
+        ({"expert_bytes": (1, 2**31)}, "expert_bytes must be whole numbers of 1 to 2,147,483,647 (got 2147483648)"),
+        ({"other_bytes": (1, 2.0)}, "other_bytes must be whole numbers of 0 to 2,147,483,647 (got 2.0)"),
+        ({"other_bytes": 3}, "other_bytes must be one number for each of 2 layers (got 3)"),
+    ],
+)
+def test_bytes_that_are_wrong_are_named(changes, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        replace(MIXED, **changes)
+    content = MIXED.to_json() | {"expert_bytes": 5}
+    with pytest.raises(UserError, match="expert_bytes must be a list of whole numbers"):
+        Geometry.from_json(content)

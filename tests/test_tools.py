@@ -59,6 +59,28 @@ def test_the_small_model_can_be_trained_and_resumed(tmp_path: Path) -> None:
     assert {"model.safetensors", "config.json", "tokenizer.json", "prompts.jsonl", "README.md"} <= files
 
 
+def test_a_route_trace_is_compared_with_its_curve(tmp_path: Path) -> None:
+    head = "# route_trace v1\n# model=s.gguf arch=s n_layer=2 n_expert=4 n_expert_used=1\n"
+    head += "# layer=0 expert_bytes=3145728 dense_bytes=0\n# layer=1 expert_bytes=2097152 dense_bytes=0\n"
+    head += "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n"
+    # 5 MiB hold an expert of each layer: the second token's are hits, and the third's are not.
+    rows = [f"0,1,{step},{layer},0,{step // 2},1,{step % 2},0\n" for step in range(3) for layer in (0, 1)]
+    (tmp_path / "r.csv").write_text(head + "".join(rows))
+    curve = "budget_mib,policy,hit_pct_cum,hit_pct_decode\n5,lru,33.333,33.333\n5,belady,33.333,33.0\n5,other,1,1\n"
+    (tmp_path / "c.csv").write_text(curve)
+    metrics = "step,steps,wall_ms\n1,3,1\n2,3,1\n3,3,1\n# summary n_prompt=0 cache_budget_MiB=5.0\n"
+    (tmp_path / "m.csv").write_text(metrics)
+    words = ("--route", str(tmp_path / "r.csv"), "--curve", str(tmp_path / "c.csv"))
+    printed = run(
+        "compare_route_curves.py", *words, "--metrics", str(tmp_path / "m.csv"), "--json", str(tmp_path / "j")
+    )
+    assert printed.splitlines()[-1] == "largest difference: 0.333 points"
+    rows = json.loads((tmp_path / "j").read_text())["rows"]
+    assert [(row["policy"], round(row["ours"][0], 3)) for row in rows] == [
+        ("lru", 33.333), ("belady", 33.333), ("lru; theirs: the engine", 33.333),
+    ]  # fmt: skip
+
+
 def test_the_method_of_the_paper_on_predictions_that_miss_one_in_six(tmp_path: Path) -> None:
     release(tmp_path, [3, 12, 14], missed=1)
     printed = run(
@@ -158,6 +180,18 @@ def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:
         assert named / chosen == pytest.approx(certain, abs=0.1)
 
 
+def test_a_choice_is_compared_with_a_grid(tmp_path: Path) -> None:
+    traces = tiny_traces(tmp_path / "traces")
+    words = ("--traces", traces.folder, "--device", "rtx4060", "--predictor", "none", "--profile", "none")
+    # With all experts resident, every policy without a predictor is as good as LRU.
+    printed = run("check_tune.py", *words, "--budget", "100%", "--json", str(tmp_path / "check.json"))
+    assert "choice lru + none, lookahead None, global" in printed
+    [row] = json.loads((tmp_path / "check.json").read_text())
+    assert row["holds"]
+    assert row["choice tok/s"] == row["lru tok/s"] == row["best tok/s"]
+    assert row["grid"] == row["tried"]
+
+
 @pytest.mark.slow
 def test_training_is_timed_on_the_same_segments(tmp_path: Path) -> None:
     tiny_traces(tmp_path / "traces", sequences=40)
@@ -186,6 +220,19 @@ def test_killed_fits_resume_exactly(tmp_path: Path) -> None:
         assert row["kills"] == 2
         assert row["planned"] in (None, row["made"])
         assert (row["weights"], row["exported"], row["rates"], row["validations"], row["steps"]) == (0, 0, 0, 0, 0)
+
+
+def test_published_runs_have_a_forecast_or_wait_for_traces(tmp_path: Path) -> None:
+    printed = run("compare_published.py", "--json", str(tmp_path / "published.json"))
+    rows = json.loads((tmp_path / "published.json").read_text())
+    assert len(rows) >= 12
+    assert len({row["engine"] for row in rows}) >= 4
+    assert printed.count("\n") == len(rows) + 2
+    assert all((row["clock"] is None) == isinstance(row["cached"], str) for row in rows)
+    assert all(row["source"] and row["reason"] for row in rows)
+    # No hit: 384 experts of 4,718,592 parameters at 4.5 bits over 51 GB/s, 20 us each, are 27.7 ms; computing 3.8 ms.
+    never = next(row for row in rows if row["published"] == 6.63)
+    assert 1e3 / never["clock"] == pytest.approx(27.7 + 3.8, abs=0.1)
 
 
 @pytest.mark.slow
@@ -228,6 +275,16 @@ def test_a_model_for_benchmarks_decodes_with_the_recorded_routing(tmp_path: Path
     times = json.loads((tmp_path / "disk.json").read_text())["direct_read_ms"]
     assert list(times) == ["1", "2", "4"]
     assert min(times.values()) > 0
+
+
+@pytest.mark.slow
+def test_the_checks_of_a_gpu_pass_on_the_cpu(tmp_path: Path) -> None:
+    run("check_gpu.py", "--device", "cpu", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["exactness", "overhead", "speed"]
+    outputs = [row["output"] for row in (*found["exactness"], *found["speed"][1:])]
+    assert len(outputs) == 36
+    assert all(output.startswith("identical: ") for output in outputs)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in TOOLS.glob("*.py")))

@@ -2,30 +2,26 @@
 
     python tools/bench_disk.py --model DIR [--json FILE]
 
-Reads are at random places of the model's safetensors files, by 1, 2 and 4 threads in turn; times are medians over
+Reads are at random places of the model's safetensors files, by 1, 2 and 4 threads; times are medians over
 repeats.
 """
 
 import argparse
-import itertools
-import mmap
 import os
 import re
 import statistics
-import time
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.files import write_json
 from moe_beyond.geometry import load_preset
+from moe_beyond.runtime.slab import PAGE
+from moe_beyond.runtime.storage.disk_speed import read_seconds
 
-PAGE = 4096
-"""Bytes to which direct reads are aligned."""
 READS, REPEATS, READERS = 64, 3, (1, 2, 4)
 """Number of reads per repeat, number of repeats, and numbers of threads that read at once."""
 
@@ -82,26 +78,14 @@ def direct_read_ms(model: Path, size: int) -> dict[str, float]:
     Returns:
         Number of readers -> time divided by the number of reads, in milliseconds.
     """
-    rng = np.random.default_rng(0)
     files = [file for file in model.glob("*.safetensors") if file.stat().st_size >= size]
-    buffers = [mmap.mmap(-1, size) for _ in range(max(READERS))]
-    for buffer in buffers:
-        buffer.write(bytes(size))  # memory that was never written has no pages yet
-
-    def read(job: tuple[int, Path, float]) -> None:
-        buffer, file, place = job
-        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-        os.preadv(descriptor, [buffers[buffer]], int(place * (file.stat().st_size - size)) // PAGE * PAGE)
-        os.close(descriptor)
-
-    found: dict[str, list[float]] = {str(readers): [] for readers in READERS}
-    for _, readers in itertools.product(range(REPEATS), READERS):
-        jobs = [(number % readers, files[rng.integers(len(files))], rng.random()) for number in range(READS)]
-        with ThreadPoolExecutor(readers) as pool:
-            began = time.perf_counter()
-            list(pool.map(read, jobs))
-            found[str(readers)].append(1e3 * (time.perf_counter() - began) / READS)
-    return {readers: statistics.median(times) for readers, times in found.items()}
+    found = {}
+    for readers in READERS:
+        seconds = read_seconds(files, size, readers=readers, reads=READS, repeats=REPEATS, direct=True)
+        if seconds is None:
+            sys.exit(f"{model}: its disk allows no direct reads")
+        found[str(readers)] = 1e3 * statistics.median(seconds)
+    return found
 
 
 if __name__ == "__main__":

@@ -45,14 +45,7 @@ def main() -> None:
     traces = TraceSet(args.data)
     config = model_config(traces.manifest, args.hidden_size, args.expert_width)
     with replacing_folder(args.out) as folder:
-        config.save_pretrained(folder)
-        write_weights(folder, config, torch.Generator().manual_seed(args.seed))
-        if (tokenizer := Path(args.data) / TOKENIZER_FILE).is_file():
-            shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
-        else:  # a model cannot be loaded without one
-            words = {f"<{number}>": number for number in range(config.vocab_size)}
-            Tokenizer(WordLevel(words, unk_token="<0>")).save(str(folder / TOKENIZER_FILE))
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_model(folder, config, torch.Generator().manual_seed(args.seed), Path(args.data) / TOKENIZER_FILE)
     params = traces.geometry.total_experts * 3 * args.hidden_size * args.expert_width
     Console(width=120).print(
         f"{args.out}: {traces.geometry.total_experts:,} experts, {params * 2 / 1e9:.2f} GB, "
@@ -99,6 +92,28 @@ def model_config(manifest: Manifest, hidden_size: int, expert_width: int) -> Dee
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def write_model(
+    folder: Path, config: DeepseekV2Config, generator: torch.Generator, tokenizer: Path | None = None
+) -> None:
+    """Write a model with random weights.
+
+    Args:
+        folder: Empty folder for the model.
+        config: Configuration of the model.
+        generator: Source of the weights, on the device that draws them.
+        tokenizer: Tokenizer to copy, if the file exists (default: one with a word per id).
+    """
+    config.save_pretrained(folder)
+    with torch.device(generator.device):
+        write_weights(folder, config, generator)
+    if tokenizer is not None and tokenizer.is_file():
+        shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+    else:  # a model cannot be loaded without one
+        words = {f"<{number}>": number for number in range(config.vocab_size)}
+        Tokenizer(WordLevel(words, unk_token="<0>")).save(str(folder / TOKENIZER_FILE))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def write_weights(folder: Path, config: DeepseekV2Config, generator: torch.Generator) -> None:

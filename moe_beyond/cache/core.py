@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.compiler import jit
+from moe_beyond.cache.compiler import jit, jit_apart
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.interconnect import LinkState, Seconds, new_link, send
 
@@ -71,7 +71,8 @@ class Clock(IntEnum):
 
     ``HITS``, ``LATE_HITS`` and ``MISSES`` count the demanded experts of the last event. ``MISSING`` is the number of
     those that need a transfer, and ``MOVED`` the number of those whose wave has begun. ``WAVE`` is the number of waves
-    that have begun. ``ON_HOST`` is the number of those that the host computes, and ``HANDLING`` one of
+    that have begun. ``MIXED`` is 1 if experts differ in size: one test that is cheaper than reading sizes. ``ON_HOST``
+    is the number of demanded experts that the host computes, and ``HANDLING`` one of
     `moe_beyond.cache.misses.Handling`.
     """
 
@@ -88,8 +89,9 @@ class Clock(IntEnum):
     MISSING = 10
     MOVED = 11
     WAVE = 12
-    ON_HOST = 13
-    HANDLING = 14
+    MIXED = 13
+    ON_HOST = 14
+    HANDLING = 15
 
 
 class Scratch(IntEnum):
@@ -116,7 +118,7 @@ class CacheState(NamedTuple):
         residents: Experts of each pool in no order, ``(pools, most residents)`` int32. An expert keeps its place if
             all experts have the same size.
         scores: Score of each expert for its layer's next run, ``(L*E,)`` float32; NaN if no score is available.
-        clock: Numbers of the current event and step, ``(15,)`` int64, entries `Clock`.
+        clock: Numbers of the current event and step, ``(16,)`` int64, entries `Clock`.
         counters: Counts by layer of the expert, ``(L, 9)`` int64, columns `Counter`.
         scratch_int: Work space of events and the prefetcher, ``(5, L*E)`` int64, rows `Scratch`.
         scratch_float: Work space of the prefetcher, ``(L*E,)`` float64.
@@ -232,6 +234,7 @@ def empty_cache(
     clock[Clock.PIN_EPOCH] = 1  # after the epoch 0 of all experts: none is pinned
     clock[Clock.LAYER] = -1
     clock[Clock.COUNTED] = 1
+    clock[Clock.MIXED] = sizes.max() > 1
     return CacheState(
         experts=experts,
         pools=np.stack([capacity, 0 * capacity, 0 * capacity, np.cumsum(slots) - slots, capacity], axis=1),
@@ -252,11 +255,17 @@ def is_pinned(cache: CacheState, expert: int) -> bool:
 
 
 @jit
+def units_of(cache: CacheState, expert: int) -> int:
+    """Return the units of its pool that an expert takes."""
+    return 1 if cache.clock[Clock.MIXED] == 0 else cache.experts[Expert.UNITS, expert]
+
+
+@jit
 def pin(cache: CacheState, expert: int) -> None:
     """Protect a resident from eviction until the next event, or until `unpin`."""
     if not is_pinned(cache, expert):
         cache.experts[Expert.PIN_EPOCH, expert] = cache.clock[Clock.PIN_EPOCH]
-        cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] += cache.experts[Expert.UNITS, expert]
+        cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] += units_of(cache, expert)
 
 
 @jit
@@ -265,7 +274,7 @@ def unpin(cache: CacheState, experts: Ints) -> None:
     for expert in experts:
         if cache.experts[Expert.PLACE, expert] >= 0 and is_pinned(cache, expert):
             cache.experts[Expert.PIN_EPOCH, expert] = 0
-            cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] -= cache.experts[Expert.UNITS, expert]
+            cache.pools[cache.experts[Expert.POOL, expert], Pool.PINNED] -= units_of(cache, expert)
 
 
 @jit
@@ -281,7 +290,7 @@ def enter(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int, origi
     pool = cache.experts[Expert.POOL, expert]
     _settle(cache, policy, hooks, expert, pool, cache.pools[pool, Pool.USED], origin)
     cache.pools[pool, Pool.USED] += 1
-    cache.pools[pool, Pool.FREE] -= cache.experts[Expert.UNITS, expert]
+    cache.pools[pool, Pool.FREE] -= units_of(cache, expert)
 
 
 @jit
@@ -290,17 +299,24 @@ def replace(cache: CacheState, policy: Any, hooks: PolicyHooks, victim: int, exp
 
     If the expert is larger than the room, the policy's next victims are evicted too.
     """
-    pool = cache.experts[Expert.POOL, expert]
-    more = cache.experts[Expert.UNITS, expert] - cache.experts[Expert.UNITS, victim]
-    if more != 0:
-        while cache.pools[pool, Pool.FREE] < more:
-            _remove(cache, policy, hooks, victim, pool)
-            victim = hooks.victim(policy, cache, pool)
-            more = cache.experts[Expert.UNITS, expert] - cache.experts[Expert.UNITS, victim]
-        cache.pools[pool, Pool.FREE] -= more
+    if cache.clock[Clock.MIXED] == 1:
+        victim = _make_room(cache, policy, hooks, victim, expert)
     place = cache.experts[Expert.PLACE, victim]
     _evict(cache, policy, hooks, victim)
-    _settle(cache, policy, hooks, expert, pool, place, origin)
+    _settle(cache, policy, hooks, expert, cache.experts[Expert.POOL, expert], place, origin)
+
+
+@jit_apart
+def _make_room(cache: CacheState, policy: Any, hooks: PolicyHooks, victim: int, expert: int) -> int:
+    """Evict residents until one more eviction makes room for an expert; return the last victim, whose place it gets."""
+    pool = cache.experts[Expert.POOL, expert]
+    more = cache.experts[Expert.UNITS, expert] - cache.experts[Expert.UNITS, victim]
+    while cache.pools[pool, Pool.FREE] < more:
+        _remove(cache, policy, hooks, victim, pool)
+        victim = hooks.victim(policy, cache, pool)
+        more = cache.experts[Expert.UNITS, expert] - cache.experts[Expert.UNITS, victim]
+    cache.pools[pool, Pool.FREE] -= more
+    return victim
 
 
 @jit
@@ -357,7 +373,7 @@ def preload(cache: CacheState, policy: Any, hooks: PolicyHooks, experts: Ints) -
     begins = ends = cache.link.seconds[Seconds.NOW]
     for expert in experts:
         pool = cache.experts[Expert.POOL, expert]
-        if cache.pools[pool, Pool.FREE] >= cache.experts[Expert.UNITS, expert]:
+        if cache.pools[pool, Pool.FREE] >= units_of(cache, expert):
             cache.clock[Clock.TIME] += 1
             enter(cache, policy, hooks, expert, Origin.PREFETCHED)
             ends = max(ends, send(cache.link, expert, begins, True))

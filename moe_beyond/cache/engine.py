@@ -23,7 +23,7 @@ from moe_beyond.cache.core import (
 )
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.events import demand, transfer_wave
-from moe_beyond.cache.interconnect import Seconds, Tally, is_instant
+from moe_beyond.cache.interconnect import Seconds, Tally, computed_at, is_instant
 from moe_beyond.cache.predictions import issue_prefetches, newly_available, publish
 from moe_beyond.cache.prefetch_queue import advance, enqueue_prefetch
 from moe_beyond.cache.prefetchers import PrefetcherId, scored
@@ -69,6 +69,36 @@ def _expert_seconds(timing: Timing, tokens: Ints) -> float:
 
 
 @jit
+def _wave_ends(cache: CacheState, experts: Ints, begin: int, begins: float, takes: float) -> float:
+    """Return the time at which the running wave has computed.
+
+    Args:
+        cache: Cache to step.
+        experts: Demanded experts of the event, ascending, ``(n,)`` int64.
+        begin: Number of missing experts that earlier waves have transferred.
+        begins: Time at which the wave begins, in seconds.
+        takes: Seconds of computing per expert.
+    """
+    clock = cache.clock
+    if clock[Clock.WAVE] > 1:
+        experts = cache.scratch_int[Scratch.MISSING, begin : clock[Clock.MOVED]]
+    elif (
+        clock[Clock.MOVED] < clock[Clock.MISSING] or clock[Clock.ON_HOST] > 0
+    ):  # neither of later waves nor of the host
+        held, later, hosted, wave = 0, clock[Clock.MOVED], 0, cache.scratch_int[Scratch.SELECTED]
+        for expert in experts:
+            if later < clock[Clock.MISSING] and cache.scratch_int[Scratch.MISSING, later] == expert:
+                later += 1
+            elif hosted < clock[Clock.ON_HOST] and cache.scratch_int[Scratch.ON_HOST, hosted] == expert:
+                hosted += 1
+            else:
+                wave[held] = expert
+                held += 1
+        experts = wave[:held]
+    return computed_at(cache.link, experts, begins, takes)
+
+
+@jit
 def run_events(
     cache: CacheState,
     policy: Any,
@@ -91,7 +121,7 @@ def run_events(
         timing: Seconds of computing.
         future: Demand of this sequence (and of others if the cache is carried over); its ``event`` advances.
         stall_compute: Output, ``(S, 2)`` float64: each step's seconds of stall and of computing.
-        events: Output, ``(events, 6)`` float64 or empty, columns `moe_beyond.cache.steps.EventRecord`.
+        events: Output, ``(events, 7)`` float64 or empty, columns `moe_beyond.cache.steps.EventRecord`.
     """
     layers = len(cache.counters)
     link, clock = cache.link, cache.clock
@@ -121,20 +151,25 @@ def run_events(
             ready = demand(cache, policy, hooks, layer, experts, tokens)
             if not steps.computed:
                 _publish_scores(cache, policy, hooks, steps, step, layer)
-            waits_for = len(experts) - clock[Clock.ON_HOST]
-            computing = per_expert * waits_for
-            stall = 0.0
+            waits_for, in_all, stall = len(experts) - clock[Clock.ON_HOST], 0.0, 0.0
             while True:  # one wave of the event after another
+                now, moved = link.seconds[Seconds.NOW], clock[Clock.MOVED]
                 ready = transfer_wave(cache, policy, hooks, ready)
                 later = clock[Clock.MISSING] - clock[Clock.MOVED]
-                ends = ready + per_expert * (waits_for - later)
+                computing = per_expert * (waits_for - later)
+                ends = now + computing
+                if ready > now:
+                    in_turn = per_expert * timing.overlap
+                    ends = _wave_ends(cache, experts, moved, now, in_turn) + (per_expert - in_turn) * (
+                        waits_for - later
+                    )
+                stall += max(0.0, ends - (now + computing))  # 0 but for rounding
                 waits_for = later
-                stall += ready - link.seconds[Seconds.NOW]
+                in_all += computing
                 if later == 0:
                     if clock[Clock.ON_HOST] > 0:
                         ends = max(ends, link.seconds[Seconds.HOST_FREE])
-                        stall = ends - max(routed_at + computing, link.seconds[Seconds.HOST_FREE])
-                        ready = routed_at + stall
+                        stall = max(0.0, ends - max(routed_at + in_all, link.seconds[Seconds.HOST_FREE]))
                     future.event[0] += 1
                     _set_deadlines(future, settings, timing, step, ends, layer)
                     if not steps.computed:
@@ -155,7 +190,7 @@ def run_events(
                 record[EventRecord.ROUTED], record[EventRecord.READY] = routed_at, ready
                 record[EventRecord.ENDED], record[EventRecord.HITS] = ends, clock[Clock.HITS]
                 record[EventRecord.LATE_HITS] = clock[Clock.LATE_HITS]
-                record[EventRecord.MISSES] = clock[Clock.MISSES]
+                record[EventRecord.MISSES], record[EventRecord.STALL] = clock[Clock.MISSES], stall
             event += 1
         if timing.outside[step] > 0:
             advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.outside[step])

@@ -28,6 +28,7 @@ from moe_beyond.cache.core import (
     enter,
     pin,
     replace,
+    units_of,
     unpin_all,
 )
 from moe_beyond.cache.counters import Counter
@@ -104,8 +105,7 @@ def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, exper
         row[Counter.ON_HOST] += hosted
     if link.tally[Tally.QUEUED] > 0:
         drop_layer_prefetches(cache, layer)
-    for i in range(hosted - 1, -1, -1):  # each goes before the fills that are queued already
-        expert = cache.scratch_int[Scratch.ON_HOST, i]
+    for expert in cache.scratch_int[Scratch.ON_HOST, :hosted]:
         if cache.experts[Expert.PLACE, expert] < 0:
             enqueue_fill(cache, expert)
     size = cache.experts.shape[1] // len(cache.counters)
@@ -140,7 +140,9 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
     pool = cache.experts[Expert.POOL, missing[begin]]
     if not hooks.bypass:
         room = cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED]
-        end = min(end, begin + room // cache.experts[Expert.UNITS, missing[begin]])  # a layer's experts have one size
+        if clock[Clock.MIXED] == 1:
+            room //= cache.experts[Expert.UNITS, missing[begin]]  # a layer's experts have one size
+        end = min(end, begin + room)
     clock[Clock.MOVED] = end
     coming = missing[begin:end]
     for expert in coming:
@@ -151,7 +153,7 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
             _admit_demanded(cache, policy, hooks, expert)
     else:
         for expert in coming:
-            if cache.pools[pool, Pool.FREE] < cache.experts[Expert.UNITS, expert]:
+            if cache.pools[pool, Pool.FREE] < units_of(cache, expert):
                 replace(cache, policy, hooks, hooks.victim(policy, cache, pool), expert, Origin.DEMANDED)
             else:
                 enter(cache, policy, hooks, expert, Origin.DEMANDED)
@@ -163,7 +165,7 @@ def transfer_wave(cache: CacheState, policy: Any, hooks: PolicyHooks, ready: flo
 def _admit_demanded(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int) -> None:
     """Admit an expert that bypassed the cache if there is room, or if the policy prefers it to its first victim."""
     pool = cache.experts[Expert.POOL, expert]
-    if cache.pools[pool, Pool.FREE] >= cache.experts[Expert.UNITS, expert]:
+    if cache.pools[pool, Pool.FREE] >= units_of(cache, expert):
         enter(cache, policy, hooks, expert, Origin.DEMANDED)
         return
     victim = hooks.victim(policy, cache, pool)

@@ -10,7 +10,8 @@ The number of tokens counts on both sides: weights are read once, and floating-p
 
 An expert without a slot that the host computes is queued as a fill, so an idle interconnect brings it into the cache.
 So both ways keep an expert, and the value of keeping it is no term of the choice. If the interconnect is too busy for
-the fill, a transfer on demand would only take the place of another fill.
+the fill, a transfer on demand would only take the place of another fill. A term for it, hits per transfer so far times
+the seconds that a hit saves, made replays slower (simulator/README.md).
 """
 
 from moe_beyond.cache.compiler import jit, jit_apart

@@ -315,43 +315,66 @@ def _remove_from_ring(link: LinkState, expert: int) -> None:
 
 
 @jit
-def load_seconds(
+def computed_at(link: LinkState, experts: npt.NDArray[np.int64], begins: float, takes: float) -> float:
+    """Return the time at which experts have computed, one after another in the order of their arrival.
+
+    Args:
+        link: State of the interconnect.
+        experts: Experts that are resident, in transit or sent, ``(n,)`` int64.
+        begins: Time at which the residents begin to compute, in seconds.
+        takes: Seconds of computing per expert.
+    """
+    ends = begins + takes * len(experts)
+    for expert in experts:
+        arrives = link.arrives[expert]
+        if arrives > begins:
+            following = 0  # this expert, and those that arrive with it or later
+            for other in experts:
+                following += link.arrives[other] >= arrives
+            ends = max(ends, arrives + takes * following)
+    return ends
+
+
+@jit
+def stall_seconds(
     link: LinkState,
     ids: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
     resident: npt.NDArray[np.bool_],
+    takes: npt.NDArray[np.float64],
     loads: npt.NDArray[np.float64],
     seconds: npt.NDArray[np.float64],
 ) -> None:
-    """Compute the load time of each event without a cache: every expert that is not resident is transferred.
+    """Compute the stall of each event without a cache: every expert that is not resident is transferred.
 
-    One worker reads flash and copies at the same time, as `send` does. Several workers read and copy in turn.
+    One worker reads flash and copies at the same time, as `send` does, and computes what has arrived. Several workers
+    read and copy in turn, and compute when all experts of the event have arrived.
 
     Args:
         link: Interconnect, for the times and host memory; its queue is not used.
         ids: Experts that the events demand, ``(n,)`` int64.
         offsets: Index of each event's first expert, ``(events + 1,)`` int64.
         resident: Experts that are never transferred, ``(L*E,)`` bool.
+        takes: Seconds of computing per expert of each event, ``(events,)`` float64.
         loads: Work space, ``(W,)`` float64: one entry per worker; W workers share an event's experts in turn, each over
             its own interconnect.
-        seconds: Output, ``(events,)`` float64: time of the slowest worker.
+        seconds: Output, ``(events,)`` float64: time in which nothing computes; the load time of the slowest of several
+            workers.
     """
     for event in range(len(seconds)):
         loads[:] = 0.0
         sent = 0
         link.seconds[Seconds.FREE] = link.seconds[Seconds.FLASH_FREE] = 0.0
         link.seconds[Seconds.GAP_BEGIN] = link.seconds[Seconds.GAP_END] = 0.0
-        for expert in ids[offsets[event] : offsets[event + 1]]:
+        experts = ids[offsets[event] : offsets[event + 1]]
+        for expert in experts:
             if not resident[expert]:
-                takes = duration(link, expert)
-                arrives = send(link, expert, 0.0, False)
-                if len(loads) == 1:
-                    loads[0] = max(loads[0], arrives)
-                else:
-                    loads[sent % len(loads)] += takes
-                link.arrives[expert] = 0.0  # the times of every event begin at 0
+                loads[sent % len(loads)] += duration(link, expert)
+                send(link, expert, 0.0, False)
                 sent += 1
-        slowest = 0.0
-        for load in loads:
-            slowest = max(slowest, load)
-        seconds[event] = slowest
+        if len(loads) == 1:
+            seconds[event] = computed_at(link, experts, 0.0, takes[event]) - takes[event] * len(experts)
+        else:
+            seconds[event] = loads.max()
+        for expert in experts:
+            link.arrives[expert] = 0.0  # the times of every event begin at 0

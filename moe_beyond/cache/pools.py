@@ -18,7 +18,7 @@ def budget_units(geometry: Geometry, slots: int, budget_bytes: int | None = None
 
     Args:
         geometry: Geometry of the model.
-        slots: Number of slots; one holds an expert of mean size.
+        slots: Number of slots, each for an expert of mean size.
         budget_bytes: Exact bytes where layers differ (default: None, the bytes of the slots).
     """
     if budget_bytes is None:

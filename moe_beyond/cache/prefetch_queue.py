@@ -6,14 +6,26 @@ its pool has room.
 A queued prefetch counts as a use when its transfer begins. A prefetch whose pool has no room is overtaken by later
 ones. An expert in transit may be evicted after the next event has begun; its transfer is counted as wasted.
 
-A fill is an expert that the host has computed. Fills wait behind all prefetches, the latest event's first. They begin,
-count and expire as prefetches do.
+A fill is an expert that the host has computed. Fills wait behind all prefetches, in the order of their events. They
+begin, count and expire as prefetches do.
 """
 
 from typing import Any
 
 from moe_beyond.cache.compiler import jit
-from moe_beyond.cache.core import CacheState, Clock, Expert, Ints, Origin, PolicyHooks, Pool, enter, pin, replace
+from moe_beyond.cache.core import (
+    CacheState,
+    Clock,
+    Expert,
+    Ints,
+    Origin,
+    PolicyHooks,
+    Pool,
+    enter,
+    pin,
+    replace,
+    units_of,
+)
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.interconnect import LinkState, Queue, Seconds, Tally, Waits, begins_at, is_instant, send
 
@@ -47,14 +59,14 @@ def clear_prefetch_queue(cache: CacheState) -> None:
 
 
 @jit
-def _insert(link: LinkState, expert: int, waits: int) -> None:
+def _insert_prefetch(link: LinkState, expert: int) -> None:
     """Queue an expert behind all prefetches and before all fills."""
     place = link.tally[Tally.QUEUED]
     while place > 0 and link.queue[Queue.WAITS, link.queue[Queue.ORDER, place - 1]] == Waits.FILL:
         link.queue[Queue.ORDER, place] = link.queue[Queue.ORDER, place - 1]
         place -= 1
     link.queue[Queue.ORDER, place] = expert
-    link.queue[Queue.WAITS, expert] = waits
+    link.queue[Queue.WAITS, expert] = Waits.PREFETCH
     link.tally[Tally.QUEUED] += 1
 
 
@@ -73,7 +85,10 @@ def _drop(link: LinkState, expert: int) -> None:
 @jit
 def enqueue_fill(cache: CacheState, expert: int) -> None:
     """Queue the transfer of an expert that the host computes; its layer's earlier entries have been cancelled."""
-    _insert(cache.link, expert, Waits.FILL)
+    link = cache.link
+    link.queue[Queue.ORDER, link.tally[Tally.QUEUED]] = expert
+    link.queue[Queue.WAITS, expert] = Waits.FILL
+    link.tally[Tally.QUEUED] += 1
 
 
 @jit
@@ -101,7 +116,7 @@ def enqueue_prefetch(cache: CacheState, policy: Any, hooks: PolicyHooks, selecte
         elif link.queue[Queue.WAITS, expert] != Waits.PREFETCH:
             if link.queue[Queue.WAITS, expert] == Waits.FILL:
                 _drop(link, expert)
-            _insert(link, expert, Waits.PREFETCH)
+            _insert_prefetch(link, expert)
     advance(cache, policy, hooks, link.seconds[Seconds.NOW])
 
 
@@ -164,7 +179,7 @@ def leaves_queue(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int
         Whether the prefetch leaves the queue, because its transfer begins or because it is not admitted.
     """
     pool = cache.experts[Expert.POOL, expert]
-    units = cache.experts[Expert.UNITS, expert]
+    units = units_of(cache, expert)
     if cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED] < units:
         return False
     counted = cache.clock[Clock.COUNTED] == 1

@@ -50,12 +50,14 @@ class Timing(NamedTuple):
         outside: Seconds of each step outside its MoE layers, after the last of them, ``(S,)`` float64.
         expert: Seconds that one routed expert takes, for any number of tokens.
         token: Seconds that one routed expert takes for each token, if that is more; 0 for no limit.
+        overlap: Share of an expert's computing that can begin before all experts of its wave have arrived.
     """
 
     layer: Floats
     outside: Floats
     expert: float
     token: float
+    overlap: float
 
 
 def no_computing(steps: int) -> Timing:
@@ -64,14 +66,14 @@ def no_computing(steps: int) -> Timing:
     Args:
         steps: Number of steps S.
     """
-    return Timing(np.zeros(steps), np.zeros(steps), 0.0, 0.0)
+    return Timing(np.zeros(steps), np.zeros(steps), 0.0, 0.0, 1.0)
 
 
 class EventRecord(IntEnum):
     """Columns of the engine's record of events.
 
     Times are in seconds: the layer was routed, all experts of the event's last wave had arrived, and the event ended.
-    The others count its experts.
+    ``STALL`` is the time of the event in which nothing computed. The others count its experts.
     """
 
     ROUTED = 0
@@ -80,3 +82,4 @@ class EventRecord(IntEnum):
     HITS = 3
     LATE_HITS = 4
     MISSES = 5
+    STALL = 6

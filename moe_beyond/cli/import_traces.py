@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--quantization {args.quantization:g}: bits per parameter must be more than 0")
     optional = {"quantization_bits": args.quantization, **{name: args[name] for name in own_options}}
     if args.model is None and args.format not in self_describing():
-        raise UserError(f"--model: {args.format} does not describe its model; name the model that was recorded")
+        raise UserError(f"import needs --model with {args.format}; name the model that was recorded")
     preset = None if args.model is None else load_preset(args.model)
     with progress_bar(f"importing {args.source}", quiet=args.quiet) as progress:
         traces = read(

@@ -25,7 +25,6 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Predictors": {
         "fit": ("lightning_commands", "fit a predictor from configuration files and options"),
-        "validate": ("lightning_commands", "validate a checkpoint"),
         "test": ("lightning_commands", "test a checkpoint"),
         "predict": ("lightning_commands", "write a checkpoint's scores for every sequence"),
         "package": ("package", "convert a checkpoint or a run into a predictor folder"),
@@ -37,7 +36,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "replay": ("replay", "replay traces through a cache under a budget"),
         "report": ("report", "write an HTML page about a predictor or a run"),
         "devices": ("devices", "list the device presets with their numbers and sources"),
+        "probe": ("probe", "measure this machine's interconnect, disk, memory and computing"),
         "plan": ("plan", "find the smallest budget for a target, and the experts to pin"),
+        "tune": ("tune", "choose the best strategy of a budget, on recorded conversations"),
+        "validate": ("validate", "compare a recording with its replay, or validate a checkpoint"),
     },
     "Models": {
         "run": ("run", "run a model under a memory budget for its experts, and generate text"),

@@ -96,6 +96,9 @@ def check_plots(folder: str | None) -> None:
 def check_json(path: str | None) -> None:
     """Refuse a file for the JSON that cannot be written, before anything takes long.
 
+    Args:
+        path: Name of the file; None for none, ``-`` for standard output.
+
     Raises:
         UserError: ``--json`` names a folder, or a file below a file or in a folder that cannot be written to.
     """

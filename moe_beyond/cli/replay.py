@@ -4,9 +4,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from moe_beyond.cli.options import Output, add_plots, check_plots, command_parser, progress_bar
+from moe_beyond.cli.parser import CommandParser
 from moe_beyond.cli.replay_options import (
     UNFITTED,
     add_budgets,
@@ -16,6 +17,7 @@ from moe_beyond.cli.replay_options import (
     open_source,
     options_from_args,
 )
+from moe_beyond.cli.strategy_config import add_config, apply_config
 from moe_beyond.errors import UserError
 from moe_beyond.runtime.options import RUN_FILE
 
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 
 AS_RUN = ("traces", "as_run", "predictor", "profile", "json", "quiet")
 """Options that go with ``--as-run``; the run has chosen all others."""
+REPEATED = ("budget", "policy", "prefetch", "lookahead", "misses")
+"""Options of a strategy that are lists."""
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this command's options."""
     parser = command_parser(
         "replay",
@@ -36,6 +40,7 @@ def build_parser() -> ArgumentParser:
     )
     add_measured_traces(parser, split_default=f"all; with a predictor, {UNFITTED}")
     add_budgets(parser)
+    add_config(parser)
     add_strategies(parser)
     add_conditions(parser)
     add_plots(parser)
@@ -58,6 +63,7 @@ def main(argv: list[str]) -> None:
         _check_as_run(args, parser.get_defaults())
         _replay_as_run(args, output)
         return
+    apply_config(args, parser.given, REPEATED)
     check_plots(args.plots)
     # Imported here, so that help and completion do not wait for it.
     from moe_beyond.evaluation.run import run_replay

@@ -85,7 +85,7 @@ def add_strategies(parser: ArgumentParser) -> None:
 
 
 def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's first") -> None:
-    """Add the options that form a grid: policies, prefetchers and lookaheads.
+    """Add the options that form a grid: policies, prefetchers, lookaheads and miss handlings.
 
     Args:
         parser: Parser of a command.
@@ -113,6 +113,11 @@ def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's f
         "without an earlier layer at that distance use the smallest lookahead; repeatable (default: "
         f"{lookahead_default})",
     )
+    add_misses(parser)
+
+
+def add_misses(parser: ArgumentParser) -> None:
+    """Add ``--misses``."""
     parser.add_argument(
         "--misses",
         action="append",
@@ -123,14 +128,19 @@ def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's f
     )
 
 
-def add_conditions(parser: ArgumentParser) -> None:
-    """Add the options that all strategies of a replay share."""
+def add_conditions(parser: ArgumentParser, scope_default: str | None = "global") -> None:
+    """Add the options that all strategies of a replay share.
+
+    Args:
+        parser: Parser of a command.
+        scope_default: Scope of the cache without ``--scope``; None if both are tried (default: global).
+    """
     parser.add_argument("--device", metavar="DEVICE", help=f"{DEVICE_HELP} (default: no timing)")
     parser.add_argument(
         "--scope",
-        default="global",
+        default=scope_default,
         metavar="SCOPE",
-        help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)",
+        help=f"scope of the cache: {' or '.join(SCOPES)} (default: {scope_default or 'both are tried'})",
     )
     parser.add_argument(
         "--quotas",

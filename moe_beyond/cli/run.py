@@ -13,7 +13,9 @@ from moe_beyond.cache.misses import MISSES, MOVE
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
 from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, check_file, command_parser, print_error
-from moe_beyond.cli.replay_options import PREDICTOR_HELP, choices, quoted
+from moe_beyond.cli.parser import CommandParser
+from moe_beyond.cli.replay_options import DEVICE_HELP, PREDICTOR_HELP, choices, quoted
+from moe_beyond.cli.strategy_config import add_config, apply_config, given_options
 from moe_beyond.collect.config import DTYPES
 from moe_beyond.collect.out_folder import check_out
 from moe_beyond.collect.prompts import COLUMNS, Prompt, as_prompts, read_prompts
@@ -27,11 +29,13 @@ LOADING = (
     "readers",
 )  # fmt: skip
 """Options that `moe_beyond.load_offloaded` has, too."""
+CHOSEN = ("config", "policy", "prefetch", "lookahead", "scope")
+"""Options that exclude ``--auto``."""
 _PREFETCHES = tuple(text for each in PREFETCHERS.values() if not each.knows_future for text in each.examples)
 """Examples of prefetchers that a run accepts."""
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this command's options."""
     parser = command_parser(
         "run",
@@ -56,6 +60,7 @@ def build_parser() -> ArgumentParser:
     )
     _add_text(parser)
     _add_strategy(parser)
+    _add_choice(parser)
     parser.add_argument(
         "--tier",
         default="disk",
@@ -182,20 +187,39 @@ def _add_strategy(parser: ArgumentParser) -> None:
     )
 
 
+def _add_choice(parser: ArgumentParser) -> None:
+    """Add the options of a tuned strategy."""
+    add_config(parser)
+    parser.add_argument(
+        "--auto",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="tune policy, prefetcher, lookahead and scope on this recording, as `moe-beyond tune` does for tokens per "
+        "second; without DIR the first prompts of --prompts run with lru and are recorded, and the others run with the "
+        "choice (default: no tuning)",
+    )
+    parser.add_argument("--device-model", metavar="DEVICE", help=f"for --auto, {DEVICE_HELP} (default: none)")
+
+
 def main(argv: list[str]) -> None:
     """Run a model under a memory budget.
 
     Args:
         argv: The command and its options.
     """
-    args = build_parser().parse_args(argv[1:])
+    parser = build_parser()
+    args = parser.parse_args(argv[1:])
+    apply_config(args, parser.given)
     _check(args)
+    _check_auto(args, given_options(parser.given))
     output = Output(args)
     if args.trace:
         check_out(Path(args.trace))
     check_file("--predict-log", args.predict_log)
     # Imported here, so that help and completion do not wait for them.
     from moe_beyond.report.tables.results import results_table
+    from moe_beyond.runtime.auto import AutoOptions, run_auto
     from moe_beyond.runtime.generation import Sampling
     from moe_beyond.runtime.session import SessionOptions, run_session
 
@@ -216,7 +240,11 @@ def main(argv: list[str]) -> None:
         print_error(error)
         refused.append(error)
 
-    session = run_session(options, texts, sys.stderr if args.json == "-" else sys.stdout, notify, refuse)
+    stream = sys.stderr if args.json == "-" else sys.stdout
+    if args.auto is None:
+        session = run_session(options, texts, stream, notify, refuse)
+    else:
+        session = run_auto(options, AutoOptions(args.auto or None, args.device_model), texts, stream, notify, refuse)
     if session is None:
         raise SystemExit(2 if refused else 0)
     first, *baselines = session.results
@@ -261,6 +289,23 @@ def _source(args: Namespace) -> str:
     if args.prompts is None:
         return "chat" if args.chat else "prompt"
     return printable(Path(args.prompts).name) if Path(args.prompts).is_file() else str(args.prompts)
+
+
+def _check_auto(args: Namespace, given: set[str]) -> None:
+    """Refuse options that exclude ``--auto``, before a model is loaded.
+
+    Raises:
+        UserError: The device is missing, or an option is given that the choice sets.
+    """
+    if args.auto is None:
+        if args.device_model is not None:
+            raise UserError("--device-model: is the device of --auto; give --auto, or leave it out")
+        return
+    if args.device_model is None:
+        raise UserError("--auto: needs the device of the timing model; add --device-model DEVICE")
+    for name in CHOSEN:
+        if name in given:
+            raise UserError(f"--{name}: --auto chooses it; leave one of them out")
 
 
 def _check(args: Namespace) -> None:

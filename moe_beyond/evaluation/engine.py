@@ -14,6 +14,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import check_bootstrap_draws, result_intervals
 from moe_beyond.evaluation.results import Evaluation
 from moe_beyond.evaluation.sources import Scored, ScoreSource
+from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.bounds import Bound
 from moe_beyond.simulator.sequence import Grouping, ReplaySequence
@@ -63,7 +64,12 @@ def evaluate(
     check_bootstrap_draws(bootstrap_draws)
     geometry = traces.geometry
     streams: dict[tuple[int, ...], Stream] = {}
-    replays = [_start(traces, settings, split, profile, streams) for settings in strategies]
+
+    def unscored() -> Iterator[ReplaySequence]:
+        for trace in traces.traces(split):
+            yield ReplaySequence(geometry, trace.experts, None, trace.decode_start, trace.sequence_id)
+
+    replays = [_start(geometry, settings, profile, streams, unscored) for settings in strategies]
     passes = [source for source in sources if source is measure or source.name in {s.predictor for s in strategies}]
     measurement = None if measure is None else _measurement(measure, traces, bootstrap_draws)
     in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
@@ -109,16 +115,45 @@ def _check_sources(strategies: Sequence[ReplaySettings], sources: Sequence[Score
             )
 
 
+def replay_sequences(
+    geometry: Geometry,
+    strategies: Sequence[ReplaySettings],
+    sequences: Sequence[ReplaySequence],
+    profile: UsageProfile | None = None,
+    bootstrap_draws: int = 0,
+) -> list[Result]:
+    """Replay strategies on sequences in memory, each strategy on its own core.
+
+    Args:
+        geometry: Geometry of the model.
+        strategies: Settings of each strategy.
+        sequences: Sequences, with scores if a strategy reads them.
+        profile: Usage profile of training text (default: none).
+        bootstrap_draws: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
+
+    Raises:
+        UserError: A strategy does not fit the model or lacks scores, or the warm-up excludes every token.
+    """
+    streams: dict[tuple[int, ...], Stream] = {}
+    replays = [_start(geometry, settings, profile, streams, lambda: sequences) for settings in strategies]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda replay: _add(replay, sequences), replays):
+            pass
+        results = list(pool.map(lambda replay: replay.result(), replays))
+    _check_counted(results, strategies)
+    return result_intervals(results, [each.sums for each in replays], bootstrap_draws) if bootstrap_draws else results
+
+
 def _start(
-    traces: TraceSet,
+    geometry: Geometry,
     settings: ReplaySettings,
-    split: str | None,
     profile: UsageProfile | None,
     streams: dict[tuple[int, ...], Stream],
+    sequences: Callable[[], Iterable[ReplaySequence]],
 ) -> Replay | Bound:
     """Start a replay; ``streams`` keeps the demands of all sequences for replays that group them alike."""
     if settings.policy in BOUNDS:
-        return Bound(traces.geometry, settings)
+        return Bound(geometry, settings)
     stream = None
     if settings.carry_over and "future" in settings.needs:
         key = (
@@ -129,13 +164,9 @@ def _start(
             settings.sequential,
         )
         if key not in streams:
-            sequences = (
-                ReplaySequence(traces.geometry, t.experts, None, t.decode_start, t.sequence_id)
-                for t in traces.traces(split)
-            )
-            streams[key] = whole_stream(sequences, settings)
+            streams[key] = whole_stream(sequences(), settings)
         stream = streams[key]
-    return Replay(traces.geometry, settings, profile, stream)
+    return Replay(geometry, settings, profile, stream)
 
 
 def whole_stream(sequences: Iterable[ReplaySequence], settings: ReplaySettings) -> Stream:

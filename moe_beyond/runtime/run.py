@@ -24,7 +24,7 @@ from moe_beyond.runtime.experts import ExpertsLayer
 from moe_beyond.runtime.memory import Memory, memory_of
 from moe_beyond.runtime.options import READERS
 from moe_beyond.runtime.result import run_result
-from moe_beyond.runtime.slots.copies import make_copier
+from moe_beyond.runtime.slots.copies import Copier, make_copier
 from moe_beyond.runtime.slots.host_kernel import HostKernel
 from moe_beyond.runtime.slots.kernels import SlotKernel
 from moe_beyond.runtime.slots.mover import Mover
@@ -149,7 +149,7 @@ class OffloadedRun:
                 readers=self.readers, timeout_s=self._timeout_s,
             )  # fmt: skip
             block.callback(mover.close)
-            weakref.finalize(self, mover.close)  # for a run that is dropped without an exit
+            weakref.finalize(self, _close, mover, copier)  # for a run that is dropped without an exit
             self._controller = make_controller(self.geometry, self.strategy, self._ledger, mover, copier)
             for layer, experts in self._layers.items():
                 self._take_experts(block, layer, experts)
@@ -261,7 +261,7 @@ class OffloadedRun:
         ids = kwargs.get("input_ids", args[0] if args else None)
         token_ids, past = None, 0
         if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1:
-            token_ids, past = ids[0].numpy(force=True).astype(np.int64), _past_length(kwargs.get("past_key_values"))
+            token_ids, past = ids[0].cpu().numpy().astype(np.int64), _past_length(kwargs.get("past_key_values"))
             if past < 0:
                 token_ids = None
         states = kwargs.get("inputs_embeds") if ids is None else ids
@@ -287,6 +287,12 @@ class OffloadedRun:
                 f"{name}: was converted during the run (got {self._kept.dtype} on {self._kept.device}); leave it in "
                 f"{dtype} on {device}, or convert it before"
             )
+
+
+def _close(mover: Mover, copier: Copier) -> None:
+    """End the threads, then unpin the memory that they read into."""
+    mover.close()
+    copier.close()
 
 
 def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:

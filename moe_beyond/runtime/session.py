@@ -122,12 +122,13 @@ def run_session(
     if not generations:
         return None
     results = [run.result(), *replayed_baselines(run)]
+    lines = summary_lines(run, memory)  # before another model is loaded, whose memory is not the run's
     figures = {**summary_json(run, memory), "generations": [each.to_json() for each in generations]}
     unwritten = list(_write_files(run, options, generations, figures))
     comparison = _compare(checkpoint, options, generations) if options.check else None
     if comparison is not None:
         figures["check"] = comparison.to_json()
-    return SessionResult(results, run.geometry, summary_lines(run, memory), figures, comparison, unwritten)
+    return SessionResult(results, run.geometry, lines, figures, comparison, unwritten)
 
 
 def _write_files(

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from moe_beyond.cache.compiler import jit
 from moe_beyond.cache.counters import Counter
-from moe_beyond.cache.interconnect import LinkState, Relative, Seconds, load_seconds
+from moe_beyond.cache.interconnect import LinkState, Relative, Seconds, stall_seconds
 from moe_beyond.cache.pools import most_used, pool_capacities
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -116,7 +116,8 @@ class Bound:
         if just_in_time := self.settings.policy == "od_moe":
             experts = -(-experts // workers)  # the workers compute in parallel
         computing = experts * each
-        load_seconds(link, group.stream.ids, offsets, resident, np.zeros(workers if just_in_time else 1), stalls)
+        loads = np.zeros(workers if just_in_time else 1)
+        stall_seconds(link, group.stream.ids, offsets, resident, each * timing.overlap, loads, stalls)
         if just_in_time:
             before = np.zeros(len(stalls))  # dense layers and head of the step before
             before[self.geometry.num_layers :: self.geometry.num_layers] = timing.outside[:-1]

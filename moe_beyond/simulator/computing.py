@@ -42,6 +42,7 @@ def step_timing(device: Device, geometry: Geometry, bits: float, tokens: Ints, c
         outside=np.full(len(tokens), outside),
         expert=expert,
         token=_token_seconds(device, geometry.params_per_expert),
+        overlap=float(device.overlap),
     )
 
 

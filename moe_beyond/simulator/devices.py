@@ -31,7 +31,7 @@ RESERVED_SHARE = Fraction(1, 8)
 embeddings, dense layers and head (an assumption)."""
 
 _TEXTS = ("name", "source")
-_FROM_ZERO = ("link_latency_us", "flash_latency_us", "layer_us", "token_ms")
+_FROM_ZERO = ("link_latency_us", "flash_latency_us", "layer_us", "token_ms", "other_ms", "expert_ms", "overlap")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Device:
             None, no limit).
         other_ms: Measured milliseconds of a layer without its routed experts at an empty context. It replaces the read
             of these weights, and ``efficiency`` does not apply to it (default: None, an estimate).
+        overlap: Share of an expert's computing that can begin before all experts of its event have arrived: 1 if experts
+            compute one after another, 0 if one kernel waits for all of them (default: 1).
         expert_ms: Measured milliseconds of one routed expert for one token. It replaces the read of its weights, and
             ``efficiency`` does not apply to it (default: None, an estimate).
         source: Sources of the numbers.
@@ -80,6 +82,7 @@ class Device:
     tflops: float | None = None
     host_gb_per_s: float | None = None
     host_tflops: float | None = None
+    overlap: float = 1.0
     other_ms: float | None = None
     expert_ms: float | None = None
     source: str = ""
@@ -107,6 +110,8 @@ class Device:
                 f"device {self.name!r}: efficiency must be above 0 and at most 1 (got {self.efficiency!r}); "
                 "memory_gb_per_s is the nominal bandwidth"
             )
+        if self.overlap > 1:
+            raise UserError(f"device {self.name!r}: overlap must be from 0 to 1 (got {self.overlap!r})")
         if (self.host_memory_gb is None) != (self.flash_gb_per_s is None):
             given, missing = "host_memory_gb", "flash_gb_per_s"
             if self.host_memory_gb is None:

@@ -103,7 +103,7 @@ class Replay:
         """Replay one sequence and return its events.
 
         Returns:
-            Times and counts of each event, ``(events, 6)`` float64, columns `moe_beyond.cache.steps.EventRecord`; and
+            Times and counts of each event, ``(events, 7)`` float64, columns `moe_beyond.cache.steps.EventRecord`; and
             the log of the interconnect (`LinkState.log`).
         """
         group = sequence.as_group(self.settings)

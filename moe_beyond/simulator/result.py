@@ -46,7 +46,7 @@ class Result:
         leaks: Whether some scores read the router's own input (lookahead 0).
         causal: Whether the scores ignore later tokens.
         scope: ``"global"`` or ``"per-layer"``.
-        budget_slots: Budget in slots; one holds an expert of mean size where layers differ.
+        budget_slots: Budget in slots, each for an expert of mean size where layers differ.
         budget_share: Budget as a share of all experts.
         demand_ratio: Slots divided by L * K; below 1 the cache cannot hold the experts of one token.
         accesses: Number of distinct experts demanded, summed over all events. In a step of several tokens (windows,

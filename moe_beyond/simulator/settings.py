@@ -35,7 +35,7 @@ class ReplaySettings:
     """A strategy and its budget: one row of a replay table.
 
     Attributes:
-        slots: Budget in slots; one holds an expert of mean size where layers differ.
+        slots: Budget in slots, each for an expert of mean size where layers differ.
         policy: Eviction policy, or one of `BOUNDS` (default: ``"lru"``).
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
         quotas: Slots of each layer for ``"per-layer"`` (default: an even split).

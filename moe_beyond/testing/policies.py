@@ -409,6 +409,7 @@ class _Reference:
         pool = self.cache.experts[Expert.POOL, expert]
         self._settle(expert, int(self.cache.pools[pool, Pool.USED]), origin)
         self.cache.pools[pool, Pool.USED] += 1
+        self.cache.pools[pool, Pool.FREE] -= 1
 
     def _replace(self, victim: int, expert: int, origin: Origin) -> None:
         place = int(self.cache.experts[Expert.PLACE, victim])

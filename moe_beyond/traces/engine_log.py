@@ -1,4 +1,4 @@
-"""The log of another engine's run, beside its traces: which experts it held, and its times per token.
+"""The log of another engine's run, stored with its traces: the residency of experts, and times per token.
 
 The file `ENGINE_FILE` of a trace set has one row per sequence. Its columns are the sequence id, the flat residency of
 the T*L*K top-k entries, a JSON object with figures of the whole sequence, and one list of T numbers for each metric.

@@ -175,7 +175,7 @@ class ReferenceCache:
         self.gap = (0.0, 0.0)  # when the link is idle before its last copy
         self.arrives: dict[Expert, float] = {}
         self.queue: list[Expert] = []
-        self.fills: list[Expert] = []  # computed on the host, the first to come first; behind the queue
+        self.fills: list[Expert] = []  # computed on the host; behind the queue
         # Host memory, the most recently moved last. Unless it is cold it begins with expert 0 of every layer, which
         # leave last, then expert 1, ...
         every = [(layer, expert) for expert in range(rules.experts) for layer in range(rules.layers)]
@@ -422,8 +422,8 @@ class ReferenceCache:
                 chosen.add(expert)
         return chosen
 
-    def demand(self, layer: int, tokens: dict[int, int], each: float = 0) -> float:
-        """Begin an event; return when what is resident and computes on the device is there."""
+    def demand(self, layer: int, tokens: dict[int, int], each: float = 0) -> None:
+        """Begin an event."""
         self.event += 1
         self.moment += 1
         self.layer = layer
@@ -450,7 +450,7 @@ class ReferenceCache:
         for expert in here:
             self.use(expert)
         self.queue = [expert for expert in self.queue if expert[0] != layer]
-        self.fills = sorted(self.on_host - here) + [expert for expert in self.fills if expert[0] != layer]
+        self.fills = [expert for expert in self.fills if expert[0] != layer] + sorted(self.on_host - here)
         self.runs[layer].append(tokens)
         for expert in range(self.rules.experts):
             self.known.pop((layer, expert), None)
@@ -463,7 +463,6 @@ class ReferenceCache:
                 elif level - count >= 1:
                     self.level[layer, expert] = level - 1
                 self.known[layer, expert] = self.level[layer, expert] / 5
-        return max([self.now, *(self.arrives[expert] for expert in late - self.on_host)])
 
     def waves(self, layer: int, tokens: dict[int, int]) -> list[list[Expert]]:
         """What is missing, wave by wave: what fits next to the demanded residents, then as much as the pool holds."""
@@ -475,10 +474,10 @@ class ReferenceCache:
         first = slots - len(demanded & self.resident)
         return [missing[:first], *(missing[i : i + slots] for i in range(first, len(missing), slots))]
 
-    def transfer(self, missing: list[Expert], ready: float) -> float:
-        """Move in what a wave lacks; return when all of the wave is there."""
+    def transfer(self, missing: list[Expert]) -> None:
+        """Move in what a wave lacks."""
         for expert in missing:
-            ready = max(ready, self.send(expert, self.now))
+            self.send(expert, self.now)
         if self.rules.policy == "belady_bypass" and missing:
             self.pinned = set()
         for expert in missing:
@@ -491,7 +490,6 @@ class ReferenceCache:
             self.enter(expert)
             if self.rules.policy != "belady_bypass":
                 self.pinned.add(expert)
-        return ready
 
     def finish(self) -> None:
         for layer, _ in self.open:
@@ -623,21 +621,28 @@ class ReferenceCache:
                 each = rules.expert
                 if tokens:
                     each = max(each, rules.flops * sum(tokens.values()) / len(tokens))
-                routed, waited = self.now, 0.0
-                ready = self.demand(layer, tokens, each)
+                routed, waited, computing = self.now, 0.0, 0.0
+                self.demand(layer, tokens, each)
                 if not rules.computed:
                     self.publish_scores(step, following, layer)
                 waves = self.waves(layer, tokens)
-                on_device = len(tokens) - len(self.on_host)
-                computing = on_device - sum(map(len, waves))  # residents, which are of the first wave
+                elsewhere = set(itertools.chain(*waves)) | self.on_host
+                here = [(layer, expert) for expert in tokens if (layer, expert) not in elsewhere]  # of the first wave
                 for number, missing in enumerate(waves, 1):
-                    ready = self.transfer(missing, ready)
-                    ends = ready + each * (computing + len(missing))
-                    waited += ready - self.now
+                    began = self.now
+                    self.transfer(missing)
+                    in_wave = [*here, *missing]
+                    # An expert and all that arrive after it compute after its arrival. A product has no sum's rounding, where
+                    # FLOPs decide and an expert takes no whole ticks.
+                    arrivals = sorted(max(began, self.arrives.get(expert, 0.0)) for expert in in_wave)
+                    left = len(in_wave)
+                    ends = max([began + each * left, *(came + each * (left - i) for i, came in enumerate(arrivals))])
+                    waited += ends - (began + each * left)
+                    computing += each * left
                     if number == len(waves):
                         if self.on_host:  # the event lasts longer than without waiting for transfers
                             ends = max(ends, self.hosting)
-                            waited = ends - max(routed + each * on_device, self.hosting)
+                            waited = ends - max(routed + computing, self.hosting)
                         for later in range(layer + 1, rules.layers):
                             gap = later - layer
                             self.need[later] = ends + gap * other + (gap - 1) * rules.top_k * rules.expert
@@ -645,7 +650,7 @@ class ReferenceCache:
                             self.issue_prefetches(layer)
                     self.advance(ends)
                     self.pinned -= {(layer, expert) for expert in tokens}
-                    ready, computing = self.now, 0
+                    here = []
                 stall += waited
                 if rules.instant:
                     self.advance(self.now)

@@ -18,7 +18,7 @@ from moe_beyond.cache.counters import COUNTERS as COUNTER_NAMES
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.policy_inputs import Stream
-from moe_beyond.cache.pools import pool_slots, proportional_quotas
+from moe_beyond.cache.pools import pool_capacities, proportional_quotas
 from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId, scored
 from moe_beyond.cache.prefetchers._inputs import PrefetchSettings
 from moe_beyond.cache.steps import StepArrays, in_layers
@@ -436,7 +436,7 @@ def test_a_prefetch_may_be_the_first_thing_that_happens(policy: str):
     ],
 )
 def test_pools(slots: int, scope: str, quotas, pools: list[int]):
-    assert pool_slots(small_geometry(4, 8, 2), slots, scope, quotas).tolist() == pools
+    assert pool_capacities(small_geometry(4, 8, 2), slots, scope, quotas).tolist() == pools
 
 
 @settings(max_examples=50)
@@ -445,7 +445,7 @@ def test_quotas_are_pools(seed: int, slots: int):
     geometry = small_geometry(4, 8, 2)
     popularity = np.random.default_rng(seed).dirichlet(np.full(8, 0.3), 4) * 2
     quotas = proportional_quotas(geometry, slots, popularity)
-    assert pool_slots(geometry, slots, "per-layer", quotas).tolist() == list(quotas)
+    assert pool_capacities(geometry, slots, "per-layer", quotas).tolist() == list(quotas)
 
 
 def test_quotas_go_by_how_many_experts_a_layer_spreads_over():

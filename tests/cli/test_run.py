@@ -141,7 +141,7 @@ def test_a_recorded_run_is_replayed_and_repeated(capsys, tmp_path):
         "--split all", "--budget 10%", "--strategy all", "--prefetch none", "--lookahead 1", "--scores x",
         "--device rtx4060-laptop", "--scope per-layer", "--quotas even", "--warm-start", "--carry-over", "--cold-host",
         "--prefill-chunk 4", "--batch-size 2", "--sequential", "--warmup-tokens 1", "--no-first-layer-prefetch",
-        "--quantization 4", "--plots x",
+        "--quantization 4", "--plots x", "--config x",
     ):  # fmt: skip
         option = words.split()[0]
         line = error_line(capsys, ["replay", "--traces", folder, "--as-run", *words.split()])

@@ -42,6 +42,7 @@ def test_help_imports_no_deep_learning_library(command: str, tmp_path: Path) -> 
         ["inspect", "TRACES"],
         ["replay", "--traces", "TRACES"],
         ["plan", "--traces", "TRACES", "--target", "50%"],
+        ["tune", "--traces", "TRACES"],
     ],
     ids=lambda arguments: arguments[0],
 )

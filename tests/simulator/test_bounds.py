@@ -70,7 +70,8 @@ def test_no_fixed_set_hits_more_often(seed: int, slots: int, scope: str, warmup:
     assert result.prefetch_transfers == result.useful_prefetches <= slots  # moved in once: those that are used
     if result.accesses:
         tokens = sum(len(experts) - warmup for experts in sequences if len(experts) > warmup)
-        assert result.stall_ms_per_token == pytest.approx(result.misses * 3 * TICK * 1e3 / tokens)
+        waited = result.stall_ms_per_token * tokens / (TICK * 1e3)
+        assert 2 * result.misses - 1e-9 <= waited <= 3 * result.misses + 1e-9  # one tick may be another's computing
 
 
 def test_static_hindsight_by_hand():
@@ -160,7 +161,10 @@ def test_the_clock_of_the_bounds_is_the_plain_one(
                     arrivals.append(link.send(one, 0))
                     in_host = [*(other_one for other_one in in_host if other_one != one), one][-host:] if host else []
                 if policy == "static_hindsight":
-                    waits = max([0, *arrivals])
+                    waits = now = 0
+                    for arrival in sorted([0] * (2 - len(arrivals)) + arrivals):
+                        waits += max(0, arrival - now)
+                        now = max(now, arrival) + expert
                 else:  # a worker each, loading since its group computed
                     group = (place * 2 + layer) % groups
                     waits = max(0, ends[group] + max(loads) - (end + other))

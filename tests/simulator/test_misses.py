@@ -46,7 +46,7 @@ def replayed(
     )
     chosen = {"slots": 4, "policy": "lru", "bits": 8.0, "prefill_chunk": chunk, **changes}
     geometry = small_geometry(layers, 4, len(trace[0]))
-    replay = Replay(geometry, ReplaySettings(device=device, misses=misses, **chosen), PROFILE)
+    replay = Replay(geometry, ReplaySettings(device=device, misses=misses, **chosen), PROFILE if layers == 1 else None)
     replay.add(np.array([[experts] * layers for experts in trace], np.uint8), decode_start=len(trace) if chunk else 0)
     counts = dict(zip(COUNTERS, replay.counts().sum(0).tolist(), strict=True))
     [spent] = replay.times.stall_compute
@@ -81,13 +81,13 @@ def test_tokens_of_a_chunk_count():
     assert replayed([[0], [0], [1]], "cpu", **chunk) == ((0, 0, 2, 2, 0, 2), [(0, 4)])
 
 
-def test_the_fill_of_the_latest_event_goes_first():
-    # Three layers. Token 1: a0 is routed at 1, and its fill crosses from 1 to 7. b0 is routed at 4 and c0 at 7, when c0
-    # goes first, until 13. Token 2: a0 is resident at 10. b0 is routed at 12: its fill expires, and another follows at
-    # 13. c0 is resident at 15.
+def test_fills_go_in_the_order_of_their_events():
+    # Three layers. Token 1: a0 is routed at 1, and its fill crosses from 1 to 7. b0 is routed at 4 and c0 at 7, when
+    # the fill of b0 begins, until 13. Token 2: a0 is resident at 10. b0 is routed at 12 and in transit, so it ends at
+    # 14. c0 is routed at 15: its fill crosses since 13, until 19, so it ends at 17.
     found, ticks = replayed([[0]] * 2, "cpu", layers=3, transfer=6, host=2)
-    assert found == (2, 0, 4, 4, 0, 3)
-    assert ticks == [(0, 9), (0, 7)]
+    assert found == (1, 2, 3, 5, 0, 3)
+    assert ticks == [(0, 9), (0, 8)]
 
 
 def test_static_experts_are_not_exchanged():

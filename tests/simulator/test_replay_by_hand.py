@@ -7,6 +7,7 @@ import pytest
 from _helpers.cache_cases import TICK, replay, scored, small_geometry, ticking
 
 from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cache.steps import EventRecord
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay, ReplaySettings
 from moe_beyond.simulator.devices import Device
@@ -484,10 +485,26 @@ def test_a_miss_waits_for_its_transfer_and_a_hit_does_not():
 
 
 def test_misses_of_an_event_queue_for_the_link():
-    # {0, 1}: 0 crosses from 1 to 4, 1 from 4 to 7; they compute until 9.
+    # {0, 1}: 0 crosses from 1 to 4 and computes until 5, 1 crosses from 4 to 7 and computes until 8.
     _, spans, log = clock(1, [[[1, 0]]])
-    assert spans == [(1, 7, 9)]
+    assert spans == [(1, 7, 8)]
     assert log == [(0, 1, 4, False), (1, 4, 7, False)]
+
+
+def test_residents_compute_while_a_miss_arrives():
+    geometry = small_geometry(1, 12, 6)
+    config = ReplaySettings(12, device=ticking(3), bits=8.0)
+    trace = [[[0, 1, 2, 3, 4, NO_EXPERT]], [[0, 1, 2, 3, 4, 5]], [[0, 6, 7, 8, 9, 10]]]
+    replaying = Replay(geometry, config)
+    events, _ = replaying.watch(ReplaySequence(geometry, np.array(trace)))
+    columns = [EventRecord.ROUTED, EventRecord.READY, EventRecord.ENDED, EventRecord.STALL]
+    # Token 1: routed at 1; 5 transfers until 16, through at 17. Token 2: routed at 18; 5 is there at 21; six experts
+    # compute until 24. Token 3: routed at 25; the misses are there at 28, 31, ..., 40, and the last is through at 41.
+    assert (events[:, columns] / TICK).tolist() == [[1, 16, 17, 11], [18, 21, 24, 0], [25, 40, 41, 10]]
+    seen = timeline(geometry, config, ReplaySequence(geometry, np.array(trace)), 2, None)
+    ticks = [[(round(a / TICK), round(b / TICK)) for a, b in spans] for spans in (seen.computing, seen.stalls)]
+    assert ticks[0] == [(24, 25), (25, 26), (28, 29), (31, 32), (34, 35), (37, 38), (40, 41)]
+    assert ticks[1] == [(26, 28), (29, 31), (32, 34), (35, 37), (38, 40)]
 
 
 ONE_AHEAD = {"prefetch": "top1", "lookahead": 1, "lookaheads": (1,), "first_layer_prefetch": False}
@@ -606,21 +623,21 @@ def two_tiers(*moved: int, **settings):
 
 
 def test_flash_reads_while_the_link_copies():
-    # 2 is read from 1 to 4 and copied until 5; 3 is read from 4 to 7 and copied until 8.
-    assert two_tiers(2, 3) == ([(1, 8, 10)], [(2, 1, 5), (3, 4, 8)])
+    # 2 is read from 1 to 4 and copied until 5; 3 is read from 4 to 7, copied until 8, and through at 9.
+    assert two_tiers(2, 3) == ([(1, 8, 9)], [(2, 1, 5), (3, 4, 8)])
 
 
 def test_copies_from_host_memory_do_not_wait_for_flash():
-    # 0 is copied from 1 to 2, while 2 is read until 4.
-    assert two_tiers(0, 2) == ([(1, 5, 7)], [(0, 1, 2), (2, 1, 5)])
-    # Host memory holds 0 to 3, of which 3 leaves first; there are two slots. 4 is read from 1 to 4 and copied until 5: 3
-    # leaves. 0 is copied from 7 to 8, and 1 from 10 to 11: 4 leaves its slot. At 13 the event demands 3 and 4: 3 is read
-    # until 16 and copied until 17, and before that 4 is copied until 14.
+    # 0 is copied from 1 to 2 and through at 3, while 2 is read until 4.
+    assert two_tiers(0, 2) == ([(1, 5, 6)], [(0, 1, 2), (2, 1, 5)])
+    # Host memory holds 0 to 3, of which 3 leaves first. There are two slots. 4 is read from 1 to 4 and copied until 5:
+    # 3 leaves. 0 is copied from 7 to 8, and 1 from 10 to 11: 4 leaves its slot. At 13 the event demands 3 and 4: 3 is
+    # read until 16, copied until 17 and through at 18; before that 4 is copied until 14 and through at 15.
     geometry = small_geometry(1, 5, 2)
     trace = np.array([[[4, NO_EXPERT]], [[0, NO_EXPERT]], [[1, NO_EXPERT]], [[3, 4]]], np.uint8)
     config = ReplaySettings(2, device=ticking(1, flash=3, host_memory_gb=4), bits=8.0)
     spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, trace))
-    assert (spans[-1, :3] / TICK).tolist() == [13, 17, 19]
+    assert (spans[-1, :3] / TICK).tolist() == [13, 17, 18]
     assert (log[:, :3] / [1, TICK, TICK]).tolist() == [[4, 1, 5], [0, 7, 8], [1, 10, 11], [3, 13, 17], [4, 13, 14]]
 
 
@@ -650,14 +667,14 @@ def test_reading_the_cache_of_keys_and_values_grows_with_the_context():
 
 def test_many_tokens_of_an_expert_take_longer_than_its_weights():
     # An expert's weights take 1 tick, and each token 1/2. Chunk of five tokens, 0 for four and 1 for one: 2.5 ticks for
-    # both together, but 2 for their weights. Two tokens, 0 and 1 for one each: 2 ticks.
+    # both together, but 2 for their weights. Two tokens, 0 and 1 for one each: 2 ticks. 1 arrives while 0 computes.
     device = replace(ticking(1), tflops=2e9 / (TICK / 2) / 1e12)
     geometry = replace(small_geometry(1, 4, 1), other_params_per_layer=0)
     config = ReplaySettings(4, device=device, bits=8.0, prefill_chunk=5)
     for tokens, ticks in (([0, 0, 1, 0, 0], 1 + 2.5), ([1, 0], 1 + 2)):
         replaying = Replay(geometry, config)
         replaying.add(np.array(tokens).reshape(-1, 1, 1), None, len(tokens))
-        assert (replaying.times.stall_compute[0] / TICK).tolist() == [[2, ticks]]
+        assert (replaying.times.stall_compute[0] / TICK).tolist() == [[1, ticks]]
 
 
 def test_host_memory_begins_with_as_many_of_every_layer():
@@ -690,12 +707,12 @@ def test_a_warm_start_takes_its_time_before_the_first_token():
 
 
 def test_only_decode_is_told_as_tokens_per_second():
-    # K=1, four slots, transfer 3. Prompt 0 1 in a chunk: 1 + 6 (two transfers) + 2 = 9 ticks. Decode 1 2 2: hit 2,
+    # K=1, four slots, transfer 3. Prompt 0 1 in a chunk: 1 + 6 (two transfers) + 1 = 8 ticks. Decode 1 2 2: hit 2,
     # miss 5, hit 2: 9 ticks for three tokens, 3 of them stall.
     geometry = small_geometry(1, 4, 1)
     config = ReplaySettings(4, device=ticking(3), bits=8.0, prefill_chunk=8)
     result = replay(geometry, config, [[[e]] for e in (0, 1, 1, 2, 2)], decode_start=2)
-    assert result.prefill_ms == 9 * TICK * 1e3
+    assert result.prefill_ms == 8 * TICK * 1e3
     assert result.tokens_per_second == pytest.approx(3 / (9 * TICK))
     assert (result.stall_ms_per_token, result.compute_ms_per_token) == (1 * TICK * 1e3, 2 * TICK * 1e3)
     assert result.token_ms_p50 == 2 * TICK * 1e3
@@ -707,18 +724,19 @@ def test_only_decode_is_told_as_tokens_per_second():
 
 
 def test_an_event_larger_than_the_cache_runs_in_waves():
-    # Two slots, K=2, a transfer takes 3. The chunk demands 0 to 5. Routed at 1; 0 and 1 are there at 7 and through at
-    # 9; 2 and 3 are there at 15 and through at 17; 4 and 5 are there at 23 and through at 25. Decode finds 4 and 5.
+    # Two slots, K=2, a transfer takes 3. The chunk demands 0 to 5. Routed at 1; 0 is there at 4, 1 at 7, and both are
+    # through at 8; 2 and 3 are there at 11 and 14 and through at 15; 4 and 5 are there at 18 and 21 and through at 22.
+    # Each wave waits for 3 ticks and for 2. Decode finds 4 and 5.
     trace = [[[0, 1]], [[2, 3]], [[4, 5]], [[4, 5]]]
     config = ReplaySettings(2, device=ticking(3), bits=8.0, prefill_chunk=3)
     geometry = small_geometry(1, 6, 2)
     replaying = Replay(geometry, config)
     events, log = replaying.watch(ReplaySequence(geometry, np.array(trace), decode_start=3))
-    times = [TICK, TICK, TICK, 1, 1, 1]
-    assert (events / times).tolist() == [[1, 23, 25, 0, 0, 6], [26, 26, 28, 2, 0, 0]]
-    sent = [[0, 1, 4, 0], [1, 4, 7, 0], [2, 9, 12, 0], [3, 12, 15, 0], [4, 17, 20, 0], [5, 20, 23, 0]]
+    times = [TICK, TICK, TICK, 1, 1, 1, TICK]
+    assert (events / times).tolist() == [[1, 21, 22, 0, 0, 6, 15], [23, 23, 25, 2, 0, 0, 0]]
+    sent = [[0, 1, 4, 0], [1, 4, 7, 0], [2, 8, 11, 0], [3, 11, 14, 0], [4, 15, 18, 0], [5, 18, 21, 0]]
     assert (log / [1, TICK, TICK, 1]).tolist() == sent
-    assert (replaying.times.stall_compute[0] / TICK).tolist() == [[18, 7], [0, 3]]
+    assert (replaying.times.stall_compute[0] / TICK).tolist() == [[15, 7], [0, 3]]
     assert counts(replay(geometry, config, trace, None, 3)) == (2, 6, 6, 0, 0, 0)
 
 

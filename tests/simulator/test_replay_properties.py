@@ -121,7 +121,7 @@ def test_with_one_tier_the_link_is_busy_for_every_transfer(case: Case):
 @few
 @given(cases(plain=True, timed=True), st.sampled_from([0, 2, 5]), st.integers(0, 4))
 def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
-    """One copy and one read at a time; reads of what host memory lost; and events that wait for their experts."""
+    """One copy and one read at a time; reads of experts that left host memory; and events that wait for experts."""
     transfer, other, expert, _, _ = case.ticks
     case = replace(case, sequences=case.sequences[:1], scores=case.scores[:1], decode_starts=case.decode_starts[:1])
     case = case.with_ticks(transfer, other, expert, flash, host_slots)
@@ -150,10 +150,12 @@ def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
     begun = np.concatenate([[0.0], through[:-1]])
     demanded = case.geometry.top_k * expert * TICK
     assert (routed - begun == other * TICK).all()
-    assert (through - ready == demanded).all()
-    assert (ready - routed).sum() == sum(stall for stall, _ in outcome.spent)
+    stalls = spans[:, EventRecord.STALL]
+    assert (through - routed - stalls == demanded).all()
+    assert ((through >= ready) & (ready >= routed)).all()
+    assert stalls.sum() == sum(stall for stall, _ in outcome.spent)
     on_demand = log[log[:, 3] == 0]
-    assert np.isin(on_demand[:, 2], ready).any() or len(on_demand) == 0  # the last transfer for an event ends its stall
+    assert np.isin(on_demand[:, 2], ready).any() or len(on_demand) == 0  # the last one for an event
 
 
 @few

@@ -19,7 +19,7 @@ NEEDS: tuple[str, ...] = ()
 OFFERS_SCORES = False
 HALF_LIFE, CLASSES = 128, 8
 FADES = np.array([2.0 ** (-age / HALF_LIFE) for age in range(80 * HALF_LIFE)])
-"""Weight of a use by its age in steps; after that age, adding 1 to a frequency rounds what is left of it away."""
+"""Weight of a use by its age in steps; when an older use is added to 1, rounding removes it."""
 
 
 class ClassLruState(NamedTuple):
@@ -30,7 +30,7 @@ class ClassLruState(NamedTuple):
         step: Step of every expert's last use, ``(L*E,)`` int64.
         event: Event of every expert's last use, ``(L*E,)`` int64.
         rings: Ring of each class of each pool, ``(L*E + pools * CLASSES, 2)`` uint32.
-        fades: `FADES`.
+        fades: Weights of a use, `FADES`.
     """
 
     frequency: Floats

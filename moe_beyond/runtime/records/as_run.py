@@ -151,7 +151,7 @@ def replay_as_run(recording: Recording) -> ReplayAsRun:
             lacks; an option does not fit; or the telemetry does not belong to the traces.
     """
     manifest = recording.traces.manifest
-    strategy = _strategy(recording)
+    strategy = recorded_strategy(recording)
     telemetry = Telemetry(keep_rows=True)
     pool = SlotPool(strategy.settings.slots, {0: UNUSED}, torch.device("cpu"))
     times = (_times(row) for row in _in_order(recording))
@@ -174,8 +174,11 @@ def replay_as_run(recording: Recording) -> ReplayAsRun:
         return ReplayAsRun(len(recording.events), equal, str(difference))
 
 
-def _strategy(recording: Recording) -> RunStrategy:
+def recorded_strategy(recording: Recording) -> RunStrategy:
     """Resolve the strategy of a recorded run, and compare its predictor and its profile with the recorded ones.
+
+    Args:
+        recording: Recording of a run.
 
     Raises:
         UserError: One of them is not found, or is another one; or an option does not fit.

@@ -4,6 +4,7 @@ The CUDA copier has not been run on a GPU. Its order of operations is tested wit
 """
 
 import mmap
+import os
 import threading
 from collections.abc import Iterable
 from time import perf_counter
@@ -21,7 +22,13 @@ cuda: Any = torch.cuda  # its functions have no types
 
 
 class Copier(Protocol):
-    """Way of an expert from its store into a slot."""
+    """Way of an expert from its store into a slot.
+
+    Attributes:
+        any_thread: Whether a thread that waits for an expert may transfer it itself; otherwise only readers do.
+    """
+
+    any_thread: bool
 
     def transfer(self, store: ExpertStore, expert: int, slot: int) -> tuple[float, float, BytesBySource]:
         """Write an expert into a slot; return when its bytes are there.
@@ -71,6 +78,8 @@ class CpuCopier:
         pool: Slots on the CPU.
     """
 
+    any_thread = True
+
     def __init__(self, pool: SlotPool) -> None:
         self._slabs = [pool.slab(slot) for slot in range(pool.slots)]
 
@@ -102,23 +111,34 @@ class CudaCopier:
         pool: Slots on the GPU.
         host: Store whose memory is pinned until `close`, and copied from directly (default: None, all stores read into
             staging buffers).
+
+    Raises:
+        UserError: The memory of the store cannot be pinned.
     """
+
+    any_thread = False
+    """A thread with the model must not change its stream: an interrupt could leave it on that of the copies."""
 
     def __init__(self, pool: SlotPool, host: HostStore | None = None) -> None:
         self._memory, self._host = pool.memory, host
         self._stream = cuda.Stream(pool.memory.device)
         # The memory of the pool may be in use by earlier kernels of the stream that allocated it.
-        self._stream.wait_stream(cuda.current_stream(pool.memory.device))
+        cuda.synchronize(pool.memory.device)
         self._released: dict[int, torch.cuda.Event] = {}
         self._local = threading.local()
         self._pinned: list[Bytes] = []
-        self._pinning = threading.Lock()
+        self._lock = threading.Lock()  # guards the pinned memory, and copies that begin
         self._closed = False
+        self._process = os.getpid()
         try:
             for memory in () if host is None else host.memory:
                 self._pin(memory)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, RuntimeError):
+                assert host is not None
+                size = sum(memory.nbytes for memory in host.memory)
+                raise UserError(f"tier host: {size:,} bytes cannot be pinned ({error}); give tier disk") from error
             raise
 
     def transfer(self, store: ExpertStore, expert: int, slot: int) -> tuple[float, float, BytesBySource]:
@@ -131,9 +151,7 @@ class CudaCopier:
         else:
             parts = self._host.parts[expert]
             source = BytesBySource(host=sum(len(part.source) for part in parts))
-        read = perf_counter()
-        self._copy(parts, slot)
-        return read - began, perf_counter() - read, source
+        return perf_counter() - began, self._copy(parts, slot), source
 
     def after_compute(self, slots: Iterable[int]) -> None:
         """Let later copies into slots wait for the kernels of the current stream; see `Copier.after_compute`."""
@@ -142,25 +160,45 @@ class CudaCopier:
         self._released.update(dict.fromkeys(slots, event))
 
     def close(self) -> None:
-        """Unpin the staging buffers and the memory of the store after the last copy, and forget the slots."""
-        self._stream.synchronize()
-        with self._pinning, cuda.device(self._memory.device):
+        """Unpin the staging buffers and the memory of the store after the last copy, and forget the slots.
+
+        Raises:
+            RuntimeError: Memory cannot be unpinned; the rest is.
+        """
+        if os.getpid() != self._process:  # a fork of the process must not call CUDA
+            return
+        with self._lock, cuda.device(self._memory.device):
             self._closed = True
+            self._stream.synchronize()
             self._memory = self._memory.new_empty(0, self._memory.shape[1])
+            errors = []
             while self._pinned:
                 memory = self._pinned.pop()  # stays mapped until it is unpinned
-                cuda.check_error(cuda.cudart().cudaHostUnregister(memory.ctypes.data))
+                try:
+                    cuda.check_error(cuda.cudart().cudaHostUnregister(memory.ctypes.data))
+                except RuntimeError as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
-    def _copy(self, parts: Iterable[Part], slot: int) -> None:
-        ended = cuda.Event(blocking=True)  # a wait that does not spin, for the other threads' sake
-        with cuda.stream(self._stream):
+    def _copy(self, parts: Iterable[Part], slot: int) -> float:
+        """Copy an expert into a slot, in a reader thread; return the seconds of the copy, without those before it."""
+        began = cuda.Event(enable_timing=True)
+        ended = cuda.Event(enable_timing=True, blocking=True)  # a wait that does not spin, for the other threads' sake
+        with self._lock:
+            self._check_open()
+            if not hasattr(self._local, "on_stream"):
+                cuda.set_stream(self._stream)
+                self._local.on_stream = True
             released = self._released.get(slot)
             if released is not None:
                 self._stream.wait_event(released)
+            began.record(self._stream)
             for offset, source in parts:
                 self._memory[slot, offset : offset + len(source)].copy_(torch.from_numpy(source), non_blocking=True)
             ended.record(self._stream)
         ended.synchronize()
+        return float(began.elapsed_time(ended)) * 1e-3
 
     def _staging(self) -> Bytes:
         """Return the staging buffer of this thread."""
@@ -172,8 +210,11 @@ class CudaCopier:
         return staging
 
     def _pin(self, memory: Bytes) -> None:
-        with self._pinning, cuda.device(self._memory.device):  # the calling thread may have another device
-            if self._closed:  # a read that hung has returned after the end of the run
-                raise UserError("offloaded model: its run is closed; call it within the run")
+        with self._lock, cuda.device(self._memory.device):  # the calling thread may have another device
+            self._check_open()
             cuda.check_error(cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
             self._pinned.append(memory)
+
+    def _check_open(self) -> None:
+        if self._closed:  # a read that hung has returned after the end of the run
+            raise UserError("offloaded model: its run is closed; call it within the run")

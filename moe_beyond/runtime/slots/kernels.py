@@ -28,7 +28,7 @@ from moe_beyond.cache.cache import Wave
 from moe_beyond.errors import UserError
 from moe_beyond.runtime.slots.host_kernel import HostKernel, routes_of
 from moe_beyond.runtime.slots.registry import NATIVE, eager
-from moe_beyond.runtime.slots.views import Groups, Rows, View, mapped
+from moe_beyond.runtime.slots.views import Groups, Rows, View, groups_in_one_kernel, mapped
 
 MOST_GROUPS = 1024
 """Number of groups that `torch.nn.functional.grouped_mm` refuses on a GPU."""
@@ -95,7 +95,7 @@ class SlotKernel:
 
         rows = {name: Rows(weight, self._slot_of, wait) for name, weight in weights.items()}
         self._by_expert = View(module, rows)
-        self._one_call = slots < MOST_GROUPS and _groups_in_one_kernel(first)
+        self._one_call = slots < MOST_GROUPS and groups_in_one_kernel(first)
 
     def compute(self, kernel: str, hidden_states: Tensor, index: Tensor, gate_weights: Tensor) -> Tensor:
         """Compute the experts of the layer, as the kernel of this name does.
@@ -120,7 +120,7 @@ class SlotKernel:
         output: Tensor | None = None
         total: Tensor | None = None
         sums = _SumDtype(hidden_states.dtype)
-        routed = index.numpy(force=True)
+        routed = index.cpu().numpy()  # unlike numpy(force=True), it lets readers run while it waits for a GPU
         for wave in self.residency.event(self.layer, routed, gate_weights):
             self._slot_of[wave.experts - self._first] = wave.slots
             if wave.last and output is None and len(wave.on_host) == 0:
@@ -220,13 +220,6 @@ def _part(wave: Wave, chosen: npt.NDArray[np.bool_]) -> Wave:
     """Return some experts of a wave; the missing ones stay missing."""
     missing = np.flatnonzero(np.isin(np.flatnonzero(chosen), wave.missing))
     return Wave(wave.experts[chosen], wave.slots[chosen], missing, wave.last, wave.on_host[:0])
-
-
-def _groups_in_one_kernel(weight: Tensor) -> bool:
-    """Return whether ``grouped_mm`` computes all groups in one kernel, instead of in a loop over the groups."""
-    if not weight.is_cuda or weight.dtype != torch.bfloat16:
-        return False
-    return torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
 
 
 def _sum_in_order_of_routes(output: Tensor, index: Tensor, gate_weights: Tensor) -> Tensor:

@@ -69,8 +69,8 @@ class _Job:
 class Mover:
     """Moves experts into slots.
 
-    A thread that waits for experts in host memory copies them itself, because handing a small copy over takes longer.
-    It never reads a file itself: such a read can hang, and a thread cannot be stopped.
+    A thread that waits for experts in host memory copies them itself if the copier allows it, because handing a small
+    copy over takes longer. It never reads a file itself: such a read can hang, and a thread cannot be stopped.
 
     After the first failure of a transfer every call raises its error, and nothing is transferred any more.
 
@@ -101,6 +101,7 @@ class Mover:
         self._store, self._copier = store, copier
         self._next_prefetch, self._arrived = next_prefetch, arrived
         self._timeout_s = timeout_s
+        self._waiting_transfers = store.in_memory and copier.any_thread
         self._large = max(layout.stride for layout in store.layouts.values()) >= HANDOVER_BYTES
         self._demands: deque[_Job] = deque()
         self._running: set[_Job] = set()
@@ -141,7 +142,7 @@ class Mover:
             # An interrupt comes after a call. So there is none between the index and the queue.
             self._by_expert[job.expert] = self._by_slot[job.slot] = job
             self._demands.append(job)
-        if not self._store.in_memory:
+        if not self._waiting_transfers:
             self._work.notify(len(jobs))
         elif self._large and len(jobs) > 1:
             self._work.notify(len(jobs) - 1)  # `wait` runs one of them
@@ -168,7 +169,7 @@ class Mover:
                             self._wake_for_prefetches()
                         return
                     began = began or perf_counter()
-                    job = self._first_demand() if self._store.in_memory else None
+                    job = self._first_demand() if self._waiting_transfers else None
                     if job is None:
                         self._work.notify(len(self._demands))
                         rest, ended = self._rest(began, awaited), threading.Lock()

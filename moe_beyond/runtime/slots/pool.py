@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_beyond.errors import UserError
 from moe_beyond.runtime.slab import PAGE, Bytes, SlabLayout
 
 Ints = npt.NDArray[np.int64]
@@ -21,6 +22,9 @@ class SlotPool:
         layouts: Layouts of all layers; a slot is as large as the largest slab.
         device: Device of the memory.
 
+    Raises:
+        UserError: The device has too little memory.
+
     Attributes:
         memory: Slots, ``(slots, stride)`` uint8.
         owner: Expert that each slot was given to; -1 for none.
@@ -31,8 +35,14 @@ class SlotPool:
         self.stride = max(layout.stride for layout in layouts.values())
         self.slots = slots
         # One page more than needed, so that the first slot can begin at a page.
-        with torch.inference_mode(False):  # reader threads write to it outside of any such block
-            whole = torch.empty(slots * self.stride + PAGE, dtype=torch.uint8, device=device)
+        try:
+            with torch.inference_mode(False):  # reader threads write to it outside of any such block
+                whole = torch.empty(slots * self.stride + PAGE, dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            raise UserError(
+                f"budget: {slots:,} slots of {self.stride:,} bytes do not fit into the memory of {device}; give a "
+                "smaller budget"
+            ) from error
         begin = -whole.data_ptr() % PAGE
         self.memory = whole[begin : begin + slots * self.stride].view(slots, self.stride)
         self._views: dict[SlabLayout, dict[str, Tensor]] = {}

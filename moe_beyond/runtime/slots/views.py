@@ -25,6 +25,13 @@ def mapped(index: Tensor, numbers: Ints) -> Tensor:
     return torch.from_numpy(numbers).to(index.device)[index]
 
 
+def groups_in_one_kernel(weight: Tensor) -> bool:
+    """Return whether ``grouped_mm`` computes all groups in one kernel, instead of in a loop over the groups."""
+    if not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
+
+
 class View:
     """An experts module as a kernel sees it, with other weights and another number of experts.
 
@@ -105,11 +112,12 @@ class Groups:
         experts, slots, bounds = self._wave.experts.tolist(), self._wave.slots.tolist(), [0, *ends.tolist()]
         sizes = [end - begin for begin, end in pairwise(bounds)]
         output = rows.new_empty(len(rows), self._weight.shape[-1])
+        in_one_kernel = groups_in_one_kernel(self._weight)
         groups, results = rows.split_with_sizes(sizes), output.split_with_sizes(sizes)
         for group in self._order:
             self._wait([experts[group]])
             slot = slots[group]
-            if rows.device.type == "cpu":  # where grouped_mm calls mm for each group, too
+            if not in_one_kernel:  # grouped_mm calls mm for each group, too, and waits for the device each time
                 torch.mm(groups[group], self._weight[slot], out=results[group])
             else:
                 end = ends[group : group + 1] - bounds[group]

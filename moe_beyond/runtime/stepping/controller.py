@@ -240,6 +240,7 @@ class Controller:
             UserError: An expert cannot be read.
         """
         with self.mover.lock:
+            self._copier.after_compute(range(self._pool.slots))  # kernels of the interrupted wave may still run
             absent = self._ledger.end_interrupted_event()
             self.mover.demand(absent)
         self.mover.wait([expert for expert, _ in absent])

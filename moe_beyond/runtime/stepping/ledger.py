@@ -76,7 +76,7 @@ class Ledger:
         self.pool.arrived(transfer.slot, transfer.expert)
         if self.cache.slot(transfer.expert) == transfer.slot:  # it may have been evicted in transit
             self.cache.arrived(transfer.expert)
-        self.times.add_transfer(transfer.ended - transfer.started)
+        self.times.add_transfer(transfer.read_s + transfer.copy_s)
         event, operation = self._prefetched.pop(transfer.expert, (self.events, self.operations))
         host, page_cache, disk = transfer.source
         self.telemetry.add_transfer(

@@ -78,7 +78,7 @@ def import_route_trace(
     quantization_bits: float | None = None,
     progress: Progress = lambda done, total: None,
 ) -> TraceSet:
-    """Turn a route trace into a trace set, with the engine's own log beside it.
+    """Turn a route trace into a trace set, with the engine's own log.
 
     Args:
         source: Path of the route trace.
@@ -198,7 +198,7 @@ def _entries(source: Path, lines: Sequence[str], header: int, geometry: Geometry
     columns = _columns(source, lines, header)
     first_line, top_k = header + 2, geometry.top_k
 
-    def refuse(row: int, reason: str) -> UserError:
+    def refuse(row: Any, reason: str) -> UserError:
         return UserError(f"{source}: line {first_line + row}: {reason}; record the run again")
 
     count = len(columns["slot"])
@@ -211,15 +211,11 @@ def _entries(source: Path, lines: Sequence[str], header: int, geometry: Geometry
         raise refuse(count - 1, f"is the last row, but its entry has {count % top_k} of {top_k} rows")
     entry = {name: column.reshape(-1, top_k) for name, column in columns.items()}
     for name in ("turn", "phase", "step", "layer"):
-        if len(wrong := np.argwhere(entry[name] != entry[name][:, :1])):
-            row, slot = wrong[0]
-            raise refuse(
-                row * top_k + slot, f"{name} must be {entry[name][row, 0]} as in slot 0 (got {entry[name][row, slot]})"
-            )
-    if (columns["dropped"] != 0).any():
-        raise refuse(
-            int(np.flatnonzero(columns["dropped"])[0]), "its expert was dropped by the engine, so it was not computed"
-        )
+        if len(wrong := np.flatnonzero(columns[name] != np.repeat(entry[name][:, 0], top_k))):
+            row = wrong[0]
+            raise refuse(row, f"{name} must be {entry[name][row // top_k, 0]} as in slot 0 (got {columns[name][row]})")
+    if len(wrong := np.flatnonzero(columns["dropped"])):
+        raise refuse(wrong[0], "its expert was dropped by the engine, so it was not computed")
     if len(wrong := np.flatnonzero((columns["residency"] < 0) | (columns["residency"] > max(Residency)))):
         raise refuse(wrong[0], f"residency must be 0, 1 or 2 (got {columns['residency'][wrong[0]]})")
     layers = np.searchsorted(geometry.moe_layers, columns["layer"][::top_k])
@@ -330,7 +326,7 @@ def _turn(
         array[rows] for array in (entries.phases, entries.batches, entries.steps, entries.layers)
     )
 
-    def refuse(row: int, reason: str) -> UserError:
+    def refuse(row: Any, reason: str) -> UserError:
         return UserError(f"{source}: line {entries.lines[rows[row]]}: {reason}; record the run again")
 
     if len(wrong := np.flatnonzero((phases < PROMPT) | (phases > DECODE))):
@@ -385,7 +381,7 @@ FORMAT = Format(
     summary="route_trace v1 of BigMoeOnEdge: a .csv of one run or session, with the bytes of every layer",
     reader=import_route_trace,
     fields=(
-        "# lines: model, number of layers and experts, bytes of an expert and of the rest of each layer",
+        "# lines: model, number of layers and experts, bytes of an expert and of the other weights of each layer",
         "turn, phase (0: prompt, 1: generated), step, layer, slot (router order), expert, weight, residency",
         "--model is optional: it adds the parameters, which the file lacks",
     ),

@@ -1,0 +1,246 @@
+"""Times of runs next to their replays, for several budgets and strategies.
+
+    python tools/validate_replay.py --model small-moe --tier host
+    python tools/validate_replay.py --model DIR --data TRACE_SET --direct-io [--json FILE]
+
+Every run decodes the same texts and records its telemetry. With --data, the routing is that of the trace set, on a
+model of tools/make_bench_model.py; otherwise the model routes its own prompts. All events are replayed as they ran,
+and the clock forecasts the times, twice:
+
+- with a device of the run's own: fitted on the first half of its tokens, judged on the second half;
+- with one device of the machine: interconnect, computing and fixed costs are fitted on the first halves of all runs. The
+  upkeep per layer is the strategy's, because a predictor's cost is no property of a machine.
+
+Repeats take turns, and errors are medians over repeats. A strategy is POLICY or POLICY+PREFETCH.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_models import Text
+from forced_routing import forced_routing
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from moe_beyond.cache.prefetchers import parse_prefetch
+from moe_beyond.collect.load import open_checkpoint
+from moe_beyond.collect.prompts import Prompt
+from moe_beyond.files import write_json
+from moe_beyond.runtime import OffloadedRun, load_offloaded
+from moe_beyond.runtime.generation import Generation, Sampling
+from moe_beyond.runtime.options import READERS, TIERS
+from moe_beyond.runtime.records.as_run import replay_as_run
+from moe_beyond.runtime.records.recording import read_recording, write_recording
+from moe_beyond.simulator.settings import reads_scores
+from moe_beyond.traces.reader import TraceSet
+from moe_beyond.validation.comparison import Pair
+from moe_beyond.validation.fit import Fit, fit_device, halves
+from moe_beyond.validation.forecast import forecast
+from moe_beyond.validation.measured import LINK, Measured
+from moe_beyond.validation.measured_run import measured_run
+
+PREDICTOR_NAME, PROFILE_NAME = "cross_layer.deepseek-v2-lite-puffin-small", "history.deepseek-v2-lite-puffin"
+BUDGETS = ["10%", "20%", "30%", "50%", "75%"]
+STRATEGIES = ["lru", "belief", "belief+p>0.5", "belief+top2"]
+CONSOLE = Console(width=140)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a strategy at a budget.
+
+    Attributes:
+        measured: Measurements of the run.
+        events: Number of events.
+        equal: Number of events that the replay as the run repeats.
+    """
+
+    measured: Measured
+    events: int
+    equal: int
+
+
+def decode(run: OffloadedRun, texts: Sequence[Text], *, forced: bool) -> None:
+    """Decode texts token by token.
+
+    Args:
+        run: Run with telemetry, within its block.
+        texts: Tokens and their routing.
+        forced: Whether the model uses the routing of the texts, instead of its own.
+    """
+    with ExitStack() as stack, torch.inference_mode():
+        force = stack.enter_context(forced_routing(run.model)) if forced else None
+        for text in texts:
+            cache = DynamicCache(config=run.model.config)
+            for place, token_id in enumerate(text.token_ids):
+                if force is not None:
+                    force(text.experts[place : place + 1])
+                run.model(token_id[None, None], past_key_values=cache, use_cache=True)
+
+
+def record(args: argparse.Namespace, texts: Sequence[Text], budget: str, strategy: str, folder: Path) -> Row:
+    """Run a strategy, write its recording into a folder, and read its measurements."""
+    policy, _, prefetch = strategy.partition("+")
+    scores = reads_scores(policy) or parse_prefetch(prefetch or "none").prefetcher.reads_scores
+    run = load_offloaded(
+        args.model, budget=budget, policy=policy, prefetch=prefetch or "none", device="cpu", tier=args.tier,
+        predictor=args.predictor if scores else None, profile=args.profile if policy == "belief" else None,
+        direct_io=args.direct_io, readers=args.readers, keep_rows=True,
+    )  # fmt: skip
+    with run:
+        decode(run, texts, forced=args.data is not None)
+    generations = [
+        Generation(Prompt("", str(number), "tools/validate_replay.py"), [], [], "") for number in range(len(texts))
+    ]
+    write_recording(run, folder, generations, Sampling(), str(args.data or args.model), {})
+    recording = read_recording(folder)
+    as_run = replay_as_run(recording)
+    return Row(measured_run(recording), as_run.events, as_run.equal)
+
+
+def together(rows: Sequence[Measured]) -> tuple[Measured, np.ndarray]:
+    """Return several measurements as one, and the steps of the first half of each run's tokens."""
+    begins = np.cumsum([0, *(len(each.seconds) for each in rows)])
+    first = [halves(each)[0] + begin for each, begin in zip(rows, begins, strict=False)]
+    arrays = {
+        name: np.concatenate([getattr(each, name) for each in rows])
+        for name in ("counts", "transfers", "read_bytes", "generated", "seconds", "link_seconds")
+    }
+    parts = {name: np.concatenate([each.parts[name] for each in rows]) for name in rows[0].parts}
+    sequences = tuple(itertools.chain(*(each.sequences for each in rows)))
+    return replace(rows[0], **arrays, parts=parts, sequences=sequences), np.concatenate(first)
+
+
+def of_strategy(machine: Fit, own: Fit) -> Fit:
+    """Return the device of the machine with the upkeep of a strategy."""
+    return replace(machine, device=replace(machine.device, layer_us=own.device.layer_us), upkeep=own.upkeep)
+
+
+def errors(measured: Measured, fit: Fit) -> dict[str, float]:
+    """Return the figures of the second half of a run's tokens, recorded and forecast."""
+    _, judged = halves(measured)
+    found = forecast(measured, fit.device, fit.upkeep)
+    speed = Pair(1 / float(measured.seconds[judged].mean()), 1 / float(found.seconds[judged].mean()))
+    stall = Pair(*(1e3 * float(each.parts[LINK][judged].mean()) for each in (measured, found)))
+    return {
+        "recorded": speed.recorded, "forecast": speed.replayed, "error": speed.error or 0.0,
+        "stall_recorded": stall.recorded, "stall_forecast": stall.replayed, "stall_error": stall.error or 0.0,
+        "stall_share": stall.difference * 1e-3 * speed.recorded,
+    }  # fmt: skip
+
+
+def summary(rows: Mapping[tuple[str, str], Sequence[Row]]) -> dict[str, Any]:
+    """Return the figures of all runs, medians over repeats, with their own devices and with that of the machine."""
+    fits = {key: [fit_device(row.measured, halves(row.measured)[0]) for row in found] for key, found in rows.items()}
+    machine = fit_device(*together([row.measured for found in rows.values() for row in found]))
+    content: dict[str, Any] = {"machine": machine.device.to_json(), "rows": []}
+    for (strategy, budget), found in rows.items():
+        own = [errors(row.measured, fit) for row, fit in zip(found, fits[strategy, budget], strict=True)]
+        shared = [
+            errors(row.measured, of_strategy(machine, fit))
+            for row, fit in zip(found, fits[strategy, budget], strict=True)
+        ]
+        content["rows"].append(
+            {
+                "strategy": strategy,
+                "budget": budget,
+                "events": sum(row.events for row in found),
+                "equal_events": sum(row.equal for row in found),
+                "own": {name: statistics.median(each[name] for each in own) for name in own[0]},
+                "machine": {name: statistics.median(each[name] for each in shared) for name in shared[0]},
+            }
+        )
+    return content
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """Print the table of `summary`."""
+    table = Table(title="second half of each run's tokens, medians over repeats")
+    for name in ("strategy", "budget", "events equal", "tokens/s", "forecast", "error", "stall ms", "forecast", "error",
+                 "machine: tokens/s", "machine: stall"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for row in content["rows"]:
+        own, machine = row["own"], row["machine"]
+        table.add_row(
+            row["strategy"], row["budget"], f"{row['equal_events']:,}/{row['events']:,}", f"{own['recorded']:.2f}",
+            f"{own['forecast']:.2f}", f"{own['error']:+.1%}", f"{own['stall_recorded']:.2f}",
+            f"{own['stall_forecast']:.2f}", f"{own['stall_error']:+.1%}", f"{machine['error']:+.1%}",
+            f"{machine['stall_error']:+.1%}",
+        )  # fmt: skip
+    CONSOLE.print(table)
+    within = [
+        f"{name}: {sum(abs(row[kind][error]) <= limit for row in content['rows'])} of {len(content['rows'])} rows"
+        for kind, label in (("own", "own device"), ("machine", "one device"))
+        for error, limit, name in (
+            ("error", 0.05, f"{label}, tokens/s within 5 %"), ("stall_error", 0.1, f"{label}, stall within 10 %")
+        )
+    ]  # fmt: skip
+    CONSOLE.print("; ".join(within), highlight=False)
+    device = {name: value for name, value in content["machine"].items() if value is not None}
+    CONSOLE.print(f"machine: {device}", highlight=False)
+
+
+def texts_of(args: argparse.Namespace) -> list[Text]:
+    """Return the texts that every run decodes."""
+    if args.data is not None:
+        return [
+            Text(
+                torch.from_numpy(trace.token_ids.astype(np.int64)), torch.from_numpy(trace.experts.astype(np.int64))
+            ).first(args.tokens)
+            for trace in itertools.islice(TraceSet(args.data).traces(), args.sequences)
+        ]
+    checkpoint = open_checkpoint(args.model)
+    lines = (checkpoint.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: args.sequences]
+    ids = (checkpoint.tokenizer(json.loads(line)["text"])["input_ids"][: args.tokens] for line in lines)
+    return [Text(torch.tensor(each), torch.zeros(0)) for each in ids]
+
+
+def main() -> None:
+    """Parse the options, measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="small-moe, or a folder that tools/make_bench_model.py wrote")
+    parser.add_argument("--data", help="trace set with the routing (default: the model routes its own prompts)")
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, help=f"budgets (default: {' '.join(BUDGETS)})")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help=f"default: {' '.join(STRATEGIES)}")
+    parser.add_argument("--predictor", default=PREDICTOR_NAME, help=f"predictor (default: {PREDICTOR_NAME})")
+    parser.add_argument("--profile", default=PROFILE_NAME, help=f"usage profile of belief (default: {PROFILE_NAME})")
+    parser.add_argument("--tier", default="disk", choices=TIERS, help="place of experts without a slot (default: disk)")
+    parser.add_argument("--direct-io", action="store_true", help="bypass the page cache")
+    parser.add_argument("--readers", type=int, default=READERS, help=f"threads that read (default: {READERS})")
+    parser.add_argument("--sequences", type=int, default=4, help="texts (default: 4)")
+    parser.add_argument("--tokens", type=int, default=16, help="most tokens of each text (default: 16)")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="threads that compute (default: 1)")
+    parser.add_argument("--recordings", type=Path, help="folder for the recordings (default: none are kept)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    texts = texts_of(args)
+    rows: dict[tuple[str, str], list[Row]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        parent = args.recordings or Path(temporary)
+        for number, strategy, budget in itertools.product(range(args.repeats), args.strategies, args.budgets):
+            folder = parent / f"{strategy}-{budget}-{number}"
+            rows.setdefault((strategy, budget), []).append(record(args, texts, budget, strategy, folder))
+    content = summary(rows)
+    show(content)
+    if args.json:
+        write_json(args.json, content)
+
+
+if __name__ == "__main__":
+    main()
