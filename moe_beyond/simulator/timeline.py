@@ -30,8 +30,8 @@ class Timeline:
         computing: Spans of computing. Each layer has one before its routing, and one or more of its experts, with a
             stall between two of them. After the last layer there is one for dense layers, head and fixed cost, if they
             take time.
-        stalls: Spans in which nothing computes, because no demanded expert has arrived. If the host computes misses, the
-            stall of a layer is shown at its end.
+        stalls: Spans in which nothing computes, because no demanded expert has arrived. If the host computes misses,
+            the stall of a layer is shown at its end.
         demand_transfers: Transfers on demand.
         prefetch_transfers: Prefetches, including those issued in this token that arrive after it.
     """

@@ -632,8 +632,8 @@ class ReferenceCache:
                     began = self.now
                     self.transfer(missing)
                     in_wave = [*here, *missing]
-                    # An expert and all that arrive after it compute after its arrival. A product has no sum's rounding, where
-                    # FLOPs decide and an expert takes no whole ticks.
+                    # An expert and all that arrive after it compute after its arrival. A product has no sum's
+                    # rounding, where FLOPs decide and an expert takes no whole ticks.
                     arrivals = sorted(max(began, self.arrives.get(expert, 0.0)) for expert in in_wave)
                     left = len(in_wave)
                     ends = max([began + each * left, *(came + each * (left - i) for i, came in enumerate(arrivals))])

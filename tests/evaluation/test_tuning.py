@@ -110,9 +110,8 @@ def test_the_search_finds_the_best_of_a_grid(tmp_path: Path, aim: str, budget: s
 
 
 def test_the_host_computes_misses_where_that_is_best(tmp_path: Path) -> None:
-    report = tuned(
-        hot_and_scanned(tmp_path / "traces"), "8", device=f"{SATURATED},host_gb_per_s=0.02", misses=("move", "cpu")
-    )
+    device = f"{SATURATED},host_gb_per_s=0.02"
+    report = tuned(hot_and_scanned(tmp_path / "traces"), "8", device=device, misses=("move", "cpu"))
     assert report.choice.misses == "cpu"
     choice, *_, lru, _ = report.held_out
     assert (choice.miss_handling, lru.miss_handling) == ("cpu", "move")
