@@ -8,8 +8,8 @@ model of tools/make_bench_model.py; otherwise the model routes its own prompts. 
 and the clock forecasts the times, twice:
 
 - with a device of the run's own: fitted on the first half of its tokens, judged on the second half;
-- with one device of the machine: interconnect, computing and fixed costs are fitted on the first halves of all runs. The
-  upkeep per layer is the strategy's, because a predictor's cost is no property of a machine.
+- with one device of the machine: interconnect, computing and fixed costs are fitted on the first halves of all runs.
+  The upkeep per layer is the strategy's, because a predictor's cost is no property of a machine.
 
 Repeats take turns, and errors are medians over repeats. A strategy is POLICY or POLICY+PREFETCH.
 """
