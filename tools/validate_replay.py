@@ -114,7 +114,7 @@ def together(rows: Sequence[Measured]) -> tuple[Measured, np.ndarray]:
     """Return several measurements as one, and the steps of the first half of each run's tokens."""
     begins = np.cumsum([0, *(len(each.seconds) for each in rows)])
     first = [halves(each)[0] + begin for each, begin in zip(rows, begins, strict=False)]
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.concatenate([getattr(each, name) for each in rows])
         for name in ("counts", "transfers", "read_bytes", "generated", "seconds", "link_seconds")
     }
@@ -227,8 +227,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     texts = texts_of(args)
     rows: dict[tuple[str, str], list[Row]] = {}
     with tempfile.TemporaryDirectory() as temporary:
