@@ -70,7 +70,7 @@ def test_best_splits_an_event():
     # Without its transfer the event would end at 3.
     assert replayed([[0, 1]], "best", transfer=3, host=2) == ((0, 0, 2, 1, 1, 1), [(2, 5)])
     assert replayed([[0, 1]], "cpu", transfer=3, host=2) == ((0, 0, 2, 2, 0, 2), [(0, 5)])
-    assert replayed([[0, 1]], "move", transfer=3, host=2) == ((0, 0, 2, 0, 2, 0), [(6, 9)])
+    assert replayed([[0, 1]], "move", transfer=3, host=2) == ((0, 0, 2, 0, 2, 0), [(5, 8)])
 
 
 def test_tokens_of_a_chunk_count():
