@@ -234,6 +234,7 @@ def cases(
     scopes: Sequence[str] = ("global", "per-layer"),
     plain: bool = False,
     timed: bool | None = None,
+    handlings: Sequence[str] = ("move",),
 ) -> Case:
     """Draw a case; ``plain`` is without warm-up, warm start, carry-over and unions, ``timed`` chooses a device."""
     layers, num_experts = draw(st.sampled_from([3, 2, 4, 1])), draw(st.sampled_from([4, 5, 6, 3, 2, 1]))
@@ -288,7 +289,7 @@ def cases(
     case = case.changed(**draw(_slots(case, scopes)))
     if not timed:
         return case.on_no_device()
-    misses = draw(st.sampled_from(["move", "move", "cpu", "best"]))
+    misses = draw(st.sampled_from(handlings))
     timed_case = case.with_ticks(
         transfer=draw(st.sampled_from([3, 1, 2, 5, 8])),
         other=draw(st.sampled_from([1, 2, 4])),

@@ -123,7 +123,7 @@ class Driver:
         if steps.computed:
             self.publish(steps, step, layer)
             self.queue(layer, ends)
-        return [*times, *cache.event_counts()]
+        return [*times, *cache.event_counts()[:3]]
 
     def run(self, steps: StepArrays) -> list[list[float]]:
         layers, events = self.case.geometry.num_layers, []

@@ -6,6 +6,7 @@ from _helpers.cache_cases import Case, cases, small_geometry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe_beyond.cache.misses import MISSES
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.usage_profile import UsageProfile, default_hazard
@@ -15,7 +16,7 @@ from moe_beyond.usage_profile import UsageProfile, default_hazard
 @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_counts_and_times(policy: str, data: st.DataObject):
-    case: Case = data.draw(cases(policies=(policy,)))
+    case: Case = data.draw(cases(policies=(policy,), handlings=MISSES))
     assert case.outcome() == case.reference()
 
 
@@ -23,7 +24,7 @@ def test_counts_and_times(policy: str, data: st.DataObject):
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), share=st.sampled_from([0.3, 0.8, 1.0]), seed=st.integers(0, 99))
 def test_slots_without_an_expert_demand_nothing(policy: str, data: st.DataObject, share: float, seed: int):
-    case: Case = data.draw(cases(policies=(policy,))).with_holes(share, seed)
+    case: Case = data.draw(cases(policies=(policy,), handlings=MISSES)).with_holes(share, seed)
     assert case.outcome() == case.reference()
 
 
