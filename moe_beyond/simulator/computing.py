@@ -16,9 +16,9 @@ def step_timing(device: Device, geometry: Geometry, bits: float, tokens: Ints, c
     """Compute the seconds of steps on a device.
 
     A layer reads the weights that its tokens need once, and the KV cache of the context. It takes longer if its tokens
-    need more floating-point operations than the device has in that time. Where layers differ in bytes, all take the mean
-    time. FLOPs of attention over the context, of dense
-    layers and of the head are left out, and so are fields that the geometry lacks (`left_out`).
+    need more floating-point operations than the device has in that time. Where layers differ in bytes, all take the
+    mean time. FLOPs of attention over the context, of dense layers and of the head are left out, and so are fields that
+    the geometry lacks (`left_out`).
 
     Args:
         device: Device that computes.
