@@ -8,8 +8,8 @@ model of tools/make_bench_model.py; otherwise the model routes its own prompts. 
 and the clock forecasts the times, twice:
 
 - with a device of the run's own: fitted on the first half of its tokens, judged on the second half;
-- with one device of the machine: interconnect, computing and fixed costs are fitted on the first halves of all runs. The
-  upkeep per layer is the strategy's, because a predictor's cost is no property of a machine.
+- with one device of the machine: interconnect, computing and fixed costs are fitted on the first halves of all runs.
+  The upkeep per layer is the strategy's, because a predictor's cost is no property of a machine.
 
 Repeats take turns, and errors are medians over repeats. A strategy is POLICY or POLICY+PREFETCH.
 """
@@ -114,7 +114,7 @@ def together(rows: Sequence[Measured]) -> tuple[Measured, np.ndarray]:
     """Return several measurements as one, and the steps of the first half of each run's tokens."""
     begins = np.cumsum([0, *(len(each.seconds) for each in rows)])
     first = [halves(each)[0] + begin for each, begin in zip(rows, begins, strict=False)]
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.concatenate([getattr(each, name) for each in rows])
         for name in ("counts", "transfers", "read_bytes", "generated", "seconds", "link_seconds")
     }
@@ -227,8 +227,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     texts = texts_of(args)
     rows: dict[tuple[str, str], list[Row]] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -329,8 +329,8 @@ def stall_seconds(
 ) -> None:
     """Compute the stall of each event without a cache: every expert that is not resident is transferred.
 
-    One worker reads flash and copies at the same time, as `send` does, and computes what has arrived. Several workers
-    read and copy in turn, and compute when all experts of the event have arrived.
+    One worker reads flash and copies at the same time, as `send` does, and computes each expert once it has arrived.
+    Several workers read and copy in turn, and compute when all experts of the event have arrived.
 
     Args:
         link: Interconnect, for the times and host memory; its queue is not used.
@@ -357,6 +357,8 @@ def stall_seconds(
         if len(loads) == 1:
             seconds[event] = computed_at(link, experts, 0.0, takes[event]) - takes[event] * len(experts)
         else:
-            seconds[event] = loads.max()
+            seconds[event] = 0.0
+            for load in loads:
+                seconds[event] = max(seconds[event], load)
         for expert in experts:
             link.arrives[expert] = 0.0  # the times of every event begin at 0

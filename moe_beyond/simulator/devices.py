@@ -57,8 +57,8 @@ class Device:
             unknown).
         other_ms: Measured milliseconds of a layer without its routed experts at an empty context. It replaces the read
             of these weights, and ``efficiency`` does not apply to it (default: None, an estimate).
-        overlap: Share of an expert's computing that can begin before all experts of its event have arrived: 1 if experts
-            compute one after another, 0 if one kernel waits for all of them (default: 1).
+        overlap: Share of an expert's computing that can begin before all experts of its event have arrived: 1 if
+            experts compute one after another, 0 if one kernel waits for all of them (default: 1).
         expert_ms: Measured milliseconds of one routed expert for one token. It replaces the read of its weights, and
             ``efficiency`` does not apply to it (default: None, an estimate).
         source: Sources of the numbers.

@@ -26,6 +26,8 @@ from moe_beyond.validation.measured import (
 
 HALVINGS = 6
 """Number of replays that find the overlap."""
+ROUNDING = 1e-9
+"""Difference of two stalls that is rounding, in seconds."""
 LEAST_TOKENS = 8
 """Least number of generated tokens: four to fit on, four to judge."""
 
@@ -49,9 +51,9 @@ def fit_device(measured: Measured, tokens: Ints) -> Fit:
     """Fit a device to some tokens of a recording.
 
     The interconnect is a non-negative least-squares solution without outliers, with one row per token. Bandwidth and
-    cost per transfer can be told apart only where layers differ in bytes; otherwise the bandwidth has all of it. Other
-    numbers are robust means (`moe_beyond.validation.least_squares`). The overlap gives the clock the recorded stall. Of
-    a foreign engine, only a rate, a fixed cost and the computing per token are known.
+    cost per transfer differ in effect only where layers differ in bytes; otherwise the bandwidth has all of it. Other
+    numbers are robust means (`moe_beyond.validation.least_squares`). The overlap gives the clock the recorded stall.
+    A foreign engine has only a rate, a fixed cost and the computing per token.
 
     Args:
         measured: Measurements of a recording.
@@ -106,16 +108,18 @@ def _overlap(measured: Measured, device: Device, tokens: Ints) -> float:
         device: Device with all other numbers.
         tokens: Steps of the fit, ``(n,)`` int64.
     """
-    least, most = 0.0, 1.0
-    recorded = robust_mean(measured.parts[LINK][tokens])
-    for _ in range(HALVINGS):
-        overlap = (least + most) / 2
+
+    def excess(overlap: float) -> float:
         found = forecast(measured, replace(device, overlap=overlap), {})
-        if robust_mean(found.parts[LINK][tokens]) > recorded:
-            least = overlap
-        else:
-            most = overlap
-    return (least + most) / 2
+        return robust_mean(found.parts[LINK][tokens] - measured.parts[LINK][tokens])
+
+    if excess(1.0) >= -ROUNDING:
+        return 1.0
+    least, most = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (least + most) / 2
+        least, most = (middle, most) if excess(middle) > 0 else (least, middle)
+    return least
 
 
 def _fit_engine(measured: Measured, tokens: Ints) -> Fit:

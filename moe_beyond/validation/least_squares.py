@@ -80,7 +80,7 @@ def robust_mean(values: Floats) -> float:
     speed of the whole text.
 
     Args:
-        values: Numbers, ``(N,)``.
+        values: Values of consecutive tokens, ``(N,)``.
     """
     blocks = np.array_split(values, min(BLOCKS, len(values)))
     return float(np.median([block.mean() for block in blocks]))

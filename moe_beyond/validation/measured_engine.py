@@ -1,4 +1,4 @@
-"""The measurements of another engine, which wrote its hits and its times per token beside its routing."""
+"""The measurements of another engine, which wrote its hits and its times per token next to its routing."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class EngineOptions:
     """Strategy of an engine, as far as its recording does not name it.
 
     Attributes:
-        policy: Eviction policy.
+        policy: Name of the eviction policy.
         budget: Memory for experts; None for the budget that the recording names.
     """
 

@@ -123,7 +123,8 @@ def _layers(events: dict[str, Floats]) -> Floats:
         return np.zeros(len(events["now_s"]))
     ends = sum(events[name] for name in ("now_s", "predictor_s", "cache_s", "wait_s", "compute_s"))
     gaps: Floats = events["now_s"][:, 1:] - np.asarray(ends)[:, :-1]
-    return gaps.sum(1) * layers / (layers - 1)
+    mean: Floats = gaps.sum(1) * layers / (layers - 1)
+    return mean
 
 
 def _transfers(recording: Recording, shape: tuple[int, int], sizes: Floats) -> tuple[Ints, Floats, Floats]:
