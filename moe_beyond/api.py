@@ -314,6 +314,7 @@ def replay(
     policy: str | Iterable[str] = (),
     prefetch: str | Iterable[str] = (),
     lookahead: str | int | Iterable[str | int] = (),
+    misses: str | Iterable[str] = (),
     device: str | Path | None = None,
     scope: str = "global",
     quotas: str | None = None,
@@ -340,6 +341,7 @@ def replay(
         policy: Eviction policy or policies (default: lru).
         prefetch: Prefetcher or prefetchers, such as ``"top6"`` or ``"p>0.5"`` (default: ``top<K>`` with a predictor).
         lookahead: Lookahead or lookaheads of the scores that prefetchers select by (default: the predictor's first).
+        misses: Miss handling or handlings on a device: ``"move"``, ``"cpu"`` or ``"best"`` (default: move).
         device: Device preset or JSON file; enables the timing model (default: no timing).
         scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
         quotas: Slots per layer with ``"per-layer"``: ``"even"``, ``"proportional"`` or ``"10,8,8"`` (default: even).
@@ -374,6 +376,7 @@ def replay(
         policy=policy,
         prefetch=prefetch,
         lookahead=lookahead,
+        misses=misses,
         device=device,
         scope=scope,
         quotas=quotas,
@@ -404,6 +407,7 @@ def evaluate(
     policy: str | Iterable[str] = (),
     prefetch: str | Iterable[str] = (),
     lookahead: str | int | Iterable[str | int] = (),
+    misses: str | Iterable[str] = (),
     device: str | Path | None = None,
     scope: str = "global",
     quotas: str | None = None,
@@ -430,6 +434,7 @@ def evaluate(
         prefetch: Prefetcher or prefetchers (default: ``top<K>``).
         lookahead: Lookahead or lookaheads that prefetchers select by (default: each of the predictor's,
             except ``next``).
+        misses: Miss handling or handlings on a device: ``"move"``, ``"cpu"`` or ``"best"`` (default: move).
         device: Device preset or JSON file; enables the timing model (default: no timing).
         scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
         quotas: Slots per layer with ``"per-layer"``, as in `replay` (default: even).
@@ -464,6 +469,7 @@ def evaluate(
         policy=policy,
         prefetch=prefetch,
         lookahead=lookahead,
+        misses=misses,
         device=device,
         scope=scope,
         quotas=quotas,
@@ -495,6 +501,7 @@ def plan(
     policy: str | Iterable[str] = (),
     prefetch: str | Iterable[str] = (),
     lookahead: str | int | Iterable[str | int] = (),
+    misses: str | Iterable[str] = (),
     device: str | Path | None = None,
     scope: str = "global",
     quotas: str | None = None,
@@ -522,6 +529,7 @@ def plan(
         policy: Eviction policy or policies (default: lru).
         prefetch: Prefetcher or prefetchers (default: ``top<K>`` with a predictor).
         lookahead: Lookahead or lookaheads of the scores that prefetchers select by (default: the predictor's first).
+        misses: Miss handling or handlings on a device: ``"move"``, ``"cpu"`` or ``"best"`` (default: move).
         device: Device preset or JSON file; enables the timing model (default: no timing).
         scope: Scope of the cache, ``"global"`` or ``"per-layer"`` (default: global).
         quotas: Slots per layer with ``"per-layer"``: ``"even"`` or ``"proportional"`` (default: even).
@@ -557,6 +565,7 @@ def plan(
         policy=policy,
         prefetch=prefetch,
         lookahead=lookahead,
+        misses=misses,
         device=device,
         scope=scope,
         quotas=quotas,
@@ -722,7 +731,7 @@ def _warn(text: MeasuredText) -> None:
         warnings.warn(line, stacklevel=4)
 
 
-SEVERAL = frozenset(("budget", "strategy", "policy", "prefetch", "lookahead"))
+SEVERAL = frozenset(("budget", "strategy", "policy", "prefetch", "lookahead", "misses"))
 """Options that take one value or several."""
 SINGLE = (str, Path, Number, bytes, bytearray, memoryview, Mapping)
 """Iterable types that are a single value."""
@@ -730,7 +739,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("warm_start", "carry_over", "cold_host", "sequential", "no_first_layer_prefetch"), (bool,)),
     **dict.fromkeys(("prefill_chunk", "batch_size", "warmup_tokens", "bootstrap"), (Integral,)),
     "quantization": (Real,),
-    **dict.fromkeys(("device", "scope", "quotas", "profile", "strategy", "policy", "prefetch"), (str, Path)),
+    **dict.fromkeys(("device", "scope", "quotas", "profile", "strategy", "policy", "prefetch", "misses"), (str, Path)),
     "lookahead": (str, Integral),
 }
 """Types of the values of each option but the budget."""

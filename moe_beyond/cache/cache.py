@@ -11,6 +11,7 @@ from moe_beyond.cache import core, stepping
 from moe_beyond.cache.compiler import bind
 from moe_beyond.cache.core import Clock, Expert, Pool
 from moe_beyond.cache.interconnect import Seconds, Tally, new_link
+from moe_beyond.cache.misses import Handling
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import pool_capacities
@@ -36,12 +37,15 @@ class Wave(NamedTuple):
         slots: Slot of each expert, ``(n,)`` int64, numbered over all pools; -1 for an expert that bypasses the cache.
         missing: Indices of the experts to transfer, ascending, ``(m,)`` int64.
         last: Whether no further wave of the event follows.
+        on_host: Experts of the event that the host computes, ascending, ``(h,)`` int64; only in the first wave. They
+            are not among ``experts``.
     """
 
     experts: Ints
     slots: Ints
     missing: Ints
     last: bool
+    on_host: Ints
 
     def transfers(self) -> list[tuple[int, int]]:
         """Return the experts to transfer, each with its slot."""
@@ -49,11 +53,12 @@ class Wave(NamedTuple):
 
 
 class EventCounts(NamedTuple):
-    """Number of hits, late hits and misses of one event."""
+    """Number of hits, late hits and misses of one event, and of those of its experts that the host computes."""
 
     hits: int
     late_hits: int
     misses: int
+    on_host: int = 0
 
 
 class Cache:
@@ -79,6 +84,8 @@ class Cache:
         prefetch: Settings of the prefetcher, with a distance of at least 1 (default: no prefetching).
         transfer_seconds: Expected duration of a transfer in seconds, which prefetchers read; 0 if transfers take no
             time (default: 0).
+        misses: Miss handling, ``"move"``, ``"cpu"`` or ``"best"``; the last one needs `set_computing` (default:
+            ``"move"``).
 
     Attributes:
         state: Arrays of the cache.
@@ -99,6 +106,7 @@ class Cache:
         future: Stream | None = None,
         prefetch: PrefetchSettings | None = None,
         transfer_seconds: float = 0.0,
+        misses: str = "move",
     ) -> None:
         self._geometry = geometry
         if not geometry.has_one_size:
@@ -113,13 +121,14 @@ class Cache:
                 PrefetcherId.NONE.value, 0, NO_THRESHOLD, 1, True, geometry.top_k, False, False, False
             )
         self.state.clock[Clock.FORCED] = prefetch.knows_future
+        self.state.clock[Clock.HANDLING] = Handling[misses.upper()]
         stream = future or Stream(np.zeros(0, np.int64), np.zeros(1, np.int64))
         self._future = FutureView(np.zeros(geometry.num_layers), stream.ids, stream.offsets, np.zeros(1, np.int64))
         self._experts = ids = np.zeros(0, np.int64)  # of the running event
         cached = (self.state, self.arrays, implementation.HOOKS)
         self._start_step = _bound(stepping.begin_step, (self.state,), True)
         self._begin_event = _bound(stepping.begin_event, cached, 0, ids, ids, 0.0)
-        self._next_wave = _bound(stepping.next_wave, (*cached, self._future), ids, 0.0, np.zeros((3, 0), np.int64))
+        self._next_wave = _bound(stepping.next_wave, (*cached, self._future), ids, 0.0, np.zeros((4, 0), np.int64))
         self._publish = _bound(stepping.publish_rows, cached, np.zeros((0, 0), np.float32), ids)
         self._queue = _bound(stepping.queue_prefetches, (*cached, prefetch, self._future), 0)
         self._begin_prefetch = _bound(stepping.begin_prefetch, cached, 0.0)
@@ -132,6 +141,17 @@ class Cache:
     def set_transfer_seconds(self, seconds: float) -> None:
         """Set the expected duration of a transfer in seconds, which prefetchers read."""
         self.state.link.seconds[Seconds.TRANSFER] = seconds
+
+    def set_computing(self, device: float, host: float, host_token: float = 0.0) -> None:
+        """Set the expected durations of computing, which miss handling ``best`` reads.
+
+        Args:
+            device: Seconds of one expert on the device.
+            host: Seconds of one expert on the host.
+            host_token: Seconds of each token of an expert on the host, if together they take longer (default: 0).
+        """
+        seconds = self.state.link.seconds
+        seconds[Seconds.COMPUTE], seconds[Seconds.HOST], seconds[Seconds.HOST_TOKEN] = device, host, host_token
 
     def start_step(self, *, counted: bool = True) -> None:
         """Begin a step: a token, or several tokens that are computed together.
@@ -190,18 +210,18 @@ class Cache:
         Returns:
             Next wave, which is empty if the event demands nothing; None if the event is over.
         """
-        rows = np.empty((3, len(self._experts)), np.int64)
-        count, missing = self._next_wave(self._experts, now, rows)
+        rows = np.empty((4, len(self._experts)), np.int64)
+        count, missing, hosted = self._next_wave(self._experts, now, rows)
         if count < 0:
             return None
         clock = self.state.clock
-        return Wave(
-            rows[0, :count], rows[1, :count], rows[2, :missing], bool(clock[Clock.MOVED] == clock[Clock.MISSING])
-        )
+        last = bool(clock[Clock.MOVED] == clock[Clock.MISSING])
+        return Wave(rows[0, :count], rows[1, :count], rows[2, :missing], last, rows[3, :hosted])
 
     def event_counts(self) -> EventCounts:
         """Return the counts of the last event."""
-        return EventCounts(*self.state.clock[Clock.HITS : Clock.MISSES + 1].tolist())
+        clock = self.state.clock
+        return EventCounts(*clock[[Clock.HITS, Clock.LATE_HITS, Clock.MISSES, Clock.ON_HOST]].tolist())
 
     def queue_prefetches(self, layer: int, deadlines: npt.NDArray[np.float64] | None = None) -> None:
         """Queue the experts that the prefetcher selects.

@@ -70,8 +70,10 @@ class Clock(IntEnum):
     admit every prefetch.
 
     ``HITS``, ``LATE_HITS`` and ``MISSES`` count the demanded experts of the last event. ``MISSING`` is the number of
-    those that were not resident, and ``MOVED`` the number of those whose wave has begun. ``WAVE`` is the number of
-    waves that have begun. ``MIXED`` is 1 if experts differ in size: one test that is cheaper than reading sizes.
+    those that need a transfer, and ``MOVED`` the number of those whose wave has begun. ``WAVE`` is the number of waves
+    that have begun. ``MIXED`` is 1 if experts differ in size: one test that is cheaper than reading sizes. ``ON_HOST``
+    is the number of demanded experts that the host computes, and ``HANDLING`` one of
+    `moe_beyond.cache.misses.Handling`.
     """
 
     EVENT = 0
@@ -88,19 +90,23 @@ class Clock(IntEnum):
     MOVED = 11
     WAVE = 12
     MIXED = 13
+    ON_HOST = 14
+    HANDLING = 15
 
 
 class Scratch(IntEnum):
     """Rows of `CacheState.scratch_int`.
 
-    ``SELECTED`` holds the experts that a prefetcher selects; ``ORDER`` and ``MARKED`` are for its work. ``MISSING``
-    holds the demanded experts of the last event that were not resident, ascending.
+    ``SELECTED`` holds the experts that a prefetcher selects; ``ORDER`` and ``MARKED`` are for its work, and for that of
+    miss handling. ``MISSING`` holds the demanded experts of the last event that need a transfer, and ``ON_HOST`` those
+    that the host computes, both ascending.
     """
 
     SELECTED = 0
     ORDER = 1
     MARKED = 2
     MISSING = 3
+    ON_HOST = 4
 
 
 class CacheState(NamedTuple):
@@ -112,9 +118,9 @@ class CacheState(NamedTuple):
         residents: Experts of each pool in no order, ``(pools, most residents)`` int32. An expert keeps its place if
             all experts have the same size.
         scores: Score of each expert for its layer's next run, ``(L*E,)`` float32; NaN if no score is available.
-        clock: Numbers of the current event and step, ``(14,)`` int64, entries `Clock`.
-        counters: Counts by layer of the expert, ``(L, 8)`` int64, columns `Counter`.
-        scratch_int: Work space of events and the prefetcher, ``(4, L*E)`` int64, rows `Scratch`.
+        clock: Numbers of the current event and step, ``(16,)`` int64, entries `Clock`.
+        counters: Counts by layer of the expert, ``(L, 9)`` int64, columns `Counter`.
+        scratch_int: Work space of events and the prefetcher, ``(5, L*E)`` int64, rows `Scratch`.
         scratch_float: Work space of the prefetcher, ``(L*E,)`` float64.
         link: Interconnect, with its queue and transfers.
     """

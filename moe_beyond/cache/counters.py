@@ -14,6 +14,7 @@ class Counter(IntEnum):
     PREFETCH_TRANSFERS = 5
     USEFUL_PREFETCHES = 6
     WASTED_PREFETCHES = 7
+    ON_HOST = 8
 
 
 COUNTERS = tuple(counter.name.lower() for counter in Counter)

@@ -74,7 +74,7 @@ def _wave_ends(cache: CacheState, experts: Ints, begin: int, begins: float, take
 
     Args:
         cache: Cache to step.
-        experts: Demanded experts of the event, ``(n,)`` int64.
+        experts: Demanded experts of the event, ascending, ``(n,)`` int64.
         begin: Number of missing experts that earlier waves have transferred.
         begins: Time at which the wave begins, in seconds.
         takes: Seconds of computing per expert.
@@ -82,10 +82,16 @@ def _wave_ends(cache: CacheState, experts: Ints, begin: int, begins: float, take
     clock = cache.clock
     if clock[Clock.WAVE] > 1:
         experts = cache.scratch_int[Scratch.MISSING, begin : clock[Clock.MOVED]]
-    elif clock[Clock.MOVED] < clock[Clock.MISSING]:  # residents, and the first missing experts
-        held, wave = 0, cache.scratch_int[Scratch.SELECTED]
+    elif (
+        clock[Clock.MOVED] < clock[Clock.MISSING] or clock[Clock.ON_HOST] > 0
+    ):  # neither of later waves nor of the host
+        held, later, hosted, wave = 0, clock[Clock.MOVED], 0, cache.scratch_int[Scratch.SELECTED]
         for expert in experts:
-            if cache.experts[Expert.PLACE, expert] >= 0:
+            if later < clock[Clock.MISSING] and cache.scratch_int[Scratch.MISSING, later] == expert:
+                later += 1
+            elif hosted < clock[Clock.ON_HOST] and cache.scratch_int[Scratch.ON_HOST, hosted] == expert:
+                hosted += 1
+            else:
                 wave[held] = expert
                 held += 1
         experts = wave[:held]
@@ -140,11 +146,12 @@ def run_events(
                 ):
                     count = scored.best_of_layer(cache, settings, layer, 0)
                     enqueue_prefetch(cache, policy, hooks, cache.scratch_int[Scratch.SELECTED, :count])
-            routed_at = link.seconds[Seconds.NOW]
+            routed_at, per_expert = link.seconds[Seconds.NOW], _expert_seconds(timing, tokens)
+            link.seconds[Seconds.COMPUTE] = per_expert
             ready = demand(cache, policy, hooks, layer, experts, tokens)
             if not steps.computed:
                 _publish_scores(cache, policy, hooks, steps, step, layer)
-            waits_for, per_expert, stall = len(experts), _expert_seconds(timing, tokens), 0.0
+            waits_for, in_all, stall = len(experts) - clock[Clock.ON_HOST], 0.0, 0.0
             while True:  # one wave of the event after another
                 now, moved = link.seconds[Seconds.NOW], clock[Clock.MOVED]
                 ready = transfer_wave(cache, policy, hooks, ready)
@@ -158,7 +165,11 @@ def run_events(
                     )
                 stall += max(0.0, ends - (now + computing))  # 0 but for rounding
                 waits_for = later
+                in_all += computing
                 if later == 0:
+                    if clock[Clock.ON_HOST] > 0:
+                        ends = max(ends, link.seconds[Seconds.HOST_FREE])
+                        stall = max(0.0, ends - max(routed_at + in_all, link.seconds[Seconds.HOST_FREE]))
                     future.event[0] += 1
                     _set_deadlines(future, settings, timing, step, ends, layer)
                     if not steps.computed:

@@ -7,6 +7,8 @@ An event that demands more experts than its pool has room for runs in several wa
 residents and the first missing experts that fill the pool. Each further wave holds the next missing experts, at most
 the pool's capacity. A wave is unpinned when it has computed, so the next wave may evict it. Each expert is transferred
 once per event.
+
+Experts that the host computes are in no wave. Those without a slot are queued as fills.
 """
 
 from typing import Any
@@ -30,8 +32,10 @@ from moe_beyond.cache.core import (
     unpin_all,
 )
 from moe_beyond.cache.counters import Counter
-from moe_beyond.cache.interconnect import Queue, Seconds, Tally, send
-from moe_beyond.cache.prefetch_queue import drop_layer_prefetches
+from moe_beyond.cache.host_choice import choose_host
+from moe_beyond.cache.interconnect import Queue, Seconds, Tally, Waits, send
+from moe_beyond.cache.misses import Handling
+from moe_beyond.cache.prefetch_queue import drop_layer_prefetches, enqueue_fill
 
 
 @jit
@@ -50,7 +54,7 @@ def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, exper
         tokens: Number of tokens that demand each expert, ``(n,)`` int64.
 
     Returns:
-        Time at which all demanded residents have arrived, in seconds of the interconnect.
+        Time at which the demanded residents that the device computes have arrived, in seconds of the interconnect.
     """
     link, clock = cache.link, cache.clock
     clock[Clock.EVENT] += 1
@@ -59,15 +63,27 @@ def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, exper
     clock[Clock.LAYER] = layer
     row = cache.counters[layer]
     ready = link.seconds[Seconds.NOW]
-    missing = queued = late = 0
-    for expert in experts:
+    handled = clock[Clock.HANDLING] != Handling.MOVE
+    if handled:
+        choose_host(cache, experts, tokens)
+    missing = queued = late = hosted = absent = 0
+    for i in range(len(experts)):
+        expert = experts[i]
+        on_host = handled and cache.scratch_int[Scratch.MARKED, i] == 1
+        if on_host:
+            cache.scratch_int[Scratch.ON_HOST, hosted] = expert
+            hosted += 1
         if cache.experts[Expert.PLACE, expert] < 0:
+            if on_host:
+                absent += 1
+                continue
             cache.scratch_int[Scratch.MISSING, missing] = expert
             missing += 1
-            queued += link.queue[Queue.WAITS, expert]
+            queued += link.queue[Queue.WAITS, expert] == Waits.PREFETCH
             continue
         if link.arrives[expert] > link.seconds[Seconds.NOW]:
-            ready = max(ready, link.arrives[expert])
+            if not on_host:
+                ready = max(ready, link.arrives[expert])
             late += 1
         elif cache.experts[Expert.ORIGIN, expert] == Origin.PREFETCHED:
             row[Counter.USEFUL_PREFETCHES] += 1
@@ -75,18 +91,23 @@ def demand(cache: CacheState, policy: Any, hooks: PolicyHooks, layer: int, exper
         cache.experts[Expert.LAST_USE, expert] = clock[Clock.TIME]
         pin(cache, expert)
         hooks.on_hit(policy, cache, expert)
-    clock[Clock.HITS], clock[Clock.LATE_HITS] = len(experts) - missing - late, late + queued
-    clock[Clock.MISSES], clock[Clock.MISSING] = missing - queued, missing
+    clock[Clock.HITS], clock[Clock.LATE_HITS] = len(experts) - missing - absent - late, late + queued
+    clock[Clock.MISSES], clock[Clock.MISSING] = missing + absent - queued, missing
     clock[Clock.MOVED] = clock[Clock.WAVE] = 0
+    clock[Clock.ON_HOST] = hosted
     if clock[Clock.COUNTED] == 1:
         row[Counter.ACCESSES] += len(experts)
         row[Counter.HITS] += clock[Clock.HITS]
         row[Counter.LATE_HITS] += clock[Clock.LATE_HITS]
         row[Counter.MISSES] += clock[Clock.MISSES]
-        row[Counter.DEMAND_TRANSFERS] += clock[Clock.MISSES]
+        row[Counter.DEMAND_TRANSFERS] += missing - queued
         row[Counter.PREFETCH_TRANSFERS] += queued
+        row[Counter.ON_HOST] += hosted
     if link.tally[Tally.QUEUED] > 0:
         drop_layer_prefetches(cache, layer)
+    for expert in cache.scratch_int[Scratch.ON_HOST, :hosted]:
+        if cache.experts[Expert.PLACE, expert] < 0:
+            enqueue_fill(cache, expert)
     size = cache.experts.shape[1] // len(cache.counters)
     for expert in range(layer * size, (layer + 1) * size):
         cache.scores[expert] = np.nan  # the scores were for this run

@@ -25,6 +25,10 @@ class Seconds(IntEnum):
     ``BUSY`` and ``FLASH_BUSY`` sum the time of all copies and of all flash reads. ``TRANSFER`` is the duration of a
     copy from host memory, and ``FLASH`` that of a flash read, both for an expert of mean size. From ``GAP_BEGIN`` to
     ``GAP_END`` the interconnect is idle before its last copy.
+
+    ``COMPUTE`` is the duration of an expert of the running event on the device. ``HOST`` is that of an expert on the
+    host, and ``HOST_TOKEN`` that of each of its tokens, if together they take longer. At ``HOST_FREE`` the host has
+    computed its experts.
     """
 
     NOW = 0
@@ -36,10 +40,14 @@ class Seconds(IntEnum):
     FLASH_FREE = 6
     GAP_BEGIN = 7
     GAP_END = 8
+    COMPUTE = 9
+    HOST = 10
+    HOST_TOKEN = 11
+    HOST_FREE = 12
 
 
 class Tally(IntEnum):
-    """Entries of `LinkState.tally`: queued prefetches, transfers so far, units in host memory, and its capacity."""
+    """Entries of `LinkState.tally`: queued experts, transfers so far, units in host memory, and its capacity."""
 
     QUEUED = 0
     SENT = 1
@@ -55,10 +63,18 @@ class Relative(IntEnum):
 
 
 class Queue(IntEnum):
-    """Rows of `LinkState.queue`: queued experts, the most urgent first; and 1 for each expert that is queued."""
+    """Rows of `LinkState.queue`: queued experts, the most urgent first; and each expert's `Waits`."""
 
     ORDER = 0
     WAITS = 1
+
+
+class Waits(IntEnum):
+    """Reason why an expert is queued: it is no longer, a prefetcher selected it, or the host has computed it."""
+
+    NO = 0
+    PREFETCH = 1
+    FILL = 2
 
 
 class Host(IntEnum):
@@ -91,10 +107,10 @@ class LinkState(NamedTuple):
     """Arrays of the interconnect, its queue, and host memory.
 
     Attributes:
-        seconds: Times and durations, ``(9,)`` float64, entries `Seconds`.
+        seconds: Times and durations, ``(13,)`` float64, entries `Seconds`.
         tally: Counts, ``(4,)`` int64, entries `Tally`.
         arrives: Time at which each expert's last transfer ends, ``(L*E,)`` float64.
-        queue: Queue of prefetches, ``(2, L*E)`` int64, rows `Queue`.
+        queue: Queue of prefetches and fills, ``(2, L*E)`` int64, rows `Queue`.
         host: Experts in host memory, ``(4, L*E + 1)`` int64, rows `Host`; the head of the ring is the number L*E.
         relative: Duration of each expert's copy and read, divided by ``TRANSFER`` and ``FLASH`` of `Seconds`,
             ``(2, L*E)`` float64, rows `Relative`; 1 if all experts have the same size.
@@ -138,8 +154,10 @@ def new_link(
     host[Host.HOLDS] = 0
     host[Host.HOLDS, ring[1:]] = 1
     host[Host.UNITS, :num_ids] = units
+    seconds = np.zeros(len(Seconds))
+    seconds[Seconds.TRANSFER], seconds[Seconds.FLASH] = transfer_seconds, flash_seconds
     return LinkState(
-        seconds=np.array([0.0, 0.0, 0.0, 0.0, transfer_seconds, flash_seconds, 0.0, 0.0, 0.0]),
+        seconds=seconds,
         tally=np.array([0, 0, host[Host.UNITS, ring[1:]].sum(), host_capacity]),
         arrives=np.zeros(num_ids),
         queue=np.zeros((len(Queue), num_ids), np.int64),
@@ -250,7 +268,7 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
     link.tally[Tally.SENT] += 1
     seconds[Seconds.BUSY] += copy_seconds(link, expert)
     link.arrives[expert] = arrives
-    link.queue[Queue.WAITS, expert] = 0
+    link.queue[Queue.WAITS, expert] = Waits.NO
     if seconds[Seconds.FLASH] > 0:
         _keep_in_host(link, expert)
     return arrives

@@ -1,10 +1,13 @@
-"""The queue of prefetches: its order, and the beginning of their transfers.
+"""The queue of prefetches and fills: its order, and the beginning of their transfers.
 
 Time passes in `advance`. Without a device a transfer takes no time: a prefetched expert becomes resident immediately if
 its pool has room.
 
 A queued prefetch counts as a use when its transfer begins. A prefetch whose pool has no room is overtaken by later
 ones. An expert in transit may be evicted after the next event has begun; its transfer is counted as wasted.
+
+A fill is an expert that the host has computed. Fills wait behind all prefetches, in the order of their events. They
+begin, count and expire as prefetches do.
 """
 
 from typing import Any
@@ -24,17 +27,17 @@ from moe_beyond.cache.core import (
     units_of,
 )
 from moe_beyond.cache.counters import Counter
-from moe_beyond.cache.interconnect import Queue, Seconds, Tally, begins_at, is_instant, send
+from moe_beyond.cache.interconnect import LinkState, Queue, Seconds, Tally, Waits, begins_at, is_instant, send
 
 
 @jit
 def drop_layer_prefetches(cache: CacheState, layer: int) -> None:
-    """Cancel the layer's queued prefetches: its demand has arrived."""
+    """Cancel the layer's queued prefetches and fills: its demand has arrived."""
     link, kept = cache.link, 0
     for i in range(link.tally[Tally.QUEUED]):
         expert = link.queue[Queue.ORDER, i]
         if cache.experts[Expert.LAYER, expert] == layer:
-            link.queue[Queue.WAITS, expert] = 0
+            link.queue[Queue.WAITS, expert] = Waits.NO
         else:
             link.queue[Queue.ORDER, kept] = expert
             kept += 1
@@ -43,10 +46,49 @@ def drop_layer_prefetches(cache: CacheState, layer: int) -> None:
 
 @jit
 def clear_prefetch_queue(cache: CacheState) -> None:
-    """Cancel all prefetches whose transfer has not begun."""
-    for i in range(cache.link.tally[Tally.QUEUED]):
-        cache.link.queue[Queue.WAITS, cache.link.queue[Queue.ORDER, i]] = 0
-    cache.link.tally[Tally.QUEUED] = 0
+    """Cancel all prefetches whose transfer has not begun; fills stay."""
+    link, kept = cache.link, 0
+    for i in range(link.tally[Tally.QUEUED]):
+        expert = link.queue[Queue.ORDER, i]
+        if link.queue[Queue.WAITS, expert] == Waits.FILL:
+            link.queue[Queue.ORDER, kept] = expert
+            kept += 1
+        else:
+            link.queue[Queue.WAITS, expert] = Waits.NO
+    link.tally[Tally.QUEUED] = kept
+
+
+@jit
+def _insert_prefetch(link: LinkState, expert: int) -> None:
+    """Queue an expert behind all prefetches and before all fills."""
+    place = link.tally[Tally.QUEUED]
+    while place > 0 and link.queue[Queue.WAITS, link.queue[Queue.ORDER, place - 1]] == Waits.FILL:
+        link.queue[Queue.ORDER, place] = link.queue[Queue.ORDER, place - 1]
+        place -= 1
+    link.queue[Queue.ORDER, place] = expert
+    link.queue[Queue.WAITS, expert] = Waits.PREFETCH
+    link.tally[Tally.QUEUED] += 1
+
+
+@jit
+def _drop(link: LinkState, expert: int) -> None:
+    """Take an expert that waits out of the queue."""
+    found = False
+    link.queue[Queue.WAITS, expert] = Waits.NO
+    link.tally[Tally.QUEUED] -= 1
+    for i in range(link.tally[Tally.QUEUED]):
+        found |= link.queue[Queue.ORDER, i] == expert
+        if found:
+            link.queue[Queue.ORDER, i] = link.queue[Queue.ORDER, i + 1]
+
+
+@jit
+def enqueue_fill(cache: CacheState, expert: int) -> None:
+    """Queue the transfer of an expert that the host computes; its layer's earlier entries have been cancelled."""
+    link = cache.link
+    link.queue[Queue.ORDER, link.tally[Tally.QUEUED]] = expert
+    link.queue[Queue.WAITS, expert] = Waits.FILL
+    link.tally[Tally.QUEUED] += 1
 
 
 @jit
@@ -71,10 +113,10 @@ def enqueue_prefetch(cache: CacheState, policy: Any, hooks: PolicyHooks, selecte
             pin(cache, expert)
             cache.experts[Expert.LAST_USE, expert] = cache.clock[Clock.TIME]
             hooks.on_hit(policy, cache, expert)
-        elif link.queue[Queue.WAITS, expert] == 0:
-            link.queue[Queue.ORDER, link.tally[Tally.QUEUED]] = expert
-            link.tally[Tally.QUEUED] += 1
-            link.queue[Queue.WAITS, expert] = 1
+        elif link.queue[Queue.WAITS, expert] != Waits.PREFETCH:
+            if link.queue[Queue.WAITS, expert] == Waits.FILL:
+                _drop(link, expert)
+            _insert_prefetch(link, expert)
     advance(cache, policy, hooks, link.seconds[Seconds.NOW])
 
 
@@ -140,12 +182,12 @@ def leaves_queue(cache: CacheState, policy: Any, hooks: PolicyHooks, expert: int
     units = units_of(cache, expert)
     if cache.pools[pool, Pool.CAPACITY] - cache.pools[pool, Pool.PINNED] < units:
         return False
-    cache.link.queue[Queue.WAITS, expert] = 0
     counted = cache.clock[Clock.COUNTED] == 1
     origin = Origin.PREFETCHED if counted else Origin.PREFETCHED_UNCOUNTED
     if cache.pools[pool, Pool.FREE] < units:
         victim = hooks.victim(policy, cache, pool)
         if cache.clock[Clock.FORCED] == 0 and not hooks.admit(policy, cache, expert, victim):
+            cache.link.queue[Queue.WAITS, expert] = Waits.NO
             return True
         replace(cache, policy, hooks, victim, expert, origin)
     else:
@@ -164,4 +206,5 @@ def finish(cache: CacheState) -> None:
         if cache.experts[Expert.PLACE, expert] >= 0 and cache.experts[Expert.ORIGIN, expert] == Origin.PREFETCHED:
             cache.counters[cache.experts[Expert.LAYER, expert], Counter.WASTED_PREFETCHES] += 1
             cache.experts[Expert.ORIGIN, expert] = Origin.PREFETCHED_UNCOUNTED
-    clear_prefetch_queue(cache)
+    cache.link.queue[Queue.WAITS] = Waits.NO
+    cache.link.tally[Tally.QUEUED] = 0

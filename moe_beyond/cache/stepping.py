@@ -73,7 +73,7 @@ def begin_event(
 @jit_entry
 def next_wave(
     cache: CacheState, policy: Any, hooks: PolicyHooks, future: FutureView, experts: Ints, now: float, wave: Ints
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Begin the next wave of the event, after the end of the running one if there is one.
 
     Args:
@@ -83,10 +83,11 @@ def next_wave(
         future: Demand of all events; its ``event`` advances with the last wave.
         experts: Demanded experts of the event, ``(n,)`` int64, ascending.
         now: Time in seconds.
-        wave: Output, ``(3, n)`` int64: experts of the wave, their slots, and the indices of those to transfer.
+        wave: Output, ``(4, n)`` int64: experts of the wave, their slots, the indices of those to transfer, and the
+            experts that the host computes, which come with the first wave.
 
     Returns:
-        Number of experts of the wave, -1 if the event is over; and the number to transfer.
+        Number of experts of the wave, -1 if the event is over; the number to transfer; and the number on the host.
     """
     clock = cache.clock
     _set_time(cache, now)
@@ -96,14 +97,18 @@ def next_wave(
         unpin(cache, experts)
         if clock[Clock.MOVED] == clock[Clock.MISSING]:
             _begin_instant(cache, policy, hooks)
-            return -1, 0
+            return -1, 0, 0
     begin = clock[Clock.MOVED]
     transfer_wave(cache, policy, hooks, now)
     end = clock[Clock.MOVED]
     if end == clock[Clock.MISSING]:
         future.event[0] += 1
-    count = moved = passed = 0
+    count = moved = passed = hosted = 0
     for expert in experts:
+        if hosted < clock[Clock.ON_HOST] and cache.scratch_int[Scratch.ON_HOST, hosted] == expert:
+            wave[3, hosted] = expert
+            hosted += 1
+            continue
         missed = passed < clock[Clock.MISSING] and cache.scratch_int[Scratch.MISSING, passed] == expert
         if (begin <= passed < end) if missed else first:
             wave[0, count], wave[1, count] = expert, slot_of(cache, expert)
@@ -113,7 +118,7 @@ def next_wave(
                 moved += 1
             count += 1
         passed += missed
-    return count, moved
+    return count, moved, hosted if first else 0
 
 
 @jit_entry

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 AS_RUN = ("traces", "as_run", "predictor", "profile", "json", "quiet")
 """Options that go with ``--as-run``; the run has chosen all others."""
-REPEATED = ("budget", "policy", "prefetch", "lookahead")
+REPEATED = ("budget", "policy", "prefetch", "lookahead", "misses")
 """Options of a strategy that are lists."""
 
 

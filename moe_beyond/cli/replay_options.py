@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import SYNTAX
 from moe_beyond.cli.options import TRACES_HELP
@@ -84,7 +85,7 @@ def add_strategies(parser: ArgumentParser) -> None:
 
 
 def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's first") -> None:
-    """Add the options that form a grid: policies, prefetchers and lookaheads.
+    """Add the options that form a grid: policies, prefetchers, lookaheads and miss handlings.
 
     Args:
         parser: Parser of a command.
@@ -111,6 +112,19 @@ def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's f
         help="lookahead of the scores that prefetchers select by: token, 1, 2, ...; when a token starts, layers "
         "without an earlier layer at that distance use the smallest lookahead; repeatable (default: "
         f"{lookahead_default})",
+    )
+    add_misses(parser)
+
+
+def add_misses(parser: ArgumentParser) -> None:
+    """Add ``--misses``."""
+    parser.add_argument(
+        "--misses",
+        action="append",
+        metavar="HANDLING",
+        help="miss handling on --device: move transfers a missing expert; cpu computes it on the host; best does the "
+        "sooner of both, and the output of a run with cpu or best equals the model's up to rounding; repeatable "
+        f"(default: {MOVE})",
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from moe_beyond.cache.misses import MISSES, MOVE
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
 from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, check_file, command_parser, print_error
@@ -24,7 +25,8 @@ from moe_beyond.json_fields import printable
 from moe_beyond.runtime.options import FUTURE_POLICIES, READERS, TIERS
 
 LOADING = (
-    "budget", "policy", "predictor", "prefetch", "lookahead", "profile", "scope", "tier", "direct_io", "readers",
+    "budget", "policy", "predictor", "prefetch", "lookahead", "profile", "scope", "misses", "tier", "direct_io",
+    "readers",
 )  # fmt: skip
 """Options that `moe_beyond.load_offloaded` has, too."""
 CHOSEN = ("config", "policy", "prefetch", "lookahead", "scope")
@@ -38,7 +40,8 @@ def build_parser() -> CommandParser:
     parser = command_parser(
         "run",
         "Run a mixture-of-experts model of transformers under a memory budget for its experts, and generate text. "
-        "Experts are read when they are needed; the output equals that of the unmodified model. The text appears as it "
+        "Experts are read when they are needed; the output equals that of the unmodified model, up to rounding with "
+        "--misses cpu or best. The text appears as it "
         "is generated, then measured figures next to LRU and Belady, replayed on the same routing. tok/s counts the "
         "tokens of forwards that read one token; the prompt is prefill. With --quiet only the text is printed; with "
         "--json - the text goes to standard error.",
@@ -173,6 +176,14 @@ def _add_strategy(parser: ArgumentParser) -> None:
         default="global",
         metavar="SCOPE",
         help=f"scope of the cache: {' or '.join(SCOPES)} (default: global)",
+    )
+    parser.add_argument(
+        "--misses",
+        default=MOVE,
+        metavar="HANDLING",
+        help="miss handling: move copies a missing expert into a slot; cpu computes it on the host; best does the "
+        "sooner of both. With cpu and best, --tier host is needed and the output equals the model's up to rounding "
+        f"(default: {MOVE})",
     )
 
 
@@ -314,6 +325,7 @@ def _check(args: Namespace) -> None:
         ("--dtype", args.dtype, DTYPES),
         ("--scope", args.scope, SCOPES),
         ("--policy", args.policy, POLICIES),
+        ("--misses", args.misses, MISSES),
     ):
         if value not in values:
             raise unknown(option, value, values)
@@ -324,5 +336,14 @@ def _check(args: Namespace) -> None:
             raise UserError(f"{option}: must be at least 1 (got {number})")
     if args.predict_log is not None and args.predictor is None:
         raise UserError("--predict-log: needs a predictor to score (got none); give --predictor")
+    if args.misses != MOVE and args.tier != "host":
+        raise UserError(
+            f"--misses {args.misses}: the host computes experts from its memory (got --tier {args.tier}); add --tier "
+            "host"
+        )
+    if args.misses != MOVE and args.check:
+        raise UserError(
+            f"--check: compares bit by bit, and --misses {args.misses} rounds differently; leave one of them out"
+        )
     if args.max_prompts is not None and args.prompts is None:
         raise UserError("--max-prompts: needs --prompts; leave it out")

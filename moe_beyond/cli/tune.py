@@ -9,6 +9,7 @@ from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
     add_measured_traces,
+    add_misses,
     options_from_args,
 )
 
@@ -35,6 +36,7 @@ def build_parser() -> ArgumentParser:
         metavar="PREDICTOR",
         help=f"predictor of prefetchers and policies: {PREDICTOR_HELP} (default: none)",
     )
+    add_misses(parser)
     add_conditions(parser, scope_default=None)
     parser.add_argument("--out", metavar="FILE", help="strategy file to write, in YAML (default: none)")
     return parser

@@ -25,6 +25,9 @@ class NamedStrategy:
         architecture: Architecture of the pretrained predictor that it uses (default: no predictor).
         released: Whether it uses the released predictions of MoE-Beyond, with lookahead 0 (default: False).
         needs_device: Whether it is defined only with a device (default: False).
+        misses: Miss handling on a device whose host computes. Without one, a strategy that needs a device is
+            unavailable, and others move every miss (default: ``"move"``).
+        warm_start: Whether every sequence starts with the most popular experts (default: False).
         window: Drafted tokens that are verified together (default: 1).
         note: Substitutions and assumptions, for tables (default: none).
     """
@@ -35,6 +38,8 @@ class NamedStrategy:
     architecture: str | None = None
     released: bool = False
     needs_device: bool = False
+    misses: str = "move"
+    warm_start: bool = False
     window: int = 1
     note: str | None = None
 
@@ -62,10 +67,36 @@ for _name, _strategy in {
         note="cross_layer replaces its router scores of hidden states",
     ),
     "moe-spac": NamedStrategy(
-        "moe_spac", "p>0", window=8, note="drafting is free and always right; the CPU computes nothing"
+        "moe_spac",
+        "p>0",
+        misses="cpu",
+        window=8,
+        note="drafting is free and always right; the CPU computes misses if the device has host_gb_per_s",
     ),
     "od-moe": NamedStrategy("od_moe", needs_device=True),
     "llama.cpp": NamedStrategy("class_lru"),
+    "llama.cpp-cpu": NamedStrategy(
+        "class_lru",
+        needs_device=True,
+        misses="cpu",
+        note="the CPU computes misses and the cache follows on an idle interconnect (ggml-org/llama.cpp#24524, #26563)",
+    ),
+    "fiddler": NamedStrategy(
+        "static",
+        needs_device=True,
+        misses="best",
+        warm_start=True,
+        note="popular experts stay; the CPU computes the others, unless a copy is sooner (arXiv 2402.07033)",
+    ),
+    "hybrimoe": NamedStrategy(
+        "class_lru",
+        "p>0.5",
+        on_device="adaptive",
+        architecture="cross_layer",
+        needs_device=True,
+        misses="best",
+        note="cross_layer replaces its next-layer gates, class_lru its average of router scores (arXiv 2504.05897)",
+    ),
 }.items():
     STRATEGIES.register(_name, _strategy)
 

@@ -20,6 +20,7 @@ class ReplayOptions:
         policy: Names of eviction policies (default: lru).
         prefetch: Prefetchers (default: ``top<K>`` with scores, ``none`` without).
         lookahead: Lookaheads of the scores that prefetchers select by (default: the first of the predictor).
+        misses: Miss handlings: ``move``, ``cpu`` or ``best`` (default: move).
         device: Device preset or JSON file; enables the timing model (default: no timing).
         scope: Scope of the cache, ``global`` or ``per-layer`` (default: global).
         quotas: Slots per layer with ``per-layer``: ``even``, ``proportional`` or a list such as ``10,8,8`` (default:
@@ -43,6 +44,7 @@ class ReplayOptions:
     policy: Sequence[str] = ()
     prefetch: Sequence[str] = ()
     lookahead: Sequence[str | int] = ()
+    misses: Sequence[str] = ()
     device: str | None = None
     scope: str = "global"
     quotas: str | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.cache.pools import proportional_quotas
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.named_strategies import strategy_names
@@ -215,6 +216,7 @@ def resolve_grid(
         source,
         lookaheads or default_lookaheads,
         shared.quotas,
+        options.misses or (MOVE,),
     )
 
 
@@ -237,9 +239,10 @@ def resolve_strategies(
         return ResolvedStrategies(
             resolve_grid(options, traces, shared, source, lookaheads), [source] if source is not None else []
         )
-    if options.policy or options.prefetch or options.lookahead:
+    if options.policy or options.prefetch or options.lookahead or options.misses:
         raise UserError(
-            "--strategy: a strategy has its own policy and prefetcher; leave out --policy, --prefetch and --lookahead"
+            "--strategy: a strategy has its own policy, prefetcher and miss handling; leave out --policy, --prefetch, "
+            "--lookahead and --misses"
         )
     settings, sources, unavailable = named_strategies(
         strategy_names(options.strategy),
@@ -249,6 +252,7 @@ def resolve_strategies(
         source,
         lambda architecture: pretrained_source(architecture, traces),
         shared.quotas,
+        has_profile=shared.profile is not None,
     )
     if not settings:
         raise UserError("; ".join(f"strategy {each.strategy}: not available: {each.reason}" for each in unavailable))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.cache.policies import POLICIES, load_policy
 from moe_beyond.cache.prefetchers import parse_prefetch
 from moe_beyond.errors import UserError
@@ -88,12 +89,14 @@ class Candidate:
         scope: ``"global"`` or ``"per-layer"``.
         prefetch: Prefetcher (default: ``"none"``).
         lookahead: Lookahead that the prefetcher selects by; None if it selects by none (default: None).
+        misses: Miss handling (default: ``"move"``).
     """
 
     policy: str
     scope: str
     prefetch: str = "none"
     lookahead: Lookahead | None = None
+    misses: str = MOVE
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Space:
         source: Source of scores; None without scores.
         profile: Usage profile; None without one.
         quotas: Slots of each layer (default: an even split).
+        misses: Miss handlings that are tried (default: ``"move"``).
     """
 
     geometry: Geometry
@@ -117,6 +121,7 @@ class Space:
     source: ScoreSource | None
     profile: UsageProfile | None
     quotas: Quotas = even_split
+    misses: Sequence[str] = (MOVE,)
 
     def scopes(self) -> list[str]:
         """Return the scopes; without a choice, ``"per-layer"`` only if the slots suffice for an event of each layer."""
@@ -138,8 +143,10 @@ class Space:
         return [] if self.source is None else [each for each in self.source.lookaheads if each != "next"]
 
     def plain(self) -> list[Candidate]:
-        """Return every candidate without prefetching, LRU first."""
-        return [Candidate(policy, scope) for scope in self.scopes() for policy in self.policies()]
+        """Return every candidate without prefetching, LRU first, with miss handling ``"move"`` if it is tried."""
+        pairs = [(policy, scope) for scope in self.scopes() for policy in self.policies()]
+        handlings = sorted(self.misses, key=lambda misses: misses != MOVE)
+        return [Candidate(policy, scope, misses=misses) for misses in handlings for policy, scope in pairs]
 
     def neighbours(self, candidate: Candidate) -> Iterator[Candidate]:
         """Yield candidates that differ in one dimension; a new dimension is one more line here."""
@@ -147,6 +154,7 @@ class Space:
         changes += [{"scope": scope} for scope in self.scopes()]
         changes += [{"prefetch": prefetch} for prefetch in self._prefetches()]
         changes += [{"lookahead": lookahead} for lookahead in self.lookaheads()]  # type: ignore[dict-item]
+        changes += [{"misses": misses} for misses in self.misses]
         for change in changes:
             yield from self._valid(replace(candidate, **change))  # type: ignore[arg-type]
         yield from self.nearby(candidate, STEPS[0])
@@ -172,7 +180,7 @@ class Space:
     def settings(self, candidate: Candidate) -> ReplaySettings:
         """Return the settings of a candidate; its name has the scope if that is not the usual one."""
         scope = candidate.scope
-        common = replace(self.common, scope=scope)
+        common = replace(self.common, scope=scope, misses=candidate.misses)
         quotas = self.quotas if scope == "per-layer" else even_split
         made = strategy(
             common, self.slots, candidate.policy, candidate.prefetch, self.source, candidate.lookahead, quotas

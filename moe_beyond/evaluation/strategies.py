@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.cache.prefetchers import parse_prefetch
+from moe_beyond.errors import UserError
 from moe_beyond.evaluation.named_strategies import STRATEGIES
 from moe_beyond.evaluation.results import Unavailable
 from moe_beyond.evaluation.sources import ScoreSource
@@ -12,6 +14,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.pretrained import NotInstalledError
 from moe_beyond.simulator import ReplaySettings
+from moe_beyond.simulator.computing import check_host
 from moe_beyond.simulator.settings import reads_scores
 
 BASELINES = ("lru", "belady")
@@ -82,8 +85,9 @@ def grid(
     source: ScoreSource | None = None,
     lookaheads: Sequence[Lookahead] = (),
     quotas: Quotas = even_split,
+    misses: Sequence[str] = (MOVE,),
 ) -> list[ReplaySettings]:
-    """List every combination of budget, policy, prefetcher and, for prefetchers that select by one, lookahead.
+    """List every combination of budget, policy, prefetcher, lookahead (if it selects by one) and miss handling.
 
     Args:
         common: Settings shared by all.
@@ -93,6 +97,7 @@ def grid(
         source: Source of scores (default: none).
         lookaheads: Lookaheads to select by (default: the first of the source).
         quotas: Slots of each layer (default: an even split).
+        misses: Miss handlings (default: move).
 
     Raises:
         UserError: A prefetcher cannot be read, or needs scores that are missing.
@@ -103,7 +108,9 @@ def grid(
             for prefetch in prefetches:
                 by_lookahead = parse_prefetch(prefetch).prefetcher.reads_one_lookahead and source is not None
                 for lookahead in (lookaheads or (None,)) if by_lookahead else (None,):
-                    settings.append(strategy(common, budget, policy, prefetch, source, lookahead, quotas))
+                    for handling in misses:
+                        shared = replace(common, misses=handling)
+                        settings.append(strategy(shared, budget, policy, prefetch, source, lookahead, quotas))
     return list(dict.fromkeys(settings))
 
 
@@ -115,6 +122,8 @@ def named_strategies(
     user_source: ScoreSource | None,
     pretrained: Callable[[str], ScoreSource | None],
     quotas: Quotas = even_split,
+    *,
+    has_profile: bool = False,
 ) -> tuple[list[ReplaySettings], list[ScoreSource], list[Unavailable]]:
     """Make the settings of named strategies at every budget.
 
@@ -127,6 +136,7 @@ def named_strategies(
         pretrained: Function from an architecture to the scores of its pretrained predictor for these traces; None if
             there is no such predictor.
         quotas: Slots of each layer (default: an even split).
+        has_profile: Whether there is a usage profile (default: False).
 
     Returns:
         Settings, the sources of their scores, and the strategies that are unavailable.
@@ -156,10 +166,29 @@ def named_strategies(
         if named.needs_device and common.device is None:
             unavailable.append(Unavailable(name, "is defined only by time; give --device"))
             continue
+        if named.warm_start and not has_profile:
+            reason = "needs the popularity of experts in training text; give --profile"
+            unavailable.append(Unavailable(name, reason))
+            continue
+        misses = named.misses
+        try:
+            if misses != MOVE:
+                check_host(common.device, misses)
+        except UserError as error:
+            if named.needs_device:
+                unavailable.append(Unavailable(name, str(error)))
+                continue
+            misses = MOVE
         if source is not None:
             sources[source.name] = source
         prefetch = named.prefetch if common.device is None else named.on_device or named.prefetch
-        shared = replace(common, window=max(named.window, common.window), note=named.note)
+        shared = replace(
+            common,
+            window=max(named.window, common.window),
+            note=named.note,
+            misses=misses,
+            warm_start=named.warm_start or common.warm_start,
+        )
         settings += [
             strategy(shared, budget, named.policy, prefetch.format(k=top_k), source, quotas=quotas, name=name)
             for budget in budgets

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import yaml
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.errors import UserError
 from moe_beyond.files import replacing
 from moe_beyond.json_fields import brief, build, shown
 
-TEXTS = ("policy", "prefetch", "scope")
+TEXTS = ("policy", "prefetch", "scope", "misses")
 """Fields that are text."""
 OPTIONAL_TEXTS = ("predictor", "profile")
 """Fields that are text, or null."""
@@ -27,6 +28,7 @@ class StrategyChoice:
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
         predictor: Predictor of the scores (default: None).
         profile: Predictor of the usage profile (default: None).
+        misses: Miss handling, ``"move"``, ``"cpu"`` or ``"best"`` (default: ``"move"``).
     """
 
     budget: str | int
@@ -36,6 +38,7 @@ class StrategyChoice:
     scope: str = "global"
     predictor: str | None = None
     profile: str | None = None
+    misses: str = MOVE
 
     def __post_init__(self) -> None:
         """Check the types.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.engine import replay_sequences
 from moe_beyond.evaluation.halves import Halves, halve
@@ -116,7 +117,16 @@ def run_tuning(
     if len(slots) != 1:
         raise UserError(f"--budget: tune is for one budget (got {len(slots)}); give it once")
     text = resolve_text(traces, split, shared, [] if source is None else [source])
-    space = Space(traces.geometry, shared.common, slots[0], scope, source, shared.profile, shared.quotas)
+    space = Space(
+        traces.geometry,
+        shared.common,
+        slots[0],
+        scope,
+        source,
+        shared.profile,
+        shared.quotas,
+        options.misses or (MOVE,),
+    )
     halves = halve(traces, text.split, source, options.warmup_tokens, in_order=options.carry_over)
 
     def replay(half: str, candidates: Sequence[Any], draws: int = 0) -> list[Result]:
@@ -133,7 +143,7 @@ def run_tuning(
     held_out = replay("held_out", [*settings, belady], DRAWS)
     choice = StrategyChoice(
         options.budget[0], chosen.policy, chosen.prefetch, chosen.lookahead, chosen.scope,
-        predictor if settings[0].predictor is not None else None, options.profile,
+        predictor if settings[0].predictor is not None else None, options.profile, chosen.misses,
     )  # fmt: skip
     return TuningReport(
         improved, text, halves, [search.tried[each] for each in search.best(len(search.tried))], held_out, choice,

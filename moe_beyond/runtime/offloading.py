@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.collect.config import DTYPES
 from moe_beyond.collect.devices import embedding_rows, one_device
 from moe_beyond.collect.load import Checkpoint, open_checkpoint
@@ -44,6 +45,7 @@ def offload(
     lookahead: int | str | None = None,
     profile: str | Path | None = None,
     scope: str = "global",
+    misses: str = MOVE,
     readers: int = READERS,
     timeout_s: float = TIMEOUT_S,
     keep_rows: bool = False,
@@ -54,7 +56,7 @@ def offload(
     ``with moe_beyond.offload(model, budget="3GB") as run: run.model.generate(...)``.
 
     The experts stay in host memory and are copied into slots on demand. Outputs equal those of the unmodified model bit
-    for bit.
+    for bit, unless ``misses`` lets the host compute some.
 
     Args:
         model: MoE model of transformers, loaded whole on the CPU; `load_offloaded` serves a GPU.
@@ -65,6 +67,9 @@ def offload(
         lookahead: Lookahead of the scores that the prefetcher selects by (default: the first of the predictor).
         profile: Fitted ``history`` or ``popularity`` predictor, for policies that need a usage profile (default: None).
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
+        misses: Miss handling: ``"move"`` copies a missing expert into a slot, ``"cpu"`` computes it on the host, and
+            ``"best"`` does the sooner of both. With the last two, outputs equal the model's up to rounding (default:
+            ``"move"``).
         readers: Number of threads that move experts (default: 4).
         timeout_s: Seconds without progress after which a forward that waits fails (default: 60).
         keep_rows: Whether telemetry is kept for every event (default: False).
@@ -86,7 +91,7 @@ def offload(
     if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise UserError(f"{type(model).__name__}: is offloaded already; end that run first")
     layers = find_offloadable(model)
-    options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope)
+    options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope, misses)
     manifest = describe_model(model, layers)
     store = HostStore.of_model(layers)
     resolve = resolve_predict_only if predict_only else resolve_strategy
@@ -107,6 +112,7 @@ def load_offloaded(
     lookahead: int | str | None = None,
     profile: str | Path | None = None,
     scope: str = "global",
+    misses: str = MOVE,
     tier: str = "disk",
     device: str | None = None,
     dtype: str = "auto",
@@ -133,6 +139,9 @@ def load_offloaded(
         lookahead: Lookahead of the scores that the prefetcher selects by (default: the first of the predictor).
         profile: Fitted ``history`` or ``popularity`` predictor, for policies that need a usage profile (default: None).
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
+        misses: Miss handling: ``"move"`` copies a missing expert into a slot, ``"cpu"`` computes it on the host, and
+            ``"best"`` does the sooner of both. With the last two, outputs equal the model's up to rounding, and
+            ``tier`` is ``"host"`` (default: ``"move"``).
         tier: ``"disk"`` reads experts from the checkpoint whenever they are needed; ``"host"`` reads all of them once
             into host memory (default: ``"disk"``).
         device: Device of the slots and of all other weights (default: a GPU if there is one, otherwise the CPU).
@@ -159,6 +168,11 @@ def load_offloaded(
         raise UserError(
             "direct I/O: reads experts from the disk during the run (got tier host); leave it out, or choose tier disk"
         )
+    if misses != MOVE and tier != "host":
+        raise UserError(
+            f"misses {misses}: the host computes experts from its memory (got tier {tier}); choose tier host, or "
+            f"misses {MOVE}"
+        )
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     place = one_device(device)
@@ -167,7 +181,7 @@ def load_offloaded(
     store: ExpertStore = DiskStore(index_checkpoint(checkpoint, model, layers), direct_io=direct_io)
     try:
         manifest = describe_model(model, layers, checkpoint.tokenizer, checkpoint.model_id, checkpoint.revision)
-        options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope)
+        options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope, misses)
         resolve = resolve_predict_only if predict_only else resolve_strategy
         strategy = resolve(options, manifest, slot_bits(store, manifest.geometry))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_beyond.cache.cache import Wave
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.collect.devices import describe, input_device
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -24,6 +25,7 @@ from moe_beyond.runtime.memory import Memory, memory_of
 from moe_beyond.runtime.options import READERS
 from moe_beyond.runtime.result import run_result
 from moe_beyond.runtime.slots.copies import Copier, make_copier
+from moe_beyond.runtime.slots.host_kernel import HostKernel
 from moe_beyond.runtime.slots.kernels import SlotKernel
 from moe_beyond.runtime.slots.mover import Mover
 from moe_beyond.runtime.slots.pool import SlotPool
@@ -34,7 +36,7 @@ from moe_beyond.runtime.stepping.prediction_log import PredictionLog
 from moe_beyond.runtime.stepping.sequences import SequenceLog
 from moe_beyond.runtime.stepping.states import watch_states
 from moe_beyond.runtime.stepping.telemetry import Telemetry
-from moe_beyond.runtime.storage.store import ExpertStore
+from moe_beyond.runtime.storage.store import ExpertStore, HostStore
 from moe_beyond.runtime.strategy import RunStrategy
 from moe_beyond.simulator import Result
 from moe_beyond.traces.manifest import Manifest
@@ -196,12 +198,19 @@ class OffloadedRun:
         """Wait until experts are in their slots, for `moe_beyond.runtime.slots.kernels`."""
         self._controller.wait(experts)
 
+    def computed_on_host(self, seconds: float) -> None:
+        """Note the seconds of computing on the host, for `moe_beyond.runtime.slots.kernels`."""
+        self._controller.computed_on_host(seconds)
+
     def _take_experts(self, block: ExitStack, layer: int, experts: ExpertsLayer) -> None:
         """Take a layer's parameters out of the model, and let slots serve it."""
         module = experts.module
         if ATTRIBUTE in module.__dict__:
             raise UserError(f"{type(self.model).__name__}: is offloaded already; end that run first")
-        kernel = SlotKernel(module, layer, experts.num_experts, self.pool.views(self.store.layouts[layer]), self)
+        weights, host = self.pool.views(self.store.layouts[layer]), None
+        if self.strategy.settings.misses != MOVE and isinstance(self.store, HostStore):
+            host = HostKernel(module, layer, experts.num_experts, self.store)
+        kernel = SlotKernel(module, layer, experts.num_experts, weights, self, host)
         module.__dict__[ATTRIBUTE] = kernel
         block.callback(module.__dict__.pop, ATTRIBUTE)
         for field in experts.layout.fields:

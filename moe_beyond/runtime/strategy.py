@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.prefetchers import parse_prefetch
 from moe_beyond.errors import UserError
@@ -34,6 +35,7 @@ OPTION_TYPES: dict[str, tuple[Any, str]] = {
     "lookahead": (str | int | None, "'token' or a number of layers"),
     "profile": (str | Path | None, "the name or the folder of a predictor"),
     "scope": (str, "'global' or 'per-layer'"),
+    "misses": (str, "'move', 'cpu' or 'best'"),
 }
 """Type of each option, and its description in error messages."""
 
@@ -51,6 +53,7 @@ class StrategyOptions:
         lookahead: Lookahead of the scores that the prefetcher selects by (default: the first of the predictor).
         profile: Fitted ``history`` or ``popularity`` predictor, for policies that need a usage profile (default: None).
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
+        misses: Miss handling: ``"move"``, ``"cpu"`` or ``"best"`` (default: ``"move"``).
     """
 
     budget: str | int = "10%"
@@ -60,6 +63,7 @@ class StrategyOptions:
     lookahead: str | int | None = None
     profile: str | Path | None = None
     scope: str = "global"
+    misses: str = MOVE
 
     def __post_init__(self) -> None:
         """Check the types.
@@ -128,7 +132,7 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
         _check_needs_no_scores(options.policy, prefetch)
     common = ReplaySettings(
         slots=geometry.total_experts, scope=options.scope, carry_over=True, bits=manifest.bits,
-        measured_times=True,
+        measured_times=True, misses=options.misses,
     )  # fmt: skip
     settings = strategy(common, slots, options.policy, prefetch, source, lookahead)
     if "future" in settings.needs:

@@ -126,7 +126,7 @@ class Bound:
         return np.stack([stall, layers + timing.outside], axis=1), stalls > 0
 
     def _counts(self, group: Group, resident: Bools, waited: Bools) -> Ints:
-        """Return the counts of a group's counted steps, ``(L, 8)`` int64, columns `Counter`."""
+        """Return the counts of a group's counted steps, ``(L, 9)`` int64, columns `Counter`."""
         layers, counted = self.geometry.num_layers, self._counted(group)
         counts = np.zeros((layers, len(Counter)), np.int64)
         ids = group.stream.ids[counted]

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache.steps import Timing
+from moe_beyond.errors import UserError
 from moe_beyond.geometry import OPTIONAL, Geometry
 from moe_beyond.simulator.devices import Device
 
@@ -43,6 +44,45 @@ def step_timing(device: Device, geometry: Geometry, bits: float, tokens: Ints, c
         token=_token_seconds(device, geometry.params_per_expert),
         overlap=float(device.overlap),
     )
+
+
+def check_host(device: Device | None, misses: str) -> None:
+    """Check that the host of a device can compute experts.
+
+    Args:
+        device: Device whose host computes.
+        misses: Value of ``--misses``, for the message.
+
+    Raises:
+        UserError: There is no device, it has no speed of its host, or it has experts on flash.
+    """
+    if device is None:
+        raise UserError(f"--misses {misses}: needs the times of a device; give --device")
+    if device.host_gb_per_s is None:
+        raise UserError(
+            f"--misses {misses}: needs the speed of the host (device {device.name} has no host_gb_per_s); give "
+            f"--device {device.name},host_gb_per_s=GB_PER_S"
+        )
+    if device.flash_gb_per_s is not None:
+        raise UserError(
+            f"--misses {misses}: the host computes from its memory (device {device.name} has experts on flash); choose "
+            "another device"
+        )
+
+
+def host_seconds(device: Device, geometry: Geometry, bits: float) -> tuple[float, float]:
+    """Return the seconds in which the host computes an expert: at least, and for each token if that is more.
+
+    Where layers differ in bytes, all take the mean time.
+
+    Args:
+        device: Device whose host computes, as `check_host` requires.
+        geometry: Geometry of the model.
+        bits: Bits per parameter.
+    """
+    assert device.host_gb_per_s is not None, "settings have checked the device"
+    reads = float(geometry.mean_expert_bytes(bits)) / (device.host_gb_per_s * 1e9)
+    return reads, 0.0 if device.host_tflops is None else 2 * geometry.params_per_expert / (device.host_tflops * 1e12)
 
 
 def resident_seconds(device: Device, geometry: Geometry, bits: float, context: int = 0) -> float:

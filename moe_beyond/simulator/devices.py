@@ -22,6 +22,8 @@ REACHED_FLOPS = 0.6
 """Share of the nominal FLOPs that the presets reach on large chunks (an assumption)."""
 GPU_LAYER_US, CPU_LAYER_US = 55.0, 20.0
 """Microseconds per layer in addition: about 22 kernels of 2.5 us in a graph, or barriers of threads (assumptions)."""
+HOST_TFLOPS = 0.5
+"""FLOPs per second, in units of 1e12, of the presets' hosts: half of 8 cores with AVX2 at 4 GHz (an assumption)."""
 _ASSUMED = f"{EFFICIENCY:.0%} of the memory bandwidth and the fixed cost per layer: assumptions"
 
 RESERVED_SHARE = Fraction(1, 8)
@@ -55,6 +57,8 @@ class Device:
         tflops: Floating-point operations per second that computing reaches, in units of 1e12 (default: None, no limit).
         host_gb_per_s: Bandwidth at which the host's processor reads experts that it computes, in GB/s (default: None,
             unknown).
+        host_tflops: Floating-point operations per second that the host's processor reaches, in units of 1e12 (default:
+            None, no limit).
         other_ms: Measured milliseconds of a layer without its routed experts at an empty context. It replaces the read
             of these weights, and ``efficiency`` does not apply to it (default: None, an estimate).
         overlap: Share of an expert's computing that can begin before all experts of its event have arrived: 1 if
@@ -77,6 +81,7 @@ class Device:
     token_ms: float = 0.0
     tflops: float | None = None
     host_gb_per_s: float | None = None
+    host_tflops: float | None = None
     overlap: float = 1.0
     other_ms: float | None = None
     expert_ms: float | None = None
@@ -141,6 +146,12 @@ def _behind_pcie(name: str, link: float, memory: float, bandwidth: float, tflops
     )  # fmt: skip
 
 
+def _with_host(device: Device, host_gb_per_s: float, source: str) -> Device:
+    """Return a device whose host computes experts."""
+    source = f"{device.source}; host computing: {source}; {HOST_TFLOPS:g} TFLOPS, an assumption"
+    return replace(device, host_gb_per_s=host_gb_per_s, host_tflops=HOST_TFLOPS, source=source)
+
+
 def _on_flash(
     name: str, flash: float, memory: float, bandwidth: float, source: str, layer_us: float = GPU_LAYER_US
 ) -> Device:
@@ -164,6 +175,7 @@ _PCIE3 = "link: PCIe 3.0 x16, 15.75 raw, 12-13 pinned (hpc-notes.pages.dev/refer
 _PCIE4 = "link: PCIe 4.0 x16, 31.5 raw, 25.6-26 measured (tinygrad/open-gpu-kernel-modules#6), 20.9 (clpeak#106)"
 _PCIE4_X8 = "link: PCIe 4.0 x8 (general knowledge), 15.75 raw, 12-13 pinned"
 _PCIE5 = "link: PCIe 5.0 x16, 63 raw, about 50 measured (colibri#537)"
+_FREETOKEN = "memory bandwidth of the processor, measured by FreeToken (FlashML-org/FreeToken, table 1)"
 _RTX4060_LAPTOP = f"{_PCIE4_X8}; memory: data-check.eu, alldbin"
 _RTX4090 = "memory: notebookcheck (general knowledge)"
 _NVIDIA = "memory: NVIDIA's brief (general knowledge)"
@@ -171,8 +183,10 @@ _NVIDIA = "memory: NVIDIA's brief (general knowledge)"
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _behind_pcie("rtx3060", 25, 12, 360, 25, f"{_PCIE4}; memory: rtechsl.com"),
-        _behind_pcie("rtx4060-laptop", 12, 8, 256, 30, _RTX4060_LAPTOP),
+        _with_host(
+            _behind_pcie("rtx3060", 25, 12, 360, 25, f"{_PCIE4}; memory: rtechsl.com"), 56.7, f"{_FREETOKEN}, of a 3090"
+        ),
+        _with_host(_behind_pcie("rtx4060-laptop", 12, 8, 256, 30, _RTX4060_LAPTOP), 47.5, _FREETOKEN),
         _with_flash(
             _behind_pcie("rtx4060-laptop-16gb", 12, 8, 256, 30, _RTX4060_LAPTOP),
             12.0,
@@ -180,13 +194,17 @@ DEVICES: dict[str, Device] = {
             "host: 16 GB less 4 for the system, an assumption; flash: NVMe Gen4, 6-7 nominal; latency: an assumption",
         ),
         _behind_pcie("rtx4060", 12, 8, 272, 30, f"{_PCIE4_X8}; memory: general knowledge"),
-        _behind_pcie("rtx4090", 25, 24, 1008, 165, f"{_PCIE4}; {_RTX4090}"),
+        _with_host(_behind_pcie("rtx4090", 25, 24, 1008, 165, f"{_PCIE4}; {_RTX4090}"), 63.2, _FREETOKEN),
         _behind_pcie("rtx4090-laptop", 25, 16, 576, 66, f"{_PCIE4}; {_RTX4090}"),
         _behind_pcie(
             "pcie3-desktop", 12, 24, 1008, 165, f"{_PCIE3}; memory and FLOPs: those of rtx4090, whatever the card"
         ),
-        _behind_pcie(
-            "pcie5-desktop", 50, 24, 1008, 165, f"{_PCIE5}; memory and FLOPs: those of rtx4090, whatever the card"
+        _with_host(
+            _behind_pcie(
+                "pcie5-desktop", 50, 24, 1008, 165, f"{_PCIE5}; memory and FLOPs: those of rtx4090, whatever the card"
+            ),
+            53.8,
+            f"{_FREETOKEN}, of a 5090",
         ),
         _on_flash(
             "jetson-orin-nano",

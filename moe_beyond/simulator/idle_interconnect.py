@@ -3,8 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.interconnect import LinkState, first_hosted, new_link
+from moe_beyond.cache.interconnect import LinkState, Seconds, first_hosted, new_link
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.geometry import Geometry
+from moe_beyond.simulator.computing import host_seconds
 from moe_beyond.simulator.devices import Device, flash_seconds, host_units, transfer_seconds
 from moe_beyond.simulator.settings import ReplaySettings
 
@@ -22,7 +24,7 @@ def idle_link(settings: ReplaySettings, geometry: Geometry, log_size: int = 0) -
         return new_link(geometry.total_experts, log_size=log_size)
     mean, hosted = float(geometry.mean_expert_bytes(bits)), host_units(device, geometry, bits)
     units = geometry.expert_units
-    return new_link(
+    link = new_link(
         geometry.total_experts,
         transfer_seconds(device, mean),
         flash_seconds(device, mean),
@@ -32,6 +34,9 @@ def idle_link(settings: ReplaySettings, geometry: Geometry, log_size: int = 0) -
         np.repeat(units, geometry.num_experts),
         1.0 if geometry.has_one_size else _relative(device, geometry, bits),
     )
+    if settings.misses != MOVE:
+        link.seconds[[Seconds.HOST, Seconds.HOST_TOKEN]] = host_seconds(device, geometry, bits)
+    return link
 
 
 def _relative(device: Device, geometry: Geometry, bits: float) -> npt.NDArray[np.float64]:

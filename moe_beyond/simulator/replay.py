@@ -6,10 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache import core
-from moe_beyond.cache.core import Expert, Origin
+from moe_beyond.cache.core import Clock, Expert, Origin
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.engine import run_accesses, run_events
 from moe_beyond.cache.interconnect import LinkState, Seconds, Tally
+from moe_beyond.cache.misses import Handling
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import most_used, pool_capacities
@@ -155,6 +156,7 @@ class Replay:
         self._cache = core.empty_cache(
             geometry.num_layers, geometry.num_experts, self._pools, link, geometry.expert_units
         )
+        self._cache.clock[Clock.HANDLING] = Handling[self.settings.misses.upper()]
         future = self._stream if self.settings.carry_over and self._stream is not None else group.stream
         inputs = PolicyInputs(geometry, self._pools, future, self._profile)
         self._policy = self._implementation.init(inputs)
@@ -165,7 +167,7 @@ class Replay:
             self.times.busy += self._cache.link.seconds[Seconds.BUSY]
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """Return the counts so far, ``(L, 8)`` int64, columns `Counter`."""
+        """Return the counts so far, ``(L, 9)`` int64, columns `Counter`."""
         for group in self._grouping.flush():
             self._step(group)
         if self._cache is None:
@@ -184,7 +186,7 @@ def counts_so_far(cache: core.CacheState) -> npt.NDArray[np.int64]:
         cache: Cache that was stepped.
 
     Returns:
-        Counts of each layer, ``(L, 8)`` int64, columns `Counter`.
+        Counts of each layer, ``(L, 9)`` int64, columns `Counter`.
     """
     unused = (cache.experts[Expert.PLACE] >= 0) & (cache.experts[Expert.ORIGIN] == Origin.PREFETCHED)
     counts = cache.counters.copy()

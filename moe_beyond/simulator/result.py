@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache.counters import COUNTERS, Counter
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.simulator import devices
@@ -57,9 +58,9 @@ class Result:
         hit_rate: Hits divided by accesses.
         bytes_ratio: Bytes of all transfers divided by those that the tokens demand one by one; 1.0 is one transfer per
             expert that a token demands.
-        demand_transfers: Transfers on demand.
-        prefetch_transfers: Prefetches, including those of late hits. A warm start counts at every sequence, and the
-            best static choice once; both also count with a warm-up.
+        demand_transfers: Transfers on demand; a miss that the host computes has none.
+        prefetch_transfers: Prefetches, including those of late hits, and fills. A warm start counts at every sequence,
+            and the best static choice once; both also count with a warm-up.
         useful_prefetches: Prefetches that arrived before their expert was demanded.
         wasted_prefetches: Prefetches whose expert was not demanded before its eviction or the end of the sequence. Late
             hits are neither useful nor wasted.
@@ -88,6 +89,8 @@ class Result:
             (`moe_beyond.simulator.devices.device_slots`); a larger budget does not fit.
         left_out: Fields that the geometry lacks, whose times the timing model leaves out.
         measured: Whether the times were measured in a run, instead of computed by a timing model (default: False).
+        on_host: Accesses that the host computed: misses, or late hits in transit.
+        miss_handling: Miss handling, ``"move"``, ``"cpu"`` or ``"best"`` (default: ``"move"``).
         note: Note about substitutes and assumptions.
         intervals: 95 % intervals over sequences, ``[low, high]`` by the name of a figure; ``"minus_lru"`` holds
             those of the differences from LRU at the same budget. None if they were not computed.
@@ -140,6 +143,8 @@ class Result:
     device_slots: int | None = None
     left_out: list[str] | None = None
     measured: bool = False
+    on_host: int = 0
+    miss_handling: str = MOVE
     note: str | None = None
     intervals: dict[str, Any] | None = None
     budget_bytes: int | None = None
@@ -268,7 +273,7 @@ def make_result(
     Args:
         geometry: Geometry of the model.
         settings: Settings of the replay.
-        counts: Counts of each layer, ``(L, 8)`` int64, columns `moe_beyond.cache.counters.Counter`.
+        counts: Counts of each layer, ``(L, 9)`` int64, columns `moe_beyond.cache.counters.Counter`.
         times: Times and demand of the steps.
         grouping: Grouping of the sequences, for their numbers.
         note: Note about assumptions (default: the note of the settings).
@@ -308,6 +313,7 @@ def make_result(
         carry_over=settings.carry_over,
         note=note or settings.note,
         budget_bytes=settings.budget_bytes,
+        miss_handling=settings.misses,
         **total,
         **timed_fields(geometry, settings, transferred, times),
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_beyond.cache.misses import MISSES, MOVE
 from moe_beyond.cache.policies import POLICIES, load_policy
 from moe_beyond.cache.prefetchers import Prefetch, parse_prefetch
 from moe_beyond.cache.prefetchers._inputs import PrefetchSettings
@@ -11,6 +12,7 @@ from moe_beyond.cache.steps import in_layers
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
+from moe_beyond.simulator.computing import check_host
 from moe_beyond.simulator.devices import Device
 
 MANY_LAYERS = 2**32  # more than any lookahead
@@ -69,6 +71,8 @@ class ReplaySettings:
         groups: Number of worker groups of ``od_moe`` (default: 4).
         note: Note for tables about substitutes and assumptions.
         budget_bytes: Exact budget in bytes where layers differ (default: None, the bytes of the slots).
+        misses: Miss handling: ``"move"`` transfers a missing expert, ``"cpu"`` computes it on the host, ``"best"`` does
+            the sooner of both (default: ``"move"``).
         measured_times: Whether a running model measures the times that a prefetcher needs, in place of a device
             (default: False).
     """
@@ -98,6 +102,7 @@ class ReplaySettings:
     groups: int = 4
     note: str | None = None
     budget_bytes: int | None = None
+    misses: str = MOVE
     measured_times: bool = False
 
     def __post_init__(self) -> None:
@@ -128,8 +133,21 @@ class ReplaySettings:
         self._check_prefetch(parse_prefetch(self.prefetch))
         if "scores" in self.needs and not self.lookaheads:
             raise UserError(f"policy {self.policy} needs scores; give --predictor eamc... (or another), or --scores")
+        if self.misses != MOVE:
+            self._check_misses()
         if self.sequential:
             self._check_sequential()
+
+    def _check_misses(self) -> None:
+        """Check miss handling on the host."""
+        if self.misses not in MISSES:
+            raise unknown("miss handling", self.misses, MISSES)
+        if self.device is not None or not self.measured_times:
+            check_host(self.device, self.misses)
+        if self.policy in BOUNDS:
+            raise UserError(
+                f"--misses {self.misses}: a bound moves its experts (got policy {self.policy}); choose another policy"
+            )
 
     def _check_prefetch(self, prefetch: Prefetch) -> None:
         """Check the prefetcher with its scores and the device."""
@@ -157,8 +175,8 @@ class ReplaySettings:
 
     def _check_sequential(self) -> None:
         """Check that the policy and the other settings need no events."""
-        if self.prefetch != "none" or self.device is not None or self.warm_start:
-            raise UserError("--sequential counts accesses only; remove --prefetch, --device and --warm-start")
+        if self.prefetch != "none" or self.device is not None or self.warm_start or self.misses != MOVE:
+            raise UserError("--sequential counts accesses only; remove --prefetch, --device, --misses and --warm-start")
         if self.prefill_chunk or self.batch_size > 1 or self.window > 1:
             raise UserError("--sequential steps single accesses; remove --prefill-chunk, --batch-size and --window")
         if self.policy not in BOUNDS:
@@ -236,4 +254,5 @@ class ReplaySettings:
         """Short name for tables."""
         if self.name is not None:
             return self.name
-        return self.policy if self.prefetch == "none" else f"{self.policy} + {self.prefetch}"
+        name = self.policy if self.prefetch == "none" else f"{self.policy} + {self.prefetch}"
+        return name if self.misses == MOVE else f"{name}, misses {self.misses}"

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.cache.interconnect import Transfer
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.cache.steps import EventRecord
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
@@ -29,7 +30,8 @@ class Timeline:
         computing: Spans of computing. Each layer has one before its routing, and one or more of its experts, with a
             stall between two of them. After the last layer there is one for dense layers, head and fixed cost, if they
             take time.
-        stalls: Spans in which nothing computes, because no demanded expert has arrived.
+        stalls: Spans in which nothing computes, because no demanded expert has arrived. If the host computes misses,
+            the stall of a layer is shown at its end.
         demand_transfers: Transfers on demand.
         prefetch_transfers: Prefetches, including those issued in this token that arrive after it.
     """
@@ -77,7 +79,10 @@ def timeline(
         computing.append((before, float(events[place, EventRecord.ROUTED])))
         stream = group.stream
         ids = stream.ids[stream.offsets[place] : stream.offsets[place + 1]]
-        experts, waits = _experts(events[place], ids, log, timing.overlap)
+        if settings.misses == MOVE:
+            experts, waits = _experts(events[place], ids, log, timing.overlap)
+        else:
+            experts, waits = _beside_host(events[place])
         computing += experts
         stalls += waits
         before = float(events[place, EventRecord.ENDED])
@@ -94,6 +99,13 @@ def timeline(
         demand_transfers=[(row[Transfer.BEGIN], row[Transfer.END]) for row in during[~prefetched]],
         prefetch_transfers=[(row[Transfer.BEGIN], row[Transfer.END]) for row in during[prefetched]],
     )
+
+
+def _beside_host(event: npt.NDArray[np.float64]) -> tuple[Spans, Spans]:
+    """Return the span in which device and host compute an event, and that of its stall, as `_experts` does."""
+    routed, ended = float(event[EventRecord.ROUTED]), float(event[EventRecord.ENDED])
+    waits = ended - float(event[EventRecord.STALL])
+    return [(routed, waits)] if waits > routed else [], [(waits, ended)] if ended > waits else []
 
 
 def _experts(

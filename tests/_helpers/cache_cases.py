@@ -68,6 +68,7 @@ class Case:
     profile: UsageProfile
     ticks: tuple[int, int, int, int, int]  # of a transfer, other, an expert, and flash; experts that host memory holds
     costs: tuple[float, float, float] = (0, 0, 0)  # ticks: a token's KV cache in a layer, a step outside, expert FLOPs
+    host: tuple[float, float] = (0, 0)  # ticks: an expert on the host, and its FLOPs for a token
 
     def changed(self, **settings) -> "Case":
         return replace(self, settings=replace(self.settings, **settings))
@@ -78,7 +79,8 @@ class Case:
 
     def with_ticks(self, transfer: int, other: int, expert: int, flash: int = 0, host_slots: int = 0) -> "Case":
         device = ticking(transfer, other, expert, flash or None, (host_slots or 0.5) if flash else None)
-        case = replace(self.changed(device=device), ticks=(transfer, other, expert, flash, host_slots))
+        ticks = (transfer, other, expert, flash, host_slots)
+        case = replace(self.changed(device=device, misses="move"), ticks=ticks, host=(0, 0))
         return case.with_costs(0, 0, 0)
 
     def with_costs(self, cached: float, outside: float, flops: float) -> "Case":
@@ -91,8 +93,16 @@ class Case:
         geometry = replace(self.geometry, kv_values_per_token=kv, other_params_per_layer=0 if flops else 10)
         return replace(self.changed(device=device), geometry=geometry, costs=(cached, outside, flops))
 
+    def with_host(self, misses: str, expert: int, flops: float = 0) -> "Case":
+        device = replace(
+            self.settings.device,
+            host_gb_per_s=1 / (expert * TICK),
+            host_tflops=2e9 / (flops * TICK) / 1e12 if flops else None,
+        )
+        return replace(self.changed(device=device, misses=misses), host=(expert, flops))
+
     def on_no_device(self) -> "Case":
-        return replace(self.changed(device=None), ticks=(0, 0, 0, 0, 0), costs=(0, 0, 0))
+        return replace(self.changed(device=None, misses="move"), ticks=(0, 0, 0, 0, 0), costs=(0, 0, 0), host=(0, 0))
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -175,6 +185,9 @@ class Case:
             outside=outside * TICK,
             expert=expert * TICK,
             flops=flops * TICK,
+            misses=settings.misses,
+            host=self.host[0] * TICK,
+            host_flops=self.host[1] * TICK,
         )
 
     def reference(self) -> Outcome:
@@ -275,17 +288,21 @@ def cases(
     case = case.changed(**draw(_slots(case, scopes)))
     if not timed:
         return case.on_no_device()
-    return case.with_ticks(
+    misses = draw(st.sampled_from(["move", "move", "cpu", "best"]))
+    timed_case = case.with_ticks(
         transfer=draw(st.sampled_from([3, 1, 2, 5, 8])),
         other=draw(st.sampled_from([1, 2, 4])),
         expert=draw(st.sampled_from([1, 2])),
-        flash=draw(st.sampled_from([0, 0, 2, 5])),
+        flash=draw(st.sampled_from([0, 0, 2, 5])) if misses == "move" else 0,
         host_slots=draw(st.sampled_from([2, 0, 1, 4])),
     ).with_costs(
         cached=draw(st.sampled_from([0, 0, 0.5, 1])),
         outside=draw(st.sampled_from([0, 0, 1, 4])),
         flops=draw(st.sampled_from([0, 0, 0.5, 1])),
     )
+    if misses == "move":
+        return timed_case
+    return timed_case.with_host(misses, draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([0, 0.5, 1])))
 
 
 @st.composite

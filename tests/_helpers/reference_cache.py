@@ -21,6 +21,7 @@ COUNTERS = (
     "prefetch_transfers",
     "useful_prefetches",
     "wasted_prefetches",
+    "on_host",
 )
 
 Expert = tuple[int, int]
@@ -61,6 +62,9 @@ class Rules:
     outside: float = 0
     expert: float = 0
     flops: float = 0  # of one expert for one token
+    misses: str = "move"  # move, cpu, best
+    host: float = 0  # an expert on the host
+    host_flops: float = 0  # and of it for one token
 
     @property
     def instant(self) -> bool:
@@ -171,6 +175,7 @@ class ReferenceCache:
         self.gap = (0.0, 0.0)  # when the link is idle before its last copy
         self.arrives: dict[Expert, float] = {}
         self.queue: list[Expert] = []
+        self.fills: list[Expert] = []  # computed on the host; behind the queue
         # Host memory, the most recently moved last. Unless it is cold it begins with expert 0 of every layer, which
         # leave last, then expert 1, ...
         every = [(layer, expert) for expert in range(rules.experts) for layer in range(rules.layers)]
@@ -260,6 +265,10 @@ class ReferenceCache:
     def victim(self, pool: int) -> Expert:
         return min(self.members(pool) - self.pinned, key=self.priority)
 
+    def is_more_popular(self, expert: Expert, victim: Expert) -> bool:
+        (layer, number), (other, its) = expert, victim
+        return self.rules.popularity[layer][number] > self.rules.popularity[other][its]
+
     def admit(self, expert: Expert, victim: Expert) -> bool:
         """Whether a prefetch is let in for a victim (for belady_bypass, a demanded expert too)."""
         match self.rules.policy:
@@ -325,16 +334,20 @@ class ReferenceCache:
     def advance(self, until: float) -> None:
         """Let time pass; what waits begins, in its order, if its way is free before the end, and finds room."""
         since, self.now = self.now, until
-        for expert in list(self.queue):
+        for expert in [*self.queue, *self.fills]:
+            waits = self.queue if expert in self.queue else self.fills
             pool = self.pool_of(expert)
             if not self.rules.instant and self.way(expert, since)[0] >= self.now:
                 continue
             if self.is_full(pool) and self.members(pool) <= self.pinned:
                 continue
-            self.queue.remove(expert)
+            waits.remove(expert)
             if self.is_full(pool):
                 victim = self.victim(pool)
-                if self.rules.prefetch != "oracle" and not self.admit(expert, victim):
+                stays = (
+                    self.rules.policy == "static" and waits is self.fills and not self.is_more_popular(expert, victim)
+                )
+                if self.rules.prefetch != "oracle" and (stays or not self.admit(expert, victim)):
                     continue
                 self.evict(victim)
             self.enter(expert)
@@ -389,9 +402,27 @@ class ReferenceCache:
                 self.use(expert)
             elif expert not in self.queue:
                 self.queue.append(expert)
+                self.fills = [fill for fill in self.fills if fill != expert]
         self.advance(self.now)
 
-    def demand(self, layer: int, tokens: dict[int, int]) -> None:
+    def choose_host(self, layer: int, tokens: dict[int, int], each: float) -> set[Expert]:
+        """What the host computes of an event; `hosting` is when it has done so."""
+        rules, chosen = self.rules, set()
+        away = {(layer, e) for e in tokens if (layer, e) not in self.resident or self.arrives[layer, e] > self.now}
+        self.hosting, link = self.now, max(self.free, self.now)
+        device = self.now + each * (len(tokens) - len(away))
+        for expert in sorted(away, key=lambda e: (-tokens[e[1]], e)):
+            by_host = self.hosting + max(rules.host, rules.host_flops * tokens[expert[1]])
+            comes = self.arrives[expert] if expert in self.resident else link + rules.transfer
+            by_device = max(device, comes) + each
+            if rules.misses == "best" and by_device <= by_host:
+                device, link = by_device, max(link, comes)
+            else:
+                self.hosting = by_host
+                chosen.add(expert)
+        return chosen
+
+    def demand(self, layer: int, tokens: dict[int, int], each: float = 0) -> None:
         """Begin an event."""
         self.event += 1
         self.moment += 1
@@ -399,7 +430,8 @@ class ReferenceCache:
         demanded = {(layer, expert) for expert in tokens}
         here = demanded & self.resident
         late = {expert for expert in here if self.arrives[expert] > self.now}
-        waiting = (demanded - here) & set(self.queue)
+        self.on_host = set() if self.rules.misses == "move" else self.choose_host(layer, tokens, each)
+        waiting = (demanded - here - self.on_host) & set(self.queue)
         missed = demanded - here - waiting
         row = self.counts[layer]
         for name, number in (
@@ -407,8 +439,9 @@ class ReferenceCache:
             ("hits", len(here - late)),
             ("late_hits", len(late | waiting)),
             ("misses", len(missed)),
-            ("demand_transfers", len(missed)),
+            ("demand_transfers", len(missed - self.on_host)),
             ("prefetch_transfers", len(waiting)),
+            ("on_host", len(self.on_host)),
         ):
             row[name] += number if self.counted else 0
         row["useful_prefetches"] += len((here - late) & self.open)
@@ -417,6 +450,7 @@ class ReferenceCache:
         for expert in here:
             self.use(expert)
         self.queue = [expert for expert in self.queue if expert[0] != layer]
+        self.fills = [expert for expert in self.fills if expert[0] != layer] + sorted(self.on_host - here)
         self.runs[layer].append(tokens)
         for expert in range(self.rules.experts):
             self.known.pop((layer, expert), None)
@@ -433,7 +467,7 @@ class ReferenceCache:
     def waves(self, layer: int, tokens: dict[int, int]) -> list[list[Expert]]:
         """What is missing, wave by wave: what fits next to the demanded residents, then as much as the pool holds."""
         demanded = {(layer, expert) for expert in tokens}
-        missing = sorted(demanded - self.resident)
+        missing = sorted(demanded - self.resident - self.on_host)
         slots = self.rules.pools[self.pool_of((layer, 0))]
         if self.rules.policy == "belady_bypass":
             return [missing]
@@ -460,7 +494,7 @@ class ReferenceCache:
     def finish(self) -> None:
         for layer, _ in self.open:
             self.counts[layer]["wasted_prefetches"] += 1
-        self.open, self.queue = set(), []
+        self.open, self.queue, self.fills = set(), [], []
 
     # Prefetchers.
 
@@ -584,24 +618,31 @@ class ReferenceCache:
                         self.learn(layer, step.scores[0][layer])
                     if rules.prefetch == "scored" and rules.distance == 0 and (layer > 0 or rules.first_layers):
                         self.enqueue_prefetch(self.best(layer, rules.most, rules.threshold))
-                self.demand(layer, tokens)
-                if not rules.computed:
-                    self.publish_scores(step, following, layer)
-                waves = self.waves(layer, tokens)
-                missed = set(itertools.chain(*waves))
-                here = [(layer, expert) for expert in tokens if (layer, expert) not in missed]  # of the first wave
                 each = rules.expert
                 if tokens:
                     each = max(each, rules.flops * sum(tokens.values()) / len(tokens))
+                routed, waited, computing = self.now, 0.0, 0.0
+                self.demand(layer, tokens, each)
+                if not rules.computed:
+                    self.publish_scores(step, following, layer)
+                waves = self.waves(layer, tokens)
+                elsewhere = set(itertools.chain(*waves)) | self.on_host
+                here = [(layer, expert) for expert in tokens if (layer, expert) not in elsewhere]  # of the first wave
                 for number, missing in enumerate(waves, 1):
                     began = self.now
                     self.transfer(missing)
                     in_wave = [*here, *missing]
-                    ends = began
-                    for arrival in sorted(max(began, self.arrives.get(expert, 0.0)) for expert in in_wave):
-                        stall += max(0.0, arrival - ends)
-                        ends = max(ends, arrival) + each
+                    # An expert and all that arrive after it compute after its arrival. A product has no sum's
+                    # rounding, where FLOPs decide and an expert takes no whole ticks.
+                    arrivals = sorted(max(began, self.arrives.get(expert, 0.0)) for expert in in_wave)
+                    left = len(in_wave)
+                    ends = max([began + each * left, *(came + each * (left - i) for i, came in enumerate(arrivals))])
+                    waited += ends - (began + each * left)
+                    computing += each * left
                     if number == len(waves):
+                        if self.on_host:  # the event lasts longer than without waiting for transfers
+                            ends = max(ends, self.hosting)
+                            waited = ends - max(routed + computing, self.hosting)
                         for later in range(layer + 1, rules.layers):
                             gap = later - layer
                             self.need[later] = ends + gap * other + (gap - 1) * rules.top_k * rules.expert
@@ -610,6 +651,7 @@ class ReferenceCache:
                     self.advance(ends)
                     self.pinned -= {(layer, expert) for expert in tokens}
                     here = []
+                stall += waited
                 if rules.instant:
                     self.advance(self.now)
                 if rules.computed:

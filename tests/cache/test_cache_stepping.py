@@ -199,7 +199,7 @@ def test_waves_and_their_slots():
     assert (second.experts.tolist(), second.slots.tolist(), second.missing.tolist(), second.last) == (
         [4, 7], [2, 3], [0, 1], True,
     )  # fmt: skip
-    assert cache.event_counts() == (2, 0, 2)
+    assert cache.event_counts() == (2, 0, 2, 0)
     assert [cache.slot(expert) for expert in range(8)] == [-1, -1, -1, -1, 2, -1, -1, 3]
 
 
@@ -219,7 +219,7 @@ def test_a_prefetch_in_transit_is_a_late_hit():
     assert cache.begin_prefetch(5.0) == (5, 2)
     assert cache.begin_prefetch(5.0) is None
     assert missing(ask(cache, 1, [0, 1], now=6.0)) == []
-    assert cache.event_counts() == (1, 1, 0)
+    assert cache.event_counts() == (1, 1, 0, 0)
     assert (expert, slot) == (2, 0)
 
 
@@ -234,7 +234,7 @@ def test_what_is_demanded_and_waits_is_cancelled():
     assert cache.begin_prefetch() is None
     assert cache.next_wave() is None
     assert missing(ask(cache, 1, [0])) == [4]
-    assert cache.event_counts() == (0, 1, 0)
+    assert cache.event_counts() == (0, 1, 0, 0)
     assert cache.begin_prefetch() is None
 
 

@@ -113,7 +113,8 @@ def test_named_systems(capsys):
     assert [result["lookahead"] for result in found["results"][:3]] == [0, None, None]
     assert found["results"][0]["causal"] is False
     missing = {one["strategy"]: one["reason"] for one in found["unavailable"]}
-    assert set(missing) == {"belief-cross-layer", "moe-infinity", "specmd", "od-moe"}
+    timed = {"od-moe", "llama.cpp-cpu", "fiddler"}
+    assert set(missing) == {"belief-cross-layer", "moe-infinity", "specmd", "hybrimoe"} | timed
     words = ("--strategy", "moe-beyond", "--strategy", "belief-cross-layer", "--scores", "leak")
     assert main(["replay", "--traces", "traces", *words]) == 0
     said = capsys.readouterr().out

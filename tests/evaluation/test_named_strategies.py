@@ -37,6 +37,9 @@ LINES = {
 }
 ON_DEVICE = {
     **LINES,
+    "llama.cpp-cpu": ("class_lru", "none", None, None, 1),
+    "fiddler": ("static", "none", None, None, 1),
+    "hybrimoe": ("class_lru", "adaptive", "cross_layer.x", None, 1),
     "belief-cross-layer": ("belief", "p>0.6", "cross_layer.x", 1, 1),
     "od-moe": ("od_moe", "none", None, None, 1),
 }
@@ -45,7 +48,9 @@ ON_DEVICE = {
 @pytest.mark.parametrize(("device", "expected"), [(None, LINES), ("rtx3060", ON_DEVICE)])
 def test_every_system_at_every_budget(device: str | None, expected: dict[str, tuple[object, ...]]) -> None:
     common = replace(COMMON, device=device and DEVICES[device])
-    found, sources, missing = named_strategies(STRATEGIES, common, [8, 16, 8], 6, RELEASED, PUBLISHED.get)
+    found, sources, missing = named_strategies(
+        STRATEGIES, common, [8, 16, 8], 6, RELEASED, PUBLISHED.get, has_profile=True
+    )
     lines = {(s.strategy, s.slots): (s.policy, s.prefetch, s.predictor, s.lookahead, s.window) for s in found}
     assert lines == {(name, slots): line for name, line in expected.items() for slots in (8, 16)}
     assert len(found) == len(lines)
@@ -71,8 +76,31 @@ def test_what_is_not_available_says_why(given: object) -> None:
         "moe-beyond": "needs the released predictions; give --scores of lookahead 0",
         "moe-infinity": "no pretrained eamc predictor fits this model and tokenizer",
         "specmd": "no pretrained cross_layer predictor fits this model and tokenizer",
-        "od-moe": "is defined only by time; give --device",
+        **dict.fromkeys(("od-moe", "llama.cpp-cpu", "fiddler"), "is defined only by time; give --device"),
+        "hybrimoe": "no pretrained cross_layer predictor fits this model and tokenizer",
     }
+
+
+def test_the_host_computes_misses_where_it_can() -> None:
+    names = ["moe-spac", "llama.cpp", "llama.cpp-cpu", "fiddler"]
+
+    def handled(device: str | None, *, has_profile: bool = True) -> tuple[dict[str, str], dict[str, str]]:
+        common = replace(COMMON, device=device and DEVICES[device])
+        found, _, missing = named_strategies(
+            names, common, [8], 2, None, lambda architecture: None, has_profile=has_profile
+        )
+        assert {s.strategy for s in found if s.warm_start} <= {"fiddler"}
+        return {s.strategy: s.misses for s in found}, {one.strategy: one.reason for one in missing}
+
+    found, missing = handled("rtx4060-laptop")
+    assert found == {"moe-spac": "cpu", "llama.cpp": "move", "llama.cpp-cpu": "cpu", "fiddler": "best"}
+    assert missing == {}
+    found, missing = handled("jetson-agx-orin")
+    assert found == {"moe-spac": "move", "llama.cpp": "move"}
+    assert "device jetson-agx-orin has no host_gb_per_s" in missing["fiddler"]
+    assert "device rtx4060-laptop-16gb has no host_gb_per_s" in handled("rtx4060-laptop-16gb")[1]["llama.cpp-cpu"]
+    assert handled(None)[0] == {"moe-spac": "move", "llama.cpp": "move"}
+    assert "give --profile" in handled("rtx4060-laptop", has_profile=False)[1]["fiddler"]
 
 
 def test_names_are_resolved_once_each() -> None:

@@ -109,6 +109,15 @@ def test_the_search_finds_the_best_of_a_grid(tmp_path: Path, aim: str, budget: s
     assert report.to_json() == tuned(traces, budget, source, device=FAST, aim=aim).to_json()
 
 
+def test_the_host_computes_misses_where_that_is_best(tmp_path: Path) -> None:
+    device = f"{SATURATED},host_gb_per_s=0.02"
+    report = tuned(hot_and_scanned(tmp_path / "traces"), "8", device=device, misses=("move", "cpu"))
+    assert report.choice.misses == "cpu"
+    choice, *_, lru, _ = report.held_out
+    assert (choice.miss_handling, lru.miss_handling) == ("cpu", "move")
+    assert tuned(hot_and_scanned(tmp_path / "same"), "8", device=SATURATED).choice.misses == "move"
+
+
 def test_lru_is_chosen_unless_another_strategy_is_clearly_better(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,18 @@ def test_a_run_with_prefetches_is_replayed(tmp_path, predictor, policy, prefetch
     assert sum(row.prefetch for row in recording.transfers) > 0
 
 
+@pytest.mark.parametrize("misses", ["cpu", "best"])
+@pytest.mark.parametrize("prefetch", [None, "p>0.3"])
+def test_a_run_whose_host_computes_is_replayed(tmp_path, predictor, misses, prefetch):
+    options = {} if prefetch is None else {"predictor": predictor, "prefetch": prefetch}
+    recording = record(tmp_path / "run", budget=60, tier="host", misses=misses, **options)
+    assert recording.options.misses == misses
+    replayed = replay_as_run(recording if prefetch is None else naming(recording, predictor))
+    assert replayed.difference is None, replayed
+    assert replayed.equal == len(recording.events) > 0
+    assert sum(row.on_host for row in recording.events) > 0
+
+
 def test_the_first_difference_is_named(tmp_path, predictor):
     recording = naming(record(tmp_path / "run", budget=60, predictor=predictor), predictor)
     other = replay_as_run(replace(recording, options=replace(recording.options, policy="lfu")))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_beyond.report.labels import BASELINES
 from moe_beyond.simulator import Result
 
 FORECAST = "tok/s is a forecast"
@@ -60,10 +61,14 @@ def _start(results: Sequence[Result]) -> str:
     """Describe the cache at the start of a sequence."""
     if any(result.carry_over for result in results):
         return "each sequence starts with the cache of the previous one"
-    if any(result.warm_start for result in results):
-        baselines = "" if all(result.warm_start for result in results) else " (baselines: with an empty cache)"
-        return f"each sequence starts with the most popular experts{baselines}"
-    return "each sequence starts with an empty cache"
+    warm = dict.fromkeys(result.strategy for result in results if result.warm_start)
+    cold = {result.strategy for result in results if not result.warm_start}
+    if warm and cold <= BASELINES.keys() | {"all_resident"}:
+        return (
+            f"each sequence starts with the most popular experts{' (baselines: with an empty cache)' if cold else ''}"
+        )
+    popular = f" ({', '.join(warm)}: with the most popular experts)" if warm else ""
+    return f"each sequence starts with an empty cache{popular}"
 
 
 def _steps(results: Sequence[Result]) -> str:

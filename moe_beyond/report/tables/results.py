@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.geometry import Geometry
 from moe_beyond.report.labels import (
     BYTES_DEFINITION,
@@ -65,7 +66,9 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
     table.add_column("demand\nratio", justify="right", no_wrap=True)
     table.add_column("strategy")
     table.add_column("look-\nahead")
-    for name in ("hit rate", "late", "bytes", "wasted %") if timed else ("hit rate", "bytes", "prefetched", "wasted"):
+    hosted = any(result.miss_handling != MOVE for result in results)
+    counted = ("hit rate", "late", *(("on\nhost",) if hosted else ()), "bytes", "wasted %")
+    for name in counted if timed else ("hit rate", "bytes", "prefetched", "wasted"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("tok/s", "stall\nms", "p95\nms") if timed else ():
         table.add_column(name, justify="right", no_wrap=True)
@@ -76,7 +79,8 @@ def results_table(results: Sequence[Result], geometry: Geometry) -> Table:
             budget = result.budget_slots
         late = f"{result.late_hits / max(result.accesses, 1):.1%}"
         bytes_ratio = f"{result.bytes_ratio:.2f}"
-        transfers = (late, bytes_ratio) if timed else (bytes_ratio, f"{result.prefetch_transfers:,}")
+        on_host = (f"{result.on_host / max(result.accesses, 1):.1%}",) if hosted else ()
+        transfers = (late, *on_host, bytes_ratio) if timed else (bytes_ratio, f"{result.prefetch_transfers:,}")
         wasted = result.wasted_prefetches
         times = (result.tokens_per_second, result.stall_ms_per_token, result.token_ms_p95) if timed else ()
         table.add_row(
@@ -108,6 +112,8 @@ def _results_caption(results: Sequence[Result]) -> list[str]:
             if measured
             else f"tok/s, stall and p95 per decoded token: timing model of {device}, not a measurement",
         ]
+    if any(result.miss_handling != MOVE for result in results):
+        lines.append("on host: accesses that the host computed; the output equals the model's up to rounding")
     if measured:
         lines.append("compute_ms_per_token in JSON: forwards without stall; cache core and predictor count")
     if predictors:

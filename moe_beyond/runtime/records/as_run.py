@@ -29,7 +29,7 @@ from moe_beyond.runtime.stepping.times import Times
 from moe_beyond.runtime.storage.store import BytesBySource
 from moe_beyond.runtime.strategy import RunStrategy, resolve_strategy
 
-COMPARED = ("hits", "late_hits", "misses", "transfers", "waves")
+COMPARED = ("hits", "late_hits", "misses", "on_host", "transfers", "waves")
 """Fields of an event that must equal the recorded ones."""
 NEVER = 2**62
 """Operation of an arrival after the end of the run."""
@@ -154,7 +154,7 @@ def replay_as_run(recording: Recording) -> ReplayAsRun:
     strategy = recorded_strategy(recording)
     telemetry = Telemetry(keep_rows=True)
     pool = SlotPool(strategy.settings.slots, {0: UNUSED}, torch.device("cpu"))
-    times = (Times(row.now_s, row.transfer_estimate_s, row.layer_estimate_s) for row in _in_order(recording))
+    times = (_times(row) for row in _in_order(recording))
     ledger = make_ledger(manifest.geometry, strategy, pool, telemetry, times)
     mover = _RecordedMover(ledger, recording.prefetches, recording.transfers)
     stand_in: Any = mover
@@ -205,6 +205,14 @@ def _in_order(recording: Recording) -> Iterator[StepRow | EventRow]:
     for number, step in enumerate(recording.steps):
         yield step
         yield from recording.events[number * layers : (number + 1) * layers]
+
+
+def _times(row: StepRow | EventRow) -> Times:
+    """Return the times that the core read at a step or an event."""
+    times = Times(row.now_s, row.transfer_estimate_s, row.layer_estimate_s)
+    if isinstance(row, StepRow):
+        return times
+    return times._replace(device=row.device_estimate_s, host=row.host_estimate_s, host_token=row.host_token_estimate_s)
 
 
 def _events(recording: Recording, controller: Controller) -> Iterator[None]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_beyond.cache.misses import MOVE
 from moe_beyond.evaluation.engine import whole_stream
 from moe_beyond.evaluation.strategies import BASELINES, strategy
 from moe_beyond.runtime.memory import HOST, Memory
@@ -94,9 +95,13 @@ def summary_lines(run: "OffloadedRun", memory: Memory) -> list[str]:
         spent = {"stall": decode.wait_s, "cache core": decode.cache_s, "predictor": decode.predictor_s}
         if memory.place == HOST:  # a GPU computes after the call of its kernel
             spent["experts"] = decode.compute_s
+        if run.strategy.settings.misses != MOVE:
+            spent["experts on the host"] = decode.host_s
         each = ", ".join(f"{name} {1e3 * seconds / decode.tokens:.2f} ms" for name, seconds in spent.items())
         lines.append(f"per decoded token: {each}")
     lines += [_bytes_line(run), _memory_line(memory)]
+    if run.strategy.settings.misses != MOVE:
+        lines.append("the host computes missing experts, so the output equals the model's up to rounding")
     return lines if run.predictions is None else [*lines, *_prediction_lines(run.predictions)]
 
 
@@ -165,6 +170,6 @@ def _speed(sums: Sums) -> str:
 
 
 def _sums_json(sums: Sums) -> dict[str, Any]:
-    names = ("steps", "tokens", "seconds", "cache_s", "predictor_s", "wait_s", "compute_s")
+    names = ("steps", "tokens", "seconds", "cache_s", "predictor_s", "wait_s", "compute_s", "host_s")
     speed = sums.tokens / sums.seconds if sums.tokens else None
     return {**{name: getattr(sums, name) for name in names}, "tokens_per_second": speed}

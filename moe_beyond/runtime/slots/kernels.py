@@ -9,9 +9,13 @@ all slots; it chooses its tiles by the mean size of groups, so equality to the l
 
 An event that demands more experts than there are slots runs in waves. In a wave every route is a row of its own with
 weight 1; gate weights are applied once, after the last wave. Partial sums of waves would be rounded differently.
+
+Routes to experts that the host computes take the same form. The host computes while a GPU computes the residents, and
+only rows are copied between them. Then the output equals the model's up to rounding.
 """
 
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -22,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_beyond.cache.cache import Wave
 from moe_beyond.errors import UserError
+from moe_beyond.runtime.slots.host_kernel import HostKernel, routes_of
 from moe_beyond.runtime.slots.registry import NATIVE, eager
 from moe_beyond.runtime.slots.views import Groups, Rows, View, groups_in_one_kernel, mapped
 
@@ -52,6 +57,9 @@ class Residency(Protocol):
             experts: Experts ``layer * E + expert``.
         """
 
+    def computed_on_host(self, seconds: float) -> None:
+        """Note the seconds in which the host has computed its experts of the running event."""
+
 
 class SlotKernel:
     """Computes the experts of one layer in slots.
@@ -62,11 +70,19 @@ class SlotKernel:
         num_experts: Number of experts of the layer.
         weights: Parameters of the layer in all slots, ``(slots, *shape)`` by name.
         residency: Source of waves.
+        host: Kernel of the experts that the host computes (default: None, it computes none).
     """
 
     def __init__(
-        self, module: nn.Module, layer: int, num_experts: int, weights: dict[str, Tensor], residency: Residency
+        self,
+        module: nn.Module,
+        layer: int,
+        num_experts: int,
+        weights: dict[str, Tensor],
+        residency: Residency,
+        host: HostKernel | None = None,
     ) -> None:
+        self._host = host
         self.layer, self.num_experts, self.residency = layer, num_experts, residency
         self._module, self._weights, self._first = module, weights, layer * num_experts
         first = next(iter(weights.values()))
@@ -107,13 +123,13 @@ class SlotKernel:
         routed = index.cpu().numpy()  # unlike numpy(force=True), it lets readers run while it waits for a GPU
         for wave in self.residency.event(self.layer, routed, gate_weights):
             self._slot_of[wave.experts - self._first] = wave.slots
-            if wave.last and output is None:
+            if wave.last and output is None and len(wave.on_host) == 0:
                 total = self._compute(kernel, hidden_states, index, gate_weights, wave)
                 continue
             if output is None:
                 output = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1], dtype=self._dtype)
             with sums:
-                self._routes(kernel, hidden_states, index, gate_weights.dtype, wave, output)
+                self._wave(kernel, hidden_states, index, gate_weights.dtype, wave, output)
         if output is not None and kernel == "eager":
             total = _sum_in_order_of_experts(output, index, gate_weights, sums.dtype)
         elif output is not None:
@@ -145,6 +161,33 @@ class SlotKernel:
         view = View(self._module, groups, len(experts))
         return NATIVE[kernel](view, hidden_states, mapped(index, rank), gate_weights)
 
+    def _wave(
+        self,
+        kernel: str,
+        hidden_states: Tensor,
+        index: Tensor,
+        gate_dtype: torch.dtype,
+        wave: Wave,
+        output: Tensor,
+    ) -> None:
+        """Compute the routes of a wave: the residents, then the experts of the host, and then the missing ones."""
+        if len(wave.on_host) == 0:
+            self._routes(kernel, hidden_states, index, gate_dtype, wave, output)
+            return
+        assert self._host is not None, "the run has all experts in host memory"
+        began = perf_counter()
+        taken = self._host.take(hidden_states, index, wave.on_host)  # before a GPU has more to compute
+        copied = perf_counter() - began
+        missing = np.zeros(len(wave.experts), bool)
+        missing[wave.missing] = True
+        if not missing.all():
+            self._routes(kernel, hidden_states, index, gate_dtype, _part(wave, ~missing), output)
+        began = perf_counter()
+        self._host.compute(taken, gate_dtype, output)
+        self.residency.computed_on_host(copied + perf_counter() - began)
+        if missing.any():
+            self._routes(kernel, hidden_states, index, gate_dtype, _part(wave, missing), output)
+
     def _routes(
         self,
         kernel: str,
@@ -156,11 +199,8 @@ class SlotKernel:
     ) -> None:
         """Compute the routes of a wave, each with weight 1, into the rows ``(N * K, D)`` of the output."""
         experts = wave.experts - self._first
-        in_wave = np.zeros(self.num_experts, bool)
-        in_wave[experts] = True
-        flat = index.reshape(-1)
-        routes = torch.from_numpy(in_wave).to(flat.device)[flat].nonzero().reshape(-1)
-        chosen = flat
+        routes = routes_of(index, experts, self.num_experts)
+        chosen = flat = index.reshape(-1)
         if kernel == "batched_mm":
             # Its product depends on the number of rows. So all routes are computed, those of other waves by any expert.
             chosen = flat.clone()
@@ -174,6 +214,12 @@ class SlotKernel:
         states = hidden_states[torch.div(rows, index.shape[-1], rounding_mode="floor")]
         result = self._compute(kernel, states, chosen[rows][:, None], ones, wave)
         output[routes] = (result[routes] if kernel == "batched_mm" else result).to(output.dtype)
+
+
+def _part(wave: Wave, chosen: npt.NDArray[np.bool_]) -> Wave:
+    """Return some experts of a wave; the missing ones stay missing."""
+    missing = np.flatnonzero(np.isin(np.flatnonzero(chosen), wave.missing))
+    return Wave(wave.experts[chosen], wave.slots[chosen], missing, wave.last, wave.on_host[:0])
 
 
 def _sum_in_order_of_routes(output: Tensor, index: Tensor, gate_weights: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Controller:
             began = time.perf_counter()
             self._ledger.operations += 1
             times = self._ledger.begin_times(began)
-            self._step.now_s, self._step.transfer_estimate_s, self._step.layer_estimate_s = times
+            self._step.now_s, self._step.transfer_estimate_s, self._step.layer_estimate_s = times[:3]
             self._cache.start_step()
             if scores is not None:  # without scores in the step before, those for a layer's next run are new, too
                 self._cache.set_scores(scores, self._at_start[past == 0 or not scored_before])
@@ -148,28 +148,36 @@ class Controller:
         with self.mover.lock:
             self._ledger.operations += 1
             self._ledger.events += 1
-            row.now_s, row.transfer_estimate_s, row.layer_estimate_s = self._ledger.begin_times(began)
+            times = self._ledger.begin_times(began)
+            row.now_s, row.transfer_estimate_s, row.layer_estimate_s = times[:3]
+            row.device_estimate_s, row.host_estimate_s, row.host_token_estimate_s = times[3:]
             self._cache.demand(layer, experts + layer * self._num_experts, tokens, row.now_s)
             if observed is not None and observed.scores is not None:
                 self._cache.set_scores(observed.scores, self._available[layer])
             wave = self._next_wave(row)
         row.cache_s = time.perf_counter() - began - row.predictor_s
         self._row = row
+        routes = 0  # tokens of the experts on the host
         while wave is not None:
-            began, waited = time.perf_counter(), row.wait_s
+            if len(wave.on_host):
+                routes = int(tokens[np.isin(experts, wave.on_host - layer * self._num_experts)].sum())
+            began, waited, hosted = time.perf_counter(), row.wait_s, row.host_s
             yield wave
             self.wait(wave.experts.tolist())
             assert self._pool.holds(wave.slots.tolist(), wave.experts.tolist()), "a wave computed without its experts"
             self._copier.after_compute(wave.slots.tolist())
             computed = time.perf_counter()
-            row.compute_s += computed - began - (row.wait_s - waited)
+            row.compute_s += computed - began - (row.wait_s - waited) - (row.host_s - hosted)
             with self.mover.lock:
                 self._ledger.operations += 1
                 wave = self._next_wave(row)
             self._event_ended = time.perf_counter()
             row.cache_s += self._event_ended - computed
         if gap:
-            self._ledger.times.add_layer(gap + row.cache_s + row.predictor_s + row.compute_s)
+            self._ledger.times.add_layer(gap + row.cache_s + row.predictor_s + row.compute_s + row.host_s)
+        self._ledger.times.add_computing(row.compute_s, len(experts) - row.on_host)
+        if row.on_host:
+            self._ledger.times.add_host(row.host_s, row.on_host, routes)
         self._publish(self._observer.computed(layer, routed))
         self._telemetry.add_event(row, self._sums)
         self._interrupted = False
@@ -188,6 +196,10 @@ class Controller:
             self.mover.wait(experts)
             self._row.wait_s += time.perf_counter() - began
 
+    def computed_on_host(self, seconds: float) -> None:
+        """Note the seconds in which the host has computed its experts of the running event."""
+        self._row.host_s += seconds
+
     def take_state(self, layer: int, state: Half) -> None:
         """Take the hidden state of a single token that the predictor reads.
 
@@ -202,7 +214,7 @@ class Controller:
         self._pool.end_wave()
         wave = self._cache.next_wave(self._ledger.times.last.now)
         if wave is None:
-            row.hits, row.late_hits, row.misses = self._cache.event_counts()
+            row.hits, row.late_hits, row.misses, row.on_host = self._cache.event_counts()
             self._wake_mover()  # a queued prefetch may have room now
             return None
         row.waves += 1
@@ -249,6 +261,7 @@ class Controller:
     def _queue_prefetches(self, layer: int) -> None:
         """Queue the prefetches that follow a layer; the lock is held."""
         if not self._prefetches:
+            self._wake_mover()  # fills may be queued, or have room now
             return
         deadlines = None
         if self._reads_deadlines:

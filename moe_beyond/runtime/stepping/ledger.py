@@ -50,6 +50,7 @@ class Ledger:
         times = self.times.begin(now)
         if times.transfer:
             self.cache.set_transfer_seconds(times.transfer)
+        self.cache.set_computing(times.device, times.host, times.host_token)
         return times
 
     def next_prefetch(self, now: float | None = None) -> tuple[int, int] | None:
@@ -129,5 +130,6 @@ def make_ledger(
     cache = Cache(
         geometry, settings.slots, settings.policy, settings.scope, profile=strategy.profile,
         prefetch=settings.prefetch_settings(geometry), transfer_seconds=FIRST_TRANSFER_S,
+        misses=settings.misses,
     )  # fmt: skip
     return Ledger(cache, pool, telemetry, RunTimes(recorded))

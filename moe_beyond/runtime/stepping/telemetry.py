@@ -53,6 +53,11 @@ class EventRow:
         transfer_estimate_s: Seconds per transfer that prefetchers with deadlines assume.
         layer_estimate_s: Seconds per layer without stall that they assume.
         now_s: Time at the start of the event, in seconds of the run.
+        on_host: Demanded experts that the host computes.
+        host_s: Seconds in which the host computes them, with copies of their rows.
+        device_estimate_s: Seconds per expert on the device that miss handling assumes.
+        host_estimate_s: Seconds per expert on the host that it assumes.
+        host_token_estimate_s: Seconds per token of an expert on the host that it assumes.
     """
 
     step: int
@@ -69,6 +74,11 @@ class EventRow:
     transfer_estimate_s: float = 0.0
     layer_estimate_s: float = 0.0
     now_s: float = 0.0
+    on_host: int = 0
+    host_s: float = 0.0
+    device_estimate_s: float = 0.0
+    host_estimate_s: float = 0.0
+    host_token_estimate_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -134,6 +144,7 @@ class Sums:
         predictor_s: Seconds of stepping the predictor.
         wait_s: Seconds of waiting for transfers.
         compute_s: Seconds of the experts' kernels.
+        host_s: Seconds in which the host computes experts.
     """
 
     steps: int = 0
@@ -143,6 +154,7 @@ class Sums:
     predictor_s: float = 0.0
     wait_s: float = 0.0
     compute_s: float = 0.0
+    host_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -194,6 +206,7 @@ class Telemetry:
         sums.predictor_s += row.predictor_s
         sums.wait_s += row.wait_s
         sums.compute_s += row.compute_s
+        sums.host_s += row.host_s
         if self.keep_rows:
             self.events.append(row)
 

@@ -6,9 +6,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moe_beyond.runtime.experts import ExpertsLayer
-from moe_beyond.runtime.slab import Bytes, SlabLayout
+from moe_beyond.runtime.slab import Bytes, SlabField, SlabLayout
 
 
 class BytesBySource(NamedTuple):
@@ -130,6 +131,19 @@ class HostStore:
             slab[offset : offset + len(source)] = source
             size += len(source)
         return BytesBySource(host=size)
+
+    def parameter(self, expert: int, field: SlabField) -> Tensor:
+        """Return a parameter of an expert, ``field.shape``, which shares the memory.
+
+        Args:
+            expert: Expert ``layer * E + expert``.
+            field: Parameter of the layer's layout.
+        """
+        for offset, source in self.parts[expert]:
+            if offset <= field.offset < offset + len(source):
+                content = torch.from_numpy(source[field.offset - offset :][: field.nbytes])
+                return content.view(field.dtype).view(field.shape)
+        raise AssertionError(f"{self.describe(expert)} has no {field.name}")
 
     def describe(self, expert: int) -> str:
         """Name an expert, for error messages."""
