@@ -18,9 +18,10 @@ def build_parser() -> ArgumentParser:
     """Return the parser of this command's options."""
     parser = command_parser(
         "tune",
-        "Choose the best strategy of a budget: policy, prefetcher, threshold, lookahead and scope. It is chosen on one "
-        "half of the conversations and judged on the other, next to LRU and Belady. LRU is chosen unless another "
-        "strategy is better by more than its spread. `run --config FILE` and `replay --config FILE` use the choice.",
+        "Choose the best strategy of a budget: policy, prefetcher, threshold, lookahead, scope and, with several "
+        "--misses, miss handling. It is chosen on one half of the conversations and judged on the other, next to LRU "
+        "and Belady. LRU is chosen unless another strategy is better by more than its spread. `run --config FILE` and "
+        "`replay --config FILE` use the choice.",
         "moe-beyond tune --traces traces/webglm --device rtx4060-laptop --budget 10% --out tuned.yaml",
     )
     add_measured_traces(parser, split_default=f"all; with a predictor, {UNFITTED}")

@@ -100,6 +100,22 @@ def test_a_device_adds_times(capsys, house):
     assert faster["stall_ms_per_token"] == pytest.approx(lru["stall_ms_per_token"] / 4)
 
 
+def test_the_host_computes_misses(capsys):
+    words = ("--budget", "8", "--device", "mine.json,host_gb_per_s=0.1", "--misses", "move", "--misses", "cpu")
+    moved, on_host, *_ = results(capsys, *words)
+    assert [moved["strategy"], on_host["strategy"]] == ["lru", "lru, misses cpu"]
+    assert (moved["miss_handling"], moved["on_host"], on_host["miss_handling"]) == ("move", 0, "cpu")
+    assert on_host["on_host"] == on_host["accesses"] - on_host["hits"]
+    assert (on_host["demand_transfers"], on_host["stall_ms_per_token"]) == (0, 0)
+    assert main(["replay", "--traces", "traces", *words]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "on host: accesses that the host computed; the output equals the model's up to rounding" in said
+    assert main(["replay", "--traces", "traces", "--misses", "cpu"]) == 2
+    assert "--misses cpu: needs the times of a device; give --device" in capsys.readouterr().err
+    assert main(["replay", "--traces", "traces", "--misses", "cpu", "--device", "mine.json"]) == 2
+    assert "device mine has no host_gb_per_s" in capsys.readouterr().err
+
+
 def test_named_systems(capsys):
     found = replay(capsys, "--strategy", "all", "--scores", "leak", "--budget", "50%")
     assert names(found["results"]) == ["moe-beyond", "moe-spac", "llama.cpp", *REFERENCES, "lru, window 8"]

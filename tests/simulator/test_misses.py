@@ -70,11 +70,11 @@ def test_best_splits_an_event():
     # Without its transfer the event would end at 3.
     assert replayed([[0, 1]], "best", transfer=3, host=2) == ((0, 0, 2, 1, 1, 1), [(2, 5)])
     assert replayed([[0, 1]], "cpu", transfer=3, host=2) == ((0, 0, 2, 2, 0, 2), [(0, 5)])
-    assert replayed([[0, 1]], "move", transfer=3, host=2) == ((0, 0, 2, 0, 2, 0), [(6, 9)])
+    assert replayed([[0, 1]], "move", transfer=3, host=2) == ((0, 0, 2, 0, 2, 0), [(5, 8)])
 
 
 def test_tokens_of_a_chunk_count():
-    # Expert 0 for two tokens, and expert 1 for one. The host takes a tick for each token, the device one for an expert.
+    # Expert 0 for two tokens, and expert 1 for one. In a tick the host computes a token, and the device an expert.
     # Expert 0 first: on the host at 3, on the device at 3 + 1. Expert 1: on both at 4, so it is moved.
     chunk = {"transfer": 2, "host": 0.5, "host_flops": 1, "chunk": 3}
     assert replayed([[0], [0], [1]], "best", **chunk) == ((0, 0, 2, 1, 1, 1), [(1, 4)])
