@@ -91,7 +91,7 @@ def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None
     def milliseconds(name: str) -> float:
         return sum(path.vertices[:, 0].max() - path.vertices[:, 0].min() for path in bars[name])
 
-    # Computing and stalls fill the token's time. Weights are read in 2.8 ms at the full bandwidth; a launch takes 55 us.
+    # Computing and stalls fill the time of the token. At the full bandwidth weights take 2.8 ms, and a launch 55 us.
     assert milliseconds("compute") == pytest.approx(2.8 / 0.8 + 4 * 0.055)
     assert milliseconds("compute") + milliseconds("stall") == pytest.approx(figure.axes[0].get_xlim()[1])
 
