@@ -27,6 +27,7 @@ class Timeline:
         token: Position of the token in the sequence.
         begins: Time at which it started.
         ends: Time at which its computing ended.
+        layers: Time at which each layer began, ``L`` numbers.
         computing: Spans of computing. Each layer has one before its routing, and one or more of its experts, with a
             stall between two of them. After the last layer there is one for dense layers, head and fixed cost, if they
             take time.
@@ -39,6 +40,7 @@ class Timeline:
     token: int
     begins: float
     ends: float
+    layers: list[float]
     computing: Spans
     stalls: Spans
     demand_transfers: Spans
@@ -94,6 +96,7 @@ def timeline(
         token=token,
         begins=begins,
         ends=ends,
+        layers=[begins, *events[places][:-1, EventRecord.ENDED].tolist()],
         computing=computing,
         stalls=stalls,
         demand_transfers=[(row[Transfer.BEGIN], row[Transfer.END]) for row in during[~prefetched]],

@@ -103,8 +103,8 @@ class Driver:
         cache.demand(layer, ids, tokens, self.now)
         if not steps.computed:
             self.publish(steps, step, layer)
-        ready = max([self.now, *(self.transit.get(expert, 0.0) for expert in residents)])
-        first = True
+        arrivals = [max(self.now, self.transit.get(expert, 0.0)) for expert in residents]
+        first, stall = True, 0.0
         while (wave := cache.next_wave(self.now)) is not None:
             assert len(wave.experts) == (len(residents) if first else 0) + len(wave.missing)
             if not bypass:
@@ -113,17 +113,22 @@ class Driver:
                 assert all(0 <= slot < self.case.settings.slots for slot in wave.slots.tolist())
             came += missing([wave])
             for _ in wave.missing:
-                ready = self.free = max(self.free, self.now) + self.transfer
-            ends = ready + self.expert * len(wave.experts)
+                self.free = max(self.free, self.now) + self.transfer
+                arrivals.append(self.free)
+            ends = self.now
+            for arrival in sorted(arrivals):  # experts compute one after another, in the order of their arrival
+                ends = max(ends, arrival) + self.expert
+            stall += ends - self.now - self.expert * len(arrivals)
             if wave.last and not steps.computed:
                 self.queue(layer, ends)
+            ready = max([self.now, *arrivals])
             self.advance(ends)
-            times, ready, first = [routed, ready, ends], ends, False
+            arrivals, first = [], False
         assert came == sorted(set(ids.tolist()) - set(residents))  # each once, ascending
         if steps.computed:
             self.publish(steps, step, layer)
             self.queue(layer, ends)
-        return [*times, *cache.event_counts()[:3]]
+        return [routed, ready, ends, *cache.event_counts()[:3], stall]
 
     def run(self, steps: StepArrays) -> list[list[float]]:
         layers, events = self.case.geometry.num_layers, []

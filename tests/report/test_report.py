@@ -85,14 +85,14 @@ def test_a_timeline_shows_the_first_strategys_token(trace_set: TraceSet) -> None
     assert figure.get_suptitle() == f"lru + top2, 8 slots, {DEVICE.name}: token {TIMELINE_TOKEN}"
     bars = {bar.get_label(): bar.get_paths() for bar in figure.axes[0].collections}
     assert set(bars) == {"compute", "stall", "demand transfer", "prefetch"}
-    assert len(bars["compute"]) == 8  # two a layer
+    assert 8 <= len(bars["compute"]) <= 8 + len(bars["stall"])  # two per layer, and one after a stall between experts
     assert bars["prefetch"]
 
     def milliseconds(name: str) -> float:
         return sum(path.vertices[:, 0].max() - path.vertices[:, 0].min() for path in bars[name])
 
-    # What computes and what stalls fills the token's time, of which 2.8 ms are computing.
-    assert milliseconds("compute") == pytest.approx(2.8)
+    # Computing and stalls fill the time of the token. At the full bandwidth weights take 2.8 ms, and a launch 55 us.
+    assert milliseconds("compute") == pytest.approx(2.8 / 0.8 + 4 * 0.055)
     assert milliseconds("compute") + milliseconds("stall") == pytest.approx(figure.axes[0].get_xlim()[1])
 
 

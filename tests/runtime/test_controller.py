@@ -80,7 +80,7 @@ class Script:
         self.content: dict[int, int] = {}
         self.woken = False
         self.waves: list[list[Expert]] = []
-        self.step = Step([], {}, True, 1, True)
+        self.step = Step([], {}, True, 1, 0, True)
         self.pending: int | None = None  # a computed layer that is not observed yet
 
     # The mover.
@@ -229,7 +229,7 @@ def test_events_follow_the_reference(
         demands = [dict(zip(i.tolist(), n.tolist(), strict=True)) for i, n in zip(ids, counts, strict=True)]
         scores = {name: rows.tolist() for name, rows in script.scores.items()} if tokens == 1 else {}
         observe(script)
-        script.step = Step(demands, scores, True, tokens, number == 0)
+        script.step = Step(demands, scores, True, tokens, tokens, number == 0)
         reference.start_step(True)
         reference.publish_scores(script.step, None, -1)
         reference.issue_prefetches(-1)

@@ -176,7 +176,7 @@ def timeline_plot(timeline: Timeline, geometry: Geometry, title: str) -> Figure:
     for name, (color, row, spans) in parts.items():
         bars = [(1e3 * (begin - start), 1e3 * (end - begin)) for begin, end in spans]
         axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.3, label=name)
-    for layer, (begin, _) in enumerate(timeline.computing[::2]):
+    for layer, begin in enumerate(timeline.layers):
         if layer % -(-geometry.num_layers // MOST_TICKS) == 0:
             axes.annotate(
                 str(geometry.moe_layers[layer]),
