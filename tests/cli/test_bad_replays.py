@@ -65,7 +65,7 @@ SCORES = ("--scores", "scores")
         (("--device", "gone.json"), "gone.json: cannot be read"),
         (("--device", "other.json"), "other.json: is not a JSON object"),
         (("--strategy", "llama"), "unknown strategy 'llama'; did you mean 'llama.cpp'?"),
-        (("--strategy", "zzz"), "unknown strategy 'zzz'; known: all, belief-cross-layer, llama.cpp"),
+        (("--strategy", "zzz"), "unknown strategy 'zzz'; known: all, belief-cross-layer, fiddler"),
         # Prefetchers, and scores that serve them.
         (("--prefetch", "p>1.01", *SCORES), "prefetch 'p>1.01': the threshold must be a probability, 0 to 1"),
         (("--prefetch", "p>-0.1", *SCORES), "prefetch 'p>-0.1': the threshold must be a probability, 0 to 1"),
@@ -110,7 +110,10 @@ SCORES = ("--scores", "scores")
             ("--strategy", "llama.cpp", "--policy", "lru"),
             "--strategy: a strategy has its own policy",
         ),
-        (("--strategy", "all", "--prefetch", "top2", *SCORES), "leave out --policy, --prefetch and --lookahead"),
+        (
+            ("--strategy", "all", "--prefetch", "top2", *SCORES),
+            "leave out --policy, --prefetch, --lookahead and --misses",
+        ),
         (("--strategy", "od-moe"), "strategy od-moe: not available: is defined only by time; give --device"),
         (("--policy", "od_moe"), "give --device"),
         (("--sequential", *DEVICE), "--sequential counts accesses only"),

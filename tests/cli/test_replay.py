@@ -92,9 +92,10 @@ def test_a_device_adds_times(capsys, house):
     assert (resident["stall_ms_per_token"], resident["budget_slots"]) == (0, 32)
     assert all(resident["tokens_per_second"] > result["tokens_per_second"] for result in found[:-1])
     assert found[1]["lookahead"] is None  # adaptive reads all lookaheads
-    # A field changed, bits changed: half the bytes at double the speed, a quarter of the time on the link.
-    again = results(capsys, *words, "--device", "mine.json,link_gb_per_s=0.006", "--quantization", "8")
-    assert again[0]["device"] == "mine,link_gb_per_s=0.006"
+    # Fields changed, bits changed: half the bytes at double the speeds, a quarter of all times.
+    changes = "link_gb_per_s=0.006,memory_gb_per_s=0.04"
+    again = results(capsys, *words, "--device", f"mine.json,{changes}", "--quantization", "8")
+    assert again[0]["device"] == f"mine,{changes}"
     lru, faster = found[2], again[2]
     assert faster["bytes_per_token"] == lru["bytes_per_token"] / 2
     assert faster["stall_ms_per_token"] == pytest.approx(lru["stall_ms_per_token"] / 4)

@@ -143,7 +143,7 @@ class Script:
     def begin_wave(self) -> None:
         """Do in the reference what the controller does when it begins a wave."""
         self.missing = self.waves.pop(0)
-        self.reference.transfer(self.missing, 0)
+        self.reference.transfer(self.missing)
         for expert in self.missing:
             self.reference.arrives[expert] = -NEVER  # its event waits for it
         if not self.waves and not self.reference.rules.computed:

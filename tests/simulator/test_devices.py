@@ -133,7 +133,7 @@ def test_a_file_holds_a_device_or_what_differs_from_a_preset(tmp_path):
         ({"efficiency": 1.2}, "efficiency must be above 0 and at most 1 (got 1.2)"),
         ({"layer_us": -1}, "layer_us must be a finite number from 0 (got -1)"),
         ({"tflops": 0}, "tflops must be a finite number above 0 (got 0)"),
-        ({"expert_ms": 0}, "expert_ms must be a finite number above 0 (got 0)"),
+        ({"expert_ms": -1}, "expert_ms must be a finite number from 0 (got -1)"),
         ({"host_memory_gb": 16}, "host_memory_gb is given without"),
         ({"flash_gb_per_s": 3}, "flash_gb_per_s is given without"),
         ({"flash_latency_us": 100}, "flash_latency_us needs"),

@@ -494,14 +494,14 @@ def test_misses_of_an_event_queue_for_the_link():
 def test_residents_compute_while_a_miss_arrives():
     geometry = small_geometry(1, 12, 6)
     config = ReplaySettings(12, device=ticking(3), bits=8.0)
-    trace = [[[0, 1, 2, 3, 4, NO_EXPERT]], [[0, 1, 2, 3, 4, 5]], [[0, 6, 7, 8, 9, 10]]]
+    trace = np.array([[[0, 1, 2, 3, 4, NO_EXPERT]], [[0, 1, 2, 3, 4, 5]], [[0, 6, 7, 8, 9, 10]]], np.uint8)
     replaying = Replay(geometry, config)
-    events, _ = replaying.watch(ReplaySequence(geometry, np.array(trace)))
+    events, _ = replaying.watch(ReplaySequence(geometry, trace))
     columns = [EventRecord.ROUTED, EventRecord.READY, EventRecord.ENDED, EventRecord.STALL]
     # Token 1: routed at 1; 5 transfers until 16, through at 17. Token 2: routed at 18; 5 is there at 21; six experts
     # compute until 24. Token 3: routed at 25; the misses are there at 28, 31, ..., 40, and the last is through at 41.
     assert (events[:, columns] / TICK).tolist() == [[1, 16, 17, 11], [18, 21, 24, 0], [25, 40, 41, 10]]
-    seen = timeline(geometry, config, ReplaySequence(geometry, np.array(trace)), 2, None)
+    seen = timeline(geometry, config, ReplaySequence(geometry, trace), 2, None)
     ticks = [[(round(a / TICK), round(b / TICK)) for a, b in spans] for spans in (seen.computing, seen.stalls)]
     assert ticks[0] == [(24, 25), (25, 26), (28, 29), (31, 32), (34, 35), (37, 38), (40, 41)]
     assert ticks[1] == [(26, 28), (29, 31), (32, 34), (35, 37), (38, 40)]

@@ -163,7 +163,7 @@ class CudaCopier:
         """Unpin the staging buffers and the memory of the store after the last copy, and forget the slots.
 
         Raises:
-            RuntimeError: Memory cannot be unpinned; the rest is.
+            RuntimeError: Memory cannot be unpinned; all other memory is unpinned.
         """
         if os.getpid() != self._process:  # a fork of the process must not call CUDA
             return
