@@ -491,7 +491,7 @@ def test_geometry_survives_json(layers, experts, top_k, params, name):
     assert Geometry.of(geometry.to_json()) == Geometry.of(geometry) == geometry
 
 
-MIXED = Geometry("mixed", (0, 2), 4, 1, 0, 0, (300, 200), (7, 9))
+MIXED = Geometry("mixed", (0, 2), 4, 1, 0, 0, expert_bytes=(300, 200), other_bytes=(7, 9))
 
 
 def test_bytes_by_layer_are_kept_and_left_out_if_unset():

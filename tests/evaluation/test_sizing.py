@@ -20,7 +20,7 @@ from moe_beyond.simulator.devices import Device, device_slots, load_device
 from moe_beyond.traces.reader import TraceSet
 
 COMMON = ReplaySettings(TINY.total_experts)
-SLOW = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02")
+SLOW = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02,efficiency=1,layer_us=0")
 SOURCE = seer("seer", (1,))
 
 

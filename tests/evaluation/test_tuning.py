@@ -24,7 +24,7 @@ from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
-FAST = "rtx3060,link_gb_per_s=0.02,link_latency_us=0,memory_gb_per_s=0.02"
+FAST = "rtx3060,link_gb_per_s=0.01,link_latency_us=0,memory_gb_per_s=0.02,efficiency=1,layer_us=0"
 SATURATED = "rtx3060,link_gb_per_s=0.0005,link_latency_us=0,memory_gb_per_s=0.02"
 
 

@@ -22,7 +22,9 @@ from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 
 def geometry(sizes: tuple[int, ...], experts: int, top_k: int) -> Geometry:
-    return Geometry("mixed", tuple(range(len(sizes))), experts, top_k, 0, 0, sizes, (0,) * len(sizes))
+    return Geometry(
+        "mixed", tuple(range(len(sizes))), experts, top_k, 0, 0, expert_bytes=sizes, other_bytes=(0,) * len(sizes)
+    )
 
 
 TWO = geometry((300, 200), 4, 1)

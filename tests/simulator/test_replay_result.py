@@ -34,7 +34,7 @@ def test_keys_and_values(result: Result):
     written = result.to_json()
     assert set(KEYS) <= set(written)
     a = {"accesses": 2, "hits": 1, "misses": 1, "demand_transfers": 1, "prefetch_transfers": 2, "useful_prefetches": 1}
-    both = {"layer": 0, **a, "late_hits": 0, "wasted_prefetches": 1, "hit_rate": 0.5}
+    both = {"layer": 0, **a, "late_hits": 0, "wasted_prefetches": 1, "on_host": 0, "hit_rate": 0.5}
     assert written["per_layer"] == [both, {**both, "layer": 1}]
     del written["per_layer"]
     assert written == {
@@ -53,6 +53,8 @@ def test_keys_and_values(result: Result):
         "hits": 2,
         "late_hits": 0,
         "misses": 2,
+        "miss_handling": "move",
+        "on_host": 0,
         "hit_rate": 2 / 4,
         "bytes_ratio": 6 / 4,  # 2 on demand, 4 prefetched
         "demand_transfers": 2,
@@ -172,14 +174,14 @@ ONE_LAYER = small_geometry(1, 4, 1)
 
 
 def test_a_window_reports_by_token():
-    # {0 0 1}: 1 + 6 + 2 ticks, {2}: 1 + 3 + 1. Two accesses and one, but four experts demanded token by token.
+    # {0 0 1}: 1 + 6 + 1 ticks, as 0 computes while 1 arrives; {2}: 1 + 3 + 1. Two accesses and one, but four experts demanded token by token.
     written = replay(ONE_LAYER, WINDOWED, [[[e]] for e in (0, 0, 1, 2)]).to_json()
     assert (written["accesses"], written["misses"], written["demanded"], written["tokens"]) == (3, 3, 4, 4)
     assert written["bytes_ratio"] == 3 / 4
-    assert written["tokens_per_second"] == pytest.approx(4 / (14 * TICK))
-    # 3 ticks each for three tokens, 5 for one.
-    assert written["token_ms_p50"] == pytest.approx(3 * TICK * 1e3)
-    assert written["token_ms_p99"] == pytest.approx((3 + 0.97 * 2) * TICK * 1e3)
+    assert written["tokens_per_second"] == pytest.approx(4 / (13 * TICK))
+    # 8 / 3 ticks each for three tokens, 5 for one.
+    assert written["token_ms_p50"] == pytest.approx(8 / 3 * TICK * 1e3)
+    assert written["token_ms_p99"] == pytest.approx((8 / 3 + 0.97 * (5 - 8 / 3)) * TICK * 1e3)
     assert written["window"] == 3
 
 
@@ -196,11 +198,11 @@ def test_a_window_ends_where_the_warm_up_does():
 
 
 def test_a_batchs_tokens_each_take_its_whole_step():
-    # Two sequences, step by step: {0 1}: 1 + 6 + 2 ticks, {0}: 1 + 0 + 1, of only the longer one.
+    # Two sequences, step by step: {0 1}: 1 + 6 + 1 ticks, {0}: 1 + 0 + 1, of only the longer one.
     replaying = Replay(ONE_LAYER, replace(WINDOWED, window=1, batch_size=2))
     replaying.add(np.array([[[0]], [[0]]]))
     replaying.add(np.array([[[1]]]))
     result = replaying.result()
     assert (result.sequences, result.tokens, result.demanded, result.accesses) == (2, 3, 3, 3)
-    assert result.token_ms_p50 == pytest.approx((9 + 2) / 2 * TICK * 1e3)
-    assert result.tokens_per_second == pytest.approx(3 / (11 * TICK))
+    assert result.token_ms_p50 == pytest.approx((8 + 2) / 2 * TICK * 1e3)
+    assert result.tokens_per_second == pytest.approx(3 / (10 * TICK))
