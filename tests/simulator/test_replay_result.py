@@ -174,7 +174,8 @@ ONE_LAYER = small_geometry(1, 4, 1)
 
 
 def test_a_window_reports_by_token():
-    # {0 0 1}: 1 + 6 + 1 ticks, as 0 computes while 1 arrives; {2}: 1 + 3 + 1. Two accesses and one, but four experts demanded token by token.
+    # {0 0 1}: 1 + 6 + 1 ticks, as 0 computes while 1 arrives; {2}: 1 + 3 + 1. Two accesses and one, but four experts
+    # demanded token by token.
     written = replay(ONE_LAYER, WINDOWED, [[[e]] for e in (0, 0, 1, 2)]).to_json()
     assert (written["accesses"], written["misses"], written["demanded"], written["tokens"]) == (3, 3, 4, 4)
     assert written["bytes_ratio"] == 3 / 4
