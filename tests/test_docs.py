@@ -247,8 +247,13 @@ def test_replay_tables_have_the_headings_of_the_program() -> None:
 
     geometry = small_geometry(1, 3, 1)
     programs = []
-    for device in (None, load_device("rtx4060-laptop")):
-        table = results_table([replay(geometry, ReplaySettings(2, device=device), [[[0]], [[1]]])], geometry)
+    device = load_device("rtx4060-laptop")
+    for settings in (
+        ReplaySettings(2),
+        ReplaySettings(2, device=device),
+        ReplaySettings(2, device=device, misses="cpu"),
+    ):
+        table = results_table([replay(geometry, settings, [[[0]], [[1]]])], geometry)
         programs.append([str(column.header).replace("-\n", "").replace("\n", " ") for column in table.columns])
     tables = [
         line for page in PAGES for line in re.findall(r"^\| slots \(share\) \|.*$", (ROOT / page).read_text(), re.M)

@@ -434,7 +434,7 @@ def test_any_object_gives_a_geometry_or_one_line_and_quickly(base, kind, changes
     content = {name: value for name, value in content.items() if name not in without}
     start = time.process_time()
     outcome = geometry_or_message(content)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5  # a garbage collection within may take one
     if isinstance(outcome, Geometry):
         assert Geometry.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
     else:

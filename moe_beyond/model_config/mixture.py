@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import shown
+from moe_beyond.json_fields import printable, shown
 from moe_beyond.model_config import layers as rules
 from moe_beyond.model_config.decoding import attention_params, kv_values_per_token, outside_params
 from moe_beyond.model_config.families import (
@@ -123,7 +123,9 @@ def _language_model(config: Config) -> Config:
     if not parts:
         return config
     if len(parts) > 1 or any(name in config for name in EXPERTS):
-        raise config.error(f"has experts in {' and '.join([*parts, 'itself'][:2])}; reduce it to one of them")
+        raise config.error(
+            f"has experts in {' and '.join(map(printable, [*parts, 'itself'][:2]))}; reduce it to one of them"
+        )
     if not isinstance(part := config.fields[parts[0]], Mapping):
         raise config.error(f"{parts[0]} must be an object (got {shown(part)})")
     return _language_model(Config({k: v for k, v in part.items() if v is not None}, config.source))
@@ -136,7 +138,7 @@ def _no_experts(config: Config) -> UserError:
         if counts and type(value) is int and value > 0 and lays_out(name):
             return config.error(f"{name} (got {value}) is not understood, and no known field has experts; {BY_HAND}")
         if isinstance(value, Mapping) and any(value.get(field) for field in EXPERTS):
-            return config.error(f"has experts in {name}, which is not known as a language model; {BY_HAND}")
+            return config.error(f"has experts in {printable(name)}, which is not known as a language model; {BY_HAND}")
     return config.error("has no routed experts; give the configuration of a mixture-of-experts model")
 
 
