@@ -283,6 +283,7 @@ def test_fields_of_published_files_that_agree_are_read():
             r"moe_num_primary_experts \(got 32\) is not understood, and no known field has experts; write a",
         ),
         ({"model_type": "a", "decoder": QWEN3}, "has experts in decoder, which is not known as a language model"),
+        ({"model_type": "a", "\r": QWEN3}, r"has experts in \\x0d, which is not known as a language model"),
         (
             {"model_type": "a", "num_hidden_layers": 4},
             "has no routed experts; give the configuration of a mixture-of-experts model",
