@@ -75,6 +75,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="file for the figures as JSON")
     args = parser.parse_args()
+    if args.sweeps < 1:
+        parser.error(f"--sweeps must be at least 1 (got {args.sweeps})")
     traces = TraceSet(args.data)
     geometry = traces.geometry
     console = Console(width=120)

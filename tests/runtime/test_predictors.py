@@ -1,6 +1,7 @@
 """Predictors, policies and prefetchers of a run: their inputs, their scores, and the counters."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -208,7 +209,7 @@ def test_strategies_are_exact_and_count_consistently(
     options: dict[str, Any] = {}
     if "profile" in load_policy(policy).NEEDS:
         profile = UsageProfile(np.linspace(0, 1, LAYERS * 8).reshape(LAYERS, 8), default_hazard())
-        monkeypatch.setattr("moe_beyond.runtime.strategy.find_predictor", lambda name: name)
+        monkeypatch.setattr("moe_beyond.runtime.strategy.find_predictor", lambda name: Path(__file__))
         monkeypatch.setattr("moe_beyond.runtime.strategy.load_profile", lambda *_: profile)
         options["profile"] = "a profile"
     expected = [generate(model, prompt) for prompt in PROMPTS]
