@@ -38,6 +38,8 @@ class SlotPool:
         try:
             with torch.inference_mode(False):  # reader threads write to it outside of any such block
                 whole = torch.empty(slots * self.stride + PAGE, dtype=torch.uint8, device=device)
+                if device.type == "cpu":  # the system gives a page at its first use, which would slow the first reads
+                    whole[::PAGE] = 0
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
             raise UserError(
                 f"budget: {slots:,} slots of {self.stride:,} bytes do not fit into the memory of {device}; give a "
