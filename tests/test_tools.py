@@ -43,8 +43,6 @@ def test_a_repeated_set_streams_and_shares_no_routing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 def test_the_small_model_can_be_trained_and_resumed(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
@@ -190,6 +188,37 @@ def test_a_choice_is_compared_with_a_grid(tmp_path: Path) -> None:
     assert row["holds"]
     assert row["choice tok/s"] == row["lru tok/s"] == row["best tok/s"]
     assert row["grid"] == row["tried"]
+
+
+@pytest.mark.slow
+def test_runs_are_compared_with_their_replays(tmp_path: Path) -> None:
+    words = ("--model", "small-moe", "--tier", "host", "--sequences", "2", "--tokens", "12", "--repeats", "2")
+    words = (
+        *words,
+        "--budgets",
+        "25%",
+        "50%",
+        "--strategies",
+        "lru",
+        "lfu",
+        "--json",
+        str(tmp_path / "t.json"),
+    )
+    printed = run("validate_replay.py", *words, "--recordings", str(tmp_path / "runs"))
+    figures = json.loads((tmp_path / "t.json").read_text())
+    assert [(row["strategy"], row["budget"]) for row in figures] == [
+        ("lru", "25%"), ("lru", "50%"), ("lfu", "25%"), ("lfu", "50%"),
+    ]  # fmt: skip
+    for row in figures:
+        assert row["equal_events"] == row["events"] > 0
+        assert row["recorded"] > 0
+        assert row["strategy"] != "lru" or row["hits"] == row["hits_forecast"]
+    assert "tokens/s within 5%" in printed
+    began = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(began) == 8
+    run("validate_replay.py", *words, "--recordings", str(tmp_path / "runs"))  # reads the recordings
+    assert began == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert json.loads((tmp_path / "t.json").read_text()) == figures
 
 
 @pytest.mark.slow

@@ -1,19 +1,21 @@
 """Published decode speeds next to the clock's forecasts.
 
-    python tools/compare_published.py [--traces DIR] [--json FILE]
+    python tools/compare_published.py [--traces DIR]... [--json FILE]
 
 A forecast is one of three. With a published hit rate, every miss waits for its transfer and nothing overlaps. With
-traces of DeepSeek-V2-Lite and a budget, LRU is replayed. With all experts resident, only computing counts. Prompts are
-taken to be short. Devices without a preset are presets with other bandwidths.
+a budget and traces of the model, LRU is replayed; the generated tokens count, or in sets without them, all but the
+first ten of a sequence. With all experts resident, only computing counts, and prompts are taken to be short. Devices
+without a preset are presets with other bandwidths.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from moe_beyond.api import replay
 from moe_beyond.files import write_json
-from moe_beyond.geometry import PRESETS, budget_slots
-from moe_beyond.simulator import Replay, ReplaySettings
+from moe_beyond.geometry import PRESETS
 from moe_beyond.simulator.computing import resident_seconds
 from moe_beyond.simulator.devices import Device, load_device, transfer_seconds
 from moe_beyond.traces.reader import TraceSet
@@ -55,7 +57,7 @@ class Row:
     top_k: int | None = None
 
 
-QWEN, DEEPSEEK, GPT_OSS = "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b"
+QWEN, DEEPSEEK, GPT_OSS, GPT_OSS_LARGE = "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b", "gpt-oss-120b"
 IMP, EDGE = "kekzl/imp", "Helldez/BigMoeOnEdge"
 PAGEABLE = "time per miss is that of pageable copies, 8 GB/s"
 """By regression of the published token times on misses; the engine measured 9.6 GB/s for them (#1409)."""
@@ -70,7 +72,8 @@ ROWS = (
     Row(EDGE, QWEN, 4.87, PHONE, 0, 1.7, SLOW_MEMORY, "its README"),
     Row(EDGE, QWEN, 4.87, PHONE, 53, 2.4, SLOW_MEMORY, "its README"),
     Row(EDGE, QWEN, 4.87, PHONE, 76, 4.0, SLOW_MEMORY, "its README"),
-    Row(EDGE, QWEN, 4.87, PHONE, 74.9, 5.657, SLOW_MEMORY, "recording of 2026-07-15", top_k=6),
+    Row(EDGE, QWEN, 4.87, PHONE, "4000MiB", 5.657, SLOW_MEMORY, "its recording", top_k=6),
+    Row(EDGE, GPT_OSS_LARGE, 4.25, PHONE, "3000MiB", 0.503, "6,000 page faults per token", "its recording", top_k=2),
     Row(
         EDGE,
         QWEN,
@@ -104,17 +107,19 @@ ROWS = (
 def main() -> None:
     """Parse the options and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", help="trace set of DeepSeek-V2-Lite (default: rows with a budget have no forecast)")
+    parser.add_argument(
+        "--traces", action="append", default=[], help="trace set of one of the models; repeatable (default: none)"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     print(
         "| engine | model, bits | device | cached | published tok/s | clock tok/s | ratio | probable reason | source |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    figures = []
+    figures, sets = [], [TraceSet(folder) for folder in args.traces]
     for row in ROWS:
         device = load_device(row.device)
-        speed = forecast(row, device, args.traces)
+        speed = forecast(row, device, sets)
         figures.append({**asdict(row), "clock": speed})
         cells = (
             row.engine,
@@ -132,27 +137,31 @@ def main() -> None:
         write_json(args.json, figures)
 
 
-def forecast(row: Row, device: Device, traces: str | None) -> float | None:
+def forecast(row: Row, device: Device, sets: Sequence[TraceSet]) -> float | None:
     """Return the clock's tokens per second for a published run; None without the traces that it needs.
 
     Args:
         row: Run with its published speed.
         device: Device of the run.
-        traces: Trace set of DeepSeek-V2-Lite, or None.
+        sets: Trace sets of some of the models.
     """
     geometry = PRESETS[row.model].geometry
     geometry = geometry if row.top_k is None else replace(geometry, top_k=row.top_k)
     if isinstance(row.cached, str):
-        if traces is None:
-            return None
-        slots = budget_slots(row.cached, geometry, row.bits)
-        replaying = Replay(geometry, ReplaySettings(slots, device=device, bits=row.bits, warmup_tokens=10))
-        for trace in TraceSet(traces).traces():
-            replaying.add(trace.experts)
-        return replaying.result().tokens_per_second
+        return next((replayed(row, traces) for traces in sets if traces.geometry.shape() == geometry.shape()), None)
     misses = 0.0 if row.cached is None else geometry.demand_per_token * (1 - row.cached / 100)
     moving = misses * transfer_seconds(device, geometry.params_per_expert * row.bits / 8)
     return 1 / (resident_seconds(device, geometry, row.bits) + moving)
+
+
+def replayed(row: Row, traces: TraceSet) -> float | None:
+    """Return the tokens per second of LRU with a row's budget and device, on traces of its model."""
+    generated = [trace.decode_start for trace in traces.traces() if trace.decode_start < len(trace)]
+    report = replay(
+        traces, budget=str(row.cached), policy="lru", device=row.device, quantization=row.bits,
+        prefill_chunk=max(generated, default=0), warmup_tokens=max(generated, default=10),
+    )  # fmt: skip
+    return next(result for result in report.results if result.policy == "lru").tokens_per_second
 
 
 if __name__ == "__main__":

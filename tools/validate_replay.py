@@ -5,13 +5,9 @@
 
 Every run decodes the same texts and records its telemetry. With --data, the routing is that of the trace set, on a
 model of tools/make_bench_model.py; otherwise the model routes its own prompts. All events are replayed as they ran,
-and the clock forecasts the times, twice:
-
-- with a device of the run's own: fitted on the first half of its tokens, judged on the second half;
-- with one device of the machine: interconnect, computing and fixed costs are fitted on the first halves of all runs.
-  The upkeep per layer is the strategy's, because a predictor's cost is no property of a machine.
-
-Repeats take turns, and errors are medians over repeats. A strategy is POLICY or POLICY+PREFETCH.
+and the clock forecasts the times. A device is fitted on every other token of a run, and judged on the tokens between
+them, because the speed of a shared machine drifts within a run. Repeats take turns, and errors are medians over
+repeats. A strategy is POLICY or POLICY+PREFETCH.
 """
 
 import argparse
@@ -46,9 +42,9 @@ from moe_beyond.runtime.records.recording import read_recording, write_recording
 from moe_beyond.simulator.settings import reads_scores
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.validation.comparison import Pair
-from moe_beyond.validation.fit import Fit, fit_device, halves
+from moe_beyond.validation.fit import fit_device, halves
 from moe_beyond.validation.forecast import forecast
-from moe_beyond.validation.measured import LINK, Measured
+from moe_beyond.validation.measured import LINK, Ints, Measured
 from moe_beyond.validation.measured_run import measured_run
 
 PREDICTOR_NAME, PROFILE_NAME = "cross_layer.deepseek-v2-lite-puffin-small", "history.deepseek-v2-lite-puffin"
@@ -91,12 +87,24 @@ def decode(run: OffloadedRun, texts: Sequence[Text], *, forced: bool) -> None:
 
 
 def record(args: argparse.Namespace, texts: Sequence[Text], budget: str, strategy: str, folder: Path) -> Row:
-    """Run a strategy, write its recording into a folder, and read its measurements."""
+    """Run a strategy, write its recording into a folder unless it is there, and read its measurements."""
+    if not (folder / "run.json").is_file():
+        run_strategy(args, texts, budget, strategy, folder)
+    recording = read_recording(folder)
+    named = {role: getattr(args, role) for role in recording.fingerprints}  # a recording knows only a folder's name
+    recording = replace(recording, options=replace(recording.options, **named))
+    as_run = replay_as_run(recording)
+    return Row(measured_run(recording), as_run.events, as_run.equal)
+
+
+def run_strategy(args: argparse.Namespace, texts: Sequence[Text], budget: str, strategy: str, folder: Path) -> None:
+    """Run a strategy and write its recording into a folder."""
     policy, _, prefetch = strategy.partition("+")
     scores = reads_scores(policy) or parse_prefetch(prefetch or "none").prefetcher.reads_scores
     run = load_offloaded(
         args.model, budget=budget, policy=policy, prefetch=prefetch or "none", device="cpu", tier=args.tier,
-        predictor=args.predictor if scores else None, profile=args.profile if policy == "belief" else None,
+        predictor=args.predictor if scores else None,
+        profile=args.profile if policy == "belief" and args.profile != "none" else None,
         direct_io=args.direct_io, readers=args.readers, keep_rows=True,
     )  # fmt: skip
     with run:
@@ -105,91 +113,55 @@ def record(args: argparse.Namespace, texts: Sequence[Text], budget: str, strateg
         Generation(Prompt("", str(number), "tools/validate_replay.py"), [], [], "") for number in range(len(texts))
     ]
     write_recording(run, folder, generations, Sampling(), str(args.data or args.model), {})
-    recording = read_recording(folder)
-    as_run = replay_as_run(recording)
-    return Row(measured_run(recording), as_run.events, as_run.equal)
 
 
-def together(rows: Sequence[Measured]) -> tuple[Measured, np.ndarray]:
-    """Return several measurements as one, and the steps of the first half of each run's tokens."""
-    begins = np.cumsum([0, *(len(each.seconds) for each in rows)])
-    first = [halves(each)[0] + begin for each, begin in zip(rows, begins, strict=False)]
-    arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(each, name) for each in rows])
-        for name in ("counts", "transfers", "read_bytes", "generated", "seconds", "link_seconds")
-    }
-    parts = {name: np.concatenate([each.parts[name] for each in rows]) for name in rows[0].parts}
-    sequences = tuple(itertools.chain(*(each.sequences for each in rows)))
-    return replace(rows[0], **arrays, parts=parts, sequences=sequences), np.concatenate(first)
+def in_turn(measured: Measured) -> tuple[Ints, Ints]:
+    """Return every other generated token, to fit on, and those between them, to judge."""
+    tokens = np.concatenate(halves(measured))
+    return tokens[::2], tokens[1::2]
 
 
-def of_strategy(machine: Fit, own: Fit) -> Fit:
-    """Return the device of the machine with the upkeep of a strategy."""
-    return replace(machine, device=replace(machine.device, layer_us=own.device.layer_us), upkeep=own.upkeep)
-
-
-def errors(measured: Measured, fit: Fit) -> dict[str, float]:
-    """Return the figures of the second half of a run's tokens, recorded and forecast."""
-    _, judged = halves(measured)
+def errors(measured: Measured) -> dict[str, float]:
+    """Fit a device, and return the figures of a run's judged tokens, recorded and forecast."""
+    fitted, judged = in_turn(measured)
+    fit = fit_device(measured, fitted)
     found = forecast(measured, fit.device, fit.upkeep)
     speed = Pair(1 / float(measured.seconds[judged].mean()), 1 / float(found.seconds[judged].mean()))
     stall = Pair(*(1e3 * float(each.parts[LINK][judged].mean()) for each in (measured, found)))
     return {
+        "hits": int(measured.counts[:, :, 0].sum()), "hits_forecast": int(found.counts[:, :, 0].sum()),
         "recorded": speed.recorded, "forecast": speed.replayed, "error": speed.error or 0.0,
         "stall_recorded": stall.recorded, "stall_forecast": stall.replayed, "stall_error": stall.error or 0.0,
-        "stall_share": stall.difference * 1e-3 * speed.recorded,
     }  # fmt: skip
 
 
-def summary(rows: Mapping[tuple[str, str], Sequence[Row]]) -> dict[str, Any]:
-    """Return the figures of all runs, medians over repeats, with their own devices and with that of the machine."""
-    fits = {key: [fit_device(row.measured, halves(row.measured)[0]) for row in found] for key, found in rows.items()}
-    machine = fit_device(*together([row.measured for found in rows.values() for row in found]))
-    content: dict[str, Any] = {"machine": machine.device.to_json(), "rows": []}
+def summary(rows: Mapping[tuple[str, str], Sequence[Row]]) -> list[dict[str, Any]]:
+    """Return the figures of all strategies, medians over repeats."""
+    figures = []
     for (strategy, budget), found in rows.items():
-        own = [errors(row.measured, fit) for row, fit in zip(found, fits[strategy, budget], strict=True)]
-        shared = [
-            errors(row.measured, of_strategy(machine, fit))
-            for row, fit in zip(found, fits[strategy, budget], strict=True)
-        ]
-        content["rows"].append(
-            {
-                "strategy": strategy,
-                "budget": budget,
-                "events": sum(row.events for row in found),
-                "equal_events": sum(row.equal for row in found),
-                "own": {name: statistics.median(each[name] for each in own) for name in own[0]},
-                "machine": {name: statistics.median(each[name] for each in shared) for name in shared[0]},
-            }
-        )
-    return content
+        each = [errors(row.measured) for row in found]
+        counts = {"events": sum(row.events for row in found), "equal_events": sum(row.equal for row in found)}
+        medians = {name: statistics.median(figure[name] for figure in each) for name in each[0]}
+        figures.append({"strategy": strategy, "budget": budget, **counts, **medians})
+    return figures
 
 
-def show(content: Mapping[str, Any]) -> None:
+def show(figures: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of `summary`."""
-    table = Table(title="second half of each run's tokens, medians over repeats")
-    for name in ("strategy", "budget", "events equal", "tokens/s", "forecast", "error", "stall ms", "forecast", "error",
-                 "machine: tokens/s", "machine: stall"):  # fmt: skip
+    table = Table(title="every second token of each run, medians over repeats")
+    for name in ("strategy", "budget", "events equal", "hits", "in the clock", "tokens/s", "forecast", "error",
+                 "stall ms", "forecast", "error"):  # fmt: skip
         table.add_column(name, justify="left" if name == "strategy" else "right")
-    for row in content["rows"]:
-        own, machine = row["own"], row["machine"]
+    for row in figures:
         table.add_row(
-            row["strategy"], row["budget"], f"{row['equal_events']:,}/{row['events']:,}", f"{own['recorded']:.2f}",
-            f"{own['forecast']:.2f}", f"{own['error']:+.1%}", f"{own['stall_recorded']:.2f}",
-            f"{own['stall_forecast']:.2f}", f"{own['stall_error']:+.1%}", f"{machine['error']:+.1%}",
-            f"{machine['stall_error']:+.1%}",
+            row["strategy"], row["budget"], f"{row['equal_events']:,}/{row['events']:,}", f"{row['hits']:,.0f}",
+            f"{row['hits_forecast']:,.0f}", f"{row['recorded']:.2f}", f"{row['forecast']:.2f}", f"{row['error']:+.1%}",
+            f"{row['stall_recorded']:.2f}", f"{row['stall_forecast']:.2f}", f"{row['stall_error']:+.1%}",
         )  # fmt: skip
     CONSOLE.print(table)
-    within = [
-        f"{name}: {sum(abs(row[kind][error]) <= limit for row in content['rows'])} of {len(content['rows'])} rows"
-        for kind, label in (("own", "own device"), ("machine", "one device"))
-        for error, limit, name in (
-            ("error", 0.05, f"{label}, tokens/s within 5 %"), ("stall_error", 0.1, f"{label}, stall within 10 %")
-        )
-    ]  # fmt: skip
-    CONSOLE.print("; ".join(within), highlight=False)
-    device = {name: value for name, value in content["machine"].items() if value is not None}
-    CONSOLE.print(f"machine: {device}", highlight=False)
+    for name, error, limit in (("tokens/s", "error", 0.05), ("stall", "stall_error", 0.1)):
+        within = sum(abs(row[error]) <= limit for row in figures)
+        CONSOLE.print(f"{name} within {limit:.0%}: {within} of {len(figures)} rows", highlight=False)
 
 
 def texts_of(args: argparse.Namespace) -> list[Text]:
@@ -215,7 +187,9 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, help=f"budgets (default: {' '.join(BUDGETS)})")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help=f"default: {' '.join(STRATEGIES)}")
     parser.add_argument("--predictor", default=PREDICTOR_NAME, help=f"predictor (default: {PREDICTOR_NAME})")
-    parser.add_argument("--profile", default=PROFILE_NAME, help=f"usage profile of belief (default: {PROFILE_NAME})")
+    parser.add_argument(
+        "--profile", default=PROFILE_NAME, help=f"usage profile of belief, or none (default: {PROFILE_NAME})"
+    )
     parser.add_argument("--tier", default="disk", choices=TIERS, help="place of experts without a slot (default: disk)")
     parser.add_argument("--direct-io", action="store_true", help="bypass the page cache")
     parser.add_argument("--readers", type=int, default=READERS, help=f"threads that read (default: {READERS})")
@@ -223,7 +197,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="most tokens of each text (default: 16)")
     parser.add_argument("--repeats", type=int, default=3, help="repeats (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="threads that compute (default: 1)")
-    parser.add_argument("--recordings", type=Path, help="folder for the recordings (default: none are kept)")
+    parser.add_argument(
+        "--recordings", type=Path, help="folder of recordings; those that exist are read (default: temporary)"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -236,10 +212,10 @@ def main() -> None:
         for number, strategy, budget in itertools.product(range(args.repeats), args.strategies, args.budgets):
             folder = parent / f"{strategy}-{budget}-{number}"
             rows.setdefault((strategy, budget), []).append(record(args, texts, budget, strategy, folder))
-    content = summary(rows)
-    show(content)
+    figures = summary(rows)
+    show(figures)
     if args.json:
-        write_json(args.json, content)
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def _publish_scores(
     layers = len(cache.counters)
     for i in range(len(steps.lookaheads) - 1, -1, -1):
         source = step + (layer >= 0 and steps.lookaheads[i] > layers)
-        if source < len(steps.counted):
+        if source < len(steps.scores):
             begin, end = newly_available(steps.lookaheads, i, layer, layers, step == 0)
             for later in range(begin, end):
                 publish(cache, policy, hooks, steps.scores[source, i, later], later)

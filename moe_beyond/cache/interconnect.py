@@ -28,7 +28,7 @@ class Seconds(IntEnum):
 
     ``COMPUTE`` is the duration of an expert of the running event on the device. ``HOST`` is that of an expert on the
     host, and ``HOST_TOKEN`` that of each of its tokens, if together they take longer. At ``HOST_FREE`` the host has
-    computed its experts.
+    computed its experts. ``PREFETCH`` is the time that the copy of a prefetch takes in addition.
     """
 
     NOW = 0
@@ -44,6 +44,7 @@ class Seconds(IntEnum):
     HOST = 10
     HOST_TOKEN = 11
     HOST_FREE = 12
+    PREFETCH = 13
 
 
 class Tally(IntEnum):
@@ -107,7 +108,7 @@ class LinkState(NamedTuple):
     """Arrays of the interconnect, its queue, and host memory.
 
     Attributes:
-        seconds: Times and durations, ``(13,)`` float64, entries `Seconds`.
+        seconds: Times and durations, ``(14,)`` float64, entries `Seconds`.
         tally: Counts, ``(4,)`` int64, entries `Tally`.
         arrives: Time at which each expert's last transfer ends, ``(L*E,)`` float64.
         queue: Queue of prefetches and fills, ``(2, L*E)`` int64, rows `Queue`.
@@ -247,7 +248,7 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
         link: State of the interconnect.
         expert: Expert to transfer.
         since: Earliest start in seconds.
-        prefetch: Whether the transfer is a prefetch, for the log.
+        prefetch: Whether the transfer is a prefetch.
 
     Returns:
         Time of arrival in seconds.
@@ -257,7 +258,8 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
     copies = begins
     if reads_flash(link, expert):
         copies = _read_flash(link, expert, begins, since)
-    arrives = copies + copy_seconds(link, expert)
+    takes = copy_seconds(link, expert) + (seconds[Seconds.PREFETCH] if prefetch else 0.0)
+    arrives = copies + takes
     if arrives <= seconds[Seconds.GAP_END]:
         seconds[Seconds.GAP_BEGIN] = arrives
     seconds[Seconds.FREE] = max(seconds[Seconds.FREE], arrives)
@@ -266,7 +268,7 @@ def send(link: LinkState, expert: int, since: float, prefetch: bool) -> float:
         row[Transfer.EXPERT], row[Transfer.BEGIN] = expert, begins
         row[Transfer.END], row[Transfer.PREFETCH] = arrives, prefetch
     link.tally[Tally.SENT] += 1
-    seconds[Seconds.BUSY] += copy_seconds(link, expert)
+    seconds[Seconds.BUSY] += takes
     link.arrives[expert] = arrives
     link.queue[Queue.WAITS, expert] = Waits.NO
     if seconds[Seconds.FLASH] > 0:

@@ -31,7 +31,16 @@ RESERVED_SHARE = Fraction(1, 8)
 embeddings, dense layers and head (an assumption)."""
 
 _TEXTS = ("name", "source")
-_FROM_ZERO = ("link_latency_us", "flash_latency_us", "layer_us", "token_ms", "other_ms", "expert_ms", "overlap")
+_FROM_ZERO = (
+    "link_latency_us",
+    "prefetch_us",
+    "flash_latency_us",
+    "layer_us",
+    "token_ms",
+    "other_ms",
+    "expert_ms",
+    "overlap",
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Device:
             expert is in host memory).
         flash_gb_per_s: Bandwidth from flash to host memory in GB/s (default: None, one tier).
         flash_latency_us: Microseconds before the first byte of a flash read moves (default: 0).
+        prefetch_us: Microseconds that a prefetch takes in addition to a transfer on demand: it comes alone, and while
+            computing reads the same memory (default: 0).
         efficiency: Share of the nominal memory bandwidth that computing reaches (default: 1).
         layer_us: Microseconds that every MoE layer takes in addition, such as kernel launches (default: 0).
         token_ms: Milliseconds that every step takes in addition, such as sampling; a step of decode is a token
@@ -76,6 +87,7 @@ class Device:
     host_memory_gb: float | None = None
     flash_gb_per_s: float | None = None
     flash_latency_us: float = 0.0
+    prefetch_us: float = 0.0
     efficiency: float = 1.0
     layer_us: float = 0.0
     token_ms: float = 0.0
@@ -117,6 +129,10 @@ class Device:
             if self.host_memory_gb is None:
                 given, missing = missing, given
             raise UserError(f"device {self.name!r}: {given} is given without {missing}; give both or none")
+        if self.flash_gb_per_s is not None and self.prefetch_us:
+            raise UserError(
+                f"device {self.name!r}: prefetch_us is not known together with flash_gb_per_s; leave one out"
+            )
         if self.flash_gb_per_s is None and self.flash_latency_us:
             raise UserError(f"device {self.name!r}: flash_latency_us needs host_memory_gb and flash_gb_per_s")
 

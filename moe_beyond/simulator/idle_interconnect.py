@@ -34,6 +34,7 @@ def idle_link(settings: ReplaySettings, geometry: Geometry, log_size: int = 0) -
         np.repeat(units, geometry.num_experts),
         1.0 if geometry.has_one_size else _relative(device, geometry, bits),
     )
+    link.seconds[Seconds.PREFETCH] = device.prefetch_us * 1e-6
     if settings.misses != MOVE:
         link.seconds[[Seconds.HOST, Seconds.HOST_TOKEN]] = host_seconds(device, geometry, bits)
     return link

@@ -28,6 +28,7 @@ class ReplaySequence:
         scores: Probabilities, ``(T, H, L, E)`` float32 (default: None).
         decode_start: Position of the first generated token (default: 0).
         name: Id of the sequence in the trace set (default: empty).
+        scores_after: Scores of lookahead ``"next"`` that follow the last token, ``(L, E)`` float32 (default: None).
     """
 
     geometry: Geometry
@@ -35,6 +36,7 @@ class ReplaySequence:
     scores: npt.NDArray[np.float32] | None = None
     decode_start: int = 0
     name: str = ""
+    scores_after: npt.NDArray[np.float32] | None = None
     _groups: dict[tuple[int, ...], "Group"] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -186,11 +188,20 @@ class Group:
             ids=self.stream.ids,
             offsets=self.stream.offsets,
             tokens=self.tokens,
-            scores=self._scores(len(layers)),
+            scores=self._with_scores_after(self._scores(len(layers))),
             lookaheads=layers,
             computed=settings.available_after == "computed",
             counted=self.first >= settings.warmup_tokens,
         )
+
+    def _with_scores_after(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return scores with a row for the step after the last one, if a single sequence has such scores."""
+        after = self._members[0].scores_after if len(self._members) == 1 else None
+        if after is None or scores.shape[1] == 0:
+            return scores
+        row = np.full((1, *scores.shape[1:]), np.nan, np.float32)
+        row[0, -1] = after  # lookahead next is the last one
+        return np.concatenate([scores, row])
 
     def _scores(self, slices: int) -> npt.NDArray[np.float32]:
         """Return the probability that any token of a step uses an expert, ``(S, H, L, E)`` float32.

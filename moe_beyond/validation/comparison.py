@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moe_beyond.runtime.records.as_run import ReplayAsRun
 from moe_beyond.simulator.devices import Device
 from moe_beyond.validation.forecast import Forecast
-from moe_beyond.validation.measured import COMPUTING, Floats, Ints, Measured
+from moe_beyond.validation.measured import COMPUTING, LINK, TRANSFERS, Floats, Ints, Measured
 
 COUNTED = ("hits", "late hits", "misses")
+STEADY = 2.0
+"""Largest time of a steady token besides its transfers, divided by the median."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Times:
         tokens_per_second: Tokens per second.
         parts: Part of the time -> mean milliseconds per token.
         r2: Share of the variance of the tokens' times that the forecast explains; None if all have the same time.
+        steady: Number of steady tokens, and their ``r2``. A page fault, for example, makes a token unsteady.
         given_computing: Tokens per second and ``r2`` if the forecast takes the recorded computing of each token; None
             if the recording has the computing of experts.
     """
@@ -58,6 +63,7 @@ class Times:
     tokens_per_second: Pair
     parts: Mapping[str, Pair]
     r2: float | None
+    steady: tuple[int, float | None]
     given_computing: tuple[Pair, float | None] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -68,6 +74,7 @@ class Times:
             "tokens_per_second": self.tokens_per_second.to_json(),
             "parts_ms": {name: pair.to_json() for name, pair in self.parts.items()},
             "r2": self.r2,
+            "steady": dict(zip(("tokens", "r2"), self.steady, strict=True)),
         }
         if self.given_computing is not None:
             speed, r2 = self.given_computing
@@ -158,6 +165,8 @@ def compare_times(measured: Measured, found: Forecast, judged: Ints) -> Times:
     if COMPUTING in measured.parts:
         known = replayed - found.parts[COMPUTING][judged] + measured.parts[COMPUTING][judged]
         given = _speed(recorded, known), _r2(recorded, known)
+    transfers = measured.parts[TRANSFERS if LINK not in measured.parts else LINK][judged]
+    steady = recorded - transfers <= STEADY * np.median(recorded - transfers)
     return Times(
         tokens=len(judged),
         token_ms=_milliseconds(recorded, replayed),
@@ -166,6 +175,7 @@ def compare_times(measured: Measured, found: Forecast, judged: Ints) -> Times:
             name: _milliseconds(seconds[judged], found.parts[name][judged]) for name, seconds in measured.parts.items()
         },
         r2=_r2(recorded, replayed),
+        steady=(int(steady.sum()), _r2(recorded[steady], replayed[steady])),
         given_computing=given,
     )
 

@@ -21,6 +21,7 @@ from moe_beyond.validation.measured import (
     PREDICTOR,
     TRANSFERS,
     Ints,
+    LinkTimes,
     Measured,
 )
 
@@ -62,7 +63,7 @@ def fit_device(measured: Measured, tokens: Ints) -> Fit:
     Raises:
         UserError: There are too few tokens, or none of them transferred an expert.
     """
-    return (_fit_engine if measured.link_seconds is None else _fit_run)(measured, tokens)
+    return (_fit_engine if measured.link is None else _fit_run)(measured, tokens)
 
 
 def halves(measured: Measured) -> tuple[Ints, Ints]:
@@ -85,19 +86,32 @@ def halves(measured: Measured) -> tuple[Ints, Ints]:
 
 def _fit_run(measured: Measured, tokens: Ints) -> Fit:
     """Fit a device to a run whose transfers and layers were timed."""
-    assert measured.link_seconds is not None
+    link = measured.link
+    assert link is not None
     geometry, layers = measured.geometry, measured.geometry.num_layers
     per_byte, per_transfer = robust(
-        np.stack([measured.read_bytes[tokens], measured.transfers[tokens]], axis=1), measured.link_seconds[tokens]
+        np.stack([link.demanded_bytes[tokens], link.demanded[tokens]], axis=1), link.demanded_seconds[tokens]
     )
     part = {name: robust_mean(seconds[tokens]) for name, seconds in measured.parts.items()}
     experts = robust_mean(measured.parts[EXPERTS][tokens] / measured.counts[tokens].sum((1, 2)))
     upkeep = {name: part[name] / layers for name in (CACHE, PREDICTOR)}
     read = float(geometry.mean_expert_bytes(measured.settings.bits)) / max(experts, np.finfo(float).tiny)
     device = _device(measured, len(tokens), per_byte, per_transfer, read)
-    device = replace(device, expert_ms=1e3 * experts, layer_us=1e6 * sum(upkeep.values()))
+    device = replace(
+        device,
+        expert_ms=1e3 * experts,
+        layer_us=1e6 * sum(upkeep.values()),
+        prefetch_us=1e6 * _prefetch_seconds(link, tokens, per_byte, per_transfer),
+    )
     device = _fixed(device, measured, tokens, part[LAYERS] / layers, part[FIXED])
     return Fit(replace(device, overlap=_overlap(measured, device, tokens)), upkeep, len(tokens))
+
+
+def _prefetch_seconds(link: LinkTimes, tokens: Ints, per_byte: float, per_transfer: float) -> float:
+    """Return the seconds that a prefetch takes in addition to a transfer on demand; 0 without prefetches."""
+    number = int(link.prefetched[tokens].sum())
+    on_demand = per_byte * link.prefetched_bytes[tokens] + per_transfer * link.prefetched[tokens]
+    return max(float((link.prefetched_seconds[tokens] - on_demand).sum()) / number, 0.0) if number else 0.0
 
 
 def _overlap(measured: Measured, device: Device, tokens: Ints) -> float:

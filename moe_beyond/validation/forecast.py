@@ -72,7 +72,7 @@ def forecast(measured: Measured, device: Device, upkeep: Mapping[str, float]) ->
     outside = np.concatenate([timing.outside for timing in timings])
     counters = replay.counts()
     moved = counters[:, Counter.DEMAND_TRANSFERS] + counters[:, Counter.PREFETCH_TRANSFERS]
-    if measured.link_seconds is None:
+    if measured.link is None:
         parts = {TRANSFERS: stall + outside, COMPUTING: computing - outside}
     else:
         kept = {name: np.full(len(stall), geometry.num_layers * upkeep.get(name, 0.0)) for name in (CACHE, PREDICTOR)}

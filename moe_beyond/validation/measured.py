@@ -40,8 +40,7 @@ class Measured:
         generated: Whether a step is a generated token whose time is known, ``(S,)`` bool.
         seconds: Time of each step, ``(S,)`` float64; NaN if it is unknown.
         parts: Part of the time -> seconds of each step, ``(S,)`` float64; their sum is ``seconds``.
-        link_seconds: Time in which experts crossed the interconnect in each step, ``(S,)`` float64; None if it was
-            not measured apart from other parts.
+        link: Time in which experts crossed the interconnect; None if it was not measured apart from other parts.
     """
 
     name: str
@@ -55,12 +54,33 @@ class Measured:
     generated: Bools
     seconds: Floats
     parts: Mapping[str, Floats]
-    link_seconds: Floats | None
+    link: "LinkTimes | None"
 
     @property
     def tokens(self) -> Ints:
         """Steps of the generated tokens, in order, ``(n,)`` int64."""
         return np.flatnonzero(self.generated)
+
+
+@dataclass(frozen=True)
+class LinkTimes:
+    """Times of the interconnect; S steps.
+
+    Attributes:
+        demanded: Number of transfers on demand of each step, ``(S,)`` int64.
+        demanded_bytes: Their bytes, ``(S,)`` float64.
+        demanded_seconds: Time in which they crossed, ``(S,)`` float64.
+        prefetched: Number of prefetches of each step, ``(S,)`` int64.
+        prefetched_bytes: Their bytes, ``(S,)`` float64.
+        prefetched_seconds: Time in which they crossed, ``(S,)`` float64.
+    """
+
+    demanded: Ints
+    demanded_bytes: Floats
+    demanded_seconds: Floats
+    prefetched: Ints
+    prefetched_bytes: Floats
+    prefetched_seconds: Floats
 
 
 def expert_bytes(geometry: Geometry, bits: float) -> Floats:

@@ -82,7 +82,7 @@ def measured_engine(traces: TraceSet, options: EngineOptions) -> Measured:
         generated=generated,
         seconds=1e-3 * wall,
         parts={TRANSFERS: 1e-3 * (wall - computing), COMPUTING: 1e-3 * computing},
-        link_seconds=None,
+        link=None,
     )
 
 

@@ -20,10 +20,11 @@ from moe_beyond.validation.measured import (
     LINK,
     PREDICTOR,
     Floats,
-    Ints,
+    LinkTimes,
     Measured,
     expert_bytes,
 )
+from moe_beyond.validation.stepped_scores import stepped_scores
 
 
 def measured_run(recording: Recording) -> Measured:
@@ -42,7 +43,7 @@ def measured_run(recording: Recording) -> Measured:
     _check_steps(recording, sequences)
     shape = (len(recording.steps), geometry.num_layers)
     events = _columns(recording.events, shape)
-    transfers, read_bytes, link_seconds = _transfers(recording, shape, expert_bytes(geometry, traces.manifest.bits))
+    link = _link_times(recording, shape, expert_bytes(geometry, traces.manifest.bits))
     seconds = np.array([step.seconds for step in recording.steps])
     parts = {
         LINK: events["wait_s"].sum(1),
@@ -60,27 +61,30 @@ def measured_run(recording: Recording) -> Measured:
         profile=strategy.profile,
         sequences=sequences,
         counts=np.stack([events[name] for name in ("hits", "late_hits", "misses")], axis=2).astype(np.int64),
-        transfers=transfers,
-        read_bytes=read_bytes,
+        transfers=link.demanded + link.prefetched,
+        read_bytes=link.demanded_bytes + link.prefetched_bytes,
         generated=np.array([step.tokens == 1 and step.seconds > 0 for step in recording.steps]),
         seconds=seconds,
         parts=parts,
-        link_seconds=link_seconds,
+        link=link,
     )
 
 
 def _sequences(recording: Recording, strategy: RunStrategy) -> tuple[ReplaySequence, ...]:
-    """Return the sequences of a run, with the scores of its predictor."""
+    """Return the sequences of a run, with the scores that its predictor had step by step."""
     traces, geometry = recording.traces, recording.traces.geometry
     if strategy.predictor is None:
         return tuple(
             ReplaySequence(geometry, trace.experts, None, trace.decode_start, trace.sequence_id) for trace in traces
         )
     source = from_predictor(strategy.predictor, strategy.settings.predictor or "predictor")
-    return tuple(
-        ReplaySequence(geometry, trace.experts, scores, trace.decode_start, trace.sequence_id)
-        for trace, scores in source.sequences(traces, None, True)
-    )
+    sequences = []
+    for trace, batch in source.sequences(traces, None, True):
+        scores, after = stepped_scores(strategy.predictor, trace, batch)
+        sequences.append(
+            ReplaySequence(geometry, trace.experts, scores, trace.decode_start, trace.sequence_id, scores_after=after)
+        )
+    return tuple(sequences)
 
 
 def _check_steps(recording: Recording, sequences: tuple[ReplaySequence, ...]) -> None:
@@ -127,23 +131,23 @@ def _layers(events: dict[str, Floats]) -> Floats:
     return mean
 
 
-def _transfers(recording: Recording, shape: tuple[int, int], sizes: Floats) -> tuple[Ints, Floats, Floats]:
-    """Return the number, bytes and seconds of each step's transfers, each ``(S,)``.
+def _link_times(recording: Recording, shape: tuple[int, int], sizes: Floats) -> LinkTimes:
+    """Return number, bytes and seconds of each step's transfers.
 
     Transfers on demand of an event overlap: their seconds are the time from the request to the last arrival. Prefetches
     follow each other.
     """
     steps, layers = shape
-    transfers, read_bytes, seconds = np.zeros(steps, np.int64), np.zeros(steps), np.zeros(steps)
+    numbers, read_bytes, seconds = np.zeros((2, steps), np.int64), np.zeros((2, steps)), np.zeros((2, steps))
     demanded: dict[int, list[TransferRow]] = defaultdict(list)
     for row in recording.transfers:
         step = min(max(row.event - (not row.prefetch), 0) // layers, steps - 1)
-        transfers[step] += 1
-        read_bytes[step] += sizes[row.expert // recording.traces.geometry.num_experts]
+        numbers[int(row.prefetch), step] += 1
+        read_bytes[int(row.prefetch), step] += sizes[row.expert // recording.traces.geometry.num_experts]
         if row.prefetch:
-            seconds[step] += row.read_s + row.copy_s
+            seconds[1, step] += row.read_s + row.copy_s
         else:
             demanded[row.event].append(row)
     for event, rows in demanded.items():
-        seconds[(event - 1) // layers] += max(row.wait_s + row.read_s + row.copy_s for row in rows)
-    return transfers, read_bytes, seconds
+        seconds[0, (event - 1) // layers] += max(row.wait_s + row.read_s + row.copy_s for row in rows)
+    return LinkTimes(numbers[0], read_bytes[0], seconds[0], numbers[1], read_bytes[1], seconds[1])

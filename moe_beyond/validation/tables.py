@@ -5,11 +5,12 @@ from rich.table import Table
 
 from moe_beyond.report.labels import NO_VALUE
 from moe_beyond.report.tables.wrapping import WrappedTable
-from moe_beyond.validation.comparison import Pair, Validation
+from moe_beyond.validation.comparison import STEADY, Pair, Validation
 
 FITTED = (
     ("link_gb_per_s", "GB/s"),
     ("link_latency_us", "us per transfer"),
+    ("prefetch_us", "us per prefetch in addition"),
     ("other_ms", "ms per layer"),
     ("layer_us", "us per layer in addition"),
     ("expert_ms", "ms per expert"),
@@ -46,6 +47,10 @@ def validation_lines(validation: Validation) -> list[str]:
     """
     times, device = validation.times, validation.device
     lines = [f"tokens/s: {_speed(times.tokens_per_second)}; r2 of the tokens' times {_r2(times.r2)}"]
+    steady, r2 = times.steady
+    if steady < times.tokens:
+        slow = times.tokens - steady
+        lines.append(f"without {slow:,} tokens of over {STEADY:g} times the median besides transfers: r2 {_r2(r2)}")
     if times.given_computing is not None:
         speed, r2 = times.given_computing
         lines.append(f"given the recorded computing of each token: tokens/s {_speed(speed)}; r2 {_r2(r2)}")
