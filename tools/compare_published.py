@@ -157,8 +157,9 @@ def forecast(row: Row, device: Device, sets: Sequence[TraceSet]) -> float | None
 def replayed(row: Row, traces: TraceSet) -> float | None:
     """Return the tokens per second of LRU with a row's budget and device, on traces of its model."""
     generated = [trace.decode_start for trace in traces.traces() if trace.decode_start < len(trace)]
+    bits = row.bits if traces.geometry.expert_bytes is None else None  # it has the stored bytes
     report = replay(
-        traces, budget=str(row.cached), policy="lru", device=row.device, quantization=row.bits,
+        traces, budget=str(row.cached), policy="lru", device=row.device, quantization=bits,
         prefill_chunk=max(generated, default=0), warmup_tokens=max(generated, default=10),
     )  # fmt: skip
     return next(result for result in report.results if result.policy == "lru").tokens_per_second

@@ -59,7 +59,7 @@ class Device:
             expert is in host memory).
         flash_gb_per_s: Bandwidth from flash to host memory in GB/s (default: None, one tier).
         flash_latency_us: Microseconds before the first byte of a flash read moves (default: 0).
-        prefetch_us: Microseconds that a prefetch takes in addition to a transfer on demand: it comes alone, and while
+        prefetch_us: Microseconds that a prefetch takes in addition to a transfer on demand: it comes singly, and while
             computing reads the same memory (default: 0).
         efficiency: Share of the nominal memory bandwidth that computing reaches (default: 1).
         layer_us: Microseconds that every MoE layer takes in addition, such as kernel launches (default: 0).

@@ -53,7 +53,8 @@ class Times:
         tokens_per_second: Tokens per second.
         parts: Part of the time -> mean milliseconds per token.
         r2: Share of the variance of the tokens' times that the forecast explains; None if all have the same time.
-        steady: Number of steady tokens, and their ``r2``. A page fault, for example, makes a token unsteady.
+        steady: Number of steady tokens, and the squared correlation of their recorded and forecast times; None if one
+            has no variance. A page fault, for example, makes a token unsteady.
         given_computing: Tokens per second and ``r2`` if the forecast takes the recorded computing of each token; None
             if the recording has the computing of experts.
     """
@@ -74,7 +75,7 @@ class Times:
             "tokens_per_second": self.tokens_per_second.to_json(),
             "parts_ms": {name: pair.to_json() for name, pair in self.parts.items()},
             "r2": self.r2,
-            "steady": dict(zip(("tokens", "r2"), self.steady, strict=True)),
+            "steady": dict(zip(("tokens", "squared_correlation"), self.steady, strict=True)),
         }
         if self.given_computing is not None:
             speed, r2 = self.given_computing
@@ -175,7 +176,7 @@ def compare_times(measured: Measured, found: Forecast, judged: Ints) -> Times:
             name: _milliseconds(seconds[judged], found.parts[name][judged]) for name, seconds in measured.parts.items()
         },
         r2=_r2(recorded, replayed),
-        steady=(int(steady.sum()), _r2(recorded[steady], replayed[steady])),
+        steady=(int(steady.sum()), _squared_correlation(recorded[steady], replayed[steady])),
         given_computing=given,
     )
 
@@ -192,3 +193,10 @@ def _r2(recorded: Floats, replayed: Floats) -> float | None:
     """Return the share of the variance that a forecast explains; below 0 if the mean explains more."""
     spread = float(((recorded - recorded.mean()) ** 2).sum())
     return 1 - float(((recorded - replayed) ** 2).sum()) / spread if spread else None
+
+
+def _squared_correlation(recorded: Floats, replayed: Floats) -> float | None:
+    """Return the squared correlation of times, which a wrong mean does not change; None without variance."""
+    if not (np.ptp(recorded) and np.ptp(replayed)):
+        return None
+    return float(np.corrcoef(recorded, replayed)[0, 1] ** 2)

@@ -25,7 +25,7 @@ def stepped_scores(predictor: "Predictor", trace: Trace, scores: Scores) -> tupl
 
     Args:
         predictor: Fitted predictor that reads no later tokens.
-        trace: Sequence.
+        trace: Sequence of the run.
         scores: Scores of its batch, ``(T, H, L, E)`` float32.
 
     Returns:

@@ -47,10 +47,12 @@ def validation_lines(validation: Validation) -> list[str]:
     """
     times, device = validation.times, validation.device
     lines = [f"tokens/s: {_speed(times.tokens_per_second)}; r2 of the tokens' times {_r2(times.r2)}"]
-    steady, r2 = times.steady
+    steady, correlation = times.steady
     if steady < times.tokens:
-        slow = times.tokens - steady
-        lines.append(f"without {slow:,} tokens of over {STEADY:g} times the median besides transfers: r2 {_r2(r2)}")
+        lines.append(
+            f"without {times.tokens - steady:,} tokens of over {STEADY:g} times the median besides transfers: squared "
+            f"correlation {_r2(correlation)}"
+        )
     if times.given_computing is not None:
         speed, r2 = times.given_computing
         lines.append(f"given the recorded computing of each token: tokens/s {_speed(speed)}; r2 {_r2(r2)}")

@@ -137,6 +137,7 @@ def test_a_file_holds_a_device_or_what_differs_from_a_preset(tmp_path):
         ({"host_memory_gb": 16}, "host_memory_gb is given without"),
         ({"flash_gb_per_s": 3}, "flash_gb_per_s is given without"),
         ({"flash_latency_us": 100}, "flash_latency_us needs"),
+        ({"prefetch_us": 9, "host_memory_gb": 1, "flash_gb_per_s": 1}, "prefetch_us is not known together with"),
         ({"name": 3}, "name must be text (got 3)"),
         ({"name": ""}, "name is empty"),
         ({"source": None}, "source must be text (got None)"),

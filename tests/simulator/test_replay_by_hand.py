@@ -528,6 +528,14 @@ def test_a_prefetch_that_arrives_in_time_is_a_hit():
     assert counts(result) == (1, 1, 1, 1, 1, 0)
 
 
+def test_a_prefetch_may_take_longer_than_a_transfer_on_demand():
+    # b0 is prefetched at 1, goes behind a0 at 4, and takes 3 + 2.
+    slow = replace(ticking(3), prefetch_us=2 * TICK * 1e6)
+    _, spans, log = clock(2, [[[0], [0]]], [[[], [0]]], device=slow, **ONE_AHEAD)
+    assert log == [(0, 1, 4, False), (4, 4, 9, True)]
+    assert spans == [(1, 4, 5), (6, 9, 10)]
+
+
 def test_what_waits_and_is_demanded_goes_at_once_as_a_late_hit():
     # Asked for at 1: b1, then b0. b1 crosses from 4 to 7. b is routed at 6: b0 goes behind b1, from 7 to 10.
     settings = {**ONE_AHEAD, "prefetch": "top2"}
