@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(TOOLS))
 import fuzz
+from fuzz_seeds import SETTINGS
 
 LONG = "9" * 5000
 """Digits of a number that Python refuses to read, and that fill a terminal."""
@@ -43,6 +44,7 @@ def test_an_input_is_accepted_or_refused(name: str, chance: Random) -> None:
         ("devices", LONG),
         ("devices", f"rtx3060,link_gb_per_s={'x' * 5000}"),
         ("budgets", (LONG, fuzz.TARGETS["budgets"].make(Random(0), Path())[1])),
+        ("settings", {**SETTINGS[0], "policy": "lru", "budget": "8", "strategy": "fiddler", "scope": LONG}),
         ("names on the Hub", f"hf:org/repo@{LONG} "),
         ("names on the Hub", "hf:org/repo\n@v1"),
         ("names on the Hub", "hf:org/repo@\u202ev1"),
