@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moe_beyond.errors import UserError, nearest
-from moe_beyond.json_fields import brief
+from moe_beyond.json_fields import brief, shown
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -20,6 +20,8 @@ Kind = Literal["model", "dataset"]
 
 PREFIX = "hf:"
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REVISION = re.compile(r"[!-~]+")
+"""Printable ASCII without spaces; the Hub knows the rules for branches and tags."""
 COMMIT = re.compile("[0-9a-f]{40}")
 
 FILE_SUFFIXES = frozenset(
@@ -62,8 +64,8 @@ def parse_hub_name(name: str) -> HubName:
         HubName(repository='org/repo', revision='v1')
     """
     repository, at, revision = name.removeprefix(PREFIX).partition("@")
-    if not is_hub_name(name) or not REPOSITORY.fullmatch(repository) or (at and not revision):
-        raise UserError(f"{name}: write hf:ORG/REPO or hf:ORG/REPO@REVISION")
+    if not is_hub_name(name) or not REPOSITORY.fullmatch(repository) or (at and not REVISION.fullmatch(revision)):
+        raise UserError(f"{shown(name)}: write hf:ORG/REPO or hf:ORG/REPO@REVISION")
     return HubName(repository, revision or "main")
 
 

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+MAX_SHOWN = 60
+"""Characters of a wrong value that a message shows."""
+
 
 class UserError(Exception):
     """A wrong argument, option or file of the user.
@@ -31,7 +34,8 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> UserError:
     names = sorted(names)
     near = nearest(name, names, cutoff=0.5)
     hint = f"known: {', '.join(names)}" if near is None else f"did you mean {near!r}?"
-    return UserError(f"unknown {kind} {name!r}; {hint}")
+    shown = repr(name) if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]!r}..."
+    return UserError(f"unknown {kind} {shown}; {hint}")
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:

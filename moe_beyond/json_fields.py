@@ -5,10 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
-from moe_beyond.errors import UserError
+from moe_beyond.errors import MAX_SHOWN, UserError
 
-MAX_SHOWN = 60
-"""Characters of a wrong value that a message shows."""
 MAX_NUMBER_BITS = 256
 """Bits of the largest whole number that a message shows."""
 MAX_TEXT_LENGTH = 4096

@@ -1,8 +1,10 @@
 """Lookaheads: when a score becomes available."""
 
+import re
 from typing import Literal
 
 from moe_beyond.errors import UserError
+from moe_beyond.json_fields import shown
 
 Lookahead = int | Literal["token", "next"]
 """``"token"``: before the token's first MoE layer, for all layers. ``h >= 1``: once layer l - h of the same token is
@@ -29,9 +31,9 @@ def parse_lookahead(text: str | int) -> Lookahead:
         return "token"
     if text == "next":
         return "next"
-    if str(text).isascii() and str(text).isdigit():
+    if re.fullmatch(r"\d{1,9}", str(text), re.ASCII):
         return int(text)
-    raise UserError(f"lookahead {text!r} is neither 'token', 'next' nor a number of layers (0, 1, 2, ...)")
+    raise UserError(f"lookahead {shown(text)} is neither 'token', 'next' nor a number of layers (0, 1, 2, ...)")
 
 
 def format_lookahead(lookahead: Lookahead | None) -> str:

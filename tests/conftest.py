@@ -10,11 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning  # noqa: F401  (its log handler keeps the standard error that is current at its import)
 import pytest
-from _helpers.common import tiny_traces
+from _helpers.common import QUICK_POLICIES, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, Run, fit
 from _helpers.hub_stand_in import TOKEN, Hub, running_hub
 from hypothesis import settings
 
+from moe_beyond.cache.policies import POLICIES
 from moe_beyond.traces.reader import TraceSet
 
 # Machines that run this are slow at times; and CI tries the same examples each time: its verdict is the commit's.
@@ -28,9 +29,24 @@ collect_ignore = ["example_package"]
 os.environ["WANDB_MODE"] = "disabled"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slow ones: at the end they would keep one core busy and leave the others idle."""
+    """Mark the tests of further policies as slow, and begin with the slow ones.
+
+    At the end they would keep one core busy and leave the others idle.
+    """
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if parameters.get("policy", "lru") in set(POLICIES) - set(QUICK_POLICIES):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture
+def few_policies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tuning try the policies of the quick tests only, except in slow tests."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("moe_beyond.evaluation.search.POLICIES", QUICK_POLICIES)
 
 
 @pytest.fixture

@@ -178,6 +178,7 @@ def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:
         assert named / chosen == pytest.approx(certain, abs=0.1)
 
 
+@pytest.mark.slow  # compiles every policy
 def test_a_choice_is_compared_with_a_grid(tmp_path: Path) -> None:
     traces = tiny_traces(tmp_path / "traces")
     words = ("--traces", traces.folder, "--device", "rtx4060", "--predictor", "none", "--profile", "none")
@@ -249,6 +250,24 @@ def test_killed_fits_resume_exactly(tmp_path: Path) -> None:
         assert row["kills"] == 2
         assert row["planned"] in (None, row["made"])
         assert (row["weights"], row["exported"], row["rates"], row["validations"], row["steps"]) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_the_core_is_compared_with_the_reference(tmp_path: Path) -> None:
+    printed = run("compare_core.py", "--events", "300", "--only", "lru", "--json", str(tmp_path / "found.json"))
+    assert "events equal" in printed
+    found = json.loads((tmp_path / "found.json").read_text())["all"]
+    assert found["events"] >= 300
+    assert min(found.values()) > 0  # each of its columns
+
+
+@pytest.mark.slow
+def test_inputs_are_fuzzed_with_and_without_guidance(tmp_path: Path) -> None:
+    run("fuzz.py", "--cases", "50", "--only", "budgets", "config.json", "--json", str(tmp_path / "found.json"))
+    targets = json.loads((tmp_path / "found.json").read_text())["targets"]
+    assert {name: row["faults"] for name, row in targets.items()} == {"budgets": 0, "config.json": 0}
+    pytest.importorskip("atheris")
+    assert "budgets: 50 cases: " in run("fuzz_atheris.py", "budgets", "--cases", "50")
 
 
 def test_published_runs_have_a_forecast_or_wait_for_traces(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import shown
 
 
 def budget_units(geometry: Geometry, slots: int, budget_bytes: int | None = None) -> int:
@@ -69,7 +70,7 @@ def pool_capacities(
     elif scope == "per-layer":
         pools, least = _even_quotas(geometry, budget, units) * units, geometry.top_k * units
     else:
-        raise UserError(f"scope must be 'global' or 'per-layer' (got {scope!r})")
+        raise UserError(f"scope must be 'global' or 'per-layer' (got {shown(scope)})")
     if quotas is not None:
         pools = _check_quotas(geometry, slots, budget, np.array(quotas, np.int64)) * units
     if (pools < least).any():

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moe_beyond.json_fields import shown
+from moe_beyond.json_fields import printable, shown
 from moe_beyond.model_config import layers
 from moe_beyond.model_config.families import (
     ACTIVATION,
@@ -82,7 +82,9 @@ def check_nothing_else(config: Config, family: Family) -> None:
             continue
         if name == "glu" and value is True and family.matrices == 3:
             continue
-        raise config.error(f"{name} (got {shown(value)}) is not understood, and may change the layout of experts")
+        raise config.error(
+            f"{printable(name)} (got {shown(value)}) is not understood, and may change the layout of experts"
+        )
     by_layer = config.fields.get("per_layer_config")
     for layer, changes in by_layer.items() if isinstance(by_layer, Mapping) else ():
         for name in changes if isinstance(changes, Mapping) else ():

@@ -10,6 +10,7 @@ from typing import Any
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import shown
 
 PINNED_US = 20.0
 """Microseconds to start a copy from pinned host memory: 10 to 30."""
@@ -107,7 +108,7 @@ class Device:
         """
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
-                raise UserError(f"device: {name} must be text (got {getattr(self, name)!r})")
+                raise UserError(f"device: {name} must be text (got {shown(getattr(self, name))})")
         if not self.name:
             raise UserError("device: name is empty")
         for field in fields(self):
@@ -116,25 +117,27 @@ class Device:
                 continue
             if not _is_number(value) or value < 0 or (value == 0 and field.name not in _FROM_ZERO):
                 minimum = "from 0" if field.name in _FROM_ZERO else "above 0"
-                raise UserError(f"device {self.name!r}: {field.name} must be a finite number {minimum} (got {value!r})")
+                raise UserError(
+                    f"device {shown(self.name)}: {field.name} must be a finite number {minimum} (got {shown(value)})"
+                )
         if self.efficiency > 1:
             raise UserError(
-                f"device {self.name!r}: efficiency must be above 0 and at most 1 (got {self.efficiency!r}); "
+                f"device {shown(self.name)}: efficiency must be above 0 and at most 1 (got {self.efficiency!r}); "
                 "memory_gb_per_s is the nominal bandwidth"
             )
         if self.overlap > 1:
-            raise UserError(f"device {self.name!r}: overlap must be from 0 to 1 (got {self.overlap!r})")
+            raise UserError(f"device {shown(self.name)}: overlap must be from 0 to 1 (got {self.overlap!r})")
         if (self.host_memory_gb is None) != (self.flash_gb_per_s is None):
             given, missing = "host_memory_gb", "flash_gb_per_s"
             if self.host_memory_gb is None:
                 given, missing = missing, given
-            raise UserError(f"device {self.name!r}: {given} is given without {missing}; give both or none")
+            raise UserError(f"device {shown(self.name)}: {given} is given without {missing}; give both or none")
         if self.flash_gb_per_s is not None and self.prefetch_us:
             raise UserError(
-                f"device {self.name!r}: prefetch_us is not known together with flash_gb_per_s; leave one out"
+                f"device {shown(self.name)}: prefetch_us is not known together with flash_gb_per_s; leave one out"
             )
         if self.flash_gb_per_s is None and self.flash_latency_us:
-            raise UserError(f"device {self.name!r}: flash_latency_us needs host_memory_gb and flash_gb_per_s")
+            raise UserError(f"device {shown(self.name)}: flash_latency_us needs host_memory_gb and flash_gb_per_s")
 
     def to_json(self) -> dict[str, Any]:
         """Return a dictionary of plain values, as `load_device` reads it from a file."""
@@ -311,10 +314,10 @@ def load_device(text: str) -> Device:
     for change in changes:
         field, equals, value = (part.strip() for part in change.partition("="))
         if not equals:
-            raise UserError(f"device {text!r}: {change!r} cannot be parsed; write FIELD=VALUE")
+            raise UserError(f"device {shown(text)}: {shown(change)} cannot be parsed; write FIELD=VALUE")
         _check_field(field)
         if field in given:
-            raise UserError(f"device {text!r}: {field} is given twice")
+            raise UserError(f"device {shown(text)}: {field} is given twice")
         given[field] = value
     changed = ",".join(f"{field}={value}" for field, value in given.items() if field not in _TEXTS)
     if changed:
@@ -340,7 +343,7 @@ def _number(text: str, field: str, value: str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise UserError(f"device {text!r}: {field} must be a number (got {value!r})") from error
+        raise UserError(f"device {shown(text)}: {field} must be a number (got {shown(value)})") from error
 
 
 def _append(source: str, text: str) -> str:
@@ -358,7 +361,7 @@ def _read(path: str) -> Device:
         for field in given:
             _check_field(field)
         if base is not None and not isinstance(base, str):
-            raise UserError(f"base must be the name of a device (got {base!r})")
+            raise UserError(f"base must be the name of a device (got {shown(base)})")
         start = {} if base is None else _preset(base).to_json()
         source = _append(start.get("source", ""), f"from {Path(path).name}")
         values = {**start, "name": Path(path).stem, "source": source, **given}

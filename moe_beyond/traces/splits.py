@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Hashable, Mapping
 
 from moe_beyond.errors import UserError
+from moe_beyond.json_fields import shown
 
 
 def parse_blocks(text: str) -> tuple[int, int]:
@@ -19,9 +20,9 @@ def parse_blocks(text: str) -> tuple[int, int]:
     Raises:
         UserError: It is not two whole numbers, SIZE at least 1 and EVERY at least 2.
     """
-    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
     if match is None or int(match[1]) < 1 or int(match[2]) < 2:
-        raise UserError(f"--val-blocks {text!r}: write SIZE:EVERY, such as 20:10, with SIZE >= 1 and EVERY >= 2")
+        raise UserError(f"--val-blocks {shown(text)}: write SIZE:EVERY, such as 20:10, with SIZE >= 1 and EVERY >= 2")
     return int(match[1]), int(match[2])
 
 

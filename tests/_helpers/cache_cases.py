@@ -7,10 +7,10 @@ from functools import cached_property
 import numpy as np
 from hypothesis import strategies as st
 
-from _helpers.common import there, with_holes
+from _helpers.common import QUICK_POLICIES, there, with_holes
 from _helpers.reference_cache import COUNTERS, ReferenceCache, Rules, split_slots, union_steps
-from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.policy_inputs import Stream
+from moe_beyond.cache.pools import least_slots, pool_capacities
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings, Result
 from moe_beyond.simulator.devices import Device
@@ -19,12 +19,25 @@ from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, UsageProfile, defaul
 
 TICK = 0.125
 """Times are whole multiples of it, in seconds: their sums are exact, and can be compared for equality."""
+UNIT = 10**8
+"""Bytes of the smallest unit of `mixed_geometry`."""
+drawn_policies: list[str] = list(QUICK_POLICIES)
+"""Policies that `cases` draws by default; slow tests set others."""
+MIXED_SIZES = ((1, 3), (3, 1), (1, 2, 3), (3, 2, 1), (1, 1, 4), (4, 1, 1), (1, 3, 1, 3), (2, 1, 4, 1))
 PREFETCHES = ("none", "scored", "adaptive", "moe_infinity", "oracle")
 
 
 def small_geometry(layers: int, experts: int, top_k: int) -> Geometry:
     """A model whose experts are 1 GB at 8 bits."""
     return Geometry("small", tuple(range(layers)), experts, top_k, params_per_expert=10**9, other_params_per_layer=10)
+
+
+def mixed_geometry(sizes: Sequence[int], experts: int, top_k: int) -> Geometry:
+    """A model whose layers differ in bytes, in units of `UNIT`; the mean is two units, so that times are exact."""
+    assert sum(sizes) == 2 * len(sizes), "durations are multiples of half of the mean's"
+    size = tuple(UNIT * size for size in sizes)
+    geometry = small_geometry(len(sizes), experts, top_k)
+    return replace(geometry, model="mixed", expert_bytes=size, other_bytes=(0,) * len(sizes))
 
 
 def ticking(
@@ -78,7 +91,15 @@ class Case:
         return replace(self, sequences=[with_holes(experts, rng, share) for experts in self.sequences])
 
     def with_ticks(self, transfer: int, other: int, expert: int, flash: int = 0, host_slots: int = 0) -> "Case":
-        device = ticking(transfer, other, expert, flash or None, (host_slots or 0.5) if flash else None)
+        hosted = (host_slots or 0.5) if flash else None
+        device = ticking(transfer, other, expert, flash or None, hosted)
+        if not self.geometry.has_one_size:  # no latency, so that a transfer takes as long as its bytes
+            mean, reads = 2 * UNIT / 1e9, flash * TICK if flash else None
+            device = replace(
+                device, link_gb_per_s=mean / (transfer * TICK), link_latency_us=0.0, flash_latency_us=0.0,
+                flash_gb_per_s=None if reads is None else mean / reads,
+                host_memory_gb=None if hosted is None else hosted * UNIT / 1e9,
+            )  # fmt: skip
         ticks = (transfer, other, expert, flash, host_slots)
         case = replace(self.changed(device=device, misses="move"), ticks=ticks, host=(0, 0))
         return case.with_costs(0, 0, 0)
@@ -96,7 +117,7 @@ class Case:
     def with_host(self, misses: str, expert: int, flops: float = 0) -> "Case":
         device = replace(
             self.settings.device,
-            host_gb_per_s=1 / (expert * TICK),
+            host_gb_per_s=float(self.geometry.mean_expert_bytes(8)) / 1e9 / (expert * TICK),
             host_tflops=2e9 / (flops * TICK) / 1e12 if flops else None,
         )
         return replace(self.changed(device=device, misses=misses), host=(expert, flops))
@@ -159,7 +180,7 @@ class Case:
             layers,
             experts,
             top_k,
-            list(settings.quotas or split_slots(settings.slots, layers, settings.scope)),
+            self.pools(),
             policy=settings.policy,
             prefetch="scored" if top or named[0].startswith("p>") else named[0],
             most=top[0] if top else None,
@@ -188,7 +209,16 @@ class Case:
             misses=settings.misses,
             host=self.host[0] * TICK,
             host_flops=self.host[1] * TICK,
+            units=[] if self.geometry.has_one_size else list(self.geometry.expert_units),
         )
+
+    def pools(self) -> list[int]:
+        """Slots of every pool, or units where layers differ, which `test_byte_caches` checks."""
+        settings = self.settings
+        if self.geometry.has_one_size:
+            return list(settings.quotas or split_slots(settings.slots, self.geometry.num_layers, settings.scope))
+        pools = (settings.slots, settings.scope, settings.quotas, settings.budget_bytes)
+        return pool_capacities(self.geometry, *pools).tolist()
 
     def reference(self) -> Outcome:
         """The same by the plain reference."""
@@ -229,19 +259,31 @@ def ragged(experts: np.ndarray) -> list[list[list[int]]]:
 def cases(
     draw: Callable,
     *,
-    policies: Sequence[str] = tuple(POLICIES),
+    policies: Sequence[str] | None = None,
+    without: Sequence[str] = (),
     prefetches: Sequence[str] = PREFETCHES,
     scopes: Sequence[str] = ("global", "per-layer"),
     plain: bool = False,
     timed: bool | None = None,
     handlings: Sequence[str] = ("move",),
+    mixed: bool = False,
+    longest: int = 8,
 ) -> Case:
-    """Draw a case; ``plain`` is without warm-up, warm start, carry-over and unions, ``timed`` chooses a device."""
+    """Draw a case.
+
+    ``policies`` are `drawn_policies` by default, ``without`` some. ``plain`` is without warm-up, warm start, carry-over
+    and unions, ``timed`` chooses a device, and ``mixed`` a model whose layers differ in bytes.
+    """
     layers, num_experts = draw(st.sampled_from([3, 2, 4, 1])), draw(st.sampled_from([4, 5, 6, 3, 2, 1]))
     top_k = draw(st.integers(1, min(3, num_experts)))
     geometry = small_geometry(layers, num_experts, top_k)
+    if mixed:
+        geometry = mixed_geometry(draw(st.sampled_from(MIXED_SIZES)), num_experts, top_k)
+        layers = geometry.num_layers
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))  # hypothesis leans to monotonous lists
-    policy, prefetch = draw(st.sampled_from(policies)), draw(st.sampled_from(prefetches))
+    names = drawn_policies if policies is None else policies
+    policy = draw(st.sampled_from([name for name in names if name not in without]))
+    prefetch = draw(st.sampled_from(prefetches))
     choices = {} if plain else draw(_unusual(layers))
     if timed is None:
         timed = draw(st.booleans())
@@ -272,7 +314,7 @@ def cases(
         **choices,
     )
     levels = draw(st.sampled_from([2, 4, 1, 128]))  # few: ties are common; products of three are exact
-    lengths = draw(st.lists(st.sampled_from([3, 4, 5, 6, 8, 1, 2]), min_size=1, max_size=3))
+    lengths = draw(st.lists(st.sampled_from([3, 4, 5, 6, longest, 1, 2]), min_size=1, max_size=3))
     bias = rng.gumbel(size=(layers, num_experts)) * draw(st.sampled_from([0, 1, 2]))
     sequences = [
         np.argsort(-(rng.gumbel(size=(length, layers, num_experts)) + bias), axis=-1)[..., :top_k].astype(np.uint8)
@@ -291,10 +333,10 @@ def cases(
         return case.on_no_device()
     misses = draw(st.sampled_from(handlings))
     timed_case = case.with_ticks(
-        transfer=draw(st.sampled_from([3, 1, 2, 5, 8])),
+        transfer=draw(st.sampled_from([4, 1, 2, 8] if mixed else [3, 1, 2, 5, 8])),
         other=draw(st.sampled_from([1, 2, 4])),
         expert=draw(st.sampled_from([1, 2])),
-        flash=draw(st.sampled_from([0, 0, 2, 5])) if misses == "move" else 0,
+        flash=draw(st.sampled_from([0, 0, 2, 4] if mixed else [0, 0, 2, 5])) if misses == "move" else 0,
         host_slots=draw(st.sampled_from([2, 0, 1, 4])),
     ).with_costs(
         cached=draw(st.sampled_from([0, 0, 0.5, 1])),
@@ -340,6 +382,11 @@ def _slots(draw: Callable, case: Case, scopes: Sequence[str]) -> dict:
     """Slots that hold a token's event, and not always more; larger events run in waves."""
     layers, experts, top_k = case.geometry.shape()
     scope = draw(st.sampled_from(scopes))
+    if not case.geometry.has_one_size:
+        least = min(least_slots(case.geometry, scope), case.geometry.total_experts)
+        slots = draw(st.integers(least, min(least + 4, case.geometry.total_experts)) | st.just(layers * experts))
+        exact = slots * 2 * UNIT + draw(st.integers(0, 3)) * UNIT // 2
+        return {"scope": scope, "slots": slots, "budget_bytes": draw(st.sampled_from([None, exact]))}
     spare = draw(st.sampled_from([0, 1, 2, 3, 4, *range(5, layers * experts)]))
     if scope == "global":
         return {"slots": min(top_k + spare, layers * experts)}

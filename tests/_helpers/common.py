@@ -21,6 +21,9 @@ from moe_beyond.traces.writer import open_writer
 
 TINY = Geometry("tiny", (1, 2, 3, 4), num_experts=8, top_k=2, params_per_expert=1000, other_params_per_layer=5000)
 VOCAB = 32
+QUICK_POLICIES = ("lru", "lfu", "belief", "belady", "belady_bypass")
+"""Policies of the quick tests. The core is compiled for each policy, for half a minute in a fresh clone, so the others
+run with the slow tests."""
 
 
 def tiny_trace(

@@ -1,13 +1,15 @@
 """The rules of the cache in plain Python, written from DESIGN.md and the docstrings, to check the package against.
 
 An expert is a pair (layer, expert). Nothing here is shared with the package, and nothing is fast: a policy ranks by
-looking through the whole history of an expert, and the future is searched from its beginning.
+looking through the whole history of an expert, and the future is searched from its beginning. Sizes of pools, experts
+and host memory are in units, which are slots where all experts have the same size.
 """
 
 import bisect
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
@@ -65,10 +67,18 @@ class Rules:
     misses: str = "move"  # move, cpu, best
     host: float = 0  # an expert on the host
     host_flops: float = 0  # and of it for one token
+    units: list[int] = field(default_factory=list)  # of an expert by layer; empty: 1
 
     @property
     def instant(self) -> bool:
         return self.transfer == self.flash == 0
+
+    def size(self, expert: Expert) -> int:
+        return self.units[expert[0]] if self.units else 1
+
+    def relative(self, expert: Expert) -> float:
+        """Size of an expert in units of the mean."""
+        return self.units[expert[0]] * len(self.units) / sum(self.units) if self.units else 1
 
 
 @dataclass
@@ -179,7 +189,9 @@ class ReferenceCache:
         # Host memory, the most recently moved last. Unless it is cold it begins with expert 0 of every layer, which
         # leave last, then expert 1, ...
         every = [(layer, expert) for expert in range(rules.experts) for layer in range(rules.layers)]
-        self.host: list[Expert] = [] if rules.cold_host else every[: rules.host_slots][::-1]
+        hosted = range(len(every) + 1)
+        fitting = max(count for count in hosted if self.total(every[:count]) <= rules.host_slots)
+        self.host: list[Expert] = [] if rules.cold_host else every[:fitting][::-1]
         self.need: list[float] = []
 
     # Pools and the policy.
@@ -190,8 +202,16 @@ class ReferenceCache:
     def members(self, pool: int) -> set[Expert]:
         return {expert for expert in self.resident if self.pool_of(expert) == pool}
 
-    def is_full(self, pool: int) -> bool:
-        return len(self.members(pool)) >= self.rules.pools[pool]
+    def total(self, experts: Iterable[Expert]) -> int:
+        return sum(self.rules.size(expert) for expert in experts)
+
+    def room(self, pool: int, among: set[Expert]) -> int:
+        """Units that the residents of a pool leave, counting only those ``among`` some experts."""
+        return self.rules.pools[pool] - self.total(self.members(pool) & among)
+
+    def is_full(self, expert: Expert) -> bool:
+        """Whether an expert has no room in its pool without an eviction."""
+        return self.room(self.pool_of(expert), self.resident) < self.rules.size(expert)
 
     def ahead(self, expert: Expert) -> int:
         """In how many events its layer runs."""
@@ -292,15 +312,27 @@ class ReferenceCache:
             self.open.remove(expert)
             self.counts[expert[0]]["wasted_prefetches"] += 1
 
+    def evict_for(self, expert: Expert, victim: Expert) -> None:
+        """Evict a victim, and then as many more as an expert needs."""
+        self.evict(victim)
+        while self.is_full(expert):
+            self.evict(self.victim(self.pool_of(expert)))
+
     def enter(self, expert: Expert) -> None:
-        assert not self.is_full(self.pool_of(expert))
+        assert not self.is_full(expert)
         self.resident.add(expert)
         self.use(expert, entry=True)
 
     # The link.
 
+    def copying(self, expert: Expert) -> float:
+        return self.rules.transfer * self.rules.relative(expert)
+
+    def reading(self, expert: Expert) -> float:
+        return self.rules.flash * self.rules.relative(expert)
+
     def duration(self, expert: Expert) -> float:
-        return self.rules.transfer + (0 if expert in self.host else self.rules.flash)
+        return self.copying(expert) + (0 if expert in self.host else self.reading(expert))
 
     def way(self, expert: Expert, since: float) -> tuple[float, float]:
         """When a transfer would begin, and when its copy would."""
@@ -309,47 +341,46 @@ class ReferenceCache:
             return begins, begins
         if expert not in self.host:
             begins = max(self.flash_free, since)
-            return begins, max(self.free, begins + self.rules.flash)
-        since = max(since, self.arrives.get(expert, 0.0) - self.rules.transfer)  # its read may not have ended
+            return begins, max(self.free, begins + self.reading(expert))
+        since = max(since, self.arrives.get(expert, 0.0) - self.copying(expert))  # its read may not have ended
         early = max(self.gap[0], since)
-        begins = early if early + self.rules.transfer <= self.gap[1] else max(self.free, since)
+        begins = early if early + self.copying(expert) <= self.gap[1] else max(self.free, since)
         return begins, begins
 
     def send(self, expert: Expert, since: float) -> float:
         begins, copies = self.way(expert, since)
         if self.rules.flash and expert not in self.host:
-            self.flash_free = begins + self.rules.flash
+            self.flash_free = begins + self.reading(expert)
             if max(self.free, since) < self.flash_free:
                 self.gap = (max(self.free, since), self.flash_free)
         elif copies < self.free:
-            self.gap = (copies + self.rules.transfer, self.gap[1])
-        self.busy += self.rules.transfer
-        self.arrives[expert] = copies + self.rules.transfer
+            self.gap = (copies + self.copying(expert), self.gap[1])
+        self.busy += self.copying(expert)
+        self.arrives[expert] = copies + self.copying(expert)
         self.free = max(self.free, self.arrives[expert])
-        if expert in self.host:
-            self.host.remove(expert)
-        self.host = [*self.host, expert][-self.rules.host_slots :] if self.rules.host_slots else []
+        if self.rules.size(expert) <= self.rules.host_slots:  # larger ones pass through
+            self.host = [*(other for other in self.host if other != expert), expert]
+            while self.total(self.host) > self.rules.host_slots:
+                self.host.pop(0)
         return self.arrives[expert]
 
     def advance(self, until: float) -> None:
         """Let time pass; what waits begins, in its order, if its way is free before the end, and finds room."""
-        since, self.now = self.now, until
+        rules, since, self.now = self.rules, self.now, until
         for expert in [*self.queue, *self.fills]:
             waits = self.queue if expert in self.queue else self.fills
             pool = self.pool_of(expert)
-            if not self.rules.instant and self.way(expert, since)[0] >= self.now:
+            if not rules.instant and self.way(expert, since)[0] >= self.now:
                 continue
-            if self.is_full(pool) and self.members(pool) <= self.pinned:
+            if self.room(pool, self.pinned) < rules.size(expert):
                 continue
             waits.remove(expert)
-            if self.is_full(pool):
+            if self.is_full(expert):
                 victim = self.victim(pool)
-                stays = (
-                    self.rules.policy == "static" and waits is self.fills and not self.is_more_popular(expert, victim)
-                )
-                if self.rules.prefetch != "oracle" and (stays or not self.admit(expert, victim)):
+                stays = rules.policy == "static" and waits is self.fills and not self.is_more_popular(expert, victim)
+                if rules.prefetch != "oracle" and (stays or not self.admit(expert, victim)):
                     continue
-                self.evict(victim)
+                self.evict_for(expert, victim)
             self.enter(expert)
             self.pinned.add(expert)
             self.send(expert, since)
@@ -366,17 +397,16 @@ class ReferenceCache:
         self.counted = counted
 
     def preload(self) -> None:
-        """Move the most popular in, the best last."""
+        """Move those of the most uses per unit in, the best last."""
         ranked = sorted(
             ((layer, e) for layer in range(self.rules.layers) for e in range(self.rules.experts)),
-            key=lambda expert: (-self.rules.popularity[expert[0]][expert[1]], expert),
+            key=lambda expert: (-self.rules.popularity[expert[0]][expert[1]] / self.rules.size(expert), expert),
         )
         chosen: list[Expert] = []
         for expert in ranked:
-            if (
-                sum(self.pool_of(other) == self.pool_of(expert) for other in chosen)
-                < self.rules.pools[self.pool_of(expert)]
-            ):
+            pool = self.pool_of(expert)
+            of_pool = [other for other in chosen if self.pool_of(other) == pool]
+            if self.total([*of_pool, expert]) <= self.rules.pools[pool]:
                 chosen.append(expert)
         arrivals = [self.now]
         for expert in reversed(chosen):
@@ -413,7 +443,7 @@ class ReferenceCache:
         device = self.now + each * (len(tokens) - len(away))
         for expert in sorted(away, key=lambda e: (-tokens[e[1]], e)):
             by_host = self.hosting + max(rules.host, rules.host_flops * tokens[expert[1]])
-            comes = self.arrives[expert] if expert in self.resident else link + rules.transfer
+            comes = self.arrives[expert] if expert in self.resident else link + self.copying(expert)
             by_device = max(device, comes) + each
             if rules.misses == "best" and by_device <= by_host:
                 device, link = by_device, max(link, comes)
@@ -464,15 +494,11 @@ class ReferenceCache:
                     self.level[layer, expert] = level - 1
                 self.known[layer, expert] = self.level[layer, expert] / 5
 
-    def waves(self, layer: int, tokens: dict[int, int]) -> list[list[Expert]]:
-        """What is missing, wave by wave: what fits next to the demanded residents, then as much as the pool holds."""
-        demanded = {(layer, expert) for expert in tokens}
-        missing = sorted(demanded - self.resident - self.on_host)
-        slots = self.rules.pools[self.pool_of((layer, 0))]
-        if self.rules.policy == "belady_bypass":
-            return [missing]
-        first = slots - len(demanded & self.resident)
-        return [missing[:first], *(missing[i : i + slots] for i in range(first, len(missing), slots))]
+    def wave(self, missing: list[Expert]) -> list[Expert]:
+        """The first of the missing: those that fit next to what is pinned, such as the demanded residents."""
+        if not missing or self.rules.policy == "belady_bypass":
+            return missing
+        return missing[: self.room(self.pool_of(missing[0]), self.pinned) // self.rules.size(missing[0])]
 
     def transfer(self, missing: list[Expert]) -> None:
         """Move in what a wave lacks."""
@@ -481,12 +507,11 @@ class ReferenceCache:
         if self.rules.policy == "belady_bypass" and missing:
             self.pinned = set()
         for expert in missing:
-            pool = self.pool_of(expert)
-            if self.is_full(pool):
-                victim = self.victim(pool)
+            if self.is_full(expert):
+                victim = self.victim(self.pool_of(expert))
                 if self.rules.policy == "belady_bypass" and not self.admit(expert, victim):
                     continue
-                self.evict(victim)
+                self.evict_for(expert, victim)
             self.enter(expert)
             if self.rules.policy != "belady_bypass":
                 self.pinned.add(expert)
@@ -524,14 +549,15 @@ class ReferenceCache:
         return [expert for later in layers for expert in self.best(later, rules.most, rules.threshold)]
 
     def oracle(self) -> list[Expert]:
-        """The next demands, as many as a pool has slots, out of as many events as could fill the cache."""
+        """The next demands that fit into their pools, out of as many events as could fill the cache."""
         selected: list[Expert] = []
-        horizon = sum(self.rules.pools) // self.rules.top_k + 1
+        smallest = min(self.rules.units, default=1)
+        horizon = sum(self.rules.pools) // (smallest * self.rules.top_k) + 1
         for demand in self.future[self.event : self.event + horizon]:
             for expert in sorted(demand):
                 pool = self.pool_of(expert)
-                taken = sum(self.pool_of(other) == pool for other in selected)
-                if expert not in selected and taken < self.rules.pools[pool]:
+                taken = self.total(other for other in selected if self.pool_of(other) == pool)
+                if expert not in selected and taken + self.rules.size(expert) <= self.rules.pools[pool]:
                     selected.append(expert)
         return selected
 
@@ -625,13 +651,14 @@ class ReferenceCache:
                 self.demand(layer, tokens, each)
                 if not rules.computed:
                     self.publish_scores(step, following, layer)
-                waves = self.waves(layer, tokens)
-                elsewhere = set(itertools.chain(*waves)) | self.on_host
-                here = [(layer, expert) for expert in tokens if (layer, expert) not in elsewhere]  # of the first wave
-                for number, missing in enumerate(waves, 1):
-                    began = self.now
-                    self.transfer(missing)
-                    in_wave = [*here, *missing]
+                demanded = {(layer, expert) for expert in tokens}
+                here = sorted(demanded & self.resident - self.on_host)  # of the first wave
+                missing = sorted(demanded - self.resident - self.on_host)
+                while True:
+                    began, coming = self.now, self.wave(missing)
+                    missing = missing[len(coming) :]
+                    self.transfer(coming)
+                    in_wave = [*here, *coming]
                     # An expert and all that arrive after it compute after its arrival. A product has no sum's
                     # rounding, where FLOPs decide and an expert takes no whole ticks.
                     arrivals = sorted(max(began, self.arrives.get(expert, 0.0)) for expert in in_wave)
@@ -639,7 +666,7 @@ class ReferenceCache:
                     ends = max([began + each * left, *(came + each * (left - i) for i, came in enumerate(arrivals))])
                     waited += ends - (began + each * left)
                     computing += each * left
-                    if number == len(waves):
+                    if not missing:
                         if self.on_host:  # the event lasts longer than without waiting for transfers
                             ends = max(ends, self.hosting)
                             waited = ends - max(routed + computing, self.hosting)
@@ -649,8 +676,10 @@ class ReferenceCache:
                         if not rules.computed:
                             self.issue_prefetches(layer)
                     self.advance(ends)
-                    self.pinned -= {(layer, expert) for expert in tokens}
+                    self.pinned -= demanded
                     here = []
+                    if not missing:
+                        break
                 stall += waited
                 if rules.instant:
                     self.advance(self.now)

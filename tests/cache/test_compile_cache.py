@@ -44,8 +44,6 @@ def replay_in_a_process(cache: Path) -> tuple[list[int], str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path: Path):
     first, result, _ = replay_in_a_process(tmp_path)
     assert first == [0, 1]

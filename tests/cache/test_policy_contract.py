@@ -19,9 +19,9 @@ from moe_beyond.simulator import ReplaySettings
 from moe_beyond.testing.policies import check_policy
 
 EXAMPLE = Path(__file__).parents[1] / "example_package"
-QUICK = ("lru", "lfu", "belief", "belady", "belady_bypass")
+QUICK = ("lru", "belief", "belady_bypass")
 SOME_NOW = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUMMARIES]
-"""All policies; most run with the slow tests, because each has to be compiled."""
+"""All policies; most run with the slow tests, because each hook is compiled once more."""
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def test_every_policy_keeps_the_contract(policy: str) -> None:
     check_policy(policy)
 
 
+@pytest.mark.slow
 def test_a_policy_of_another_package_keeps_the_contract(mru: ModuleType) -> None:
     check_policy(mru)
 

@@ -1,8 +1,6 @@
 """Refusals of replays and plans: one line with the way out, and nothing is written."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from _helpers.damage import hash_scores
 from _helpers.scoring import history_folder, scores_folder
 from safetensors.numpy import load_file, save_file
 
+from moe_beyond.cli.main import main
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.predictors.registry import create
@@ -149,24 +148,20 @@ def test_budgets(refused, verb: tuple[str, ...], budget: str, more: tuple[str, .
         ("replay", "--budget", "2", "--prefill-chunk", "8"),
         ("replay", "--budget", "3", "--batch-size", "4"),
         ("replay", "--budget", "12", "--scope", "per-layer", "--batch-size", "4"),
-        ("replay", "--budget", "2", "--strategy", "moe-spac"),
+        pytest.param(("replay", "--budget", "2", "--strategy", "moe-spac"), marks=pytest.mark.slow),
     ],
 )
-def test_a_union_that_the_cache_cannot_hold_runs_in_waves(house: Path, words: tuple[str, ...]) -> None:
-    """In a process of its own: it once wrote past its arrays."""
-    command = [sys.executable, "-m", "moe_beyond", *words, "--traces", "traces", "--json", "-"]
-    done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    for result in json.loads(done.stdout)["results"]:
+def test_a_union_that_the_cache_cannot_hold_runs_in_waves(
+    house: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--traces", str(house / "traces"), "--json", "-"]) == 0
+    for result in json.loads(capsys.readouterr().out)["results"]:
         assert result["hits"] + result["late_hits"] + result["misses"] == result["accesses"] > 0
 
 
-def test_a_plan_of_unions(house: Path) -> None:
-    words = ("plan", "--traces", "traces", "--target", "30%", "--batch-size", "4", "--json", "-")
-    command = [sys.executable, "-m", "moe_beyond", *words]
-    done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    for answer in json.loads(done.stdout)["answers"]:
+def test_a_plan_of_unions(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--traces", str(house / "traces"), "--target", "30%", "--batch-size", "4", "--json", "-"]) == 0
+    for answer in json.loads(capsys.readouterr().out)["answers"]:
         assert answer["result"]["hit_rate"] >= 0.3
 
 

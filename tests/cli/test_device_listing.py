@@ -106,7 +106,7 @@ def test_words_that_are_no_device(device, says, capsys):
         ("{", "is not JSON"),
         ("[1]", "is not a JSON object"),
         ('{"base": "rtx9999x"}', "unknown device 'rtx9999x'"),
-        ('{"base": ["rtx3060"]}', "base must be the name of a device (got ['rtx3060'])"),
+        ('{"base": ["rtx3060"]}', "base must be the name of a device (got a list of 1)"),
         ('{"base": "rtx3060", "memory": 3}', "unknown device field 'memory'; did you mean 'memory_gb'?"),
         ('{"link_gb_per_s": 3, "memory_gb": 8}', "has no link_latency_us, memory_gb_per_s"),
         ('{"base": "rtx3060", "link_gb_per_s": "25"}', "link_gb_per_s must be a finite number above 0 (got '25')"),

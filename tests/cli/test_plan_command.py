@@ -84,6 +84,7 @@ def test_a_plan_keeps_to_the_devices_memory(capsys):
         assert answer["result"]["budget_slots"] <= answer["result"]["device_slots"] == 15
 
 
+@pytest.mark.slow  # compiles their policies
 @pytest.mark.usefixtures("_house")
 def test_systems_and_what_they_lack(capsys):
     plan("--target", "50%", "--strategy", "all", "--json", "-", "--device", "mine.json")

@@ -117,6 +117,7 @@ def test_the_host_computes_misses(capsys):
     assert "device mine has no host_gb_per_s" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # compiles their policies
 def test_named_systems(capsys):
     found = replay(capsys, "--strategy", "all", "--scores", "leak", "--budget", "50%")
     assert names(found["results"]) == ["moe-beyond", "moe-spac", "llama.cpp", *REFERENCES, "lru, window 8"]

@@ -11,6 +11,7 @@ from _helpers.scoring import history_folder
 from moe_beyond.cli.main import main
 from moe_beyond.traces.reader import TraceSet
 
+pytestmark = pytest.mark.usefixtures("few_policies")
 SMALL = ("run", "--model", "small-moe", "--max-new-tokens", "6")
 
 

@@ -14,7 +14,7 @@ RUN = ("run", "--model", "small-moe", "--budget", "25%", "--prompt", "import os"
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("validate") / "recorded"
-    assert main([*RUN, "--policy", "lfru", "--trace", str(folder)]) == 0
+    assert main([*RUN, "--policy", "lfu", "--trace", str(folder)]) == 0
     return folder
 
 
@@ -25,7 +25,7 @@ def test_a_run_and_its_replay(recorded: Path, tmp_path: Path, capsys: pytest.Cap
     content = json.loads(file.read_text())
     assert f"as run: {len(content['events'])} of {len(content['events'])} events equal" in out
     assert "tokens/s:" in out
-    assert (content["policy"], content["budget_slots"]) == ("lfru", 48)
+    assert (content["policy"], content["budget_slots"]) == ("lfu", 48)
     for name in ("hits", "late_hits", "misses", "bytes"):
         assert content["totals"][name]["recorded"] == content["totals"][name]["replayed"], name
     assert all(event["recorded"] == event["replayed"] for event in content["events"])

@@ -10,7 +10,7 @@ from _helpers.common import TINY, VOCAB, tiny_traces
 from _helpers.scoring import seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation import tuning
+from moe_beyond.evaluation import search, tuning
 from moe_beyond.evaluation.engine import replay_sequences
 from moe_beyond.evaluation.options import ReplayOptions
 from moe_beyond.evaluation.sources import Scored, ScoreSource
@@ -23,6 +23,7 @@ from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 
+pytestmark = pytest.mark.usefixtures("few_policies")
 LAYERS, EXPERTS, TOP_K = TINY.shape()
 FAST = "rtx3060,link_gb_per_s=0.01,link_latency_us=0,memory_gb_per_s=0.02,efficiency=1,layer_us=0"
 SATURATED = "rtx3060,link_gb_per_s=0.0005,link_latency_us=0,memory_gb_per_s=0.02"
@@ -89,12 +90,13 @@ def test_no_prefetch_is_best_on_a_saturated_interconnect(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("aim", ["tokens", "hits", "bytes"])
-@pytest.mark.parametrize("budget", ["6", "20"])
+@pytest.mark.parametrize("budget", ["6", "20", pytest.param("8", marks=pytest.mark.slow)])
 def test_the_search_finds_the_best_of_a_grid(tmp_path: Path, aim: str, budget: str) -> None:
     traces, source = tiny_traces(tmp_path / "traces", sequences=12), seer("seer", (1, 2))
     report = tuned(traces, budget, source, device=FAST, aim=aim)
     common = ReplaySettings(TINY.total_experts, device=load_device(FAST))
     policies = ("lru", "lfu", "lfu_in_cache", "lfru", "class_lru", "least_stale", "hobbit", "belief", "moe_infinity")
+    policies = tuple(name for name in policies if name in search.POLICIES)
     prefetches = ("none", *(f"top{n}" for n in range(1, 9)), *(f"p>{n / 10:g}" for n in range(1, 10)), "adaptive")
     settings = [
         each

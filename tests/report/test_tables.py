@@ -106,7 +106,7 @@ def lost(pattern: re.Pattern[str], table: Table, width: int) -> Counter[str]:
     return Counter(pattern.findall(whole(table))) - Counter(pattern.findall(text_of(table, width)))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(width=st.integers(80, 140))
 @example(80)
 @example(100)
@@ -121,7 +121,7 @@ def test_every_word_and_figure_is_there_in_full(tables: dict[str, Table], width:
             assert "││" not in line, name
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(width=st.integers(24, 79))
 @example(40)
 def test_every_figure_is_there_on_a_narrow_terminal(tables: dict[str, Table], width: int) -> None:

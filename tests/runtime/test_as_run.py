@@ -52,7 +52,7 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # One event, fewer than a prompt demands of a layer, and all experts.
 @pytest.mark.parametrize(("budget", "tier"), [(3, "disk"), (12, "host"), (192, "disk")])
 def test_a_run_on_demand_is_replayed(tmp_path, budget, tier):
-    recording = record(tmp_path / "run", budget=budget, tier=tier, policy="lfru")
+    recording = record(tmp_path / "run", budget=budget, tier=tier, policy="lfu")
     replayed = replay_as_run(recording)
     assert replayed.difference is None
     assert replayed.equal == replayed.events == len(recording.events) == 8 * 3 * TOKENS

@@ -62,7 +62,7 @@ def test_the_trace_set_equals_a_collection(tmp_path):
 
 @pytest.mark.parametrize(
     ("budget", "policy", "scope"),
-    [(3, "lru", "global"), (12, "lfu", "global"), (48, "lfru", "per-layer"), (192, "lru", "global")],
+    [(3, "lru", "global"), (12, "lfu", "global"), (48, "lfu", "per-layer"), (192, "lru", "global")],
 )
 def test_a_replay_has_the_same_events(tmp_path, budget, policy, scope):
     run = record(tmp_path / "run", budget=budget, policy=policy, scope=scope)

@@ -1,11 +1,14 @@
 """What must hold for every replay."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from _helpers import cache_cases
 from _helpers.cache_cases import TICK, Case, cases, ticking
+from _helpers.common import QUICK_POLICIES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +19,15 @@ from moe_beyond.simulator import Replay
 from moe_beyond.simulator.sequence import ReplaySequence
 
 few = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-ADMITTING = tuple(policy for policy in POLICIES if policy != "belady_bypass")
-UNKNOWING = tuple(policy for policy in POLICIES if not policy.startswith("belady"))
+
+
+@pytest.fixture(autouse=True, scope="module", params=["quick", pytest.param("others", marks=pytest.mark.slow)])
+def _policies(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draw the policies of the quick tests; with the slow tests, draw the others."""
+    names = QUICK_POLICIES if request.param == "quick" else sorted(set(POLICIES) - set(QUICK_POLICIES))
+    cache_cases.drawn_policies[:] = names
+    yield
+    cache_cases.drawn_policies[:] = QUICK_POLICIES
 
 
 def hits(case: Case, **changes) -> int:
@@ -53,7 +63,7 @@ def test_an_event_of_one_token_has_k_accesses(case: Case):
 
 
 @few
-@given(cases(policies=ADMITTING, prefetches=("none",), timed=False))
+@given(cases(without=("belady_bypass",), prefetches=("none",), timed=False))
 def test_belady_is_the_optimum(case: Case):
     case = case.changed(warmup_tokens=0, warm_start=False)
     assert hits(case) <= hits(case, policy="belady_bypass")
@@ -82,7 +92,7 @@ def test_with_room_for_all_an_expert_misses_once(case: Case):
 
 @few
 @given(
-    cases(policies=ADMITTING, prefetches=("oracle",), timed=False)
+    cases(without=("belady_bypass",), prefetches=("oracle",), timed=False)
     | cases(plain=True, prefetches=("oracle",), timed=False)
 )
 def test_the_oracle_on_an_instant_link_hits_always(case: Case):
@@ -92,7 +102,7 @@ def test_the_oracle_on_an_instant_link_hits_always(case: Case):
 
 
 @few
-@given(cases(policies=ADMITTING, prefetches=("oracle",)) | cases(plain=True, prefetches=("oracle",)))
+@given(cases(without=("belady_bypass",), prefetches=("oracle",)) | cases(plain=True, prefetches=("oracle",)))
 def test_the_oracle_on_an_enormous_link_hits_always_and_never_stalls(case: Case):
     enormous = replace(ticking(1), link_gb_per_s=1e30, link_latency_us=0.0)
     replaying = case.with_room().changed(device=enormous).replayed()
@@ -165,7 +175,12 @@ def test_the_log_of_the_link(case: Case, flash: int, host_slots: int):
 
 
 @few
-@given(cases(policies=UNKNOWING, prefetches=("scored", "adaptive", "moe_infinity"), plain=True, timed=True), st.data())
+@given(
+    cases(
+        without=("belady", "belady_bypass"), prefetches=("scored", "adaptive", "moe_infinity"), plain=True, timed=True
+    ),
+    st.data(),
+)
 def test_nothing_depends_on_what_is_not_known_yet(case: Case, data: st.DataObject):
     length, layers, _ = case.sequences[0].shape
     token, layer = data.draw(st.integers(0, length - 1)), data.draw(st.integers(0, layers - 1))

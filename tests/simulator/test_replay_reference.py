@@ -28,6 +28,14 @@ def test_slots_without_an_expert_demand_nothing(policy: str, data: st.DataObject
     assert case.outcome() == case.reference()
 
 
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "belady_bypass"])  # it counts experts
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_layers_that_differ_in_bytes(policy: str, data: st.DataObject):
+    case: Case = data.draw(cases(policies=(policy,), handlings=MISSES, mixed=True))
+    assert case.outcome() == case.reference()
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lfu_in_cache", "lfru", "class_lru"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(

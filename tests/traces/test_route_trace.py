@@ -160,6 +160,7 @@ DAMAGE = {
     "line 7: expert_bytes must be 0 or 300 (got 200)": lambda text: text.replace("0.75,0,300", "0.75,0,200"),
     "line 7: residency must be 0, 1 or 2 (got 3)": lambda text: text.replace("0.75,0,300", "0.75,3,300"),
     "line 7: has no weight, but others do": lambda text: text.replace("0.75", "nan"),
+    "line 7: weight must be at most 65504 in half precision (got 1e+06)": lambda text: text.replace("0.75", "1e6"),
     "line 7: phase must be 0 or 1 (got 7)": lambda text: text.replace("\n0,0,", "\n0,7,"),
     "cannot be read as rows of numbers": lambda text: text.replace("0.75", "much"),
 }

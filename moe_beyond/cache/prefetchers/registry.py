@@ -6,11 +6,12 @@ from enum import IntEnum
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import shown
 
 NO_THRESHOLD = -1.0
 """Threshold below every score."""
 
-_NUMBER = r"-?(?:\d+(?:\.\d+)?|\.\d+)"
+_NUMBER = r"-?(?:\d{1,18}(?:\.\d{1,18})?|\.\d{1,18})"
 _THRESHOLD = rf"p>(?P<threshold>{_NUMBER})"
 
 
@@ -67,7 +68,7 @@ PREFETCHERS: dict[str, Prefetcher] = {
         PrefetcherId.SCORED,
         "the best-scored experts of a layer, with a maximum, a threshold or both; @N: N layers ahead",
         ("top6", "p>0.5", "top6,p>0.1"),
-        rf"(?=top|p>)(?:top(?P<max>[1-9]\d*))?(?:(?:^|(?<=\d),){_THRESHOLD})?(?:@(?P<distance>[1-9]\d*))?",
+        rf"(?=top|p>)(?:top(?P<max>[1-9]\d{{0,8}}))?(?:(?:^|(?<=\d),){_THRESHOLD})?(?:@(?P<distance>[1-9]\d{{0,8}}))?",
         reads_scores=True,
         reads_one_lookahead=True,
     ),
@@ -140,8 +141,8 @@ def parse_prefetch(text: str) -> Prefetch:
         numbers = {name: number for name, number in match.groupdict().items() if number is not None}
         threshold = float(numbers.get("threshold", NO_THRESHOLD))
         if "threshold" in numbers and not 0 <= threshold <= 1:
-            raise UserError(f"prefetch {text!r}: the threshold must be a probability, 0 to 1 (got {threshold:g})")
+            raise UserError(f"prefetch {shown(text)}: the threshold must be a probability, 0 to 1 (got {threshold:g})")
         max_experts, distance = (int(numbers[name]) if name in numbers else None for name in ("max", "distance"))
         return Prefetch(prefetcher, max_experts, threshold, distance)
     *examples, last = SYNTAX
-    raise UserError(f"prefetch {text!r} cannot be parsed; write {', '.join(examples)} or {last}")
+    raise UserError(f"prefetch {shown(text)} cannot be parsed; write {', '.join(examples)} or {last}")

@@ -38,6 +38,7 @@ VERSION = "# route_trace v1"
 WHOLE = ("turn", "phase", "step", "layer", "slot", "expert", "residency", "expert_bytes")
 """Columns of whole numbers; ``weight`` is a number, and ``dropped`` is optional."""
 PROMPT, DECODE = 0, 1
+LARGEST_WEIGHT = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,11 @@ def _entries(source: Path, lines: Sequence[str], header: int, geometry: Geometry
         row = wrong[0]
         raise refuse(row, f"expert_bytes must be 0 or {size[row]} (got {columns['expert_bytes'][row]})")
     weights = entry["weight"]
+    if len(wrong := np.flatnonzero(np.abs(columns["weight"]) > LARGEST_WEIGHT)):
+        row = wrong[0]
+        raise refuse(
+            row, f"weight must be at most {LARGEST_WEIGHT:g} in half precision (got {columns['weight'][row]:g})"
+        )
     unknown = np.isnan(weights)
     if unknown.any() and not unknown.all():
         raise refuse(int(np.flatnonzero(unknown)[0]), "has no weight, but others do")
