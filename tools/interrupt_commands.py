@@ -63,8 +63,10 @@ COMMANDS = {
 """Name -> command line, in a folder with a trace set, a run, prompts and a recording."""
 START = 0.3
 """Seconds of the interpreter's start, before the program can handle a signal."""
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds after the signal within which a command must end."""
+CACHES = ("torchinductor_",)
+"""Beginnings of the names of caches, which libraries keep in the folder for temporary files."""
 KEPT = (".collecting", ".lock")
 """Endings of hidden names that are kept for resuming."""
 
@@ -116,7 +118,8 @@ class Place:
         """Return temporary and hidden files."""
         hidden = [path for name in ("out", "runs") for path in (self.folder / name).rglob(".*")]
         hidden = [path for path in hidden if not path.name.endswith(KEPT) and not _is_part(path)]
-        return [str(path.relative_to(self.folder)) for path in (*hidden, *self.temporary.iterdir())]
+        temporary = [path for path in self.temporary.iterdir() if not path.name.startswith(CACHES)]
+        return [str(path.relative_to(self.folder)) for path in (*hidden, *temporary)]
 
 
 def _is_part(path: Path) -> bool:
