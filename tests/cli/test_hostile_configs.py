@@ -177,7 +177,7 @@ ALIASES = "\n".join(
     ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
 )
-"""A text of 400 characters that stands for a billion values."""
+"""A text of 400 characters with a billion values once its aliases are expanded."""
 MERGES = "\n".join(
     ["a0: &a0 {k: v}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 9)]
 )
