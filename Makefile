@@ -14,11 +14,13 @@ demo: $(INSTALLED)  ## record, fit and replay the bundled model, into demo/
 
 test: lint unit  ## lint, then unit
 
-lint: $(INSTALLED)  ## check style, types and imports between packages
+lint: $(INSTALLED)  ## check style, types, imports between packages, and known weaknesses
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -c pyproject.toml -r moe_beyond
+	$(BIN)/python tools/audit.py  # audits nothing without a network
 
 format: $(INSTALLED)  ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -166,7 +166,8 @@ def record(
     temperature: float = 0.0,
     seed: int = 0,
     val_blocks: str | None = None,
-    gate_weights: bool = True,
+    tokens: bool = True,
+    gate_weights: bool | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
     shard_tokens: int = 65536,
@@ -185,7 +186,9 @@ def record(
         temperature: Temperature of sampling; 0 takes the most probable token (default: 0).
         seed: Random seed for sampling; results also depend on the batch size (default: 0).
         val_blocks: ``SIZE:EVERY`` moves blocks of consecutive prompts to the split ``validation`` (default: no split).
-        gate_weights: Whether gate weights are recorded (default: True).
+        tokens: Whether token ids, the tokenizer and the names of the prompts are recorded; without them, the set holds
+            only expert ids, lengths and splits (default: True).
+        gate_weights: Whether gate weights are recorded (default: as ``tokens``).
         batch_size: Prompts per batch (default: 8).
         max_tokens: Length to which prompts are truncated, in tokens (default: no truncation; a prompt longer than the
             model's positions is an error).
@@ -216,6 +219,7 @@ def record(
         temperature=temperature,
         seed=seed,
         val_blocks=val_blocks,
+        tokens=tokens,
         gate_weights=gate_weights,
         batch_size=batch_size,
         max_tokens=max_tokens,

@@ -107,7 +107,7 @@ class _IndexFile(IndexDataCacheFile):
         """Return the data files by signature, or nothing if the index is missing or outdated."""
         try:
             with open(self._index_path, "rb") as file:
-                if pickle.load(file) != self._version:
+                if pickle.load(file) != self._version:  # nosec B301 # written by this user's numba
                     return {}
                 stamp, overloads = _IndexUnpickler(file).load()
         except FileNotFoundError:

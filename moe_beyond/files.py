@@ -39,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         UserError: The disk is full.
     """
     path = Path(path)
-    with _naming_full_disk(path):
+    with naming_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -83,7 +83,7 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     if not overwrite:
         check_is_free(path)
     check_is_elsewhere(path)
-    with _naming_full_disk(path):
+    with naming_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -274,8 +274,15 @@ def file_in(folder: str | Path, name: str) -> Path:
 
 
 @contextmanager
-def _naming_full_disk(path: Path) -> Iterator[None]:
-    """Turn the system's error about a full disk into an error with the name of the file."""
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the system's error about a full disk into an error with the name of the file.
+
+    Args:
+        path: File or folder that is written.
+
+    Raises:
+        UserError: The disk is full.
+    """
     try:
         yield
     except Exception as error:

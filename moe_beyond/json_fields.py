@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 from moe_beyond.errors import MAX_SHOWN, UserError
+from moe_beyond.urls import without_secrets
 
 MAX_NUMBER_BITS = 256
 """Bits of the largest whole number that a message shows."""
@@ -117,7 +118,7 @@ def shown(value: Any) -> str:
         return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:  # Python may refuse to write out longer ones
         return f"a number of {value.bit_length()} bits"
-    text = printable(repr(value))
+    text = printable(without_secrets(repr(value)))
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
@@ -134,8 +135,13 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+def printable_lines(text: str) -> str:
+    """Escape characters as `printable` does, except line breaks."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def brief(message: object, max_length: int = 240) -> str:
-    r"""Return the message of a library as one line that is safe to print on a terminal.
+    r"""Return the message of a library as one line that is safe to print on a terminal, without the secrets of URLs.
 
     Args:
         message: Text or exception; its class name replaces an exception without a text.
@@ -145,5 +151,5 @@ def brief(message: object, max_length: int = 240) -> str:
         >>> brief("no such key\n  at line 3"), brief(ValueError()), brief("too long a message", 8)
         ('no such key at line 3', 'ValueError', 'too long...')
     """
-    text = printable(" ".join(str(message).split())) or type(message).__name__
+    text = printable(without_secrets(" ".join(str(message).split()))) or type(message).__name__
     return text if len(text) <= max_length else f"{text[:max_length]}..."

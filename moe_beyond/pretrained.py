@@ -1,7 +1,6 @@
 """Predictors and models that ship with this project, and the user's own predictor folders, by name."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from moe_beyond.download import (
 )
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import file_sha256, read_json
+from moe_beyond.messages import notify
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 """Files of a predictor folder."""
@@ -178,5 +178,5 @@ def _downloaded(name: HubName) -> Path:
     """Download a predictor; print its commit and the hash of its weights on standard error."""
     folder = download(name, "model", (CONFIG_FILE, WEIGHTS_FILE), (CARD_FILE,))
     sha256 = file_sha256(folder / WEIGHTS_FILE)
-    print(f"{name} is {folder.name}, {WEIGHTS_FILE} has sha256 {sha256}", file=sys.stderr)
+    notify(f"{name} is {folder.name}, {WEIGHTS_FILE} has sha256 {sha256}")
     return folder

@@ -11,6 +11,11 @@ runs/NAME/version_0/
 """
 
 from pathlib import Path
+from typing import Any
+
+from moe_beyond.errors import UserError
+from moe_beyond.json_fields import shown
+from moe_beyond.yaml_files import read_yaml_mapping
 
 __all__ = [
     "INTERRUPTED_CHECKPOINT",
@@ -20,6 +25,7 @@ __all__ = [
     "SCORES_FOLDER",
     "checkpoints_of",
     "is_run",
+    "read_run_config",
     "run_of",
 ]
 
@@ -35,9 +41,30 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / RUN_CONFIG_FILE).exists() or any(Path(folder).glob("checkpoints/*.ckpt"))
 
 
+def read_run_config(run: str | Path) -> dict[str, Any] | None:
+    """Read the configuration of a run; None if it has none.
+
+    Args:
+        run: Folder of the run.
+
+    Raises:
+        UserError: The file is not a run's configuration.
+    """
+    path = Path(run) / RUN_CONFIG_FILE
+    if not path.exists():
+        return None
+    config = read_yaml_mapping(path)
+    for name in ("data", "model", "trainer"):
+        group = config.get(name) or {}
+        arguments = group.get("init_args") or {} if isinstance(group, dict) else None
+        if not isinstance(arguments, dict):
+            raise UserError(f"{path}: {name} must be a mapping of options (got {shown(group)}); restore the file")
+    return config
+
+
 def checkpoints_of(run: str | Path) -> list[Path]:
     """Return the checkpoints of a run, without hidden files, which are still being written."""
-    return [path for path in Path(run).rglob("*.ckpt") if not path.name.startswith(".")]
+    return [path for path in Path(run).rglob("*.ckpt") if path.is_file() and not path.name.startswith(".")]
 
 
 def run_of(checkpoint: Path) -> Path:

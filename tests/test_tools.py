@@ -347,3 +347,18 @@ def test_the_imports_of_a_tool_exist(name: str) -> None:
         and importlib.util.find_spec(f"{node.module}.{alias.name}") is None
     ]
     assert missing == []
+
+
+@pytest.mark.slow
+def test_interrupted_commands_leave_nothing(tmp_path: Path) -> None:
+    words = ("--tries", "2", "--only", "export", "inspect", "--json", str(tmp_path / "found.json"))
+    run("interrupt_commands.py", *words)
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert [row["interrupted"] + row["finished"] for row in rows.values()] == [2, 2]
+
+
+def test_an_audit_without_data_is_a_line_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing answers there
+    (tmp_path / "pins.txt").write_text("moe-beyond==0.1.0\n")
+    printed = run("audit.py", "--requirements", str(tmp_path / "pins.txt"))
+    assert printed == "audit: no data on vulnerabilities can be read here; no package was audited\n"

@@ -1,13 +1,12 @@
 """The best predictor of a fit, uploaded to the Hugging Face Hub."""
 
-import sys
-
 import lightning as L
 
 from moe_beyond.callbacks.export import ExportBest, export_folder
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.hub.push import check_repository, open_repository, prepare_upload, push_upload
+from moe_beyond.messages import notify
 from moe_beyond.tasks.base import PredictorTask
 
 
@@ -53,6 +52,6 @@ class PushBest(L.Callback):
         except (UserError, OSError) as error:
             options = f"{' --private' * self.private}{f' --revision {self.revision}' if self.revision else ''}"
             command = f"moe-beyond push {folder} {self.repository}{options}"
-            print(f"moe-beyond: warning: not uploaded: {error}; {folder} is complete: {command}", file=sys.stderr)
+            notify(f"moe-beyond: warning: not uploaded: {error}; {folder} is complete: {command}")
         else:
-            print(f"uploaded: {result.url}, commit {result.commit}", file=sys.stderr)
+            notify(f"uploaded: {result.url}, commit {result.commit}")

@@ -1,11 +1,13 @@
-"""The resolved configuration, saved with the run."""
+"""The resolved configuration, saved with the run, without the secrets of URLs."""
 
 import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from moe_beyond.callbacks.trainer_folder import trainer_folder
+from moe_beyond.files import replacing
 from moe_beyond.run_folder import RUN_CONFIG_FILE
+from moe_beyond.urls import without_secrets
 
 
 class SaveConfig(SaveConfigCallback):
@@ -19,9 +21,9 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the file, and pass the configuration to the loggers."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         parser: LightningArgumentParser = self.parser
-        parser.save(self.config, str(self._folder / RUN_CONFIG_FILE), skip_none=False, overwrite=True, multifile=False)
-        config = yaml.safe_load(parser.dump(self.config, skip_none=False))
+        content = without_secrets(parser.dump(self.config, skip_none=False))
+        with replacing(self._folder / RUN_CONFIG_FILE) as temporary:
+            temporary.write_text(content, encoding="utf-8")
         for logger in trainer.loggers:
-            logger.log_hyperparams(config)
+            logger.log_hyperparams(yaml.safe_load(content))

@@ -1,7 +1,6 @@
 """Origin, tables, curves and artifacts of a run for a `WandbLogger`, in addition to the figures."""
 
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from moe_beyond.callbacks.cache_replay import CacheReplay
 from moe_beyond.callbacks.export import ExportBest
+from moe_beyond.callbacks.git_revision import git_revision
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.metrics import LookaheadMetrics
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.simulator import Result
 from moe_beyond.tasks.base import PredictorTask
+from moe_beyond.urls import without_secrets
 from moe_beyond.version import __version__
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class TrackWandb(L.Callback):
             **traces_read(task.data, trainer.state.fn),
         }
         if trainer.ckpt_path is not None:
-            origin["from"] = {"checkpoint": str(trainer.ckpt_path), "run": self._earlier}
+            origin["from"] = {"checkpoint": without_secrets(str(trainer.ckpt_path)), "run": self._earlier}
         for logger in loggers:
             logger.log_hyperparams(origin)
 
@@ -130,22 +131,6 @@ def traces_read(data: TraceDataModule, stage: TrainerFn | None) -> dict[str, Any
     elif data.val_split is not None:
         read["test_traces" if stage == TrainerFn.TESTING else "val_traces"] = data.val_traces.describe(data.val_split)
     return read
-
-
-def git_revision() -> dict[str, Any] | None:
-    """Return the commit of the working folder, and whether tracked files differ from it.
-
-    Returns:
-        ``{"commit": ..., "dirty": ...}``; None outside a repository, or without git.
-    """
-    try:
-        commit, changes = (
-            subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit.strip(), "dirty": bool(changes)}
 
 
 def layer_panels(measured: Sequence[LookaheadMetrics]) -> dict[str, Any]:

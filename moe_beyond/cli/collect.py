@@ -70,10 +70,14 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--record",
-        default="experts,gate_weights",
         metavar="LIST",
         help=f"comma-separated data to record, out of {', '.join(RECORDED)} (default: experts,gate_weights); hidden "
         "states are about a hundred times as large as the experts, and add the model's router weights",
+    )
+    parser.add_argument(
+        "--no-tokens",
+        action="store_true",
+        help="record only expert ids, lengths and splits: no token ids, tokenizer, gate weights or names of prompts",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: 8)")
     parser.add_argument(
@@ -131,14 +135,15 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv[1:])
     _check(args)
     steering = None if args.steer is None else read_steering(args.steer)
-    record = _parse_list(args.record)
+    record = None if args.record is None else _parse_list(args.record)
     config = CollectConfig(
         generate=args.generate,
         temperature=args.temperature,
         seed=args.seed if args.temperature else 0,
         val_blocks=args.val_blocks,
-        gate_weights="gate_weights" in record,
-        hidden_states="hidden_states" in record,
+        tokens=not args.no_tokens,
+        gate_weights=None if record is None else "gate_weights" in record,
+        hidden_states="hidden_states" in (record or ()),
         batch_size=args.batch_size,
         max_tokens=args.max_tokens,
         shard_tokens=args.shard_tokens,
@@ -227,7 +232,7 @@ def _check(args: Namespace) -> None:
     Raises:
         UserError: A value is wrong.
     """
-    for item in _parse_list(args.record):
+    for item in _parse_list(args.record or RECORDED[0]):
         if item not in RECORDED:
             raise unknown("--record", item, RECORDED)
     if args.dtype not in DTYPES:

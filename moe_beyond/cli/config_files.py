@@ -1,85 +1,85 @@
 """Configuration files, read without trusting them; errors name the file."""
 
-import importlib
-import math
-from collections.abc import Iterator
-from pathlib import Path
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
-import lightning as L
 import yaml
 from jsonargparse import ActionConfigFile, get_loader, set_loader  # type: ignore[attr-defined]
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import LayerSync
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import Strategy
 
+from moe_beyond.cli.allowed_classes import allow_only_known_classes, check_class
 from moe_beyond.cli.builtin_configs import find_config
 from moe_beyond.cli.library_errors import as_user_error
-from moe_beyond.cli.parser import CommandParser, option_strings, parser_error_message
+from moe_beyond.cli.parser import TRUST, CommandParser, option_strings, parser_error_message
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.json_fields import brief
+from moe_beyond.json_fields import brief, printable, shown
+from moe_beyond.yaml_files import ERRORS, check_size, line_of, read_text, reason_of
 
-MAX_VALUES = 100_000
-"""Maximum number of values in a YAML text after its aliases are expanded; nested aliases can stand for billions."""
-MAX_DEPTH = 100
-"""Maximum nesting of values; a depth of a thousand can overflow the stack."""
-ALLOWED_BASES = (
-    *(L.LightningModule, L.LightningDataModule, L.Callback, Logger, Profiler, Strategy, Accelerator, Precision),
-    *(CheckpointIO, ClusterEnvironment, LayerSync),
-)
-"""Base classes of the classes that a configuration may name."""
 GROUPS = "model", "data", "trainer"
 """Options that contain other options; none of them can be null."""
 LOAD = get_loader("yaml")  # reads 1e-3 as a number, which plain YAML does not
 
 
-def guard_yaml() -> None:
-    """Make jsonargparse read YAML with `read_yaml`."""
-    set_loader("yaml", read_yaml, exceptions=(yaml.YAMLError,), json_superset=True)
+def guard_configurations(*, trusted: bool) -> None:
+    """Bound the YAML that jsonargparse reads, and the classes that it may import, for the whole process.
+
+    Args:
+        trusted: Whether any class may be imported.
+    """
+    set_loader("yaml", read_bounded if trusted else read_yaml, exceptions=ERRORS, json_superset=True)
+    if not trusted:
+        allow_only_known_classes()
 
 
-def read_yaml(text: str) -> Any:
+def read_bounded(text: str) -> Any:
     """Read YAML as jsonargparse does.
 
     Args:
-        text: Content of a YAML file.
+        text: Content of a YAML file, or the value of an option.
+
+    Raises:
+        UserError: The content is too large or too deep, or names a pipe.
+    """
+    check_size(text)
+    content = LOAD(text)
+    for value in _texts(content):
+        if _is_pipe(value):  # jsonargparse would read it as a further configuration, and reading may never end
+            raise UserError(f"{shown(value)} is a pipe; name a file")
+        with suppress(*ERRORS):  # jsonargparse also tries to read text as YAML
+            check_size(value)
+    return content
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML as `read_bounded` does.
+
+    Args:
+        text: Content of a YAML file, or the value of an option.
 
     Raises:
         UserError: The content is too large or too deep, or names a class that a configuration may not name.
     """
-    _check_size(text)
-    content = LOAD(text)
-    for name in _class_paths(content):
-        _check_class(name)
+    content = read_bounded(text)
+    for path in _class_paths(content):
+        check_class(path)
     return content
 
 
-def _check_size(text: str) -> None:
-    """Refuse endlessly nested brackets and nested aliases before anything is built from them."""
-    sizes: dict[str, float] = {}  # by anchor, with its aliases expanded; infinite while it is still open
-    opened: list[tuple[str | None, float]] = [(None, 0)]
-    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        anchor = getattr(event, "anchor", None)
-        if isinstance(event, yaml.CollectionStartEvent):
-            opened.append((anchor, 1))
-            if anchor is not None:
-                sizes[anchor] = math.inf
-            if len(opened) > MAX_DEPTH:
-                raise UserError(f"nests values more than {MAX_DEPTH} deep; flatten them")
-            continue
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = opened.pop()
-        else:
-            size = sizes.get(str(anchor), 1) if isinstance(event, yaml.AliasEvent) else 1
-        if anchor is not None:
-            sizes[anchor] = size
-        opened[-1] = opened[-1][0], opened[-1][1] + size
-    if opened[0][1] > MAX_VALUES:
-        raise UserError(f"aliases stand for more than {MAX_VALUES:,} values; write fewer")
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list | tuple | set):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _texts(part)
+
+
+def _is_pipe(name: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(name).st_mode)
+    except (OSError, ValueError):  # no such file, or no possible name
+        return False
 
 
 def _class_paths(content: Any) -> Iterator[str]:
@@ -87,24 +87,29 @@ def _class_paths(content: Any) -> Iterator[str]:
         if isinstance(name := content.get("class_path"), str):
             yield name
         content = list(content.values())
-    if isinstance(content, list):
+    if isinstance(content, list | tuple | set):
         for part in content:
             yield from _class_paths(part)
 
 
-def _check_class(path: str) -> None:
-    """Refuse an import path unless it names a subclass of `ALLOWED_BASES`; jsonargparse resolves bare names.
+def check_options(argv: Sequence[str]) -> None:
+    """Refuse values of options that `read_yaml` refuses, by the name of the option.
 
-    `LambdaCallback` calls any function, so it would let a configuration run any command.
+    Args:
+        argv: The command and its options.
+
+    Raises:
+        UserError: A value names a class that a configuration may not name, is too large, or names a pipe.
     """
-    module, _, name = path.rpartition(".")
-    try:
-        named_class = getattr(importlib.import_module(module), name, None) if module else None
-    except (ImportError, ValueError) as error:
-        raise UserError(f"class_path {path}: cannot be imported ({brief(error)})") from error
-    wrong = module and not (isinstance(named_class, type) and issubclass(named_class, ALLOWED_BASES))
-    if wrong or name == LambdaCallback.__name__:
-        raise UserError(f"class_path {path}: is not a class that a configuration may name")
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option.removeprefix("--").partition(".")[0] in GROUPS:
+            try:
+                get_loader("yaml")(value if equals else following)
+            except UserError as error:
+                raise UserError(f"{option}: {error}") from error
+            except ERRORS:  # not YAML; the parser reports it
+                continue
 
 
 class ConfigFile(ActionConfigFile):
@@ -114,26 +119,26 @@ class ConfigFile(ActionConfigFile):
         """Read the file, or the built-in configuration of that name, into ``cfg``."""
         if not values.strip():
             raise UserError("-c: the name of the file is empty; name a configuration file in YAML")
+        is_yaml = any(mark in values for mark in ":{\n") and not os.path.exists(values)
+        source, location = values, "-c" if is_yaml else printable(values)
         try:
-            is_yaml = any(mark in values for mark in ":{\n") and not Path(values).is_file()
             source = values if is_yaml else str(find_config(values))
-            content = read_yaml(source if is_yaml else Path(source).read_text(encoding="utf-8"))
+            content = get_loader("yaml")(source if is_yaml else read_text(source))
             if not isinstance(content, dict):
                 raise UserError("is not a mapping of options to values")
             _check_names(parser, content)
             with as_user_error(constructing=True):
                 self.apply_config(parser, cfg, self.dest, source)
         except yaml.YAMLError as error:
-            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-            line = "" if mark is None else f", line {mark.line + 1}"
-            raise UserError(f"{values}{line}: is not YAML ({brief(problem or error)})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{values}: is not text in UTF-8") from error
+            raise UserError(f"{location}{line_of(error)}: is not YAML ({brief(reason_of(error))})") from error
         except (TypeError, KeyError) as error:
             message = parser_error_message(parser, str(error), error)
-            raise UserError(f"{values}: {message.removeprefix('--')}") from error
+            raise UserError(f"{location}: {message.removeprefix('--')}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{location}: is not YAML ({brief(error)})") from error
         except UserError as error:
-            raise UserError(f"{values}: {str(error).removeprefix('--')}") from error
+            message = str(error).removeprefix(f"{source}: ").removeprefix("--")
+            raise UserError(f"{location}: {message}") from error
 
 
 def _check_names(parser: CommandParser, content: dict[str, Any]) -> None:
@@ -141,6 +146,8 @@ def _check_names(parser: CommandParser, content: dict[str, Any]) -> None:
     for name in GROUPS:
         if name in content and content[name] is None:
             raise UserError(f"{name}: is null; give its settings, or remove it from the file")
+    if content.pop("trust_config", False):
+        raise UserError(f"trust_config: a file cannot trust itself; give {TRUST} on the command line")
     options = {option.removeprefix("--") for option in option_strings(parser)}
     groups = {name.partition(".")[0] for name in options}
     trainer = content.get("trainer")

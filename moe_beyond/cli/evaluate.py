@@ -21,6 +21,7 @@ from moe_beyond.cli.replay_options import (
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.pretrained import find_predictor
+from moe_beyond.urls import without_secrets
 
 if TYPE_CHECKING:
     from moe_beyond.traces.reader import TraceSet
@@ -161,5 +162,5 @@ def _command(arguments: Sequence[str], predictor: str, name: str) -> str:
             if not joined:
                 next(rest, None)
         elif argument not in ("--record", "--record-training-text", "--quiet"):
-            kept.append(Path(argument).name if Path(argument).is_dir() else argument)
+            kept.append(Path(argument).name if Path(argument).is_dir() else without_secrets(argument))
     return shlex.join(kept)

@@ -1,5 +1,7 @@
 """``moe-beyond export``."""
 
+from contextlib import nullcontext
+
 from jsonargparse import ArgumentParser
 
 from moe_beyond.cli.options import TRACES_HELP, Output, command_parser
@@ -21,6 +23,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("traces", metavar="DIR", help=TRACES_HELP)
     parser.add_argument("out", metavar="OUT", help="file or folder to write")
     parser.add_argument("--split", metavar="SPLIT", help="split of the trace set (default: all)")
+    parser.add_argument(
+        "--drop-tokens",
+        action="store_true",
+        help="write only expert ids, lengths and splits: no token ids, tokenizer, gate weights or names of sequences",
+    )
     return parser
 
 
@@ -31,11 +38,13 @@ def main(argv: list[str]) -> None:
         argv: The command and its options.
     """
     args = build_parser().parse_args(argv[1:])
+    from moe_beyond.traces.formats.trace_set import without_tokens
     from moe_beyond.traces.reader import TraceSet
 
     write = format_writer(args.format)
     traces = TraceSet(args.traces)
-    write(traces, args.out, args.split)
+    with without_tokens(traces, args.out, args.split) if args.drop_tokens else nullcontext(traces) as exported:
+        write(exported, args.out, args.split)
     shards = traces.shards(args.split)
     sequences, tokens = sum(shard.sequences for shard in shards), sum(shard.tokens for shard in shards)
     output = Output(args)

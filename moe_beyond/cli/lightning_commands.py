@@ -37,6 +37,7 @@ OPTIONS = {
     "--trainer.precision": ("NAME", "32-true, 16-mixed or bf16-mixed (default: 32-true)"),
     "--ckpt_path": ("FILE", "checkpoint to load"),
     "--resume": ("RUN", "run to resume, as a folder or one of its checkpoints"),
+    "--trust-config": ("", "let the configuration import and run any code"),
     "--json": ("FILE", "file for the result as JSON; - prints only the JSON (default: no JSON)"),
     "--quiet": ("", "print only errors"),
 }

@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.json_fields import brief
+from moe_beyond.messages import print_error
 from moe_beyond.version import __version__
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -59,6 +61,7 @@ SYNONYMS = {
     "ls": "list",
 }
 """Commands of other tools -> the commands that do the same here."""
+INTERRUPTED = "moe-beyond: interrupted; run the same command again"
 COMMANDS = {command: entry for group in GROUPS.values() for command, entry in group.items()}
 
 
@@ -105,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown("command", command, COMMANDS)
         importlib.import_module(f"moe_beyond.cli.{COMMANDS[command][0]}").main(arguments)
     except UserError as error:
-        print(f"moe-beyond: error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except SystemExit as end:  # argument parsers exit after their own message
         if is_interrupt(end):
-            print("moe-beyond: interrupted", file=sys.stderr)
+            print(INTERRUPTED, file=sys.stderr)
             return 130
         return end.code if isinstance(end.code, int) else 1
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
@@ -117,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a path that cannot be read or written
         location = f"{error.filename}: " if error.filename else ""
-        print(f"moe-beyond: error: {location}{brief(error.strerror or error)}", file=sys.stderr)
+        print_error(f"{location}{brief(error.strerror or error)}")
         return 2
     except KeyboardInterrupt:
-        print("moe-beyond: interrupted", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     return 0
 
@@ -150,6 +153,7 @@ def console() -> NoReturn:
     """
     _open_closed_streams()
     code = main()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(code))  # the work is done or undone; nothing is left to clean up
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
     atexit._run_exitfuncs()  # noqa: SLF001
     try:

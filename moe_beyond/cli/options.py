@@ -15,6 +15,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from moe_beyond.cli.parser import CommandParser
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
+from moe_beyond.json_fields import printable_lines
+from moe_beyond.urls import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -156,10 +158,12 @@ class Output:
         self.console = console if console.is_terminal else Console(quiet=self.quiet, width=PIPE_WIDTH)
 
     def show(self, *parts: "RenderableType") -> None:
-        """Print tables and lines; a line is neither broken nor read as markup."""
+        """Print tables and lines; a line is neither broken nor read as markup, and controls no terminal."""
         for part in parts:
             if isinstance(part, str):
-                self.console.print(part, highlight=False, markup=False, soft_wrap=True)
+                self.console.print(
+                    printable_lines(without_secrets(part)), highlight=False, markup=False, soft_wrap=True
+                )
             else:
                 self.console.print(part)
 
@@ -169,11 +173,6 @@ class Output:
             sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         elif self._json is not None:
             write_json(self._json, content)
-
-
-def print_error(error: Exception) -> None:
-    """Print the line of an error."""
-    print(f"moe-beyond: error: {error}", file=sys.stderr)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 from moe_beyond.errors import UserError, nearest, unknown
+from moe_beyond.json_fields import brief
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -23,6 +24,10 @@ WRONG_VALUE = re.compile(r'Parser key "([^"]*)"')
 NOT_A_CLASS = re.compile(r"Expected a dot import path string: (.*)")
 WRONG_ARGUMENT = re.compile(r"- (\w+ (?:needs|has no argument) .*)")
 CLASS_NAME = re.compile(r"[A-Za-z_][\w.]*")
+NOT_ALLOWED = "is not a class that a configuration may name"
+DENIED = re.compile(rf"Importing '([^']*)' is not allowed|class_path (\S+): {NOT_ALLOWED}")
+TRUST = "--trust-config"
+"""Option that lets a configuration name any class."""
 
 
 class CommandParser(ArgumentParser):
@@ -108,6 +113,10 @@ def parser_error_message(parser: CommandParser, message: str, error: BaseExcepti
     """
     text = _flat(message.split("Given value type")[0])  # the whole configuration follows
     command = parser.command
+    if denied := next(filter(None, map(DENIED.search, map(str, (message, *causes_of(error))))), None):
+        key = WRONG_VALUE.match(text)
+        option = "" if key is None else f"--{key[1].removeprefix(f'{command}.')}: "
+        return f"{option}{not_allowed(denied[1] or denied[2])}"
     if text.startswith(MISSING):
         return _missing_message(parser, text.removeprefix(MISSING).split(", "))
     if UNRECOGNIZED in text:
@@ -120,6 +129,15 @@ def parser_error_message(parser: CommandParser, message: str, error: BaseExcepti
     if match := WRONG_VALUE.match(text):
         return _value_message(parser, match[1], message, error)
     return f"{text}; {_option_hint(None, command)}"
+
+
+def not_allowed(path: str) -> str:
+    """Return the message about a class that a configuration may not name.
+
+    Args:
+        path: Import path, or the name of a class.
+    """
+    return f"class_path {brief(path, 100)}: {NOT_ALLOWED}; if you trust its author, add {TRUST}"
 
 
 def _missing_message(parser: CommandParser, names: list[str]) -> str:

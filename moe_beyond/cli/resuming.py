@@ -17,6 +17,7 @@ from moe_beyond.callbacks.export import ExportBest
 from moe_beyond.callbacks.interrupt import SaveOnInterrupt
 from moe_beyond.cli.main import is_interrupt
 from moe_beyond.errors import UserError
+from moe_beyond.messages import notify
 from moe_beyond.predictors.io.checkpoint import CHECKPOINT_KEY
 from moe_beyond.run_folder import PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints_of, run_of
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
@@ -141,7 +142,7 @@ def _progress(path: Path) -> Progress | None:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         progress = Progress(**checkpoint[CHECKPOINT_KEY][RESUME_KEY]["progress"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError):
-        print(f"moe-beyond: warning: {path}: cannot be resumed; skipped", file=sys.stderr)
+        notify(f"moe-beyond: warning: {path}: cannot be resumed; skipped")
         return None
     return progress if "optimizer_states" in checkpoint else None
 

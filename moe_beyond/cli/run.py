@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from moe_beyond.cache.misses import MISSES, MOVE
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
-from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, check_file, command_parser, print_error
+from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, check_file, command_parser
 from moe_beyond.cli.parser import CommandParser
 from moe_beyond.cli.replay_options import DEVICE_HELP, PREDICTOR_HELP, choices, quoted
 from moe_beyond.cli.strategy_config import add_config, apply_config, given_options
@@ -22,6 +22,7 @@ from moe_beyond.collect.prompts import COLUMNS, Prompt, as_prompts, read_prompts
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.options import DEFAULT_BUDGET, SCOPES
 from moe_beyond.json_fields import printable
+from moe_beyond.messages import print_error
 from moe_beyond.runtime.options import FUTURE_POLICIES, READERS, TIERS
 
 LOADING = (

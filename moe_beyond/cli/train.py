@@ -27,11 +27,11 @@ from moe_beyond.callbacks.monitors import check_monitors
 from moe_beyond.callbacks.save_config import SaveConfig
 from moe_beyond.callbacks.trainer_folder import trainer_folder
 from moe_beyond.callbacks.write_scores import WriteScores
-from moe_beyond.cli.config_files import ConfigFile, guard_yaml
+from moe_beyond.cli.config_files import ConfigFile, check_options, guard_configurations
 from moe_beyond.cli.library_errors import as_user_error
 from moe_beyond.cli.lightning_commands import EXAMPLES
 from moe_beyond.cli.options import ExampleAsWritten, Output, add_output, example_text
-from moe_beyond.cli.parser import CommandParser
+from moe_beyond.cli.parser import TRUST, CommandParser
 from moe_beyond.cli.resuming import (
     add_resume,
     check_names_a_file,
@@ -43,6 +43,7 @@ from moe_beyond.cli.resuming import (
 from moe_beyond.cli.wandb_mode import discard_offline_run, finishing_wandb, set_wandb_mode
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
+from moe_beyond.files import naming_full_disk
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
@@ -126,6 +127,12 @@ class PredictorCLI(LightningCLI):
         """Add the options of all commands; set geometry, vocabulary and hidden size of the task from the data."""
         add_output(parser)
         add_resume(parser)
+        parser.add_argument(
+            TRUST,
+            action="store_true",
+            help="let the configuration import and run any code; without it, only classes of this package and parts of "
+            "Lightning's trainer",
+        )
         # As a dictionary: jsonargparse would require each field of a dataclass.
         parser.link_arguments(
             "data.geometry", "model.init_args.geometry", compute_fn=Geometry.to_json, apply_on="instantiate"
@@ -157,7 +164,7 @@ class PredictorCLI(LightningCLI):
             super()._set_seed()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with as_user_error(), removing_empty_run(self.trainer):
+        with as_user_error(), removing_empty_run(self.trainer), naming_full_disk(trainer_folder(self.trainer)):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
@@ -357,8 +364,10 @@ def main(argv: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: LITLOGGER_HINT not in record.getMessage()
     )
-    guard_yaml()
     import_tasks()  # configs name tasks without their module
+    guard_configurations(trusted=TRUST in argv)
+    argv = with_resume([argument for argument in argv if argument != TRUST])
+    check_options(argv)
     # On the class, for the parsers that jsonargparse makes of it.
     Parser.command, Parser.example = argv[0], EXAMPLES[argv[0]]
     with printing_last_lines(), finishing_wandb():
@@ -378,5 +387,5 @@ def main(argv: list[str]) -> None:
                 "formatter_class": ExampleAsWritten,
                 **{command: {"epilog": example_text(example)} for command, example in EXAMPLES.items()},
             },
-            args=with_resume(argv),
+            args=argv,
         )

@@ -12,17 +12,24 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.json_fields import brief
 from moe_beyond.tasks import PredictorTask
+from moe_beyond.urls import without_secrets
 
 MODE = "WANDB_MODE"
 WITHOUT_SERVER = ("offline", "dryrun")
 MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 MAX_TAG_LENGTH = 64
+SERVER_SETTINGS = (
+    "base_url", "http_proxy", "https_proxy", "x_proxies", "x_extra_http_headers", "insecure_disable_ssl",
+    "identity_token_file", "credentials_file",
+)  # fmt: skip
+"""Settings of wandb with which a stranger's configuration could receive the user's key."""
 
 
 def set_wandb_mode(
@@ -55,15 +62,22 @@ def set_wandb_mode(
     if mode is not None and mode not in MODES:
         raise unknown(MODE, mode, MODES)
     for arguments in _arguments(configured):
-        if (arguments.get("settings") or {}).get("api_key"):
+        settings = arguments.get("settings") or {}
+        if settings.get("api_key"):
             raise UserError(
                 "a configuration is stored with its run, so it must not contain an api_key; set WANDB_API_KEY"
+            )
+        if moved := [name for name in SERVER_SETTINGS if settings.get(name)]:
+            raise UserError(
+                f"WandbLogger: settings.{moved[0]} would send your key elsewhere; use an environment variable of wandb"
             )
         if mode != "disabled":
             mode = "offline" if arguments.get("offline") else arguments.get("mode") or mode
     if mode == "disabled" or command == "predict":
         trainer.loggers = others
-    elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        return
+    _hide_secrets_of_arguments(trainer)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         os.environ.setdefault("WANDB_JOB_TYPE", command)
         os.environ.setdefault("WANDB_NAME", run_name(trainer, command, task, data))
         os.environ.setdefault("WANDB_TAGS", ",".join(run_tags(task, data)))
@@ -75,6 +89,21 @@ def set_wandb_mode(
                 f"wandb: mode {mode} needs a login; run `wandb login`, or set WANDB_API_KEY, or set {MODE}=offline"
             )
         os.environ |= {MODE: "offline", "WANDB_QUIET": "true"}  # the user chose no mode
+
+
+def _hide_secrets_of_arguments(trainer: L.Trainer) -> None:
+    """Remove the secrets of URLs from the arguments of this process, which wandb stores.
+
+    Raises:
+        UserError: Lightning is about to start further processes with these arguments.
+    """
+    clean = [without_secrets(argument) for argument in sys.argv]
+    if clean != sys.argv and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise UserError(
+            "wandb stores the arguments of the process, and a URL among them has a password; start the processes with "
+            f"torchrun, or set {MODE}=disabled"
+        )
+    sys.argv[:] = clean
 
 
 def run_name(trainer: L.Trainer, command: str, task: PredictorTask, data: TraceDataModule) -> str:
@@ -96,7 +125,8 @@ def _arguments(configured: Any) -> list[dict[str, Any]]:
     """Return the arguments of each `WandbLogger` among the loggers of a configuration: one or a list."""
     loggers = configured if isinstance(configured, list) else [configured]
     entries = [logger.as_dict() for logger in loggers if isinstance(logger, Namespace)]
-    return [entry["init_args"] for entry in entries if entry["class_path"].endswith(WandbLogger.__name__)]
+    loggers = [entry for entry in entries if entry["class_path"].endswith(WandbLogger.__name__)]
+    return [(entry.get("init_args") or {}) | (entry.get("dict_kwargs") or {}) for entry in loggers]
 
 
 def logged_in() -> bool:

@@ -46,8 +46,9 @@ from moe_beyond.files import is_taken
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import printable
 from moe_beyond.traces.hidden_states import HiddenStates
-from moe_beyond.traces.manifest import Manifest, Tokenizer
+from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.urls import without_secrets
 from moe_beyond.version import __version__
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def collect(
     check_can_generate(model, config)
     rows = tokenize_prompts(prompts, tokenizer, model.config, config, source)
     check_ids(rows, tokenizer, embedding_rows(model))
+    if not config.tokens:
+        rows = [(Prompt("", str(number), "", prompt.split), ids) for number, (prompt, ids) in enumerate(rows)]
     recorded = recorded_tokenizer(model, tokenizer)
     routers = find_routers(model) if config.hidden_states else None
     inputs = None if routers is None else {layer: router.module for layer, router in routers.items()}
@@ -196,12 +199,13 @@ def _manifest(
     model_id = name or model.config.name_or_path or type(model).__name__
     if Path(model_id).is_dir():  # the same name from every working directory, and no path of this machine
         model_id = Path(model_id).resolve().name
-    if Path(source).is_file():
-        source = printable(Path(source).name)
+    source = printable(Path(source).name) if Path(source).is_file() else without_secrets(source)
     states = record.hidden_states
     return Manifest(
         geometry=measured_geometry(model, Path(model_id).name, top_k),
-        tokenizer=Tokenizer(Path(model_id).name, tokenizer.vocab_size, tokenizer.sha256),
+        tokenizer=Tokenizer(Path(model_id).name, tokenizer.vocab_size, tokenizer.sha256)
+        if config.tokens
+        else NO_TOKEN_IDS,
         model_id=model_id,
         quantization_bits=quantization_bits or 8.0 * model.dtype.itemsize,
         author="mixed" if config.generate else "dataset",

@@ -21,7 +21,8 @@ TYPES: dict[str, tuple[Any, str]] = {
     "temperature": (int | float, "a number"),
     "seed": (int, "a whole number"),
     "val_blocks": (str | None, "text such as '20:10', or None"),
-    "gate_weights": (bool, "True or False"),
+    "tokens": (bool, "True or False"),
+    "gate_weights": (bool | None, "True or False"),
     "hidden_states": (bool, "True or False"),
     "steering": (
         Steering | None,
@@ -43,7 +44,9 @@ class CollectConfig:
         temperature: Sampling temperature (default: 0, greedy).
         seed: Random seed for sampling (default: 0); results also depend on the batch size.
         val_blocks: ``SIZE:EVERY`` assigns blocks of consecutive prompts to a ``validation`` split (default: None).
-        gate_weights: Whether gate weights are recorded (default: True).
+        tokens: Whether token ids, the tokenizer and the names of the prompts are recorded; without them, the set holds
+            expert ids, lengths and splits, from which no text can be read (default: True).
+        gate_weights: Whether gate weights are recorded (default: as ``tokens``).
         batch_size: Prompts per batch (default: 8).
         max_tokens: Number of tokens to which longer prompts are truncated (default: None, no truncation). A prompt
             that exceeds the model's positions is an error.
@@ -57,7 +60,8 @@ class CollectConfig:
     temperature: float = 0.0
     seed: int = 0
     val_blocks: str | None = None
-    gate_weights: bool = True
+    tokens: bool = True
+    gate_weights: bool | None = None
     batch_size: int = 8
     max_tokens: int | None = None
     shard_tokens: int = 65536
@@ -71,7 +75,8 @@ class CollectConfig:
             UserError: A value has the wrong type, or a number is out of range.
         """
         for name, (kind, description) in TYPES.items():
-            if not isinstance(value := getattr(self, name), kind) or (isinstance(value, bool) and kind is not bool):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, bool | None)):
                 raise UserError(f"{name}: must be {description} (got {shown(value)})")
         for name, least in MINIMUMS.items():
             value = getattr(self, name)
@@ -86,6 +91,10 @@ class CollectConfig:
             )
         if self.temperature and not self.generate:
             raise UserError(f"--temperature: needs --generate N (got {shown(self.temperature)}); add --generate")
+        if not self.tokens and (self.gate_weights or self.hidden_states):
+            raise UserError("--no-tokens: keeps only expert ids; leave gate weights and hidden states out of --record")
+        if self.gate_weights is None:
+            object.__setattr__(self, "gate_weights", self.tokens)
         if self.val_blocks is not None:
             parse_blocks(self.val_blocks)
 

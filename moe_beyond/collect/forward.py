@@ -155,12 +155,13 @@ def _trace(
     selected = [(prefill, prompt_rows), *((record, decode_row) for record in steps)]
     experts = np.concatenate([record.experts[rows] for record, rows in selected])
     weights = np.concatenate([record.gate_weights[rows] for record, rows in selected])
-    half_weights = _half(weights, prompt.sequence_id, geometry, stored=config.gate_weights)
+    half_weights = _half(weights, prompt.sequence_id, geometry, stored=bool(config.gate_weights))
     states = [record.hidden_states[rows] for record, rows in selected if record.hidden_states is not None]
+    ids = np.array([*token_ids, *generated[: len(steps)]], np.int32)
     return Trace(
         sequence_id=prompt.sequence_id,
         source=prompt.source,
-        token_ids=np.array([*token_ids, *generated[: len(steps)]], np.int32),
+        token_ids=ids if config.tokens else np.zeros_like(ids),
         experts=experts.astype(experts_dtype(geometry)),
         decode_start=len(token_ids),
         gate_weights=half_weights if config.gate_weights else None,

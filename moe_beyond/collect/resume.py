@@ -257,7 +257,7 @@ def check_space(
     missing = sum(tokens for tokens, path in zip(tokens_by_batch, paths, strict=True) if not path.exists())
     geometry = manifest.geometry
     states = 2 * 2 * geometry.num_layers * (manifest.hidden_size or 0)
-    bytes_per_id = (1 if geometry.num_experts <= 255 else 2) + 2 * config.gate_weights
+    bytes_per_id = (1 if geometry.num_experts <= 255 else 2) + 2 * bool(config.gate_weights)
     bytes_per_token = 4 + geometry.demand_per_token * bytes_per_id + states
     needed = int(SPACE_MARGIN * (missing + sum(tokens_by_batch)) * bytes_per_token)
     free = shutil.disk_usage(parts).free
@@ -296,9 +296,8 @@ def merge_parts(
     vocabulary = tokenizer.file or merged.parent / f".{TOKENIZER_FILE}"
     if tokenizer.file is None:
         vocabulary.write_bytes(tokenizer.content)
-    with open_writer(
-        merged, manifest, vocabulary=vocabulary, routers=routers, shard_tokens=config.shard_tokens
-    ) as writer:
+    stored = vocabulary if config.tokens else None
+    with open_writer(merged, manifest, vocabulary=stored, routers=routers, shard_tokens=config.shard_tokens) as writer:
         for path, batch in zip(paths, batches, strict=True):
             for trace, (prompt, _) in zip(_read_part(path, batch, manifest), batch, strict=True):
                 try:

@@ -1,12 +1,9 @@
 """Runs of a fit: their folders, their predictor, and the evaluation of all their checkpoints on equal terms."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.options import ReplayOptions
@@ -15,13 +12,21 @@ from moe_beyond.evaluation.results import CheckpointEvaluation, Progress
 from moe_beyond.evaluation.run import measured_replay
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor, from_predictor_folder
 from moe_beyond.geometry import Geometry
+from moe_beyond.messages import notify
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.checkpoint import Checkpoint, load_checkpoint
 from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.predictors.training_text import MeasuredText
 from moe_beyond.pretrained import CONFIG_FILE as PREDICTOR_CONFIG
 from moe_beyond.pretrained import find_predictor
-from moe_beyond.run_folder import PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints_of, is_run, run_of
+from moe_beyond.run_folder import (
+    PREDICTOR_FOLDER,
+    RUN_CONFIG_FILE,
+    checkpoints_of,
+    is_run,
+    read_run_config,
+    run_of,
+)
 from moe_beyond.traces.reader import TraceSet
 
 COPIES = ("last", "interrupted")
@@ -74,7 +79,7 @@ def find_trained(name: str) -> Path:
         last = max(files, key=lambda path: (load_checkpoint(path).step, path.stem.startswith(COPIES), path.name))
         best = load_checkpoint(last).best
         trained = next((path for path in files if path.name == best), last)
-    print(f"{name} is a run: its predictor is {trained}", file=sys.stderr)
+    notify(f"{name} is a run: its predictor is {trained}")
     return trained
 
 
@@ -116,23 +121,28 @@ def validation_data(run: str | Path) -> tuple[str, str]:
     """Return the trace set and the split that a run validated on, by its configuration.
 
     Raises:
-        UserError: There is no configuration, or the run had no validation.
+        UserError: There is no readable configuration, or the run had no validation.
     """
-    path = Path(run) / RUN_CONFIG_FILE
-    if not path.exists():
+    path, config = Path(run) / RUN_CONFIG_FILE, read_run_config(run)
+    if config is None:
         raise UserError(f"{path}: is missing; name the trace set with --traces")
-    data = yaml.safe_load(path.read_text(encoding="utf-8")).get("data", {}).get("init_args", {})
+    data = (config.get("data") or {}).get("init_args") or {}
     if not data.get("val_split"):
         raise UserError(f"{run}: the run had no validation; name a trace set with --traces")
-    return data.get("val_traces") or data["traces"], data["val_split"]
+    traces, split = data.get("val_traces") or data.get("traces"), data["val_split"]
+    if not isinstance(traces, str) or not isinstance(split, str):
+        raise UserError(f"{path}: traces and val_split must be text; restore the file, or name the set with --traces")
+    return traces, split
 
 
 def resumed_from(run: str | Path) -> Path | None:
-    """Return the checkpoint that a run resumed, by its configuration; None without one, or if it was deleted."""
-    path = Path(run) / RUN_CONFIG_FILE
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    named = config.get("ckpt_path") if isinstance(config, dict) else None
-    return Path(named) if isinstance(named, str) and Path(named).exists() else None
+    """Return the checkpoint that a run resumed, by its configuration; None without one, or if it was deleted.
+
+    Raises:
+        UserError: The configuration cannot be read.
+    """
+    named = (read_run_config(run) or {}).get("ckpt_path")
+    return Path(named) if isinstance(named, str) and Path(named).is_file() else None
 
 
 def checkpoints_of_fit(run: str | Path) -> dict[Path, int]:

@@ -8,7 +8,8 @@ import yaml
 from moe_beyond.cache.misses import MOVE
 from moe_beyond.errors import UserError
 from moe_beyond.files import replacing
-from moe_beyond.json_fields import brief, build, shown
+from moe_beyond.json_fields import build, shown
+from moe_beyond.yaml_files import read_yaml_file
 
 TEXTS = ("policy", "prefetch", "scope", "misses")
 """Fields that are text."""
@@ -82,11 +83,9 @@ def read_strategy(path: str | Path) -> StrategyChoice:
     if not Path(path).is_file():
         raise UserError(f"--config {path}: is no file; name a strategy file, as moe-beyond tune --out writes it")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(
-            f"--config {path}: is not YAML ({brief(error)}); write it with moe-beyond tune --out"
-        ) from error
+        content = read_yaml_file(path)
+    except UserError as error:
+        raise UserError(f"--config {error}; write it with moe-beyond tune --out") from error
     try:
         choice: StrategyChoice = build(StrategyChoice, content, "strategy file")
     except UserError as error:

@@ -4,9 +4,8 @@ A package that adds an architecture to the entry-point group ``moe_beyond.predic
 name, to the group ``moe_beyond.tasks``.
 """
 
-import sys
-
 from moe_beyond.errors import UserError
+from moe_beyond.messages import notify
 from moe_beyond.predictors.registry import CLASSES
 from moe_beyond.registry import Registry
 from moe_beyond.tasks.base import PredictorTask
@@ -25,4 +24,4 @@ def import_tasks() -> None:
         try:
             TASKS[name]
         except UserError as error:
-            print(f"moe-beyond: warning: {error}", file=sys.stderr)
+            notify(f"moe-beyond: warning: {error}")

@@ -1,7 +1,6 @@
 """Reading a trace set from a folder, the Hub or any storage that fsspec supports."""
 
 import hashlib
-import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import file_in, parse_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief, shown
+from moe_beyond.messages import notify
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, load_engine_logs
@@ -32,6 +32,7 @@ from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.shard import Shard, decode, decode_texts, raise_fault
 from moe_beyond.traces.trace import Trace
+from moe_beyond.urls import without_secrets
 
 
 class TraceSet:
@@ -44,22 +45,24 @@ class TraceSet:
 
     Args:
         folder: A path; ``hf:ORG/REPO@REVISION``, which is downloaded; or a URL that fsspec understands
-            (``hf://datasets/...``), which is read without a download.
+            (``hf://datasets/...``), which is read without a download. `folder` then holds it without user name,
+            password and query.
 
     Raises:
         UserError: The manifest cannot be read, or the tokenizer's hash differs from the manifest's.
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder = str(folder)
-        if not self.folder.strip() or "\0" in self.folder:
+        location = str(folder)
+        self.folder = without_secrets(location)
+        if not location.strip() or "\0" in location:
             raise UserError(f"{shown(self.folder)} is not the name of a folder; give the folder of a trace set")
         path = f"{self.folder}/{MANIFEST_FILE}"
-        place = _download(self.folder) if is_hub_name(self.folder) else self.folder
+        place = _download(location) if is_hub_name(location) else location
         try:
             self._files, self._root = fsspec.core.url_to_fs(place)
         except (ValueError, ImportError) as error:
-            raise UserError(f"{self.folder}: cannot be opened ({error})") from error
+            raise UserError(f"{self.folder}: cannot be opened ({brief(error)})") from error
         try:
             content = self._read(MANIFEST_FILE)
         except FileNotFoundError as error:
@@ -363,6 +366,15 @@ class TraceSet:
             self._verified(ENGINE_FILE, sha256, "file"), self.geometry, f"{self.folder}/{ENGINE_FILE}"
         )
 
+    def tokenizer_content(self) -> bytes | None:
+        """Return the content of the set's ``tokenizer.json``; None if it has none.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        sha256 = self.manifest.tokenizer.sha256
+        return None if sha256 is None else self._verified(TOKENIZER_FILE, sha256, "tokenizer")
+
     @cached_property
     def token_strings(self) -> list[str] | None:
         """String of every token id (``vocab_size`` strings), or None if the set has no tokenizer."""
@@ -467,5 +479,5 @@ def _download(name: str) -> str:
     """Download a trace set and print its revision."""
     hub_name = parse_hub_name(name)
     folder = download(hub_name, "dataset", (MANIFEST_FILE,), (TOKENIZER_FILE, "*.parquet"))
-    print(f"{hub_name} is {folder.name}", file=sys.stderr)
+    notify(f"{hub_name} is {folder.name}")
     return str(folder)

@@ -1,7 +1,6 @@
 """Writing a trace set."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -181,7 +180,7 @@ def open_writer(
     folder: str | Path,
     manifest: Manifest,
     *,
-    vocabulary: str | Path | None = None,
+    vocabulary: str | Path | bytes | None = None,
     routers: Routers | None = None,
     engine_logs: Sequence[EngineLog] = (),
     shard_tokens: int = 65536,
@@ -191,8 +190,8 @@ def open_writer(
     Args:
         folder: Path of the new folder.
         manifest: Manifest without shards.
-        vocabulary: Path of a ``tokenizer.json`` that is copied into the set, so that predictors can read token strings
-            (default: none).
+        vocabulary: Path or content of the set's ``tokenizer.json``, in which predictors read token strings (default:
+            none).
         routers: Router weights of the model (default: none).
         engine_logs: Log of another engine for each sequence (default: none).
         shard_tokens: Number of tokens at which a shard is closed. About 100 MB of hidden states close it too.
@@ -200,8 +199,9 @@ def open_writer(
     Raises:
         UserError: The folder exists, a trace is invalid, or nothing was written.
     """
-    if vocabulary is not None:
-        sha256 = hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest()
+    content = vocabulary if isinstance(vocabulary, bytes | None) else Path(vocabulary).read_bytes()
+    if content is not None:
+        sha256 = hashlib.sha256(content).hexdigest()
         manifest = replace(manifest, tokenizer=replace(manifest.tokenizer, sha256=sha256))
     with replacing_folder(folder) as temporary:
         if routers is not None:
@@ -214,6 +214,6 @@ def open_writer(
             manifest = replace(manifest, engine_log_sha256=sha256)
         writer = TraceWriter(temporary, manifest, shard_tokens)
         yield writer
-        if vocabulary is not None:
-            shutil.copyfile(vocabulary, temporary / TOKENIZER_FILE)
+        if content is not None:
+            (temporary / TOKENIZER_FILE).write_bytes(content)
         writer._finish()  # noqa: SLF001

@@ -1,6 +1,5 @@
 """The tables of ``moe-beyond validate``: a recording next to its replay."""
 
-from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.report.labels import NO_VALUE
@@ -27,7 +26,7 @@ def validation_tables(validation: Validation) -> list[Table]:
         validation: Comparison of a recording with its replay.
     """
     settings, times = validation.measured.settings, validation.times
-    strategy = escape(settings.strategy)
+    strategy = settings.strategy
     counts = WrappedTable(title=f"{strategy}, {settings.slots:,} slots: counts of all steps")
     _headings(counts, "count", "replayed", "difference")
     for name, pair in validation.counts.items():

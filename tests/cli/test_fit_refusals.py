@@ -1,12 +1,14 @@
 """Options with which no fit can be made: one line each, before any work, and nothing left behind."""
 
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from _helpers.common import failure, tiny_traces
+from _helpers.common import error_line, failure, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
+from lightning.pytorch.loggers import CSVLogger
 
 from moe_beyond.cli.library_errors import as_user_error
 from moe_beyond.errors import UserError
@@ -129,3 +131,18 @@ def test_a_librarys_constructor_that_refuses_a_value_is_a_line() -> None:
 
     with pytest.raises(UserError, match="Invalid learning rate"), as_user_error():
         torch.optim.AdamW([torch.zeros(1)], lr=-1.0)
+
+
+def test_a_full_disk_is_a_line_with_the_folder_of_the_run(
+    traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CSVLogger, "save", full)
+    words = ["fit", *CONFIGURED, f"--data.traces={traces}", *TINY_CROSS_LAYER, "--trainer.max_epochs=1", "--quiet"]
+    assert error_line(capsys, words) == (
+        "runs/predictor/version_0: cannot be written (No space left on device); free some space, then run the same "
+        "command again"
+    )

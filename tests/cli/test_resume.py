@@ -103,7 +103,7 @@ def test_ctrl_c_in_the_quickstart_is_a_line(
 
     monkeypatch.setattr(quickstart, "main", interrupted)
     assert main(["quickstart", "--out", str(tmp_path / "demo")]) == 130
-    assert capsys.readouterr().err == "moe-beyond: interrupted\n"
+    assert capsys.readouterr().err == "moe-beyond: interrupted; run the same command again\n"
 
 
 def test_a_finished_run_goes_on_for_longer_and_evaluate_sees_all(

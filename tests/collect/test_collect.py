@@ -330,3 +330,30 @@ def test_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert says in error_line(capsys, [*words, *bad])
     line = error_line(capsys, [*words[:2], tmp_path / "none", *words[3:6], tmp_path / "other"])
     assert line == f"model {tmp_path}/none: there is no such folder; a model on the Hub is ORG/REPO"
+
+
+def test_without_tokens_a_set_holds_only_expert_ids(small: tuple, tmp_path: Path) -> None:
+    private = [Prompt(text, f"secret {n}", "secret.txt") for n, text in enumerate(TEXTS)]
+    settings = {"generate": 4, "batch_size": 2}
+    for name, tokens in (("whole", True), ("public", False)):
+        collect(*small, private, tmp_path / name, CollectConfig(tokens=tokens, **settings), rank=ProcessRank(0, 1))
+    whole, public = (TraceSet(str(tmp_path / name)) for name in ("whole", "public"))
+    assert not public.manifest.has_token_ids
+    for trace, kept in zip(whole, public, strict=True):
+        assert np.array_equal(kept.experts, trace.experts)
+        assert kept.decode_start == trace.decode_start
+        assert not kept.token_ids.any()
+        assert kept.gate_weights is None
+    files = {path.name: path.read_bytes() for path in (tmp_path / "public").iterdir()}
+    assert set(files) == {"manifest.json", "README.md", "train-00000.parquet"}
+    assert not any(b"secret" in content for content in files.values())
+    assert b"token ids were not recorded" in files["README.md"]
+
+
+def test_without_tokens_nothing_else_can_be_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("secret\n")
+    words = ["collect", "--model", "small-moe", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "set"]
+    line = error_line(capsys, [*words, "--no-tokens", "--record", "experts,gate_weights"])
+    assert line == "--no-tokens: keeps only expert ids; leave gate weights and hidden states out of --record"
+    with pytest.raises(UserError, match="--no-tokens: keeps only expert ids"):
+        CollectConfig(tokens=False, hidden_states=True)

@@ -130,3 +130,42 @@ def test_a_slot_without_an_expert_is_no_request_and_formats_that_cannot_say_it_r
         with pytest.raises(UserError, match="'s0' has entries with fewer than 2 experts"):
             FORMATS[name].writer(traces, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_set_and_a_split_are_copied_whole(tmp_path):
+    traces = tiny_traces(tmp_path / "set", hidden_states=True)
+    assert main(["export", "trace-set", str(tmp_path / "set"), str(tmp_path / "copy")]) == 0
+    copy = TraceSet(str(tmp_path / "copy"))
+    assert copy.manifest.tokenizer == traces.manifest.tokenizer
+    for before, after in zip(traces.traces(hidden_states=True), copy.traces(hidden_states=True), strict=True):
+        assert (before.sequence_id, before.source, before.decode_start) == (
+            after.sequence_id, after.source, after.decode_start,
+        )  # fmt: skip
+        np.testing.assert_array_equal(before.token_ids, after.token_ids)
+        np.testing.assert_array_equal(before.experts, after.experts)
+        np.testing.assert_array_equal(before.hidden_states.layer_inputs, after.hidden_states.layer_inputs)
+    assert np.array_equal(copy.routers.weight, traces.routers.weight)
+    assert main(["export", "trace-set", str(tmp_path / "set"), str(tmp_path / "half"), "--split", "validation"]) == 0
+    half = TraceSet(str(tmp_path / "half"))
+    assert half.manifest.splits == ("validation",)
+    assert [trace.sequence_id for trace in half] == [trace.sequence_id for trace in traces.split("validation")]
+
+
+def test_without_tokens_a_set_holds_nothing_from_which_text_can_be_read(tmp_path, capsys):
+    traces = tiny_traces(tmp_path / "set", hidden_states=True)
+    before = sorted(tmp_path.iterdir())
+    assert main(["export", "trace-set", str(tmp_path / "set"), str(tmp_path / "public"), "--drop-tokens"]) == 0
+    assert set(tmp_path.iterdir()) - set(before) == {tmp_path / "public"}
+    public = TraceSet(str(tmp_path / "public"))
+    assert not public.manifest.has_token_ids
+    assert public.manifest.hidden_size is None
+    assert {path.suffix for path in (tmp_path / "public").iterdir()} == {".parquet", ".json", ".md"}
+    assert "none; token ids were not recorded" in (tmp_path / "public/README.md").read_text()
+    splits = [trace for name in traces.manifest.splits for trace in traces.split(name)]
+    for number, (kept, trace) in enumerate(zip(public, splits, strict=True)):
+        assert (kept.sequence_id, kept.source, kept.decode_start) == (str(number), "", trace.decode_start)
+        assert not kept.token_ids.any()
+        assert kept.gate_weights is None
+        np.testing.assert_array_equal(kept.experts, trace.experts)
+    assert main(["export", "vllm", str(tmp_path / "set"), str(tmp_path / "arrays"), "--drop-tokens"]) == 0
+    assert {path.name.partition(".")[2] for path in (tmp_path / "arrays").iterdir()} == {"npy", "decode_start.npy"}

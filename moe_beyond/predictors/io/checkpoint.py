@@ -45,6 +45,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: The file is missing, is not a checkpoint, or was not written by this package.
     """
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe may never end
+        raise UserError(f"{path}: is not a regular file; name a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from moe_beyond.evaluation.results import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
+from moe_beyond.json_fields import printable_lines
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.report.html.page import Section
 from moe_beyond.report.html.sections.caveats import caveats_section
@@ -21,7 +22,7 @@ from moe_beyond.report.html.sections.predictor import predictor_section
 from moe_beyond.report.html.sections.replay import replay_section
 from moe_beyond.report.html.sections.summary import key_figures
 from moe_beyond.report.html.sections.timing import timing_section, verdicts
-from moe_beyond.report.html.subject import Subject, read_curves, read_run_config
+from moe_beyond.report.html.subject import Subject, read_curves, run_config_to_show
 from moe_beyond.report.labels import leaks_of
 from moe_beyond.report.tables.conditions import format_conditions
 from moe_beyond.simulator.devices import Device
@@ -68,7 +69,7 @@ def write_page(
     geometry = traces.geometry
     config = read_config(subject.folder)
     config |= {"lookaheads": source.lookaheads, "causal": source.causal, "available_after": source.available_after}
-    run_config = {} if subject.run is None else read_run_config(subject.run)
+    run_config = {} if subject.run is None else run_config_to_show(subject.run)
     curves = None if subject.run is None else read_curves(subject.run)
     counts = count_routing(traces, split, layer_pairs=False)
     static = static_recall(counts.activations, geometry.top_k)
@@ -121,11 +122,16 @@ def _warnings(leaks: Sequence[str], notes: Sequence[str]) -> list[str]:
     return [*leak, *(f"{note}." for note in notes)]
 
 
+def _shown(value: Any) -> Any:
+    """Return a value of the page without characters that reorder text or that no file can hold."""
+    return printable_lines(value) if type(value) is str else value
+
+
 def _template() -> Any:
     loader = PackageLoader("moe_beyond.report.html", ".")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
     style = loader.get_source(environment, STYLE)[0]
-    environment.globals["style"] = Markup(style)  # a file of this package, not user input
+    environment.globals["style"] = Markup(style)  # nosec B704 # a file of this package, not user input
     return environment.get_template(TEMPLATE)

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief
 from moe_beyond.pretrained import CONFIG_FILE, find_predictor
-from moe_beyond.run_folder import METRICS_FILE, PREDICTOR_FOLDER, RUN_CONFIG_FILE, is_run
+from moe_beyond.run_folder import METRICS_FILE, PREDICTOR_FOLDER, RUN_CONFIG_FILE, is_run, read_run_config
+from moe_beyond.urls import without_secrets
 
 SECRET = re.compile(r"(?:.*_)?(?:key|token|password|secret)s?", re.IGNORECASE)
 """Names of settings in a run's configuration that a page must not show."""
@@ -59,22 +57,13 @@ def find_subject(name: str) -> Subject:
     return Subject(folder, parent if in_run else None)
 
 
-def read_run_config(run: Path) -> dict[str, Any]:
+def run_config_to_show(run: Path) -> dict[str, Any]:
     """Read a run's configuration without its secrets; empty if the run has none.
 
     Raises:
         UserError: The file cannot be read.
     """
-    path = run / RUN_CONFIG_FILE
-    if not path.exists():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML ({brief(error)}); restore the file or delete it") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is not a run's configuration; restore the file or delete it")
-    shown: dict[str, Any] = _without_secrets(config)
+    shown: dict[str, Any] = _without_secrets(read_run_config(run) or {})
     return shown
 
 
@@ -84,7 +73,9 @@ def _without_secrets(config: Any) -> Any:
             name: "(not shown)" if isinstance(value, str) and SECRET.fullmatch(str(name)) else _without_secrets(value)
             for name, value in config.items()
         }
-    return [_without_secrets(value) for value in config] if isinstance(config, list) else config
+    if isinstance(config, list):
+        return [_without_secrets(value) for value in config]
+    return without_secrets(config) if isinstance(config, str) else config
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[float, float]]] | None:
@@ -99,6 +90,8 @@ def read_curves(run: Path) -> dict[str, list[tuple[float, float]]] | None:
     path = run / METRICS_FILE
     if not path.exists():
         return None
+    if not path.is_file():  # reading a pipe may never end
+        raise UserError(f"{path}: is not a regular file; restore the file or delete it")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return _columns(csv.DictReader(file), path)
@@ -131,5 +124,6 @@ def validation_replay(config: dict[str, Any]) -> dict[str, Any]:
     callbacks = (config.get("trainer") or {}).get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(callback, dict) and str(callback.get("class_path", "")).split(".")[-1] == "CacheReplay":
-            return dict(callback.get("init_args") or {})
+            settings = callback.get("init_args")
+            return settings if isinstance(settings, dict) else {}
     return {}

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from moe_beyond.json_fields import printable, printable_lines
 from moe_beyond.metrics import ReliabilityBin
 
 WIDTH, HEIGHT = 340, 240  # about the width of a phone, so that text is not scaled there
@@ -287,19 +288,18 @@ def _abbreviate(count: int) -> str:
 
 
 def _svg(label: str, width: float, height: float) -> Element:
-    return Element(
-        "svg", {"viewBox": f"0 0 {_n(width)} {_n(height)}", "width": _n(width), "role": "img", "aria-label": label}
-    )
+    box, name = f"0 0 {_n(width)} {_n(height)}", printable(label)
+    return Element("svg", {"viewBox": box, "width": _n(width), "role": "img", "aria-label": name})
 
 
 def _add(parent: Element, tag: str, text: str | None = None, /, **attributes: str | float) -> Element:
     """Add an element; in attribute names a trailing underscore is dropped and other underscores become hyphens."""
     named = {
-        name.rstrip("_").replace("_", "-"): value if isinstance(value, str) else _n(value)
+        name.rstrip("_").replace("_", "-"): printable(value) if isinstance(value, str) else _n(value)
         for name, value in attributes.items()
     }
     element = SubElement(parent, tag, named)
-    element.text = text
+    element.text = text and printable_lines(text)
     return element
 
 
@@ -309,4 +309,4 @@ def _n(value: float) -> str:
 
 
 def _markup(svg: Element) -> Markup:
-    return Markup(ElementTree.tostring(svg, encoding="unicode"))  # ElementTree has escaped all text
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))  # nosec B704 # ElementTree has escaped all text

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from moe_beyond.files import replacing
@@ -34,6 +35,12 @@ class NotebookFigure(Figure):
 
 def render_png(figure: Figure) -> bytes:
     """Return a figure as PNG."""
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    numbers = [
+        text for axis in axes for text in (*axis.get_ticklabels(), *axis.get_ticklabels(True), axis.get_offset_text())
+    ]
+    for text in set(figure.findobj(Text)) - set(numbers):
+        text.set_parse_math(False)  # a name may contain $
     drawn, compressed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format="png")
     image = Image.open(drawn).convert("RGB")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.geometry import Geometry
@@ -47,7 +46,7 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
         geometry: Geometry of the model.
         bits: Bits per parameter.
     """
-    numbers = WrappedTable(title=f"devices, with {escape(geometry.model)} at {bits:g} bits per parameter")
+    numbers = WrappedTable(title=f"devices, with {geometry.model} at {bits:g} bits per parameter")
     numbers.add_column("device", min_width=22, overflow="fold")
     for heading in (
         "link\nGB/s",
@@ -66,7 +65,7 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
     sources.add_column("source")
     for row in rows:
         numbers.add_row(
-            escape(row["name"]),
+            row["name"],
             f"{row['link_gb_per_s']:g}",
             f"{row['link_latency_us']:g}",
             f"{row['memory_gb']:g}",
@@ -76,7 +75,7 @@ def devices_tables(rows: Sequence[dict[str, Any]], geometry: Geometry, bits: flo
             NO_VALUE if row["flash_gb_per_s"] is None else f"{row['flash_ms']:.2f}",
             f"{row['resident_tokens_per_second']:.1f}",
         )
-        sources.add_row(escape(row["name"]), escape(row["source"]))
+        sources.add_row(row["name"], row["source"])
     numbers.caption = (
         "link: PCIe to host memory; on devices with unified memory, flash\n"
         "host: host memory in front of flash (-: all experts are directly behind the link)\n"

@@ -1,6 +1,5 @@
 """The tables of ``moe-beyond inspect``."""
 
-from rich.markup import escape
 from rich.table import Table
 
 from moe_beyond.report.labels import NO_VALUE
@@ -64,7 +63,7 @@ def _whole_table(summary: TraceSummary) -> Table:
         "fingerprint": summary.fingerprint[:16],
     }
     for name, value in rows.items():
-        whole.add_row(name, escape(value))
+        whole.add_row(name, value)
     return whole
 
 
@@ -182,7 +181,7 @@ def _contrast_table(contrast: Contrast) -> Table:
             _format(row.z_clustered, "+.1f"),
         )
     table.caption = (
-        f"other: {escape(other['traces'])}, {other['tokens']:,} tokens of {other['sequences']:,} sequences\n"
+        f"other: {other['traces']}, {other['tokens']:,} tokens of {other['sequences']:,} sequences\n"
         "rate: share of tokens that activate the expert\n"
         "z: assumes independent tokens; z of sequences: assumes independent sequences only\n"
         f"beyond {significant.threshold:.2f} (by chance, any expert passes it in 1 case of 20): {significant.z:,} of "

@@ -4,10 +4,13 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.style import StyleType
 from rich.table import Column, Table
 from rich.text import Text
+
+from moe_beyond.json_fields import printable_lines
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class _Width:
 
 
 class WrappedTable(Table):
-    """A table that never cuts a cell or a heading.
+    """A table that never cuts a cell or a heading, and shows all text as it is: neither markup nor terminal controls.
 
     If the table is too wide, it is fitted in this order:
 
@@ -52,23 +55,27 @@ class WrappedTable(Table):
         super().__init__(title=title, show_header=show_header, min_width=min_width, caption_justify="left")
         self.keys = tuple(keys)
 
+    def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
+        """Add a row; texts are shown as they are."""
+        super().add_row(*(cell and _plain(cell) for cell in cells), style=style, end_section=end_section)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render one table, several tables, or lists."""
         widths = [self._width(console, options, column) for column in self.columns]
         groups = self._groups([width.least for width in widths], options.max_width)
         if groups is None:
-            yield from self._lists(console)
+            yield from self._lists()
             return
         for number, group in enumerate(groups):
             part = self._part(
                 group, _fit_widths([widths[index] for index in group], self._available_width(group, options.max_width))
             )
-            if len(groups) > 1:
-                part.title = self.title if number == 0 else "(continued)"
-                part.caption = None
+            title = self.title if number == 0 else "(continued)"
+            part.title = title and _plain(title, "table.title")
+            part.caption = None if len(groups) > 1 else self.caption and _plain(self.caption, "table.caption")
             yield from super(WrappedTable, part).__rich_console__(console, options)
         if len(groups) > 1 and self.caption:  # at the width of the terminal, not of the last part
-            yield console.render_str(str(self.caption), style="table.caption", highlight=False)
+            yield _plain(self.caption, "table.caption")
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         """Measure as the full width; rendering decides how columns fit."""
@@ -109,31 +116,39 @@ class WrappedTable(Table):
     def _part(self, group: Sequence[int], widths: Sequence[int]) -> "WrappedTable":
         part = copy(self)
         part.columns = [
-            replace(self.columns[index], _index=number, width=width, min_width=None, no_wrap=False, overflow="fold")
+            replace(
+                self.columns[index],
+                header=_plain(self.columns[index].header),
+                _index=number,
+                width=width,
+                min_width=None,
+                no_wrap=False,
+                overflow="fold",
+            )
             for number, (index, width) in enumerate(zip(group, widths, strict=True))
         ]
         total_width = sum(widths) + 3 * len(group) + 1
         part.min_width = self.min_width if self.min_width and self.min_width <= total_width else None
         return part
 
-    def _lists(self, console: Console) -> Iterable[Text]:
+    def _lists(self) -> Iterable[Text]:
         """Yield each row as lines ``name: value``."""
         if self.title:
-            yield _text(console, self.title)
-        names = [" ".join(_text(console, column.header).plain.split()) for column in self.columns]
+            yield _plain(self.title)
+        names = [" ".join(_plain(column.header).plain.split()) for column in self.columns]
         for row in zip(*(column._cells for column in self.columns), strict=True):  # noqa: SLF001
             lines = (
                 f"{name}: {cell}" if name else cell
-                for name, cell in zip(names, (_text(console, each).plain for each in row), strict=True)
+                for name, cell in zip(names, (_plain(each).plain for each in row), strict=True)
             )
             yield Text("\n".join(["", *lines]), overflow="fold")
         if self.caption:
-            yield Text("\n").append_text(_text(console, self.caption))
+            yield Text("\n").append_text(_plain(self.caption))
 
 
 def _measured(console: Console, options: ConsoleOptions, cell: object) -> Measurement:
     """Measure a cell without the terminal's limit: its longest line and its longest word."""
-    text = _text(console, cell)
+    text = _plain(cell)
     return (
         Measurement.get(console, options.update(width=10**6, max_width=10**6), text)
         if text.plain
@@ -141,8 +156,9 @@ def _measured(console: Console, options: ConsoleOptions, cell: object) -> Measur
     )
 
 
-def _text(console: Console, cell: object) -> Text:
-    return console.render_str(cell, highlight=False) if isinstance(cell, str) else Text(str(cell))
+def _plain(cell: object, style: str = "") -> Text:
+    """Return a cell, a heading, a title or a caption as text without markup."""
+    return cell if isinstance(cell, Text) else Text(printable_lines(str(cell)), style=style)
 
 
 def _fit_widths(widths: Sequence[_Width], available_width: int) -> list[int]:

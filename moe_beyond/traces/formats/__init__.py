@@ -60,6 +60,7 @@ FORMATS: Registry[Format] = Registry(
         "jsonl": "moe_beyond.traces.formats.jsonl:FORMAT",
         "route-trace": "moe_beyond.traces.formats.route_trace:FORMAT",
         "libcachesim": "moe_beyond.traces.formats.libcachesim:FORMAT",
+        "trace-set": "moe_beyond.traces.formats.trace_set:FORMAT",
     },
 )
 """Name -> format."""

@@ -84,7 +84,9 @@ def _replay_charts(curves: Curves, run_config: dict[str, Any], first: Lookahead)
         else "the run's replay"
     )
     logged = _between(curves, "val_budget_", "/hit_rate")
-    section = of_budget("val", settings["budget"], "") if settings.get("budget") else f"val_budget_{(*logged, '')[0]}/"
+    section = (
+        of_budget("val", str(settings["budget"]), "") if settings.get("budget") else f"val_budget_{(*logged, '')[0]}/"
+    )
     series = [("", "predictor", "s0")]
     series += [(f"{name}_", BASELINES[name].name, BASELINES[name].css_class) for name in ("lru", "belady")]
     charts = []
