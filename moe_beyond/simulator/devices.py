@@ -30,6 +30,8 @@ RESERVED_SHARE = Fraction(1, 8)
 """Share of a device's memory that is reserved for parts outside the geometry: KV cache, context of the runtime,
 embeddings, dense layers and head (an assumption)."""
 
+LEAST, MOST = 1e-9, 1e12
+"""Bounds of a device's numbers, far beyond any machine, within which no time overflows."""
 _TEXTS = ("name", "source")
 _FROM_ZERO = ("link_latency_us", "flash_latency_us", "layer_us", "token_ms", "other_ms", "expert_ms", "overlap")
 
@@ -105,6 +107,10 @@ class Device:
             if not _is_number(value) or value < 0 or (value == 0 and field.name not in _FROM_ZERO):
                 minimum = "from 0" if field.name in _FROM_ZERO else "above 0"
                 raise UserError(f"device {self.name!r}: {field.name} must be a finite number {minimum} (got {value!r})")
+            if value > MOST or (value < LEAST and field.name not in _FROM_ZERO):
+                raise UserError(
+                    f"device {self.name!r}: {field.name} must be within {LEAST:g}..{MOST:g} (got {value!r})"
+                )
         if self.efficiency > 1:
             raise UserError(
                 f"device {self.name!r}: efficiency must be above 0 and at most 1 (got {self.efficiency!r}); "
