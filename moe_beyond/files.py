@@ -182,15 +182,30 @@ def read_json(path: str | Path) -> Any:
     Raises:
         UserError: The file is missing, is not a regular file, or is not JSON.
     """
+    return parse_json(_read(path), path)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file.
+
+    Raises:
+        UserError: The file is missing, is not a regular file, or is not UTF-8.
+    """
+    try:
+        return _read(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _read(path: str | Path) -> bytes:
     try:
         if Path(path).exists() and not Path(path).is_file():  # reading a pipe may never end
             raise UserError(f"{path}: cannot be read (not a regular file)")
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a null byte
         raise UserError(f"{shown(str(path))}: is not a file name ({error})") from error
-    return parse_json(content, path)
 
 
 def parse_json(content: bytes, source: str | Path) -> Any:
@@ -240,7 +255,8 @@ def check_seal(content: Mapping[str, Any], source: str | Path, remedy: str) -> N
 
 
 def _seal_of(content: Mapping[str, Any]) -> str:
-    others = {name: value for name, value in content.items() if name != SEAL}
+    # Names that are numbers become text, so that the fields have the same order when they are read.
+    others = json.loads(json.dumps({name: value for name, value in content.items() if name != SEAL}))
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,6 +12,8 @@ MAX_NUMBER_BITS = 256
 """Bits of the largest whole number that a message shows."""
 MAX_TEXT_LENGTH = 4096
 """Characters of the longest name or description."""
+LARGEST_NUMBER = 1e300
+"""Largest finite number, within the range of floats."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, line breaks, marks that reverse the direction of text, and halves of surrogate pairs."""
 
@@ -67,6 +69,10 @@ SHA256 = FieldRule(
     "64 hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 )
 FLAG = FieldRule("true or false", lambda value: type(value) is bool)
+FINITE = FieldRule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= LARGEST_NUMBER)
+OBJECT = FieldRule(
+    "an object", lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+)
 
 
 def check_fields(rules: Mapping[str, FieldRule], values: Mapping[str, Any], location: str = "") -> None:
@@ -83,6 +89,22 @@ def check_fields(rules: Mapping[str, FieldRule], values: Mapping[str, Any], loca
     for name, rule in rules.items():
         if not rule.accepts(values[name]):
             raise UserError(f"{location}{name} must be {rule.description} (got {shown(values[name])})")
+
+
+def check_present(rules: Mapping[str, FieldRule], values: Mapping[str, Any], location: str = "") -> None:
+    """Refuse an object that lacks a field, or has a wrong one.
+
+    Args:
+        rules: Condition of each field, by name.
+        values: Fields, by name; others than those of the rules are ignored.
+        location: Text before the name in the message (default: none).
+
+    Raises:
+        UserError: A field is missing or does not satisfy its condition.
+    """
+    if missing := [name for name in rules if name not in values]:
+        raise UserError(f"{location}field {missing[0]!r} is missing")
+    check_fields(rules, values, location)
 
 
 def build(cls: Callable[..., Built], content: Any, name: str) -> Built:

@@ -17,6 +17,7 @@ from moe_beyond.download import (
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import file_sha256, read_json
 from moe_beyond.messages import notify
+from moe_beyond.predictor_config import check_config
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 """Files of a predictor folder."""
@@ -98,22 +99,26 @@ def pretrained_figures() -> list[dict[str, Any]]:
     Returns:
         One dictionary per predictor: name, architecture, number of parameters, size in bytes, whether its weights are
         installed, lookaheads, training data, and the figures that `moe-beyond evaluate --record` stored.
+
+    Raises:
+        UserError: The configuration of a predictor is damaged.
     """
     rows = []
     for name in list_pretrained():
         folder = shipped_folder(name)
-        config, training = read_json(folder / CONFIG_FILE), ("source", "fingerprint", "split")
+        path, training = folder / CONFIG_FILE, ("source", "fingerprint", "split")
+        config = check_config(read_json(path), str(path))
         installed = (folder / WEIGHTS_FILE).is_file()
         size = sum(path.stat().st_size for path in folder.iterdir())
         rows.append(
             {
                 "name": name,
                 "architecture": config["architecture"],
-                "parameters": config.get("parameters"),
+                "parameters": config["parameters"],
                 "bytes": size if installed else size + LARGE.get(name, 0),
                 "installed": installed,
                 "lookaheads": config["lookaheads"],
-                "training": {field: config.get("training", {}).get(field) for field in training},
+                "training": {field: config["training"].get(field) for field in training},
                 "figures": config.get("figures", []),
             }
         )

@@ -87,8 +87,8 @@ def test_weights_that_are_not_installed_are_found_by_the_environment(wheel: Path
     assert (row["installed"], row["bytes"] > LARGE[name], len(row["figures"]) > 0) == (False, True, True)
     clone = tmp_path / "clone" / name
     clone.mkdir(parents=True)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        (clone / file).write_text('{"architecture": "x", "lookaheads": []}')
+    (clone / CONFIG_FILE).write_bytes((shipped_folder(name) / CONFIG_FILE).read_bytes())
+    (clone / WEIGHTS_FILE).write_bytes(b"weights")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "clone"))
     assert find_predictor(name) == clone
     assert pretrained_figures()[0]["installed"]

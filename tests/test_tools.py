@@ -335,6 +335,24 @@ def test_the_checks_of_a_gpu_pass_on_the_cpu(tmp_path: Path) -> None:
     assert all(output.startswith("identical: ") for output in outputs)
 
 
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    kinds = ["scores", "devices", "strategies", "budgets"]
+    printed = run("damage.py", "--cases", "40", "--only", *kinds, "--json", str(tmp_path / "found.json"))
+    assert "damaged files, seed 0" in printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["rows"]) == kinds
+    assert sum(sum(row.values()) for row in found["rows"].values()) >= 40
+    assert found["faults"] == []
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_files_are_named(tmp_path: Path) -> None:
+    run("damage.py", "--cases", "1000", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sum(sum(row.values()) for row in found["rows"].values()) >= 1000
+    assert found["faults"] == []
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in TOOLS.glob("*.py")))
 def test_the_imports_of_a_tool_exist(name: str) -> None:
     nodes = ast.walk(ast.parse((TOOLS / name).read_text()))

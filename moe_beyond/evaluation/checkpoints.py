@@ -112,7 +112,7 @@ def find_source(name: str) -> ScoreSource:
 
 
 def _checkpoint_source(checkpoint: Checkpoint, name: str | None = None) -> ScoreSource:
-    tokenizer = checkpoint.training.get("tokenizer", {}).get("sha256")
+    tokenizer = (checkpoint.training.get("tokenizer") or {}).get("sha256")
     predictor = checkpoint.predictor
     return from_predictor(predictor, name or predictor.architecture, tokenizer_sha256=tokenizer)
 

@@ -22,14 +22,25 @@ from moe_beyond.files import (
     write_json,
 )
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import FLAG, PLAIN_NAME, SHA256, TEXT, FieldRule, check_fields, optional, printable, shown
+from moe_beyond.json_fields import (
+    FLAG,
+    OBJECT,
+    PLAIN_NAME,
+    SHA256,
+    TEXT,
+    FieldRule,
+    check_present,
+    optional,
+    printable,
+    shown,
+)
 from moe_beyond.lookahead import Lookahead, parse_lookahead
+from moe_beyond.predictor_config import check_training
 
 FORMAT_VERSION = 1
 INDEX_FILE = "scores.json"
 VALUES_PER_SHARD = 64 * 2**20
 """Number of scores at which a shard is written."""
-OBJECT = FieldRule("an object", lambda value: isinstance(value, Mapping))
 INDEX_FIELDS = {
     "predictor": TEXT,
     "lookaheads": FieldRule("a list", lambda value: isinstance(value, list) and bool(value)),
@@ -165,6 +176,7 @@ class ScoresFolder:
             if len(set(self.lookaheads)) != len(self.lookaheads):
                 raise UserError(f"lookaheads are repeated (got {', '.join(map(str, self.lookaheads))}); predict again")
             self.geometry = Geometry.from_json(index["geometry"])
+            check_training(index["training"] or {})
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         check_seal(index, path, "restore the file, or predict again")
@@ -223,10 +235,7 @@ def _check_index(index: Any) -> None:
     version = index.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(f"scores format {shown(version)}; this package reads {FORMAT_VERSION}")
-    for name in INDEX_FIELDS:
-        if name not in index:
-            raise UserError(f"field {name!r} is missing")
-    check_fields(INDEX_FIELDS, index)
+    check_present(INDEX_FIELDS, index)
     if set(index["files"].values()) != set(index["sha256"]):
         raise UserError("files and sha256 do not name the same files")
 

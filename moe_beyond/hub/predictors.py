@@ -8,7 +8,7 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from moe_beyond.download import REPOSITORY
-from moe_beyond.errors import UserError
+from moe_beyond.files import file_in, read_text
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.io.folder import read_config, read_predictor
@@ -37,18 +37,13 @@ def predictor_files(folder: Path, repository: str, dataset: str | None) -> dict[
         UserError: The folder is damaged, or the metadata of its card cannot be read.
     """
     predictor, config = read_predictor(folder), read_config(folder)
-    path = folder / CARD_FILE
+    path = file_in(folder, CARD_FILE)
     summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
-    text = path.read_text(encoding="utf-8") if path.exists() else card(summary, config)
+    text = read_text(path) if path.exists() else card(summary, config)
     files: dict[str, Path | bytes] = {WEIGHTS_FILE: folder / WEIGHTS_FILE, CONFIG_FILE: folder / CONFIG_FILE}
-    try:
-        files[CARD_FILE] = predictor_card(text, config, repository, dataset, source=str(path)).encode()
-        if config.get("figures"):
-            files[PICTURE_FILE] = _picture(config, repository)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / CONFIG_FILE}: a field is missing or wrong (got {error!r}); save the predictor again"
-        ) from error
+    files[CARD_FILE] = predictor_card(text, config, repository, dataset, source=str(path)).encode()
+    if config.get("figures"):
+        files[PICTURE_FILE] = _picture(config, repository)
     return files
 
 

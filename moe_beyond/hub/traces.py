@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import file_in
+from moe_beyond.files import file_in, read_text
 from moe_beyond.hub.card import add_tags, add_usage, read_card
 from moe_beyond.pretrained import CARD_FILE
 from moe_beyond.traces.card import configs, language_creators, traces_card
@@ -44,7 +44,7 @@ def trace_files(folder: Path, repository: str) -> dict[str, Path | bytes]:
     for shard in traces.manifest.shards:
         traces.read(shard, hidden_states=states)
     path = file_in(folder, CARD_FILE)
-    text = path.read_text(encoding="utf-8") if path.exists() else traces_card(traces.manifest)
+    text = read_text(path) if path.exists() else traces_card(traces.manifest)
     files: dict[str, Path | bytes] = {shard.file: folder / shard.file for shard in traces.manifest.shards}
     if states:
         files |= {shard.states_file: folder / shard.states_file for shard in traces.manifest.shards}

@@ -4,29 +4,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_beyond.json_fields import FLAG, FieldRule, check_fields
-
-
-def _whole(minimum: int) -> FieldRule:
-    return FieldRule(f"a whole number, at least {minimum}", lambda value: type(value) is int and value >= minimum)
+from moe_beyond.json_fields import FINITE, FLAG, FieldRule, check_fields, whole
+from moe_beyond.model_config import MOST_LAYERS
 
 
 def _number(description: str, minimum: float, maximum: float) -> FieldRule:
     """Return the kind of finite numbers within inclusive bounds."""
-    return FieldRule(
-        description,
-        lambda value: (
-            isinstance(value, int | float)
-            and type(value) is not bool
-            and math.isfinite(value)
-            and minimum <= value <= maximum
-        ),
-    )
+    return FieldRule(description, lambda value: FINITE.accepts(value) and minimum <= value <= maximum)
 
 
 LEAST_ABOVE_0, MOST_BELOW_1 = math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0)
-COUNT, COUNT_OR_NONE = _whole(1), _whole(0)
-FINITE = _number("a finite number", -math.inf, math.inf)
+MOST = 2**24
+"""Bound on sizes and vocabularies."""
+COUNT, COUNT_OR_NONE = whole(1, MOST), whole(0, MOST)
+LAYERS, LAYERS_OR_NONE = whole(1, MOST_LAYERS), whole(0, MOST_LAYERS)
 NOT_NEGATIVE = _number("a finite number, at least 0", 0, math.inf)
 POSITIVE = _number("a finite number above 0", LEAST_ABOVE_0, math.inf)
 SHARE = _number("a number within 0..1", 0, 1)
@@ -35,9 +26,9 @@ DROPOUT = _number("a number from 0 to below 1", 0, MOST_BELOW_1)
 ARGUMENTS: dict[str, FieldRule] = {
     # sizes
     "width": COUNT,
-    "depth": COUNT,
-    "heads": COUNT,
-    "window": COUNT,
+    "depth": whole(1, 1024),
+    "heads": whole(1, 1024),
+    "window": whole(1, 2**16),
     "layer_width": COUNT,
     "token_width": COUNT,
     "feedforward": COUNT,
@@ -45,18 +36,18 @@ ARGUMENTS: dict[str, FieldRule] = {
     "hidden_size": COUNT,
     "capacity": COUNT,
     # distances in layers
-    "lookaheads": COUNT,
-    "sources": COUNT,
-    "stride": COUNT,
-    "ahead": COUNT_OR_NONE,
+    "lookaheads": LAYERS,
+    "sources": LAYERS,
+    "stride": LAYERS,
+    "ahead": LAYERS_OR_NONE,
     # vocabulary
     "min_count": COUNT,
     "known_tokens": COUNT_OR_NONE,
     "memory_tokens": COUNT_OR_NONE,
     "ngram_buckets": COUNT_OR_NONE,
     # copy attention
-    "copy_heads": COUNT_OR_NONE,
-    "layer_copy_heads": COUNT_OR_NONE,
+    "copy_heads": whole(0, 1024),
+    "layer_copy_heads": whole(0, 1024),
     # training
     "dropout": DROPOUT,
     "token_dropout": DROPOUT,

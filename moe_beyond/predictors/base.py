@@ -78,6 +78,13 @@ class Predictor(nn.Module, ABC):
             stats: Statistics of the training split.
         """
 
+    def weights_fault(self) -> str | None:
+        """Describe stored weights that no fit can give, such as negative counts; None without a fault (default: None).
+
+        Weights that are not finite are refused elsewhere. A module within a predictor may have this method too.
+        """
+        return None
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return calibrated probabilities of being selected.
 
@@ -149,3 +156,14 @@ class CountingPredictor(Predictor):
         Args:
             batch: Training sequences, each passed once.
         """
+
+
+def in_range(numbers: Tensor, low: int, high: int | Tensor | None = None) -> bool:
+    """Return whether all numbers are within bounds, for `Predictor.weights_fault`.
+
+    Args:
+        numbers: Numbers of any shape.
+        low: Smallest permitted number.
+        high: Largest permitted number, broadcast to the shape (default: None, no bound).
+    """
+    return bool((numbers >= low).all()) and (high is None or bool((numbers <= high).all()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_beyond.errors import UserError
+from moe_beyond.json_fields import brief
 
 
 class Calibration:
@@ -57,8 +58,8 @@ class Calibration:
         """
         try:
             scale, shift = (torch.tensor(content[name], dtype=torch.float32) for name in ("scale", "shift"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{source}: calibration has no scale and shift of numbers ({error})") from error
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise UserError(f"{source}: calibration has no scale and shift of numbers ({brief(error)})") from error
         if scale.shape != shape or shift.shape != shape:
             shapes = f"{tuple(scale.shape)} and {tuple(shift.shape)}"
             raise UserError(f"{source}: calibration must have shapes {shape} (got {shapes})")

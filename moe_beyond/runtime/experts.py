@@ -210,7 +210,7 @@ def experts_per_token(model: Any, layers: Mapping[int, ExpertsLayer]) -> int:
             model(torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), use_cache=False)
     except _Routed as routed:
         return routed.top_k
-    except RuntimeError as error:
+    except Exception as error:  # a wrong configuration may fail anywhere in the model
         raise UserError(
             f"{type(model).__name__}: cannot route a token ({brief(error)}); check its config.json"
         ) from error

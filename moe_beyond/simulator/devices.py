@@ -31,6 +31,8 @@ RESERVED_SHARE = Fraction(1, 8)
 """Share of a device's memory that is reserved for parts outside the geometry: KV cache, context of the runtime,
 embeddings, dense layers and head (an assumption)."""
 
+LEAST, MOST = 1e-9, 1e12
+"""Bounds of a device's numbers, far beyond any machine, within which no time overflows."""
 _TEXTS = ("name", "source")
 _FROM_ZERO = (
     "link_latency_us",
@@ -119,6 +121,10 @@ class Device:
                 minimum = "from 0" if field.name in _FROM_ZERO else "above 0"
                 raise UserError(
                     f"device {shown(self.name)}: {field.name} must be a finite number {minimum} (got {shown(value)})"
+                )
+            if value > MOST or (value < LEAST and field.name not in _FROM_ZERO):
+                raise UserError(
+                    f"device {shown(self.name)}: {field.name} must be within {LEAST:g}..{MOST:g} (got {value!r})"
                 )
         if self.efficiency > 1:
             raise UserError(

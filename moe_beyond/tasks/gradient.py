@@ -79,7 +79,7 @@ class GradientTask(PredictorTask):
                 f"teacher {name}: has {theirs} of {teacher.geometry.describe_shape()}, "
                 f"but the fitted predictor has {ours} of {student.geometry.describe_shape()}"
             )
-        tokenizer = read_config(folder)["training"].get("tokenizer", {}).get("sha256")
+        tokenizer = (read_config(folder)["training"].get("tokenizer") or {}).get("sha256")
         check_fits(teacher, self.data.manifest, self.data.traces.folder, tokenizer)
         return teacher
 

@@ -4,7 +4,6 @@ The file `ENGINE_FILE` of a trace set has one row per sequence. Its columns are 
 the T*L*K top-k entries, a JSON object with figures of the whole sequence, and one list of T numbers for each metric.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief
+from moe_beyond.json_fields import brief, shown
+from moe_beyond.traces.parquet import decode_table
 
 ENGINE_FILE = "engine.log.parquet"
 SEQUENCE, RESIDENCY, SUMMARY = "sequence_id", "residency", "summary"
@@ -80,8 +80,9 @@ def load_engine_logs(content: bytes, geometry: Geometry, source: str) -> list[En
     """
     layers, _, top_k = geometry.shape()
     try:
-        rows = pq.read_table(io.BytesIO(content)).to_pylist()
-        return [
+        file = pq.ParquetFile(pa.BufferReader(content))
+        rows = decode_table(file, len(content), source).to_pylist()
+        logs = [
             EngineLog(
                 row[SEQUENCE],
                 np.array(row[RESIDENCY], np.uint8).reshape(-1, layers, top_k),
@@ -90,5 +91,24 @@ def load_engine_logs(content: bytes, geometry: Geometry, source: str) -> list[En
             )
             for row in rows
         ]
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source}: is no log of an engine ({brief(error)}); import the recording again") from error
+    for log in logs:
+        _check_log(log, source)
+    return logs
+
+
+def _check_log(log: EngineLog, source: str) -> None:
+    """Check the values of a log.
+
+    Raises:
+        UserError: A residency is unknown, a metric has another number of tokens, or a figure is no number.
+    """
+    location = f"{source}: sequence {shown(log.sequence_id)}"
+    if log.residency.max(initial=0) > max(Residency):
+        raise UserError(f"{location}: has an unknown residency (got {log.residency.max()}); import the recording again")
+    if wrong := [name for name, numbers in log.metrics.items() if numbers.shape != log.residency.shape[:1]]:
+        raise UserError(f"{location}: {shown(wrong[0])} has another number of tokens; import the recording again")
+    figures = log.summary.values() if isinstance(log.summary, Mapping) else [None]
+    if not all(type(number) in (int, float) for number in figures):
+        raise UserError(f"{location}: its summary must hold numbers; import the recording again")

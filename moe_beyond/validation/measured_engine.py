@@ -58,6 +58,7 @@ def measured_engine(traces: TraceSet, options: EngineOptions) -> Measured:
     sequences = tuple(
         ReplaySequence(geometry, trace.experts, None, trace.decode_start, trace.sequence_id) for trace in traces
     )
+    _check_logs(logs, sequences, str(traces.folder))
     settings = ReplaySettings(
         budget.slots, options.policy, prefill_chunk=max(1, *(sequence.decode_start for sequence in sequences)),
         carry_over=True, bits=bits, budget_bytes=budget.bytes,
@@ -84,6 +85,18 @@ def measured_engine(traces: TraceSet, options: EngineOptions) -> Measured:
         parts={TRANSFERS: 1e-3 * (wall - computing), COMPUTING: 1e-3 * computing},
         link=None,
     )
+
+
+def _check_logs(logs: list[EngineLog], sequences: tuple[ReplaySequence, ...], folder: str) -> None:
+    """Check that the logs are those of the sequences.
+
+    Raises:
+        UserError: They have other sequences, or other numbers of tokens.
+    """
+    if [(log.sequence_id, log.residency.shape) for log in logs] != [
+        (sequence.name, sequence.experts.shape) for sequence in sequences
+    ]:
+        raise UserError(f"{folder}: its log has other sequences than its traces; import the recording again")
 
 
 def _budget(logs: list[EngineLog], options: EngineOptions, folder: str) -> str:

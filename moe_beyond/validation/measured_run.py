@@ -108,6 +108,13 @@ def _check_steps(recording: Recording, sequences: tuple[ReplaySequence, ...]) ->
         )
     if len(recording.events) != len(recording.steps) * recording.traces.geometry.num_layers:
         raise UserError(f"{folder}: its telemetry is incomplete; record the run again")
+    experts, events = recording.traces.geometry.total_experts, len(recording.events)
+    for row in recording.transfers:
+        if not 0 <= row.expert < experts or not (not row.prefetch) <= row.event <= events:
+            raise UserError(
+                f"{folder}: its telemetry has a transfer of expert {row.expert} in event {row.event}, which do not "
+                "exist; record the run again"
+            )
 
 
 def _columns(events: list[EventRow], shape: tuple[int, int]) -> dict[str, Floats]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from _helpers.predictor_variants import VARIANTS, fitted_once
+from moe_beyond.files import sealed
 from moe_beyond.predictors.io.card import record_figures
 from moe_beyond.predictors.io.folder import save_predictor
 
@@ -51,4 +52,4 @@ def predictor_folder(folder: Path, architecture: str = "cross_layer", *, figures
 def edit_config(folder: Path, **changes: object) -> None:
     """Change fields of a predictor folder's configuration."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))

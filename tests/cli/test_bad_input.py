@@ -9,6 +9,7 @@ from _helpers.common import TINY, tiny_traces
 from _helpers.fitting import CONFIGS, Run
 
 from moe_beyond.cli.main import main
+from moe_beyond.files import sealed
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_predictor_that_is_none(run: Run, packaged: Path, tmp_path: Path, refu
     assert "has no config.json" in refused("evaluate", str(tmp_path / "empty"), *traces)
     assert "cross_laser" in refused("evaluate", "cross_laser", *traces)
     config = json.loads((packaged / "config.json").read_text())
-    (packaged / "config.json").write_text(json.dumps({**config, "architecture": "os.system"}))
+    (packaged / "config.json").write_text(json.dumps(sealed({**config, "architecture": "os.system"})))
     assert "unknown predictor architecture 'os.system'" in refused("evaluate", str(packaged), *traces)
     (packaged / "config.json").write_text(json.dumps(config))
     weights = (packaged / "model.safetensors").read_bytes()

@@ -13,6 +13,7 @@ from _helpers.common import TINY, VOCAB, error_line, tiny_traces
 from _helpers.fitting import Run
 
 from moe_beyond.cli.main import main
+from moe_beyond.files import sealed
 from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.predictors.registry import create
 
@@ -168,7 +169,7 @@ def test_whatever_names_hold_is_text(run: Run, tmp_path: Path) -> None:
     config = json.loads((folder / "predictor/config.json").read_text())
     config["training"] |= {"source": f'"><img src=x onerror=alert(2)>{bad}', "model_id": bad, "recipe": {bad: bad}}
     config["geometry"]["model"] = bad
-    (folder / "predictor/config.json").write_text(json.dumps(config))
+    (folder / "predictor/config.json").write_text(json.dumps(sealed(config)))
     kept = yaml.safe_load((folder / "config.yaml").read_text())
     kept |= {"more": {"tag": bad, "api_key": "hunter2", "token_budget": 17}}
     (folder / "config.yaml").write_text(yaml.safe_dump(kept))

@@ -235,7 +235,9 @@ def test_a_card_whose_metadata_are_damaged_is_named(folder: Path, capsys, card: 
 
 def test_damaged_figures_are_named(folder: Path, capsys):
     edit_config(folder, figures=[{"source": "tests"}])
-    assert "config.json: a field is missing or wrong" in error_line(capsys, ["push", folder, "org/tiny", "--dry-run"])
+    assert "config.json: figures: field 'fingerprint' is missing" in error_line(
+        capsys, ["push", folder, "org/tiny", "--dry-run"]
+    )
 
 
 def test_a_folder_that_is_neither_a_predictor_nor_traces_is_refused(folder: Path, tmp_path: Path, capsys):

@@ -13,6 +13,7 @@ from _helpers.predictor_variants import VARIANTS, fitted_once, probabilities, ra
 from torch import Tensor
 
 from moe_beyond.errors import UserError
+from moe_beyond.files import sealed
 from moe_beyond.predictors import fit_calibration
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch, collate
@@ -129,7 +130,7 @@ def test_a_damaged_calibration_is_named(change: dict, words: str, tmp_path: Path
     path = tmp_path / "p/config.json"
     config = json.loads(path.read_text())
     config["calibration"] = {"scale": [[1.0] * LAYERS], "shift": [[0.0] * LAYERS], **change}
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(sealed(config)))
     with pytest.raises(UserError, match=words) as caught:
         read_predictor(tmp_path / "p")
     assert "config.json" in str(caught.value)

@@ -1,7 +1,9 @@
 import hashlib
 import json
+import os
 import pickle
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,8 @@ from _helpers.predictor_variants import LONG, VARIANTS, Variant, fitted_once, pr
 from safetensors.torch import load_file, save_file
 
 from moe_beyond.errors import UserError
+from moe_beyond.files import sealed
+from moe_beyond.hub.push import prepare_upload
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor, save_predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
@@ -22,6 +26,11 @@ from moe_beyond.traces.manifest import Manifest, Tokenizer
 
 TRAINING = {"fingerprint": "f" * 64, "split": "train", "source": "tests", "tokenizer": {"name": "tests", "sha256": "0"}}
 ONE_EACH = [next(v for v in VARIANTS if v.architecture == name) for name in ARCHITECTURES]
+WITH_FRACTIONS = [
+    variant
+    for variant in ONE_EACH
+    if any(weight.is_floating_point() for weight in fitted_once(variant).state_dict().values())
+]
 
 
 @pytest.fixture
@@ -41,8 +50,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
     """Change fields of the configuration; None removes one."""
     content = json.loads((folder / "config.json").read_text())
     content.update(changes)
-    kept = {name: value for name, value in content.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
+    kept = {name: value for name, value in content.items() if changes.get(name, 0) is not None}
+    (folder / "config.json").write_text(json.dumps(sealed(kept)))
 
 
 def replace_weights(folder: Path, content: bytes) -> None:
@@ -162,7 +171,7 @@ def test_a_failing_save_leaves_nothing_and_harms_nothing(folder: Path, tmp_path:
     target = folder if existing else tmp_path / "new" / "predictor"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(TypeError, match="not JSON serializable"):  # after the weights were written
-        save_predictor(fitted_once(ONE_EACH[0]), target, {"split": object()})
+        save_predictor(fitted_once(ONE_EACH[0]), target, {"other": object()})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert target.exists() == existing
 
@@ -260,9 +269,9 @@ def test_cut_weights_are_named(folder: Path):
     (folder / "model.safetensors").write_bytes(content[:-10])
     refused(folder, "model.safetensors", "damaged")
     replace_weights(folder, content[:-10])  # as whoever made the folder left it
-    refused(folder, "model.safetensors", "not a safetensors file")
+    refused(folder, "model.safetensors", "a damaged safetensors file")
     replace_weights(folder, b"")
-    refused(folder, "model.safetensors", "not a safetensors file")
+    refused(folder, "model.safetensors", "a damaged safetensors file")
 
 
 def test_a_missing_weight_is_named(folder: Path):
@@ -307,10 +316,10 @@ class Harm:
 def test_a_pickle_in_place_of_weights_is_refused_and_not_run(folder: Path, tmp_path: Path):
     harm = tmp_path / "harm"
     replace_weights(folder, pickle.dumps({"start.bias": Harm(harm)}))
-    refused(folder, "model.safetensors", "not a safetensors file")
+    refused(folder, "model.safetensors", "a damaged safetensors file")
     torch.save({"start.bias": Harm(harm)}, tmp_path / "weights.pt")
     replace_weights(folder, (tmp_path / "weights.pt").read_bytes())
-    refused(folder, "model.safetensors", "not a safetensors file")
+    refused(folder, "model.safetensors", "a damaged safetensors file")
     assert not harm.exists()
 
 
@@ -348,3 +357,140 @@ def test_the_card_says_that_the_traces_were_steered(tmp_path: Path):
     for name, more in (("steered", {"steering": {"on": [[1, 2]], "off": []}}), ("plain", {})):
         save_predictor(fitted_once(ONE_EACH[0]), tmp_path / name, {"source": "tests", **more})
         assert ("steered" in (tmp_path / name / "README.md").read_text()) == bool(more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lookaheads": [1, "next"]}, "lookaheads contradicts the architecture and its arguments"),
+        ({"lookaheads": ["soon"]}, "lookaheads must be a list of"),
+        ({"causal": False}, "causal contradicts"),
+        ({"causal": "no"}, "causal must be true or false"),
+        ({"available_after": "computed"}, "available_after contradicts"),
+        ({"hidden_states": "router_inputs"}, "hidden_states contradicts"),
+        ({"activation": "sigmoid"}, "activation contradicts"),
+        ({"parameters": 1}, "parameters contradicts"),
+        ({"link": 5}, "field 'link' is unknown"),
+        ({"training": 5}, "training must be an object"),
+        ({"training": {"tokenizer": 5}}, "training: tokenizer must be an object"),
+        ({"training": {"source": "\x1b[31m"}}, "training: source must be text"),
+        ({"training": {"texts": "not hexadecimal"}}, "training: texts must be hexadecimal digits"),
+        ({"training": {"seen": [5]}}, "training: seen must be a list of objects"),
+        ({"figures": 5}, "figures must be a list of objects"),
+        ({"figures": [{"source": "x"}]}, "figures: field 'fingerprint' is missing"),
+        ({"vocab_size": float("inf")}, "vocab_size must be a whole number"),
+        ({"vocab_size": 10**400}, "vocab_size must be a whole number"),
+        ({"arguments": {"geometry": {}}}, "arguments: 'geometry' is no argument of an architecture"),
+        ({"arguments": {"source": "x"}}, "arguments: 'source' is no argument of an architecture"),
+        ({"arguments": {"depth": 10**9}}, "depth must be a whole number within 1..1024"),
+        ({"arguments": {"lookaheads": 10**9}}, "lookaheads must be a whole number within 1..10000"),
+        ({"arguments": {"dropout": 10**400}}, "dropout must be"),
+        ({"calibration": {"scale": [[10**400]], "shift": [[0.0]]}}, "calibration has no scale and shift of numbers"),
+        ({"calibration": {"scale": [[1e300]] * 4, "shift": [[0.0]]}}, "calibration must have shapes"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_contradicts_itself_is_refused(folder: Path, changes: dict[str, Any], reason: str):
+    edit_config(folder, **changes)
+    refused(folder, "config.json", reason)
+
+
+def test_a_configuration_edited_without_its_hash_is_refused(folder: Path):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"recipe"', '"recipes"').replace("0.1", "0.3"))
+    refused(folder, "config.json", "content_sha256 does not match the other fields")
+    content = json.loads(path.read_text())
+    del content["content_sha256"]
+    path.write_text(json.dumps(content))
+    read_predictor(folder)
+
+
+def test_a_flipped_bit_of_weights_and_configuration_is_noticed(folder: Path):
+    for name in ("config.json", "model.safetensors"):
+        path = folder / name
+        whole = path.read_bytes()
+        for bit in range(0, 8 * len(whole), 1 + 8 * (len(whole) // 60)):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            refused(folder, name)
+        path.write_bytes(whole)
+    read_predictor(folder)
+
+
+@pytest.mark.parametrize("width", [8192, 2**24, 10**9])
+def test_a_small_folder_that_asks_for_a_large_predictor_takes_no_memory(folder: Path, width: int):
+    config = read_config(folder)
+    edit_config(folder, arguments=config["arguments"] | {"width": width, "layer_width": width})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"the weights do not match a cross_layer|width must be a whole number"):
+        read_predictor(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # in units of 1024 bytes
+
+
+@pytest.mark.parametrize("variant", WITH_FRACTIONS, ids=str)
+def test_numbers_that_are_not_finite_are_neither_loaded_nor_uploaded(variant: Variant, tmp_path: Path):
+    save_predictor(fitted_once(variant), tmp_path / "p", TRAINING)
+    stored = load_file(tmp_path / "p" / "model.safetensors")
+    name = next(name for name, weight in stored.items() if weight.is_floating_point() and weight.numel())
+    for value in (float("nan"), float("inf")):
+        edit_weights(tmp_path / "p", lambda weights, value=value: weights[name].view(-1)[-1:].fill_(value))
+        refused(tmp_path / "p", "model.safetensors", f"{name} must hold only finite numbers")
+        with pytest.raises(UserError, match="must hold only finite numbers"):
+            prepare_upload(tmp_path / "p", "org/p")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "position", "value", "reason"),
+    [
+        ("popularity", "counts", 0, -1, "counts are not in 0..tokens"),
+        ("popularity", "tokens", 0, 1, "counts are not in 0..tokens"),
+        ("history", "uses", 0, -1, "uses are not in 0..trials"),
+        ("eamc", "matrices", 0, -1, "matrices are not in 0..tokens"),
+        ("token_table", "table", 0, -1, "table is not in 0..occurrences"),
+        ("token_table", "token_ids", 0, 0, "token_ids are not -1"),
+        ("token_table", "token_ids", 1, 30, "then ascending"),
+        ("naive_bayes", "pairs", 0, -1, "pairs are negative"),
+        ("naive_bayes", "past.counts", 0, -1, "past: counts are not in 0..tokens"),
+        ("next_gate", "counts", 0, -1, "counts are not in 0..tokens"),
+        ("next_gate", "scoring", 0, 99, "scoring is not in 0.."),
+        ("row_encoder", "tokens.rows", 0, 99, "tokens: rows are not in 0..24"),
+        ("row_encoder", "tokens.ngrams", 0, -1, "tokens: ngrams are not in 0..64"),
+    ],
+)
+def test_counts_that_no_fit_gives_are_refused(
+    architecture: str, name: str, position: int, value: int, reason: str, tmp_path: Path
+):
+    variant = next(variant for variant in ONE_EACH if variant.architecture == architecture)
+    save_predictor(fitted_once(variant), tmp_path / "p", TRAINING)
+    edit_weights(tmp_path / "p", lambda weights: weights[name].view(-1)[position : position + 1].fill_(value))
+    refused(tmp_path / "p", "model.safetensors", reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_weights_of_another_kind_of_number_are_refused(folder: Path, dtype: torch.dtype):
+    edit_weights(folder, lambda weights: weights.update({"start.bias": weights["start.bias"].to(dtype)}))
+    reason = "unknown type" if dtype.is_complex else "start.bias must hold floating-point numbers"
+    refused(folder, "model.safetensors", reason)
+
+
+def test_counts_in_place_of_fractions_are_refused(tmp_path: Path):
+    save_predictor(fitted_once(ONE_EACH[0]), tmp_path / "p", TRAINING)
+    edit_weights(tmp_path / "p", lambda weights: weights.update(counts=weights["counts"].float()))
+    refused(tmp_path / "p", "model.safetensors", "counts must hold whole numbers (got floating-point)")
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path):
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        refused(folder, name, "is a link to a file outside the folder")
+        (folder / name).unlink()
+        (tmp_path / name).rename(folder / name)
+
+
+def test_a_pipe_is_not_read(folder: Path):
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        refused(folder, name, "is not a regular file")

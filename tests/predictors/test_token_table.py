@@ -11,6 +11,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.token_table import TokenTable
 from moe_beyond.predictors.batch import Batch, collate
+from moe_beyond.predictors.io.weights import load_weights
 from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.trace import Trace
 
@@ -132,8 +133,8 @@ def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
 
 def test_weights_of_the_layout_without_a_row_for_others_are_refused():
     weights = {name: value[1:] for name, value in table([COUNTED]).state_dict().items()}
-    with pytest.raises(UserError, match="an old layout"):
-        TokenTable(SMALL, VOCAB).load_state_dict(weights)
+    with pytest.raises(UserError, match="w: token_ids are not -1, for all other tokens, and then ascending"):
+        load_weights(TokenTable(SMALL, VOCAB), weights, "w")
 
 
 def test_weights_bring_their_own_number_of_rows():

@@ -11,6 +11,7 @@ import pytest
 from moe_beyond.collect.load import open_checkpoint
 from moe_beyond.collect.prompts import as_prompts
 from moe_beyond.errors import UserError
+from moe_beyond.files import file_sha256, read_json, sealed, write_json
 from moe_beyond.predictors.architectures.naive_bayes import NaiveBayes
 from moe_beyond.predictors.architectures.next_gate import NextGate
 from moe_beyond.predictors.batch import collate
@@ -19,6 +20,7 @@ from moe_beyond.runtime import load_offloaded
 from moe_beyond.runtime.generation import Sampling, TextGenerator
 from moe_beyond.runtime.records.as_run import replay_as_run
 from moe_beyond.runtime.records.recording import Recording, read_recording, write_recording
+from moe_beyond.traces import parquet
 
 PROMPTS = ("def read(path):", "The list of all exceptions that the module raises is short:", "A")
 TOKENS = 24
@@ -144,12 +146,76 @@ def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"is no recording of a run \(run.json is missing\)"):
         read_recording(tmp_path)
     path = tmp_path / "run" / "telemetry" / "events.parquet"
-    pq.write_table(pa.table({"other": [1]}), path)
-    with pytest.raises(UserError, match=r"events\.parquet: cannot be read"):
-        read_recording(tmp_path / "run")
-    path.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"events\.parquet: cannot be read"):
-        read_recording(tmp_path / "run")
+    for content in (parquet_of({"other": [1]}), b"damaged"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"events\.parquet: is damaged"):
+            read_recording(tmp_path / "run")
+        hash_telemetry(tmp_path / "run")
+        with pytest.raises(UserError, match=r"events\.parquet: cannot be read"):
+            read_recording(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "telemetry")
     with pytest.raises(UserError, match=r"steps\.parquet: cannot be read"):
+        read_recording(tmp_path / "run")
+
+
+def parquet_of(columns: dict) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def hash_telemetry(folder: Path, **changes) -> None:
+    """Recompute the hashes of a recording, as an attacker would."""
+    content = read_json(folder / "run.json")
+    content["telemetry"] = {
+        name: file_sha256(folder / "telemetry" / f"{name}.parquet") for name in content["telemetry"]
+    }
+    write_json(folder / "run.json", sealed(content | changes))
+
+
+def test_a_changed_recording_is_named(tmp_path):
+    folder = tmp_path / "run"
+    record(folder, budget=30)
+    whole = (folder / "run.json").read_bytes()
+    (folder / "run.json").write_bytes(whole.replace(b'"lru"', b'"lfu"'))
+    with pytest.raises(UserError, match=r"run\.json: content_sha256 does not match the other fields"):
+        read_recording(folder)
+    for changes, says in (
+        ({"fingerprints": {"other": None}}, "fingerprints must be an object with the hashes of predictor and profile"),
+        ({"fingerprints": {"profile": "f"}}, "fingerprints must be"),
+        ({"options": {"predictor": 5}}, "options: predictor must be text"),
+        ({"options": {"budget": -1.5}}, "budget must be text such as"),
+        ({"telemetry": {}}, "telemetry must be an object with the hashes of steps, events, prefetches, transfers"),
+        ({"traces": "0" * 64}, "belongs to other traces than"),
+        ({"format_version": True}, "format version True, not 1"),
+    ):
+        (folder / "run.json").write_bytes(whole)
+        hash_telemetry(folder)
+        write_json(folder / "run.json", sealed(read_json(folder / "run.json") | changes))
+        with pytest.raises(UserError, match=rf"run\.json: {says}"):
+            read_recording(folder)
+    (folder / "run.json").write_bytes(whole)
+    steps = pq.read_table(folder / "telemetry" / "steps.parquet")
+    for name, value, kind in (
+        ("seconds", float("nan"), pa.float64()),
+        ("tokens", -1, pa.int64()),
+        ("tokens", None, None),
+    ):
+        column = pa.array([value, *steps[name].to_pylist()[1:]], kind)
+        changed = steps.set_column(steps.schema.get_field_index(name), name, column)
+        pq.write_table(changed, folder / "telemetry" / "steps.parquet")
+        hash_telemetry(folder)
+        with pytest.raises(UserError, match=rf"steps\.parquet: column '{name}' (holds an impossible number|must hold)"):
+            read_recording(folder)
+
+
+def test_telemetry_that_would_take_the_memory_is_not_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "BOMB_BYTES", 2**20)
+    record(tmp_path / "run", budget=30)
+    steps = tmp_path / "run" / "telemetry" / "steps.parquet"
+    row = pq.read_table(steps).slice(0, 1)
+    pq.write_table(pa.concat_tables([row] * 2**16).combine_chunks(), steps, compression="zstd")
+    assert steps.stat().st_size < 2**16
+    hash_telemetry(tmp_path / "run")
+    with pytest.raises(UserError, match=r"steps\.parquet: .* bytes would decode into "):
         read_recording(tmp_path / "run")

@@ -22,7 +22,8 @@ from moe_beyond.runtime.storage.bare_loading import load_bare
 from moe_beyond.runtime.storage.checkpoint_index import _numbers_of_experts, _placement, index_checkpoint
 from moe_beyond.runtime.storage.disk_store import DiskStore
 from moe_beyond.runtime.storage.expert_index import Source
-from moe_beyond.runtime.storage.safetensors_header import read_header, stored_tensors
+from moe_beyond.runtime.storage.stored_tensors import stored_tensors
+from moe_beyond.safetensors_header import read_header
 
 UNDECORATED = ("dbrx", "jetmoe", "llama4", "longcat_flash")
 DECORATED = [

@@ -275,6 +275,29 @@ def test_a_small_file_that_would_take_the_memory_is_not_decoded(where, tmp_path,
     assert line.endswith("recorded routing never compresses so far")
 
 
+def test_a_text_that_every_row_repeats_is_not_decoded(tmp_path, monkeypatch, capsys):
+    """The footer counts its bytes once, as Parquet stores them in a dictionary."""
+    monkeypatch.setattr(parquet, "BOMB_BYTES", 2**20)
+    tiny_traces(tmp_path / "traces")
+    rows = 512
+    columns = {
+        "sequence_id": [f"s{row}" for row in range(rows)],
+        "source": ["x" * 2**14] * rows,
+        "token_ids": [[0]] * rows,
+        "decode_start": [0] * rows,
+        "experts": [[0, 1] * TINY.num_layers] * rows,
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=arrow_schema(TINY)), sink, compression="zstd")
+    assert sink.tell() < 20_000
+    replace_shard(tmp_path / "traces", sink.getvalue().to_pybytes(), sequences=rows, tokens=rows)
+    line = error_line(capsys, ["replay", "--traces", tmp_path / "traces", "--budget", "50%", "--policy", "lru"])
+    assert line.endswith("recorded routing never compresses so far")
+    monkeypatch.setattr(parquet, "TEXT_BYTES", 2**13)
+    line = error_line(capsys, ["inspect", tmp_path / "traces"])
+    assert line.startswith(f"{tmp_path / 'traces' / FIRST}: 'source' holds texts of ")
+
+
 @pytest.mark.parametrize("name", ["shard left out", "brackets", "not Parquet", "expert twice", "one id"])
 def test_a_set_in_other_storage_is_checked_alike(name, tmp_path):
     damage, says = DAMAGE[name]

@@ -5,19 +5,18 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from _helpers.recordings import SMALL
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import write_json
+from moe_beyond.files import read_json, sealed, write_json
 from moe_beyond.runtime.options import RUN_FILE
-from moe_beyond.runtime.records.recording import ROWS, TELEMETRY_FOLDER
-from moe_beyond.runtime.stepping.telemetry import EventRow, StepRow, TransferRow, columns
+from moe_beyond.runtime.records.telemetry_files import TELEMETRY_FOLDER, write_telemetry
+from moe_beyond.runtime.stepping.telemetry import EventRow, StepRow, Telemetry, TransferRow
 from moe_beyond.simulator.devices import load_device
 from moe_beyond.traces.engine_log import EngineLog
 from moe_beyond.traces.manifest import Manifest, Tokenizer
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 from moe_beyond.validation.validate import ValidationOptions, validate
@@ -87,10 +86,9 @@ def write_run(folder: Path, experts: np.ndarray) -> list[float]:
                 transfers.append(TransferRow(expert, 0, False, len(events), 0, 0, wait, TRANSFER, COPY, 1000, 0, 0))
             now = clock + (LAYER if layer < LAYERS - 1 else 0)
         steps[-1].seconds = now - begins
-    (folder / TELEMETRY_FOLDER).mkdir()
-    for name, rows in (("steps", steps), ("events", events), ("prefetches", []), ("transfers", transfers)):
-        pq.write_table(pa.table(columns(rows, ROWS[name])), folder / TELEMETRY_FOLDER / f"{name}.parquet")
-    write_json(folder / RUN_FILE, {"format_version": 1, "options": {"budget": SLOTS}, "fingerprints": {}})
+    hashes = write_telemetry(folder, Telemetry(steps=steps, events=events, transfers=transfers))
+    about = {"format_version": 1, "traces": TraceSet(str(folder)).manifest.fingerprint, "telemetry": hashes}
+    write_json(folder / RUN_FILE, sealed({**about, "options": {"budget": SLOTS}, "fingerprints": {}}))
     return [step.seconds for step in steps]
 
 
@@ -190,6 +188,9 @@ def test_telemetry_of_another_run(tmp_path: Path):
     write_run(tmp_path / "other", routing()[:-2])
     for path in (tmp_path / "other" / TELEMETRY_FOLDER).iterdir():
         (tmp_path / "run" / TELEMETRY_FOLDER / path.name).write_bytes(path.read_bytes())
+    assert "is damaged (its sha256 differs from that in the recording)" in refusal(tmp_path / "run")
+    own, others = (read_json(tmp_path / name / RUN_FILE) for name in ("run", "other"))
+    write_json(tmp_path / "run" / RUN_FILE, sealed(own | {"telemetry": others["telemetry"]}))
     assert "has other steps than its traces" in refusal(tmp_path / "run")
     for path in (tmp_path / "run" / TELEMETRY_FOLDER).iterdir():
         path.unlink()

@@ -18,7 +18,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.argument_limits import check_arguments
-from moe_beyond.predictors.base import CountingPredictor
+from moe_beyond.predictors.base import CountingPredictor, in_range
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.stepper import Stepper
@@ -144,6 +144,10 @@ class Eamc(CountingPredictor):
         weight = self.tokens[:, None, None].double() + self.backoff
         shares = (self.matrices.double() + self.backoff * popularity) / weight
         return torch.logit(torch.cat([shares, popularity[None]]), eps=1e-6).float()
+
+    def weights_fault(self) -> str | None:
+        """Describe counts that are negative or exceed the tokens of their matrix."""
+        return None if in_range(self.matrices, 0, self.tokens[:, None, None]) else "matrices are not in 0..tokens"
 
     def stepper(self) -> Stepper:
         """Return a stepper; its state is P inner products."""

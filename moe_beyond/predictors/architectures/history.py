@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.architectures.popularity import Popularity
+from moe_beyond.predictors.base import in_range
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.stepper import TokenStepper
@@ -92,6 +93,12 @@ class History(Popularity):
     def _table(self) -> Tensor:
         """Return the logits ``(64,)`` of the buckets."""
         return torch.logit(self._hazard(), eps=1e-9).float().flatten()
+
+    def weights_fault(self) -> str | None:
+        """Describe counts that are negative, or uses that exceed their trials."""
+        if not (in_range(self.uses, 0, self.trials) and in_range(self.trials, 0)):
+            return "uses are not in 0..trials"
+        return super().weights_fault()
 
     def stepper(self) -> "HistoryStepper":
         """Return a stepper; its state is two numbers per expert."""

@@ -16,7 +16,7 @@ from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures.history import History
 from moe_beyond.predictors.architectures.token_table import TokenTable
 from moe_beyond.predictors.argument_limits import check_arguments
-from moe_beyond.predictors.base import CountingPredictor
+from moe_beyond.predictors.base import CountingPredictor, in_range
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.stepper import Stepper
@@ -136,6 +136,10 @@ class NaiveBayes(CountingPredictor):
     def _lookaheads_at(self, distance: int) -> range:
         """Return the lookaheads that read the layer at a distance."""
         return range(max(1, distance - self.sources + 1), min(distance, self.lookaheads) + 1)
+
+    def weights_fault(self) -> str | None:
+        """Describe counts of pairs that are negative; the table and the past describe their own."""
+        return None if in_range(self.pairs, 0) else "pairs are negative"
 
     def stepper(self) -> Stepper:
         """Return a stepper; its state is two numbers per expert."""

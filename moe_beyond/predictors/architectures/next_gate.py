@@ -14,7 +14,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.architectures._hidden_states import HiddenStatePredictor
 from moe_beyond.predictors.argument_limits import check_arguments
-from moe_beyond.predictors.base import CountingPredictor
+from moe_beyond.predictors.base import CountingPredictor, in_range
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.training_stats import TrainingStats
@@ -100,3 +100,9 @@ class NextGate(HiddenStatePredictor, CountingPredictor):
         if not self.selection_bias.any():  # of all layers, so a layer's scores do not depend on `layers`
             return logits  # every activation keeps their order
         return ROUTER_ACTIVATIONS[list(ROUTER_ACTIVATIONS)[int(self.scoring)]](logits) + self.selection_bias[layers]
+
+    def weights_fault(self) -> str | None:
+        """Describe counts that are negative or exceed the number of tokens, and an unknown function of the routers."""
+        if not in_range(self.scoring, 0, len(ROUTER_ACTIVATIONS) - 1):
+            return f"scoring is not in 0..{len(ROUTER_ACTIVATIONS) - 1}"
+        return None if in_range(self.counts, 0, self.tokens) else "counts are not in 0..tokens"

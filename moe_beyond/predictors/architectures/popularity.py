@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation
-from moe_beyond.predictors.base import CountingPredictor
+from moe_beyond.predictors.base import CountingPredictor, in_range
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.stepper import Stepper, TokenStepper
@@ -60,6 +60,10 @@ class Popularity(CountingPredictor):
 
     def _logits(self) -> Tensor:
         return torch.logit(self._shares(), eps=1e-9).float()
+
+    def weights_fault(self) -> str | None:
+        """Describe counts that are negative or exceed the number of tokens."""
+        return None if in_range(self.counts, 0, self.tokens) else "counts are not in 0..tokens"
 
     def stepper(self) -> Stepper:
         """Return a stepper; it has no state."""

@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation
 from moe_beyond.predictors.argument_limits import check_arguments
-from moe_beyond.predictors.base import CountingPredictor
+from moe_beyond.predictors.base import CountingPredictor, in_range
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.stepper import Stepper, TokenStepper
@@ -91,6 +90,13 @@ class TokenTable(CountingPredictor):
         rows = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
         return torch.where(self.token_ids[rows] == token_ids, rows, 0)
 
+    def weights_fault(self) -> str | None:
+        """Describe rows without ascending token ids, and counts that are negative or exceed the occurrences."""
+        if self.token_ids[0] != -1 or not (self.token_ids[1:] > self.token_ids[:-1]).all():
+            return "token_ids are not -1, for all other tokens, and then ascending"
+        inside = in_range(self.table, 0, self.occurrences[:, None, None]) and in_range(self.occurrences, 0)
+        return None if inside else "table is not in 0..occurrences"
+
     def stepper(self) -> Stepper:
         """Return a stepper; it has no state."""
         return _TokenTableStepper(self)
@@ -100,10 +106,6 @@ class TokenTable(CountingPredictor):
         if (key := f"{prefix}token_ids") in state_dict:
             self._resize(max(len(state_dict[key]), 1) - 1)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.token_ids[0] != -1:
-            raise UserError(
-                "token_table: the weights have no row for all other tokens, an old layout; fit the predictor again"
-            )
 
 
 class _TokenTableStepper(TokenStepper):

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing, write_json
+from moe_beyond.files import read_json, read_text, replacing, sealed, write_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import format_lookahead
+from moe_beyond.predictor_config import check_config
 from moe_beyond.predictors.training_text import Relation, TrainingRecord, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE
 
@@ -81,17 +82,19 @@ def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
             JSON-serialisable values. Rows of the last two may have ``intervals``, as in an `Evaluation`.
 
     Raises:
-        UserError: The card has a line `BEGIN` but no line `END`.
+        UserError: The configuration or a figure is wrong, or the card has a line `BEGIN` but no line `END`.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE)
+    path = str(folder / CONFIG_FILE)
+    config = check_config(read_json(path), path)
     key = ("fingerprint", "split")
     others = [other for other in config.get("figures", []) if any(other[name] != figures[name] for name in key)]
-    config["figures"] = [*others, figures]
+    config = sealed({**config, "figures": [*others, figures]})
+    check_config(config, path)
     before, after = around_figures(folder)
     with replacing(folder / CARD_FILE) as temporary:
         temporary.write_text(f"{before}{BEGIN}\n{_figures(config)}\n{END}{after}", encoding="utf-8")
-    write_json(folder / CONFIG_FILE, config)
+    write_json(path, config)
 
 
 def around_figures(folder: str | Path) -> tuple[str, str]:
@@ -101,10 +104,10 @@ def around_figures(folder: str | Path) -> tuple[str, str]:
         folder: Path of the predictor folder.
 
     Raises:
-        UserError: The card has a line `BEGIN` but no line `END`.
+        UserError: The card is no text, or has a line `BEGIN` but no line `END`.
     """
     path = Path(folder) / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = read_text(path) if path.exists() else ""
     before, begin, after = text.partition(BEGIN)
     if begin and END not in after:
         raise UserError(f"{path}: has no line {END} after {BEGIN}; add it where the figures end")

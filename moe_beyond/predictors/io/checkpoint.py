@@ -1,20 +1,25 @@
 """Predictors in Lightning checkpoints."""
 
-import pickle
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from moe_beyond.errors import UserError
-from moe_beyond.geometry import Geometry
+from moe_beyond.json_fields import OBJECT, brief, check_present, whole
+from moe_beyond.predictor_config import PREDICTOR, check_training
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.io.folder import load_weights
-from moe_beyond.predictors.registry import PACKAGE, create
+from moe_beyond.predictors.io.weights import build
 
 CHECKPOINT_KEY = "moe_beyond"
 """Key of a checkpoint's entry that describes its predictor in JSON-serialisable values."""
+FIELDS = {CHECKPOINT_KEY: OBJECT, "state_dict": OBJECT, "epoch": whole(0, 2**48), "global_step": whole(0, 2**48)}
+"""Fields of a checkpoint that `load_checkpoint` reads."""
+AGAIN = "give another checkpoint of the run"
 
 
 @dataclass(frozen=True)
@@ -43,39 +48,79 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         path: File ``.ckpt`` that a fit of this package wrote; read with ``weights_only=True``.
 
     Raises:
-        UserError: The file is missing, is not a checkpoint, or was not written by this package.
+        UserError: The file is missing, is damaged, is not a checkpoint, or was not written by this package.
     """
     if Path(path).exists() and not Path(path).is_file():  # reading a pipe may never end
-        raise UserError(f"{path}: is not a regular file; name a checkpoint")
+        raise UserError(f"{path}: is not a regular file; {AGAIN}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with Path(path).open("rb") as file:
+            check_archive(file, path)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: checkpoint not found") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, IsADirectoryError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({brief(error.strerror or error)})") from error
+    except UserError:
+        raise
+    except Exception as error:  # the archive is whole, but its pickle may hold anything
         raise UserError(f"{path}: is not a checkpoint that can be read safely") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint of this package")
     content = checkpoint[CHECKPOINT_KEY]
-    predictor = create(
-        content["architecture"],
-        Geometry.from_json(content["geometry"]),
-        content["vocab_size"],
-        source=str(path),
-        package=content.get("package", PACKAGE),
-        **content["arguments"],
-    )
-    prefix = "predictor."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    load_weights(predictor, weights, str(path))
+    try:
+        check_present(FIELDS, checkpoint)
+        check_present(PREDICTOR, content)
+        check_training(content["training"])
+        weights = _weights(checkpoint["state_dict"], Path(path).stat().st_size)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {AGAIN}") from error
+    predictor = build(content, weights, str(path), str(path))
     predictor.fitted_on = content["training"]
-    return Checkpoint(
-        predictor.eval(), content["training"], checkpoint["epoch"], checkpoint["global_step"], _best(checkpoint)
-    )
+    return Checkpoint(predictor, content["training"], checkpoint["epoch"], checkpoint["global_step"], _best(checkpoint))
+
+
+def check_archive(file: IO[bytes], path: str | Path) -> None:
+    """Check that a checkpoint is as it was written; torch does not compare the check sums of its parts.
+
+    Args:
+        file: Open file, which is at its begin afterwards.
+        path: Path of the file, for error messages.
+
+    Raises:
+        UserError: The file is no archive of torch, is compressed, or a part is damaged.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+        damaged = archive.testzip() if stored else None
+    except Exception as error:  # zipfile documents no exceptions for damaged archives
+        raise UserError(f"{path}: is not a checkpoint that can be read safely") from error
+    if not stored:
+        raise UserError(f"{path}: is compressed, as no checkpoint is; {AGAIN}")
+    if damaged is not None:
+        raise UserError(f"{path}: is damaged (the check sum of a part differs); {AGAIN}")
+    file.seek(0)
+
+
+def _weights(state: Mapping[str, Any], size: int) -> dict[str, Tensor]:
+    """Return the predictor's weights in a state dict, whose tensors may not need more memory than the file.
+
+    Raises:
+        UserError: A value is no tensor, or the tensors repeat stored numbers.
+    """
+    prefix = "predictor."
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise UserError("state_dict holds other values than tensors")
+    if sum(weight.numel() * weight.element_size() for weight in weights.values()) > size:
+        raise UserError("state_dict has more numbers than the file holds")
+    return weights
 
 
 def _best(checkpoint: dict[str, Any]) -> str | None:
     """Return the file name of the best checkpoint that Lightning's `ModelCheckpoint` stored; None if there is none."""
     for state in (checkpoint.get("callbacks") or {}).values():
-        if isinstance(state, dict) and state.get("monitor") and state.get("best_model_path"):
-            return PurePath(state["best_model_path"]).name
+        best = state.get("best_model_path") if isinstance(state, dict) and state.get("monitor") else None
+        if best and isinstance(best, str):
+            return PurePath(best).name
     return None

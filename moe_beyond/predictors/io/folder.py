@@ -1,26 +1,27 @@
 """Predictor folders: ``model.safetensors``, ``config.json`` and a card. No other file is loaded."""
 
 import hashlib
-import textwrap
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import is_earlier_result, read_json, replacing_folder, write_json
-from moe_beyond.geometry import Geometry
+from moe_beyond.files import file_in, is_earlier_result, read_json, replacing_folder, sealed, write_json
+from moe_beyond.json_fields import brief, shown
+from moe_beyond.predictor_config import FORMAT_VERSION, check_config
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.io.card import card
-from moe_beyond.predictors.registry import ARCHITECTURES, PACKAGE, create
+from moe_beyond.predictors.io.weights import build
+from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from moe_beyond.safetensors_header import parse_header
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
 from moe_beyond.version import __version__
-
-FORMAT_VERSION = 1
 
 
 def save_predictor(
@@ -36,7 +37,7 @@ def save_predictor(
         dtype: Data type of stored floating-point weights (default: float32); float16 halves the folder.
 
     Raises:
-        UserError: The folder exists and is not a predictor folder.
+        UserError: The folder exists and is not a predictor folder, or a field of the record cannot be read again.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_predictor(folder))):
@@ -45,7 +46,6 @@ def save_predictor(
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else _narrowest(tensor)).contiguous()
         for name, tensor in predictor.state_dict().items()
     }
-    information = predictor.information
     config = {
         "format_version": FORMAT_VERSION,
         "architecture": predictor.architecture,
@@ -53,12 +53,7 @@ def save_predictor(
         "arguments": predictor.arguments(),
         "geometry": predictor.geometry.to_json(),
         "vocab_size": predictor.vocab_size,
-        "lookaheads": list(information.lookaheads),
-        "available_after": information.available_after,
-        "causal": information.causal,
-        "hidden_states": information.hidden_states,
-        "activation": predictor.activation,
-        "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
+        **_description(predictor),
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "training": training,
         "tool_version": __version__,
@@ -66,9 +61,23 @@ def save_predictor(
     with replacing_folder(folder, overwrite=True) as temporary:
         save_file(weights, temporary / WEIGHTS_FILE)
         config["sha256"] = hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest()
-        write_json(temporary / CONFIG_FILE, config)
+        check_config(config, f"{folder / CONFIG_FILE}")
+        write_json(temporary / CONFIG_FILE, sealed(config))
         summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
         (temporary / CARD_FILE).write_text(card(summary, config), encoding="utf-8")
+
+
+def _description(predictor: Predictor) -> dict[str, Any]:
+    """Return the fields that follow from the architecture, its arguments and its weights."""
+    information = predictor.information
+    return {
+        "lookaheads": list(information.lookaheads),
+        "available_after": information.available_after,
+        "causal": information.causal,
+        "hidden_states": information.hidden_states,
+        "activation": predictor.activation,
+        "parameters": sum(each.numel() for each in predictor.state_dict().values() if each.is_floating_point()),
+    }
 
 
 def _narrowest(numbers: torch.Tensor) -> torch.dtype:
@@ -87,17 +96,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         folder: Path of the predictor folder.
 
     Raises:
-        UserError: The folder is not a predictor folder of this format.
+        UserError: The folder is not a predictor folder of this format, or a field is missing or wrong.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not path.exists():
+    if not (Path(folder) / CONFIG_FILE).exists():
         raise UserError(f"{folder}: is not a predictor folder (it has no {CONFIG_FILE})")
-    config = read_json(path)
-    if not isinstance(config, dict) or "architecture" not in config or "format_version" not in config:
-        raise UserError(f"{path}: is not the configuration of a predictor")
-    if config["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {config['format_version']!r}; this package reads {FORMAT_VERSION}")
-    return config
+    path = file_in(folder, CONFIG_FILE)
+    return check_config(read_json(path), str(path))
 
 
 def _is_predictor(folder: Path) -> bool:
@@ -119,51 +123,35 @@ def read_predictor(folder: str | Path) -> Predictor:
 
     Raises:
         UserError: The folder is not a predictor folder, its architecture is not registered or belongs to another
-            package, or its weights are damaged or do not match its configuration.
+            package, its configuration contradicts itself, or its weights are damaged or do not match it.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    source = f"{folder / CONFIG_FILE}"
-    try:
-        geometry, vocab_size = Geometry.from_json(config["geometry"], source=source), int(config["vocab_size"])
-        arguments, sha256 = dict(config["arguments"]), config["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: a field is missing or wrong ({error})") from error
-    package = str(config.get("package", PACKAGE))
-    predictor = create(config["architecture"], geometry, vocab_size, source=source, package=package, **arguments)
-    path = folder / WEIGHTS_FILE
+    config, source = read_config(folder), f"{Path(folder) / CONFIG_FILE}"
+    path = file_in(folder, WEIGHTS_FILE)
     if not path.exists():
         raise UserError(f"{path}: not found")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != config["sha256"]:
         raise UserError(f"{path}: is damaged (its sha256 is not the one in {CONFIG_FILE})")
+    parse_header(io.BytesIO(content), len(content), path)
     try:
-        load_weights(predictor, load_file(path), str(path))
-    except SafetensorError as error:
-        raise UserError(f"{path}: is not a safetensors file ({error})") from error
-    if (calibration := config.get("calibration")) is not None:
-        shape = len(predictor.information.lookaheads), geometry.num_layers
+        weights = load(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: is not a safetensors file ({brief(error)})") from error
+    predictor = build(config, weights, source, str(path))
+    for name, expected in _description(predictor).items():
+        if config[name] != expected:
+            raise UserError(
+                f"{source}: {name} contradicts the architecture and its arguments (got {shown(config[name])}, not "
+                f"{shown(expected)}); save the predictor again"
+            )
+    if (calibration := config["calibration"]) is not None:
+        shape = len(predictor.information.lookaheads), predictor.geometry.num_layers
         predictor.calibration = Calibration.from_json(calibration, shape, source)
-    training = config.get("training")
-    predictor.fitted_on = training if isinstance(training, dict) else None
-    return predictor.eval()
-
-
-def load_weights(predictor: Predictor, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Load weights into a predictor; keys and shapes must match exactly.
-
-    Args:
-        predictor: Predictor to change.
-        weights: Tensor of each state-dict key.
-        source: Path of the file, for error messages.
-
-    Raises:
-        UserError: A key is missing or unknown, or a shape differs.
-    """
-    try:
-        predictor.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 240)
-        raise UserError(f"{source}: the weights do not match a {predictor.architecture} ({reason})") from error
+    predictor.fitted_on = config["training"]
+    return predictor
 
 
 def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_sha256: str | None = None) -> None:

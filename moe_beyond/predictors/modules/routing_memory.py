@@ -62,6 +62,11 @@ class RoutingMemory(nn.Module):
         self._counts = counts, torch.cat([occurrences.new_zeros(1), occurrences]), popularity
         self.refresh_cache()
 
+    def weights_fault(self) -> str | None:
+        """Describe rows without a vector; None if all have one."""
+        inside = ((self.rows >= 0) & (self.rows <= self.memory_tokens)).all()
+        return None if inside else f"rows are not in 0..{self.memory_tokens}"
+
     def forward(self, token_ids: Tensor, hidden: Tensor | None = None, used: Tensor | None = None) -> Tensor:
         """Return vectors ``(B, T, width)``.
 

@@ -79,6 +79,13 @@ class TokenEmbedding(nn.Module):
             ngrams[token, : len(buckets)] = buckets
         self.ngrams.copy_(torch.from_numpy(ngrams))
 
+    def weights_fault(self) -> str | None:
+        """Describe rows and n-grams without a vector; None if all have one."""
+        if not ((self.rows >= 0) & (self.rows <= self.known_tokens)).all():
+            return f"rows are not in 0..{self.known_tokens}"
+        inside = ((self.ngrams >= 0) & (self.ngrams <= self.ngram_buckets)).all()
+        return None if inside else f"ngrams are not in 0..{self.ngram_buckets}"
+
     def forward(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return embeddings ``(B, T, width)``.
 

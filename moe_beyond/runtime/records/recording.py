@@ -11,19 +11,18 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_beyond.collect.tokenizer_files import recorded_tokenizer
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
-from moe_beyond.files import read_json, replacing_folder, write_json
-from moe_beyond.json_fields import brief, build, shown
+from moe_beyond.files import check_seal, file_in, read_json, replacing_folder, sealed, write_json
+from moe_beyond.json_fields import OBJECT, SHA256, TEXT, FieldRule, build, check_fields, check_present, optional, shown
 from moe_beyond.pretrained import list_pretrained
 from moe_beyond.runtime.generation import Generation, Sampling
 from moe_beyond.runtime.options import RUN_FILE
+from moe_beyond.runtime.records.telemetry_files import ROWS, read_telemetry, write_telemetry
 from moe_beyond.runtime.result import logged_sequences
-from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, TransferRow, columns
+from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, TransferRow
 from moe_beyond.runtime.strategy import StrategyOptions
 from moe_beyond.traces.manifest import TOKENIZER_FILE
 from moe_beyond.traces.reader import TraceSet
@@ -33,10 +32,24 @@ from moe_beyond.traces.writer import open_writer
 if TYPE_CHECKING:
     from moe_beyond.runtime.run import OffloadedRun
 
-TELEMETRY_FOLDER = "telemetry"
-ROWS: dict[str, type] = {"steps": StepRow, "events": EventRow, "prefetches": PrefetchRow, "transfers": TransferRow}
-"""Name of a file of telemetry -> class of its rows."""
 FORMAT_VERSION = 1
+ROLES = ("predictor", "profile")
+"""Options that name a predictor."""
+FIELDS = {
+    "traces": SHA256,
+    "telemetry": FieldRule(
+        f"an object with the hashes of {', '.join(ROWS)}",
+        lambda value: OBJECT.accepts(value) and set(value) == set(ROWS) and all(map(SHA256.accepts, value.values())),
+    ),
+    "options": OBJECT,
+    "fingerprints": FieldRule(
+        f"an object with the hashes of {' and '.join(ROLES)}",
+        lambda value: (
+            OBJECT.accepts(value) and set(value) <= set(ROLES) and all(map(optional(SHA256).accepts, value.values()))
+        ),
+    ),
+}
+"""Fields of ``run.json`` that are read again."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +117,15 @@ def write_recording(
                     Trace(prompt.sequence_id, prompt.source, ids, sequence.experts, sequence.decode_start),
                     prompt.split,
                 )
-        (folder / TELEMETRY_FOLDER).mkdir()
-        for name, kind in ROWS.items():
-            table = pa.table(columns(getattr(run.telemetry, name), kind))
-            pq.write_table(table, folder / TELEMETRY_FOLDER / f"{name}.parquet", compression="zstd")
+        hashes = write_telemetry(folder, run.telemetry)
         content = {
             "format_version": FORMAT_VERSION,
+            "traces": TraceSet(str(folder)).manifest.fingerprint,
+            "telemetry": hashes,
             "options": _options_json(run),
             "fingerprints": dict(run.strategy.fingerprints),
         }
-        write_json(folder / RUN_FILE, {**content, **figures})
+        write_json(folder / RUN_FILE, sealed({**content, **figures}))
 
 
 def read_recording(folder: str | Path) -> Recording:
@@ -125,18 +137,26 @@ def read_recording(folder: str | Path) -> Recording:
     Raises:
         UserError: The folder is no recording, or a file is damaged.
     """
-    path = Path(folder) / RUN_FILE
-    if not path.is_file():
+    if not (Path(folder) / RUN_FILE).is_file():
         raise UserError(f"{folder}: is no recording of a run ({RUN_FILE} is missing); give a folder of run --trace")
+    path = file_in(folder, RUN_FILE)
     content = read_json(path)
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {shown(version)}, not {FORMAT_VERSION}; record the run again")
-    options: StrategyOptions = build(StrategyOptions, content.get("options"), f"{path}: options")
-    fingerprints = content.get("fingerprints")
-    if not isinstance(fingerprints, dict):
-        raise UserError(f"{path}: fingerprints must be an object (got {shown(fingerprints)}); record the run again")
-    return Recording(TraceSet(str(folder)), options, fingerprints, *(_read_rows(folder, name) for name in ROWS))
+    try:
+        check_present(FIELDS, content)
+        named = {role: content["options"].get(role) for role in ROLES}
+        check_fields(dict.fromkeys(ROLES, optional(TEXT)), named, "options: ")
+        options: StrategyOptions = build(StrategyOptions, content["options"], "options")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; record the run again") from error
+    check_seal(content, path, "restore the file, or record the run again")
+    traces = TraceSet(str(folder))
+    if traces.manifest.fingerprint != content["traces"]:
+        raise UserError(f"{path}: belongs to other traces than {traces.folder}; record the run again")
+    rows = [read_telemetry(Path(folder), name, content["telemetry"][name]) for name in ROWS]
+    return Recording(traces, options, content["fingerprints"], *rows)
 
 
 def _options_json(run: "OffloadedRun") -> dict[str, Any]:
@@ -144,7 +164,7 @@ def _options_json(run: "OffloadedRun") -> dict[str, Any]:
     options, settings = run.strategy.options, run.strategy.settings
     values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
     values["budget"] = settings.slots
-    for name in ("predictor", "profile"):
+    for name in ROLES:
         values[name] = _name(values[name]) if isinstance(values[name], str | Path) else None
     return values
 
@@ -153,11 +173,3 @@ def _name(predictor: str | Path) -> str:
     """Return a pretrained name or a name on the Hub as it is, and the folder's name of a path."""
     name = str(predictor)
     return name if is_hub_name(name) or name in list_pretrained() else Path(name).resolve().name
-
-
-def _read_rows(folder: str | Path, name: str) -> list[Any]:
-    path = Path(folder) / TELEMETRY_FOLDER / f"{name}.parquet"
-    try:
-        return [ROWS[name](**row) for row in pq.read_table(path).to_pylist()]
-    except (pa.ArrowException, OSError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({brief(error)}); record the run again") from error

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moe_beyond.collect.load import Checkpoint, check_loaded, one_line_errors, quiet_transformers
 from moe_beyond.errors import UserError
 from moe_beyond.runtime.experts import ExpertsLayer, check_unquantized, experts_layers
-from moe_beyond.runtime.storage.safetensors_header import stored_tensors
+from moe_beyond.runtime.storage.stored_tensors import stored_tensors
 
 METHOD = "moe_beyond_without_experts"
 

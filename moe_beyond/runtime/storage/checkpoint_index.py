@@ -27,7 +27,8 @@ from moe_beyond.runtime.experts import ExpertsLayer
 from moe_beyond.runtime.slab import SlabField
 from moe_beyond.runtime.storage.expert_index import Conversion, Entry, ExpertIndex, Piece, Segment, Source
 from moe_beyond.runtime.storage.packed_experts import packed_index
-from moe_beyond.runtime.storage.safetensors_header import DTYPES, StoredTensor, stored_tensors
+from moe_beyond.runtime.storage.stored_tensors import stored_tensors
+from moe_beyond.safetensors_header import DTYPES, StoredTensor
 
 SHORTEST_RUN = 64
 """Bytes of the shortest run that is read directly into a slab; below it, a read has too many pieces."""

@@ -23,7 +23,8 @@ from moe_beyond.runtime.storage.bare_loading import load_bare
 from moe_beyond.runtime.storage.checkpoint_index import assign_keys, expert_parameters, index_checkpoint
 from moe_beyond.runtime.storage.disk_store import DiskStore
 from moe_beyond.runtime.storage.packed_experts import packed_header, packed_layouts
-from moe_beyond.runtime.storage.safetensors_header import INDEX_FILE, StoredTensor, header_bytes, stored_tensors
+from moe_beyond.runtime.storage.stored_tensors import INDEX_FILE, stored_tensors
+from moe_beyond.safetensors_header import StoredTensor, header_bytes
 
 BLOCK = 1 << 24
 """Bytes per read of a weight that is copied."""

@@ -14,7 +14,7 @@ from moe_beyond.files import parse_json
 from moe_beyond.runtime.experts import ExpertsLayer
 from moe_beyond.runtime.slab import PAGE, SlabField, SlabLayout
 from moe_beyond.runtime.storage.expert_index import Entry, ExpertIndex, Piece, Segment
-from moe_beyond.runtime.storage.safetensors_header import header_bytes, read_header
+from moe_beyond.safetensors_header import header_bytes, read_header
 
 LAYOUTS = "layouts"
 """Metadata field of the layouts, as JSON."""

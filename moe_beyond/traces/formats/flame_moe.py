@@ -21,6 +21,7 @@ from moe_beyond.traces.formats._files import column_names, listed, source_files
 from moe_beyond.traces.formats._format import Format, Option
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
+from moe_beyond.traces.parquet import check_size
 from moe_beyond.traces.trace import Trace
 
 SEQUENCE_TOKENS = 2048
@@ -81,9 +82,11 @@ def _layer_files(source: Path, geometry: Geometry) -> list[Path]:
 
 def _opened(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
+        check_size(file, path.stat().st_size, str(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({brief(error)})") from error
+    return file
 
 
 def _rows(path: Path) -> int:

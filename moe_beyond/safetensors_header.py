@@ -5,16 +5,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from moe_beyond.errors import UserError
-from moe_beyond.files import file_in, parse_json, read_json
-from moe_beyond.json_fields import shown
-from moe_beyond.pretrained import WEIGHTS_FILE
+from moe_beyond.files import parse_json
+from moe_beyond.json_fields import brief, shown
 
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 METADATA = "__metadata__"
 LONGEST_HEADER = 100_000_000
 """Limit of the safetensors format, in bytes."""
@@ -58,19 +56,32 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     Raises:
         UserError: The file cannot be read, is damaged, or is truncated.
     """
+    try:
+        with path.open("rb") as file:
+            return parse_header(file, path.stat().st_size, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_header(file: IO[bytes], size: int, path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Read the header of a file that is open, as `read_header` does.
+
+    Args:
+        file: File at its begin.
+        size: Size of the file, in bytes.
+        path: Path of the file.
+
+    Raises:
+        UserError: The file is damaged or truncated.
+    """
 
     def damaged(reason: str) -> UserError:
         return UserError(f"{path}: is a damaged safetensors file ({reason}); download or write it again")
 
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
-                raise damaged("no header")
-            content = parse_json(file.read(length), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
+        raise damaged("no header")
+    content = parse_json(file.read(length), path)
     if not isinstance(content, dict) or not isinstance(metadata := content.pop(METADATA, {}), dict):
         raise damaged("its header is no object")
     tensors = {}
@@ -85,7 +96,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         if dtype not in DTYPES:
             raise UserError(f"{path}: {shown(name)} has an unknown type (got {shown(dtype)}); give another format")
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise damaged(f"{shown(name)} has {end - begin:,} bytes, which its shape {shape} contradicts")
+            raise damaged(f"{shown(name)} has {shown(end - begin)} bytes, which its shape {brief(shape)} contradicts")
     position = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != position:
@@ -94,40 +105,6 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     if position != size:
         raise damaged(f"{size:,} bytes instead of {position:,}")
     return tensors, metadata
-
-
-def stored_tensors(folder: Path, where: str) -> dict[str, StoredTensor]:
-    """Find all weights of a model folder, in one file or in those of an index.
-
-    Args:
-        folder: Folder of the model.
-        where: Name of the model, for messages.
-
-    Raises:
-        UserError: A file is missing or damaged.
-    """
-    files = {WEIGHTS_FILE: None}
-    names: dict[str, Any] = {}
-    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
-        content = read_json(folder / INDEX_FILE)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{where}: {INDEX_FILE} has no weight_map; download the model again")
-        if not isinstance(content.get("metadata"), dict):  # transformers reads it
-            raise UserError(f'{where}: {INDEX_FILE} has no metadata; add "metadata": {{}}, or download the model again')
-        names, files = weight_map, dict.fromkeys(sorted(weight_map.values()))
-    tensors: dict[str, StoredTensor] = {}
-    for name in files:
-        path = file_in(folder, name)
-        if not path.is_file():
-            raise UserError(f"{where}: has no {name}; give the complete checkpoint of the model")
-        tensors |= read_header(path)[0]
-    if lacking := [name for name in names if name not in tensors]:
-        raise UserError(
-            f"{where}: its files lack {shown(lacking[0])}, which {INDEX_FILE} lists; give the complete checkpoint of "
-            "the model"
-        )
-    return tensors
 
 
 def header_bytes(

@@ -1,0 +1,170 @@
+"""The fields of a predictor folder's ``config.json``, checked whenever the file is read or written."""
+
+from collections.abc import Iterable, Mapping
+from string import hexdigits
+from typing import Any
+
+from moe_beyond.errors import UserError
+from moe_beyond.files import SEAL, check_seal
+from moe_beyond.json_fields import (
+    FINITE,
+    FLAG,
+    OBJECT,
+    SHA256,
+    TEXT,
+    FieldRule,
+    check_fields,
+    check_present,
+    optional,
+    shown,
+    whole,
+)
+
+FORMAT_VERSION = 1
+MOST_LOOKAHEADS = 10_000
+"""Bound on lookaheads: that on the layers of a geometry."""
+
+COUNT = whole(0, 2**48)
+LOOKAHEAD = FieldRule(
+    "'token', 'next' or a number of layers",
+    lambda value: value in ("token", "next") or whole(0, MOST_LOOKAHEADS).accepts(value),
+)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(FINITE.accepts, value))
+
+
+def _is_intervals(value: Any) -> bool:
+    """Return whether a value is an object of pairs of numbers, in which an object of pairs may be nested."""
+    return OBJECT.accepts(value) and all(
+        _is_pair(each) or (OBJECT.accepts(each) and all(map(_is_pair, each.values()))) for each in value.values()
+    )
+
+
+INTERVALS = FieldRule("an object of pairs of numbers", _is_intervals)
+LIST = FieldRule("a list", lambda value: isinstance(value, list))
+ROWS = FieldRule("a list with at least one row", lambda value: isinstance(value, list) and bool(value))
+
+PREDICTOR = {
+    "architecture": TEXT,
+    "package": TEXT,
+    "arguments": OBJECT,
+    "geometry": OBJECT,
+    "vocab_size": whole(1, 2**24),
+    "training": OBJECT,
+}
+"""Fields that rebuild a predictor, in a folder and in a checkpoint."""
+FIELDS = PREDICTOR | {
+    "lookaheads": FieldRule(
+        "a list of 'token', 'next' and numbers of layers",
+        lambda value: isinstance(value, list) and bool(value) and all(map(LOOKAHEAD.accepts, value)),
+    ),
+    "available_after": FieldRule("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
+    "causal": FLAG,
+    "hidden_states": optional(TEXT),
+    "activation": TEXT,
+    "parameters": COUNT,
+    "calibration": optional(OBJECT),
+    "tool_version": TEXT,
+    "sha256": SHA256,
+}
+TRAINING = {
+    "fingerprint": optional(TEXT),
+    "split": optional(TEXT),
+    "model_id": TEXT,
+    "quantization_bits": optional(FINITE),
+    "source": TEXT,
+    "tokenizer": optional(OBJECT),
+    "sequences": COUNT,
+    "tokens": COUNT,
+    "recipe": OBJECT,
+    "texts": FieldRule("hexadecimal digits", lambda value: isinstance(value, str) and not value.strip(hexdigits)),
+    "use": TEXT,
+    "steering": optional(OBJECT),
+}
+"""Fields of a training record, all of which may be absent; further ones are permitted."""
+FIGURES = {
+    "source": TEXT,
+    "fingerprint": TEXT,
+    "split": optional(TEXT),
+    "command": TEXT,
+    "metrics": ROWS,
+    "replay": LIST,
+}
+METRICS_ROW = {"lookahead": LOOKAHEAD, "k": whole(1, 2**24), "tokens": COUNT, "causal": FLAG} | dict.fromkeys(
+    ("recall_at_k", "nll", "calibration_error", "accuracy", "f1_two_class"), FINITE
+)
+REPLAY_ROW = {
+    "strategy": TEXT,
+    "predictor": optional(TEXT),
+    "lookahead": optional(LOOKAHEAD),
+    "leaks": FLAG,
+    "causal": FLAG,
+    "budget_slots": COUNT,
+} | dict.fromkeys(("budget_share", "hit_rate", "bytes_ratio"), FINITE)
+
+
+def check_config(config: Any, source: str) -> dict[str, Any]:
+    """Return the configuration of a predictor folder, after checking its fields.
+
+    Args:
+        config: Content of the file.
+        source: Path of the file, for error messages.
+
+    Raises:
+        UserError: The content is no configuration of this format, a field is missing, unknown or wrong, or it was
+            edited without its hash.
+    """
+    if not isinstance(config, dict) or "architecture" not in config or "format_version" not in config:
+        raise UserError(f"{source}: is not the configuration of a predictor")
+    version = config["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(f"{source}: format version {shown(version)}; this package reads {FORMAT_VERSION}")
+    try:
+        known = {*FIELDS, "format_version", "figures", SEAL}
+        if strange := [name for name in config if name not in known]:
+            raise UserError(f"field {shown(strange[0])} is unknown")
+        check_present(FIELDS, config)
+        check_fields({"model": TEXT}, {"model": None, **config["geometry"]}, "geometry: ")
+        check_training(config["training"])
+        for figures in _objects(config.get("figures", []), "figures"):
+            _check_figures(figures)
+    except UserError as error:
+        raise UserError(f"{source}: {error}; save the predictor again") from error
+    if SEAL in config:
+        check_seal(config, source, "restore the file; if you edited it, remove that field")
+    return config
+
+
+def check_training(training: Mapping[str, Any]) -> None:
+    """Check the record of a predictor's training text.
+
+    Args:
+        training: Training record to check.
+
+    Raises:
+        UserError: A field of the record is wrong.
+    """
+    texts = _objects(training.get("seen", []), "training: seen")
+    if training.get("validation") is not None:
+        texts = [*texts, *_objects([training["validation"]], "training: validation")]
+    for record in (training, *texts):
+        check_fields({name: rule for name, rule in TRAINING.items() if name in record}, record, "training: ")
+        tokenizer = record.get("tokenizer") or {}
+        check_fields({"sha256": optional(TEXT)}, {"sha256": None, **tokenizer}, "training: tokenizer: ")
+
+
+def _check_figures(figures: Mapping[str, Any]) -> None:
+    check_present(FIGURES, figures, "figures: ")
+    for kind, rules in (("metrics", METRICS_ROW), ("replay", REPLAY_ROW)):
+        for row in _objects(figures[kind], f"figures: {kind}"):
+            check_present(rules, row, f"figures: {kind}: ")
+            check_fields({"intervals": optional(INTERVALS)}, {"intervals": None, **row}, f"figures: {kind}: ")
+
+
+def _objects(content: Any, location: str) -> Iterable[Mapping[str, Any]]:
+    """Return a list, after checking that it holds objects only."""
+    if not isinstance(content, list) or not all(map(OBJECT.accepts, content)):
+        raise UserError(f"{location} must be a list of objects (got {shown(content)})")
+    return content
