@@ -13,6 +13,7 @@ runs/NAME/version_0/
 from pathlib import Path
 
 __all__ = [
+    "CHECKPOINTS_FOLDER",
     "INTERRUPTED_CHECKPOINT",
     "METRICS_FILE",
     "PREDICTOR_FOLDER",
@@ -25,6 +26,7 @@ __all__ = [
 
 RUN_CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
+CHECKPOINTS_FOLDER = "checkpoints"
 PREDICTOR_FOLDER = "predictor"
 SCORES_FOLDER = "scores"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
@@ -36,8 +38,9 @@ def is_run(folder: str | Path) -> bool:
 
 
 def checkpoints_of(run: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, without hidden files, which are still being written."""
-    return [path for path in Path(run).rglob("*.ckpt") if not path.name.startswith(".")]
+    """Return the checkpoints of a run, without those in hidden folders, which are still being written."""
+    paths = Path(run).rglob("*.ckpt")
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(run).parts)]
 
 
 def run_of(checkpoint: Path) -> Path:

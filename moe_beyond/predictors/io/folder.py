@@ -18,6 +18,7 @@ from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.registry import ARCHITECTURES, PACKAGE, create
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
+from moe_beyond.unfinished import read_whole
 from moe_beyond.version import __version__
 
 FORMAT_VERSION = 1
@@ -109,7 +110,7 @@ def _is_predictor(folder: Path) -> bool:
 
 
 def read_predictor(folder: str | Path) -> Predictor:
-    """Read a predictor folder.
+    """Read a predictor folder, which other processes may replace meanwhile.
 
     Args:
         folder: Path of the predictor folder.
@@ -122,6 +123,10 @@ def read_predictor(folder: str | Path) -> Predictor:
             package, or its weights are damaged or do not match its configuration.
     """
     folder = Path(folder)
+    return read_whole(folder, lambda: _read_predictor(folder))
+
+
+def _read_predictor(folder: Path) -> Predictor:
     config = read_config(folder)
     source = f"{folder / CONFIG_FILE}"
     try:
