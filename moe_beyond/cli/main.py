@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from moe_beyond.cli.limits import exceeded_limit
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.json_fields import brief
+from moe_beyond.unfinished import temporary_files
 from moe_beyond.version import __version__
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -115,13 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a path that cannot be read or written
-        location = f"{error.filename}: " if error.filename else ""
-        print(f"moe-beyond: error: {location}{brief(error.strerror or error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("moe-beyond: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = exceeded_limit(error)
+        if line is None and isinstance(error, OSError):  # a path that cannot be read or written
+            location = f"{error.filename}: " if error.filename else ""
+            line = f"{location}{brief(error.strerror or error)}"
+        if line is None:
+            raise
+        print(f"moe-beyond: error: {line}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -149,9 +156,10 @@ def console() -> NoReturn:
     destroyed, the process aborts after its work is done: its exit code is 134 instead of 0 or 2.
     """
     _open_closed_streams()
-    code = main()
-    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
-    atexit._run_exitfuncs()  # noqa: SLF001
+    with temporary_files():
+        code = main()
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
+        atexit._run_exitfuncs()  # noqa: SLF001
     try:
         sys.stdout.flush()
         sys.stderr.flush()
