@@ -2,11 +2,12 @@
 
 import getpass
 import hashlib
+import io
 import logging
 import os
 import pickle
+import stat
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,13 +22,12 @@ from numba.core.caching import (
     UserProvidedCacheLocator,
 )
 
+from moe_beyond.unfinished import lasting_temporary_folder
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
-DAMAGE = (
-    *(OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError),
-    *(ImportError, RuntimeError, UnicodeDecodeError),
-)
-"""Errors of pickle and LLVM for a truncated or unreadable file."""
+SEAL_BYTES = 32
+"""Length of the hash at the start of each stored file."""
 
 log = logging.getLogger("moe_beyond")
 
@@ -57,16 +57,19 @@ def private_folder() -> Path:
     """Create the user's private folder for compiled code under TMPDIR and return it.
 
     Raises:
-        OSError: The folder cannot be created, or belongs to another user, whose code must not run.
+        OSError: The folder cannot be created, or another user owns it or can write to it, whose code must not run.
     """
-    folder = Path(tempfile.gettempdir()) / f"moe-beyond-{_user()}"
+    folder = lasting_temporary_folder() / f"moe-beyond-{_user()}"
     try:
         folder.mkdir(mode=0o700)
         _note_once(f"compiled code is stored in {folder}: neither the package nor the home folder is writable")
     except FileExistsError:  # an earlier process created and logged it
         pass
-    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
         raise PermissionError(f"{folder} belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} can be written by other users")
     return folder
 
 
@@ -100,19 +103,49 @@ class _IndexUnpickler(pickle.Unpickler):
             return _not_imported
 
 
-class _IndexFile(IndexDataCacheFile):
-    """Index of stored code by signature; policies of several packages share it."""
+class _SealedFiles(IndexDataCacheFile):
+    """Index of stored code by signature, and the files of the code; policies of several packages share an index.
+
+    Each file begins with a hash of its content, of numba's version and of the source's stamp. A file that is truncated,
+    damaged or left by another version is a miss: its content is never unpickled, and its machine code never run.
+    """
 
     def _load_index(self) -> dict[Any, Any]:
-        """Return the data files by signature, or nothing if the index is missing or outdated."""
+        """Return the data files by signature, or nothing if the index is missing, damaged or outdated."""
         try:
-            with open(self._index_path, "rb") as file:
-                if pickle.load(file) != self._version:  # nosec B301 # written by this user's numba
-                    return {}
-                stamp, overloads = _IndexUnpickler(file).load()
-        except FileNotFoundError:
+            content = self._unsealed(self._index_path)
+        except OSError:
             return {}
-        return dict(overloads) if stamp == self._source_stamp else {}
+        return dict(_IndexUnpickler(io.BytesIO(content)).load())
+
+    def _save_index(self, overloads: dict[Any, Any]) -> None:
+        self._write(self._index_path, self._dump(overloads))  # type: ignore[no-untyped-call]
+
+    def _load_data(self, name: str) -> Any:
+        """Return stored code; an error of the system is a miss for numba."""
+        return pickle.loads(self._unsealed(self._data_path(name)))  # type: ignore[no-untyped-call]
+
+    def _save_data(self, name: str, data: Any) -> None:
+        self._write(self._data_path(name), self._dump(data))  # type: ignore[no-untyped-call]
+
+    def _write(self, path: str, content: bytes) -> None:
+        with self._open_for_write(path) as file:
+            file.write(self._seal(content) + content)
+
+    def _unsealed(self, path: str) -> bytes:
+        """Return the content of a stored file.
+
+        Raises:
+            OSError: The file is missing, damaged, or of other code.
+        """
+        stored = Path(path).read_bytes()
+        content = stored[SEAL_BYTES:]
+        if stored[:SEAL_BYTES] != self._seal(content):
+            raise OSError(f"{path} is damaged or outdated")
+        return content
+
+    def _seal(self, content: bytes) -> bytes:
+        return hashlib.sha256(repr((self._version, self._source_stamp)).encode() + content).digest()
 
 
 class _Cache(FunctionCache):
@@ -124,15 +157,11 @@ class _Cache(FunctionCache):
     def __init__(self, function: Any) -> None:
         super().__init__(function)  # type: ignore[no-untyped-call]
         file = self._cache_file
-        self._cache_file = _IndexFile(self._cache_path, self._impl.filename_base, file._source_stamp)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        self._cache_file = _SealedFiles(self._cache_path, self._impl.filename_base, file._source_stamp)  # type: ignore[no-untyped-call]  # noqa: SLF001
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        """Return the stored code, or None if there is none or its file is damaged."""
-        try:
-            overload = super().load_overload(signature, target)  # type: ignore[no-untyped-call]
-        except DAMAGE:
-            self._drop()
-            overload = None
+        """Return the stored code, or None if there is none."""
+        overload = super().load_overload(signature, target)  # type: ignore[no-untyped-call]
         if overload is None and self.announcement:
             _note_once(self.announcement)
         return overload
@@ -141,15 +170,8 @@ class _Cache(FunctionCache):
         """Store compiled code if the disk has space."""
         try:
             super().save_overload(signature, data)  # type: ignore[no-untyped-call]
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
-            _note_once(f"compiled code is not stored ({error}): it is compiled again next time")
-
-    def _drop(self) -> None:
-        """Remove a damaged index, so that all code is compiled again."""
-        try:
-            Path(self._cache_file._index_path).unlink(missing_ok=True)  # noqa: SLF001
         except OSError as error:
-            _note_once(f"compiled code is damaged and cannot be removed ({error}): it is compiled each time")
+            _note_once(f"compiled code is not stored ({error}): it is compiled again next time")
 
 
 @lru_cache

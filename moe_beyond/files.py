@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +14,12 @@ from typing import Any
 
 from moe_beyond.errors import UserError
 from moe_beyond.json_fields import is_plain_name, shown
+from moe_beyond.unfinished import exchange, unfinished_folder
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers for a full disk, a quota, and a limit of file sizes."""
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP)
+"""Error numbers of a file system that cannot flush folders."""
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """Error number in messages of libraries written in Rust, such as safetensors."""
 SEAL = "content_sha256"
@@ -27,10 +28,10 @@ SEAL = "content_sha256"
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on any error.
+    """Yield a temporary path in a hidden folder next to ``path``; move it to ``path`` on success, else delete it.
 
-    The file is flushed to the disk before the rename, and its folder afterwards: a power cut leaves either the old file
-    or the new one.
+    The file is flushed to the disk before it is moved, and its folder afterwards: a power cut leaves either the old
+    file or the new one. What a killed process leaves is removed by the next process that writes into the same folder.
 
     Args:
         path: File to write.
@@ -41,17 +42,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with naming_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with unfinished_folder(path) as hidden:
+            temporary = hidden / path.name
             yield temporary
             temporary.chmod(0o666 & ~_umask())
             _flush(temporary)
-            temporary.replace(path)
-            _flush(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+            move(temporary, path)
 
 
 @contextmanager
@@ -69,7 +65,9 @@ def creating(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder next to ``path``; rename it to ``path`` on success, delete it on any error.
+    """Yield an empty temporary folder as `replacing` yields a file; its files are flushed to the disk, too.
+
+    A folder that exists is exchanged for the new one in one step, where the file system can do that.
 
     Args:
         path: Folder to write.
@@ -83,41 +81,54 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     if not overwrite:
         check_is_free(path)
     check_is_elsewhere(path)
+    if path.is_symlink():  # the folder is replaced, not the link to it
+        path = path.resolve()
     with naming_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
+        with unfinished_folder(path) as hidden:
+            temporary = hidden / path.name
+            temporary.mkdir()
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            for file in temporary.rglob("*"):  # libraries make some files readable only by their owner
-                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+            mask = _umask()
+            for each in (*temporary.rglob("*"), temporary):
+                if not each.is_symlink():  # libraries make some files readable only by their owner
+                    each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+                    _flush(each)
             if path.is_dir() and overwrite:
-                previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                path.replace(previous)
-                temporary.replace(path)
-                shutil.rmtree(previous)
+                exchange(temporary, path)
+                _flush(path.parent)
             else:
-                _rename_to_free(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                _move_to_free(temporary, path)
 
 
-def _rename_to_free(temporary: Path, folder: Path) -> None:
-    """Rename a folder to a path that was free before.
+def _move_to_free(temporary: Path, folder: Path) -> None:
+    """Move a folder to a path that was free before, or an empty folder.
 
     Raises:
         UserError: Another process has written there since.
     """
     try:
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.replace(folder)
+        move(temporary, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise UserError(
             f"{folder}: another process has written there meanwhile; choose another folder, and run again"
         ) from error
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder that is on the disk, so that a power cut leaves its old or its new name.
+
+    Args:
+        source: File or folder, flushed to the disk.
+        target: New path; a file or an empty folder there is replaced.
+
+    Raises:
+        OSError: The path cannot be renamed.
+    """
+    source.replace(target)
+    _flush(target.parent)
 
 
 def is_taken(folder: Path) -> bool:
@@ -314,9 +325,15 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 def _flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written to, but not listed
+        return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise
     finally:
         os.close(handle)
 

@@ -18,6 +18,7 @@ from moe_beyond.json_fields import shown
 from moe_beyond.yaml_files import read_yaml_mapping
 
 __all__ = [
+    "CHECKPOINTS_FOLDER",
     "INTERRUPTED_CHECKPOINT",
     "METRICS_FILE",
     "PREDICTOR_FOLDER",
@@ -31,6 +32,7 @@ __all__ = [
 
 RUN_CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
+CHECKPOINTS_FOLDER = "checkpoints"
 PREDICTOR_FOLDER = "predictor"
 SCORES_FOLDER = "scores"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
@@ -63,8 +65,9 @@ def read_run_config(run: str | Path) -> dict[str, Any] | None:
 
 
 def checkpoints_of(run: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, without hidden files, which are still being written."""
-    return [path for path in Path(run).rglob("*.ckpt") if path.is_file() and not path.name.startswith(".")]
+    """Return the checkpoints of a run, without those in hidden folders, which are still being written."""
+    paths = (path for path in Path(run).rglob("*.ckpt") if path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(run).parts)]
 
 
 def run_of(checkpoint: Path) -> Path:

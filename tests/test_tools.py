@@ -248,8 +248,44 @@ def test_killed_fits_resume_exactly(tmp_path: Path) -> None:
     assert list(found["configurations"]) == names
     for row in found["configurations"].values():
         assert row["kills"] == 2
-        assert row["planned"] in (None, row["made"])
-        assert (row["weights"], row["exported"], row["rates"], row["validations"], row["steps"]) == (0, 0, 0, 0, 0)
+        faults = ("loss", "weights", "exported", "recalls", "rates", "steps", "lost", "repeated", "unreadable", "left")
+        assert [row[name] for name in faults] == [0] * len(faults)
+
+
+@pytest.mark.slow
+def test_killed_commands_leave_whole_targets(tmp_path: Path) -> None:
+    run("kill_writes.py", "--kills", "2", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 8
+    for row in found.values():
+        assert row["absent"] + row["old"] + row["new"] == row["kills"] == 2
+        assert (row["broken"], row["failed"], row["kept"]) == (0, 0, 0)
+
+
+def test_flushing_is_timed(tmp_path: Path) -> None:
+    run("bench_flush.py", "--repeats", "1", "--folder", str(tmp_path), "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 5
+    assert all(row["ms"] > 0 and row["megabytes"] > 0 for row in found.values())
+
+
+@pytest.mark.slow
+def test_replays_at_once_are_equal_and_share_pages(tmp_path: Path) -> None:
+    tiny_traces(tmp_path / "traces")
+    words = ("--data", str(tmp_path / "traces"), "--budget", "50%", "--processes", "4")
+    run("bench_at_once.py", *words, "--json", str(tmp_path / "found.json"))
+    alone, together = json.loads((tmp_path / "found.json").read_text())
+    assert together["uss"] < together["pss"] < together["rss"]
+    assert together["pss"] < alone["pss"]
+
+
+@pytest.mark.slow
+def test_a_crowded_fit_is_compared_with_its_share(tmp_path: Path) -> None:
+    words = ("--repeats", "1", "--epochs", "1", "--policies", "passive")
+    run("bench_crowded.py", *words, "--json", str(tmp_path / "found.json"))
+    [row] = json.loads((tmp_path / "found.json").read_text())
+    assert row["slowdown"] == pytest.approx(row["crowded_s"] / row["undisturbed_s"])
+    assert row["rest"] == pytest.approx(row["slowdown"] / row["explained"])
 
 
 @pytest.mark.slow

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from moe_beyond.cli.limits import exceeded_limit
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.json_fields import brief
 from moe_beyond.messages import print_error
+from moe_beyond.unfinished import temporary_files
 from moe_beyond.version import __version__
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -118,13 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a path that cannot be read or written
-        location = f"{error.filename}: " if error.filename else ""
-        print_error(f"{location}{brief(error.strerror or error)}")
-        return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130
+    except Exception as error:
+        line = exceeded_limit(error)
+        if line is None and isinstance(error, OSError):  # a path that cannot be read or written
+            location = f"{error.filename}: " if error.filename else ""
+            line = f"{location}{brief(error.strerror or error)}"
+        if line is None:
+            raise
+        print_error(line)
+        return 2
     return 0
 
 
@@ -152,10 +159,12 @@ def console() -> NoReturn:
     destroyed, the process aborts after its work is done: its exit code is 134 instead of 0 or 2.
     """
     _open_closed_streams()
-    code = main()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(code))  # the work is done or undone; nothing is left to clean up
-    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
-    atexit._run_exitfuncs()  # noqa: SLF001
+    with temporary_files():
+        code = main()
+        # The work is done or undone; nothing is left to clean up.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
+        atexit._run_exitfuncs()  # noqa: SLF001
     try:
         sys.stdout.flush()
         sys.stderr.flush()

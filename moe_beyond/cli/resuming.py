@@ -19,8 +19,9 @@ from moe_beyond.cli.main import is_interrupt
 from moe_beyond.errors import UserError
 from moe_beyond.messages import notify
 from moe_beyond.predictors.io.checkpoint import CHECKPOINT_KEY
-from moe_beyond.run_folder import PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints_of, run_of
+from moe_beyond.run_folder import CHECKPOINTS_FOLDER, PREDICTOR_FOLDER, RUN_CONFIG_FILE, checkpoints_of, run_of
 from moe_beyond.tasks.resuming import RESUME_KEY, Progress
+from moe_beyond.unfinished import remove_leftovers
 
 OPTION = "--resume"
 LIGHTNING_KEYWORDS = ("last", "best", "hpc", "registry")
@@ -71,7 +72,7 @@ def with_resume(argv: Sequence[str]) -> list[str]:
 
 
 def find_run(name: str) -> tuple[Path, Path]:
-    """Find the configuration of a run, and the checkpoint to resume from.
+    """Find the configuration of a run, and the checkpoint to resume from; remove what a killed fit left in its folder.
 
     Args:
         name: Folder of the run, for its newest checkpoint; or a checkpoint.
@@ -86,6 +87,8 @@ def find_run(name: str) -> tuple[Path, Path]:
     config = folder / RUN_CONFIG_FILE
     if not config.exists():
         raise UserError(f"{name}: has no {RUN_CONFIG_FILE}; give the configs of the fit with -c, and --ckpt_path FILE")
+    for each in (folder, folder / CHECKPOINTS_FOLDER):
+        remove_leftovers(each)
     if not path.is_dir():
         return config, path
     return config, newest_checkpoint(folder)

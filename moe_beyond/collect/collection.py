@@ -42,7 +42,7 @@ from moe_beyond.collect.steering import steered
 from moe_beyond.collect.tokenize import tokenize_prompts
 from moe_beyond.collect.tokenizer_files import RecordedTokenizer, recorded_tokenizer
 from moe_beyond.errors import UserError
-from moe_beyond.files import is_taken
+from moe_beyond.files import is_taken, move
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import printable
 from moe_beyond.traces.hidden_states import HiddenStates
@@ -132,7 +132,7 @@ def collect(
                 if not (parts / MERGED).exists():
                     merge_parts(parts / MERGED, manifest, batches, paths, recorded, router_weights, config)
                 remove_parts(paths)
-                (parts / MERGED).replace(out)
+                move(parts / MERGED, out)
     shutil.rmtree(parts)
     return TraceSet(str(out))
 

@@ -2,10 +2,10 @@
 
 import os
 from pathlib import Path
-from tempfile import mkdtemp
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import check_is_elsewhere, check_is_free
+from moe_beyond.unfinished import unfinished_folder
 
 
 def parts_folder(out: Path) -> Path:
@@ -35,6 +35,7 @@ def check_out(out: Path) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot be made, because {parent} is not writable; choose another folder")
     try:  # a file system such as /proc refuses new folders whatever its permissions say
-        Path(mkdtemp(prefix=f".{out.name}.", dir=parent)).rmdir()
+        with unfinished_folder(parent / out.name):
+            pass
     except OSError as error:
         raise UserError(f"{out}: cannot be made in {parent} ({error.strerror}); choose another folder") from error

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from moe_beyond.download import REPOSITORY
 from moe_beyond.files import file_in, read_text
 from moe_beyond.hub.card import add_tags, add_usage, read_card
-from moe_beyond.predictors.io.card import card
+from moe_beyond.predictors.io.card import card, card_with_figures
 from moe_beyond.predictors.io.folder import read_config, read_predictor
 from moe_beyond.predictors.training_text import mark_relation, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -39,8 +39,10 @@ def predictor_files(folder: Path, repository: str, dataset: str | None) -> dict[
     predictor, config = read_predictor(folder), read_config(folder)
     path = file_in(folder, CARD_FILE)
     summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
-    text = read_text(path) if path.exists() else card(summary, config)
     files: dict[str, Path | bytes] = {WEIGHTS_FILE: folder / WEIGHTS_FILE, CONFIG_FILE: folder / CONFIG_FILE}
+    text = card(summary, config)
+    if path.exists():  # with the figures of the configuration, also after a kill between the two files
+        text = card_with_figures(folder, config) if config.get("figures") else read_text(path)
     files[CARD_FILE] = predictor_card(text, config, repository, dataset, source=str(path)).encode()
     if config.get("figures"):
         files[PICTURE_FILE] = _picture(config, repository)

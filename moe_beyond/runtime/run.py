@@ -1,9 +1,8 @@
 """A model whose experts are moved into slots while it runs."""
 
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import wraps
 from types import TracebackType
@@ -36,6 +35,7 @@ from moe_beyond.runtime.stepping.prediction_log import PredictionLog
 from moe_beyond.runtime.stepping.sequences import SequenceLog
 from moe_beyond.runtime.stepping.states import watch_states
 from moe_beyond.runtime.stepping.telemetry import Telemetry
+from moe_beyond.runtime.stepping.turns import Turns
 from moe_beyond.runtime.storage.store import ExpertStore, HostStore
 from moe_beyond.runtime.strategy import RunStrategy
 from moe_beyond.simulator import Result
@@ -119,7 +119,8 @@ class OffloadedRun:
         self.readers, self._timeout_s = readers, timeout_s
         self._block = ExitStack()
         self._entered = False
-        self._thread: int | None = None  # identity of the thread of the running forward
+        self._turns = Turns()
+        self._running = False  # whether a forward is running
         # Converting a model changes its parameters in place, but not the experts outside of it.
         self._kept = next(model.parameters())
         self._kept_form = self._kept.dtype, self._kept.device
@@ -155,6 +156,7 @@ class OffloadedRun:
                 self._take_experts(block, layer, experts)
             block.enter_context(slot_kernels())
             self._wrap_forward(block)
+            self._wrap_generate(block)
             for handle in self._hooks():
                 block.callback(handle.remove)
             self._block = block.pop_all()
@@ -163,8 +165,12 @@ class OffloadedRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the run and free its slots; its counts and telemetry stay."""
-        self._block.close()
+        """End the run and free its slots; its counts and telemetry stay.
+
+        A running forward of another thread ends before.
+        """
+        with self._turns.forward:
+            self._block.close()
 
     def memory(self) -> Memory:
         """Return the memory of the run now, without activations and the cache of keys and values."""
@@ -176,7 +182,7 @@ class OffloadedRun:
         Raises:
             UserError: The model itself was not called.
         """
-        if self._thread is None:
+        if not self._running:
             raise UserError(
                 f"{type(self.model).__name__}: its experts ran outside of its own call; call the model itself, instead "
                 "of a part"
@@ -231,38 +237,58 @@ class OffloadedRun:
 
         PyTorch's hooks are not called after a forward that Ctrl-C has ended.
         """
-        model: Any = self.model
-        forward, attributes = model.forward, vars(model)
+        forward = self.model.forward
 
         @wraps(forward)
         def run_forward(*args: Any, **kwargs: Any) -> Any:
             refuse_compilation()
-            self._check_unchanged()
-            began = time.perf_counter()
-            try:
-                self._thread = threading.get_ident()
-                self._begin_forward(args, kwargs)
-                output = forward(*args, **kwargs)
-                if self.pool.memory.is_cuda:  # kernels are still running
-                    torch.cuda.current_stream(self.pool.memory.device).synchronize()
-                return output
-            finally:
-                self._controller.end_step(time.perf_counter() - began)
-                self._thread = None
+            with self._turns.text, self._turns.forward:
+                self._check_unchanged()
+                began = time.perf_counter()
+                try:
+                    self._running = True
+                    self._begin_forward(args, kwargs)
+                    output = forward(*args, **kwargs)
+                    if self.pool.memory.is_cuda:  # kernels are still running
+                        torch.cuda.current_stream(self.pool.memory.device).synchronize()
+                    self._turns.note(kwargs.get("past_key_values"), output)
+                    return output
+                finally:
+                    self._controller.end_step(time.perf_counter() - began)
+                    self._running = False
 
-        if "forward" in attributes:
-            block.callback(setattr, model, "forward", forward)
+        self._override(block, "forward", run_forward)
+
+    def _wrap_generate(self, block: ExitStack) -> None:
+        """Let threads that generate take turns, so that each sequence is read without others in between."""
+        generate = getattr(self.model, "generate", None)
+        if generate is None:
+            return
+
+        @wraps(generate)
+        def generate_in_turn(*args: Any, **kwargs: Any) -> Any:
+            with self._turns.text:
+                return generate(*args, **kwargs)
+
+        self._override(block, "generate", generate_in_turn)
+
+    def _override(self, block: ExitStack, name: str, function: Callable[..., Any]) -> None:
+        """Replace a method of the model until the block ends."""
+        model: Any = self.model
+        if name in vars(model):
+            block.callback(setattr, model, name, getattr(model, name))
         else:
-            block.callback(delattr, model, "forward")
-        model.forward = run_forward
+            block.callback(delattr, model, name)
+        setattr(model, name, function)
 
     def _begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a step with the arguments of the model's forward."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         token_ids, past = None, 0
         if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1:
-            token_ids, past = ids[0].cpu().numpy().astype(np.int64), _past_length(kwargs.get("past_key_values"))
-            if past < 0:
+            cache = kwargs.get("past_key_values")
+            token_ids, past = ids[0].cpu().numpy().astype(np.int64), _past_length(cache)
+            if past < 0 or (past > 0 and not self._turns.continues(cache)):
                 token_ids = None
         states = kwargs.get("inputs_embeds") if ids is None else ids
         shape = tuple(states.shape[:2]) if isinstance(states, Tensor) else (0, 0)
@@ -273,19 +299,16 @@ class OffloadedRun:
             self.predictions.begin_step(followed, past)
 
     def _check_unchanged(self) -> None:
-        """Check that no other thread uses the model, and that nobody has converted it.
+        """Check that nobody has converted the model.
 
         Raises:
-            UserError: A forward of another thread has not ended, or the model has another type or device.
+            UserError: The model has another type or device.
         """
-        name = type(self.model).__name__
-        if self._thread not in (None, threading.get_ident()):
-            raise UserError(f"{name}: another thread runs it; an offloaded model computes one forward at a time")
         if (self._kept.dtype, self._kept.device) != self._kept_form:
             dtype, device = self._kept_form
             raise UserError(
-                f"{name}: was converted during the run (got {self._kept.dtype} on {self._kept.device}); leave it in "
-                f"{dtype} on {device}, or convert it before"
+                f"{type(self.model).__name__}: was converted during the run (got {self._kept.dtype} on "
+                f"{self._kept.device}); leave it in {dtype} on {device}, or convert it before"
             )
 
 

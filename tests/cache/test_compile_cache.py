@@ -3,11 +3,15 @@
 import errno
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import pytest
 
 from moe_beyond import compiling
@@ -100,11 +104,105 @@ def test_code_is_kept_under_tmpdir_or_nowhere_where_nothing_else_can_be_written(
 
 
 def test_a_private_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stored code is unpickled and run, so nobody else may write it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / f"moe-beyond-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    folder = tmp_path / f"moe-beyond-{os.getuid()}"
+    folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError, match="belongs to another user"):
         compiling.private_folder()
+    folder.unlink()
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="can be written by other users"):
+        compiling.private_folder()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    (tmp_path / "moe-beyond-12345").mkdir()
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        compiling.private_folder()
+
+
+class Evil:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("loaded",)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "cut in the hash": lambda content: content[:20],
+    "a flipped bit": lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+    "zeros": lambda content: bytes(len(content)),
+    "another pickle": lambda content: pickle.dumps(numba.__version__) + pickle.dumps(Evil()),
+    "another pickle behind the hash": lambda content: content[:32] + pickle.dumps(Evil()),
+}
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_stored_file_that_is_damaged_or_foreign_is_a_miss(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def hits() -> int:
+        function = compiling.compiled(doubled)
+        assert function(21) == 42
+        return sum(function.stats.cache_hits.values())
+
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert [hits(), hits()] == [0, 1]
+    [stored] = tmp_path.rglob(f"*doubled*.{suffix}")
+    content = stored.read_bytes()
+    for change in DAMAGE.values():
+        stored.write_bytes(change(content))
+        assert [hits(), hits()] == [0, 1]
+    assert not Path("loaded").exists()
+
+
+def test_code_that_an_earlier_source_stored_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A kill between the writing of an index and of its code leaves the code of the source before."""
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    files = compiling.compiled(doubled)._cache._cache_file  # type: ignore[attr-defined]
+    files.save("signature", "earlier")
+    assert files.load("signature") == "earlier"
+    files._source_stamp = "later"
+    assert files.load("signature") is None
+    monkeypatch.setattr(files, "_save_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.save("signature", "later")
+    assert files.load("signature") is None
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+READS_ALL = ("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search")
+"""The interpreter of these tests may be in a home folder that others cannot read."""
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="becomes another user")
+def test_a_user_without_a_home_runs_a_package_of_another_user():
+    """As with ``docker run --user`` and a package that is installed read-only."""
+    script = """if True:
+        import numpy as np
+        from moe_beyond.predictors.numba_activation import apply_activation_numba as apply
+        ones, zeros = np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32)
+        print(apply(zeros, ones, zeros, np.zeros(1, np.int64), np.zeros(1, np.int64), 0, 1).tolist())
+        print(sum(apply.stats.cache_hits.values()))
+    """
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chown(folder, 65534, 65534)
+        for hits, said in ((0, f"moe-beyond: compiled code is stored in {folder}/moe-beyond-65534: neither"), (1, "")):
+            done = subprocess.run(
+                [*NOBODY, *READS_ALL, sys.executable, "-c", script], capture_output=True, text=True, check=False,
+                env={"TMPDIR": folder, "HOME": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)},
+            )  # fmt: skip
+            assert done.stdout == f"[[0.5, 0.5]]\n{hits}\n", done.stderr
+            assert done.stderr.startswith(said)
+            assert done.stderr.count("\n") == (said != "")
 
 
 def test_what_cannot_be_stored_is_computed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -113,6 +211,6 @@ def test_what_cannot_be_stored_is_computed_all_the_same(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(compiling._CacheFiles, "_locator_classes", (compiling._PrivateFolder,))
-    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    monkeypatch.setattr(compiling._SealedFiles, "save", full)
     assert compiling.compiled(doubled)(21) == 42
     assert not list(tmp_path.rglob("*.nbc"))

@@ -1,11 +1,14 @@
 """Prompts in, a trace set out: batches, padding, generation, and going on after being killed."""
 
+import contextlib
 import copy
 import json
+import os
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from _helpers.common import error_line
@@ -357,3 +360,30 @@ def test_without_tokens_nothing_else_can_be_recorded(tmp_path: Path, capsys: pyt
     assert line == "--no-tokens: keeps only expert ids; leave gate weights and hidden states out of --record"
     with pytest.raises(UserError, match="--no-tokens: keeps only expert ids"):
         CollectConfig(tokens=False, hidden_states=True)
+
+
+def test_readers_of_a_collection_see_only_whole_parts_and_the_whole_set(small: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "traces"
+
+    def read_until_whole() -> None:
+        while True:
+            for part in (tmp_path / ".traces.collecting").glob("*.parquet"):
+                with contextlib.suppress(FileNotFoundError):  # merged meanwhile
+                    assert pq.read_table(part, use_threads=False).num_rows == 1
+            if out.exists():
+                assert len(list(TraceSet(str(out)))) == len(TEXTS)
+                return
+
+    readers = []
+    for _ in range(8):
+        reader = os.fork()
+        if reader == 0:
+            code = 1
+            try:
+                read_until_whole()
+                code = 0
+            finally:
+                os._exit(code)
+        readers.append(reader)
+    collected(small, out, batch_size=1)
+    assert [os.waitpid(reader, 0)[1] for reader in readers] == [0] * 8

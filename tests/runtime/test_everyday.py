@@ -3,10 +3,14 @@
 import copy
 import gc
 import pickle
+import tempfile
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _helpers.moe_architectures import EXPERTS, LAYERS, TOP_K, tiny_model
@@ -334,34 +338,73 @@ def test_a_model_of_two_types() -> None:
     assert resident == whole - experts
 
 
-def test_one_thread_at_a_time():
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """Results of calls in a thread each, which begin at once."""
+    together, results = threading.Barrier(len(calls)), [None] * len(calls)
+
+    def work(number: int) -> None:
+        together.wait()
+        results[number] = calls[number]()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_four_threads_generate_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = tiny_model("OlmoeForCausalLM")
-    expected, results = model.generate(IDS, max_new_tokens=8, do_sample=False), []
+    prompts = [IDS.roll(number, 1) for number in range(4)]  # of the same length: only their turns tell them apart
+    calls = [partial(model.generate, ids, max_new_tokens=8, do_sample=False) for ids in prompts]
+    expected = [call() for call in calls]
+    with offload(model, budget="50%") as run:
+        found = in_threads(*(partial(run.model.generate, *call.args, **call.keywords) for call in calls))
+    assert all(map(torch.equal, found, expected))
+    assert run.log.unlogged == 0
+    read = [np.concatenate(sequence.token_ids).tolist() for sequence in run.log.sequences]
+    assert sorted(read) == sorted(each[0, :-1].tolist() for each in expected)
+    assert "generate" not in vars(model)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moe-beyond")]
+    assert not list(tmp_path.iterdir())
+
+
+@torch.inference_mode()
+def test_forwards_of_several_threads_are_not_one_sequence() -> None:
+    model = tiny_model("OlmoeForCausalLM")
+    others = IDS.roll(1, 1)
+    expected = model(others).logits
+    with offload(model, budget="50%") as run:
+        cache = model(IDS).past_key_values
+        [logits] = in_threads(torch.inference_mode()(lambda: model(others).logits))
+        model(IDS[:, :1], past_key_values=cache)  # as long as the other thread's
+        assert torch.equal(logits, expected)
+        assert run.log.unlogged == 1
+        cache = model(IDS).past_key_values
+        in_threads(torch.inference_mode()(lambda: model(IDS[:, :1], past_key_values=cache)))  # handed over
+    assert [sequence.steps for sequence in run.log.sequences] == [[10], [10], [10, 1]]
+
+
+def test_a_run_ends_between_two_forwards_of_another_thread(tmp_path: Path) -> None:
+    tiny_model("OlmoeForCausalLM").save_pretrained(tmp_path)
+    began, errors = threading.Event(), []
 
     def generate() -> None:
         try:
-            results.append(model.generate(IDS, max_new_tokens=8, do_sample=False))
+            run.model.generate(IDS, max_new_tokens=10_000, min_new_tokens=10_000, do_sample=False)
         except UserError as error:
-            results.append(error)
+            errors.append(str(error))
 
-    inside, go = threading.Event(), threading.Event()
-
-    def pause(module: torch.nn.Module, args: tuple) -> None:
-        inside.set()
-        go.wait(10)
-
-    handle = model.model.layers[1].register_forward_pre_hook(pause)
-    with offload(model, budget="50%"):
-        first = threading.Thread(target=generate)
-        first.start()
-        assert inside.wait(10)
-        generate()  # while the first is in the middle of a forward
-        go.set()
-        first.join()
-    handle.remove()
-    refused, done = results
-    assert "another thread runs it; an offloaded model computes one forward at a time" in str(refused)
-    assert torch.equal(done, expected)
+    with load_offloaded(tmp_path, budget=5, device="cpu") as run:
+        run.model.register_forward_hook(lambda *_: began.set())
+        thread = threading.Thread(target=generate)
+        thread.start()
+        assert began.wait(10)
+    thread.join(10)
+    assert errors == ["OlmoeForCausalLM: was loaded without its experts; call it within its run"]
+    assert not [each for each in threading.enumerate() if each.name.startswith("moe-beyond")]
 
 
 def test_an_interrupted_forward_leaves_the_model_to_other_threads() -> None:

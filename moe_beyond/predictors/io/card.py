@@ -91,10 +91,24 @@ def record_figures(folder: str | Path, figures: dict[str, Any]) -> None:
     others = [other for other in config.get("figures", []) if any(other[name] != figures[name] for name in key)]
     config = sealed({**config, "figures": [*others, figures]})
     check_config(config, path)
-    before, after = around_figures(folder)
+    text = card_with_figures(folder, config)
+    write_json(path, config)  # first, because the figures of the card are made from it
     with replacing(folder / CARD_FILE) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{_figures(config)}\n{END}{after}", encoding="utf-8")
-    write_json(path, config)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def card_with_figures(folder: str | Path, config: dict[str, Any]) -> str:
+    """Return the text of a folder's card with the figures of a configuration.
+
+    Args:
+        folder: Path of the predictor folder.
+        config: Configuration of the predictor.
+
+    Raises:
+        UserError: The card has a line `BEGIN` but no line `END`.
+    """
+    before, after = around_figures(folder)
+    return f"{before}{BEGIN}\n{_figures(config)}\n{END}{after}"
 
 
 def around_figures(folder: str | Path) -> tuple[str, str]:

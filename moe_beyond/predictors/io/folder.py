@@ -21,6 +21,7 @@ from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.safetensors_header import parse_header
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
+from moe_beyond.unfinished import read_whole
 from moe_beyond.version import __version__
 
 
@@ -113,7 +114,7 @@ def _is_predictor(folder: Path) -> bool:
 
 
 def read_predictor(folder: str | Path) -> Predictor:
-    """Read a predictor folder.
+    """Read a predictor folder, which other processes may replace meanwhile.
 
     Args:
         folder: Path of the predictor folder.
@@ -125,7 +126,12 @@ def read_predictor(folder: str | Path) -> Predictor:
         UserError: The folder is not a predictor folder, its architecture is not registered or belongs to another
             package, its configuration contradicts itself, or its weights are damaged or do not match it.
     """
-    config, source = read_config(folder), f"{Path(folder) / CONFIG_FILE}"
+    folder = Path(folder)
+    return read_whole(folder, lambda: _read_predictor(folder))
+
+
+def _read_predictor(folder: Path) -> Predictor:
+    config, source = read_config(folder), f"{folder / CONFIG_FILE}"
     path = file_in(folder, WEIGHTS_FILE)
     if not path.exists():
         raise UserError(f"{path}: not found")

@@ -4,7 +4,6 @@ The folder holds the experts in a file of their own, the other weights as they w
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -108,7 +107,6 @@ def pack(
                 source.read(expert, slab)
                 _write(file, slab)
                 progress(done + 1, len(experts))
-            os.fsync(file)
     return result
 
 
@@ -161,7 +159,6 @@ def _write_others(path: Path, tensors: dict[str, StoredTensor]) -> None:
                         raise UserError(f"{tensor.file}: has changed while it was read; run the same command again")
                     _write(file, block)
                     left -= len(block)
-        os.fsync(file)
 
 
 def _write(file: Any, content: bytes | Bytes) -> None:
