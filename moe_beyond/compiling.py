@@ -123,7 +123,8 @@ class _SealedFiles(IndexDataCacheFile):
 
     def _load_data(self, name: str) -> Any:
         """Return stored code; an error of the system is a miss for numba."""
-        return pickle.loads(self._unsealed(self._data_path(name)))  # type: ignore[no-untyped-call]
+        content = self._unsealed(self._data_path(name))  # type: ignore[no-untyped-call]
+        return pickle.loads(content)  # nosec B301 # sealed, in this user's own folder
 
     def _save_data(self, name: str, data: Any) -> None:
         self._write(self._data_path(name), self._dump(data))  # type: ignore[no-untyped-call]

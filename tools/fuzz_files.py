@@ -98,13 +98,13 @@ def config_parser() -> Any:
     """Return the parser of a configuration of `moe-beyond fit`, which builds nothing."""
     import lightning as L
 
-    from moe_beyond.cli.config_files import ConfigFile, guard_yaml
+    from moe_beyond.cli.config_files import ConfigFile, guard_configurations
     from moe_beyond.cli.train import Parser, PredictorCLI
     from moe_beyond.datamodules import TraceDataModule
     from moe_beyond.tasks import PredictorTask
     from moe_beyond.tasks.registry import import_tasks
 
-    guard_yaml()
+    guard_configurations(trusted=False)
     import_tasks()
     parser = Parser(exit_on_error=False)
     parser.add_argument("-c", "--config", action=ConfigFile)
