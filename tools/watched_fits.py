@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ class Watch(L.Callback):
             *given, batch, index = arguments[:2] if name == "on_train_batch_start" else arguments[:3]
             place = trainer.current_epoch, int(index)
             if given:
-                loss = given[0]["loss"] if isinstance(given[0], dict) else given[0]
+                loss = given[0].get("loss") if isinstance(given[0], dict) else given[0]
                 notes.losses[place] = 0.0 if loss is None else float(loss)
             else:
                 notes.batches[place] = identity(batch)
@@ -266,6 +267,8 @@ def _start(rank: int, ranks: int, port: int, temporary: Path, work: Callable[[],
             os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         work()
         code = 0
+    except Exception:  # its peers may have been killed
+        traceback.print_exc()
     finally:
         os._exit(code)
 
