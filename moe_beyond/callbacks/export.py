@@ -1,17 +1,14 @@
 """The best predictor of a fit, exported as a folder."""
 
 from pathlib import Path
-from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from moe_beyond.callbacks.trainer_folder import trainer_folder
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.fit_calibration import calibrate
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
@@ -72,7 +69,7 @@ class ExportBest(L.Callback):
         if calibrated:
             was_training = predictor.training
             predictor.eval()
-            batches = cast("DataLoader[Batch]", pl_module.data.val_dataloader())
+            batches = pl_module.data.whole_validation()
             predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
             predictor.train(was_training)
         uses = ["chose the epoch of"] * bool(best and monitored) + ["calibrated"] * calibrated
