@@ -70,7 +70,9 @@ class ExportBest(L.Callback):
             was_training = predictor.training
             predictor.eval()
             batches = pl_module.data.whole_validation()
-            predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
+            tokens = sum(shard.tokens for shard in pl_module.data.val_traces.shards(pl_module.data.val_split))
+            moved = (batch.to(pl_module.device) for batch in batches)
+            predictor.calibration = calibrate(predictor.to(pl_module.device), moved, tokens)
             predictor.train(was_training)
         uses = ["chose the epoch of"] * bool(best and monitored) + ["calibrated"] * calibrated
         training = record_uses(training, uses, [] if self._calibrated is None else calibration_texts(self._calibrated))

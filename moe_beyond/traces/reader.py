@@ -1,25 +1,20 @@
 """Reading a trace set from a folder, the Hub or any storage that fsspec supports."""
 
-import hashlib
-import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from operator import index
 from typing import Any, overload
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
-from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.files import file_in, parse_json
+from moe_beyond.files import parse_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief, shown
 from moe_beyond.traces.checks import first_fault
@@ -31,6 +26,7 @@ from moe_beyond.traces.parquet import read_columns
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.shard import Shard, decode, decode_texts, raise_fault
+from moe_beyond.traces.storage import Storage
 from moe_beyond.traces.trace import Trace
 
 Part = str | tuple[ShardInfo, ...] | None
@@ -71,20 +67,16 @@ class TraceSet:
         if not self.folder.strip() or "\0" in self.folder:
             raise UserError(f"{shown(self.folder)} is not the name of a folder; give the folder of a trace set")
         path = f"{self.folder}/{MANIFEST_FILE}"
-        place = _download(self.folder) if is_hub_name(self.folder) else self.folder
+        self._storage = Storage(self.folder, self.folder)
         try:
-            self._files, self._root = fsspec.core.url_to_fs(place)
-        except (ValueError, ImportError) as error:
-            raise UserError(f"{self.folder}: cannot be opened ({error})") from error
-        try:
-            content = self._read(MANIFEST_FILE)
+            content = self._storage.read(MANIFEST_FILE)
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.folder}: no trace set here ({MANIFEST_FILE} is missing); give the folder of one"
             ) from error
         self.manifest = Manifest.from_json(parse_json(content, path), source=path)
         if (sha256 := self.manifest.tokenizer.sha256) is not None:
-            self._verified(TOKENIZER_FILE, sha256, "tokenizer")
+            self._storage.read_verified(TOKENIZER_FILE, sha256, "tokenizer")
         self._rows: dict[str, tuple[ShardInfo, int]] = {}  # sequence id -> shard and row, of the shards read so far
         self._facts: dict[str, Facts] = {}  # file -> facts of these shards
         self._last: tuple[str, Shard] | None = None  # file and content of the shard that indexing used last
@@ -187,7 +179,10 @@ class TraceSet:
         Raises:
             UserError: The split does not exist, or a shard is damaged.
         """
-        for info in self.shards(part):
+        shards = self.shards(part)
+        for info, following in zip_longest(shards, shards[1:]):
+            if following is not None:
+                self._storage.read_ahead(following.file, following.sha256)
             shard = self.read(info, hidden_states=hidden_states)
             for row in range(len(shard)):
                 yield shard.trace(row)
@@ -245,7 +240,7 @@ class TraceSet:
 
     def _table(self, info: ShardInfo, columns: list[str]) -> pa.Table:
         """Verify a shard's file and read some of its columns."""
-        path, content = f"{self.folder}/{info.file}", self._verified(info.file, info.sha256)
+        path, content = f"{self.folder}/{info.file}", self._storage.read_verified(info.file, info.sha256)
         if len(content) != info.bytes:
             raise UserError(f"{path}: has {len(content)} bytes, but {MANIFEST_FILE} lists {info.bytes}")
         return read_columns(content, columns, self.geometry, info.sequences, info.tokens, path)
@@ -303,27 +298,14 @@ class TraceSet:
             raise UserError(
                 f"{self.folder}: has no hidden states; collect it with --record experts,gate_weights,hidden_states"
             )
-        self._download_file(info.states_file)
-        path, content = f"{self.folder}/{info.states_file}", self._verified(info.states_file, sha256, "file")
+        self._storage.fetch_optional(info.states_file)
+        path, content = (
+            f"{self.folder}/{info.states_file}",
+            self._storage.read_verified(info.states_file, sha256, "file"),
+        )
         if len(content) != info.states_bytes:
             raise UserError(f"{path}: has {len(content)} bytes, but {MANIFEST_FILE} lists {info.states_bytes}")
         return load_states(content, (info.tokens, self.geometry.num_layers, size), path)
-
-    def _download_file(self, file: str) -> None:
-        """Download an optional file of a set on the Hub."""
-        if is_hub_name(self.folder) and not self._files.exists(f"{self._root}/{file}"):
-            commit = self._root.rpartition("/")[2]
-            download(HubName(parse_hub_name(self.folder).repository, commit), "dataset", (file,))
-
-    def _verified(self, file: str, sha256: str, kind: str = "shard") -> bytes:
-        path = f"{self.folder}/{file}"
-        try:
-            content = self._read(file)
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: {kind} named in {MANIFEST_FILE} is missing") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: {kind} is damaged (its sha256 is not the one in {MANIFEST_FILE})")
-        return content
 
     def lengths(self, part: Part = None) -> list[npt.NDArray[np.int64]]:
         """Return the tokens of every row, shard by shard, without decoding the experts.
@@ -385,8 +367,8 @@ class TraceSet:
         if sha256 is None or size is None:
             return None
         layers, experts, _ = self.geometry.shape()
-        self._download_file(ROUTERS_FILE)
-        content = self._verified(ROUTERS_FILE, sha256, "file")
+        self._storage.fetch_optional(ROUTERS_FILE)
+        content = self._storage.read_verified(ROUTERS_FILE, sha256, "file")
         return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
 
     def engine_logs(self) -> list[EngineLog]:
@@ -400,9 +382,9 @@ class TraceSet:
         """
         if (sha256 := self.manifest.engine_log_sha256) is None:
             return []
-        self._download_file(ENGINE_FILE)
+        self._storage.fetch_optional(ENGINE_FILE)
         return load_engine_logs(
-            self._verified(ENGINE_FILE, sha256, "file"), self.geometry, f"{self.folder}/{ENGINE_FILE}"
+            self._storage.read_verified(ENGINE_FILE, sha256, "file"), self.geometry, f"{self.folder}/{ENGINE_FILE}"
         )
 
     @cached_property
@@ -411,36 +393,15 @@ class TraceSet:
         from tokenizers import Tokenizer
 
         path, sha256 = f"{self.folder}/{TOKENIZER_FILE}", self.manifest.tokenizer.sha256
-        try:
-            content = self._read(TOKENIZER_FILE)
-        except FileNotFoundError:
+        if sha256 is None:
             return None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: is not the tokenizer named in {MANIFEST_FILE} (its sha256 differs)")
+        content = self._storage.read_verified(TOKENIZER_FILE, sha256, "tokenizer")
         try:
             tokenizer = Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: is not a tokenizer ({brief(error)})") from error
         strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
         return [string or "" for string in strings]
-
-    def _read(self, name: str) -> bytes:
-        """Read a file of the set.
-
-        Raises:
-            FileNotFoundError: The file does not exist.
-            UserError: The file cannot be read, or is outside the folder.
-        """
-        path = f"{self.folder}/{name}"
-        if isinstance(self._files, LocalFileSystem):
-            file_in(self._root, name)
-        try:
-            content: bytes = self._files.cat_file(f"{self._root}/{name}")
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(path) from error
-        except Exception as error:  # every file system has its own errors
-            raise UserError(f"{path}: cannot be read ({brief(error)})") from error
-        return content
 
 
 class Split:
@@ -503,11 +464,3 @@ class Split:
 def _sizes(shards: Sequence[ShardInfo]) -> str:
     sequences, tokens = sum(shard.sequences for shard in shards), sum(shard.tokens for shard in shards)
     return f"{sequences:,} sequences, {tokens:,} tokens"
-
-
-def _download(name: str) -> str:
-    """Download a trace set and print its revision."""
-    hub_name = parse_hub_name(name)
-    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (TOKENIZER_FILE, "*.parquet"))
-    print(f"{hub_name} is {folder.name}", file=sys.stderr)
-    return str(folder)
