@@ -94,7 +94,7 @@ def jobs(traces: str, steps: int) -> dict[str, list[str]]:
         traces: Trace set.
         steps: Optimiser steps of the fit of ``cross_layer``.
     """
-    few = ("--trainer.limit_val_batches=10", f"--trainer.max_steps={steps}")
+    few = ("--trainer.limit_val_batches=10", f"--trainer.max_steps={steps}", "--trainer.callbacks=null")
     return {
         "stream": [
             sys.executable,

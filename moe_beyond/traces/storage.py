@@ -19,6 +19,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import file_in
 from moe_beyond.json_fields import brief
 from moe_beyond.traces.file_cache import FileCache
+from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE
 from moe_beyond.urls import without_secrets
 
 ON_THIS_MACHINE = ("file", "local", "memory")
@@ -97,13 +98,13 @@ class Storage:
         def fetch() -> bytes:
             content = self._repeated(file, lambda content: _sha256(content) == sha256)
             if _sha256(content) != sha256:
-                raise UserError(f"{path}: {kind} is damaged (its sha256 is not the one in the manifest)")
+                raise UserError(f"{path}: {kind} is damaged (its sha256 is not the one in {MANIFEST_FILE})")
             return content
 
         try:
             content = fetch() if self._cache is None else self._cache.get(sha256, fetch)
         except FileNotFoundError as error:
-            raise UserError(f"{path}: {kind} named in the manifest is missing") from error
+            raise UserError(f"{path}: {kind} named in {MANIFEST_FILE} is missing") from error
         return content
 
     def read_ahead(self, file: str, sha256: str) -> None:
@@ -157,8 +158,6 @@ def _reason(error: Exception) -> str:
 
 def _download(name: HubName) -> str:
     """Download a trace set and print its revision."""
-    from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE
-
     folder = download(name, "dataset", (MANIFEST_FILE,), (TOKENIZER_FILE, "*.parquet"))
     print(f"{name} is {folder.name}", file=sys.stderr)
     return str(folder)
