@@ -28,6 +28,7 @@ from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.shard import Shard, decode, decode_texts, raise_fault
 from moe_beyond.traces.storage import Storage
 from moe_beyond.traces.trace import Trace
+from moe_beyond.urls import without_secrets
 
 Part = str | tuple[ShardInfo, ...] | None
 """Part of a trace set: the name of a split, some shards, or None for all splits."""
@@ -56,18 +57,20 @@ class TraceSet:
 
     Args:
         folder: A path; ``hf:ORG/REPO@REVISION``, which is downloaded; or a URL that fsspec understands
-            (``hf://datasets/...``), which is read without a download.
+            (``s3://BUCKET/SET``), whose files are downloaded when they are read. `folder` then holds it without user
+            name, password and query.
 
     Raises:
         UserError: The manifest cannot be read, or the tokenizer's hash differs from the manifest's.
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder = str(folder)
-        if not self.folder.strip() or "\0" in self.folder:
+        location = str(folder)
+        self.folder = without_secrets(location)
+        if not location.strip() or "\0" in location:
             raise UserError(f"{shown(self.folder)} is not the name of a folder; give the folder of a trace set")
         path = f"{self.folder}/{MANIFEST_FILE}"
-        self._storage = Storage(self.folder, self.folder)
+        self._storage = Storage(location, self.folder)
         try:
             content = self._storage.read(MANIFEST_FILE)
         except FileNotFoundError as error:

@@ -91,9 +91,11 @@ class Storage:
         Raises:
             UserError: The file is missing, cannot be read, or has another hash.
         """
-        if (ahead := self._ahead.pop(sha256, None)) is not None:
-            return ahead.result()
-        path, content = f"{self.name}/{file}", None
+        ahead = self._ahead.pop(sha256, None)
+        return self._read_verified(file, sha256, kind) if ahead is None else ahead.result()
+
+    def _read_verified(self, file: str, sha256: str, kind: str = "shard") -> bytes:
+        path = f"{self.name}/{file}"
 
         def fetch() -> bytes:
             content = self._repeated(file, lambda content: _sha256(content) == sha256)
@@ -102,10 +104,9 @@ class Storage:
             return content
 
         try:
-            content = fetch() if self._cache is None else self._cache.get(sha256, fetch)
+            return fetch() if self._cache is None else self._cache.get(sha256, fetch)
         except FileNotFoundError as error:
             raise UserError(f"{path}: {kind} named in {MANIFEST_FILE} is missing") from error
-        return content
 
     def read_ahead(self, file: str, sha256: str) -> None:
         """Begin to read a file of an object store, for the next `read_verified`.
@@ -116,7 +117,7 @@ class Storage:
         """
         if self._remote and sha256 not in self._ahead:
             self._pool = self._pool or ThreadPoolExecutor(1)
-            self._ahead[sha256] = self._pool.submit(self.read_verified, file, sha256)
+            self._ahead[sha256] = self._pool.submit(self._read_verified, file, sha256)
 
     def fetch_optional(self, file: str) -> None:
         """Download a file of a set on the Hub that is not downloaded with the others."""

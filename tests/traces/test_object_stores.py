@@ -114,10 +114,10 @@ def test_two_workers_download_every_shard_once(store: ObjectStore, folder: Path,
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    import fsspec
+    from fsspec.registry import _registry
 
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry.target, "s3", raising=False)
+    monkeypatch.delitem(_registry, "s3", raising=False)
     line = error_line(capsys, ["inspect", URL])
     assert line == f"{URL}: s3:// is read by another package; install s3fs, as 'moe-beyond[s3]' does"
 
