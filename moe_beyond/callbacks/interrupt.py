@@ -20,8 +20,8 @@ class SaveOnInterrupt(L.Callback):
     """Saves a checkpoint and stops at the first Ctrl-C (SIGINT) or SIGTERM of a fit; a second signal stops at once.
 
     The checkpoint ``interrupted.ckpt`` is saved after the current batch, next to the fit's other checkpoints, and
-    holds the last optimiser step. Several ranks end a running validation first. A fit without a `ModelCheckpoint` saves none. With several ranks, a signal to any
-    rank is enough. Under SLURM, Lightning handles SIGTERM.
+    holds the last optimiser step. A fit without a `ModelCheckpoint` saves none. With several ranks, a signal to any
+    rank is enough, and a running validation ends first. Under SLURM, Lightning handles SIGTERM.
 
     Attributes:
         signal: Number of the received signal; None before.

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
 from moe_beyond.errors import UserError
@@ -62,7 +63,7 @@ class CountingTask(PredictorTask):
         """Let every rank read all training batches."""
         if stage == "fit":
             self.data.shares_training = False
-            if self.trainer.world_size > 1:  # distributed data parallel refuses a module without a parameter
+            if isinstance(self.trainer.strategy, ParallelStrategy):  # which refuses a module without a parameter
                 self.register_parameter(NO_GRADIENT, nn.Parameter(torch.zeros(())))
         super().setup(stage)
 
