@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    """Return the number of this process among the processes of a fit, from 0, and their number; (0, 1) alone."""
+    """Return the number of this process among the processes of a fit, from 0, and their number (default: 0, 1)."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

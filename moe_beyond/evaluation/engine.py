@@ -62,6 +62,10 @@ def evaluate(
     """
     _check_sources(strategies, sources)
     check_bootstrap_draws(bootstrap_draws)
+    used = {settings.predictor for settings in strategies}
+    for source in sources:
+        if source is measure or source.name in used:
+            source.check(traces)
     geometry, shards = traces.geometry, traces.shards(split)
     in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
     parts = [shards] if in_order or workers == 1 else [(shard,) for shard in shards]

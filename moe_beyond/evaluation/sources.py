@@ -31,6 +31,10 @@ Scored = tuple[Trace, npt.NDArray[np.float32]]
 """A sequence and its scores ``(T, H, L, E)``."""
 
 
+def _fits(traces: TraceSet) -> None:
+    """Accept every trace set."""
+
+
 @dataclass(frozen=True)
 class ScoreSource:
     """Scores of a trace set's sequences.
@@ -43,6 +47,7 @@ class ScoreSource:
         sequences: Function from a trace set, a part of it and a flag to every sequence with its scores; the flag keeps
             the order of the traces. Workers receive it, so it is a function or an object of a module.
         training: Record of the predictor's training text; None without a record (default: None).
+        check: Function that raises a `UserError` if the source does not fit a trace set (default: none does).
     """
 
     name: str
@@ -51,6 +56,7 @@ class ScoreSource:
     available_after: str
     sequences: Callable[[TraceSet, Part, bool], Iterator[Scored]]
     training: TrainingRecord | None = None
+    check: Callable[[TraceSet], None] = _fits
 
 
 def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | None = None) -> ScoreSource:
@@ -64,7 +70,13 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
     """
     information, scores = predictor.information, _Predicted(predictor, tokenizer_sha256)
     return ScoreSource(
-        name, information.lookaheads, information.causal, information.available_after, scores, predictor.fitted_on
+        name,
+        information.lookaheads,
+        information.causal,
+        information.available_after,
+        scores,
+        predictor.fitted_on,
+        scores.check,
     )
 
 
@@ -75,16 +87,21 @@ class _Predicted:
     predictor: Predictor
     tokenizer_sha256: str | None
 
+    def check(self, traces: TraceSet) -> None:
+        """Refuse a trace set that the predictor does not fit."""
+        from moe_beyond.predictors.io.folder import check_fits
+
+        check_fits(self.predictor, traces.manifest, traces.folder, self.tokenizer_sha256)
+
     def __call__(self, traces: TraceSet, part: Part, in_order: bool = False) -> Iterator[Scored]:
         # Whoever has a predictor has imported torch; the imports are here for replays without one.
         import torch
 
         from moe_beyond.datamodules.traces import whole_sequences
         from moe_beyond.predictors.batch import collate
-        from moe_beyond.predictors.io.folder import check_fits
 
+        self.check(traces)
         predictor = self.predictor
-        check_fits(predictor, traces.manifest, traces.folder, self.tokenizer_sha256)
         reading, read = traces.traces(part), dict[str, Trace]()
         states = predictor.information.hidden_states is not None
         # Batches of similar length need the least padding; in order, every batch is one sequence.
@@ -128,8 +145,15 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         UserError: The folder is no scores folder.
     """
     stored = ScoresFolder(folder)
+    scores = _Stored(stored)
     return ScoreSource(
-        stored.predictor, stored.lookaheads, stored.causal, stored.available_after, _Stored(stored), stored.training
+        stored.predictor,
+        stored.lookaheads,
+        stored.causal,
+        stored.available_after,
+        scores,
+        stored.training,
+        scores.check,
     )
 
 
@@ -139,7 +163,8 @@ class _Stored:
 
     stored: ScoresFolder
 
-    def __call__(self, traces: TraceSet, part: Part, in_order: bool = False) -> Iterator[Scored]:
+    def check(self, traces: TraceSet) -> None:
+        """Refuse a trace set that the scores are not for."""
         stored, folder = self.stored, self.stored.folder
         if stored.geometry.shape() != traces.geometry.shape():
             raise UserError(
@@ -148,8 +173,11 @@ class _Stored:
             )
         if stored.traces != traces.manifest.fingerprint:
             raise UserError(f"{folder}: scores were made for another trace set than {traces.folder}; predict again")
+
+    def __call__(self, traces: TraceSet, part: Part, in_order: bool = False) -> Iterator[Scored]:
+        self.check(traces)
         for trace in traces.traces(part):
-            yield trace, stored.scores(trace.sequence_id, len(trace))
+            yield trace, self.stored.scores(trace.sequence_id, len(trace))
 
 
 def pretrained_for(architecture: str, traces: TraceSet) -> Path | None:

@@ -7,7 +7,7 @@ from torchmetrics import Metric
 from moe_beyond.errors import UserError
 
 ONE = 2**24
-"""Integer that stands for 1. A sum of 64 bits has room for 5e11."""
+"""Integer for 1. A sum of 64 bits has room for 5e11."""
 
 
 def fixed(values: Tensor) -> Tensor:

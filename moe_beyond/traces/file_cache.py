@@ -31,7 +31,7 @@ class FileCache:
 
     Args:
         folder: Folder of the cache (default: ``MOE_BEYOND_CACHE``, otherwise ``~/.cache/moe-beyond``).
-        limit: Largest size in bytes (default: ``MOE_BEYOND_CACHE_GB``, otherwise 10 GB); a larger file stays alone.
+        limit: Largest size in bytes (default: ``MOE_BEYOND_CACHE_GB``, otherwise 10 GB).
 
     Raises:
         UserError: The variable holds no size.

@@ -23,7 +23,7 @@ from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE
 from moe_beyond.urls import without_secrets
 
 ON_THIS_MACHINE = ("file", "local", "memory")
-"""Protocols whose files are read where they are."""
+"""Protocols whose files need no cache."""
 INSTALLED_BY = {"s3": "s3fs, as 'moe-beyond[s3]' does", "s3a": "s3fs, as 'moe-beyond[s3]' does", "gs": "gcsfs",
                 "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}  # fmt: skip
 """Package of each protocol that this package does not require."""
