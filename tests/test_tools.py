@@ -42,6 +42,42 @@ def test_a_repeated_set_streams_and_shares_no_routing(tmp_path: Path) -> None:
     assert figures["entries"] == trained
 
 
+def test_a_sample_holds_routing_of_its_source(tmp_path: Path) -> None:
+    source = tiny_traces(tmp_path / "source", sequences=20)
+    routing = {
+        (int(token), experts.tobytes())
+        for trace in source
+        for token, experts in zip(trace.token_ids, trace.experts, strict=True)
+    }
+    entries = 5 * source.manifest.tokens * source.geometry.num_layers
+    words = ("--entries", str(entries), "--span", "4", "--swap", "0.5")
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run("sample_traces.py", str(tmp_path / "source"), str(tmp_path / name), *words, "--seed", seed)
+    sampled = TraceSet(str(tmp_path / "a"))
+    fingerprints = [TraceSet(str(tmp_path / name)).manifest.fingerprint for name in "abc"]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert entries <= sampled.manifest.tokens * sampled.geometry.num_layers < 1.2 * entries
+    assert sampled.manifest.splits == source.manifest.splits
+    for trace in sampled:
+        for token, experts in zip(trace.token_ids, trace.experts, strict=True):
+            assert (int(token), experts.tobytes()) in routing
+
+
+@pytest.mark.slow
+def test_costs_are_measured_and_projected(tmp_path: Path) -> None:
+    sets = [str(tmp_path / name) for name in ("small", "large")]
+    for folder, sequences in zip(sets, (24, 96), strict=True):
+        tiny_traces(Path(folder), sequences=sequences)
+    printed = run("bench_scale.py", *sets, "--steps", "1", "--json", str(tmp_path / "costs.json"))
+    assert "same JSON: True" in printed
+    figures = json.loads((tmp_path / "costs.json").read_text())
+    assert {len(rows) for rows in figures["costs"].values()} == {2}
+    assert all(row["peak_bytes"] > 1e6 for rows in figures["costs"].values() for row in rows)
+    projected = run("bench_scale.py", "--project", str(tmp_path / "costs.json"))
+    assert projected.startswith("66,000,000,000 entries are ")
+    assert "| replay | " in projected
+
+
 @pytest.mark.slow
 def test_the_small_model_can_be_trained_and_resumed(tmp_path: Path) -> None:
     text = tmp_path / "text"

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from moe_beyond.datamodules.ranks import gather, rank_and_ranks
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.sources import from_predictor
 from moe_beyond.evaluation.strategies import BASELINES, strategy
@@ -31,6 +32,7 @@ class CacheReplay(L.Callback):
     section per budget: ``val_budget_10pct/hit_rate``, ``val_budget_10pct/lru_hit_rate``. A `ModelCheckpoint` can
     monitor each figure. With a device it also logs ``tokens_per_second``. The sanity check is skipped. A strategy
     without scores is replayed only at the first validation of a fit, because the sequences stay the same.
+    Ranks replay the sequences that they validate; their counts are added.
 
     Args:
         budget: Memory for experts: a share (``10%``), a number of slots (``166``) or memory (``2.9GB``, ``2.7GiB``).
@@ -157,15 +159,25 @@ class CacheReplay(L.Callback):
         self._log(pl_module, "test")
 
     def _log(self, task: L.LightningModule, stage: str) -> None:
+        assert isinstance(task, PredictorTask)
+        if task.data.is_shared(stage):
+            self._add_other_ranks()
         results = self._scoreless | {settings: replay.result() for settings, replay in self._replays.items()}
         self._scoreless = {settings: result for settings, result in results.items() if settings.predictor is None}
         self.results = [results[settings] for settings in self._strategies]
-        assert isinstance(task, PredictorTask)
         for names, result in zip(self.names(stage, task.data.manifest), self.results, strict=True):
             for figure, name in names.items():
                 value = torch.tensor(getattr(result, figure), device=task.device)
                 on_bar = result is self.results[0] and figure in FIGURES
-                task.log(name, value, prog_bar=on_bar, sync_dist=True)
+                task.log(name, value, prog_bar=on_bar, sync_dist=True, reduce_fx="max")  # equal on all ranks
+
+    def _add_other_ranks(self) -> None:
+        """Add the sequences that the other ranks replayed."""
+        rank = rank_and_ranks()[0]
+        totals = gather([replay.totals() for replay in self._replays.values()])
+        for other in totals[:rank] + totals[rank + 1 :]:
+            for replay, of_replay in zip(self._replays.values(), other, strict=True):
+                replay.absorb(of_replay)
 
     def names(self, stage: str, manifest: Manifest) -> list[dict[str, str]]:
         """Return the names of the logged figures.

@@ -1,17 +1,14 @@
 """The best predictor of a fit, exported as a folder."""
 
 from pathlib import Path
-from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from moe_beyond.callbacks.trainer_folder import trainer_folder
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.base import Predictor
-from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
 from moe_beyond.predictors.fit_calibration import calibrate
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
@@ -72,8 +69,10 @@ class ExportBest(L.Callback):
         if calibrated:
             was_training = predictor.training
             predictor.eval()
-            batches = cast("DataLoader[Batch]", pl_module.data.val_dataloader())
-            predictor.calibration = calibrate(predictor.to(pl_module.device), (b.to(pl_module.device) for b in batches))
+            batches = pl_module.data.whole_validation()
+            tokens = sum(shard.tokens for shard in pl_module.data.val_traces.shards(pl_module.data.val_split))
+            moved = (batch.to(pl_module.device) for batch in batches)
+            predictor.calibration = calibrate(predictor.to(pl_module.device), moved, tokens)
             predictor.train(was_training)
         uses = ["chose the epoch of"] * bool(best and monitored) + ["calibrated"] * calibrated
         training = record_uses(training, uses, [] if self._calibrated is None else calibration_texts(self._calibrated))

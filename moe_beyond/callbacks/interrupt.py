@@ -21,7 +21,7 @@ class SaveOnInterrupt(L.Callback):
 
     The checkpoint ``interrupted.ckpt`` is saved after the current batch, next to the fit's other checkpoints, and
     holds the last optimiser step. A fit without a `ModelCheckpoint` saves none. With several ranks, a signal to any
-    rank is enough. Under SLURM, Lightning handles SIGTERM.
+    rank is enough, and a running validation ends first. Under SLURM, Lightning handles SIGTERM.
 
     Attributes:
         signal: Number of the received signal; None before.
@@ -55,7 +55,12 @@ class SaveOnInterrupt(L.Callback):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Stop if a signal was received; a resumed fit starts the validation again."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._stop_if_signalled(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop several ranks, which may have different numbers of validation batches."""
+        if trainer.world_size > 1 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_if_signalled(trainer)
 
     def _stop_if_signalled(self, trainer: L.Trainer) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_beyond.cli.options import Output, command_parser, progress_bar
+from moe_beyond.cli.options import Output, add_workers, check_workers, command_parser, progress_bar
 from moe_beyond.cli.replay_options import (
     UNFITTED,
     add_budgets,
@@ -48,6 +48,7 @@ def build_parser() -> ArgumentParser:
     add_budgets(parser)
     add_grid(parser, "each of the predictor's, except next")
     add_conditions(parser)
+    add_workers(parser)
     parser.add_argument(
         "--bootstrap",
         type=int,
@@ -72,6 +73,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str]) -> None:
     """Evaluate a predictor, or all checkpoints of a run."""
     args = build_parser().parse_args(argv[1:])
+    check_workers(args.workers)
     # Imported here, so that help and completion do not wait for it.
     from moe_beyond.run_folder import is_run
 
@@ -106,7 +108,7 @@ def _predictor(args: Namespace, arguments: Sequence[str]) -> None:
         check_recordable(folder, replay.measured_on, training_text=args.record_training_text)
     output = Output(args)
     with progress_bar(f"evaluating {source.name}", quiet=args.quiet) as progress:
-        outcome = replay.run(progress)
+        outcome = replay.run(progress, args.workers)
     output.show(
         *outcome.measured_on.lines, metrics_table(outcome.metrics), results_table(outcome.results, outcome.geometry)
     )
@@ -129,7 +131,12 @@ def _checkpoints(args: Namespace) -> None:
     output = Output(args)
     with progress_bar(f"evaluating {args.predictor}", quiet=args.quiet) as progress:
         evaluation = evaluate_run(
-            options_from_args(args), args.predictor, traces=_traces(args), split=args.split, progress=progress
+            options_from_args(args),
+            args.predictor,
+            traces=_traces(args),
+            split=args.split,
+            progress=progress,
+            workers=args.workers,
         )
     output.show(
         *evaluation.measured_on.lines,
@@ -158,7 +165,7 @@ def _command(arguments: Sequence[str], predictor: str, name: str) -> str:
     rest = iter(remaining)
     for argument in rest:
         option, joined, _ = argument.partition("=")
-        if option in ("--traces", "--json"):
+        if option in ("--traces", "--json", "--workers"):
             if not joined:
                 next(rest, None)
         elif argument not in ("--record", "--record-training-text", "--quiet"):

@@ -6,7 +6,7 @@ import textwrap
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import Output, command_parser, progress_bar
+from moe_beyond.cli.options import Output, check_workers, command_parser, progress_bar
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import PRESETS, Geometry, load_preset
 from moe_beyond.traces.copies import describe_copies
@@ -117,6 +117,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is only for {', '.join(names)} (got {args.format}); remove it")
     if args.quantization is not None and not args.quantization > 0:
         raise UserError(f"--quantization {args.quantization:g}: bits per parameter must be more than 0")
+    if args.workers is not None:
+        check_workers(args.workers)
     optional = {"quantization_bits": args.quantization, **{name: args[name] for name in own_options}}
     if args.model is None and args.format not in self_describing():
         raise UserError(f"import needs --model with {args.format}; name the model that was recorded")

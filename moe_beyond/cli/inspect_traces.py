@@ -4,7 +4,16 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from moe_beyond.cli.options import TRACES_HELP, Output, add_plots, check_plots, command_parser, progress_bar
+from moe_beyond.cli.options import (
+    TRACES_HELP,
+    Output,
+    add_plots,
+    add_workers,
+    check_plots,
+    check_workers,
+    command_parser,
+    progress_bar,
+)
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
 
@@ -33,6 +42,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--on", type=int, default=0, metavar="N", help="number of experts to force on (default: 0)")
     parser.add_argument("--off", type=int, default=0, metavar="N", help="number of experts to force off (default: 0)")
+    add_workers(parser)
     add_plots(parser)
     return parser
 
@@ -51,6 +61,7 @@ def main(argv: list[str]) -> None:
 
     output = Output(args)
     check_plots(args.plots)
+    check_workers(args.workers)
     for name in ("on", "off"):
         if args[name] < 0:
             raise UserError(f"--{name} {args[name]} is less than 0")
@@ -64,7 +75,7 @@ def main(argv: list[str]) -> None:
         check_comparable(traces, other)
         other.shards(args.split)  # a missing split is reported before the counting
     with progress_bar("counting", quiet=output.quiet) as progress:
-        summary = summarize(traces, args.split, progress=progress)
+        summary = summarize(traces, args.split, progress=progress, workers=args.workers)
     difference = None if other is None else contrast_traces(traces, other, args.split)
     if args.steer and difference is not None:
         write_json(args.steer, most_different_experts(difference, traces.geometry, args.on, args.off).to_json())

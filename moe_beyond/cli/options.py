@@ -194,3 +194,27 @@ def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[..., N
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(label, total=None, suffix="")
         yield lambda done, total, suffix="": bar.update(task, completed=done, total=total, suffix=suffix)
+
+
+def add_workers(parser: ArgumentParser) -> None:
+    """Add ``--workers N``."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the shards; the result is the same (default: 1)",
+    )
+
+
+def check_workers(workers: int) -> None:
+    """Check the number of processes.
+
+    Raises:
+        UserError: It is less than 1, or torchrun started the command several times.
+    """
+    if workers < 1:
+        raise UserError(f"--workers: must be at least 1 (got {workers}); give the number of processes")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1":
+        raise UserError(f"torchrun: starts this command {ranks} times; start it once, with --workers {ranks}")

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from moe_beyond.cli.options import Output, add_plots, check_plots, command_parser, progress_bar
+from moe_beyond.cli.options import (
+    Output,
+    add_plots,
+    add_workers,
+    check_plots,
+    check_workers,
+    command_parser,
+    progress_bar,
+)
 from moe_beyond.cli.parser import CommandParser
 from moe_beyond.cli.replay_options import (
     UNFITTED,
@@ -43,6 +51,7 @@ def build_parser() -> CommandParser:
     add_config(parser)
     add_strategies(parser)
     add_conditions(parser)
+    add_workers(parser)
     add_plots(parser)
     parser.add_argument(
         "--as-run",
@@ -59,6 +68,7 @@ def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv[1:])
     output = Output(args)
+    check_workers(args.workers)
     if args.as_run:
         _check_as_run(args, parser.get_defaults())
         _replay_as_run(args, output)
@@ -72,7 +82,14 @@ def main(argv: list[str]) -> None:
 
     traces = TraceSet(args.traces)
     with progress_bar("replaying", quiet=args.quiet) as progress:
-        outcome = run_replay(options_from_args(args), traces, open_source(args), split=args.split, progress=progress)
+        outcome = run_replay(
+            options_from_args(args),
+            traces,
+            open_source(args),
+            split=args.split,
+            progress=progress,
+            workers=args.workers,
+        )
     output.show(
         *outcome.measured_on.lines,
         results_table(outcome.results, outcome.geometry),

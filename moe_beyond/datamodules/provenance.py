@@ -1,10 +1,12 @@
 """The record of the training data in a predictor's configuration."""
 
+from itertools import chain
 from typing import Any
 
+from moe_beyond.datamodules.ranks import shared_map
 from moe_beyond.datamodules.traces import TraceDataModule
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.texts import sketch, text_hashes
+from moe_beyond.traces.texts import hashes_of, sketch, text_starts
 
 
 def fitted_on(data: TraceDataModule) -> dict[str, Any]:
@@ -20,4 +22,5 @@ def fitted_on(data: TraceDataModule) -> dict[str, Any]:
 
 
 def _describe(traces: TraceSet, split: str) -> dict[str, Any]:
-    return {**traces.describe(split), "texts": sketch(text_hashes(traces, split))}
+    found = shared_map(lambda info: text_starts(traces, (info,)), traces.shards(split))
+    return {**traces.describe(split), "texts": sketch(hashes_of(list(chain.from_iterable(found))))}

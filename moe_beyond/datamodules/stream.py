@@ -1,17 +1,16 @@
 """Reading planned batches from shards, with a few shards in memory at a time."""
 
-import multiprocessing
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from moe_beyond.datamodules.batch_plan import BatchingSettings, Segment, plan_batches
+from moe_beyond.datamodules.ranks import shards_of_rank
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.traces.manifest import ShardInfo
 from moe_beyond.traces.reader import TraceSet
@@ -20,34 +19,54 @@ from moe_beyond.traces.trace import Trace
 
 
 class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
-    """Yields the batches of an epoch as tuples of segments; each of n ranks takes every n-th batch.
+    """Yields the batches of an epoch as tuples of segments.
 
-    All ranks take the same number of batches.
+    Each of n ranks plans the batches of its own shards, every n-th one, so no shard is read by two ranks. With fewer
+    shards than ranks it takes every n-th batch of a plan of all shards.
 
     As a `DistributedSampler` it receives the epoch from Lightning, which then adds no sampler of its own. As a
     `SequentialSampler` it is kept by ``overfit_batches``, which replaces all others.
     """
 
     def __init__(
-        self, lengths: Sequence[npt.NDArray[np.int64]], settings: BatchingSettings, *, ranks: int = 1, rank: int = 0
+        self,
+        lengths: Sequence[npt.NDArray[np.int64]],
+        settings: BatchingSettings,
+        *,
+        ranks: int = 1,
+        rank: int = 0,
+        even: bool = True,
     ) -> None:
         """Store the settings; the plan is made when it is first needed.
 
         Args:
             lengths: Numbers of tokens of the rows of each shard.
             settings: Settings of the batch plan.
-            ranks: Number of processes that train together (default: 1).
+            ranks: Number of processes that read together (default: 1).
             rank: Index of this process (default: 0).
+            even: Whether all ranks take as many batches as the rank with the fewest, as training needs (default: True).
         """
         super().__init__(range(1), num_replicas=ranks, rank=rank, shuffle=settings.shuffle, seed=settings.seed)  # type: ignore[arg-type]
-        self._lengths, self._settings = lengths, settings
+        self._lengths, self._settings, self._even = lengths, settings, even
         self._planned: tuple[int, list[tuple[Segment, ...]]] | None = None
         self._done = 0
 
     def _plan(self) -> list[tuple[Segment, ...]]:
         if self._planned is None or self._planned[0] != self.epoch:
-            self._planned = self.epoch, plan_batches(self._lengths, self._settings, self.epoch)
+            self._planned = self.epoch, self._plan_of(self.rank)
         return self._planned[1]
+
+    def _plan_of(self, rank: int) -> list[tuple[Segment, ...]]:
+        own = shards_of_rank(len(self._lengths), self.num_replicas, rank)
+        plan = plan_batches([self._lengths[shard] for shard in own], self._settings, self.epoch)
+        if len(own) == len(self._lengths):  # one rank, or fewer shards than ranks
+            return plan[rank :: self.num_replicas]
+        return [tuple(segment._replace(shard=own[segment.shard]) for segment in batch) for batch in plan]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Number of batches that each rank plans, the same in every epoch."""
+        return [len(self._plan_of(rank)) for rank in range(self.num_replicas)]
 
     def resume(self, epoch: int, done: int) -> None:
         """Start the next pass within an epoch.
@@ -63,11 +82,11 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
         """Yield the batches of this rank."""
         plan, done = self._plan(), self._done
         self._done = 0
-        return iter(plan[self.rank : len(self) * self.num_replicas : self.num_replicas][done:])
+        return iter(plan[done : len(self)])
 
     def __len__(self) -> int:
-        """Return the number of batches per rank; a remainder that the ranks cannot share evenly is dropped."""
-        return len(self._plan()) // self.num_replicas
+        """Return the number of batches of this rank."""
+        return min(self.counts) if self._even else self.counts[self.rank]
 
 
 class ShardedTraces(Dataset[Batch]):
@@ -109,19 +128,3 @@ class ShardedTraces(Dataset[Batch]):
             self._decoded[index] = self._traces.read(self._shards[index], hidden_states=self._hidden_states)
         self._decoded.move_to_end(index)
         return self._decoded[index]
-
-
-def end_with_parent(worker: int) -> None:
-    """End this worker when the process that started it is killed; otherwise worker and fork server would run forever.
-
-    Args:
-        worker: Index of the worker, as a data loader passes it.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

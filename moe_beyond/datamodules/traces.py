@@ -5,6 +5,7 @@ import multiprocessing.forkserver
 import signal
 import threading
 from collections.abc import Iterator
+from itertools import chain
 
 import lightning as L
 import numpy as np
@@ -13,25 +14,27 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches, whole_in_order
-from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces, end_with_parent
+from moe_beyond.datamodules.ranks import shared_map
+from moe_beyond.datamodules.stream import PlannedBatches, ShardedTraces
+from moe_beyond.datamodules.training_stats import training_stats
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.training_stats import TrainingStats
-from moe_beyond.traces.manifest import Manifest
-from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import expert_ids
+from moe_beyond.traces.manifest import Manifest, ShardInfo
+from moe_beyond.traces.reader import Facts, Part, TraceSet
 from moe_beyond.traces.tokenizers import same_tokenizer
+from moe_beyond.workers import end_with_parent
 
-COUNTED_TOKENS = 4096
-"""Number of tokens that are counted at once."""
+NOTED_SHARE = 0.05
+"""Share of the batches that an epoch may leave out without a note."""
 
 
 class TraceDataModule(L.LightningDataModule):
     """Streams a trace set in length-bucketed batches, which do not depend on the number of workers.
 
     Training sequences are cut into segments of ``max_tokens`` and shuffled by seed and epoch. Validation, test and
-    prediction read whole sequences in a fixed order.
+    prediction read whole sequences in a fixed order. Several ranks share the shards, except for prediction.
 
     ``geometry``, ``vocab_size`` and ``hidden_size`` are available before `setup`.
 
@@ -49,6 +52,7 @@ class TraceDataModule(L.LightningDataModule):
 
     Attributes:
         hidden_states: Whether batches carry hidden states; tasks set it for predictors that read them.
+        shares_training: Whether ranks share the training batches; counting tasks unset it.
 
     Raises:
         UserError: A trace set cannot be read, the trace sets do not fit together, or a number is out of range.
@@ -80,6 +84,7 @@ class TraceDataModule(L.LightningDataModule):
         self.token_budget, self.max_tokens, self.window = token_budget, max_tokens, window
         self.seed, self.num_workers = seed, num_workers
         self.hidden_states = False
+        self.shares_training = True
         self._resume_at: tuple[int, int] | None = None
         self.traces = TraceSet(traces)
         self.val_traces = self.traces if val_traces is None else self._matching(val_traces)
@@ -107,29 +112,7 @@ class TraceDataModule(L.LightningDataModule):
 
     def training_stats(self) -> TrainingStats:
         """Return the statistics of the training split that a predictor may read before a fit."""
-        counts = np.zeros(self.vocab_size, np.int64)
-        for info in self.traces.shards(self.train_split):
-            counts += np.bincount(self.traces.read(info).token_ids, minlength=self.vocab_size)
-        return TrainingStats(counts, self.traces.token_strings, self._expert_counts, self.traces.routers)
-
-    def _expert_counts(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Count how often the training split routed each token id to each expert: ``(n, L*E)``."""
-        layers, experts, _ = self.geometry.shape()
-        counts = np.zeros((len(token_ids), layers * experts), np.int32)
-        row_of = np.full(self.vocab_size, -1)
-        row_of[token_ids] = np.arange(len(token_ids))
-        base = np.arange(layers)[:, None] * experts
-        for info in self.traces.shards(self.train_split):
-            shard = self.traces.read(info)
-            rows = row_of[shard.token_ids]
-            for start in range(0, len(rows), COUNTED_TOKENS):
-                part = slice(start, start + COUNTED_TOKENS)
-                counted = rows[part] >= 0
-                ids = expert_ids(shard.experts[part][counted], experts)
-                real = ids < experts
-                token = np.broadcast_to(rows[part][counted][:, None, None], ids.shape)
-                np.add.at(counts, (token[real], (ids + base)[real]), 1)
-        return counts
+        return training_stats(self.traces, self.train_split)
 
     def setup(self, stage: str) -> None:
         """Check that the splits exist."""
@@ -145,8 +128,15 @@ class TraceDataModule(L.LightningDataModule):
         # overfit_batches needs the same batches in every epoch.
         shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         settings = BatchingSettings(self.token_budget, self.max_tokens, self.window, self.seed, shuffle=shuffle)
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = PlannedBatches(self.traces.lengths(self.train_split), settings, ranks=ranks, rank=rank)
+        ranks, rank = self._ranks() if self.shares_training else (1, 0)
+        sampler = PlannedBatches(shared_lengths(self.traces, self.train_split), settings, ranks=ranks, rank=rank)
+        left_out = 1 - ranks * len(sampler) / sum(sampler.counts)
+        if left_out > NOTED_SHARE:
+            shards = len(self.traces.shards(self.train_split))
+            rank_zero_info(
+                f"note: the ranks share {shards} shards unevenly: each epoch leaves out {left_out:.0%} of the batches, "
+                f"not the same ones; a number of ranks that divides {shards} leaves out fewer"
+            )
         if self._resume_at is not None:
             sampler.resume(*self._resume_at)
             self._resume_at = None
@@ -154,24 +144,48 @@ class TraceDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the validation split as whole sequences."""
-        return [] if self.val_split is None else self._evaluation_loader(self.val_traces, self.val_split)
+        return [] if self.val_split is None else self._evaluation_loader(self.val_traces, self.val_split, share=True)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Return ``test_traces``, otherwise the validation split, as whole sequences."""
-        if self.test_traces is not None:
-            return self._evaluation_loader(self.test_traces, None)
+    def whole_validation(self) -> DataLoader[Batch]:
+        """Return the validation split as whole sequences, all of them on this rank."""
         self._check_validation()
         return self._evaluation_loader(self.val_traces, self.val_split)
 
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return ``test_traces``, otherwise the validation split, as whole sequences."""
+        return self._evaluation_loader(*self._tested(), share=True)
+
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Return the sequences of `test_dataloader`."""
-        return self.test_dataloader()
+        """Return the sequences of `test_dataloader`, all of them on every rank."""
+        return self._evaluation_loader(*self._tested())
+
+    def _tested(self) -> tuple[TraceSet, str | None]:
+        """Return the trace set and the split that `test` reads."""
+        if self.test_traces is not None:
+            return self.test_traces, None
+        self._check_validation()
+        return self.val_traces, self.val_split
+
+    def is_shared(self, stage: str) -> bool:
+        """Return whether each rank reads other sequences, so that counts of all ranks add up to those of the whole.
+
+        With fewer shards than ranks, every rank reads all of them.
+
+        Args:
+            stage: ``val`` or ``test``.
+        """
+        traces, split = (self.val_traces, self.val_split) if stage == "val" else self._tested()
+        return 1 < self._ranks()[0] <= len(traces.shards(split))
+
+    def _ranks(self) -> tuple[int, int]:
+        """Return the number of processes, and the number of this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _note_copies(self, split: str) -> None:
         """Report validation sequences that are exact copies of training sequences, if both sets have token ids."""
         if not (self.manifest.has_token_ids and self.val_traces.manifest.has_token_ids):
             return
-        training, validation = set(self.traces.text_digests(self.train_split)), self.val_traces.text_digests(split)
+        training, validation = set(_digests(self.traces, self.train_split)), _digests(self.val_traces, split)
         if copies := sum(text in training for text in validation):
             rank_zero_info(
                 f"note: {copies:,} of {len(validation):,} validation sequences are exact copies of training sequences; "
@@ -196,9 +210,14 @@ class TraceDataModule(L.LightningDataModule):
             raise UserError(f"{folder}: has another tokenizer than {self.traces.folder}; give traces of the same model")
         return other
 
-    def _evaluation_loader(self, traces: TraceSet, split: str | None) -> DataLoader[Batch]:
-        """Return a split as whole sequences, in order; every rank reads all of them."""
-        sampler = PlannedBatches(traces.lengths(split), whole_in_order(self.token_budget))
+    def _evaluation_loader(self, traces: TraceSet, split: str | None, *, share: bool = False) -> DataLoader[Batch]:
+        """Return a split as whole sequences, in order; ranks share its shards on request if each gets one."""
+        ranks, rank = self._ranks()
+        settings = whole_in_order(self.token_budget)
+        if share and 1 < ranks <= len(traces.shards(split)):
+            sampler = PlannedBatches(shared_lengths(traces, split), settings, ranks=ranks, rank=rank, even=False)
+        else:
+            sampler = PlannedBatches(traces.lengths(split), settings)
         return self._loader(traces, split, 1, sampler)
 
     def _loader(self, traces: TraceSet, split: str | None, window: int, sampler: PlannedBatches) -> DataLoader[Batch]:
@@ -246,16 +265,42 @@ def _start_forkserver() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def shared_lengths(traces: TraceSet, split: str | None) -> list[npt.NDArray[np.int64]]:
+    """Return the tokens of every row, shard by shard; each rank reads its own shards.
+
+    Args:
+        traces: Trace set to read.
+        split: Name of the split; None for all splits.
+
+    Raises:
+        UserError: A shard is damaged, or two shards disagree.
+    """
+
+    def read(info: ShardInfo) -> tuple[npt.NDArray[np.int64], list[tuple[ShardInfo, Facts]]]:
+        return traces.lengths((info,))[0], traces.facts((info,))
+
+    parts = shared_map(read, traces.shards(split))
+    for _, facts in parts:
+        for info, each in facts:
+            traces.compare(info, each)
+    return [lengths for lengths, _ in parts]
+
+
+def _digests(traces: TraceSet, split: str) -> list[bytes]:
+    """Return the hash of every sequence; each rank reads its own shards."""
+    return list(chain.from_iterable(shared_map(lambda info: traces.text_digests((info,)), traces.shards(split))))
+
+
 def whole_sequences(
-    traces: TraceSet, split: str | None = None, *, token_budget: int = 2048, hidden_states: bool = False
+    traces: TraceSet, part: Part = None, *, token_budget: int = 2048, hidden_states: bool = False
 ) -> Iterator[Batch]:
     """Yield whole sequences in the batches that `test` reads at the same token budget.
 
     Args:
         traces: Trace set to read.
-        split: Name of the split (default: all splits).
+        part: Part of the set (default: all splits).
         token_budget: Largest number of padded tokens per batch (default: 2048).
         hidden_states: Whether batches carry hidden states (default: False).
     """
-    reader = ShardedTraces(traces, traces.shards(split), window=1, hidden_states=hidden_states)
-    return (reader[segments] for segments in plan_batches(traces.lengths(split), whole_in_order(token_budget), epoch=0))
+    reader = ShardedTraces(traces, traces.shards(part), window=1, hidden_states=hidden_states)
+    return (reader[segments] for segments in plan_batches(traces.lengths(part), whole_in_order(token_budget), epoch=0))

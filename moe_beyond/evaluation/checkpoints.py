@@ -173,6 +173,7 @@ def evaluate_run(
     traces: TraceSet | None = None,
     split: str | None = None,
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> RunEvaluation:
     """Evaluate the checkpoints of a run, and those of the runs that it resumed.
 
@@ -186,6 +187,7 @@ def evaluate_run(
             run was not fitted on, if any).
         progress: Function that receives the finished and the total number of tokens of all checkpoints (default: no
             progress).
+        workers: Number of processes (default: 1).
 
     Raises:
         UserError: There is no checkpoint, one cannot be read, or an option cannot be read.
@@ -203,7 +205,9 @@ def evaluate_run(
         if text is None:  # all checkpoints of a run have the same training text
             text = resolve_text(traces, split, shared, [replace(source, name="the run")])
         settings = resolve_grid(options, traces, shared, source, source.lookaheads[:1])
-        outcome = measured_replay(traces, text, settings, source, shared).run(_part(progress, number, len(paths)))
+        outcome = measured_replay(traces, text, settings, source, shared).run(
+            _part(progress, number, len(paths)), workers
+        )
         evaluations.append(CheckpointEvaluation(path.name, checkpoint.epoch, checkpoint.step, outcome.evaluation))
     assert text is not None
     return RunEvaluation(text, traces.geometry, evaluations)

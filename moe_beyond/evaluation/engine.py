@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_beyond.cache.policy_inputs import Stream
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.bootstrap import check_bootstrap_draws, result_intervals
+from moe_beyond.evaluation.parts import Job, add_all, as_sequence, known_demand, start
 from moe_beyond.evaluation.results import Evaluation
-from moe_beyond.evaluation.sources import Scored, ScoreSource
+from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.geometry import Geometry
-from moe_beyond.simulator import Replay, ReplaySettings, Result
-from moe_beyond.simulator.bounds import Bound
+from moe_beyond.simulator import ReplaySettings, Result
+from moe_beyond.simulator.bounds import demand
 from moe_beyond.simulator.sequence import Grouping, ReplaySequence
-from moe_beyond.simulator.settings import BOUNDS
+from moe_beyond.traces.manifest import ShardInfo
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.trace import Trace
 from moe_beyond.usage_profile import UsageProfile
-
-if TYPE_CHECKING:
-    from moe_beyond.evaluation.measure import Measurement
-
-BLOCK_TOKENS = 4096
-"""Least number of tokens whose scores are in memory at once; strategies share a block, each on its own core."""
+from moe_beyond.workers import Workers
 
 
 def evaluate(
@@ -40,10 +36,12 @@ def evaluate(
     profile: UsageProfile | None = None,
     bootstrap_draws: int = 0,
     progress: Callable[[int], object] = lambda tokens: None,
+    workers: int = 1,
 ) -> Evaluation:
     """Measure scores and replay strategies, each on its own core.
 
-    The traces are read once per source that a strategy names or that is measured.
+    The traces are read once per source that a strategy names or that is measured, and once before if a strategy knows
+    the demand of all sequences.
 
     Args:
         traces: Trace set to replay.
@@ -55,6 +53,8 @@ def evaluate(
         bootstrap_draws: Number of bootstrap draws for 95 % intervals (`moe_beyond.evaluation.bootstrap`); 0 for none
             (default: 0).
         progress: Function that receives the number of tokens that one strategy finished (default: no progress).
+        workers: Number of processes that share the shards; one replays a cache that is carried over, or batches of
+            sequences (default: 1).
 
     Raises:
         UserError: A source does not fit the traces, a strategy does not fit the model or lacks scores, or the warm-up
@@ -62,46 +62,46 @@ def evaluate(
     """
     _check_sources(strategies, sources)
     check_bootstrap_draws(bootstrap_draws)
-    geometry = traces.geometry
-    streams: dict[tuple[int, ...], Stream] = {}
-
-    def unscored() -> Iterator[ReplaySequence]:
-        for trace in traces.traces(split):
-            yield ReplaySequence(geometry, trace.experts, None, trace.decode_start, trace.sequence_id)
-
-    replays = [_start(geometry, settings, profile, streams, unscored) for settings in strategies]
-    passes = [source for source in sources if source is measure or source.name in {s.predictor for s in strategies}]
-    measurement = None if measure is None else _measurement(measure, traces, bootstrap_draws)
+    used = {settings.predictor for settings in strategies}
+    for source in sources:
+        if source is measure or source.name in used:
+            source.check(traces)
+    geometry, shards = traces.geometry, traces.shards(split)
     in_order = any(settings.carry_over or settings.batch_size > 1 for settings in strategies)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, source in enumerate(passes or [None]):
-            share = [r for r in replays if r.settings.predictor == (source.name if source else None)]
-            if number == 0 and source is not None:
-                share += [r for r in replays if r.settings.predictor is None]
-            if not share and source is not measure:
-                continue
-            for block in _blocks(
-                _unscored(traces, split) if source is None else source.sequences(traces, split, in_order)
-            ):
-                if measurement is not None and source is measure:
-                    for trace, scores in block:
-                        if scores is not None:
-                            measurement.add(trace, scores)
-                sequences = [ReplaySequence(geometry, t.experts, s, t.decode_start, t.sequence_id) for t, s in block]
-                for _ in pool.map(lambda replay, part=sequences: _add(replay, part), share):
-                    progress(sum(map(len, sequences)))
-        results = list(pool.map(lambda replay: replay.result(), replays))
+    parts = [shards] if in_order or workers == 1 else [(shard,) for shard in shards]
+    with Workers(min(workers, len(parts))) as pool:
+
+        def whole(settings: ReplaySettings) -> Stream:
+            return whole_stream((as_sequence(geometry, trace) for trace in traces.traces(shards)), settings)
+
+        def uses(settings: ReplaySettings) -> npt.NDArray[np.int64]:
+            counts = pool.map(_demand, (traces, settings), parts)
+            return sum(counts, np.zeros(geometry.total_experts, np.int64))
+
+        known = known_demand(strategies, whole, uses)
+        job = Job(traces, strategies, sources, measure, profile, known, in_order, bootstrap_draws, pool.number)
+        replays, measurement = job.replays(), job.measurement()
+        outcomes = iter([job.run(shards, progress)]) if len(parts) == 1 else pool.map(Job.run, job, parts)
+        for part, outcome in zip(parts, outcomes, strict=True):
+            for info, facts in outcome.facts:
+                traces.compare(info, facts)
+            for replay, totals in zip(replays, outcome.totals, strict=True):
+                replay.absorb(totals)
+            if measurement is not None and outcome.measurement is not None:
+                measurement.absorb(outcome.measurement)
+            if len(parts) > 1:
+                progress(len(strategies) * sum(info.tokens for info in part))
+    results = [replay.result() for replay in replays]
     _check_counted(results, strategies)
     rows = [] if measurement is None else measurement.rows()
     if bootstrap_draws:
-        results = result_intervals(results, [replay.sums for replay in replays], bootstrap_draws)
+        results = result_intervals(results, [replay.totals().sums for replay in replays], bootstrap_draws)
     return Evaluation(rows, results, bootstrap_draws)
 
 
-def _measurement(source: ScoreSource, traces: TraceSet, bootstrap_draws: int) -> Measurement:
-    from moe_beyond.evaluation.measure import Measurement  # imports torch, which a plain replay does not need
-
-    return Measurement(source, traces.geometry, bootstrap_draws)
+def _demand(inputs: tuple[TraceSet, ReplaySettings], part: tuple[ShardInfo, ...]) -> npt.NDArray[np.int64]:
+    traces, settings = inputs
+    return demand(traces.geometry, settings, (as_sequence(traces.geometry, trace) for trace in traces.traces(part)))
 
 
 def _check_sources(strategies: Sequence[ReplaySettings], sources: Sequence[ScoreSource]) -> None:
@@ -134,39 +134,17 @@ def replay_sequences(
     Raises:
         UserError: A strategy does not fit the model or lacks scores, or the warm-up excludes every token.
     """
-    streams: dict[tuple[int, ...], Stream] = {}
-    replays = [_start(geometry, settings, profile, streams, lambda: sequences) for settings in strategies]
+    uses = partial(demand, geometry, sequences=sequences)
+    known = known_demand(strategies, partial(whole_stream, sequences), uses)
+    replays = [start(geometry, settings, profile, known) for settings in strategies]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda replay: _add(replay, sequences), replays):
+        for _ in pool.map(lambda replay: add_all(replay, sequences), replays):
             pass
         results = list(pool.map(lambda replay: replay.result(), replays))
     _check_counted(results, strategies)
-    return result_intervals(results, [each.sums for each in replays], bootstrap_draws) if bootstrap_draws else results
-
-
-def _start(
-    geometry: Geometry,
-    settings: ReplaySettings,
-    profile: UsageProfile | None,
-    streams: dict[tuple[int, ...], Stream],
-    sequences: Callable[[], Iterable[ReplaySequence]],
-) -> Replay | Bound:
-    """Start a replay; ``streams`` keeps the demands of all sequences for replays that group them alike."""
-    if settings.policy in BOUNDS:
-        return Bound(geometry, settings)
-    stream = None
-    if settings.carry_over and "future" in settings.needs:
-        key = (
-            settings.prefill_chunk,
-            settings.batch_size,
-            settings.window,
-            settings.warmup_tokens,
-            settings.sequential,
-        )
-        if key not in streams:
-            streams[key] = whole_stream(sequences(), settings)
-        stream = streams[key]
-    return Replay(geometry, settings, profile, stream)
+    if not bootstrap_draws:
+        return results
+    return result_intervals(results, [replay.totals().sums for replay in replays], bootstrap_draws)
 
 
 def whole_stream(sequences: Iterable[ReplaySequence], settings: ReplaySettings) -> Stream:
@@ -184,29 +162,6 @@ def whole_stream(sequences: Iterable[ReplaySequence], settings: ReplaySettings) 
     starts = np.cumsum([0] + [len(part.ids) for part in parts])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
     return Stream(np.concatenate([part.ids for part in parts]), np.concatenate([*offsets, starts[-1:]]))
-
-
-def _unscored(traces: TraceSet, split: str | None) -> Iterator[tuple[Trace, None]]:
-    return ((trace, None) for trace in traces.traces(split))
-
-
-def _blocks(sequences: Iterable[Scored | tuple[Trace, None]]) -> Iterator[list[Scored | tuple[Trace, None]]]:
-    """Group sequences into blocks of at least `BLOCK_TOKENS` tokens."""
-    block: list[Scored | tuple[Trace, None]] = []
-    tokens = 0
-    for sequence in sequences:
-        block.append(sequence)
-        tokens += len(sequence[0])
-        if tokens >= BLOCK_TOKENS:
-            yield block
-            block, tokens = [], 0
-    if block:
-        yield block
-
-
-def _add(replay: Replay | Bound, sequences: Sequence[ReplaySequence]) -> None:
-    for sequence in sequences:
-        replay.add_sequence(sequence)
 
 
 def _check_counted(results: Sequence[Result], strategies: Sequence[ReplaySettings]) -> None:

@@ -26,8 +26,8 @@ class Measurement:
     def __init__(self, source: ScoreSource, geometry: Geometry, bootstrap_draws: int) -> None:
         self.source = source
         self._layers = geometry.moe_layers
-        self._metrics = RoutingMetrics(len(source.lookaheads), *geometry.shape())
-        self._recall = RecallSums()
+        self.metrics = RoutingMetrics(len(source.lookaheads), *geometry.shape())
+        self.recall = RecallSums()
         self._bootstrap_draws = bootstrap_draws
 
     def add(self, trace: Trace, scores: npt.NDArray[np.float32]) -> None:
@@ -37,7 +37,7 @@ class Measurement:
             trace: Trace of the sequence.
             scores: ``(T, H, L, E)`` float32.
         """
-        metrics, recall = self._metrics, self._recall
+        metrics, recall = self.metrics, self.recall
         batch, experts = collate([trace]), scores.shape[-1]
         recalled, selected = metrics.true_positives.clone(), metrics.selected.sum(-1)
         metrics.update(torch.from_numpy(scores)[None], batch.targets(experts), batch.mask, batch.gate_shares(experts))
@@ -46,10 +46,16 @@ class Measurement:
             recall.recalled.append((metrics.true_positives - recalled).double().numpy())
             recall.selected.append((metrics.selected.sum(-1) - selected).double().numpy())
 
+    def absorb(self, later: "Measurement") -> None:
+        """Add the measurement of later sequences by the same source."""
+        self.metrics.merge_state(later.metrics)
+        for name, rows in vars(later.recall).items():
+            getattr(self.recall, name).extend(rows)
+
     def rows(self) -> list[LookaheadMetrics]:
         """Return one row per lookahead, with intervals if there are draws."""
-        rows = self._metrics.rows(self.source.lookaheads, self._layers, causal=self.source.causal)
+        rows = self.metrics.rows(self.source.lookaheads, self._layers, causal=self.source.causal)
         if self._bootstrap_draws:
-            intervals = recall_intervals(self._recall, self._bootstrap_draws)
+            intervals = recall_intervals(self.recall, self._bootstrap_draws)
             rows = [replace(row, intervals={"recall_at_k": ends}) for row, ends in zip(rows, intervals, strict=True)]
         return rows

@@ -53,11 +53,12 @@ class ResolvedReplay:
     unavailable: Sequence[Unavailable] = ()
     bootstrap_draws: int = 0
 
-    def run(self, progress: Progress | None = None) -> ReplayOutcome:
+    def run(self, progress: Progress | None = None, workers: int = 1) -> ReplayOutcome:
         """Replay.
 
         Args:
             progress: Function that receives the finished and the total number of tokens (default: no progress).
+            workers: Number of processes (default: 1).
 
         Raises:
             UserError: A source does not fit the traces, or the warm-up excludes every token.
@@ -71,6 +72,7 @@ class ResolvedReplay:
             profile=self.profile,
             bootstrap_draws=self.bootstrap_draws,
             progress=counted(progress, self.traces, self.measured_on.split, len(self.strategies)),
+            workers=workers,
         )
         return ReplayOutcome(evaluation, self)
 
@@ -219,6 +221,7 @@ def run_replay(
     *,
     split: str | None = None,
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> ReplayOutcome:
     """Replay traces: `resolve_replay`, then run.
 
@@ -228,11 +231,12 @@ def run_replay(
         source: Source of scores (default: none).
         split: Name of a split, or ``all`` (default: all; with a predictor, one that it was not fitted on, if any).
         progress: Function that receives the finished and the total number of tokens (default: no progress).
+        workers: Number of processes (default: 1).
 
     Raises:
         UserError: An option cannot be read or excludes another, or the source does not fit.
     """
-    return resolve_replay(options, traces, source, split=split).run(progress)
+    return resolve_replay(options, traces, source, split=split).run(progress, workers)
 
 
 def run_evaluation(
@@ -243,6 +247,7 @@ def run_evaluation(
     split: str | None = None,
     bootstrap_draws: int = 0,
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> ReplayOutcome:
     """Measure a source of scores and replay it: `resolve_evaluation`, then run.
 
@@ -253,11 +258,14 @@ def run_evaluation(
         split: Name of a split, or ``all`` (default: one that the predictor was not fitted on, if any).
         bootstrap_draws: Number of bootstrap draws for 95 % intervals; 0 for none (default: 0).
         progress: Function that receives the finished and the total number of tokens (default: no progress).
+        workers: Number of processes (default: 1).
 
     Raises:
         UserError: An option cannot be read or excludes another, or the source does not fit.
     """
-    return resolve_evaluation(options, traces, source, split=split, bootstrap_draws=bootstrap_draws).run(progress)
+    return resolve_evaluation(options, traces, source, split=split, bootstrap_draws=bootstrap_draws).run(
+        progress, workers
+    )
 
 
 def counted(progress: Progress | None, traces: TraceSet, split: str | None, strategies: int) -> Callable[[int], object]:

@@ -19,7 +19,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.pretrained import checkpoint_folders, list_pretrained, pretrained_folder, shipped_folder
 from moe_beyond.traces.manifest import Manifest
-from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.reader import Part, TraceSet
 from moe_beyond.traces.trace import Trace
 from moe_beyond.usage_profile import UsageProfile
 
@@ -31,6 +31,10 @@ Scored = tuple[Trace, npt.NDArray[np.float32]]
 """A sequence and its scores ``(T, H, L, E)``."""
 
 
+def _fits(traces: TraceSet) -> None:
+    """Accept every trace set."""
+
+
 @dataclass(frozen=True)
 class ScoreSource:
     """Scores of a trace set's sequences.
@@ -40,17 +44,19 @@ class ScoreSource:
         lookaheads: Lookaheads of the H slices of the scores.
         causal: Whether the scores ignore later tokens.
         available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
-        sequences: Function from a trace set, a split (None: all splits) and a flag to every sequence with its scores;
-            the flag keeps the order of the traces.
+        sequences: Function from a trace set, a part of it and a flag to every sequence with its scores; the flag keeps
+            the order of the traces. Workers receive it, so it is a function or an object of a module.
         training: Record of the predictor's training text; None without a record (default: None).
+        check: Function that raises a `UserError` if the source does not fit a trace set (default: none does).
     """
 
     name: str
     lookaheads: tuple[Lookahead, ...]
     causal: bool
     available_after: str
-    sequences: Callable[[TraceSet, str | None, bool], Iterator[Scored]]
+    sequences: Callable[[TraceSet, Part, bool], Iterator[Scored]]
     training: TrainingRecord | None = None
+    check: Callable[[TraceSet], None] = _fits
 
 
 def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | None = None) -> ScoreSource:
@@ -62,20 +68,45 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
         tokenizer_sha256: Hash of the tokenizer of the training text; traces of another tokenizer are an error
             (default: unknown).
     """
-    # Whoever has a predictor has imported torch; the imports are here for replays without one.
-    import torch
+    information, scores = predictor.information, _Predicted(predictor, tokenizer_sha256)
+    return ScoreSource(
+        name,
+        information.lookaheads,
+        information.causal,
+        information.available_after,
+        scores,
+        predictor.fitted_on,
+        scores.check,
+    )
 
-    from moe_beyond.datamodules.traces import whole_sequences
-    from moe_beyond.predictors.batch import collate
-    from moe_beyond.predictors.io.folder import check_fits
 
-    def sequences(traces: TraceSet, split: str | None, in_order: bool = False) -> Iterator[Scored]:
-        check_fits(predictor, traces.manifest, traces.folder, tokenizer_sha256)
-        reading, read = traces.traces(split), dict[str, Trace]()
+@dataclass(frozen=True)
+class _Predicted:
+    """Scores of a predictor, as `ScoreSource.sequences`; a class, because a worker cannot receive a closure."""
+
+    predictor: Predictor
+    tokenizer_sha256: str | None
+
+    def check(self, traces: TraceSet) -> None:
+        """Refuse a trace set that the predictor does not fit."""
+        from moe_beyond.predictors.io.folder import check_fits
+
+        check_fits(self.predictor, traces.manifest, traces.folder, self.tokenizer_sha256)
+
+    def __call__(self, traces: TraceSet, part: Part, in_order: bool = False) -> Iterator[Scored]:
+        # Whoever has a predictor has imported torch; the imports are here for replays without one.
+        import torch
+
+        from moe_beyond.datamodules.traces import whole_sequences
+        from moe_beyond.predictors.batch import collate
+
+        self.check(traces)
+        predictor = self.predictor
+        reading, read = traces.traces(part), dict[str, Trace]()
         states = predictor.information.hidden_states is not None
         # Batches of similar length need the least padding; in order, every batch is one sequence.
-        single = (collate([trace]) for trace in traces.traces(split, hidden_states=states))
-        batches = single if in_order else whole_sequences(traces, split, hidden_states=states)
+        single = (collate([trace]) for trace in traces.traces(part, hidden_states=states))
+        batches = single if in_order else whole_sequences(traces, part, hidden_states=states)
         with torch.inference_mode():
             for batch in batches:
                 probabilities = predictor.probabilities(predictor(batch)).numpy()
@@ -85,11 +116,6 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
                         read[trace.sequence_id] = trace
                     trace = read.pop(sequence_id)
                     yield trace, probabilities[row, : len(trace)]
-
-    information = predictor.information
-    return ScoreSource(
-        name, information.lookaheads, information.causal, information.available_after, sequences, predictor.fitted_on
-    )
 
 
 def from_predictor_folder(folder: str | Path) -> ScoreSource:
@@ -119,8 +145,27 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         UserError: The folder is no scores folder.
     """
     stored = ScoresFolder(folder)
+    scores = _Stored(stored)
+    return ScoreSource(
+        stored.predictor,
+        stored.lookaheads,
+        stored.causal,
+        stored.available_after,
+        scores,
+        stored.training,
+        scores.check,
+    )
 
-    def sequences(traces: TraceSet, split: str | None, in_order: bool = False) -> Iterator[Scored]:
+
+@dataclass(frozen=True)
+class _Stored:
+    """Scores of a folder, as `ScoreSource.sequences`."""
+
+    stored: ScoresFolder
+
+    def check(self, traces: TraceSet) -> None:
+        """Refuse a trace set that the scores are not for."""
+        stored, folder = self.stored, self.stored.folder
         if stored.geometry.shape() != traces.geometry.shape():
             raise UserError(
                 f"{folder}: scores are for {stored.geometry.describe_shape()}, "
@@ -128,12 +173,11 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
             )
         if stored.traces != traces.manifest.fingerprint:
             raise UserError(f"{folder}: scores were made for another trace set than {traces.folder}; predict again")
-        for trace in traces.traces(split):
-            yield trace, stored.scores(trace.sequence_id, len(trace))
 
-    return ScoreSource(
-        stored.predictor, stored.lookaheads, stored.causal, stored.available_after, sequences, stored.training
-    )
+    def __call__(self, traces: TraceSet, part: Part, in_order: bool = False) -> Iterator[Scored]:
+        self.check(traces)
+        for trace in traces.traces(part):
+            yield trace, self.stored.scores(trace.sequence_id, len(trace))
 
 
 def pretrained_for(architecture: str, traces: TraceSet) -> Path | None:

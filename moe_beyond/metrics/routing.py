@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from moe_beyond.lookahead import Lookahead
+from moe_beyond.metrics.exact import ONE, check_finite, fixed
 from moe_beyond.metrics.rows import LayerMetrics, LookaheadMetrics, ReliabilityBin
 
 THRESHOLD = 0.5
@@ -76,12 +77,12 @@ class RoutingMetrics(Metric):
         }.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("weighted_tokens", torch.zeros(num_layers, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("mass", torch.zeros(by_layer, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("nll", torch.zeros(by_layer, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("mass", "nll"):
+            self.add_state(name, torch.zeros(by_layer, dtype=torch.int64), dist_reduce_fx="sum")
         # By bin: numbers of unselected and of selected labels; sum of scores minus the number of selected labels.
         labels = torch.zeros((*by_layer, 2, RELIABILITY_BINS), dtype=torch.int64)
         self.add_state("labels", labels, dist_reduce_fx="sum")
-        self.add_state("excess", torch.zeros((*by_layer, RELIABILITY_BINS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("excess", torch.zeros((*by_layer, RELIABILITY_BINS), dtype=torch.int64), dist_reduce_fx="sum")
 
     tokens: Tensor
     true_positives: Tensor
@@ -107,6 +108,7 @@ class RoutingMetrics(Metric):
                 (default: None, not recorded).
         """
         scores = probabilities[mask].transpose(0, 1).transpose(1, 2).float()  # (H, L, N, E)
+        check_finite(scores)
         truth = targets[mask].transpose(0, 1)[None].expand_as(scores)
         # A stable sort breaks ties by the lower expert id on every machine.
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
@@ -115,7 +117,7 @@ class RoutingMetrics(Metric):
         if gate_shares is not None:
             shares = gate_shares[mask].transpose(0, 1).double()  # (L, N, E)
             self.weighted_tokens += (shares.sum(-1) > 0).sum(-1)
-            self.mass += shares[None].expand(len(scores), -1, -1, -1).gather(-1, best).sum((-2, -1))
+            self.mass += fixed(shares[None].expand(len(scores), -1, -1, -1).gather(-1, best)).sum((-2, -1))
         above = scores > THRESHOLD
         self.exact += (above == truth).all(-1).sum(-1)
         self.above += above.sum(-2)
@@ -127,19 +129,22 @@ class RoutingMetrics(Metric):
         flat = ((cell * 2 + truth) * BINS + bins).flatten()
         self.histogram += torch.bincount(flat, minlength=self.histogram.numel()).view_as(self.histogram)
         clipped = scores.clamp(CLIP, 1 - CLIP)
-        self.nll -= torch.where(truth, clipped, 1 - clipped).log().sum((-2, -1), dtype=torch.float64)
+        self.nll -= fixed(torch.where(truth, clipped, 1 - clipped).log()).sum((-2, -1))
         bins = (scores * RELIABILITY_BINS).long().clamp(0, RELIABILITY_BINS - 1)
         excess = scores - truth.to(scores.dtype)
         flat = ((cell * 2 + truth) * RELIABILITY_BINS + bins).flatten()
         self.labels += torch.bincount(flat, minlength=self.labels.numel()).view_as(self.labels)
-        for number in range(RELIABILITY_BINS):  # a weighted bincount is not deterministic on a GPU
-            self.excess[..., number] += torch.where(bins == number, excess, 0.0).sum((-2, -1), dtype=torch.float64)
+        bins = (cell * RELIABILITY_BINS + bins).flatten()
+        self.excess.view(-1).index_add_(0, bins, fixed(excess).flatten())
 
     def compute(self) -> dict[str, Tensor]:
         """Return each figure as a tensor ``(H, L)`` float64; NaN before any update.
 
         ``gate_mass_at_k`` is present if gate weights were given.
         """
+        return self._figures()
+
+    def _figures(self) -> dict[str, Tensor]:
         tokens, labels = self.tokens.double(), self.num_experts
         true_positive = self.true_positives.double()
         above, hit, selected = self.above.double(), self.above_selected.double(), self.selected.double()
@@ -156,15 +161,20 @@ class RoutingMetrics(Metric):
             "f1_macro": _f1(hit, above + selected - 2 * hit).mean(-1),
             "average_precision": _average_precision(self.histogram),
             "exact_match": self.exact.double() / tokens,
-            "nll": self.nll / tokens,
-            "calibration_error": self.excess.abs().sum(-1) / (tokens * labels),
+            "nll": self.nll.double() / (tokens * ONE),
+            "calibration_error": self.excess.abs().sum(-1).double() / (tokens * labels * ONE),
         }
         if self.weighted_tokens.any():
-            figures["gate_mass_at_k"] = self.mass / self.weighted_tokens.clamp(min=1)
+            figures["gate_mass_at_k"] = self.mass.double() / (self.weighted_tokens.clamp(min=1) * ONE)
         return {name: values if tokens > 0 else torch.full_like(values, torch.nan) for name, values in figures.items()}
 
     def rows(
-        self, lookaheads: Sequence[Lookahead | None], layers: Sequence[int] | None = None, *, causal: bool = True
+        self,
+        lookaheads: Sequence[Lookahead | None],
+        layers: Sequence[int] | None = None,
+        *,
+        causal: bool = True,
+        over_ranks: bool = False,
     ) -> list[LookaheadMetrics]:
         """Return the figures of each lookahead: means over layers, except micro F1, which is over all labels.
 
@@ -172,10 +182,16 @@ class RoutingMetrics(Metric):
             lookaheads: The H lookaheads.
             layers: Indices of the MoE layers in their model (default: 0 to L - 1).
             causal: Whether the scores ignore later tokens (default: True).
+            over_ranks: Whether to add the counts of all ranks, which all must call this (default: False).
         """
+        with self.sync_context(should_sync=over_ranks, should_unsync=over_ranks):
+            return self._rows(lookaheads, layers, causal=causal)
+
+    def _rows(
+        self, lookaheads: Sequence[Lookahead | None], layers: Sequence[int] | None, *, causal: bool
+    ) -> list[LookaheadMetrics]:
         layers = range(self.true_positives.shape[1]) if layers is None else layers
-        # torchmetrics turns a tensor of one element into a scalar.
-        figures = {name: values.reshape(self.true_positives.shape).tolist() for name, values in self.compute().items()}
+        figures = {name: values.tolist() for name, values in self._figures().items()}
         rows = []
         for index, lookahead in enumerate(lookaheads):
             means = {name: sum(values[index]) / len(values[index]) for name, values in figures.items()}
@@ -202,7 +218,8 @@ class RoutingMetrics(Metric):
     def _reliability(self, index: int) -> tuple[ReliabilityBin, ...]:
         """Return the bins of a lookahead in ascending order."""
         unselected, selected = self.labels[index].sum(0).tolist()
-        labels = list(zip(unselected, selected, self.excess[index].sum(0).tolist(), strict=True))
+        excess = (self.excess[index].sum(0).double() / ONE).tolist()
+        labels = list(zip(unselected, selected, excess, strict=True))
         return tuple(
             ReliabilityBin(
                 low=number / RELIABILITY_BINS,

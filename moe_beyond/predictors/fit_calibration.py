@@ -16,24 +16,23 @@ MIN_PROBABILITY = 1e-6
 MAX_LOG_SCALE = 3.0  # bound on log(scale), so that an uninformative predictor keeps its order after rounding
 
 
-def calibrate(predictor: Predictor, batches: Iterable[Batch]) -> Calibration:
+def calibrate(predictor: Predictor, batches: Iterable[Batch], tokens: int) -> Calibration:
     """Fit a calibration by maximum likelihood on sequences that the predictor was not fitted on.
 
     Args:
         predictor: Predictor in evaluation mode; its own calibration is ignored.
-        batches: Held-out sequences, of any length.
+        batches: Held-out sequences, of any length; one batch is in memory at a time.
+        tokens: Number of their tokens.
 
     Raises:
         UserError: There are no held-out sequences.
     """
-    held_out = list(batches)
-    tokens = sum(int(batch.lengths.sum()) for batch in held_out)
     if tokens == 0:
         raise UserError("calibration: there are no held-out sequences; add a validation split")
     logits, targets = [], []
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        for batch in held_out:
+        for batch in batches:
             real = predictor(batch)[batch.mask].float().cpu()
             sample = torch.rand(len(real), generator=generator) * tokens < MAX_TOKENS
             logits.append(real[sample])

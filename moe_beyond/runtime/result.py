@@ -12,8 +12,9 @@ from moe_beyond.runtime.stepping.sequences import SequenceLog
 from moe_beyond.runtime.stepping.telemetry import Telemetry
 from moe_beyond.simulator import ReplaySequence, ReplaySettings, Result
 from moe_beyond.simulator.replay import counts_so_far
-from moe_beyond.simulator.result import StepTimes, make_result
-from moe_beyond.simulator.sequence import Grouping
+from moe_beyond.simulator.result import make_result
+from moe_beyond.simulator.sums import SequenceSums
+from moe_beyond.simulator.totals import StepTimes, Totals
 
 
 def run_result(
@@ -40,10 +41,9 @@ def run_result(
     prefill, decode = telemetry.prefill, telemetry.decode
     tokens, sequences = prefill.tokens + decode.tokens, len(log.sequences)
     carried = carried_settings(settings, log)
-    times = StepTimes(tokens=[np.array([tokens])], demanded=demanded)
-    grouping = Grouping(carried)
-    grouping.taken = sequences
-    counted = make_result(geometry, carried, counts_so_far(cache.state), times, grouping)
+    times = StepTimes(timed=False, counted_tokens=tokens, demanded=demanded)
+    totals = Totals(counts_so_far(cache.state), times, SequenceSums(), sequences)
+    counted = make_result(geometry, carried, totals)
     measured: dict[str, Any] = {
         "device": f"this machine ({device})",
         "measured": True,

@@ -1,5 +1,9 @@
 """Baselines that need no cache: the best static choice, all experts resident, and just-in-time loading."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,10 +15,10 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.computing import step_timing
 from moe_beyond.simulator.idle_interconnect import idle_link
-from moe_beyond.simulator.result import Result, StepTimes, make_result
+from moe_beyond.simulator.result import Result, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
-from moe_beyond.simulator.sums import SequenceSums
+from moe_beyond.simulator.totals import Totals
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -22,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Bound:
-    """Accumulates the demand of every event and computes a result of the counted steps.
+    """Accumulates the counts and times of a baseline over sequences.
 
     ``static_hindsight``: the experts that these traces demand most often are transferred once for all sequences and
     never evicted; these transfers count. Other experts bypass the cache in K extra slots and are transferred on demand.
@@ -42,64 +46,77 @@ class Bound:
     Args:
         geometry: Geometry of the model.
         settings: Settings with one of `moe_beyond.simulator.settings.BOUNDS` as policy.
+        uses: Demand of each expert by all sequences (`demand`), which ``static_hindsight`` needs (default: None).
 
     Raises:
         UserError: ``od_moe`` has no device, or the slots do not fit the model.
     """
 
-    def __init__(self, geometry: Geometry, settings: ReplaySettings) -> None:
+    def __init__(self, geometry: Geometry, settings: ReplaySettings, uses: Ints | None = None) -> None:
         self.geometry, self.settings = geometry, settings
         settings.check_sizes(geometry)
-        self._pools = pool_capacities(geometry, settings.slots, settings.scope, settings.quotas, settings.budget_bytes)
         if settings.policy == "od_moe" and settings.device is None:
             raise UserError("od_moe differs from other strategies in time only; give --device")
+        pools = pool_capacities(geometry, settings.slots, settings.scope, settings.quotas, settings.budget_bytes)
         self._grouping = Grouping(settings)
-        self._groups: list[Group] = []
-        self.sums = SequenceSums(units=np.array(geometry.expert_units))
+        self._totals = Totals.of(geometry, timed=settings.device is not None)
+        self._link = idle_link(settings, geometry)
+        self._resident = np.full(geometry.total_experts, settings.policy == "all_resident")
+        self._once = np.zeros(geometry.num_layers, np.int64)  # transfers of each layer before the first sequence
+        if settings.policy == "static_hindsight":
+            if uses is None:
+                raise ValueError("static_hindsight needs the demand of all sequences")
+            self._resident[most_used(uses, pools, geometry.expert_units)] = True
+            self._once += (self._resident & (uses > 0)).reshape(geometry.num_layers, -1).sum(1)
+        self._totals.sums.once = int(self._once @ np.array(geometry.expert_units))
 
     def add_sequence(self, sequence: ReplaySequence) -> None:
         """Add one sequence, or hold it until its batch is full."""
-        self._groups += [group.without_scores() for group in self._grouping.add(sequence)]
+        for group in self._grouping.add(sequence):
+            self._step(group)
+
+    def _step(self, group: Group) -> None:
+        if not self.settings.carry_over:
+            self._link = idle_link(self.settings, self.geometry)
+        times, busy = self._totals.times, float(self._link.seconds[Seconds.BUSY])
+        stall_compute, waited = self._stall_compute(group, self._resident, self._link)
+        demanded = times.add(group, stall_compute, group.first >= self.settings.warmup_tokens)
+        times.add_busy(float(self._link.seconds[Seconds.BUSY]) - busy)
+        counts = self._counts(group, self._resident, waited)
+        self._totals.sums.add(group.names, counts, *demanded)
+        self._totals.counts += counts
+
+    def absorb(self, later: Totals) -> None:
+        """Add the totals of later sequences that another object of these settings stepped."""
+        self._totals.extend(later)
+
+    def totals(self) -> Totals:
+        """Return counts and times of the sequences added so far, without the transfers before the first one."""
+        for group in self._grouping.flush():
+            self._step(group)
+        before = self._totals
+        return replace(
+            before,
+            sequences=before.sequences + self._grouping.taken,
+            too_short=before.too_short + self._grouping.too_short,
+        )
 
     def result(self) -> Result:
         """Return the result of the sequences added so far."""
-        self._groups += [group.without_scores() for group in self._grouping.flush()]
-        geometry, settings = self.geometry, self.settings
-        uses = np.zeros(geometry.total_experts, np.int64)
-        for group in self._groups:
-            uses += np.bincount(group.stream.ids[self._counted(group)], minlength=len(uses))
-        resident = np.full(len(uses), settings.policy == "all_resident")
-        counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
-        if settings.policy == "static_hindsight":
-            resident[most_used(uses, self._pools, geometry.expert_units)] = True
-            moved = (resident & (uses > 0)).reshape(geometry.num_layers, -1).sum(1)
-            counts[:, Counter.PREFETCH_TRANSFERS] = counts[:, Counter.USEFUL_PREFETCHES] = moved
-        once, units = counts[:, Counter.PREFETCH_TRANSFERS].copy(), np.array(geometry.expert_units)
-        self.sums, times = SequenceSums(once=int(once @ units), units=units), StepTimes.of(geometry)
-        link = idle_link(settings, geometry)
-        relative = link.relative[Relative.COPY, :: geometry.num_experts]
-        times.busy = float(once @ relative) * float(link.seconds[Seconds.TRANSFER])
-        for group in self._groups:
-            if not settings.carry_over:
-                link = idle_link(settings, geometry)
-            busy = float(link.seconds[Seconds.BUSY])
-            stall_compute, waited = self._stall_compute(group, resident, link)
-            demanded = times.add(group, stall_compute, group.first >= settings.warmup_tokens)
-            times.busy += float(link.seconds[Seconds.BUSY]) - busy
-            added = self._counts(group, resident, waited)
-            self.sums.add(group.names, added, demanded, *times.decoded())
-            counts += added
+        totals, link = self.totals(), idle_link(self.settings, self.geometry)
+        relative = link.relative[Relative.COPY, :: self.geometry.num_experts]
+        seconds = float(self._once @ relative) * float(link.seconds[Seconds.TRANSFER])
+        counts = totals.counts.copy()
+        counts[:, Counter.PREFETCH_TRANSFERS] += self._once
+        counts[:, Counter.USEFUL_PREFETCHES] += self._once
+        times = replace(totals.times, link_seconds=[seconds, *totals.times.link_seconds])
         notes = {
             "static_hindsight": "the best static choice, selected on these traces",
             "all_resident": "no expert is transferred",
-            "od_moe": f"{settings.groups} groups of {geometry.top_k} workers; demand assumed to be predicted",
+            "od_moe": f"{self.settings.groups} groups of {self.geometry.top_k} workers; demand assumed to be predicted",
         }
-        return make_result(geometry, settings, counts, times, self._grouping, notes[settings.policy])
-
-    def _counted(self, group: Group) -> Bools:
-        """Return which of a group's demanded experts are counted, ``(n,)`` bool."""
-        by_event = (group.first >= self.settings.warmup_tokens)[group.step_of_events()]
-        return np.repeat(by_event, np.diff(group.stream.offsets))
+        note = notes[self.settings.policy]
+        return make_result(self.geometry, self.settings, replace(totals, counts=counts, times=times), note)
 
     def _stall_compute(self, group: Group, resident: Bools, link: LinkState) -> tuple[Floats, Bools]:
         """Return seconds of stall and computing, ``(S, 2)``, and whether each event waited, ``(events,)`` bool."""
@@ -127,7 +144,7 @@ class Bound:
 
     def _counts(self, group: Group, resident: Bools, waited: Bools) -> Ints:
         """Return the counts of a group's counted steps, ``(L, 9)`` int64, columns `Counter`."""
-        layers, counted = self.geometry.num_layers, self._counted(group)
+        layers, counted = self.geometry.num_layers, counted_demand(group, self.settings)
         counts = np.zeros((layers, len(Counter)), np.int64)
         ids = group.stream.ids[counted]
 
@@ -144,6 +161,29 @@ class Bound:
             counts[:, Counter.MISSES] = counts[:, Counter.DEMAND_TRANSFERS] = by_layer(~resident[ids])
         counts[:, Counter.ACCESSES] = counts[:, [Counter.HITS, Counter.LATE_HITS, Counter.MISSES]].sum(1)
         return counts
+
+
+def counted_demand(group: Group, settings: ReplaySettings) -> Bools:
+    """Return which of a group's demanded experts are counted, ``(n,)`` bool."""
+    by_event = (group.first >= settings.warmup_tokens)[group.step_of_events()]
+    return np.repeat(by_event, np.diff(group.stream.offsets))
+
+
+def demand(geometry: Geometry, settings: ReplaySettings, sequences: Iterable[ReplaySequence]) -> Ints:
+    """Count how often the counted steps of sequences demand each expert.
+
+    Args:
+        geometry: Geometry of the model.
+        settings: Settings of the replay.
+        sequences: Sequences in the order of the replay.
+
+    Returns:
+        Counts of the experts, ``(L*E,)`` int64.
+    """
+    grouping, uses = Grouping(settings), np.zeros(geometry.total_experts, np.int64)
+    for group in chain(chain.from_iterable(map(grouping.add, sequences)), grouping.flush()):
+        uses += np.bincount(group.stream.ids[counted_demand(group, settings)], minlength=len(uses))
+    return uses
 
 
 @jit

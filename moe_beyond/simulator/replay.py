@@ -1,5 +1,6 @@
 """Replay of sequences through the cache core."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator.computing import step_timing
 from moe_beyond.simulator.idle_interconnect import idle_link
-from moe_beyond.simulator.result import Result, StepTimes, make_result
+from moe_beyond.simulator.result import Result, make_result
 from moe_beyond.simulator.sequence import Group, Grouping, ReplaySequence
 from moe_beyond.simulator.settings import ReplaySettings
-from moe_beyond.simulator.sums import SequenceSums
+from moe_beyond.simulator.totals import Totals
 from moe_beyond.usage_profile import UsageProfile
 
 NO_EVENTS = np.zeros((0, len(EventRecord)))
@@ -67,10 +68,9 @@ class Replay:
         if settings.carry_over and "future" in settings.needs and stream is None:
             raise ValueError("a strategy that needs the future and carries its cache over needs the whole stream")
         self._device = settings.device
-        self._counts = np.zeros((geometry.num_layers, len(Counter)), np.int64)
-        self.times = StepTimes.of(geometry)
+        self._totals = Totals.of(geometry, timed=settings.device is not None)
+        self.times = self._totals.times
         self._grouping = Grouping(settings)
-        self.sums = SequenceSums(units=np.array(geometry.expert_units))
         self._cache: core.CacheState | None = None
         self._policy: Any = None
         self._event = np.zeros(1, np.int64)
@@ -115,7 +115,7 @@ class Replay:
         """Step a group, and return the interconnect at its end."""
         if self._cache is None:
             self._start(group, LOGGED_PER_EVENT * len(events))
-            before = np.zeros_like(self._counts)
+            before = np.zeros_like(self._totals.counts)
         else:
             before = self._cache.counters.copy()
         cache, steps = self._cache, group.steps(self.settings)
@@ -130,12 +130,12 @@ class Replay:
             busy = cache.link.seconds[Seconds.BUSY]
             timing = self.timing(group)
             run_events(cache, self._policy, hooks, self._prefetch, steps, timing, future, stall_compute, events)
-            self.times.busy += cache.link.seconds[Seconds.BUSY] - busy
-        demanded = self.times.add(group, stall_compute, steps.counted)
-        self.sums.add(group.names, cache.counters - before, demanded, *self.times.decoded())
+            self.times.add_busy(float(cache.link.seconds[Seconds.BUSY] - busy))
+        added = self.times.add(group, stall_compute, steps.counted)
+        self._totals.sums.add(group.names, cache.counters - before, *added)
         if not self.settings.carry_over:
             finish(cache)
-            self._counts += cache.counters
+            self._totals.counts += cache.counters
             self._cache = None
         return cache.link
 
@@ -164,19 +164,33 @@ class Replay:
         if self.settings.warm_start:
             popular = most_used(inputs.popularity(), self._pools, geometry.expert_units)
             core.preload(self._cache, self._policy, self._implementation.HOOKS, popular[::-1].copy())
-            self.times.busy += self._cache.link.seconds[Seconds.BUSY]
+            self.times.add_busy(float(self._cache.link.seconds[Seconds.BUSY]))
 
     def counts(self) -> npt.NDArray[np.int64]:
         """Return the counts so far, ``(L, 9)`` int64, columns `Counter`."""
         for group in self._grouping.flush():
             self._step(group)
         if self._cache is None:
-            return self._counts
+            return self._totals.counts
         return counts_so_far(self._cache)
+
+    def absorb(self, later: Totals) -> None:
+        """Add the totals of later sequences that another replay of these settings stepped."""
+        self._totals.extend(later)
+
+    def totals(self) -> Totals:
+        """Return counts and times of the sequences added so far."""
+        counts, before = self.counts(), self._totals
+        return replace(
+            before,
+            counts=counts,
+            sequences=before.sequences + self._grouping.taken,
+            too_short=before.too_short + self._grouping.too_short,
+        )
 
     def result(self) -> Result:
         """Return the result of the sequences added so far."""
-        return make_result(self.geometry, self.settings, self.counts(), self.times, self._grouping)
+        return make_result(self.geometry, self.settings, self.totals())
 
 
 def counts_so_far(cache: core.CacheState) -> npt.NDArray[np.int64]:

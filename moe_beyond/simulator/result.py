@@ -1,10 +1,10 @@
 """Result of a replay; a run under a budget has the same fields."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from math import fsum
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_beyond.cache.counters import COUNTERS, Counter
 from moe_beyond.cache.misses import MOVE
@@ -12,8 +12,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.simulator import devices
 from moe_beyond.simulator.computing import left_out
-from moe_beyond.simulator.sequence import Group, Grouping
 from moe_beyond.simulator.settings import ReplaySettings
+from moe_beyond.simulator.totals import StepTimes, Totals
 
 TIMED = (
     "device",
@@ -161,69 +161,10 @@ class Result:
         return {name: value for name, value in asdict(self).items() if name not in dropped}
 
 
-@dataclass
-class StepTimes:
-    """Times of counted steps in seconds, one array per group of sequences.
-
-    Attributes:
-        stall_compute: Seconds of stall and of computing of each step, ``(S, 2)`` float64.
-        tokens: Number of tokens of each step, ``(S,)`` int64.
-        in_turn: Number of consecutive tokens of each step, ``(S,)`` int64.
-        decoding: Whether each step is decoded, ``(S,)`` bool.
-        busy: Seconds for which the interconnect was busy, over all steps, counted or not.
-        all_tokens: Number of tokens of all steps, counted or not.
-        demanded: Number of experts that the counted steps demanded, token by token.
-        units: Size of each expert, ``(L*E,)`` int64; None if all experts have the same size.
-        demanded_units: Sum of the sizes of the demanded experts; not used without ``units``.
-    """
-
-    stall_compute: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    tokens: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    in_turn: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    decoding: list[npt.NDArray[np.bool_]] = field(default_factory=list)
-    busy: float = 0.0
-    all_tokens: int = 0
-    demanded: int = 0
-    units: npt.NDArray[np.int64] | None = None
-    demanded_units: int = 0
-
-    @classmethod
-    def of(cls, geometry: Geometry) -> "StepTimes":
-        """Return empty times of a model."""
-        return cls(units=None if geometry.has_one_size else np.repeat(geometry.expert_units, geometry.num_experts))
-
-    def add(self, group: Group, stall_compute: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_]) -> int:
-        """Add the steps of a group.
-
-        Args:
-            group: Sequences that were stepped together.
-            stall_compute: Seconds of stall and of computing of each step, ``(S, 2)`` float64.
-            counted: Whether each step counts, ``(S,)`` bool.
-
-        Returns:
-            Units that the counted steps demand, token by token; experts if all have the same size.
-        """
-        self.stall_compute.append(stall_compute[counted])
-        self.tokens.append(group.size[counted])
-        self.in_turn.append(group.in_turn[counted])
-        self.decoding.append(group.decoding[counted])
-        self.all_tokens += int(group.size.sum())
-        demanded = int(group.demanded[counted].sum())
-        self.demanded += demanded
-        if self.units is None:
-            return demanded
-        units = int(group.demanded_units(self.units)[counted].sum())
-        self.demanded_units += units
-        return units
-
-    def decoded(self) -> tuple[int, float]:
-        """Return the number of tokens and the seconds of decode in the group that was added last."""
-        decoding = self.decoding[-1]
-        return int(self.tokens[-1][decoding].sum()), float(self.stall_compute[-1][decoding].sum())
-
-
 def timed_fields(geometry: Geometry, settings: ReplaySettings, transferred: int, times: StepTimes) -> dict[str, Any]:
     """Return the fields of a `Result` that depend on times; none without a device.
+
+    Sums are exact, so they do not depend on the order of the sequences.
 
     Args:
         geometry: Geometry of the model.
@@ -248,36 +189,28 @@ def timed_fields(geometry: Geometry, settings: ReplaySettings, transferred: int,
         by_token = np.repeat(each / following, following)
         p50, p95, p99 = (float(1e3 * np.quantile(by_token, q)) for q in (0.5, 0.95, 0.99))
         values |= {
-            "stall_ms_per_token": float(1e3 * steps[:, 0].sum() / decoded),
-            "compute_ms_per_token": float(1e3 * steps[:, 1].sum() / decoded),
-            "tokens_per_second": float(decoded / each.sum()),
+            "stall_ms_per_token": 1e3 * fsum(steps[:, 0]) / decoded,
+            "compute_ms_per_token": 1e3 * fsum(steps[:, 1]) / decoded,
+            "tokens_per_second": decoded / fsum(each),
             "token_ms_p50": p50,
             "token_ms_p95": p95,
             "token_ms_p99": p99,
         }
     if settings.prefill_chunk:
-        values["prefill_ms"] = float(1e3 * spent[~decoding].sum() / len(times.stall_compute))
+        values["prefill_ms"] = 1e3 * fsum(spent[~decoding].ravel()) / len(times.stall_compute)
     return values
 
 
-def make_result(
-    geometry: Geometry,
-    settings: ReplaySettings,
-    counts: npt.NDArray[np.int64],
-    times: StepTimes,
-    grouping: Grouping,
-    note: str | None = None,
-) -> Result:
+def make_result(geometry: Geometry, settings: ReplaySettings, totals: Totals, note: str | None = None) -> Result:
     """Return the result of counts and times; rates are 0 without accesses.
 
     Args:
         geometry: Geometry of the model.
         settings: Settings of the replay.
-        counts: Counts of each layer, ``(L, 9)`` int64, columns `moe_beyond.cache.counters.Counter`.
-        times: Times and demand of the steps.
-        grouping: Grouping of the sequences, for their numbers.
+        totals: Counts, times and demand.
         note: Note about assumptions (default: the note of the settings).
     """
+    counts, times = totals.counts, totals.times
     total = dict(zip(COUNTERS, counts.sum(0).tolist(), strict=True))
     per_layer = [{"layer": layer, **dict(zip(COUNTERS, row, strict=True))} for layer, row in enumerate(counts.tolist())]
     for row in per_layer:
@@ -302,9 +235,9 @@ def make_result(
         bytes_ratio=transferred / max(demanded, 1),
         per_layer=per_layer,
         demanded=times.demanded,
-        sequences=grouping.taken,
-        too_short=grouping.too_short,
-        tokens=sum(int(tokens.sum()) for tokens in times.tokens),
+        sequences=totals.sequences,
+        too_short=totals.too_short,
+        tokens=times.counted_tokens,
         warmup_tokens=settings.warmup_tokens,
         window=settings.window,
         batch_size=settings.batch_size,

@@ -1,7 +1,6 @@
 """A sequence, or several that are stepped together, as steps and events."""
 
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -151,13 +150,6 @@ class Group:
             keys, self.tokens = np.unique(keys, return_counts=True)
             events = np.bincount(keys // experts, minlength=length * layers)
             self.stream = Stream(keys % total, np.concatenate([[0], np.cumsum(events)]))
-
-    def without_scores(self) -> "Group":
-        """Return the group without its sequences, whose scores need memory, and without the stream's index."""
-        group = copy(self)
-        group._members, group._step_of = (), []  # noqa: SLF001
-        group.stream = Stream(self.stream.ids, self.stream.offsets)
-        return group
 
     def step_of_events(self) -> Ints:
         """Return the number of each event's step, ``(events,)`` int64."""

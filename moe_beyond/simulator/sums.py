@@ -48,3 +48,8 @@ class SequenceSums:
         self.names.append(tuple(names))
         sums = [total[Counter.ACCESSES], total[Counter.HITS], transfers, demanded, tokens, seconds]
         self.rows.append(np.array(sums, np.float64))
+
+    def extend(self, later: "SequenceSums") -> None:
+        """Add the rows of later sequences."""
+        self.names += later.names
+        self.rows += later.rows

@@ -14,6 +14,7 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.provenance import fitted_on
 from moe_beyond.errors import UserError
 from moe_beyond.metrics import LookaheadMetrics, RoutingMetrics
+from moe_beyond.metrics.exact import ExactMean
 from moe_beyond.metrics.names import HEADLINE, lookahead_figures
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
@@ -69,6 +70,7 @@ class PredictorTask(L.LightningModule):
         shape = predictor.geometry.shape()
         self.val_metrics = RoutingMetrics(lookaheads, *shape)
         self.test_metrics = RoutingMetrics(lookaheads, *shape)
+        self.losses = ExactMean()
         self.training: bool
         self.trained_on: dict[str, Any] = {}
         self.measured: list[LookaheadMetrics] = []
@@ -159,6 +161,8 @@ class PredictorTask(L.LightningModule):
             self.predictor.prepare(self.data.training_stats())
             self.trained_on = {**fitted_on(self.data), "recipe": self.recipe()}
             self.predictor.fitted_on = self.trained_on
+            # Buffers are equal on all ranks, which may take different numbers of validation batches.
+            self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the metrics, and return its probabilities."""
@@ -236,8 +240,7 @@ class PredictorTask(L.LightningModule):
     def _count(self, stage: str, batch: Batch, metrics: RoutingMetrics) -> Tensor:
         logits = self.predictor(batch)
         if isinstance(self.predictor, GradientPredictor):
-            loss, tokens = self.predictor.loss(logits, batch), int(batch.lengths.sum())
-            self.log(f"{stage}/loss", loss, batch_size=tokens, on_epoch=True, sync_dist=True)
+            self.losses.update(self.predictor.loss(logits, batch), int(batch.lengths.sum()))
         probabilities = self.predictor.probabilities(logits)
         experts = self.predictor.geometry.num_experts
         metrics.update(probabilities, batch.targets(experts), batch.mask, batch.gate_shares(experts))
@@ -245,8 +248,14 @@ class PredictorTask(L.LightningModule):
 
     def _log_metrics(self, stage: str, metrics: RoutingMetrics) -> None:
         lookaheads, layers = self.predictor.information.lookaheads, self.predictor.geometry.moe_layers
-        self.measured = metrics.rows(lookaheads, layers)
+        shared = self.data.is_shared(stage)
+        self.measured = metrics.rows(lookaheads, layers, over_ranks=shared)
         metrics.reset()
-        for name, value in lookahead_figures(self.measured, stage).items():
+        figures = lookahead_figures(self.measured, stage)
+        if isinstance(self.predictor, GradientPredictor):
+            figures[f"{stage}/loss"] = self.losses.mean(over_ranks=shared)
+            self.losses.reset()
+        for name, value in figures.items():
             headline = name == f"{stage}/{HEADLINE}"
-            self.log(name, torch.tensor(value, device=self.device), prog_bar=headline, sync_dist=True)
+            # All ranks have the same value; their maximum is exact, their mean may be rounded.
+            self.log(name, torch.tensor(value, device=self.device), prog_bar=headline, sync_dist=True, reduce_fx="max")

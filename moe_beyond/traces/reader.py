@@ -1,27 +1,22 @@
 """Reading a trace set from a folder, the Hub or any storage that fsspec supports."""
 
-import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from operator import index
 from typing import Any, overload
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
-from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.files import file_in, parse_json
+from moe_beyond.files import parse_json
 from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief, shown
-from moe_beyond.messages import notify
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, load_engine_logs
@@ -31,8 +26,25 @@ from moe_beyond.traces.parquet import read_columns
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.shard import Shard, decode, decode_texts, raise_fault
+from moe_beyond.traces.storage import Storage
 from moe_beyond.traces.trace import Trace
 from moe_beyond.urls import without_secrets
+
+Part = str | tuple[ShardInfo, ...] | None
+"""Part of a trace set: the name of a split, some shards, or None for all splits."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts of a shard that must agree with those of the other shards.
+
+    Attributes:
+        sequence_ids: Sequence id of each row.
+        gate_weights: Whether the shard has gate weights; None if they were not read (default: None).
+    """
+
+    sequence_ids: Sequence[str]
+    gate_weights: bool | None = None
 
 
 class TraceSet:
@@ -45,8 +57,8 @@ class TraceSet:
 
     Args:
         folder: A path; ``hf:ORG/REPO@REVISION``, which is downloaded; or a URL that fsspec understands
-            (``hf://datasets/...``), which is read without a download. `folder` then holds it without user name,
-            password and query.
+            (``s3://BUCKET/SET``), whose files are downloaded when they are read. `folder` then holds it without user
+            name, password and query.
 
     Raises:
         UserError: The manifest cannot be read, or the tokenizer's hash differs from the manifest's.
@@ -58,24 +70,19 @@ class TraceSet:
         if not location.strip() or "\0" in location:
             raise UserError(f"{shown(self.folder)} is not the name of a folder; give the folder of a trace set")
         path = f"{self.folder}/{MANIFEST_FILE}"
-        place = _download(location) if is_hub_name(location) else location
+        self._storage = Storage(location, self.folder)
         try:
-            self._files, self._root = fsspec.core.url_to_fs(place)
-        except (ValueError, ImportError) as error:
-            raise UserError(f"{self.folder}: cannot be opened ({brief(error)})") from error
-        try:
-            content = self._read(MANIFEST_FILE)
+            content = self._storage.read(MANIFEST_FILE)
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.folder}: no trace set here ({MANIFEST_FILE} is missing); give the folder of one"
             ) from error
         self.manifest = Manifest.from_json(parse_json(content, path), source=path)
         if (sha256 := self.manifest.tokenizer.sha256) is not None:
-            self._verified(TOKENIZER_FILE, sha256, "tokenizer")
+            self._storage.read_verified(TOKENIZER_FILE, sha256, "tokenizer")
         self._rows: dict[str, tuple[ShardInfo, int]] = {}  # sequence id -> shard and row, of the shards read so far
-        self._indexed: set[str] = set()  # files of these shards
+        self._facts: dict[str, Facts] = {}  # file -> facts of these shards
         self._last: tuple[str, Shard] | None = None  # file and content of the shard that indexing used last
-        self._gate_weights: tuple[bool, str] | None = None  # whether the last shard has gate weights, and its file
 
     @property
     def geometry(self) -> Geometry:
@@ -124,22 +131,24 @@ class TraceSet:
         splits = "; ".join(f"{name}: {_sizes(self.shards(name))}" for name in self.manifest.splits)
         return f"<TraceSet {self.folder}: {self.manifest.model_id}; {splits}>"
 
-    def shards(self, split: str | None = None) -> tuple[ShardInfo, ...]:
-        """Return the shards of a split.
+    def shards(self, part: Part = None) -> tuple[ShardInfo, ...]:
+        """Return the shards of a part.
 
         Args:
-            split: Name of a split (default: all splits).
+            part: Part of the set (default: all splits).
 
         Raises:
             UserError: The split does not exist.
         """
-        if split is None:
+        if part is None:
             return self.manifest.shards
-        if not isinstance(split, str):
-            raise UserError(f"split: must be the name of a split (got {shown(split)})")
-        if split not in self.manifest.splits:
-            raise unknown(f"split of {self.folder}", split, self.manifest.splits)
-        return tuple(shard for shard in self.manifest.shards if shard.split == split)
+        if isinstance(part, tuple):
+            return part
+        if not isinstance(part, str):
+            raise UserError(f"split: must be the name of a split (got {shown(part)})")
+        if part not in self.manifest.splits:
+            raise unknown(f"split of {self.folder}", part, self.manifest.splits)
+        return tuple(shard for shard in self.manifest.shards if shard.split == part)
 
     def describe(self, split: str | None = None) -> dict[str, Any]:
         """Return plain values that identify the set, for predictors fitted on it and figures measured on it.
@@ -163,17 +172,20 @@ class TraceSet:
             "tokens": sum(shard.tokens for shard in shards),
         }
 
-    def traces(self, split: str | None = None, *, hidden_states: bool = False) -> Iterator[Trace]:
+    def traces(self, part: Part = None, *, hidden_states: bool = False) -> Iterator[Trace]:
         """Iterate over sequences in stored order, with one shard in memory at a time.
 
         Args:
-            split: Name of a split (default: all splits).
+            part: Part of the set (default: all splits).
             hidden_states: Whether to read the hidden states as well.
 
         Raises:
             UserError: The split does not exist, or a shard is damaged.
         """
-        for info in self.shards(split):
+        shards = self.shards(part)
+        for info, following in zip_longest(shards, shards[1:]):
+            if following is not None:
+                self._storage.read_ahead(following.file, following.sha256)
             shard = self.read(info, hidden_states=hidden_states)
             for row in range(len(shard)):
                 yield shard.trace(row)
@@ -191,12 +203,8 @@ class TraceSet:
         path = f"{self.folder}/{info.file}"
         table = self._table(info, arrow_schema(self.geometry, gate_weights=True).names)
         shard = decode(table, self.geometry, path, self.manifest.tokenizer.vocab_size)
-        self._check_texts(info, shard.sequence_ids, shard.offsets)
-        has_gates, previous = shard.gate_weights is not None, self._gate_weights
-        if previous is not None and previous[0] != has_gates:
-            with_or_without = "with" if previous[0] else "without"
-            raise UserError(f"{path}: either all shards have gate weights or none; {previous[1]} is {with_or_without}")
-        self._gate_weights = has_gates, info.file
+        self._check_counts(info, shard.sequence_ids, shard.offsets)
+        self.compare(info, Facts(shard.sequence_ids, shard.gate_weights is not None))
         return replace(shard, hidden_states=self._states(info)) if hidden_states else shard
 
     def row(self, info: ShardInfo, row: int) -> Trace:
@@ -228,36 +236,64 @@ class TraceSet:
         for info in shards:
             if sequence_id in self._rows:
                 break
-            if info.file not in self._indexed:
+            if info.file not in self._facts:
                 self._read_texts(info)
         place = self._rows.get(sequence_id)
         return place if place is not None and place[0] in shards else None
 
     def _table(self, info: ShardInfo, columns: list[str]) -> pa.Table:
         """Verify a shard's file and read some of its columns."""
-        path, content = f"{self.folder}/{info.file}", self._verified(info.file, info.sha256)
+        path, content = f"{self.folder}/{info.file}", self._storage.read_verified(info.file, info.sha256)
         if len(content) != info.bytes:
             raise UserError(f"{path}: has {len(content)} bytes, but {MANIFEST_FILE} lists {info.bytes}")
         return read_columns(content, columns, self.geometry, info.sequences, info.tokens, path)
 
-    def _check_texts(self, info: ShardInfo, sequence_ids: Sequence[str], offsets: npt.NDArray[np.int64]) -> None:
-        """Check the counts of a shard, and that its sequence ids are unique among the shards read so far.
-
-        Reading the whole set therefore finds every id that occurs twice.
-        """
+    def _check_counts(self, info: ShardInfo, sequence_ids: Sequence[str], offsets: npt.NDArray[np.int64]) -> None:
         path, counts = f"{self.folder}/{info.file}", (len(sequence_ids), int(offsets[-1]))
         if counts != (info.sequences, info.tokens):
             raise UserError(
                 f"{path}: holds {counts[0]} sequences of {counts[1]} tokens, but {MANIFEST_FILE} lists "
                 f"{info.sequences} of {info.tokens}"
             )
-        if len(set(sequence_ids)) != len(sequence_ids):
-            twice = next(name for name, count in Counter(sequence_ids).items() if count > 1)
+
+    def compare(self, info: ShardInfo, facts: Facts) -> None:
+        """Compare a shard with the shards read so far, by this object or by another process.
+
+        Reading the whole set therefore finds every sequence id that occurs twice.
+
+        Args:
+            info: The shard's description in the manifest.
+            facts: Facts of the shard.
+
+        Raises:
+            UserError: A sequence id occurs twice, or only some shards have gate weights.
+        """
+        path, ids = f"{self.folder}/{info.file}", facts.sequence_ids
+        if len(set(ids)) != len(ids):
+            twice = next(name for name, count in Counter(ids).items() if count > 1)
             raise UserError(f"{path}: two sequences have the id {shown(twice)}; ids must be unique")
-        for row, sequence_id in enumerate(sequence_ids):
+        for row, sequence_id in enumerate(ids):
             if (first := self._rows.setdefault(sequence_id, (info, row))[0]).file != info.file:
                 raise UserError(f"{path}: sequence {shown(sequence_id)} is in {first.file} too; ids must be unique")
-        self._indexed.add(info.file)
+        if facts.gate_weights is not None:
+            previous = next(
+                ((name, f.gate_weights) for name, f in self._facts.items() if f.gate_weights is not None), None
+            )
+            if previous is not None and previous[1] != facts.gate_weights:
+                with_or_without = "with" if previous[1] else "without"
+                raise UserError(
+                    f"{path}: either all shards have gate weights or none; {previous[0]} is {with_or_without}"
+                )
+        if facts.gate_weights is not None or info.file not in self._facts:
+            self._facts[info.file] = facts
+
+    def facts(self, part: Part = None) -> list[tuple[ShardInfo, Facts]]:
+        """Return the facts of the shards of a part that were read, for `compare` in another process.
+
+        Args:
+            part: Part of the set (default: all splits).
+        """
+        return [(info, self._facts[info.file]) for info in self.shards(part) if info.file in self._facts]
 
     def _states(self, info: ShardInfo) -> HiddenStates:
         size, sha256 = self.manifest.hidden_size, info.states_sha256
@@ -265,50 +301,37 @@ class TraceSet:
             raise UserError(
                 f"{self.folder}: has no hidden states; collect it with --record experts,gate_weights,hidden_states"
             )
-        self._download_file(info.states_file)
-        path, content = f"{self.folder}/{info.states_file}", self._verified(info.states_file, sha256, "file")
+        self._storage.fetch_optional(info.states_file)
+        path, content = (
+            f"{self.folder}/{info.states_file}",
+            self._storage.read_verified(info.states_file, sha256, "file"),
+        )
         if len(content) != info.states_bytes:
             raise UserError(f"{path}: has {len(content)} bytes, but {MANIFEST_FILE} lists {info.states_bytes}")
         return load_states(content, (info.tokens, self.geometry.num_layers, size), path)
 
-    def _download_file(self, file: str) -> None:
-        """Download an optional file of a set on the Hub."""
-        if is_hub_name(self.folder) and not self._files.exists(f"{self._root}/{file}"):
-            commit = self._root.rpartition("/")[2]
-            download(HubName(parse_hub_name(self.folder).repository, commit), "dataset", (file,))
-
-    def _verified(self, file: str, sha256: str, kind: str = "shard") -> bytes:
-        path = f"{self.folder}/{file}"
-        try:
-            content = self._read(file)
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: {kind} named in {MANIFEST_FILE} is missing") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: {kind} is damaged (its sha256 is not the one in {MANIFEST_FILE})")
-        return content
-
-    def lengths(self, split: str | None = None) -> list[npt.NDArray[np.int64]]:
+    def lengths(self, part: Part = None) -> list[npt.NDArray[np.int64]]:
         """Return the tokens of every row, shard by shard, without decoding the experts.
 
         Args:
-            split: Name of a split (default: all splits).
+            part: Part of the set (default: all splits).
 
         Raises:
             UserError: The split does not exist, or a shard is damaged or holds a text that the writer refuses.
         """
-        return [np.diff(self._read_texts(info)[0]) for info in self.shards(split)]
+        return [np.diff(self._read_texts(info)[0]) for info in self.shards(part)]
 
-    def text_digests(self, split: str | None = None) -> list[bytes]:
+    def text_digests(self, part: Part = None) -> list[bytes]:
         """Return the hash of every sequence (`text_digest`), in stored order; copies have equal hashes.
 
         Args:
-            split: Name of a split (default: all splits).
+            part: Part of the set (default: all splits).
 
         Raises:
             UserError: The split does not exist, or a shard is damaged.
         """
         digests = []
-        for info in self.shards(split):
+        for info in self.shards(part):
             if self.manifest.has_token_ids:
                 offsets, content = self._read_texts(info)
             else:
@@ -332,7 +355,8 @@ class TraceSet:
         sequence_ids, offsets, token_ids, decode_starts = decode_texts(table, path)
         vocab_size = self.manifest.tokenizer.vocab_size
         raise_fault(first_fault(self.geometry, vocab_size, offsets, token_ids, decode_starts), sequence_ids, path)
-        self._check_texts(info, sequence_ids, offsets)
+        self._check_counts(info, sequence_ids, offsets)
+        self.compare(info, Facts(sequence_ids))
         return offsets, token_ids
 
     @cached_property
@@ -346,8 +370,8 @@ class TraceSet:
         if sha256 is None or size is None:
             return None
         layers, experts, _ = self.geometry.shape()
-        self._download_file(ROUTERS_FILE)
-        content = self._verified(ROUTERS_FILE, sha256, "file")
+        self._storage.fetch_optional(ROUTERS_FILE)
+        content = self._storage.read_verified(ROUTERS_FILE, sha256, "file")
         return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
 
     def engine_logs(self) -> list[EngineLog]:
@@ -361,9 +385,9 @@ class TraceSet:
         """
         if (sha256 := self.manifest.engine_log_sha256) is None:
             return []
-        self._download_file(ENGINE_FILE)
+        self._storage.fetch_optional(ENGINE_FILE)
         return load_engine_logs(
-            self._verified(ENGINE_FILE, sha256, "file"), self.geometry, f"{self.folder}/{ENGINE_FILE}"
+            self._storage.read_verified(ENGINE_FILE, sha256, "file"), self.geometry, f"{self.folder}/{ENGINE_FILE}"
         )
 
     def tokenizer_content(self) -> bytes | None:
@@ -373,7 +397,7 @@ class TraceSet:
             UserError: The file is missing or damaged.
         """
         sha256 = self.manifest.tokenizer.sha256
-        return None if sha256 is None else self._verified(TOKENIZER_FILE, sha256, "tokenizer")
+        return None if sha256 is None else self._storage.read_verified(TOKENIZER_FILE, sha256, "tokenizer")
 
     @cached_property
     def token_strings(self) -> list[str] | None:
@@ -381,36 +405,15 @@ class TraceSet:
         from tokenizers import Tokenizer
 
         path, sha256 = f"{self.folder}/{TOKENIZER_FILE}", self.manifest.tokenizer.sha256
-        try:
-            content = self._read(TOKENIZER_FILE)
-        except FileNotFoundError:
+        if sha256 is None:
             return None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: is not the tokenizer named in {MANIFEST_FILE} (its sha256 differs)")
+        content = self._storage.read_verified(TOKENIZER_FILE, sha256, "tokenizer")
         try:
             tokenizer = Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: is not a tokenizer ({brief(error)})") from error
         strings = (tokenizer.id_to_token(i) for i in range(self.manifest.tokenizer.vocab_size))
         return [string or "" for string in strings]
-
-    def _read(self, name: str) -> bytes:
-        """Read a file of the set.
-
-        Raises:
-            FileNotFoundError: The file does not exist.
-            UserError: The file cannot be read, or is outside the folder.
-        """
-        path = f"{self.folder}/{name}"
-        if isinstance(self._files, LocalFileSystem):
-            file_in(self._root, name)
-        try:
-            content: bytes = self._files.cat_file(f"{self._root}/{name}")
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(path) from error
-        except Exception as error:  # every file system has its own errors
-            raise UserError(f"{path}: cannot be read ({brief(error)})") from error
-        return content
 
 
 class Split:
@@ -473,11 +476,3 @@ class Split:
 def _sizes(shards: Sequence[ShardInfo]) -> str:
     sequences, tokens = sum(shard.sequences for shard in shards), sum(shard.tokens for shard in shards)
     return f"{sequences:,} sequences, {tokens:,} tokens"
-
-
-def _download(name: str) -> str:
-    """Download a trace set and print its revision."""
-    hub_name = parse_hub_name(name)
-    folder = download(hub_name, "dataset", (MANIFEST_FILE,), (TOKENIZER_FILE, "*.parquet"))
-    notify(f"{hub_name} is {folder.name}")
-    return str(folder)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.traces.copies import text_digest
-from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.reader import Part, TraceSet
 
 HASH_BYTES = 6
 MAX_HASHES = 4096
@@ -41,20 +41,41 @@ def text_hashes(traces: TraceSet, split: str | None = None) -> list[Hashes]:
     Raises:
         UserError: The split does not exist, or a shard is damaged.
     """
+    return hashes_of(text_starts(traces, split))
+
+
+def text_starts(traces: TraceSet, part: Part = None) -> list[tuple[int, list[int]]]:
+    """Hash every sequence's prompt and starts, for `hashes_of`.
+
+    Args:
+        traces: The trace set.
+        part: Part of the set (default: all splits).
+
+    Returns:
+        Hash of the prompt and of the starts of each sequence, in stored order.
+
+    Raises:
+        UserError: A shard is damaged.
+    """
     has_ids = traces.manifest.has_token_ids
-    prompts: list[int] = []
-    starts: list[list[int]] = []
-    owner: dict[int, int | None] = {}  # start -> its prompt; None if several prompts have it
-    for trace in traces.traces(split):
+    found: list[tuple[int, list[int]]] = []
+    for trace in traces.traces(part):
         content = trace.token_ids if has_ids else trace.experts
         doubled = (SHORTEST_START << power for power in range(len(trace).bit_length()))
         lengths = [length for length in doubled if length <= len(trace)] or [len(trace)]
-        prompts.append(_number(content[: trace.decode_start or None]))
-        starts.append([_number(content[:length]) for length in lengths])
-        for start in starts[-1]:
-            owner[start] = prompts[-1] if owner.get(start, prompts[-1]) == prompts[-1] else None
+        prompt = _number(content[: trace.decode_start or None])
+        found.append((prompt, [_number(content[:length]) for length in lengths]))
+    return found
+
+
+def hashes_of(found: Sequence[tuple[int, list[int]]]) -> list[Hashes]:
+    """Return the hashes of `text_hashes` from those of `text_starts` of all sequences."""
+    owner: dict[int, int | None] = {}  # start -> its prompt; None if several prompts have it
+    for prompt, starts in found:
+        for start in starts:
+            owner[start] = prompt if owner.get(start, prompt) == prompt else None
     hashes = []
-    for prompt, (*earlier, longest) in zip(prompts, starts, strict=True):
+    for prompt, (*earlier, longest) in found:
         numbers = [start for start in earlier if owner[start] is not None]
         ends = [prompt, *([longest] if owner[longest] is not None else [])]
         hashes.append(np.array([*numbers, *(end | 1 for end in ends)], np.uint64))

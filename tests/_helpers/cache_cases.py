@@ -165,6 +165,8 @@ class Case:
         replaying = self.replayed()
         counts = replaying.counts().tolist()
         times = replaying.times
+        if self.settings.device is None:  # only sums are kept
+            return Outcome(counts, [], [times.counted_tokens], times.busy)
         spent = [tuple(row) for part in times.stall_compute for row in part.tolist()]
         return Outcome(counts, spent, [int(n) for part in times.tokens for n in part], times.busy)
 
@@ -247,6 +249,8 @@ class Case:
             for row, found in zip(counts, cache.counts, strict=True):
                 for column, name in enumerate(COUNTERS):
                     row[column] += found[name]
+        if self.settings.device is None:
+            return Outcome(counts, [], [sum(tokens)], busy)
         return Outcome(counts, spent, tokens, busy)
 
 

@@ -29,7 +29,9 @@ def export(folder: Path, run: Run, calibration: str, *words: str) -> list[str]:
 def test_a_fit_calibrates_on_its_validation_split(run: Run) -> None:
     predictor = read_predictor(run.folder / "predictor")
     found, predictor.calibration = predictor.calibration, None
-    expected = calibrate(predictor, TraceDataModule(str(run.traces)).val_dataloader())
+    data = TraceDataModule(str(run.traces))
+    tokens = data.manifest.counts()["validation"]["tokens"]
+    expected = calibrate(predictor, data.val_dataloader(), tokens)
     assert found is not None
     torch.testing.assert_close(found.scale, expected.scale, rtol=1e-3, atol=1e-3)
 

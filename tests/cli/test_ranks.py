@@ -6,19 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from _helpers.common import tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER
 from _helpers.wandb_files import offline_runs
+from safetensors.torch import load_file
 
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.predictors.io.folder import read_predictor
 from moe_beyond.traces.reader import TraceSet
 
-RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")
 
-
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "moe_beyond", *words, *RANKS]
+def command(folder: Path, *words: str, ranks: str = "2") -> subprocess.CompletedProcess[str]:
+    trainer = (f"--trainer.devices={ranks}", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")
+    whole = [sys.executable, "-m", "moe_beyond", *words, *trainer]
     environment = {**os.environ, "WANDB_MODE": "offline"}
     return subprocess.run(whole, cwd=folder, capture_output=True, text=True, check=False, env=environment)
 
@@ -46,10 +47,20 @@ def test_two_ranks_fit_and_predict(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_counting_is_for_one_process(tmp_path: Path) -> None:
-    tiny_traces(tmp_path / "traces")
-    configs = [f"{CONFIGS / name}.yaml" for name in ("trainer/counting", "model/token_table", "data/traces")]
-    done = command(tmp_path, "fit", *(word for path in configs for word in ("-c", path)), "--data.traces=traces")
-    assert done.returncode == 2
-    assert "a counting predictor needs one process" in done.stderr
-    assert not list(tmp_path.glob("runs/*/*"))
+def test_two_ranks_count_and_validate_exactly_what_one_does(tmp_path: Path) -> None:
+    traces = tiny_traces(tmp_path / "traces", sequences=60)
+    assert len(traces.shards("validation")) >= 2  # each rank validates other sequences
+    configs = [f"{CONFIGS / name}.yaml" for name in ("trainer/counting", "model/history", "data/traces")]
+    words = ["fit", *(word for path in configs for word in ("-c", path)), "--data.traces=../traces"]
+    found = []
+    for ranks in ("1", "2"):
+        folder = tmp_path / ranks
+        folder.mkdir()
+        done = command(folder, *words, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        run = folder / "runs/predictor/version_0"
+        weights = load_file(run / "predictor/model.safetensors")
+        found.append((weights, (run / "metrics.csv").read_text()))
+    assert found[0][0].keys() == found[1][0].keys()
+    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+    assert found[0][1] == found[1][1]

@@ -128,20 +128,31 @@ def test_pieces_of_similar_length_share_batches():
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_ranks_share_the_plan_without_overlap(ranks, shuffle):
+def test_no_shard_is_read_by_two_ranks(ranks, shuffle):
     settings = BatchingSettings(64, 16, 2, 0, shuffle)
     for epoch in (0, 1):
-        whole = plan_batches(LENGTHS, settings, epoch)
-        parts = []
+        plans = []
         for rank in range(ranks):
             sampler = PlannedBatches(LENGTHS, settings, ranks=ranks, rank=rank)
+            whole = PlannedBatches(LENGTHS, settings, ranks=ranks, rank=rank, even=False)
             sampler.set_epoch(epoch)
-            parts.append(list(sampler))
-            assert len(sampler) == len(parts[-1]) == len(whole) // ranks
-        together = [batch for batches in zip(*parts, strict=True) for batch in batches]
-        assert together == whole[: len(together)]
-        assert len(whole) - len(together) < ranks
-    assert len(whole) % ranks or len(together) == len(whole)
+            whole.set_epoch(epoch)
+            assert list(sampler) == list(whole)[: min(sampler.counts)]
+            assert len(whole) == whole.counts[rank]
+            plans.append(list(whole))
+        read = [{piece.shard for batch in plan for piece in batch} for plan in plans]
+        assert read == [set(range(rank, len(LENGTHS), ranks)) for rank in range(ranks)]
+        tokens = sum(piece.stop - piece.start for plan in plans for batch in plan for piece in batch)
+        assert tokens == sum(map(sum, LENGTHS))
+
+
+def test_more_ranks_than_shards_share_the_batches():
+    lengths, plan = LENGTHS[:2], plan_batches(LENGTHS[:2], SHUFFLED, 0)
+    parts = [list(PlannedBatches(lengths, SHUFFLED, ranks=3, rank=rank)) for rank in range(3)]
+    assert len({len(part) for part in parts}) == 1
+    together = [batch for batches in zip(*parts, strict=True) for batch in batches]
+    assert together == plan[: len(together)]
+    assert len(plan) - len(together) < 3
 
 
 def test_a_sampler_follows_the_epoch_it_is_told():

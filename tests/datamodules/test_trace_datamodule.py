@@ -113,20 +113,38 @@ def test_any_number_of_workers_gives_the_same_batches(trace_set, workers):
     assert_same(list(helped), list(alone))
 
 
-def test_two_ranks_share_training_and_each_read_all_of_evaluation(trace_set):
+def test_two_ranks_share_the_shards(trace_set):
     whole = module(trace_set)
-    loaders, validation = [], []
+    ranks = []
     for rank in range(2):
         data = module(trace_set)
         data.trainer = SimpleNamespace(world_size=2, global_rank=rank, overfit_batches=0.0)  # what Lightning attaches
-        loaders.append(data.train_dataloader())
-        validation.append(list(data.val_dataloader()))
-    parts = [list(loader) for loader in loaders]
-    expected = list(whole.train_dataloader())
-    assert len(parts[0]) == len(parts[1]) == len(expected) // 2
-    assert_same([batch for pair in zip(*parts, strict=True) for batch in pair], expected[: 2 * len(parts[0])])
-    for batches in validation:
-        assert_same(batches, list(whole.val_dataloader()))
+        ranks.append(data)
+    training = [list(data.train_dataloader()) for data in ranks]
+    assert len(training[0]) == len(training[1])
+    names = [{name for batch in part for name in batch.sequence_ids} for part in training]
+    assert names[0].isdisjoint(names[1])
+    # One validation shard for two ranks: each reads all of it.
+    assert not ranks[0].is_shared("val")
+    for data in ranks:
+        assert_same(list(data.val_dataloader()), list(whole.val_dataloader()))
+
+
+def test_two_ranks_validate_the_batches_of_one(tmp_path):
+    traces = tiny_traces(tmp_path / "traces", sequences=60)
+    assert len(traces.shards("validation")) >= 2
+    parts = []
+    for rank in range(2):
+        data = module(traces)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, overfit_batches=0.0)
+        assert data.is_shared("val")
+        parts += data.val_dataloader()
+        assert_same(list(data.predict_dataloader()), list(module(traces).predict_dataloader()))
+        assert_same(list(data.whole_validation()), list(module(traces).val_dataloader()))
+    expected = list(module(traces).val_dataloader())
+    assert len(parts) == len(expected)
+    by_name = {batch.sequence_ids: batch for batch in parts}
+    assert_same([by_name[batch.sequence_ids] for batch in expected], expected)
 
 
 class CountingTraces(TraceSet):
@@ -243,7 +261,7 @@ def test_a_damaged_shard_is_named_and_not_skipped(trace_set):
 
 @pytest.mark.parametrize("holes", [0.0, 0.4])
 def test_training_statistics_count_the_experts_of_given_tokens(tmp_path, monkeypatch, holes):
-    monkeypatch.setattr("moe_beyond.datamodules.traces.COUNTED_TOKENS", 5)
+    monkeypatch.setattr("moe_beyond.datamodules.training_stats.COUNTED_TOKENS", 5)
     trace_set = tiny_traces(tmp_path / "traces", holes=holes)
     text, traces = module(trace_set).training_stats(), list(trace_set.traces("train"))
     asked = np.random.default_rng(0).permutation(VOCAB)[: VOCAB // 2]

@@ -9,7 +9,7 @@ from _helpers.common import tiny_traces
 from _helpers.scoring import foresight, history_folder, seer
 
 from moe_beyond.errors import UserError
-from moe_beyond.evaluation import engine as module
+from moe_beyond.evaluation import parts as module
 from moe_beyond.evaluation.engine import evaluate
 from moe_beyond.evaluation.sources import ScoreSource, from_predictor_folder
 from moe_beyond.evaluation.strategies import grid, strategy, with_baselines

@@ -70,7 +70,7 @@ def test_a_known_distortion_is_undone(activation):
     straight = Distorted(activation, torch.ones(LAYERS), torch.zeros(LAYERS))
     bent = Distorted(activation, scale, shift)
     batch = drawn(straight, 4000)
-    straight.calibration, bent.calibration = calibrate(straight, [batch]), calibrate(bent, [batch])
+    straight.calibration, bent.calibration = calibrate(straight, [batch], 4000), calibrate(bent, [batch], 4000)
     torch.testing.assert_close(bent.calibration.scale[0] * scale, straight.calibration.scale[0], rtol=0.03, atol=0)
     assert error(bent, batch) == pytest.approx(error(straight, batch), abs=1e-3)
     uncalibrated = Distorted(activation, scale, shift)
@@ -82,7 +82,7 @@ def test_every_predictor_can_be_calibrated_and_keeps_its_order(variant, tmp_path
     predictor, batch = copy.copy(fitted_once(variant)), collate([random_trace(f"s{i}", 30, i) for i in range(4)])
     before = error_of(predictor, batch)
     plain = predictor(batch)
-    predictor.calibration = calibrate(predictor, [batch])
+    predictor.calibration = calibrate(predictor, [batch], int(batch.lengths.sum()))
     assert error_of(predictor, batch) <= before + 1e-4
     assert (predictor.calibration(plain).gather(-1, plain.argsort(-1)).diff(dim=-1) >= 0).all()
     save_predictor(predictor, tmp_path / "p", {})
@@ -103,7 +103,7 @@ def test_long_and_short_text_have_their_part(monkeypatch):
     monkeypatch.setattr(fit_calibration, "_fit", lambda predictor, x, y: seen.append(x) or (torch.ones(LAYERS),) * 2)
     predictor = fitted_once(VARIANTS[1])
     long, short = (collate([random_trace(name, length, length)]) for name, length in (("long", 300), ("short", 20)))
-    calibrate(predictor, [short, long])
+    calibrate(predictor, [short, long], 320)
     assert 20 < len(seen[0]) < 60  # about 40, of 320
     logits = predictor(long)[0, :, 0]
     from_long = sum(bool((logits == row).flatten(1).all(-1).any()) for row in seen[0])
@@ -112,7 +112,7 @@ def test_long_and_short_text_have_their_part(monkeypatch):
 
 def test_nothing_to_calibrate_on():
     with pytest.raises(UserError, match="held-out"):
-        calibrate(fitted_once(VARIANTS[0]), [])
+        calibrate(fitted_once(VARIANTS[0]), [], 0)
 
 
 @pytest.mark.parametrize(

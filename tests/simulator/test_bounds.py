@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import Replay, ReplaySettings, Result
-from moe_beyond.simulator.bounds import Bound
+from moe_beyond.simulator.bounds import Bound, demand
 from moe_beyond.simulator.computing import resident_seconds
 from moe_beyond.simulator.sequence import ReplaySequence
 
 
 def bound(geometry: Geometry, config: ReplaySettings, sequences: Iterable[np.ndarray]) -> Result:
-    accumulating = Bound(geometry, config)
-    for experts in sequences:
-        accumulating.add_sequence(ReplaySequence(geometry, experts))
+    found = [ReplaySequence(geometry, experts) for experts in sequences]
+    accumulating = Bound(geometry, config, demand(geometry, config, found))
+    for sequence in found:
+        accumulating.add_sequence(sequence)
     return accumulating.result()
 
 

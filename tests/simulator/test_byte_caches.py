@@ -15,7 +15,7 @@ from moe_beyond.cache.steps import EventRecord
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, parse_budget
 from moe_beyond.simulator import Replay, ReplaySettings
-from moe_beyond.simulator.bounds import Bound
+from moe_beyond.simulator.bounds import Bound, demand
 from moe_beyond.simulator.devices import Device
 from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.usage_profile import UsageProfile, default_hazard
@@ -85,8 +85,9 @@ def test_host_memory_holds_bytes() -> None:
 
 def test_static_hindsight_goes_by_uses_per_byte() -> None:
     experts = np.array([[[0], [1]], [[0], [1]], [[0], [2]], [[1], [2]]], np.uint8)
-    bound = Bound(TWO, ReplaySettings(2, "static_hindsight", budget_bytes=500))
-    bound.add_sequence(ReplaySequence(TWO, experts))
+    settings, sequence = ReplaySettings(2, "static_hindsight", budget_bytes=500), ReplaySequence(TWO, experts)
+    bound = Bound(TWO, settings, demand(TWO, settings, [sequence]))
+    bound.add_sequence(sequence)
     result = bound.result()
     # Uses per unit: A 3/3, layer 1's 1 and 2 have 2/2 each. A and the first of them fill five units.
     assert (result.hits, result.prefetch_transfers) == (5, 2)

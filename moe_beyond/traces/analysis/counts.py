@@ -5,16 +5,18 @@ Memory grows with the model and with the longest sequence, not with the number o
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.compiling import compiled
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.manifest import ShardInfo
+from moe_beyond.traces.reader import Facts, TraceSet
 from moe_beyond.traces.schema import expert_ids
 from moe_beyond.traces.shard import Shard
+from moe_beyond.workers import map_in_order
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -86,6 +88,18 @@ class RoutingCounts:
             gate_mass=np.zeros((layers, experts)),
         )
 
+    def extend(self, later: "RoutingCounts") -> None:
+        """Add the counts of later sequences of the same model."""
+        longest = max(self.distances.shape[1], later.distances.shape[1])
+        for counts in (self, later):
+            counts.distances = np.pad(counts.distances, ((0, 0), (0, longest - counts.distances.shape[1])))
+        for each in fields(self):
+            if each.name == "pairs":
+                for pair, counts_of_pair in later.pairs.items():
+                    self.pairs[pair] += counts_of_pair
+            elif each.name != "geometry":
+                setattr(self, each.name, getattr(self, each.name) + getattr(later, each.name))
+
     @property
     def activations(self) -> Integers:
         """``(L, E)``, activations of each expert."""
@@ -122,6 +136,7 @@ def count_routing(
     *,
     layer_pairs: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> RoutingCounts:
     """Count the routing of a trace set.
 
@@ -130,17 +145,29 @@ def count_routing(
         split: Name of a split (default: all splits).
         layer_pairs: Whether to count pairs of experts in two layers, which takes most of the time.
         progress: Called with the number of counted tokens and their total.
+        workers: Number of processes that share the shards (default: 1).
 
     Raises:
         UserError: The split does not exist, or a shard is damaged.
     """
     counts = RoutingCounts.zeros(traces.geometry, layer_pairs=layer_pairs)
     shards = traces.shards(split)
-    for info in shards:
-        _add(counts, traces.read(info))
+    parts = map_in_order(_count, (traces, layer_pairs), shards, min(workers, len(shards)))
+    for info, (part, facts) in zip(shards, parts, strict=True):
+        traces.compare(info, facts)
+        counts.extend(part)
         if progress is not None:
             progress(counts.tokens, sum(shard.tokens for shard in shards))
     return counts
+
+
+def _count(inputs: tuple[TraceSet, bool], info: ShardInfo) -> tuple[RoutingCounts, Facts]:
+    """Count one shard, and return its facts."""
+    traces, layer_pairs = inputs
+    counts = RoutingCounts.zeros(traces.geometry, layer_pairs=layer_pairs)
+    _add(counts, traces.read(info))
+    [(_, facts)] = traces.facts((info,))
+    return counts, facts
 
 
 def _add(counts: RoutingCounts, shard: Shard) -> None:

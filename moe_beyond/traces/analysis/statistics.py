@@ -155,7 +155,11 @@ def total_variation(prefill: Integers, decode: Integers, top_k: int) -> tuple[Fl
 
 
 def summarize(
-    traces: TraceSet, split: str | None = None, *, progress: Callable[[int, int], None] | None = None
+    traces: TraceSet,
+    split: str | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> TraceSummary:
     """Compute the statistics of a trace set in one pass.
 
@@ -163,12 +167,13 @@ def summarize(
         traces: The trace set.
         split: Name of a split (default: all splits).
         progress: Called with the number of counted tokens and their total.
+        workers: Number of processes that share the shards (default: 1).
 
     Raises:
         UserError: The split does not exist or has no tokens, or a shard is damaged.
     """
     manifest = traces.manifest
-    counts = count_routing(traces, split, progress=progress)
+    counts = count_routing(traces, split, progress=progress, workers=workers)
     bits, dependence = layer_dependence(counts)
     reuse_by_layer = reuse(counts.overlaps, counts.non_initial_uses)
     defined = reuse_by_layer[~np.isnan(reuse_by_layer)]

@@ -30,6 +30,10 @@ class Option:
         return f"--{self.name.replace('_', '-')}"
 
 
+WORKERS = Option("workers", int, "N", "processes that read the files; the trace set is the same (default: 1)")
+"""Option of formats of many files."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A file format of another tool, with a reader, a writer or both.

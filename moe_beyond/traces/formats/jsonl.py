@@ -15,7 +15,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.traces.formats._arrays import StoredArray
 from moe_beyond.traces.formats._files import source_files
-from moe_beyond.traces.formats._format import Format
+from moe_beyond.traces.formats._format import WORKERS, Format
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._missing import notes, recorded_span
 from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
@@ -31,6 +31,7 @@ from moe_beyond.traces.formats._sidecars import (
     read_token_ids,
 )
 from moe_beyond.traces.trace import Trace
+from moe_beyond.workers import map_in_order
 
 LARGEST_INDEX = 2**31 - 1
 LARGEST_WEIGHT = float(np.finfo(np.float16).max)
@@ -47,13 +48,14 @@ class Entries:
     lines: list[int] = field(default_factory=list)
 
 
-def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recording:
+def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress, workers: int = 1) -> Recording:
     """Read a ``.jsonl`` of one sequence, or a folder of them.
 
     Args:
         source: Path of the recording.
         geometry: Shape of the model.
         progress: Called with the number of files read and their total.
+        workers: Number of processes that read files (default: 1).
 
     Raises:
         UserError: A line is not an entry of the model, or a token lacks a layer.
@@ -66,8 +68,9 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
     has_starts = all_or_none(starts, source, "decode_start")
     traces = []
     omitted = 0
-    for done, (name, path) in enumerate(files.items(), 1):
-        trace, missing = _trace(path, geometry, tokens[name], starts[name])
+    inputs = [(path, tokens[name], starts[name]) for name, path in files.items()]
+    read = map_in_order(_trace, geometry, inputs, min(workers, len(inputs)))
+    for done, (trace, missing) in enumerate(read, 1):
         omitted += missing
         if trace is not None:
             traces.append(trace)
@@ -84,10 +87,9 @@ def read_jsonl(source: Path, geometry: Geometry, *, progress: Progress) -> Recor
     )
 
 
-def _trace(
-    path: Path, geometry: Geometry, tokens: StoredArray | None, start: StoredArray | None
-) -> tuple[Trace | None, int]:
-    """Return the trace of a file, None if it has no recorded token, and the number of omitted tokens."""
+def _trace(geometry: Geometry, inputs: tuple[Path, StoredArray | None, StoredArray | None]) -> tuple[Trace | None, int]:
+    """Return the trace of a file with its sidecars, None without a recorded token; and the number of omitted tokens."""
+    path, tokens, start = inputs
     entries = _entries(path, geometry)
     if not entries.lines:
         return None, 0
@@ -183,6 +185,7 @@ def _rows(path: Path, entries: Entries, geometry: Geometry) -> np.ndarray:
 FORMAT = Format(
     summary="JSON lines, one per token and MoE layer, in any order: one .jsonl per sequence, or a folder of them",
     reader=recording_reader(read_jsonl),
+    options=(WORKERS,),
     fields=(
         "layer_idx: index of the layer, counted over all layers of the model from 0",
         "token_idx: position of the token in the sequence, without gaps; the first may have any number",

@@ -29,13 +29,14 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.json_fields import brief
 from moe_beyond.traces.formats._checks import check_no_padding
 from moe_beyond.traces.formats._files import source_files
-from moe_beyond.traces.formats._format import Format
+from moe_beyond.traces.formats._format import WORKERS, Format
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._missing import notes
 from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
 from moe_beyond.traces.formats._sidecars import TOKENS, all_or_none, author_of, by_file, find_sidecar, read_token_ids
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace
+from moe_beyond.workers import map_in_order
 
 Ints = npt.NDArray[np.int64]
 
@@ -61,7 +62,7 @@ class Entries:
     generated: npt.NDArray[np.bool_]
 
 
-def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> Recording:
+def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress, workers: int = 1) -> Recording:
     """Read a ``.csv``, or a folder of them.
 
     A file may hold several consecutive sequences, as merged profiles do. A file of one sequence may have the sidecar
@@ -71,6 +72,7 @@ def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> R
         source: Path of the recording.
         geometry: Shape of the model.
         progress: Called with the number of files read and their total.
+        workers: Number of processes that read files (default: 1).
 
     Raises:
         UserError: A row is not an entry of the model, or a token lacks a layer.
@@ -81,11 +83,11 @@ def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> R
     traces: list[Trace] = []
     token_ids: dict[str, npt.NDArray[np.int32]] = {}
     omitted = empty = 0
-    for done, (name, path) in enumerate(files.items(), 1):
-        if (entries := _entries(path, geometry)) is None:
+    read = map_in_order(_read_file, geometry, files.values(), min(workers, len(files)))
+    for done, ((name, path), sequences) in enumerate(zip(files.items(), read, strict=True), 1):
+        if sequences is None:
             empty += 1
             continue
-        sequences = _sequences(path, entries, geometry)
         if len(sequences) > 1 and has_token_ids:
             raise UserError(
                 f"{path}: has token ids for {len(sequences)} sequences; give each sequence a file, or remove the ids"
@@ -109,6 +111,12 @@ def read_llama_cpp(source: Path, geometry: Geometry, *, progress: Progress) -> R
         author=author_of([trace.decode_start for trace in traces], lengths),
         token_ids=by_file(tokens, token_ids),
     )
+
+
+def _read_file(geometry: Geometry, path: Path) -> list[tuple[int, npt.NDArray[Any], int]] | None:
+    """Return the sequences of a file; None if it has no rows."""
+    entries = _entries(path, geometry)
+    return None if entries is None else _sequences(path, entries, geometry)
 
 
 def _entries(path: Path, geometry: Geometry) -> Entries | None:
@@ -369,6 +377,7 @@ def _profile_rows(trace: Trace, geometry: Geometry) -> np.ndarray:
 FORMAT = Format(
     summary="llama.cpp's llama-moe-trace: a .csv, or a folder of them; traces begin at a prompt's last token",
     reader=recording_reader(read_llama_cpp),
+    options=(WORKERS,),
     writer=export_llama_cpp,
     fields=(
         "layer,expert: one row per expert, K rows per token and layer, micro-batch by micro-batch; or",

@@ -15,7 +15,7 @@ from moe_beyond.geometry import Geometry, Preset
 from moe_beyond.json_fields import brief
 from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.formats._files import column_names, listed
-from moe_beyond.traces.formats._format import Format
+from moe_beyond.traces.formats._format import WORKERS, Format
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._recording import describe_tokenizer
 from moe_beyond.traces.manifest import Manifest
@@ -25,6 +25,7 @@ from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 from moe_beyond.version import __version__
+from moe_beyond.workers import map_in_order
 
 COLUMNS = {"Layer ID": pa.int32(), "Token": pa.string(), "Activated Expert IDs": pa.string()}
 # The traces of the release were recorded with 8-bit weights, according to its collection script.
@@ -40,6 +41,7 @@ def import_moe_beyond_csv(
     val_blocks: str | None = None,
     quantization_bits: float = RECORDED_BITS,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = 1,
 ) -> TraceSet:
     """Turn a folder of ``prompt_N_*.csv`` files into a trace set.
 
@@ -55,6 +57,7 @@ def import_moe_beyond_csv(
             exact copies of training prompts (default: one split, ``train``).
         quantization_bits: Bits per parameter with which the model ran.
         progress: Called with the number of files read and their total.
+        workers: Number of processes that read files (default: 1).
 
     Returns:
         The finished trace set.
@@ -81,8 +84,9 @@ def import_moe_beyond_csv(
     )
     with open_writer(out, manifest, vocabulary=vocabulary.path) as writer:
         read = {}
-        for number, path in files.items():
-            read[number] = _read_prompt(path, number, preset.geometry, vocabulary)
+        prompts = map_in_order(_read_prompt, (preset.geometry, vocabulary), files.items(), min(workers, len(files)))
+        for number, prompt in zip(files, prompts, strict=True):
+            read[number] = prompt
             progress(len(read), len(files))
         traces = {number: trace for number, (trace, _) in read.items()}
         tokens = {number: len(trace) for number, trace in traces.items()}
@@ -119,8 +123,9 @@ def prompt_files(source: Path) -> dict[int, Path]:
     return dict(sorted(files.items()))
 
 
-def _read_prompt(path: Path, number: int, geometry: Geometry, vocabulary: Vocabulary) -> tuple[Trace, int]:
+def _read_prompt(model: tuple[Geometry, Vocabulary], file: tuple[int, Path]) -> tuple[Trace, int]:
     """Return the trace of a prompt, and the number of rows of its file."""
+    (geometry, vocabulary), (number, path) = model, file
     table = read_csv(path)
     order, length, layers = layer_order(path, table, geometry)
     token_ids = _token_ids(path, table["Token"], vocabulary)[order].reshape(-1, length)
@@ -251,6 +256,7 @@ def column_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.N
 FORMAT = Format(
     summary="the CSV files of the MoE-Beyond release: a folder of prompt_N_*.csv, one file per prompt",
     reader=import_moe_beyond_csv,
+    options=(WORKERS,),
     fields=(
         "Layer ID: index of the layer, counted over all layers of the model from 0; one row per token and MoE layer",
         "Token: string of the token in the tokenizer's vocabulary",
