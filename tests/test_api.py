@@ -326,7 +326,7 @@ def test_record_has_the_options_of_a_collection(trace_set, monkeypatch: pytest.M
     mb.record(None, None, ["hi"], "out")
     [config] = configs
     assert config == type(config)()
-    assert keywords(mb.record) == {field.name: getattr(config, field.name) for field in fields(config)}
+    assert keywords(mb.record) == {field.name: field.default for field in fields(config)}
 
 
 def test_pretrained_predictors_are_listed() -> None:

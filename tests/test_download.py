@@ -73,9 +73,9 @@ def test_what_was_downloaded_serves_without_a_network(hub: Hub, folder: Path, mo
         ),
         ("hf:org/tiny@v9", "hf:org/tiny@v9: there is no such revision; name a branch, a tag or a commit"),
         ("hf:org/empty", "hf:org/empty@main: has no config.json; is it a repository of this package?"),
-        ("hf:tiny", "hf:tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
-        ("hf:org/tiny@", "hf:org/tiny@: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
-        ("hf:../tiny", "hf:../tiny: write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
+        ("hf:tiny", "'hf:tiny': write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
+        ("hf:org/tiny@", "'hf:org/tiny@': write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
+        ("hf:../tiny", "'hf:../tiny': write hf:ORG/REPO or hf:ORG/REPO@REVISION"),
         ("org/tiny", "org/tiny: folder not found; if it is on the Hub, write hf:org/tiny"),
     ],
 )

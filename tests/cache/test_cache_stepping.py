@@ -374,6 +374,7 @@ def test_the_best_are_of_what_is_known():
     assert best(cache, 1, 3) == []  # that run is over
 
 
+@pytest.mark.slow
 def test_class_lru_fades_by_half_in_128_tokens():
     cache = Cache(small_geometry(1, 4, 1), 2, "class_lru")
     cache.start_step()
@@ -384,6 +385,7 @@ def test_class_lru_fades_by_half_in_128_tokens():
     assert cache.arrays.frequency[0] == 1.5
 
 
+@pytest.mark.slow
 def test_moe_spac_offers_its_levels_as_scores():
     # From level s up where c - s >= 5 tokens, down where s - c >= 1, within 0..5; a score is a fifth of it.
     cache = Cache(small_geometry(1, 2, 1), 2, "moe_spac")

@@ -258,7 +258,7 @@ def test_subjects_and_places_that_cannot_be(run: Run, tmp_path: Path, capsys) ->
         (broken / "metrics.csv").write_bytes(content)
         assert f"{broken}/metrics.csv: {said}" in error_line(capsys, ["report", broken, *words])
     (broken / "config.yaml").write_text("a: [")
-    assert f"{broken}/config.yaml: is not YAML" in error_line(capsys, ["report", broken, *words])
+    assert f"{broken}/config.yaml, line 2: is not YAML" in error_line(capsys, ["report", broken, *words])
     shutil.rmtree(broken / "predictor")
     assert f"{broken}: the run has no predictor/" in error_line(capsys, ["report", broken, *words])
     assert not (tmp_path / "out.html").exists()

@@ -14,6 +14,7 @@ from moe_beyond.cache.policies import SUMMARIES, load_policy
 from moe_beyond.cli.main import main
 from moe_beyond.collect.devices import devices
 from moe_beyond.collect.load import Checkpoint, load_model
+from moe_beyond.files import sealed
 from moe_beyond.pretrained import shipped_folder
 from moe_beyond.runtime.options import FUTURE_POLICIES
 
@@ -148,7 +149,7 @@ def test_a_recorded_run_is_replayed_and_repeated(capsys, tmp_path):
         assert line == f"{option}: --as-run repeats the choice of the run; leave one of them out"
     content = json.loads((folder / "run.json").read_text())
     content["options"]["policy"] = "lfu"
-    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "run.json").write_text(json.dumps(sealed(content)))
     assert main(["replay", "--traces", str(folder), "--as-run"]) == 1
     assert "of 64 events equal; step" in capsys.readouterr().out
 

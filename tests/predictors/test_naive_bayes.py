@@ -71,7 +71,7 @@ def test_token_and_history_are_weighted_log_odds():
 
 
 def test_bad_arguments():
-    with pytest.raises(UserError, match="naive_bayes: lookaheads must be a whole number, at least 1"):
+    with pytest.raises(UserError, match=r"naive_bayes: lookaheads must be a whole number within 1\.\.10000"):
         NaiveBayes(SMALL, VOCAB, lookaheads=0)
     with pytest.raises(UserError, match="naive_bayes: smoothing must be a finite number above 0"):
         NaiveBayes(SMALL, VOCAB, smoothing=0.0)

@@ -90,6 +90,7 @@ def test_fills_go_in_the_order_of_their_events():
     assert ticks == [(0, 9), (0, 8)]
 
 
+@pytest.mark.slow
 def test_static_experts_are_not_exchanged():
     # The warm start moves 0 and 1. Expert 2 is less popular and never enters; without the host it does.
     warm = {"transfer": 2, "host": 2, "slots": 2, "policy": "static", "warm_start": True}

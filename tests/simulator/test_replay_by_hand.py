@@ -129,6 +129,7 @@ def test_layers_that_run_later_leave_first(policy: str, hits: int):
     assert (result.hits, result.misses) == (hits, 6 - hits)
 
 
+@pytest.mark.slow
 def test_moe_infinity_favours_early_layers():
     # Two slots: a0 b0 | a1 b1 | a0 b0. Scores: a0 .375, a1 .25, b0 .5 and b1 0; those of b count half.
     # a1M: a0 has .375, b0 .25: drops b0 (LRU: a0). b1M drops a1 (.25) | a0H. b0M
@@ -592,6 +593,7 @@ def test_adaptive_does_not_spoil_what_it_took_before():
     assert (log / [1, TICK, TICK, 1]).tolist() == [[0, 2, 5, 0], [9, 5, 8, 1], [10, 8, 11, 1], [5, 11, 14, 0]]
 
 
+@pytest.mark.slow
 def test_hobbit_breaks_ties_exactly():
     # Three layers, four slots; a score times 12 T is 3 (R + 2 F) - a T, a + 1 the events until the layer runs.
     # -- b0M c0M | a1M b0H c1M | a2M, in step 3: b0 has 18, c1 has 12 - 3 = 9, c0 (R = 1, F = 1, a = 1) has 9 - 3 = 6,
