@@ -142,7 +142,7 @@ class TraceSet:
         """
         if part is None:
             return self.manifest.shards
-        if isinstance(part, tuple):
+        if isinstance(part, tuple) and all(isinstance(each, ShardInfo) for each in part):
             return part
         if not isinstance(part, str):
             raise UserError(f"split: must be the name of a split (got {shown(part)})")
