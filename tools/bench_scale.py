@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-m", "moe_beyond")
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = ("--model.width=64", "--model.heads=4", "--model.depth=1", "--model.window=64")
 CORES_PER_MACHINE, HOURS = 64, 24
-"""Cores of a machine, and the hours in which a job shall end, of a projection."""
+"""Cores of a machine, and the hours in which a job ends, of a projection."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cost:
 
     Attributes:
         entries: Number of (token, layer) entries that it read.
-        seconds: Wall-clock seconds.
+        seconds: Wall-clock seconds of the job.
         processor_seconds: Processor seconds of all its processes.
         peak_bytes: Largest resident memory of one of its processes.
     """
@@ -54,9 +54,9 @@ def run(words: Sequence[str], entries: int, folder: Path, cores: int = 1) -> Cos
     """Run a job in a process.
 
     Args:
-        words: Command line.
+        words: Command line of the job.
         entries: Number of entries that it reads.
-        folder: Working folder.
+        folder: Working folder of the job.
         cores: Number of cores that it may use (default: 1).
     """
     allowed = sorted(os.sched_getaffinity(0))[:cores]
@@ -91,7 +91,7 @@ def jobs(traces: str, steps: int) -> dict[str, list[str]]:
     """Return the jobs by name.
 
     Args:
-        traces: Trace set.
+        traces: Folder of the trace set.
         steps: Optimiser steps of the fit of ``cross_layer``.
     """
     few = ("--trainer.limit_val_batches=10", f"--trainer.max_steps={steps}", "--trainer.callbacks=null")

@@ -36,7 +36,7 @@ class Recorded:
     """All tokens of a split in memory, to draw from.
 
     Args:
-        traces: Trace set.
+        traces: Trace set to draw from.
         split: Name of the split.
     """
 

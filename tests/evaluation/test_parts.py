@@ -28,7 +28,7 @@ DEVICE = load_device("rtx3060,link_gb_per_s=0.003,memory_gb_per_s=0.02")
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process do the work of all workers, on copies of what they receive."""
+    """Let this process do the work of all workers, on copies of their arguments."""
 
     class Here(Workers):
         def __init__(self, number: int) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
 from moe_beyond.traces import TraceSet
+from moe_beyond.traces.storage import Storage
 
 
 def same(one, other):
@@ -59,9 +60,9 @@ def test_what_is_not_there_is_an_error_with_the_folder(trace_set):
 
 def test_only_the_shards_that_are_needed_are_read_and_each_is_verified(trace_set, monkeypatch):
     files = []
-    verified = TraceSet._verified
+    verified = Storage.read_verified
     monkeypatch.setattr(
-        TraceSet, "_verified", lambda self, file, *rest: files.append(file) or verified(self, file, *rest)
+        Storage, "read_verified", lambda self, file, *rest: files.append(file) or verified(self, file, *rest)
     )
     opened = TraceSet(trace_set.folder)
     assert [opened[0].sequence_id, opened[1].sequence_id, opened["s0"].sequence_id] == ["s0", "s1", "s0"]

@@ -75,6 +75,7 @@ def test_a_broken_download_is_repeated(store: ObjectStore, folder: Path, fault: 
     assert [store.bodies[name] for name in shards(folder)] == [1] * len(shards(folder))
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_broken_is_one_line_without_secrets(store: ObjectStore, capsys) -> None:
     store.faults = {"manifest.json": ["refuse"] * 200}
     line = error_line(capsys, ["inspect", URL])
