@@ -141,5 +141,6 @@ def _start() -> None:
 def _work(task: str, item: Any) -> Any:
     global _task
     if _task[0] != task:
-        _task = (task, *pickle.loads(Path(task).read_bytes()))  # the main process wrote it, in a folder of its own
+        content = Path(task).read_bytes()
+        _task = (task, *pickle.loads(content))  # nosec B301 # written by the main process, in a folder of its own
     return _task[1](_task[2], item)

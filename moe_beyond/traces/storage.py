@@ -144,7 +144,7 @@ class Storage:
             else:
                 if attempt == attempts or whole(content):
                     return content
-            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # nosec B311 # no secret
         raise AssertionError("the last attempt returns or raises")
 
 
