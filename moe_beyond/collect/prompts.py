@@ -153,7 +153,7 @@ class _Fields:
         field = self._column or next((field for field in COLUMNS if record.get(field) is not None), None)
         if field is None:
             raise UserError(
-                f"{location}: has no {' or '.join(COLUMNS)}; it has {', '.join(map(str, record))}; "
+                f"{location}: has no {' or '.join(COLUMNS)}; it has {brief(', '.join(map(str, record)))}; "
                 "rename one, or select it: FILE:COLUMN"
             )
         text = record[field]

@@ -167,6 +167,12 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
         ),
         ("p.jsonl", b'{"body": "a"}', "line 1: has no messages or conversations or prompt or text or question or"),
         ("p.jsonl", b'{"messages": [{"content": "a"}]}', "line 1: a message has no role (or from); it has content"),
+        (
+            "p.jsonl",
+            b'{"other": 1, "a\\nb": 2}',
+            "line 1: has no messages or conversations or prompt or text or question or "
+            "instruction; it has other, a b; rename one, or select it: FILE:COLUMN",
+        ),
         ("p.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: a message of role 'user' has no content (or value)"),
         ("p.csv", b"prompt,n\na\n", "row 1 has more or fewer cells than the header"),
         ("p.parquet", b"PAR1", "is not a Parquet file"),
