@@ -99,7 +99,8 @@ def _narrowed(array: np.ndarray, chance: Random) -> np.ndarray:
     """Return an array of objects as numbers, if that is possible."""
     try:
         rows = np.array(array.tolist())
-        return rows.astype(chance.choice((np.int16, np.uint8, np.int32, np.uint64, np.float64, rows.dtype)))
+        with np.errstate(invalid="ignore"):  # a damaged number may fit no kind of integer
+            return rows.astype(chance.choice((np.int16, np.uint8, np.int32, np.uint64, np.float64, rows.dtype)))
     except (ValueError, TypeError, OverflowError):
         return array
 
@@ -267,7 +268,7 @@ def recorded() -> Path:
         writer.write(Trace("s", "p", np.zeros(2, np.int32), ids, 1))
     (folder / TELEMETRY_FOLDER).mkdir()
     for name, kind in ROWS.items():
-        row = {field.name: {"int": 1, "float": 0.5, "bool": True}.get(str(field.type), 1) for field in fields(kind)}
+        row = {field.name: {int: 1, float: 0.5, bool: True}[field.type] for field in fields(kind)}
         pq.write_table(pa.Table.from_pylist([row] * 2), folder / TELEMETRY_FOLDER / f"{name}.parquet")
     return folder
 

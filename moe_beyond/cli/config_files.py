@@ -133,12 +133,12 @@ class ConfigFile(ActionConfigFile):
             raise UserError(f"{location}{line_of(error)}: is not YAML ({brief(reason_of(error))})") from error
         except (TypeError, KeyError) as error:
             message = parser_error_message(parser, str(error), error)
-            raise UserError(f"{location}: {message.removeprefix('--')}") from error
+            raise UserError(f"{location}: {printable(message.removeprefix('--'))}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{location}: is not YAML ({brief(error)})") from error
         except UserError as error:
             message = str(error).removeprefix(f"{source}: ").removeprefix("--")
-            raise UserError(f"{location}: {message}") from error
+            raise UserError(f"{location}: {printable(message)}") from error
 
 
 def _check_names(parser: CommandParser, content: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ class _Fields:
                 f"(got {json.dumps(record, default=str)[:60]})"
             )
         if self._column and self._column not in record:
-            raise unknown(f"column of {location}", self._column, map(str, record))
+            raise unknown(f"column of {location}", self._column, (printable(str(name)) for name in record))
         field = self._column or next((field for field in COLUMNS if record.get(field) is not None), None)
         if field is None:
             raise UserError(
@@ -318,7 +318,7 @@ def _records(path: Path, notice: Notice) -> Iterator[tuple[int, str, Any]]:
                     raise UserError(f"{path}: row {number} has more or fewer cells than the header; mend the row")
                 yield number, f"row {number}", row
         except csv.Error as error:
-            raise UserError(f"{path}: is not a readable table ({error})") from error
+            raise UserError(f"{path}: is not a readable table ({brief(error)})") from error
     else:
         yield from _json_records(path, notice)
 

@@ -90,7 +90,7 @@ def _without_parts(config: Config) -> Config:
             raise config.error(f"{part} must be an object (got {shown(inner)})")
         fields = {name: value for name, value in inner.items() if value is not None and name not in PARTS_OWN}
         for name in ("ffn_hidden_size", *EXPERTS, *TOP_K):
-            if name in fields and config.fields.get(name, fields[name]) != fields[name]:
+            if name in fields and name in config.fields and config.fields[name] != fields[name]:
                 raise config.error(f"{name} {shown(config.fields[name])} and {part}.{name} contradict")
         flat |= fields
     if "ffn_act_fn" in flat:

@@ -12,7 +12,7 @@ import pyarrow.csv
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
-from moe_beyond.json_fields import brief
+from moe_beyond.json_fields import brief, shown
 from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.formats._files import column_names, listed
 from moe_beyond.traces.formats._format import WORKERS, Format
@@ -248,7 +248,7 @@ def column_ids(path: Path, column: pa.ChunkedArray, geometry: Geometry) -> npt.N
         wrong := np.flatnonzero(~pc.match_substring_regex(numbers, r"^-?[0-9]{1,9}$").to_numpy(zero_copy_only=False))
     ):
         row, number = wrong[0] // geometry.top_k, numbers[int(wrong[0])].as_py()
-        raise UserError(f"{path}: row {row + 2}: an expert id must be a whole number (got {number!r})")
+        raise UserError(f"{path}: row {row + 2}: an expert id must be a whole number (got {shown(number)})")
     ids = pc.cast(numbers, pa.int32()).to_numpy().reshape(-1, geometry.top_k)
     return checked_ids(ids, geometry, lambda row: f"{path}: row {row + 2}")
 
