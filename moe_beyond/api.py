@@ -21,7 +21,7 @@ from moe_beyond import pretrained
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.options import DEFAULT_BUDGET, ReplayOptions
 from moe_beyond.evaluation.run import ReplayOutcome, run_evaluation, run_replay
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.manifest import MANIFEST_FILE
 from moe_beyond.traces.reader import TraceSet
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moe_beyond.errors import UserError, nearest
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

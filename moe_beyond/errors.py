@@ -3,16 +3,30 @@
 import difflib
 from collections.abc import Iterable
 
-MAX_SHOWN = 60
-"""Characters of a wrong value that a message shows."""
+from moe_beyond.safe_text import MAX_SHOWN, printable
+
+MAX_MESSAGE = 2000
+"""Characters of the longest message; a terminal shows no more at once."""
 
 
 class UserError(Exception):
-    """A wrong argument, option or file of the user.
+    r"""A wrong argument, option or file of the user.
 
     The message is one line: the file, row or option, what is wrong, and what to do. The command line prints it without
     a traceback and exits with code 2.
+
+    Args:
+        message: The line. Characters that a terminal would obey are escaped, because names and values of others are
+            part of many messages; ``...`` replaces the characters beyond `MAX_MESSAGE`.
+
+    Example:
+        >>> str(UserError("name\n\x1b[31m: is unknown")), len(str(UserError("9" * 5000)))
+        ('name\\x0a\\x1b[31m: is unknown', 2003)
     """
+
+    def __init__(self, message: str) -> None:
+        line = printable(message)
+        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}...")
 
 
 def unknown(kind: str, name: str, names: Iterable[str]) -> UserError:

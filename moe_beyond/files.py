@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import is_plain_name, shown
+from moe_beyond.json_fields import is_plain_name
+from moe_beyond.safe_text import shown
 from moe_beyond.unfinished import exchange, unfinished_folder
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -11,8 +11,8 @@ from typing import Any
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
-from moe_beyond.json_fields import shown
 from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture
+from moe_beyond.safe_text import shown
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 MOST_PARAMS = 10**15

@@ -4,7 +4,7 @@ import re
 from typing import Literal
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 
 Lookahead = int | Literal["token", "next"]
 """``"token"``: before the token's first MoE layer, for all layers. ``h >= 1``: once layer l - h of the same token is

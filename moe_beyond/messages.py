@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_beyond.json_fields import printable
+from moe_beyond.safe_text import printable
 from moe_beyond.urls import without_secrets
 
 

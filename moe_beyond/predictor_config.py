@@ -16,9 +16,9 @@ from moe_beyond.json_fields import (
     check_fields,
     check_present,
     optional,
-    shown,
     whole,
 )
+from moe_beyond.safe_text import shown
 
 FORMAT_VERSION = 1
 MOST_LOOKAHEADS = 10_000

@@ -139,9 +139,9 @@ def find_predictor(name: str) -> Path:
         return _downloaded(parse_hub_name(name))
     folder, names = Path(name), list_pretrained()
     if name not in names:
-        if folder.is_dir():
+        if os.path.isdir(name):  # false for a name that is too long; Path.is_dir raises an exception
             return folder
-        if folder.exists():
+        if os.path.exists(name):
             raise UserError(f"{name}: is a file, not a predictor folder; convert a checkpoint with moe-beyond package")
         if REPOSITORY.fullmatch(name) and near_path(name) is None:
             raise UserError(f"{name}: folder not found; if it is on the Hub, write {PREFIX}{name}")

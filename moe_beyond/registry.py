@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 
 T = TypeVar("T")
 

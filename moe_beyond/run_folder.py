@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 from moe_beyond.yaml_files import read_yaml_mapping
 
 __all__ = [

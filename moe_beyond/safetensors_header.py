@@ -11,7 +11,7 @@ import torch
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import parse_json
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 
 METADATA = "__metadata__"
 LONGEST_HEADER = 100_000_000

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 
 MAX_BYTES = 2**20
 """Maximum size of a file; a run's configuration has a few kilobytes."""

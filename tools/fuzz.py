@@ -3,14 +3,16 @@
     python tools/fuzz.py [--cases 1000000] [--seed 0] [--only TARGET ...] [--first 0] [--json FILE]
 
 A case is a valid input with up to three changes of its values, words, lines or bytes (`fuzz_mutations.py`). A reader
-accepts it with sane values, or refuses it by a `UserError` of one printable line that names the source. Everything else
-is a fault: another exception, a warning about numbers, nonsense, another message, or more than two seconds or 4 GiB.
+accepts it with sane values, or refuses it by a `UserError` that names the source. Everything else is a fault: another
+exception, a warning about numbers, nonsense, another message, the end of the process, or more than two seconds or 4
+GiB.
 
 Case N of a target is the same in every run with the same seed. `--only TARGET --first N --cases 1` repeats and prints
 it. The exit code is 1 if there is a fault.
 """
 
 import argparse
+import multiprocessing
 import os
 import resource
 import shutil
@@ -22,29 +24,33 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fuzz_files import FILE_TARGETS
 from fuzz_recordings import RECORDING_TARGETS
 from fuzz_targets import TARGETS, Target
+from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
-from moe_beyond.json_fields import UNPRINTABLE, brief
+from moe_beyond.safe_text import brief
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 ALL = TARGETS | FILE_TARGETS | RECORDING_TARGETS
 ACCEPTED, REFUSED = "accepted", "refused"
 MAX_SECONDS = 2.0
 MAX_BYTES = 2**32
-MAX_MESSAGE = 2000
-"""Characters of the longest error message; a terminal shows no more at once."""
+AT_ONCE = 2000
+"""Cases of one process."""
 
 
 class TooSlowError(BaseException):
@@ -67,6 +73,18 @@ class Found:
     examples: dict[str, tuple[int, str]] = field(default_factory=dict)
     slowest: float = 0.0
 
+    def add(self, fault: str, number: int, detail: str) -> None:
+        """Add the fault of a case."""
+        self.faults[fault] += 1
+        self.examples.setdefault(fault, (number, detail))
+
+    def update(self, later: "Found") -> None:
+        """Add the outcomes of later cases."""
+        self.counts += later.counts
+        self.faults += later.faults
+        self.examples = {**later.examples, **self.examples}
+        self.slowest = max(self.slowest, later.slowest)
+
 
 def chance_of(seed: int, name: str, number: int) -> Random:
     """Return the random numbers of a case."""
@@ -88,8 +106,6 @@ def try_input(target: Target, value: object, folder: Path) -> tuple[str, str]:
         nonsense = target.read(value)
     except UserError as error:
         message, names = str(error), target.names or (str(folder),)
-        if UNPRINTABLE.search(message) or len(message) > MAX_MESSAGE:
-            return f"message with control characters or too long, {_place(error)}", repr(message[:300])
         if not any(name in message for name in names):
             return f"message without its source, {_place(error)}", message
         return REFUSED, message
@@ -135,12 +151,46 @@ def timed() -> Iterator[None]:
 
 
 def fuzz(name: str, cases: range, seed: int, work: Path) -> Found:
-    """Try the cases of a target."""
+    """Try the cases of a target, in processes of their own, because a library may end its process."""
+    found, first = Found(), cases.start
+    while first < cases.stop:
+        part = range(first, min(first + AT_ONCE, cases.stop))
+        ended, signal_number = _fuzz_apart(found, name, part, seed, work)
+        if ended is not None:
+            _fuzz_apart(found, name, range(first, ended), seed, work)
+            found.add(f"process ended by {signal.Signals(signal_number).name}", ended, "see standard error")
+        first = part.stop if ended is None else ended + 1
+    return found
+
+
+def _fuzz_apart(found: Found, name: str, cases: range, seed: int, work: Path) -> tuple[int | None, int]:
+    """Add the outcomes of some cases, unless one ends the process: return that case, if any, and the signal."""
+    shutil.rmtree(work / "case", ignore_errors=True)  # a process that ended leaves its files
+    context = multiprocessing.get_context("fork")
+    current, (receiver, sender) = context.Value("q", cases.start), context.Pipe(duplex=False)
+
+    def work_off() -> None:
+        sender.send(_fuzz_here(name, cases, seed, work, current))
+
+    process = context.Process(target=work_off)
+    process.start()
+    sender.close()
+    with suppress(EOFError), receiver:  # EOFError: the process ended
+        found.update(receiver.recv())
+    process.join()
+    if process.exitcode is None or process.exitcode > 0:
+        raise SystemExit(f"{name}: the tool failed in case {current.value}; see its traceback")
+    return (current.value, -process.exitcode) if process.exitcode else (None, 0)
+
+
+def _fuzz_here(name: str, cases: range, seed: int, work: Path, current: "Synchronized[int]") -> Found:
+    """Try cases in this process, and tell which is the current one."""
     target, found, folder = ALL[name], Found(), work / "case"
     with _emptied(folder):  # imports modules, without limits
         try_input(target, target.make(chance_of(seed, name, -1), folder), folder)
     with limited():
         for number in cases:
+            current.value = number
             with _emptied(folder):
                 value = target.make(chance_of(seed, name, number), folder)
                 began = time.process_time()
@@ -150,8 +200,7 @@ def fuzz(name: str, cases: range, seed: int, work: Path) -> Found:
             if outcome in (ACCEPTED, REFUSED):
                 found.counts[outcome] += 1
             else:
-                found.faults[outcome] += 1
-                found.examples.setdefault(outcome, (number, detail))
+                found.add(outcome, number, detail)
     shutil.rmtree(folder, ignore_errors=True)
     return found
 
@@ -185,7 +234,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of each target's first case (default: 0)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
     total = sum(ALL[name].weight for name in args.only)
     table = Table("target", title=f"fuzzing, seed {args.seed}")
     for column in ("cases", "accepted", "refused", "faults", "slowest ms"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import atheris
+from huggingface_hub import constants
 
 with atheris.instrument_imports(include=["moe_beyond"], exclude=["moe_beyond.cache"]):  # numba compiles plain code only
     import fuzz
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10**5, help="number of cases (default: 100000)")
     parser.add_argument("--seed", type=int, default=1, help="random seed (default: 1)")
     args = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
     target, found, faults = fuzz.ALL[args.target], Counter(), Counter()
     work = Path(tempfile.mkdtemp(prefix="fuzz-"))
     tempfile.tempdir = str(work)

@@ -18,7 +18,7 @@ from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError
 from moe_beyond.files import sealed
 from moe_beyond.geometry import Geometry, load_preset
-from moe_beyond.json_fields import UNPRINTABLE
+from moe_beyond.safe_text import UNPRINTABLE
 from moe_beyond.traces.manifest import Manifest, ShardInfo, Tokenizer
 from moe_beyond.traces.steering import Steering, read_steering
 

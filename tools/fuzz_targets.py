@@ -21,8 +21,8 @@ from moe_beyond.evaluation.named_strategies import STRATEGIES, strategy_names
 from moe_beyond.evaluation.options import SCOPES
 from moe_beyond.evaluation.strategy_file import read_strategy
 from moe_beyond.geometry import Geometry, parse_budget
-from moe_beyond.json_fields import UNPRINTABLE
 from moe_beyond.lookahead import parse_lookahead
+from moe_beyond.safe_text import UNPRINTABLE
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.computing import resident_seconds
 from moe_beyond.simulator.devices import DEVICES, Device, device_slots, flash_seconds, load_device, transfer_seconds

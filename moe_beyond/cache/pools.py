@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 
 
 def budget_units(geometry: Geometry, slots: int, budget_bytes: int | None = None) -> int:

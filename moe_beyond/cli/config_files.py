@@ -14,7 +14,7 @@ from moe_beyond.cli.builtin_configs import find_config
 from moe_beyond.cli.library_errors import as_user_error
 from moe_beyond.cli.parser import TRUST, CommandParser, option_strings, parser_error_message
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.json_fields import brief, printable, shown
+from moe_beyond.safe_text import brief, printable, shown
 from moe_beyond.yaml_files import ERRORS, check_size, line_of, read_text, reason_of
 
 GROUPS = "model", "data", "trainer"

@@ -8,7 +8,7 @@ from types import FrameType
 
 from moe_beyond.cli.parser import causes_of
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 
 PACKAGE = Path(__file__).parents[1]
 MAX_LENGTH = 400

@@ -4,7 +4,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 
 MAX_LENGTH = 120
 """Characters of a library's message that are shown."""

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from moe_beyond.cli.limits import exceeded_limit
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.json_fields import brief
 from moe_beyond.messages import print_error
+from moe_beyond.safe_text import brief
 from moe_beyond.unfinished import temporary_files
 from moe_beyond.version import __version__
 

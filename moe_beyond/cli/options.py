@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from moe_beyond.cli.parser import CommandParser
 from moe_beyond.errors import UserError
 from moe_beyond.files import write_json
-from moe_beyond.json_fields import printable_lines
+from moe_beyond.safe_text import printable_lines
 from moe_beyond.urls import without_secrets
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 from moe_beyond.errors import UserError, nearest, unknown
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 

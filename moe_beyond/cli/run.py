@@ -21,9 +21,9 @@ from moe_beyond.collect.out_folder import check_out
 from moe_beyond.collect.prompts import COLUMNS, Prompt, as_prompts, read_prompts
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.evaluation.options import DEFAULT_BUDGET, SCOPES
-from moe_beyond.json_fields import printable
 from moe_beyond.messages import print_error
 from moe_beyond.runtime.options import FUTURE_POLICIES, READERS, TIERS
+from moe_beyond.safe_text import printable
 
 LOADING = (
     "budget", "policy", "predictor", "prefetch", "lookahead", "profile", "scope", "misses", "tier", "direct_io",

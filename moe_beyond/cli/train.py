@@ -45,8 +45,8 @@ from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError
 from moe_beyond.files import naming_full_disk
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
+from moe_beyond.safe_text import brief
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.tasks.gradient import GradientTask
 from moe_beyond.tasks.registry import import_tasks

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.urls import without_secrets
 

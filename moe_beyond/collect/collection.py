@@ -44,7 +44,7 @@ from moe_beyond.collect.tokenizer_files import RecordedTokenizer, recorded_token
 from moe_beyond.errors import UserError
 from moe_beyond.files import is_taken, move
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import printable
+from moe_beyond.safe_text import printable
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet

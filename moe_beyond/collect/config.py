@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.splits import parse_blocks
 from moe_beyond.traces.steering import Steering
 

@@ -19,8 +19,8 @@ from moe_beyond.download import (
 )
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
-from moe_beyond.json_fields import brief, printable
 from moe_beyond.pretrained import CONFIG_FILE, WEIGHTS_FILE, shipped_folder, shipped_folders
+from moe_beyond.safe_text import brief, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,8 @@ from typing import Any
 
 from moe_beyond.download import REPOSITORY, hub_errors, looks_local, no_such_file
 from moe_beyond.errors import UserError, unknown
-from moe_beyond.json_fields import TEXT, brief, is_plain_name, printable, shown
+from moe_beyond.json_fields import TEXT, is_plain_name
+from moe_beyond.safe_text import brief, printable, shown
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction")
 """Fields in which the text of a record is searched, in this order, unless one is given."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_beyond.collect.config import CollectConfig, TokenizedPrompt
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 from moe_beyond.traces.splits import parse_blocks, validation_numbers, without_copies
 
 if TYPE_CHECKING:

@@ -22,20 +22,10 @@ from moe_beyond.files import (
     write_json,
 )
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import (
-    FLAG,
-    OBJECT,
-    PLAIN_NAME,
-    SHA256,
-    TEXT,
-    FieldRule,
-    check_present,
-    optional,
-    printable,
-    shown,
-)
+from moe_beyond.json_fields import FLAG, OBJECT, PLAIN_NAME, SHA256, TEXT, FieldRule, check_present, optional
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.predictor_config import check_training
+from moe_beyond.safe_text import printable, shown
 
 FORMAT_VERSION = 1
 INDEX_FILE = "scores.json"

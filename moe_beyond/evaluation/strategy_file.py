@@ -8,7 +8,8 @@ import yaml
 from moe_beyond.cache.misses import MOVE
 from moe_beyond.errors import UserError
 from moe_beyond.files import replacing
-from moe_beyond.json_fields import build, shown
+from moe_beyond.json_fields import build
+from moe_beyond.safe_text import shown
 from moe_beyond.yaml_files import read_yaml_file
 
 TEXTS = ("policy", "prefetch", "scope", "misses")

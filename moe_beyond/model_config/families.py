@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_beyond.json_fields import shown
 from moe_beyond.model_config.fields import MOST_LAYERS, Config
 from moe_beyond.model_config.layers import (
     BLOCK_TYPES,
@@ -24,6 +23,7 @@ from moe_beyond.model_config.layers import (
     Rule,
     all_but,
 )
+from moe_beyond.safe_text import shown
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 
 MOST_LAYERS = 10_000
 MOST_UNITS = 2**24

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_beyond.json_fields import shown
 from moe_beyond.model_config.fields import Config
+from moe_beyond.safe_text import shown
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import printable, shown
 from moe_beyond.model_config import layers as rules
 from moe_beyond.model_config.decoding import attention_params, kv_values_per_token, outside_params
 from moe_beyond.model_config.families import (
@@ -25,6 +24,7 @@ from moe_beyond.model_config.families import (
 )
 from moe_beyond.model_config.fields import MOST_LAYERS, Config, Layers
 from moe_beyond.model_config.unknown_fields import check_nothing_else, lays_out
+from moe_beyond.safe_text import printable, shown
 
 MOST_EXPERTS = 32_767
 """Largest number of experts that 16-bit ids can distinguish."""

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moe_beyond.json_fields import printable, shown
 from moe_beyond.model_config import layers
 from moe_beyond.model_config.families import (
     ACTIVATION,
@@ -16,6 +15,7 @@ from moe_beyond.model_config.families import (
     Family,
 )
 from moe_beyond.model_config.fields import Config
+from moe_beyond.safe_text import printable, shown
 
 _ABOUT = re.compile(
     r"expert|moe|sparse|dense|mlp|ffn|feed_?forward|intermediate|hybrid|block_type|mixture|pattern|(^|_)glu|glu$|gated$"

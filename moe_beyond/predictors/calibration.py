@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 
 
 class Calibration:

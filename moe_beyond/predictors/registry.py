@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief
 from moe_beyond.registry import Registry
+from moe_beyond.safe_text import brief
 
 if TYPE_CHECKING:  # torch takes seconds, and help lists the names
     from moe_beyond.predictors.base import Predictor

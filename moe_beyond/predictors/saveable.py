@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import shown
 from moe_beyond.predictors.base import BASE_ARGUMENTS, Predictor
 from moe_beyond.predictors.registry import ARCHITECTURES
+from moe_beyond.safe_text import shown
 
 
 def check_saveable(predictor: Predictor) -> None:

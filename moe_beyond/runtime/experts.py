@@ -19,8 +19,8 @@ from moe_beyond.collect.devices import input_device
 from moe_beyond.collect.recorder import HookTarget, block_name, find_experts
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief
 from moe_beyond.runtime.slab import SlabLayout
+from moe_beyond.safe_text import brief
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 """Experts implementations of transformers that read an expert from the rows of the parameters."""

@@ -15,7 +15,6 @@ from moe_beyond.collect.router_probe import Router, find_routers
 from moe_beyond.collect.tokenizer_files import recorded_tokenizer
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import shown
 from moe_beyond.runtime.experts import ExpertsLayer, experts_per_token, find_offloadable, runtime_geometry
 from moe_beyond.runtime.options import READERS, TIERS
 from moe_beyond.runtime.run import TIMEOUT_S, OffloadedRun
@@ -26,6 +25,7 @@ from moe_beyond.runtime.storage.checkpoint_index import index_checkpoint
 from moe_beyond.runtime.storage.disk_store import DiskStore
 from moe_beyond.runtime.storage.store import ExpertStore, HostStore
 from moe_beyond.runtime.strategy import RunStrategy, StrategyOptions, resolve_predict_only, resolve_strategy
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.version import __version__
 

@@ -18,7 +18,6 @@ from moe_beyond.cache.misses import MOVE
 from moe_beyond.collect.devices import describe, input_device
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import shown
 from moe_beyond.runtime.experts import ExpertsLayer
 from moe_beyond.runtime.memory import Memory, memory_of
 from moe_beyond.runtime.options import READERS
@@ -38,6 +37,7 @@ from moe_beyond.runtime.stepping.telemetry import Telemetry
 from moe_beyond.runtime.stepping.turns import Turns
 from moe_beyond.runtime.storage.store import ExpertStore, HostStore
 from moe_beyond.runtime.strategy import RunStrategy
+from moe_beyond.safe_text import shown
 from moe_beyond.simulator import Result
 from moe_beyond.traces.manifest import Manifest
 

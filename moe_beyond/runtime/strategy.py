@@ -14,10 +14,10 @@ from moe_beyond.evaluation.checkpoints import find_trained, load_trained
 from moe_beyond.evaluation.sources import from_predictor, load_profile, name_of_folder
 from moe_beyond.evaluation.strategies import strategy
 from moe_beyond.geometry import Geometry, budget_slots
-from moe_beyond.json_fields import shown
 from moe_beyond.lookahead import parse_lookahead
 from moe_beyond.predictors.io.folder import check_fits, read_config
 from moe_beyond.pretrained import find_predictor
+from moe_beyond.safe_text import shown
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.settings import offers_scores, reads_scores
 from moe_beyond.traces.manifest import Manifest

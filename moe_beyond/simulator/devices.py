@@ -10,7 +10,7 @@ from typing import Any
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 
 PINNED_US = 20.0
 """Microseconds to start a copy from pinned host memory: 10 to 30."""

@@ -12,12 +12,11 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief, shown
-from moe_beyond.traces.parquet import decode_table
+from moe_beyond.safe_text import brief, shown
+from moe_beyond.traces.parquet import decode_table, open_parquet
 
 ENGINE_FILE = "engine.log.parquet"
 SEQUENCE, RESIDENCY, SUMMARY = "sequence_id", "residency", "summary"
@@ -80,7 +79,7 @@ def load_engine_logs(content: bytes, geometry: Geometry, source: str) -> list[En
     """
     layers, _, top_k = geometry.shape()
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = open_parquet(content)
         rows = decode_table(file, len(content), source).to_pylist()
         logs = [
             EngineLog(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import printable
+from moe_beyond.safe_text import printable
 
 SUFFIX = ".states.safetensors"
 """End of the file's name, in place of a shard's ``.parquet``."""

@@ -10,18 +10,8 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.files import SEAL, check_seal, sealed
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import (
-    PLAIN_NAME,
-    SHA256,
-    TEXT,
-    FieldRule,
-    build,
-    check_fields,
-    number,
-    optional,
-    shown,
-    whole,
-)
+from moe_beyond.json_fields import PLAIN_NAME, SHA256, TEXT, FieldRule, build, check_fields, number, optional, whole
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.hidden_states import SUFFIX
 from moe_beyond.traces.steering import Steering
 

@@ -1,11 +1,13 @@
 """Reading the Parquet file of a shard, whose footer is compared with the manifest before anything is decoded."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief, printable, shown
+from moe_beyond.safe_text import brief, printable, shown
 from moe_beyond.traces.schema import ROWS_PER_GROUP, arrow_schema
 
 BOMB_BYTES, BOMB_RATIO = 2**28, 100
@@ -34,13 +36,33 @@ def read_columns(
         UserError: The file is not Parquet, lacks a column, differs from the manifest, or would exhaust the memory.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = open_parquet(content)
         _check_footer(file, geometry, sequences, tokens, source)
         names = [name for name in columns if name in file.schema_arrow.names or name != "gate_weights"]
         table = decode_table(file, len(content), source, names)
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{source}: cannot be read as Parquet ({brief(error)}); get the trace set again") from error
     return table
+
+
+def open_parquet(source: bytes | Path) -> pq.ParquetFile:
+    """Open a file whose footer can be inspected.
+
+    ``RowGroupMetaData.column`` ends the process if a footer contradicts itself (pyarrow 26). The reader of batches
+    makes the same checks and raises an exception; a batch of no rows decodes nothing.
+
+    Args:
+        source: Content or path of the file.
+
+    Raises:
+        pa.ArrowException: The source is not a Parquet file.
+        OSError: The source cannot be read, or its footer contradicts itself.
+    """
+    file = pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source))
+    columns = list(range(file.metadata.num_columns))
+    for group in range(file.metadata.num_row_groups if columns else 0):
+        next(file.reader.iter_batches(0, row_groups=[group], column_indices=columns), None)
+    return file
 
 
 def _check_footer(file: pq.ParquetFile, geometry: Geometry, sequences: int, tokens: int, source: str) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import parse_json
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.copies import count_copies, text_digest
 from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, load_engine_logs

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import TEXT, printable, shown
+from moe_beyond.json_fields import TEXT
+from moe_beyond.safe_text import printable, shown
 
 ROUTERS_FILE = "routers.safetensors"
 OPTIONAL = ("bias", "selection_bias")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.parquet import check_schema

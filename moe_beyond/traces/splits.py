@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Hashable, Mapping
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 
 
 def parse_blocks(text: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import fsspec
 from moe_beyond.download import HubName, download, is_hub_name, parse_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.files import file_in
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 from moe_beyond.traces.file_cache import FileCache
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE
 from moe_beyond.urls import without_secrets

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import replacing_folder, write_json
-from moe_beyond.json_fields import is_plain_name, shown
+from moe_beyond.json_fields import is_plain_name
 from moe_beyond.pretrained import CARD_FILE
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, engine_table

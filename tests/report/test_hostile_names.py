@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from moe_beyond.json_fields import UNPRINTABLE, printable, printable_lines
 from moe_beyond.report.html.build import _template
 from moe_beyond.report.html.page import Section
 from moe_beyond.report.html.svg import Axis, Line, line_chart
 from moe_beyond.report.tables.wrapping import WrappedTable
+from moe_beyond.safe_text import UNPRINTABLE, printable, printable_lines
 
 NAMES = [
     "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "a\r\nmoe-beyond: error: fake", "[/foo] [bold", "[red]x[/red]", "\x9b2J",

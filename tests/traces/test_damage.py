@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -296,6 +298,37 @@ def test_a_text_that_every_row_repeats_is_not_decoded(tmp_path, monkeypatch, cap
     monkeypatch.setattr(parquet, "TEXT_BYTES", 2**13)
     line = error_line(capsys, ["inspect", tmp_path / "traces"])
     assert line.startswith(f"{tmp_path / 'traces' / FIRST}: 'source' holds texts of ")
+
+
+OPEN_EACH = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from moe_beyond.errors import UserError
+from moe_beyond.traces.parquet import check_size, open_parquet
+
+content = Path(sys.argv[1]).read_bytes()
+footer = int.from_bytes(content[-8:-4], "little")
+refused = 0
+for place in range(len(content) - 8 - footer, len(content) - 8):
+    for bit in range(8):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        try:
+            check_size(open_parquet(bytes(damaged)), len(content), "shard")
+        except (pa.ArrowException, OSError, ValueError, UserError):
+            refused += 1
+print(refused)
+"""
+
+
+def test_no_footer_ends_the_process(tmp_path):
+    """pyarrow does not catch the exception of a footer whose histograms of levels contradict its schema."""
+    path = tmp_path / "shard.parquet"
+    pq.write_table(pa.table({"experts": [[1, 2]] * 4, "source": ["x"] * 4}), path, row_group_size=2)
+    done = subprocess.run([sys.executable, "-c", OPEN_EACH, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 0
 
 
 @pytest.mark.parametrize("name", ["shard left out", "brackets", "not Parquet", "expert twice", "one id"])

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import shown
+from moe_beyond.safe_text import shown
 
 NO_THRESHOLD = -1.0
 """Threshold below every score."""

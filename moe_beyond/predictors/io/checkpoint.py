@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import OBJECT, brief, check_present, whole
+from moe_beyond.json_fields import OBJECT, check_present, whole
 from moe_beyond.predictor_config import PREDICTOR, check_training
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.io.weights import build
+from moe_beyond.safe_text import brief
 
 CHECKPOINT_KEY = "moe_beyond"
 """Key of a checkpoint's entry that describes its predictor in JSON-serialisable values."""

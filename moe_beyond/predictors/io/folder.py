@@ -11,7 +11,6 @@ from safetensors.torch import load, save_file
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import file_in, is_earlier_result, read_json, replacing_folder, sealed, write_json
-from moe_beyond.json_fields import brief, shown
 from moe_beyond.predictor_config import FORMAT_VERSION, check_config
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.calibration import Calibration
@@ -19,6 +18,7 @@ from moe_beyond.predictors.io.card import card
 from moe_beyond.predictors.io.weights import build
 from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from moe_beyond.safe_text import brief, shown
 from moe_beyond.safetensors_header import parse_header
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
 from moe_beyond.unfinished import read_whole

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief, shown
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.registry import create
+from moe_beyond.safe_text import brief, shown
 
 OWN_PARAMETERS = tuple(signature(create).parameters)
 """Parameters of `create`, which no argument of an architecture may replace."""

@@ -11,7 +11,6 @@ from markupsafe import Markup
 from moe_beyond.evaluation.results import Evaluation
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.files import replacing
-from moe_beyond.json_fields import printable_lines
 from moe_beyond.predictors.io.folder import read_config
 from moe_beyond.report.html.page import Section
 from moe_beyond.report.html.sections.caveats import caveats_section
@@ -25,6 +24,7 @@ from moe_beyond.report.html.sections.timing import timing_section, verdicts
 from moe_beyond.report.html.subject import Subject, read_curves, run_config_to_show
 from moe_beyond.report.labels import leaks_of
 from moe_beyond.report.tables.conditions import format_conditions
+from moe_beyond.safe_text import printable_lines
 from moe_beyond.simulator.devices import Device
 from moe_beyond.traces.analysis.counts import count_routing
 from moe_beyond.traces.analysis.statistics import reuse

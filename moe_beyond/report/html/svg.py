@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from moe_beyond.json_fields import printable, printable_lines
 from moe_beyond.metrics import ReliabilityBin
+from moe_beyond.safe_text import printable, printable_lines
 
 WIDTH, HEIGHT = 340, 240  # about the width of a phone, so that text is not scaled there
 LEFT, TOP, BOTTOM = 44, 26, 40

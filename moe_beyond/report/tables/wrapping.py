@@ -10,7 +10,7 @@ from rich.style import StyleType
 from rich.table import Column, Table
 from rich.text import Text
 
-from moe_beyond.json_fields import printable_lines
+from moe_beyond.safe_text import printable_lines
 
 
 @dataclass(frozen=True)

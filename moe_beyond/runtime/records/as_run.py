@@ -5,10 +5,10 @@ work of its readers. Whenever the lock is released, it begins prefetches and rep
 number of operations of the core before them.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -183,14 +183,17 @@ def recorded_strategy(recording: Recording) -> RunStrategy:
     Raises:
         UserError: One of them is not found, or is another one; or an option does not fit.
     """
-    options, manifest = recording.options, recording.traces.manifest
+    options, manifest, folder = recording.options, recording.traces.manifest, recording.traces.folder
     for role in recording.fingerprints:
         name = getattr(options, role)
         if name is None:
-            raise UserError(f"{recording.traces.folder}: its {role} was an instance without a name; give --{role}")
-        if not (is_hub_name(str(name)) or str(name) in list_pretrained() or Path(name).is_dir()):
-            raise UserError(f"{recording.traces.folder}: its {role} {name} is not found here; give --{role}")
-    strategy = resolve_strategy(options, manifest, manifest.bits)
+            raise UserError(f"{folder}: its {role} was an instance without a name; give --{role}")
+        if not (is_hub_name(str(name)) or str(name) in list_pretrained() or os.path.isdir(name)):
+            raise UserError(f"{folder}: its {role} {name} is not found here; give --{role}")
+    try:
+        strategy = resolve_strategy(options, manifest, manifest.bits)
+    except UserError as error:
+        raise UserError(f"{folder}: its options: {error}") from error
     for role, sha256 in recording.fingerprints.items():
         if sha256 is not None and strategy.fingerprints.get(role) != sha256:
             raise UserError(

@@ -16,7 +16,7 @@ from moe_beyond.collect.tokenizer_files import recorded_tokenizer
 from moe_beyond.download import is_hub_name
 from moe_beyond.errors import UserError
 from moe_beyond.files import check_seal, file_in, read_json, replacing_folder, sealed, write_json
-from moe_beyond.json_fields import OBJECT, SHA256, TEXT, FieldRule, build, check_fields, check_present, optional, shown
+from moe_beyond.json_fields import OBJECT, SHA256, TEXT, FieldRule, build, check_fields, check_present, optional
 from moe_beyond.pretrained import list_pretrained
 from moe_beyond.runtime.generation import Generation, Sampling
 from moe_beyond.runtime.options import RUN_FILE
@@ -24,6 +24,7 @@ from moe_beyond.runtime.records.telemetry_files import ROWS, read_telemetry, wri
 from moe_beyond.runtime.result import logged_sequences
 from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, TransferRow
 from moe_beyond.runtime.strategy import StrategyOptions
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.manifest import TOKENIZER_FILE
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.trace import Trace

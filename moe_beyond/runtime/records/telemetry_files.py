@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import file_in, file_sha256
-from moe_beyond.json_fields import brief
 from moe_beyond.runtime.stepping.telemetry import EventRow, PrefetchRow, StepRow, Telemetry, TransferRow, columns
-from moe_beyond.traces.parquet import decode_table
+from moe_beyond.safe_text import brief
+from moe_beyond.traces.parquet import decode_table, open_parquet
 
 TELEMETRY_FOLDER = "telemetry"
 ROWS: dict[str, type] = {"steps": StepRow, "events": EventRow, "prefetches": PrefetchRow, "transfers": TransferRow}
@@ -59,7 +59,7 @@ def read_telemetry(folder: Path, name: str, sha256: str) -> list[Any]:
         content = file_in(path.parent, path.name).read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{path}: is damaged (its sha256 differs from that in the recording); {AGAIN}")
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = open_parquet(content)
         table = decode_table(file, len(content), str(path))
         values = [_column(table, field.name, field.type, str(path)) for field in fields(kind)]
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

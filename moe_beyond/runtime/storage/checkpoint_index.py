@@ -21,13 +21,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from moe_beyond.collect.load import EXPERTS_FILE, Checkpoint
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief
 from moe_beyond.pretrained import CONFIG_FILE
 from moe_beyond.runtime.experts import ExpertsLayer
 from moe_beyond.runtime.slab import SlabField
 from moe_beyond.runtime.storage.expert_index import Conversion, Entry, ExpertIndex, Piece, Segment, Source
 from moe_beyond.runtime.storage.packed_experts import packed_index
 from moe_beyond.runtime.storage.stored_tensors import stored_tensors
+from moe_beyond.safe_text import brief
 from moe_beyond.safetensors_header import DTYPES, StoredTensor
 
 SHORTEST_RUN = 64

@@ -5,8 +5,8 @@ from typing import Any
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import file_in, read_json
-from moe_beyond.json_fields import shown
 from moe_beyond.pretrained import WEIGHTS_FILE
+from moe_beyond.safe_text import shown
 from moe_beyond.safetensors_header import StoredTensor, read_header
 
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 from moe_beyond.traces.formats._files import source_files
 
 HEADERS = {

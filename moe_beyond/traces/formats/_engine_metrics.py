@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 
 COUNTERS = ("turn", "step", "steps")
 """Columns that number the rows, and are no metrics."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from moe_beyond.errors import UserError
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 
 
 def natural(name: str) -> list[str | int]:

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 from moe_beyond.traces.formats._files import column_names, listed, source_files
 from moe_beyond.traces.formats._format import Format, Option
 from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._recording import Progress, Recording, recording_reader
-from moe_beyond.traces.parquet import check_size
+from moe_beyond.traces.parquet import check_size, open_parquet
 from moe_beyond.traces.trace import Trace
 
 SEQUENCE_TOKENS = 2048
@@ -82,7 +82,7 @@ def _layer_files(source: Path, geometry: Geometry) -> list[Path]:
 
 def _opened(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path)
         check_size(file, path.stat().st_size, str(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({brief(error)})") from error

@@ -26,7 +26,7 @@ import pyarrow.csv
 from moe_beyond.errors import UserError
 from moe_beyond.files import creating
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import brief
+from moe_beyond.safe_text import brief
 from moe_beyond.traces.formats._checks import check_no_padding
 from moe_beyond.traces.formats._files import source_files
 from moe_beyond.traces.formats._format import WORKERS, Format

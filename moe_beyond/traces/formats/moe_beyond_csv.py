@@ -12,7 +12,7 @@ import pyarrow.csv
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
-from moe_beyond.json_fields import brief, shown
+from moe_beyond.safe_text import brief, shown
 from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.formats._files import column_names, listed
 from moe_beyond.traces.formats._format import WORKERS, Format

@@ -22,7 +22,7 @@ import pyarrow.csv
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry, Preset
-from moe_beyond.json_fields import brief, printable, shown
+from moe_beyond.safe_text import brief, printable, shown
 from moe_beyond.traces.engine_log import EngineLog, Residency
 from moe_beyond.traces.formats._engine_metrics import read_metrics
 from moe_beyond.traces.formats._format import Format, Option
