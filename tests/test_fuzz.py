@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(TOOLS))
 import fuzz
-from fuzz_seeds import SETTINGS
+from parts.fuzz_seeds import SETTINGS
 
 LONG = "9" * 5000
 """Digits of a number that Python refuses to read, and that fill a terminal."""

@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -426,7 +428,7 @@ def test_a_thousand_damaged_files_are_named(tmp_path: Path) -> None:
     assert found["faults"] == []
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in TOOLS.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(TOOLS)) for path in TOOLS.rglob("*.py")))
 def test_the_imports_of_a_tool_exist(name: str) -> None:
     nodes = ast.walk(ast.parse((TOOLS / name).read_text()))
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_bey")]
@@ -438,6 +440,18 @@ def test_the_imports_of_a_tool_exist(name: str) -> None:
         and importlib.util.find_spec(f"{node.module}.{alias.name}") is None
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in TOOLS.glob("*.py") if path.name != "fuzz_atheris.py"))
+def test_a_tool_prints_its_usage(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.syspath_prepend(str(TOOLS))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(TOOLS / name), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: {name}")
 
 
 @pytest.mark.slow

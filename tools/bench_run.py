@@ -38,9 +38,9 @@ from typing import Any
 import numpy as np
 import torch
 from bench_disk import describe_machine
-from bench_models import Loaded, Options, Text, load
-from bench_overhead import POLICIES, measure_overhead, show_overhead
-from forced_routing import forced_routing
+from parts.bench_models import Loaded, Options, Text, load
+from parts.bench_overhead import POLICIES, measure_overhead, show_overhead
+from parts.forced_routing import forced_routing
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

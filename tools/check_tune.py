@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", required=True, help="trace set")
     parser.add_argument("--device", action="append", help=f"device; repeatable (default: {', '.join(DEVICES)})")
-    parser.add_argument("--budget", action="append", help=f"budget; repeatable (default: {', '.join(BUDGETS)})")
+    parser.add_argument("--budget", action="append", help="budget; repeatable (default: 10%%, 20%%)")
     parser.add_argument("--predictor", default=PREDICTOR, help=f"predictor, or none (default: {PREDICTOR})")
     parser.add_argument("--profile", default=PROFILE, help=f"usage profile, or none (default: {PROFILE})")
     parser.add_argument("--json", type=Path, help="file for the figures")

@@ -36,8 +36,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from damage_cases import KINDS, Case
-from damage_originals import Original
+from parts.damage_cases import KINDS, Case
+from parts.damage_originals import Original
 from rich.console import Console
 from rich.table import Table
 

@@ -31,10 +31,10 @@ from random import Random
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from fuzz_files import FILE_TARGETS
-from fuzz_recordings import RECORDING_TARGETS
-from fuzz_targets import TARGETS, Target
 from huggingface_hub import constants
+from parts.fuzz_files import FILE_TARGETS
+from parts.fuzz_recordings import RECORDING_TARGETS
+from parts.fuzz_targets import TARGETS, Target
 from rich.console import Console
 from rich.table import Table
 

@@ -31,9 +31,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from parts.watched_fits import CONFIGURATIONS, OTHER_DISK, Configuration, Kill, Notes, choose_kill, fit, in_processes
 from rich.console import Console
 from rich.table import Table
-from watched_fits import CONFIGURATIONS, OTHER_DISK, Configuration, Kill, Notes, choose_kill, fit, in_processes
 
 from moe_beyond.cli.resuming import newest_checkpoint
 from moe_beyond.files import write_json

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_models import Text
-from forced_routing import forced_routing
+from parts.bench_models import Text
+from parts.forced_routing import forced_routing
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
@@ -184,8 +184,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="small-moe, or a folder that tools/make_bench_model.py wrote")
     parser.add_argument("--data", help="trace set with the routing (default: the model routes its own prompts)")
-    parser.add_argument("--budgets", nargs="+", default=BUDGETS, help=f"budgets (default: {' '.join(BUDGETS)})")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help=f"default: {' '.join(STRATEGIES)}")
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="budgets (default: 10%%, 20%%, 30%%, 50%%, 75%%)")
+    parser.add_argument(
+        "--strategies", nargs="+", default=STRATEGIES, help=f"strategies (default: {' '.join(STRATEGIES)})"
+    )
     parser.add_argument("--predictor", default=PREDICTOR_NAME, help=f"predictor (default: {PREDICTOR_NAME})")
     parser.add_argument(
         "--profile", default=PROFILE_NAME, help=f"usage profile of belief, or none (default: {PROFILE_NAME})"

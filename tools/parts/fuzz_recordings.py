@@ -15,9 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
-from fuzz_mutations import edited_bytes, edited_json, edited_lines, edited_table, several
-from fuzz_seeds import SMALL
-from fuzz_targets import OPTION_WORDS, Target
 from tokenizers.models import WordLevel
 
 from moe_beyond.files import file_sha256, sealed
@@ -30,6 +27,9 @@ from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import padding_id
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
+from parts.fuzz_mutations import edited_bytes, edited_json, edited_lines, edited_table, several
+from parts.fuzz_seeds import SMALL
+from parts.fuzz_targets import OPTION_WORDS, Target
 
 TELEMETRY_FOLDER = "telemetry"
 TOKENS = 4

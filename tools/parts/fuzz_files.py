@@ -10,9 +10,6 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from fuzz_mutations import edited_bytes, edited_json, edited_lines, edited_table, several
-from fuzz_seeds import CONFIG_FILES, CONFIGS, GEOMETRIES, MIXED, PROMPTS, SMALL, STEERINGS
-from fuzz_targets import Target, json_files
 
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError
@@ -21,6 +18,9 @@ from moe_beyond.geometry import Geometry, load_preset
 from moe_beyond.safe_text import UNPRINTABLE
 from moe_beyond.traces.manifest import Manifest, ShardInfo, Tokenizer
 from moe_beyond.traces.steering import Steering, read_steering
+from parts.fuzz_mutations import edited_bytes, edited_json, edited_lines, edited_table, several
+from parts.fuzz_seeds import CONFIG_FILES, CONFIGS, GEOMETRIES, MIXED, PROMPTS, SMALL, STEERINGS
+from parts.fuzz_targets import Target, json_files
 
 # Models.
 

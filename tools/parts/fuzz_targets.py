@@ -9,8 +9,6 @@ from random import Random
 from typing import Any
 
 import yaml
-from fuzz_mutations import edited_bytes, edited_json, edited_text, json_bytes, several
-from fuzz_seeds import DEVICE_FILES, LARGE, MIXED, SETTINGS, SMALL, STRATEGY_FILES
 
 from moe_beyond.cache.misses import MISSES
 from moe_beyond.cache.policies import POLICIES
@@ -27,6 +25,8 @@ from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.computing import resident_seconds
 from moe_beyond.simulator.devices import DEVICES, Device, device_slots, flash_seconds, load_device, transfer_seconds
 from moe_beyond.traces.splits import parse_blocks, validation_numbers
+from parts.fuzz_mutations import edited_bytes, edited_json, edited_text, json_bytes, several
+from parts.fuzz_seeds import DEVICE_FILES, LARGE, MIXED, SETTINGS, SMALL, STRATEGY_FILES
 
 OPTION_WORDS = (
     "policy", "prefetch", "lookahead", "scope", "quotas", "miss", "budget", "device", "strategy", "--", "slots",

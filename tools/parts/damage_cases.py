@@ -14,7 +14,13 @@ import yaml
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, fit
 from _helpers.recordings import SMALL, flame_moe, json_lines, random_experts
 from _helpers.scoring import scores_folder
-from damage_edits import (
+
+from moe_beyond.evaluation.score_store import ScoresFolder
+from moe_beyond.evaluation.strategy_file import StrategyChoice, write_strategy
+from moe_beyond.predictors.registry import ARCHITECTURES
+from moe_beyond.simulator.devices import DEVICES
+from moe_beyond.traces.reader import TraceSet
+from parts.damage_edits import (
     Edit,
     accidents,
     checkpoint_edit,
@@ -26,13 +32,7 @@ from damage_edits import (
     weights_edit,
     write_plain,
 )  # fmt: skip
-from damage_originals import Original, command, predictor_of, read_batches, read_traces, step, traces_of
-
-from moe_beyond.evaluation.score_store import ScoresFolder
-from moe_beyond.evaluation.strategy_file import StrategyChoice, write_strategy
-from moe_beyond.predictors.registry import ARCHITECTURES
-from moe_beyond.simulator.devices import DEVICES
-from moe_beyond.traces.reader import TraceSet
+from parts.damage_originals import Original, command, predictor_of, read_batches, read_traces, step, traces_of
 
 PROMPTS = "def read(path):\n\nThe list of all exceptions that the module raises is short:\n\nA\n"
 OPTIONS = ("budget", "policy", "prefetch", "lookahead", "scope", "predictor", "profile", "misses")

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from bench_models import Loaded, Options, Text, in_slots, unmodified
-from forced_routing import forced_routing
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from parts.bench_models import Loaded, Options, Text, in_slots, unmodified
+from parts.forced_routing import forced_routing
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 """Clocks; the second one is that of the thread that computes, which other programs do not slow down."""

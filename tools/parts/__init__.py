@@ -1,0 +1,1 @@
+"""Modules that several or large tools consist of."""
