@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import read_json
+from moe_beyond.json_fields import TEXT, check_fields
 from moe_beyond.model_config import MOST_EXPERTS, MOST_LAYERS, read_mixture
 from moe_beyond.safe_text import shown
 
@@ -65,9 +66,8 @@ class Geometry:
         Raises:
             UserError: A field has the wrong type, or a number is out of range.
         """
-        if not isinstance(self.model, str):
-            raise UserError(f"geometry: model must be a string (got {shown(self.model)})")
-        location = f"geometry {self.model!r}"
+        check_fields({"model": TEXT}, {"model": self.model}, "geometry: ")
+        location = f"geometry {shown(self.model)}"
         layers = self.moe_layers
         if not isinstance(layers, tuple) or any(type(layer) is not int for layer in layers):
             raise UserError(f"{location}: moe_layers must be whole numbers (got {shown(layers)})")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import PRESETS, Geometry, budget_slots, geometry_from_config, load_preset
+from moe_beyond.safe_text import printable
 
 # L, E, K, parameters of an expert, all experts, slots of a 10 % budget, experts one token demands: the published table,
 # and the 3 x 2,880 biases of an expert of gpt-oss.
@@ -483,7 +484,7 @@ def test_a_larger_budget_never_buys_fewer_slots(one, other, unit, geometry):
     st.integers(1, 400),
     st.integers(1, 400),
     st.integers(1, 10**9),
-    st.text(max_size=8),
+    st.text(max_size=8).map(printable),
 )
 def test_geometry_survives_json(layers, experts, top_k, params, name):
     geometry = Geometry(name, tuple(sorted(layers)), experts, min(top_k, experts), params, params)

@@ -155,7 +155,6 @@ class Manifest:
         Raises:
             UserError: A field has a wrong type or value, a shard occurs twice, or shards disagree.
         """
-        check_fields({"model": TEXT}, vars(self.geometry), "geometry: ")
         check_fields(MANIFEST_FIELDS, vars(self))
         if self.quantization_bits is None and self.geometry.expert_bytes is None:
             raise UserError("quantization_bits is null, but the geometry has no bytes; give the bits per parameter")
