@@ -1,6 +1,6 @@
 """Memory and time of every command over trace sets of growing size, and the speed-up of worker processes.
 
-    python tools/bench_scale.py SET [SET ...] [--steps 50] [--workers 2] [--json FILE]
+    python tools/bench_scale.py SET [SET ...] [--steps 50] [--workers 2] [--repeats 3] [--json FILE]
     python tools/bench_scale.py --project FILE [--entries 66e9]
 
 Every job is a process of its own on one core, start included. Memory is the largest of its processes. Time is processor
@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -118,13 +119,14 @@ def replay(traces: str, workers: int = 1) -> list[str]:
     return [*COMMAND, "replay", "--traces", traces, *words]
 
 
-def measure(sets: Sequence[str], steps: int, workers: int, report: Console) -> dict[str, object]:
+def measure(sets: Sequence[str], steps: int, workers: int, repeats: int, report: Console) -> dict[str, object]:
     """Run all jobs on all sets.
 
     Args:
         sets: Trace sets in ascending size.
         steps: Optimiser steps of the fit of ``cross_layer``.
         workers: Number of worker processes.
+        repeats: Number of replays with workers, and as many without.
         report: Console for progress.
     """
     costs: dict[str, list[dict[str, object]]] = {}
@@ -144,14 +146,12 @@ def measure(sets: Sequence[str], steps: int, workers: int, report: Console) -> d
                     fitted = max(folder.glob("runs/*/*/predictor"), key=lambda path: path.stat().st_mtime)
                     (folder / "fitted").unlink(missing_ok=True)
                     (folder / "fitted").symlink_to(fitted, target_is_directory=True)
-        entries = layers * manifest.tokens
-        several = [run(replay(traces, number), entries, folder, number) for number in (1, workers)]
-        same = (folder / "1.json").read_bytes() == (folder / f"{workers}.json").read_bytes()
-        figures["speed_up"] = {
-            "of": several[0].seconds / several[1].seconds,
-            "costs": [asdict(cost) for cost in several],
-            "same_json": same,
-        }
+        pairs = [
+            [run(replay(traces, number), layers * manifest.tokens, folder, number) for number in (1, workers)]
+            for _ in range(repeats)
+        ]
+        figures["speed_ups"] = [one.seconds / several.seconds for one, several in pairs]
+        figures["same_json"] = (folder / "1.json").read_bytes() == (folder / f"{workers}.json").read_bytes()
         figures["bytes_per_entry"] = sum(shard.bytes for shard in manifest.shards) / entries
     return figures
 
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", help="trace sets in ascending size, with a train and a validation split")
     parser.add_argument("--steps", type=int, default=50, help="optimiser steps of cross_layer (default: 50)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default: 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of the speed-up (default: 3)")
     parser.add_argument("--json", help="file for the figures (default: none)")
     parser.add_argument("--project", metavar="FILE", help="figures of an earlier run to project")
     parser.add_argument("--entries", type=float, default=66e9, help="entries of the projection (default: 66e9)")
@@ -215,11 +216,12 @@ def main() -> None:
     if args.project:
         print("\n".join(project(json.loads(Path(args.project).read_text()), args.entries)))
         return
-    figures = measure(args.sets, args.steps, args.workers, console)
+    figures = measure(args.sets, args.steps, args.workers, args.repeats, console)
     console.print(table(figures))
-    speed_up = figures["speed_up"]
+    speed_ups = figures["speed_ups"]
     console.print(
-        f"replay, {args.workers} workers: {speed_up['of']:.2f} times as fast; same JSON: {speed_up['same_json']}"
+        f"replay, {args.workers} workers: {median(speed_ups):.2f} times as fast as one (median of {args.repeats}, "
+        f"{min(speed_ups):.2f} to {max(speed_ups):.2f}); same JSON: {figures['same_json']}"
     )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")

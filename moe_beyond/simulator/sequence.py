@@ -116,9 +116,11 @@ class Group:
     """
 
     def __init__(self, members: Sequence[ReplaySequence], settings: ReplaySettings) -> None:
-        self._members = members
+        # The members themselves would refer to each other and to this group, and stay in memory until a collection.
         self.names = tuple(member.name for member in members)
-        geometry = members[0].geometry
+        self._all_scores = [member.scores for member in members]
+        self._scores_after = members[0].scores_after if len(members) == 1 else None
+        self._geometry = geometry = members[0].geometry
         layers, experts, _ = geometry.shape()
         self._step_of = [member.steps_of_tokens(settings) for member in members]
         length = max(int(steps[-1]) + 1 for steps in self._step_of)
@@ -175,7 +177,7 @@ class Group:
 
     def steps(self, settings: ReplaySettings) -> StepArrays:
         """Return the steps with their scores as arrays for the engine."""
-        layers = settings.slices(self._members[0].geometry.num_layers)
+        layers = settings.slices(self._geometry.num_layers)
         return StepArrays(
             ids=self.stream.ids,
             offsets=self.stream.offsets,
@@ -188,11 +190,10 @@ class Group:
 
     def _with_scores_after(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return scores with a row for the step after the last one, if a single sequence has such scores."""
-        after = self._members[0].scores_after if len(self._members) == 1 else None
-        if after is None or scores.shape[1] == 0:
+        if self._scores_after is None or scores.shape[1] == 0:
             return scores
         row = np.full((1, *scores.shape[1:]), np.nan, np.float32)
-        row[0, -1] = after  # lookahead next is the last one
+        row[0, -1] = self._scores_after  # lookahead next is the last one
         return np.concatenate([scores, row])
 
     def _scores(self, slices: int) -> npt.NDArray[np.float32]:
@@ -201,19 +202,19 @@ class Group:
         A step with several tokens of one sequence has no scores: the score of a later token reads the routing of the
         tokens before it.
         """
-        layers, experts, _ = self._members[0].geometry.shape()
+        layers, experts, _ = self._geometry.shape()
         length = len(self.size)
         if slices == 0:
             return np.zeros((length, 0, layers, experts), np.float32)
-        all_scores = [member.scores for member in self._members]
-        for scores in all_scores:
+        for scores in self._all_scores:
             if scores is None or scores.shape[1] != slices:
                 got = 0 if scores is None else scores.shape[1]
                 raise UserError(f"the sequence must have scores of {slices} lookaheads (got {got})")
-        if len(all_scores) == 1 and all_scores[0] is not None and len(all_scores[0]) == length:
-            return all_scores[0]
+        first = self._all_scores[0]
+        if len(self._all_scores) == 1 and first is not None and len(first) == length:
+            return first
         unused = np.ones((length, slices, layers, experts), np.float32)
-        for scores, steps in zip(all_scores, self._step_of, strict=True):
+        for scores, steps in zip(self._all_scores, self._step_of, strict=True):
             assert scores is not None
             single = np.bincount(steps, minlength=length)[steps] == 1
             unused[steps[single]] *= 1 - scores[single]

@@ -1,5 +1,8 @@
 """Mistakes of a user, and the one line that names each."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from _helpers.cache_cases import small_geometry, ticking
@@ -8,6 +11,7 @@ from moe_beyond.cache.cache import Cache
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.errors import UserError
 from moe_beyond.simulator import Replay, ReplaySettings
+from moe_beyond.simulator.sequence import ReplaySequence
 from moe_beyond.usage_profile import UsageProfile, default_hazard
 
 GEOMETRY = small_geometry(3, 8, 2)
@@ -308,3 +312,17 @@ def test_belady_must_be_told_the_future(policy: str):
         Cache(GEOMETRY, 8, policy)
     with pytest.raises(ValueError, match="whole stream"):
         Replay(GEOMETRY, ReplaySettings(8, policy=policy, carry_over=True))
+
+
+def test_a_replayed_sequence_leaves_memory_at_once():
+    """Large sets stay in bounded memory only if no sequence waits for the collector of reference cycles."""
+    sequence = ReplaySequence(GEOMETRY, EXPERTS)
+    replay = Replay(GEOMETRY, ReplaySettings(8))
+    gc.disable()
+    try:
+        replay.add_sequence(sequence)
+        remaining = weakref.ref(sequence)
+        del sequence
+        assert remaining() is None
+    finally:
+        gc.enable()
