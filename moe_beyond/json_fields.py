@@ -66,9 +66,16 @@ SHA256 = FieldRule(
 )
 FLAG = FieldRule("true or false", lambda value: type(value) is bool)
 FINITE = FieldRule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= LARGEST_NUMBER)
+SCALAR = FieldRule(
+    "text, a finite number, true, false or null",
+    lambda value: value is None or FLAG.accepts(value) or FINITE.accepts(value) or TEXT.accepts(value),
+)
 OBJECT = FieldRule(
     "an object", lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
 )
+
+TOKENIZER_FIELDS = {"name": TEXT, "vocab_size": whole(1, 2**24), "sha256": optional(SHA256)}
+"""Conditions on the record of a tokenizer, in manifests and in training records."""
 
 
 def check_fields(rules: Mapping[str, FieldRule], values: Mapping[str, Any], location: str = "") -> None:
@@ -101,6 +108,22 @@ def check_present(rules: Mapping[str, FieldRule], values: Mapping[str, Any], loc
     if missing := [name for name in rules if name not in values]:
         raise UserError(f"{location}field {missing[0]!r} is missing")
     check_fields(rules, values, location)
+
+
+def check_known(rules: Mapping[str, FieldRule], values: Mapping[str, Any], location: str = "") -> None:
+    """Refuse an object that has a field without a condition, or a wrong field; fields may be absent.
+
+    Args:
+        rules: Condition of each possible field, by name.
+        values: Fields, by name.
+        location: Text before the name in the message (default: none).
+
+    Raises:
+        UserError: A field is unknown or does not satisfy its condition.
+    """
+    if unknown := [name for name in values if name not in rules]:
+        raise UserError(f"{location}field {shown(unknown[0])} is unknown")
+    check_fields({name: rule for name, rule in rules.items() if name in values}, values, location)
 
 
 def build(cls: Callable[..., Built], content: Any, name: str) -> Built:

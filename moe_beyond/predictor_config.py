@@ -10,10 +10,13 @@ from moe_beyond.json_fields import (
     FINITE,
     FLAG,
     OBJECT,
+    SCALAR,
     SHA256,
     TEXT,
+    TOKENIZER_FIELDS,
     FieldRule,
     check_fields,
+    check_known,
     check_present,
     optional,
     whole,
@@ -42,8 +45,11 @@ def _is_intervals(value: Any) -> bool:
     )
 
 
+USES = ("chose the epoch of", "calibrated", "chose the epoch of and calibrated")
+"""Verb phrases for the influence of a text that the predictor was not fitted on."""
 INTERVALS = FieldRule("an object of pairs of numbers", _is_intervals)
 LIST = FieldRule("a list", lambda value: isinstance(value, list))
+ANY = FieldRule("any value", lambda value: True)
 ROWS = FieldRule("a list with at least one row", lambda value: isinstance(value, list) and bool(value))
 
 PREDICTOR = {
@@ -75,15 +81,19 @@ TRAINING = {
     "model_id": TEXT,
     "quantization_bits": optional(FINITE),
     "source": TEXT,
-    "tokenizer": optional(OBJECT),
+    "tokenizer": optional(OBJECT),  # of `TOKENIZER_FIELDS`
     "sequences": COUNT,
     "tokens": COUNT,
     "recipe": OBJECT,
     "texts": FieldRule("hexadecimal digits", lambda value: isinstance(value, str) and not value.strip(hexdigits)),
-    "use": TEXT,
+    "use": FieldRule(" or ".join(map(repr, USES)), lambda value: value in USES),
     "steering": optional(OBJECT),
+    "seen": LIST,
+    "validation": optional(OBJECT),
 }
-"""Fields of a training record, all of which may be absent; further ones are permitted."""
+"""Fields of a training record, all of which may be absent."""
+RECIPE = dict.fromkeys(("seed", "epochs", "tokens per batch", "tokens per segment"), optional(whole(-1, 2**63)))
+"""Fields of a recipe; a task may add further ones, each a `SCALAR`."""
 FIGURES = {
     "source": TEXT,
     "fingerprint": TEXT,
@@ -95,6 +105,10 @@ FIGURES = {
 METRICS_ROW = {"lookahead": LOOKAHEAD, "k": whole(1, 2**24), "tokens": COUNT, "causal": FLAG} | dict.fromkeys(
     ("recall_at_k", "nll", "calibration_error", "accuracy", "f1_two_class"), FINITE
 )
+MORE_METRICS = dict.fromkeys(
+    ("f1", "f1_micro", "f1_macro", "average_precision", "exact_match", "gate_mass_at_k"), optional(FINITE)
+)
+"""Fields of a row of metrics that may be absent."""
 REPLAY_ROW = {
     "strategy": TEXT,
     "predictor": optional(TEXT),
@@ -122,9 +136,7 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(f"{source}: format version {shown(version)}; this package reads {FORMAT_VERSION}")
     try:
-        known = {*FIELDS, "format_version", "figures", SEAL}
-        if strange := [name for name in config if name not in known]:
-            raise UserError(f"field {shown(strange[0])} is unknown")
+        check_known({**FIELDS, **dict.fromkeys(("format_version", "figures", SEAL), ANY)}, config)
         check_present(FIELDS, config)
         check_fields({"model": TEXT}, {"model": None, **config["geometry"]}, "geometry: ")
         check_training(config["training"])
@@ -150,17 +162,19 @@ def check_training(training: Mapping[str, Any]) -> None:
     if training.get("validation") is not None:
         texts = [*texts, *_objects([training["validation"]], "training: validation")]
     for record in (training, *texts):
-        check_fields({name: rule for name, rule in TRAINING.items() if name in record}, record, "training: ")
-        tokenizer = record.get("tokenizer") or {}
-        check_fields({"sha256": optional(TEXT)}, {"sha256": None, **tokenizer}, "training: tokenizer: ")
+        check_known(TRAINING, record, "training: ")
+        check_known(TOKENIZER_FIELDS, record.get("tokenizer") or {}, "training: tokenizer: ")
+        recipe = record.get("recipe", {})
+        check_known({**dict.fromkeys(recipe, SCALAR), **RECIPE}, recipe, "training: recipe: ")
 
 
 def _check_figures(figures: Mapping[str, Any]) -> None:
     check_present(FIGURES, figures, "figures: ")
-    for kind, rules in (("metrics", METRICS_ROW), ("replay", REPLAY_ROW)):
+    check_known({**FIGURES, "relation": TEXT}, figures, "figures: ")
+    for kind, rules, more in (("metrics", METRICS_ROW, MORE_METRICS), ("replay", REPLAY_ROW, {})):
         for row in _objects(figures[kind], f"figures: {kind}"):
             check_present(rules, row, f"figures: {kind}: ")
-            check_fields({"intervals": optional(INTERVALS)}, {"intervals": None, **row}, f"figures: {kind}: ")
+            check_known({**rules, **more, "intervals": optional(INTERVALS)}, row, f"figures: {kind}: ")
 
 
 def _objects(content: Any, location: str) -> Iterable[Mapping[str, Any]]:

@@ -119,11 +119,14 @@ def replay(traces: str, workers: int = 1) -> list[str]:
     return [*COMMAND, "replay", "--traces", traces, *words]
 
 
-def measure(sets: Sequence[str], steps: int, workers: int, repeats: int, report: Console) -> dict[str, object]:
-    """Run all jobs on all sets.
+def measure(
+    sets: Sequence[str], names: Sequence[str] | None, steps: int, workers: int, repeats: int, report: Console
+) -> dict[str, object]:
+    """Run jobs on all sets.
 
     Args:
         sets: Trace sets in ascending size.
+        names: Names of the jobs; None for all.
         steps: Optimiser steps of the fit of ``cross_layer``.
         workers: Number of worker processes.
         repeats: Number of replays with workers, and as many without.
@@ -137,6 +140,8 @@ def measure(sets: Sequence[str], steps: int, workers: int, repeats: int, report:
             opened = TraceSet(traces)
             manifest, layers = opened.manifest, opened.geometry.num_layers
             for name, words in jobs(traces, steps).items():
+                if names is not None and name not in names:
+                    continue
                 splits = {"evaluate popularity": ["validation"], "stream": ["train"]}.get(name, manifest.splits)
                 entries = layers * sum(manifest.counts()[split]["tokens"] for split in splits)
                 cost = run(words, entries, folder)
@@ -146,11 +151,12 @@ def measure(sets: Sequence[str], steps: int, workers: int, repeats: int, report:
                     fitted = max(folder.glob("runs/*/*/predictor"), key=lambda path: path.stat().st_mtime)
                     (folder / "fitted").unlink(missing_ok=True)
                     (folder / "fitted").symlink_to(fitted, target_is_directory=True)
-        pairs = [
-            [run(replay(traces, number), layers * manifest.tokens, folder, number) for number in (1, workers)]
-            for _ in range(repeats)
-        ]
-        figures["speed_ups"] = [one.seconds / several.seconds for one, several in pairs]
+        entries, speed_ups = layers * manifest.tokens, []
+        for _ in range(repeats):
+            one, several = (run(replay(traces, number), entries, folder, number) for number in (1, workers))
+            report.print(f"{traces}: replay, {workers} workers: {several}; one: {one}")
+            speed_ups.append(one.seconds / several.seconds)
+        figures["speed_ups"] = speed_ups
         figures["same_json"] = (folder / "1.json").read_bytes() == (folder / f"{workers}.json").read_bytes()
         figures["bytes_per_entry"] = sum(shard.bytes for shard in manifest.shards) / entries
     return figures
@@ -159,7 +165,7 @@ def measure(sets: Sequence[str], steps: int, workers: int, repeats: int, report:
 def table(figures: dict[str, object]) -> Table:
     """Return memory and time of each job, one pair of columns per set."""
     costs = figures["costs"]
-    entries = [f"{row['entries'] / 1e6:.0f} M" for row in costs["replay"]]
+    entries = [f"{row['entries'] / 1e6:.0f} M" for row in next(iter(costs.values()))]
     shown = Table(title=f"one core; {', '.join(entries)} entries")
     for column in ("job", "peak memory, MB", "processor seconds", "µs per entry", "memory, largest / smallest"):
         shown.add_column(column, justify="left" if column == "job" else "right")
@@ -205,6 +211,7 @@ def main() -> None:
     """Parse the options, measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", help="trace sets in ascending size, with a train and a validation split")
+    parser.add_argument("--jobs", nargs="*", metavar="JOB", help="jobs to run; none: only the speed-up (default: all)")
     parser.add_argument("--steps", type=int, default=50, help="optimiser steps of cross_layer (default: 50)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="repeats of the speed-up (default: 3)")
@@ -216,8 +223,9 @@ def main() -> None:
     if args.project:
         print("\n".join(project(json.loads(Path(args.project).read_text()), args.entries)))
         return
-    figures = measure(args.sets, args.steps, args.workers, args.repeats, console)
-    console.print(table(figures))
+    figures = measure(args.sets, args.jobs, args.steps, args.workers, args.repeats, console)
+    if figures["costs"]:
+        console.print(table(figures))
     speed_ups = figures["speed_ups"]
     console.print(
         f"replay, {args.workers} workers: {median(speed_ups):.2f} times as fast as one (median of {args.repeats}, "

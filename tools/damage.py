@@ -7,8 +7,8 @@ wrong types, counts and geometries, ids out of range, numbers that are not finit
 fresh copy in an empty folder. A forked process reads it, with limits of time and memory.
 
 A case has one outcome, the worst of all readers. Three are right. `named`: one line that names the file, with exit code
-2. `harmless`: the output of the undamaged file. `other`: another output of a file that people write by hand, and whose
-values are still valid.
+2. `harmless`: the output of the undamaged file. `other`: another output, because of an edit that the author of the file
+may make: a valid value in a file that people write by hand, or another text that only people read.
 
 The others are faults. `unnamed`: an error of several lines, or without the file. `silent`: another output without an
 error. `half-written`: new files next to an error. Then `traceback`, `memory`, `hang` and `crash`. The exit code is 1 if
@@ -21,6 +21,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -56,6 +57,11 @@ OUTCOMES = (
     "named", "harmless", "other", "unnamed", "silent", "half-written", "traceback", "memory", "hang", "crash",
 )  # fmt: skip
 FAULTS = OUTCOMES[3:]
+FREE = re.compile(
+    r"[ .](source|split|model|model_id|name|command|tool_version|precision|strategy|predictor|fingerprint): "
+    r'"\.\./x" for "|figures\.\d+\.\w+\.\d+: missing$'
+)
+"""Edits that a file's author may make: another text that only people read, and fewer rows of figures."""
 ERROR = "moe-beyond: error: "
 
 
@@ -106,7 +112,7 @@ def judge(case: Case, name: str, here: Path, expected: dict[str, Any]) -> tuple[
     if [file for file in written if code or "/." in f"/{file}"]:
         return "half-written", ", ".join(written)
     if code == 0:
-        by_hand = not original.has_hashes or case.name.startswith(CARD_FILE)
+        by_hand = not original.has_hashes or case.name.startswith(CARD_FILE) or FREE.search(case.name)
         return ("harmless", "") if out == expected[name] else ("other" if by_hand else "silent", out[-300:])
     *_, last = err.splitlines() or [""]
     named = (

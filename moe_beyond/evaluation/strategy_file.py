@@ -5,10 +5,14 @@ from pathlib import Path
 
 import yaml
 
-from moe_beyond.cache.misses import MOVE
-from moe_beyond.errors import UserError
+from moe_beyond.cache.misses import MISSES, MOVE
+from moe_beyond.cache.policies import POLICIES
+from moe_beyond.cache.prefetchers import parse_prefetch
+from moe_beyond.errors import UserError, unknown
+from moe_beyond.evaluation.options import SCOPES
 from moe_beyond.files import replacing
 from moe_beyond.json_fields import build
+from moe_beyond.lookahead import parse_lookahead
 from moe_beyond.safe_text import shown
 from moe_beyond.yaml_files import read_yaml_file
 
@@ -43,15 +47,22 @@ class StrategyChoice:
     misses: str = MOVE
 
     def __post_init__(self) -> None:
-        """Check the types.
+        """Check types and names.
 
         Raises:
-            UserError: A field has the wrong type.
+            UserError: A field has the wrong type, or a name of what does not exist.
         """
         expected = {name: str for name in TEXTS} | {name: str | None for name in OPTIONAL_TEXTS}
         for name, kind in (expected | {"budget": str | int, "lookahead": str | int | None}).items():
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, kind):
                 raise UserError(f"{name}: has the wrong type (got {shown(value)}); write it as the option takes it")
+        names = (("policy", POLICIES), ("scope", SCOPES), ("misses", MISSES))
+        for field, known in names:
+            if (name := getattr(self, field)) not in known:
+                raise unknown(field, name, known)
+        parse_prefetch(self.prefetch)
+        if self.lookahead is not None:
+            parse_lookahead(self.lookahead)
 
     def options(self) -> dict[str, str | int]:
         """Return the values of the options that have one, by name."""

@@ -10,7 +10,18 @@ from typing import Any
 from moe_beyond.errors import UserError
 from moe_beyond.files import SEAL, check_seal, sealed
 from moe_beyond.geometry import Geometry
-from moe_beyond.json_fields import PLAIN_NAME, SHA256, TEXT, FieldRule, build, check_fields, number, optional, whole
+from moe_beyond.json_fields import (
+    PLAIN_NAME,
+    SHA256,
+    TEXT,
+    TOKENIZER_FIELDS,
+    FieldRule,
+    build,
+    check_fields,
+    number,
+    optional,
+    whole,
+)
 from moe_beyond.safe_text import shown
 from moe_beyond.traces.hidden_states import SUFFIX
 from moe_beyond.traces.steering import Steering
@@ -19,8 +30,8 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 
+AUTHORS = ("dataset", "model", "mixed", "unknown")
 COUNT = whole(1, 2**48)
-TOKENIZER_FIELDS = {"name": TEXT, "vocab_size": whole(1, 2**24), "sha256": optional(SHA256)}
 SHARD_FIELDS = {
     "file": PLAIN_NAME,
     "split": PLAIN_NAME,
@@ -35,7 +46,7 @@ GENERATION_FIELDS = {"tokens": COUNT, "temperature": number(-1e-9, 1e6), "seed":
 MANIFEST_FIELDS = {
     "model_id": TEXT,
     "quantization_bits": optional(number(0, 64)),
-    "author": TEXT,
+    "author": FieldRule(" or ".join(map(repr, AUTHORS)), lambda value: value in AUTHORS),
     "source": TEXT,
     "tool_version": TEXT,
     "revision": optional(TEXT),

@@ -24,7 +24,12 @@ from moe_beyond.predictors.io.folder import check_fits, read_config, read_predic
 from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 
-TRAINING = {"fingerprint": "f" * 64, "split": "train", "source": "tests", "tokenizer": {"name": "tests", "sha256": "0"}}
+TRAINING = {
+    "fingerprint": "f" * 64,
+    "split": "train",
+    "source": "tests",
+    "tokenizer": {"name": "tests", "sha256": "0" * 64},
+}
 ONE_EACH = [next(v for v in VARIANTS if v.architecture == name) for name in ARCHITECTURES]
 WITH_FRACTIONS = [
     variant
@@ -171,7 +176,7 @@ def test_a_failing_save_leaves_nothing_and_harms_nothing(folder: Path, tmp_path:
     target = folder if existing else tmp_path / "new" / "predictor"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(TypeError, match="not JSON serializable"):  # after the weights were written
-        save_predictor(fitted_once(ONE_EACH[0]), target, {"other": object()})
+        save_predictor(fitted_once(ONE_EACH[0]), target, {"steering": {"other": object()}})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert target.exists() == existing
 

@@ -159,7 +159,7 @@ def edited(**changes):
         ({"quantization_bits": float("nan")}, "quantization_bits must be a number above 0"),
         ({"quantization_bits": 0}, "quantization_bits must be a number above 0"),
         ({"quantization_bits": "16"}, "quantization_bits must be a number above 0"),
-        ({"author": ["dataset"]}, r"author must be text .* \(got a list of 1\)"),
+        ({"author": ["dataset"]}, r"author must be 'dataset' or 'model' or .* \(got a list of 1\)"),
         ({"source": {}}, r"source must be text .* \(got an object of 0\)"),
         ({"model_id": 3}, "model_id must be text"),
         ({"model_id": "x\x1b]0;title\x07"}, r"model_id must be text .* \(got 'x\\x1b"),

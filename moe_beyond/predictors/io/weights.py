@@ -87,7 +87,10 @@ def _create(config: Mapping[str, Any], source: str) -> Predictor:
         raise UserError(f"{source}: arguments: {shown(reserved[0])} is no argument of an architecture; remove it")
     geometry = Geometry.from_json(config["geometry"], source=source)
     names = {"source": source, "package": config["package"]}
-    return create(config["architecture"], geometry, config["vocab_size"], **names, **arguments)
+    predictor = create(config["architecture"], geometry, config["vocab_size"], **names, **arguments)
+    if missing := [name for name in predictor.arguments() if name not in arguments]:
+        raise UserError(f"{source}: arguments: {missing[0]} is missing; save the predictor again")
+    return predictor
 
 
 def _load(predictor: Predictor, weights: Mapping[str, Tensor], source: str) -> None:

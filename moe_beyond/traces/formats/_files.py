@@ -26,12 +26,14 @@ def source_files(source: Path, suffix: str) -> list[Path]:
         suffix: End of the files' names, such as ``.csv``.
 
     Raises:
-        UserError: The path is neither, or the folder has no such file.
+        UserError: The path is neither, the folder has no such file, or one is no regular file.
     """
     if source.is_dir():
         files = sorted(source.glob(f"*{suffix}"), key=lambda path: natural(path.name))
         if not files:
             raise UserError(f"{source}: has no *{suffix} file; give a folder with one, or a file")
+        if others := [path for path in files if not path.is_file()]:
+            raise UserError(f"{others[0]}: is no regular file; remove it from the folder")
         return files
     if not source.is_file() or source.suffix != suffix:
         raise UserError(f"{source}: is neither a *{suffix} file nor a folder of them; give one of these")
