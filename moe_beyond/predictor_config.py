@@ -163,6 +163,8 @@ def check_training(training: Mapping[str, Any]) -> None:
         texts = [*texts, *_objects([training["validation"]], "training: validation")]
     for record in (training, *texts):
         check_known(TRAINING, record, "training: ")
+        if ("sequences" in record) != ("tokens" in record):
+            raise UserError("training: field 'sequences' or 'tokens' is missing; a record has both or none")
         check_known(TOKENIZER_FIELDS, record.get("tokenizer") or {}, "training: tokenizer: ")
         recipe = record.get("recipe", {})
         check_known({**dict.fromkeys(recipe, SCALAR), **RECIPE}, recipe, "training: recipe: ")

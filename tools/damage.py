@@ -8,7 +8,7 @@ fresh copy in an empty folder. A forked process reads it, with limits of time an
 
 A case has one outcome, the worst of all readers. Three are right. `named`: one line that names the file, with exit code
 2. `harmless`: the output of the undamaged file. `other`: another output, because of an edit that the author of the file
-may make: a valid value in a file that people write by hand, or another text that only people read.
+may make: a valid value in a file that people write by hand, another text that only people read, or none.
 
 The others are faults. `unnamed`: an error of several lines, or without the file. `silent`: another output without an
 error. `half-written`: new files next to an error. Then `traceback`, `memory`, `hang` and `crash`. The exit code is 1 if
@@ -58,10 +58,10 @@ OUTCOMES = (
 )  # fmt: skip
 FAULTS = OUTCOMES[3:]
 FREE = re.compile(
-    r"[ .](source|split|model|model_id|name|command|tool_version|precision|strategy|predictor|fingerprint): "
-    r'"\.\./x" for "|figures\.\d+\.\w+\.\d+: missing$'
+    r"[ .](source|split|revision|model|model_id|name|command|tool_version|precision|strategy|predictor|fingerprint): "
+    r'"\.\./x" for "|[ .](revision|generation|figures\.\d+(\.\w+\.\d+)?|training\.[\w .]+): missing$'
 )
-"""Edits that a file's author may make: another text that only people read, and fewer rows of figures."""
+"""Edits that a file's author may make: another text that only people read, or none in a field that may be absent."""
 ERROR = "moe-beyond: error: "
 
 

@@ -1,10 +1,17 @@
 """``--config FILE`` of ``run`` and ``replay``: a strategy file, whose values options of the command line replace."""
 
+import os
 from collections.abc import Collection, Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
+from moe_beyond.download import is_hub_name
+from moe_beyond.errors import UserError
 from moe_beyond.evaluation.strategy_file import read_strategy
+from moe_beyond.safe_text import shown
+
+FOLDERS = ("predictor", "profile")
+"""Options that name a folder, a pretrained predictor or a repository of the Hub."""
 
 
 def add_config(parser: ArgumentParser) -> None:
@@ -26,13 +33,15 @@ def apply_config(args: Namespace, given: Sequence[str], repeated: Collection[str
         repeated: Names of options that are lists (default: none).
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: The file cannot be read, or names a folder that does not exist.
     """
     if args.config is None:
         return
     typed = given_options(given)
     for name, value in read_strategy(args.config).options().items():
         if name not in typed:
+            if name in FOLDERS and "/" in str(value) and not (is_hub_name(str(value)) or os.path.isdir(value)):
+                raise UserError(f"--config {args.config}: {name}: {shown(value)} is no folder; give --{name}")
             args[name] = [value] if name in repeated else value
 
 

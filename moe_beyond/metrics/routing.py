@@ -1,5 +1,6 @@
 """Agreement of scores with the experts that a router selected, by lookahead and layer, in one pass."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,9 @@ BINS = 2000
 """Bins of average precision: half divide scores evenly, half logits, for resolution of both flat and sharp scores."""
 LARGEST_LOGIT = 16.0
 RELIABILITY_BINS = 15
+VALUES_AT_ONCE = 2**20
+"""Scores that are added at once. A dozen temporary tensors of a whole batch would be larger than the processor's cache,
+and would fragment the memory."""
 CLIP = 1e-7
 """Distance of clipped scores from 0 and 1: an unclipped wrong score would cost infinitely much."""
 
@@ -107,15 +111,30 @@ class RoutingMetrics(Metric):
             gate_shares: ``(B, T, L, E)`` float, shares of a token's gate weights, all 0 at tokens without gate weights
                 (default: None, not recorded).
         """
-        scores = probabilities[mask].transpose(0, 1).transpose(1, 2).float()  # (H, L, N, E)
+        scores, truth = probabilities[mask], targets[mask]
+        shares = None if gate_shares is None else gate_shares[mask]
+        at_once = max(1, VALUES_AT_ONCE // math.prod(scores.shape[1:]))
+        for begin in range(0, len(scores), at_once):
+            part = slice(begin, begin + at_once)
+            self._add(scores[part], truth[part], None if shares is None else shares[part])
+
+    def _add(self, probabilities: Tensor, targets: Tensor, gate_shares: Tensor | None) -> None:
+        """Add N tokens.
+
+        Args:
+            probabilities: ``(N, H, L, E)`` float.
+            targets: ``(N, L, E)`` bool.
+            gate_shares: ``(N, L, E)`` float; None if not recorded.
+        """
+        scores = probabilities.transpose(0, 1).transpose(1, 2).float()  # (H, L, N, E)
         check_finite(scores)
-        truth = targets[mask].transpose(0, 1)[None].expand_as(scores)
+        truth = targets.transpose(0, 1)[None].expand_as(scores)
         # A stable sort breaks ties by the lower expert id on every machine.
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
-        self.tokens += mask.sum()
+        self.tokens += len(probabilities)
         self.true_positives += truth.gather(-1, best).sum((-2, -1))
         if gate_shares is not None:
-            shares = gate_shares[mask].transpose(0, 1).double()  # (L, N, E)
+            shares = gate_shares.transpose(0, 1).double()  # (L, N, E)
             self.weighted_tokens += (shares.sum(-1) > 0).sum(-1)
             self.mass += fixed(shares[None].expand(len(scores), -1, -1, -1).gather(-1, best)).sum((-2, -1))
         above = scores > THRESHOLD

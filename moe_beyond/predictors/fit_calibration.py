@@ -11,6 +11,7 @@ from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
 
 MAX_TOKENS = 8192  # sampled at random from all tokens, so that texts of every length contribute
+TOKENS_AT_ONCE = 512  # tokens whose activations are in memory at once
 MAX_STEPS = 50
 MIN_PROBABILITY = 1e-6
 MAX_LOG_SCALE = 3.0  # bound on log(scale), so that an uninformative predictor keeps its order after rounding
@@ -57,11 +58,16 @@ def _fit(predictor: Predictor, logits: Tensor, targets: Tensor) -> tuple[Tensor,
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        calibrated = logits * _scale(log_scale)[:, None] + shift[:, None]
-        p = predictor.apply_activation(calibrated).clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
-        value = nn.functional.binary_cross_entropy(p, targets) * logits.shape[-1]
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+        total = logits.new_zeros(())
+        for begin in range(0, len(logits), TOKENS_AT_ONCE):
+            some = slice(begin, begin + TOKENS_AT_ONCE)
+            calibrated = logits[some] * _scale(log_scale)[:, None] + shift[:, None]
+            p = predictor.apply_activation(calibrated).clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+            entropy = nn.functional.binary_cross_entropy(p, targets[some], reduction="sum")
+            value = entropy * logits.shape[-1] / logits.numel()
+            value.backward()  # type: ignore[no-untyped-call]
+            total += value.detach()
+        return total
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     return _scale(log_scale).detach(), shift.detach()
