@@ -43,7 +43,7 @@ FIT = (
 COMMANDS = {
     "quickstart": "quickstart --out out/demo",
     "collect": "collect --model small-moe --prompts prompts.txt --out out/set --generate 4",
-    "import": "import jsonl recording.jsonl --out out/set --geometry geometry.json",
+    "import": "import jsonl recording.jsonl --out out/set --model geometry.json",
     "export": "export vllm traces out/arrays",
     "inspect": "inspect traces --json out/inspect.json --plots out/plots",
     "fit": FIT,

@@ -80,9 +80,9 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
 
     def __iter__(self) -> Iterator[tuple[Segment, ...]]:  # type: ignore[override]
         """Yield the batches of this rank."""
-        plan, done = self._plan(), self._done
-        self._done = 0
-        return iter(plan[done : len(self)])
+        # A generator, because a data loader with workers makes two iterators and uses the second.
+        done, self._done = self._done, 0
+        yield from self._plan()[done : len(self)]
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""

@@ -113,6 +113,15 @@ def test_any_number_of_workers_gives_the_same_batches(trace_set, workers):
     assert_same(list(helped), list(alone))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_pass_continues_within_its_epoch(trace_set, workers):
+    whole = module(trace_set).train_dataloader()
+    whole.sampler.set_epoch(1)
+    resumed = module(trace_set, num_workers=workers)
+    resumed.resume(1, 2)
+    assert_same(list(resumed.train_dataloader()), list(whole)[2:])
+
+
 def test_two_ranks_share_the_shards(trace_set):
     whole = module(trace_set)
     ranks = []
