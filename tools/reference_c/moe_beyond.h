@@ -9,6 +9,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef struct mb_predictor mb_predictor;
 typedef struct mb_stepper mb_stepper;
 
@@ -45,5 +49,9 @@ int mb_observe_layer(mb_stepper *stepper, int layer, const int32_t *experts, int
  * run of a layer that is routed belongs to the next token. The array is valid until the next call with this stepper.
  */
 const float *mb_scores(const mb_stepper *stepper);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
