@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ from moe_beyond.simulator.devices import DEVICES, load_device
 ROOT = Path(__file__).parents[1]
 SET_UP = ("git clone", "cd ", "make ", "python3 -m venv", "pip install", ".venv/bin/pip", ". .venv", "eval ")
 """Starts of lines that make the environment in which the tests run; `make demo` and `make test` are CI's."""
-LANGUAGES = {"", "bibtex", "json", "python", "sh", "text"}
+LANGUAGES = {"", "bibtex", "c", "json", "python", "sh", "text"}
+COMPILER = shutil.which("cc")
 
 PACKAGES = (
     "collect",
@@ -46,6 +48,7 @@ PAGES = (
     "checkpoints/README.md",
     "configs/README.md",
     "tools/README.md",
+    "tools/reference_c/README.md",
     "tests/README.md",
     *(f"moe_beyond/{package}/README.md" for package in PACKAGES),
 )
@@ -113,9 +116,23 @@ def run_command(command: str) -> None:
     if arguments[0] == "moe-beyond":
         assert main(arguments[1:]) == 0, command
     else:
-        assert arguments[0] == "python", f"neither moe-beyond nor python: {command}"
-        done = subprocess.run([sys.executable, *arguments[1:]], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        programs = {"python": sys.executable, "cc": str(COMPILER)}
+        assert arguments[0] in programs, f"neither moe-beyond, python nor cc: {command}"
+        files = [path for word in arguments[1:] for path in (sorted(map(str, Path().glob(word))) or [word])]
+        run_program(programs[arguments[0]], *files)
+
+
+def run_program(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stderr}"
+
+
+def run_c(block: str) -> None:
+    """Compile a program with the C stepper, and run it."""
+    Path("block.c").write_text(block)
+    sources = [str(path) for path in sorted(Path("tools/reference_c").glob("*.c")) if path.name != "score.c"]
+    run_program(str(COMPILER), "-std=c11", "-Wall", "-Werror", "-Itools/reference_c", "block.c", *sources, "-lm")
+    run_program("./a.out")
 
 
 def import_block(block: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -137,6 +154,8 @@ def import_block(block: str, name: str, folder: Path, monkeypatch: pytest.Monkey
 def test_every_code_block_of_a_page_runs(page: str, desk: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = code_blocks(page)
     assert {language for language, _ in blocks} <= LANGUAGES
+    if COMPILER is None and any(language == "c" for language, _ in blocks):
+        pytest.skip("needs a C compiler, cc")
     text = "\n".join(code for _, code in blocks)
     for folder in STAND_INS:
         if re.search(rf"{folder}(?![\w-])", text) and f"--out {folder} " not in text:
@@ -144,6 +163,8 @@ def test_every_code_block_of_a_page_runs(page: str, desk: Path, shelf: Path, mon
     for number, (language, block) in enumerate(blocks):
         if language == "python":
             import_block(block, f"block_{number}", desk, monkeypatch)
+        elif language == "c":
+            run_c(block)
         elif language == "json":
             json.loads(block)
         elif language == "sh":
@@ -153,7 +174,9 @@ def test_every_code_block_of_a_page_runs(page: str, desk: Path, shelf: Path, mon
 
 def test_pages_are_all_there() -> None:
     found = {str(path.relative_to(ROOT)) for path in ROOT.glob("[a-z]*/README.md")}
-    found |= {str(path.relative_to(ROOT)) for path in ROOT.glob("moe_beyond/*/README.md")}
+    found |= {
+        str(path.relative_to(ROOT)) for folder in ("moe_beyond", "tools") for path in ROOT.glob(f"{folder}/*/README.md")
+    }
     assert found | {"README.md", "CONTRIBUTING.md"} == set(PAGES)
 
 

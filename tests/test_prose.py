@@ -133,7 +133,7 @@ def matches(path: Path) -> list[tuple[int, str, str]]:
 
 def files() -> dict[str, Path]:
     """Return the files that are checked, by their path in the repository."""
-    patterns = ("*.md", "moe_beyond/**/*.md", "*/README.md", "checkpoints/*/README.md", "tools/*.md")
+    patterns = ("*.md", "moe_beyond/**/*.md", "*/README.md", "checkpoints/*/README.md", "tools/**/*.md")
     paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
     paths += [path for folder in ("moe_beyond", "tools", "tests") for path in (ROOT / folder).rglob("*.py")]
     return {str(path.relative_to(ROOT)): path for path in sorted(set(paths)) if path != Path(__file__).resolve()}

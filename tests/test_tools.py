@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,14 @@ def test_a_step_is_timed_part_by_part(tmp_path: Path) -> None:
     assert found["tokens"] > 3
     whole, parts = (found["microseconds"][name]["median"] for name in ("(token + layers) / L", "layer"))
     assert 0 < parts < whole
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("needs a C compiler, cc, for the program")
+    program = [str(tmp_path / "score"), *map(str, sorted((TOOLS / "reference_c").glob("*.c")))]
+    subprocess.run([compiler, "-O1", "-o", *program, "-lm"], check=True)
+    run("bench_step.py", *words, "--program", program[0], "--json", str(tmp_path / "both.json"))
+    both = json.loads((tmp_path / "both.json").read_text())["microseconds"]
+    assert {f"{name}, in C" for name in found["microseconds"]} == both.keys() - found["microseconds"].keys()
+    assert 0 < both["layer, in C"]["median"] <= both["layer, in C"]["p99"]
 
 
 def test_an_oracle_knows_the_share_that_it_is_given(tmp_path: Path) -> None:

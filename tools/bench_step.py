@@ -1,10 +1,11 @@
 """Time of a predictor's step while decoding, to compare with the time of a layer.
 
-    python tools/bench_step.py PREDICTOR --traces TRACES [--sequences N] [--json FILE]
+    python tools/bench_step.py PREDICTOR --traces TRACES [--sequences N] [--program PROGRAM] [--json FILE]
 
 Steps sequences of a trace set as a runtime would, on one core. A token's start is followed by the routed experts of
 each layer; after each, the best K experts of the next layer are selected, with calibrated scores if the predictor has
 them. Prints microseconds per layer over tokens, (the token's start + all layers' steps) / L, and those of both parts.
+With `--program`, the compiled C stepper of `tools/reference_c` takes the same steps.
 """
 
 import os
@@ -12,6 +13,7 @@ import os
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is loaded
 
 import argparse
+import subprocess
 import time
 from pathlib import Path
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("predictor", help="predictor folder or pretrained name")
     parser.add_argument("--traces", required=True, help="trace set")
     parser.add_argument("--sequences", type=int, default=20, help="number of sequences (default: 20)")
+    parser.add_argument("--program", type=Path, help="compiled program of tools/reference_c (default: only Python)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -42,11 +45,14 @@ def main() -> None:
     predictor = read_predictor(folder)
     layers, _, top_k = predictor.geometry.shape()
     stepper = predictor.stepper()
-    starts, steps, wholes = [], [], []
+    starts, steps, wholes, lines = [], [], [], []
     for number, trace in zip(range(args.sequences + 1), TraceSet(args.traces).traces(), strict=False):
         stepper.reset()
+        lines.append("")
         for token_id, routed in zip(trace.token_ids, trace.experts, strict=True):
-            experts = [chosen[chosen != padding_id(chosen.dtype)] for chosen in routed]
+            padding = padding_id(routed.dtype)
+            experts = [chosen[chosen != padding] for chosen in routed]
+            lines.append(f"{token_id} {' '.join(str(-1 if each == padding else each) for each in routed.ravel())}")
             began = now = time.perf_counter()
             stepper.observe_token(int(token_id))
             best(stepper.scores()[0], top_k)
@@ -71,11 +77,31 @@ def main() -> None:
         name: {q: float(np.percentile(t, p)) * MICRO for q, p in (("median", 50), ("p99", 99))}
         for name, t in found.items()
     }
+    if args.program:
+        figures |= program_figures(args.program, folder, "\n".join(lines))
     for name, row in figures.items():
         table.add_row(name, f"{row['median']:.0f}", f"{row['p99']:.0f}")
     Console().print(table)
     if args.json:
         write_json(args.json, {"predictor": args.predictor, "tokens": len(wholes), "microseconds": figures})
+
+
+def program_figures(program: Path, folder: Path, tokens: str) -> dict[str, dict[str, float]]:
+    """Return the microseconds of the C stepper, by step.
+
+    Args:
+        program: Path of the compiled program.
+        folder: Path of the predictor folder.
+        tokens: Token ids and experts, as the program reads them.
+    """
+    done = subprocess.run(
+        [program.resolve(), folder, "--time"], input=tokens, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr.strip())
+    rows = [row.split() for row in done.stdout.splitlines()]
+    names = {"start": "token start, in C", "layer": "layer, in C", "whole": "(token + layers) / L, in C"}
+    return {names[name]: {"median": float(median), "p99": float(p99)} for name, median, p99 in rows}
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from moe_beyond.cli.options import Output, command_parser
 from moe_beyond.cli.parser import option_strings
 from moe_beyond.errors import unknown
 from moe_beyond.evaluation.named_strategies import STRATEGIES
+from moe_beyond.evaluation.pin_formats import PIN_FORMATS
 from moe_beyond.geometry import PRESETS
 from moe_beyond.pretrained import list_pretrained
 from moe_beyond.simulator.devices import DEVICES
@@ -86,13 +87,14 @@ def completion_script(shell: str) -> str:
         "--profile": [name for name in predictors if name.split(".")[0] in ("history", "popularity")],
         "--model": list(PRESETS),
         "--scope": ["global", "per-layer"],
+        "--to": list(PIN_FORMATS),
         "-c": list_configs(),
         "--config": list_configs(),
     }
     options = {command: _options(command, module) for command, (module, _) in COMMANDS.items()}
     arguments = {
         "import": list(readable_formats()),
-        "export": list(writable_formats()),
+        "export": [*writable_formats(), "pins"],
         "evaluate": predictors,
         "report": predictors,
         "push": predictors,

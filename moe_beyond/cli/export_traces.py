@@ -4,8 +4,11 @@ from contextlib import nullcontext
 
 from jsonargparse import ArgumentParser
 
+from moe_beyond.cli import export_pins
 from moe_beyond.cli.options import TRACES_HELP, Output, command_parser
 from moe_beyond.traces.formats import format_writer, writable_formats
+
+PINS = "moe-beyond export pins writes the experts to keep in GPU memory for other engines; see its --help."
 
 
 def build_parser() -> ArgumentParser:
@@ -16,9 +19,8 @@ def build_parser() -> ArgumentParser:
         "moe-beyond export libcachesim traces/webglm webglm.oracleGeneral",
     )
     formats = writable_formats()
-    parser.epilog = "\n".join(
-        [str(parser.epilog), "", "formats:", *(f"  {n}: {f.summary}" for n, f in formats.items())]
-    )
+    lines = [f"  {name}: {entry.summary}" for name, entry in formats.items()]
+    parser.epilog = "\n".join([str(parser.epilog), "", "formats:", *lines, "", PINS])
     parser.add_argument("format", metavar="FORMAT", help=f"format to write: {', '.join(formats)}")
     parser.add_argument("traces", metavar="DIR", help=TRACES_HELP)
     parser.add_argument("out", metavar="OUT", help="file or folder to write")
@@ -32,11 +34,14 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    """Export a trace set.
+    """Export a trace set, or the experts to pin.
 
     Args:
         argv: The command and its options.
     """
+    if argv[1:2] == ["pins"]:
+        export_pins.main(argv[1:])
+        return
     args = build_parser().parse_args(argv[1:])
     from moe_beyond.traces.formats.trace_set import without_tokens
     from moe_beyond.traces.reader import TraceSet

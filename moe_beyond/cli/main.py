@@ -24,7 +24,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Traces": {
         "collect": ("collect", "run a mixture-of-experts model over prompts and record its routing"),
         "import": ("import_traces", "convert another tool's recording into a trace set"),
-        "export": ("export_traces", "write a trace set for another tool"),
+        "export": ("export_traces", "write a trace set or the experts to pin for another tool"),
         "inspect": ("inspect_traces", "describe a trace set, or compare two: popularity, locality, dependence"),
     },
     "Predictors": {

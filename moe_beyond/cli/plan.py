@@ -13,7 +13,6 @@ from moe_beyond.cli.replay_options import (
     options_from_args,
 )
 from moe_beyond.errors import UserError
-from moe_beyond.files import write_json
 
 
 def build_parser() -> ArgumentParser:
@@ -32,7 +31,7 @@ def build_parser() -> ArgumentParser:
         help="target: 90% for a hit rate, or 10tok/s on --device (default: none, only --pins)",
     )
     parser.add_argument(
-        "--pins", metavar="FILE", help="JSON file for the experts to pin, by model layer (default: none)"
+        "--pins", metavar="FILE", help="JSON file for the experts to pin, which export pins reads (default: none)"
     )
     add_budgets(parser, "memory budget for --pins")
     add_strategies(parser)
@@ -47,7 +46,8 @@ def main(argv: list[str]) -> None:
     if args.target is None and args.pins is None:
         raise UserError("plan: nothing to do; give --target TARGET to reach, or --pins FILE to write")
     # Imported here, so that help and completion do not wait for it.
-    from moe_beyond.evaluation.sizing import check_target, choose_pins, parse_target, run_sizing
+    from moe_beyond.evaluation.pins import choose_pins, write_pins
+    from moe_beyond.evaluation.sizing import check_target, parse_target, run_sizing
     from moe_beyond.report.tables.results import unavailable_lines
     from moe_beyond.report.tables.sizing import sizing_table
     from moe_beyond.traces.reader import TraceSet
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         with progress_bar("planning", quiet=args.quiet) as progress:
             report = run_sizing(replay_options, traces, target, source, split=args.split, progress=progress)
     if pins is not None:
-        write_json(args.pins, pins.to_json())
+        write_pins(args.pins, pins)
         output.show(f"pins: {args.pins}")
     if report is not None:
         output.show(

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from moe_beyond.evaluation.named_strategies import STRATEGIES as STRATEGIES
     from moe_beyond.evaluation.named_strategies import NamedStrategy as NamedStrategy
     from moe_beyond.evaluation.options import ReplayOptions as ReplayOptions
+    from moe_beyond.evaluation.pins import Pins as Pins
+    from moe_beyond.evaluation.pins import choose_pins as choose_pins
+    from moe_beyond.evaluation.pins import read_pins as read_pins
+    from moe_beyond.evaluation.pins import write_pins as write_pins
     from moe_beyond.evaluation.results import Evaluation as Evaluation
     from moe_beyond.evaluation.results import Unavailable as Unavailable
     from moe_beyond.evaluation.run import ReplayOutcome as ReplayOutcome
@@ -23,10 +27,8 @@ if TYPE_CHECKING:
     from moe_beyond.evaluation.run import run_replay as run_replay
     from moe_beyond.evaluation.score_store import ScoresFolder as ScoresFolder
     from moe_beyond.evaluation.score_store import writing_scores as writing_scores
-    from moe_beyond.evaluation.sizing import Pins as Pins
     from moe_beyond.evaluation.sizing import SizingReport as SizingReport
     from moe_beyond.evaluation.sizing import Target as Target
-    from moe_beyond.evaluation.sizing import choose_pins as choose_pins
     from moe_beyond.evaluation.sizing import parse_target as parse_target
     from moe_beyond.evaluation.sizing import run_sizing as run_sizing
     from moe_beyond.evaluation.sources import ScoreSource as ScoreSource
@@ -42,7 +44,7 @@ _MODULES = {
     "STRATEGIES": "named_strategies",
     "Evaluation": "results",
     "NamedStrategy": "named_strategies",
-    "Pins": "sizing",
+    "Pins": "pins",
     "ReplayOptions": "options",
     "ReplayOutcome": "run",
     "ResolvedReplay": "run",
@@ -51,7 +53,7 @@ _MODULES = {
     "SizingReport": "sizing",
     "Target": "sizing",
     "Unavailable": "results",
-    "choose_pins": "sizing",
+    "choose_pins": "pins",
     "evaluate": "engine",
     "evaluate_run": "checkpoints",
     "from_predictor": "sources",
@@ -60,6 +62,7 @@ _MODULES = {
     "grid": "strategies",
     "load_profile": "sources",
     "parse_target": "sizing",
+    "read_pins": "pins",
     "resolve_evaluation": "run",
     "resolve_replay": "run",
     "run_evaluation": "run",
@@ -67,6 +70,7 @@ _MODULES = {
     "run_sizing": "sizing",
     "strategy": "strategies",
     "with_baselines": "strategies",
+    "write_pins": "pins",
     "writing_scores": "score_store",
 }
 """Public name -> module of this package; modules are imported on first use, because some need torch."""

@@ -1,4 +1,4 @@
-"""Sizing: the smallest budget of each strategy that meets a target, the bottleneck if none does, and experts to pin."""
+"""Sizing: the smallest budget of each strategy that meets a target, and the bottleneck if none does."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from moe_beyond.cache.pools import least_slots, most_used, pool_capacities
+from moe_beyond.cache.pools import least_slots
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.engine import evaluate
-from moe_beyond.evaluation.options import ALL_SPLITS, ReplayOptions
+from moe_beyond.evaluation.options import ReplayOptions
 from moe_beyond.evaluation.resolve import (
-    SharedSettings,
-    resolve_budgets,
     resolve_settings,
     resolve_strategies,
     resolve_text,
@@ -28,7 +23,6 @@ from moe_beyond.evaluation.run import counted
 from moe_beyond.evaluation.sources import ScoreSource
 from moe_beyond.evaluation.strategies import (
     BASELINES,
-    Quotas,
     all_resident,
     clairvoyant,
     even_split,
@@ -39,7 +33,6 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import device_slots
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.schema import expert_ids
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.training_text import MeasuredText
@@ -330,94 +323,3 @@ def _bottleneck(target: Target, best: Result, references: dict[str, Result], mos
         first_uses = 1 - references["lru"].hit_rate
         return f"working set: {first_uses:.1%} of accesses are first uses, which only prefetching turns into hits"
     return "policy: LRU with all slots would reach it"
-
-
-@dataclass(frozen=True)
-class Pins:
-    """Experts to pin at a budget.
-
-    Attributes:
-        model: Id of the model.
-        budget_slots: Number of slots.
-        counted_on: Source of the counts: a profile, or the traces.
-        layers: Model layer, as text -> its experts, the most used first.
-    """
-
-    model: str
-    budget_slots: int
-    counted_on: str
-    layers: dict[str, list[int]]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {
-            "model": self.model,
-            "budget_slots": self.budget_slots,
-            "counted_on": self.counted_on,
-            "layers": self.layers,
-        }
-
-
-def choose_pins(options: ReplayOptions, traces: TraceSet, *, split: str | None = None) -> Pins:
-    """Choose the experts to pin: the most used of the named profile, or otherwise of the traces.
-
-    Args:
-        options: Options of the replay, with one budget.
-        traces: Trace set to replay.
-        split: Name of a split, or ``all`` (default: all).
-
-    Raises:
-        UserError: There are several budgets, or an option cannot be read.
-    """
-    shared: SharedSettings = resolve_settings(options, traces)
-    slots = resolve_budgets(options, traces)
-    if len(slots) != 1:
-        raise UserError(f"--pins: the list is for one budget (got {len(slots)}); give --budget once")
-    # The pretrained profile of named strategies serves their policies only.
-    profile = None if options.profile is None else shared.profile
-    popularity = None if profile is None else profile.popularity
-    if split == ALL_SPLITS and ALL_SPLITS not in traces.manifest.splits:
-        split = None
-    return Pins(
-        traces.manifest.model_id,
-        slots[0],
-        options.profile or traces.manifest.source,
-        pins(traces, split, slots[0], options.scope, shared.quotas, popularity),
-    )
-
-
-def pins(
-    traces: TraceSet,
-    split: str | None,
-    slots: int,
-    scope: str,
-    quotas: Quotas,
-    popularity: npt.NDArray[np.floating] | None,
-) -> dict[str, list[int]]:
-    """List the most used experts that fill a budget.
-
-    Args:
-        traces: Trace set to replay.
-        split: Name of a split; None for all splits.
-        slots: Number of slots.
-        scope: ``"global"`` or ``"per-layer"``.
-        quotas: Slots of each layer.
-        popularity: ``(L, E)`` uses of a profile; None to count the traces.
-
-    Returns:
-        Model layer, as text -> its experts, the most used first; ties by the lower (layer, expert).
-    """
-    geometry = traces.geometry
-    layers, experts, _ = geometry.shape()
-    uses = np.zeros((layers, experts)) if popularity is None else np.asarray(popularity, np.float64)
-    if popularity is None:
-        for trace in traces.traces(split):
-            ids = expert_ids(trace.experts, experts)
-            demanded = (ids + np.arange(layers)[:, None] * experts)[ids < experts]
-            uses += np.bincount(demanded, minlength=layers * experts).reshape(layers, experts)
-    pools = pool_capacities(geometry, slots, scope, quotas(slots))
-    chosen = most_used(uses.ravel(), pools, geometry.expert_units)
-    return {
-        str(geometry.moe_layers[layer]): [int(e) % experts for e in chosen if e // experts == layer]
-        for layer in range(layers)
-    }

@@ -104,6 +104,7 @@ def test_pins(capsys):
     assert "pins: pins.json" in capsys.readouterr().out
     counted = json.loads(Path("pins.json").read_text())
     assert (counted["model"], counted["budget_slots"], counted["counted_on"]) == ("tiny", 16, "tests")
+    assert (counted["num_experts"], counted["expert_bytes"]) == (8, None)
     assert list(counted["layers"]) == ["1", "2", "3", "4"]
     assert sum(map(len, counted["layers"].values())) == 16
     uses = np.zeros((4, 8), np.int64)
@@ -111,6 +112,7 @@ def test_pins(capsys):
         np.add.at(uses, (np.arange(4)[None, :, None], trace.experts), 1)
     pinned = sum(uses[layer - 1, experts].sum() for layer in range(1, 5) for experts in [counted["layers"][str(layer)]])
     assert pinned == replayed(capsys, 16, "--policy", "static_hindsight")["hits"]
+    assert counted["uses_share"] == pinned / uses.sum()
     plan("--pins", "per.json", "--budget", "9", "--scope", "per-layer", "--quotas", "2,3,2,2", "--json", "-")
     layers = json.loads(Path("per.json").read_text())["layers"]
     assert [len(experts) for experts in layers.values()] == [2, 3, 2, 2]

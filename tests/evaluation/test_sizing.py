@@ -1,20 +1,18 @@
 """Sizing: the smallest budget, the bottleneck if there is none, and the experts to pin."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
-from _helpers.common import TINY, there, tiny_traces
+from _helpers.common import TINY, tiny_traces
 from _helpers.scoring import seer
 
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.engine import evaluate
-from moe_beyond.evaluation.sizing import SizingResult, parse_target, pins, size_budgets
-from moe_beyond.evaluation.strategies import CLAIRVOYANT, even_split, strategy
+from moe_beyond.evaluation.sizing import SizingResult, parse_target, size_budgets
+from moe_beyond.evaluation.strategies import CLAIRVOYANT, strategy
 from moe_beyond.simulator import ReplaySettings, Result
 from moe_beyond.simulator.devices import Device, device_slots, load_device
 from moe_beyond.traces.reader import TraceSet
@@ -194,52 +192,3 @@ def test_targets() -> None:
     assert parse_target(" 62.5 % ").hit_rate == 0.625
     assert parse_target("100%").hit_rate == 1
     assert parse_target("10.5tok/s").tokens_per_second == 10.5
-
-
-def counts(traces: TraceSet, split: str | None) -> Counter[tuple[int, int]]:
-    return Counter(
-        (layer, int(expert))
-        for trace in traces.traces(split)
-        for token in trace.experts
-        for layer, row in enumerate(token)
-        for expert in there(row)
-    )
-
-
-@pytest.mark.parametrize("split", [None, "validation"])
-@pytest.mark.parametrize("slots", [2, 11, 32])
-def test_pins_are_the_most_used(traces: TraceSet, split: str | None, slots: int) -> None:
-    used = counts(traces, split)
-    every = [(layer, expert) for layer in range(4) for expert in range(8)]
-    chosen = sorted(every, key=lambda one: (-used[one], one))[:slots]
-    found = pins(traces, split, slots, "global", even_split, None)
-    assert found == {str(layer + 1): [e for one, e in chosen if one == layer] for layer in range(4)}
-
-
-def test_pins_are_no_slots_without_an_expert(tmp_path: Path) -> None:
-    test_pins_are_the_most_used(tiny_traces(tmp_path / "traces", holes=0.4), None, 11)
-
-
-def test_pins_keep_to_a_layers_slots_and_to_a_profile(traces: TraceSet) -> None:
-    quotas = (2, 5, 3, 4)
-    used = counts(traces, None)
-    found = pins(traces, None, 14, "per-layer", lambda slots: quotas, None)
-    for layer, quota in enumerate(quotas):
-        chosen = sorted(range(8), key=lambda expert: (-used[layer, expert], expert))[:quota]
-        assert found[str(layer + 1)] == chosen
-    popularity = np.random.default_rng(0).random((4, 8))
-    popularity[1] = 0.5  # ties go to the lower id
-    found = pins(traces, None, 14, "per-layer", lambda slots: quotas, popularity)
-    assert found["2"] == [0, 1, 2, 3, 4]
-    assert found["4"] == np.argsort(-popularity[3])[:4].tolist()
-    even = pins(traces, None, 14, "per-layer", even_split, popularity)
-    assert [len(experts) for experts in even.values()] == [4, 4, 3, 3]
-
-
-def test_pins_of_slots_that_do_not_do(traces: TraceSet, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="below one event's demand"):
-        pins(traces, None, 7, "per-layer", even_split, None)
-    with pytest.raises(
-        UserError, match=r"quotas must be 4 numbers that sum to 15 slots \(got 4 numbers that sum to 14\)"
-    ):
-        pins(traces, None, 15, "per-layer", lambda slots: (2, 5, 3, 4), None)

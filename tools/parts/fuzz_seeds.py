@@ -35,6 +35,12 @@ STRATEGY_FILES = (
         "profile": "p",
     },
 )
+PIN_FILES = (
+    {"model": "small", "budget_slots": 9, "counted_on": "traces", "num_experts": 8, "expert_bytes": None,
+     "uses_share": 0.5, "layers": {"1": [7, 0, 3], "2": [], "3": [1, 0, 2, 3, 4, 5]}},
+    {"model": "mixed", "budget_slots": 3, "counted_on": "profile", "num_experts": 2, "expert_bytes": [300, 200],
+     "uses_share": 1, "layers": {"0": [1, 0], "1": [1]}},
+)  # fmt: skip
 CONFIG_FILES = (
     {
         "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,

@@ -1,4 +1,4 @@
-"""Part of `fuzz.py`: options, devices and strategy files, as targets."""
+"""Part of `fuzz.py`: options, devices, pins and strategy files, as targets."""
 
 import json
 import math
@@ -17,6 +17,8 @@ from moe_beyond.cache.prefetchers.registry import PREFETCHERS, SYNTAX, parse_pre
 from moe_beyond.download import parse_hub_name
 from moe_beyond.evaluation.named_strategies import STRATEGIES, strategy_names
 from moe_beyond.evaluation.options import SCOPES
+from moe_beyond.evaluation.pin_formats import whole_layers
+from moe_beyond.evaluation.pins import read_pins
 from moe_beyond.evaluation.strategy_file import read_strategy
 from moe_beyond.geometry import Geometry, parse_budget
 from moe_beyond.lookahead import parse_lookahead
@@ -26,7 +28,7 @@ from moe_beyond.simulator.computing import resident_seconds
 from moe_beyond.simulator.devices import DEVICES, Device, device_slots, flash_seconds, load_device, transfer_seconds
 from moe_beyond.traces.splits import parse_blocks, validation_numbers
 from parts.fuzz_mutations import edited_bytes, edited_json, edited_text, json_bytes, several
-from parts.fuzz_seeds import DEVICE_FILES, LARGE, MIXED, SETTINGS, SMALL, STRATEGY_FILES
+from parts.fuzz_seeds import DEVICE_FILES, LARGE, MIXED, PIN_FILES, SETTINGS, SMALL, STRATEGY_FILES
 
 OPTION_WORDS = (
     "policy", "prefetch", "lookahead", "scope", "quotas", "miss", "budget", "device", "strategy", "--", "slots",
@@ -196,6 +198,22 @@ def read_strategy_file(path: Path) -> str | None:
     return None
 
 
+def make_pin_file(chance: Random, folder: Path) -> Path:
+    """Write a file of experts to pin."""
+    path = folder / "pins.json"
+    path.write_bytes(json_bytes(chance.choice(PIN_FILES), chance))
+    return path
+
+
+def read_pin_file(path: Path) -> str | None:
+    """Read experts to pin, and choose whole layers."""
+    pins = read_pins(path)
+    sizes = dict(zip(map(int, pins.layers), pins.expert_bytes or [1] * len(pins.layers), strict=True))
+    pinned = sum(size * len(experts) for size, experts in zip(sizes.values(), pins.layers.values(), strict=True))
+    taken = sum(sizes[layer] * pins.num_experts for layer in whole_layers(pins))
+    return None if taken <= pinned and pins.experts <= pins.num_experts * len(pins.layers) else f"{taken} of {pinned}"
+
+
 TARGETS: dict[str, Target] = {
     "budgets": Target(make_budget, read_budget, ("budget",), 3),
     "devices": Target(
@@ -209,5 +227,6 @@ TARGETS: dict[str, Target] = {
     "blocks of validation": Target(texts(("1:2", "2:3", "3:2")), read_blocks, ("--val-blocks",), 2),
     "names on the Hub": Target(texts(("hf:org/repo", "hf:org/repo@v1", "hf:a-b/c.d@1f")), read_hub_name, ("hf:",), 2),
     "settings": Target(make_settings, read_settings, OPTION_WORDS, 3),
+    "pins": Target(make_pin_file, read_pin_file, ("pins.json",), 1),
     "strategy files": Target(make_strategy_file, read_strategy_file, ("strategy.yaml", *OPTION_WORDS), 1),
 }  # fmt: skip
