@@ -49,7 +49,7 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
         super().__init__(range(1), num_replicas=ranks, rank=rank, shuffle=settings.shuffle, seed=settings.seed)  # type: ignore[arg-type]
         self._lengths, self._settings, self._even = lengths, settings, even
         self._planned: tuple[int, list[tuple[Segment, ...]]] | None = None
-        self._done = 0
+        self._resumed = -1, 0  # epoch, and number of its batches to skip
 
     def _plan(self) -> list[tuple[Segment, ...]]:
         if self._planned is None or self._planned[0] != self.epoch:
@@ -69,20 +69,20 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
         return [len(self._plan_of(rank)) for rank in range(self.num_replicas)]
 
     def resume(self, epoch: int, done: int) -> None:
-        """Start the next pass within an epoch.
+        """Start with the rest of an epoch.
 
         Args:
             epoch: Index of the epoch.
-            done: Number of batches to skip.
+            done: Number of its batches to skip.
         """
         self.set_epoch(epoch)
-        self._done = done
+        self._resumed = epoch, done
 
     def __iter__(self) -> Iterator[tuple[Segment, ...]]:  # type: ignore[override]
         """Yield the batches of this rank."""
-        # A generator, because a data loader with workers makes two iterators and uses the second.
-        done, self._done = self._done, 0
-        yield from self._plan()[done : len(self)]
+        # Changes no state: a data loader with workers makes two iterators, and Lightning may read from none.
+        epoch, done = self._resumed
+        return iter(self._plan()[done if self.epoch == epoch else 0 : len(self)])
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
