@@ -109,16 +109,15 @@ class Notes:
     saves: int = 0
 
 
-class Watch(L.Callback):
-    """Notes the events of a fit, after all other callbacks, and kills its process at one of them."""
+class Write(L.Callback):
+    """Notes batches and figures, before the callbacks that save checkpoints."""
 
-    def __init__(self, kill: Kill | None) -> None:
-        self._kill, self.notes = kill or Kill(), Notes()
-        self._killed = kill is not None
+    def __init__(self, kill: Kill | None, notes: Notes) -> None:
+        self._killed, self._notes = kill is not None, notes
 
     def event(self, name: str, trainer: L.Trainer, arguments: tuple[Any, ...]) -> None:
-        """Note an event."""
-        notes = self.notes
+        """Note what an event says."""
+        notes = self._notes
         if name.startswith("on_train_batch"):
             *given, batch, index = arguments[:2] if name == "on_train_batch_start" else arguments[:3]
             place = trainer.current_epoch, int(index)
@@ -131,17 +130,32 @@ class Watch(L.Callback):
                     notes.rates[trainer.global_step] = group["lr"]  # a counting predictor has no group
         if name == "on_validation_end":
             notes.recalls[trainer.global_step] = float(trainer.callback_metrics["val/recall_at_k"])
-        notes.events.append(name)
         if self._killed:  # written before the kill, as the process writes no result
             path = Path(trainer.default_root_dir) / f"notes-{trainer.global_rank}.pt"
             torch.save(vars(notes), path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
-        if len(notes.events) - 1 == self._kill.event:
+
+
+class Watch(L.Callback):
+    """Counts the events of a fit, after all other callbacks, and kills its process at one of them."""
+
+    def __init__(self, kill: Kill | None, notes: Notes) -> None:
+        self._kill, self._notes = kill or Kill(), notes
+
+    def event(self, name: str, trainer: L.Trainer, arguments: tuple[Any, ...]) -> None:
+        """Count an event."""
+        self._notes.events.append(name)
+        if len(self._notes.events) - 1 == self._kill.event:
             die()
 
 
 for _event in EVENTS:
-    setattr(Watch, _event, lambda self, trainer, _module, *given, _name=_event, **__: self.event(_name, trainer, given))
+    for _callback in (Write, Watch):
+        setattr(
+            _callback,
+            _event,
+            lambda self, trainer, _module, *given, _name=_event, **__: self.event(_name, trainer, given),
+        )
 
 
 class WatchedCheckpointIO(WholeCheckpointIO):
@@ -200,21 +214,22 @@ def fit(chosen: Configuration, traces: Path, folder: Path, kill: Kill | None, re
     warnings.simplefilter("ignore")
     data = TraceDataModule(str(traces), **{"token_budget": 64, "max_tokens": 16, "window": 1, **chosen.data})
     task = chosen.task(data.geometry.to_json(), data.vocab_size, **chosen.model)  # type: ignore[call-arg, arg-type]
-    watch = Watch(kill)
+    notes = Notes()
     trainer = L.Trainer(
         default_root_dir=folder, accelerator="cpu", num_sanity_val_steps=0,
         enable_progress_bar=False, enable_model_summary=False, logger=CSVLogger(folder, name="run"),
-        plugins=[WatchedCheckpointIO(kill, watch.notes)],
+        plugins=[WatchedCheckpointIO(kill, notes)],
         callbacks=[
+            Write(kill, notes),
             ModelCheckpoint(monitor="val/recall_at_k", mode="max", filename="{epoch}-{step}"),
             ModelCheckpoint(filename="last", enable_version_counter=False, **chosen.saving),
             ExportBest(),
         ],
         **{"max_epochs": 3, "gradient_clip_val": 1.0, **chosen.trainer},
     )  # fmt: skip
-    trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+    trainer.callbacks.append(Watch(kill, notes))  # type: ignore[attr-defined]
     trainer.fit(task, data, ckpt_path=resume)
-    result = {"notes": vars(watch.notes), "planned": task.planned_steps, "steps": trainer.global_step}
+    result = {"notes": vars(notes), "planned": task.planned_steps, "steps": trainer.global_step}
     if trainer.is_global_zero:
         exported = read_predictor(folder / "run/version_0/predictor").state_dict()
         result |= {"weights": task.state_dict(), "exported": exported}
