@@ -59,9 +59,11 @@ OUTCOMES = (
 FAULTS = OUTCOMES[3:]
 FREE = re.compile(
     r"[ .](source|split|revision|model|model_id|name|command|tool_version|precision|strategy|predictor|fingerprint): "
-    r'"\.\./x" for "|[ .](revision|generation|figures\.\d+(\.\w+\.\d+)?|training\.[\w .]+): missing$'
+    r'"\.\./x" for "|[ .](revision|generation|steering|routers_sha256|shards\.\d+|figures\.\d+(\.\w+\.\d+)?|'
+    r"training\.[\w .]+): missing$"
 )
-"""Edits that a file's author may make: another text that only people read, or none in a field that may be absent."""
+"""Edits that a file's author may make: another text that only people read, no value in a field that may be absent, and
+fewer shards."""
 ERROR = "moe-beyond: error: "
 
 

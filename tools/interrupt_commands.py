@@ -55,10 +55,10 @@ COMMANDS = {
     "evaluate a run": "evaluate run --json out/figures.json",
     "replay": "replay --traces traces --predictor run/predictor --budget 20% --json out/replay.json",
     "report": "report run --traces traces --out out/page.html",
-    "plan": "plan --traces traces --hit-rate 0.5 --json out/plan.json",
+    "plan": "plan --traces traces --target 50% --json out/plan.json",
     "tune": "tune --traces traces --budget 20% --out out/strategy.yaml",
     "run": "run --model small-moe --budget 25% --prompts prompts.txt --max-new-tokens 8 --trace out/set",
-    "pack": "pack small-moe --out out/packed",
+    "pack": "pack small-moe out/packed",
 }
 """Name -> command line, in a folder with a trace set, a run, prompts and a recording."""
 START = 0.3
@@ -185,7 +185,7 @@ def prepare(folder: Path) -> None:
             writer.write(trace, "validation" if number % 4 == 3 else "train")
     (folder / "prompts.txt").write_text("".join(f"The router of layer {number} is\n" for number in range(12)))
     write_json(folder / "geometry.json", GEOMETRY.to_json())
-    entry = '{"token": %d, "layer": %d, "experts": [%d, %d]}\n'
+    entry = '{"token_idx": %d, "layer_idx": %d, "selected_ids": [%d, %d]}\n'
     rows = [entry % (token, layer, token % 7, 7) for token in range(2000) for layer in GEOMETRY.moe_layers]
     (folder / "recording.jsonl").write_text("".join(rows))
     words = [sys.executable, "-m", "moe_beyond", *FIT.split(), "--quiet"]

@@ -69,7 +69,7 @@ class PlannedBatches(DistributedSampler[Batch], SequentialSampler):
         return [len(self._plan_of(rank)) for rank in range(self.num_replicas)]
 
     def resume(self, epoch: int, done: int) -> None:
-        """Start with the rest of an epoch.
+        """Skip batches of an epoch.
 
         Args:
             epoch: Index of the epoch.

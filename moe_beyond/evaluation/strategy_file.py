@@ -50,7 +50,7 @@ class StrategyChoice:
         """Check types and names.
 
         Raises:
-            UserError: A field has the wrong type, or a name of what does not exist.
+            UserError: A field has the wrong type, or is an unknown name.
         """
         expected = {name: str for name in TEXTS} | {name: str | None for name in OPTIONAL_TEXTS}
         for name, kind in (expected | {"budget": str | int, "lookahead": str | int | None}).items():

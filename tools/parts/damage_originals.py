@@ -120,8 +120,9 @@ def read_traces(folder: Path) -> float:
     total = sum(
         float(trace.hidden_states.router_inputs.sum()) + len(trace) for trace in traces.traces(hidden_states=True)
     )
-    assert traces.routers is not None
-    return total + float(traces.routers.weight.sum()) + len("".join(traces.token_strings or [])) + len(traces[3])
+    if traces.routers is not None:
+        total += float(traces.routers.weight.sum())
+    return total + len("".join(traces.token_strings or [])) + len(traces[3])
 
 
 def step(folder: Path) -> list[float]:

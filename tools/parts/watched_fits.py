@@ -116,7 +116,7 @@ class Write(L.Callback):
         self._killed, self._notes = kill is not None, notes
 
     def event(self, name: str, trainer: L.Trainer, arguments: tuple[Any, ...]) -> None:
-        """Note what an event says."""
+        """Note the batch or the figure of an event."""
         notes = self._notes
         if name.startswith("on_train_batch"):
             *given, batch, index = arguments[:2] if name == "on_train_batch_start" else arguments[:3]
@@ -131,9 +131,13 @@ class Write(L.Callback):
         if name == "on_validation_end":
             notes.recalls[trainer.global_step] = float(trainer.callback_metrics["val/recall_at_k"])
         if self._killed:  # written before the kill, as the process writes no result
-            path = Path(trainer.default_root_dir) / f"notes-{trainer.global_rank}.pt"
-            torch.save(vars(notes), path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
+            save_whole(vars(notes), Path(trainer.default_root_dir) / f"notes-{trainer.global_rank}.pt")
+
+
+def save_whole(content: object, path: Path) -> None:
+    """Write a file that a kill leaves whole or absent."""
+    torch.save(content, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 class Watch(L.Callback):
@@ -233,7 +237,7 @@ def fit(chosen: Configuration, traces: Path, folder: Path, kill: Kill | None, re
     if trainer.is_global_zero:
         exported = read_predictor(folder / "run/version_0/predictor").state_dict()
         result |= {"weights": task.state_dict(), "exported": exported}
-    torch.save(result, folder / f"result-{trainer.global_rank}.pt")
+    save_whole(result, folder / f"result-{trainer.global_rank}.pt")
 
 
 def in_processes(ranks: int, temporary: Path, work: Callable[[], None], seconds: float | None, one: bool) -> bool:
