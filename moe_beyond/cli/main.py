@@ -136,10 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Return whether an exception is Ctrl-C, which Lightning turns into an exit with code 1."""
-    return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, SystemExit) and error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
-    )
+    """Return whether an exception is Ctrl-C, or was raised while a library handled it; Lightning exits with code 1."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, KeyboardInterrupt):
+        context = context.__context__
+    return context is not None
 
 
 def _open_closed_streams() -> None:

@@ -215,10 +215,10 @@ def printing_last_lines() -> Iterator[None]:
 def _last_lines(interrupt: SaveOnInterrupt) -> list[str]:
     folder = interrupt.folder
     if folder is None:
-        return ["moe-beyond: interrupted before the first step; nothing is lost"]
+        return ["moe-beyond: interrupted before the first step; run the same command again"]
     lines = [f"moe-beyond: interrupted; the run is in {folder}"]
     if (folder / RUN_CONFIG_FILE).exists() and checkpoints_of(folder):
         return [*lines, f"go on with: moe-beyond fit {OPTION} {shlex.quote(str(folder))}"]
     if interrupt.saved is not None:
         return [*lines, f"go on with the same command and --ckpt_path {shlex.quote(str(interrupt.saved))}"]
-    return [*lines, "it has no checkpoint to resume from"]
+    return [*lines, "it has no checkpoint to resume from; run the same command again"]

@@ -257,7 +257,7 @@ def _start_forkserver() -> None:
     if threading.current_thread() is not threading.main_thread():  # other threads cannot set signal handlers
         return
     # Import once in the server instead of in every worker of every epoch: Ctrl-C would wait for importing workers.
-    multiprocessing.set_forkserver_preload([ShardedTraces.__module__])
+    multiprocessing.set_forkserver_preload(["moe_beyond.datamodules.worker_start"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         multiprocessing.forkserver.ensure_running()

@@ -283,6 +283,20 @@ def test_training_statistics_count_the_experts_of_given_tokens(tmp_path, monkeyp
     assert text.expert_counts(np.flatnonzero(text.token_counts)).sum() == demanded
 
 
+@pytest.mark.parametrize(("raised", "printed"), [("gone", False), ("open('missing')", True)])
+def test_a_worker_that_starts_too_late_prints_no_traceback(raised: str, printed: bool) -> None:
+    script = (
+        "import moe_beyond.datamodules.worker_start\n"
+        "from multiprocessing import synchronize\n"
+        "gone = None\n"
+        + ("synchronize.SemLock.__setstate__(synchronize.SemLock.__new__(synchronize.SemLock), (0, 1, 1, '/gone'))"
+           if raised == "gone" else raised)
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == printed
+
+
 def test_workers_end_with_a_killed_process(trace_set: TraceSet) -> None:
     code = (
         "import time, psutil\n"
