@@ -82,6 +82,7 @@ TRAINING = {
     "texts": FieldRule("hexadecimal digits", lambda value: isinstance(value, str) and not value.strip(hexdigits)),
     "use": TEXT,
     "steering": optional(OBJECT),
+    "hidden_states": optional(TEXT),
 }
 """Fields of a training record, all of which may be absent; further ones are permitted."""
 FIGURES = {
