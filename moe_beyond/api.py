@@ -13,7 +13,7 @@ from decimal import Decimal
 from functools import wraps
 from numbers import Integral, Number, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -173,6 +173,9 @@ def record(
     shard_tokens: int = 65536,
     hidden_states: bool = False,
     steering: Steering | None = None,
+    state_dtype: str = "float16",
+    state_layers: int | tuple[int, ...] | Literal["all"] = "all",
+    state_width: int | None = None,
 ) -> TraceSet:
     """Run a model over prompts, optionally generate, and write its routing as a trace set: ``moe-beyond collect``.
 
@@ -193,9 +196,13 @@ def record(
         max_tokens: Length to which prompts are truncated, in tokens (default: no truncation; a prompt longer than the
             model's positions is an error).
         shard_tokens: Tokens at which a shard is closed (default: 65536).
-        hidden_states: Whether hidden states and router weights are recorded; takes about a hundred times the space of
-            the routing (default: False).
+        hidden_states: Whether hidden states and router weights are recorded; takes a hundred to a thousand times the
+            bytes of the experts (default: False).
         steering: Experts that are forced on or off (default: none).
+        state_dtype: Data type of stored hidden states, ``"float16"`` or ``"int8"`` (default: float16).
+        state_layers: MoE layers whose hidden states are recorded: ``"all"``, a number of evenly spaced
+            layers, or a tuple of layers (default: all).
+        state_width: Width of stored hidden states, projected onto what the next routers read (default: the model's).
 
     Raises:
         UserError: The model is no mixture-of-experts model, a prompt is empty or too long, an option is out of range,
@@ -226,6 +233,9 @@ def record(
         shard_tokens=shard_tokens,
         hidden_states=hidden_states,
         steering=steering,
+        state_dtype=state_dtype,
+        state_layers=state_layers,
+        state_width=state_width,
     )
     notices: list[str] = []
     traces = collect(

@@ -88,6 +88,7 @@ TRAINING = {
     "texts": FieldRule("hexadecimal digits", lambda value: isinstance(value, str) and not value.strip(hexdigits)),
     "use": FieldRule(" or ".join(map(repr, USES)), lambda value: value in USES),
     "steering": optional(OBJECT),
+    "hidden_states": optional(TEXT),
     "seen": LIST,
     "validation": optional(OBJECT),
 }

@@ -105,3 +105,22 @@ def test_predictors_that_read_hidden_states_are_compared(tmp_path: Path) -> None
     assert recall["next_gate"]["1"]["recall_at_k"] > recall["history"]["token"]["recall_at_k"]
     assert recall["next_gate"]["1"]["recall_of_later_layers"] > recall["next_gate"]["3"]["recall_of_later_layers"]
     assert (found["layer_mlp, stride 2"]["reads"], found["history"]["reads"]) == ("router inputs", "ids")
+
+
+@pytest.mark.slow
+def test_forms_of_hidden_states_are_compared(tmp_path: Path) -> None:
+    few = ("--tokens", "8000", "--epochs", "3", "--only", "layer_mlp, stride 1")
+    forms = ("--forms", "float16", "int8-16-routers", "int8-16-pca", "int8-16-random")
+    run("compare_states.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json"), *few, *forms)
+    found = json.loads((tmp_path / "found.json").read_text())["forms"]
+    full, routers, _, random = (row["recall"]["layer_mlp, stride 1"] for row in found)
+    assert full > 1.2 * random
+    assert routers > 1.2 * random
+    assert found[0]["times_ids"] == pytest.approx(2 * 128 * 2 / 3, rel=0.01)
+    assert found[1]["times_ids"] == pytest.approx(2 * (16 + 4) / 3, rel=0.02)
+
+
+def test_bytes_of_hidden_states_are_computed() -> None:
+    printed = run("compare_states.py", "--sizes")
+    assert "1,365.3" in printed  # float16: 2 kinds x 2048 values x 2 bytes, for 6 ids
+    assert "86.7" in printed  # int8: 2 x (256 + 4)

@@ -90,7 +90,7 @@ def sample(source: TraceSet, out: str, entries: float, seed: int, span: float = 
     """
     layers, manifest = source.geometry.num_layers, source.manifest
     manifest = replace(manifest, source=f"{manifest.source}, sampled with seed {seed}", engine_log_sha256=None)
-    manifest = replace(manifest, hidden_size=None, routers_sha256=None, shards=())
+    manifest = replace(manifest, hidden_size=None, states=None, routers_sha256=None, shards=())
     vocabulary = Path(source.folder) / TOKENIZER_FILE if manifest.tokenizer.sha256 else None
     share = {split: counts["tokens"] / source.manifest.tokens for split, counts in source.manifest.counts().items()}
     with open_writer(out, manifest, vocabulary=vocabulary) as writer:

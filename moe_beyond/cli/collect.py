@@ -11,12 +11,14 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, command_parser, progress_bar
-from moe_beyond.collect.config import DTYPES, CollectConfig, ProcessRank
+from moe_beyond.collect.config import DTYPES, CollectConfig, ProcessRank, StateLayers
 from moe_beyond.collect.out_folder import check_out, parts_folder
 from moe_beyond.collect.prompts import COLUMNS, read_prompts
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.files import is_taken
+from moe_beyond.safe_text import shown
 from moe_beyond.traces.copies import describe_copies
+from moe_beyond.traces.hidden_states import DTYPES as STATE_DTYPES
 from moe_beyond.traces.steering import read_steering
 
 RECORDED = ("experts", "gate_weights", "hidden_states")
@@ -72,7 +74,28 @@ def build_parser() -> ArgumentParser:
         "--record",
         metavar="LIST",
         help=f"comma-separated data to record, out of {', '.join(RECORDED)} (default: experts,gate_weights); hidden "
-        "states are about a hundred times as large as the experts, and add the model's router weights",
+        "states take a hundred to a thousand times the bytes of the experts, and add the model's router weights",
+    )
+    parser.add_argument(
+        "--state-dtype",
+        default="float16",
+        metavar="DTYPE",
+        help=f"data type of stored hidden states: {', '.join(STATE_DTYPES)} (default: float16); int8 has one scale per "
+        "token and layer",
+    )
+    parser.add_argument(
+        "--state-layers",
+        default="all",
+        metavar="all|N|LIST",
+        help="MoE layers whose hidden states are recorded: all, a number of evenly spaced layers, or a comma-separated "
+        "list of layers, numbered as in inspect (default: all)",
+    )
+    parser.add_argument(
+        "--state-width",
+        type=int,
+        metavar="W",
+        help="width of stored hidden states, projected onto what the next routers read (default: the model's, not "
+        "projected)",
     )
     parser.add_argument(
         "--no-tokens",
@@ -148,6 +171,9 @@ def main(argv: list[str]) -> None:
         max_tokens=args.max_tokens,
         shard_tokens=args.shard_tokens,
         steering=steering,
+        state_dtype=args.state_dtype,
+        state_layers=_parse_layers(args.state_layers),
+        state_width=args.state_width,
     )
     out = Path(args.out)
     if is_taken(out) and ProcessRank().number:
@@ -204,6 +230,8 @@ def main(argv: list[str]) -> None:
     output.show(f"{args.out}: exact copies: {describe_copies(copies)}")
     if steering is not None:
         output.show(f"{args.out}: steered: {steering}")
+    if manifest.states_description is not None:
+        output.show(f"{args.out}: hidden states: {manifest.states_description}")
     output.show(*notices)
     output.result({"traces": args.out, "fingerprint": manifest.fingerprint, "splits": splits, "copies": copies})
 
@@ -224,6 +252,22 @@ def offloading(out: Path, device: str | dict[str, Any]) -> Iterator[Path | None]
 
 def _parse_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",")]
+
+
+def _parse_layers(text: str) -> StateLayers:
+    """Parse ``--state-layers``; a comma at the end makes a list of one layer.
+
+    Raises:
+        UserError: The value has another form.
+    """
+    if text == "all":
+        return "all"
+    numbers = [item.strip() for item in text.removesuffix(",").split(",")]
+    if not all(number.isdecimal() and len(number) < 10 for number in numbers):
+        raise UserError(
+            f"--state-layers: must be all, a number of layers, or a list of layers such as 1,5,9 (got {shown(text)})"
+        )
+    return tuple(map(int, numbers)) if "," in text else int(text)
 
 
 def _check(args: Namespace) -> None:

@@ -46,6 +46,7 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import naming_full_disk
 from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.io.checkpoint import load_checkpoint
+from moe_beyond.predictors.io.folder import check_projection
 from moe_beyond.safe_text import brief
 from moe_beyond.tasks import PredictorTask
 from moe_beyond.tasks.gradient import GradientTask
@@ -68,7 +69,7 @@ NOTHING_FITTED = (
     "nothing was fitted: no training step was made; "
     "raise trainer.max_epochs, max_steps, max_time or limit_train_batches"
 )
-LINKED = "geometry", "vocab_size", "hidden_size"
+LINKED = "geometry", "vocab_size", "hidden_size", "projected_from"
 """Arguments of a task that the data module sets."""
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 """Loggers of Lightning that write to the terminal."""
@@ -139,7 +140,8 @@ class PredictorCLI(LightningCLI):
         )
         parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
         # For predictors that read hidden states; jsonargparse ignores it if a class has no such argument.
-        parser.link_arguments("data.hidden_size", "model.init_args.hidden_size", apply_on="instantiate")
+        for name in ("hidden_size", "projected_from"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
         """Construct the classes that the configuration names."""
@@ -259,6 +261,8 @@ class PredictorCLI(LightningCLI):
         recorded = self.datamodule.manifest.tokenizer.sha256
         if None not in (fitted, recorded) and fitted != recorded:
             raise UserError(f"{path}: was fitted with another tokenizer than that of {self.datamodule.traces.folder}")
+        for traces in self.datamodule.measured_sets:
+            check_projection(stored, traces)
 
 
 def check_linked(options: Namespace) -> None:

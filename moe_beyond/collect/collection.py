@@ -11,13 +11,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from moe_beyond.collect.config import CollectConfig, ProcessRank, TokenizedPrompt
+from moe_beyond.collect.config import CollectConfig, ProcessRank, StateLayers, TokenizedPrompt
 from moe_beyond.collect.devices import embedding_rows, input_device
 from moe_beyond.collect.forward import check_trace, record_batch
 from moe_beyond.collect.geometry import measured_geometry
@@ -38,6 +39,7 @@ from moe_beyond.collect.resume import (
     write_part,
 )
 from moe_beyond.collect.router_probe import Router, find_routers, stored_routers
+from moe_beyond.collect.state_projection import make_projection
 from moe_beyond.collect.steering import steered
 from moe_beyond.collect.tokenize import tokenize_prompts
 from moe_beyond.collect.tokenizer_files import RecordedTokenizer, recorded_tokenizer
@@ -45,9 +47,11 @@ from moe_beyond.errors import UserError
 from moe_beyond.files import is_taken, move
 from moe_beyond.geometry import Geometry
 from moe_beyond.safe_text import printable
-from moe_beyond.traces.hidden_states import HiddenStates
+from moe_beyond.traces.hidden_states import HiddenStates, StateFormat
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
+from moe_beyond.traces.router_weights import Routers
+from moe_beyond.traces.state_projection import StateProjection
 from moe_beyond.urls import without_secrets
 from moe_beyond.version import __version__
 
@@ -90,9 +94,9 @@ def collect(
         The finished trace set; None on ranks other than the first.
 
     Raises:
-        UserError: The model is no MoE, cannot be steered as requested, or has hidden states of several widths. A
-            prompt is empty or too long. ``out`` exists, or an unfinished collection there has other settings or is
-            damaged. Or the disk is too small.
+        UserError: The model is no MoE, cannot be steered as requested, has hidden states of several widths, or none of
+            the requested width or layers. A prompt is empty or too long. ``out`` exists, or an unfinished collection
+            there has other settings or is damaged. Or the disk is too small.
     """
     out, rank, config = Path(out), rank or ProcessRank(), config or CollectConfig()
     parts = parts_folder(out)
@@ -111,6 +115,9 @@ def collect(
     router_weights = None if routers is None else stored_routers(routers, manifest.geometry)
     if routers is not None and router_weights is None:
         notice(_missing_routers(routers, manifest.geometry))
+        if config.state_width is not None:
+            notice("the projection of the hidden states is random, because it is made of the routers' weights")
+    manifest, projection = _with_states(manifest, config, router_weights)
     batches = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
     key = collection_key(manifest, rows, config, model)
     if is_taken(out):
@@ -124,13 +131,15 @@ def collect(
             with exclusive(parts, rank), removing_empty_folder(parts, paths, rank):
                 if not (parts / MERGED).exists():
                     check_space(parts, manifest, batches, paths, config)
-                    _collect_parts(model, tokenizer, batches, paths, manifest, config, inputs, rank, progress)
+                    _collect_parts(
+                        model, tokenizer, batches, paths, manifest, config, inputs, projection, rank, progress
+                    )
                 if rank.number:
                     return None
                 while not (parts / MERGED).exists() and not all(path.exists() for path in paths):
                     time.sleep(WAIT_SECONDS)  # for other ranks; if one fails, the launcher stops this one
                 if not (parts / MERGED).exists():
-                    merge_parts(parts / MERGED, manifest, batches, paths, recorded, router_weights, config)
+                    merge_parts(parts / MERGED, manifest, batches, paths, recorded, router_weights, projection, config)
                 remove_parts(paths)
                 move(parts / MERGED, out)
     shutil.rmtree(parts)
@@ -242,6 +251,57 @@ def _hidden_size(states: HiddenStates, model: str) -> int:
     return int(router.shape[-1])
 
 
+def _with_states(
+    manifest: Manifest, config: CollectConfig, routers: Routers | None
+) -> tuple[Manifest, StateProjection | None]:
+    """Add the requested form of hidden states to a manifest, and make their projection.
+
+    Args:
+        manifest: Manifest with the width of the model's hidden states, or without.
+        config: Settings of the collection.
+        routers: Router weights, or None.
+
+    Raises:
+        UserError: A layer is no MoE layer, or the width exceeds the model's.
+    """
+    full_width, width = manifest.hidden_size, config.state_width
+    if full_width is None:
+        return manifest, None
+    layers = _state_layers(config.state_layers, manifest.geometry)
+    if width is not None and width > full_width:
+        raise UserError(
+            f"--state-width: must be at most {full_width}, the width of the hidden states of {manifest.geometry.model} "
+            f"(got {width})"
+        )
+    if width is None or width == full_width:
+        return replace(manifest, states=StateFormat(config.state_dtype, layers)), None
+    positions = [manifest.geometry.moe_layers.index(layer) for layer in layers]
+    projection = make_projection(None if routers is None else routers.weight, positions, full_width, width)
+    states = StateFormat(config.state_dtype, layers, full_width, projection.sha256)
+    return replace(manifest, hidden_size=width, states=states), projection
+
+
+def _state_layers(requested: StateLayers, geometry: Geometry) -> tuple[int, ...]:
+    """Return the MoE layers whose hidden states are recorded.
+
+    Raises:
+        UserError: There are fewer MoE layers, or a layer is none.
+    """
+    layers = geometry.moe_layers
+    if requested == "all":
+        return layers
+    if isinstance(requested, tuple):
+        if unknown := [layer for layer in requested if layer not in layers]:
+            raise UserError(
+                f"--state-layers: layer {unknown[0]} is no MoE layer of {geometry.model}; its MoE layers are "
+                f"{', '.join(map(str, layers))}"
+            )
+        return tuple(sorted(set(requested)))
+    if requested > len(layers):
+        raise UserError(f"--state-layers: {geometry.model} has {len(layers)} MoE layers (got {requested}); give fewer")
+    return tuple(layers[index * len(layers) // requested] for index in range(requested))
+
+
 def _collect_parts(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -250,6 +310,7 @@ def _collect_parts(
     manifest: Manifest,
     config: CollectConfig,
     inputs: Mapping[int, nn.Module] | None,
+    projection: StateProjection | None,
     rank: ProcessRank,
     progress: Callable[[int, int, int], None],
 ) -> None:
@@ -257,7 +318,7 @@ def _collect_parts(
     was_training = model.training
     model.train(False)
     try:
-        with recording(model, inputs) as recorder, torch.inference_mode():
+        with recording(model, inputs, manifest.states, projection) as recorder, torch.inference_mode():
             for number in range(rank.number, len(batches), rank.count):
                 path, tokens = paths[number], 0
                 if not path.exists():

@@ -3,11 +3,12 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moe_beyond.collect.prompts import Prompt
-from moe_beyond.errors import UserError
+from moe_beyond.errors import UserError, unknown
 from moe_beyond.safe_text import shown
+from moe_beyond.traces.hidden_states import DTYPES as STATE_DTYPES
 from moe_beyond.traces.splits import parse_blocks
 from moe_beyond.traces.steering import Steering
 
@@ -15,8 +16,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types to compute in; ``auto`` is the type of the stored weights."""
 MIN_TEMPERATURE = 0.001
 """Smallest temperature above 0; below it, logits overflow."""
-MINIMUMS = {"generate": 0, "batch_size": 1, "max_tokens": 1, "shard_tokens": 1}
+MINIMUMS = {"generate": 0, "batch_size": 1, "max_tokens": 1, "shard_tokens": 1, "state_width": 1}
 """Smallest value of each whole number of a `CollectConfig`."""
+OPTIONAL = ("max_tokens", "state_width")
+"""Whole numbers of a `CollectConfig` that may be None."""
+STATE_OPTIONS = {"state_dtype": "float16", "state_layers": "all", "state_width": None}
+"""Settings of a `CollectConfig` that need hidden states, and their defaults."""
 TYPES: dict[str, tuple[Any, str]] = {
     "temperature": (int | float, "a number"),
     "seed": (int, "a whole number"),
@@ -24,6 +29,7 @@ TYPES: dict[str, tuple[Any, str]] = {
     "tokens": (bool, "True or False"),
     "gate_weights": (bool | None, "True or False"),
     "hidden_states": (bool, "True or False"),
+    "state_dtype": (str, "text such as 'int8'"),
     "steering": (
         Steering | None,
         "a Steering, or None; Steering.from_json({'off': [[1, 0]]}, source='mine') makes one",
@@ -31,6 +37,8 @@ TYPES: dict[str, tuple[Any, str]] = {
 }
 """Type of each other field of a `CollectConfig`, and its description in error messages."""
 
+StateLayers = int | tuple[int, ...] | Literal["all"]
+"""MoE layers whose hidden states are recorded: all, their number, or a list of them."""
 TokenizedPrompt = tuple[Prompt, list[int]]
 """A prompt and its token ids."""
 
@@ -51,8 +59,12 @@ class CollectConfig:
         max_tokens: Number of tokens to which longer prompts are truncated (default: None, no truncation). A prompt
             that exceeds the model's positions is an error.
         shard_tokens: Number of tokens after which a shard of the trace set is closed (default: 65,536).
-        hidden_states: Whether the inputs of routers and layers are recorded, about a hundred times the size of the
-            entries; router weights are recorded with them, if they are found (default: False).
+        hidden_states: Whether the inputs of routers and layers are recorded, a hundred to a thousand times the bytes of
+            the entries; router weights are recorded with them, if they are found (default: False).
+        state_dtype: Type of the stored hidden states, ``"float16"`` or ``"int8"`` (default: float16).
+        state_layers: MoE layers whose hidden states are recorded: ``"all"``, their number, evenly spaced from the first
+            on, or a tuple of layers as numbered by the model (default: all).
+        state_width: Width to which hidden states are projected (default: None, the model's).
         steering: Experts that are forced on or off in prefill and decode (default: None).
     """
 
@@ -67,6 +79,9 @@ class CollectConfig:
     shard_tokens: int = 65536
     hidden_states: bool = False
     steering: Steering | None = None
+    state_dtype: str = "float16"
+    state_layers: StateLayers = "all"
+    state_width: int | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges.
@@ -80,7 +95,7 @@ class CollectConfig:
                 raise UserError(f"{name}: must be {description} (got {shown(value)})")
         for name, least in MINIMUMS.items():
             value = getattr(self, name)
-            if name == "max_tokens" and value is None:
+            if name in OPTIONAL and value is None:
                 continue
             option = f"--{name.replace('_', '-')}"
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -93,10 +108,29 @@ class CollectConfig:
             raise UserError(f"--temperature: needs --generate N (got {shown(self.temperature)}); add --generate")
         if not self.tokens and (self.gate_weights or self.hidden_states):
             raise UserError("--no-tokens: keeps only expert ids; leave gate weights and hidden states out of --record")
+        self._check_states()
         if self.gate_weights is None:
             object.__setattr__(self, "gate_weights", self.tokens)
         if self.val_blocks is not None:
             parse_blocks(self.val_blocks)
+
+    def _check_states(self) -> None:
+        """Check the options of hidden states."""
+        if self.state_dtype not in STATE_DTYPES:
+            raise unknown("--state-dtype", self.state_dtype, STATE_DTYPES)
+        if isinstance(self.state_layers, list):
+            object.__setattr__(self, "state_layers", tuple(self.state_layers))
+        layers = self.state_layers
+        numbers, least = (layers, 0) if isinstance(layers, tuple) else ((layers,), 1)
+        if layers != "all" and not (numbers and all(type(each) is int and each >= least for each in numbers)):
+            raise UserError(
+                "--state-layers: must be all, a number of layers, or a list of layers such as 1,5,9 (got "
+                f"{shown(layers)})"
+            )
+        given = [name for name, default in STATE_OPTIONS.items() if getattr(self, name) != default]
+        if given and not self.hidden_states:
+            option = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"{option}: needs hidden states; add hidden_states to --record")
 
 
 @dataclass

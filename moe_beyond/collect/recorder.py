@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_beyond.errors import UserError
-from moe_beyond.traces.hidden_states import HiddenStates
+from moe_beyond.traces.hidden_states import HiddenStates, StateFormat, to_int8
+from moe_beyond.traces.state_projection import StateProjection
 
 # Second and third parameter of an experts module's forward; two spellings are in use.
 SIGNATURES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
@@ -69,7 +70,7 @@ class ForwardRecord:
     Attributes:
         experts: ``(N, L, K)`` int64 ids in router order, for N tokens of all rows in sequence; -1 for padding.
         gate_weights: ``(N, L, K)`` float32, in the same order; 0 for padding.
-        hidden_states: Hidden states of all N tokens, or None.
+        hidden_states: Hidden states of all N tokens at the recorded layers, or None.
     """
 
     experts: npt.NDArray[np.int64]
@@ -83,11 +84,11 @@ class Recorder:
     Args:
         moe_layers: Indices of the model's MoE layers, ascending.
         num_experts: Experts per MoE layer.
-        with_states: Whether hidden states are recorded (default: False).
+        states: Form of the recorded hidden states (default: None, no hidden states).
     """
 
-    def __init__(self, moe_layers: tuple[int, ...], num_experts: int, *, with_states: bool = False) -> None:
-        self.moe_layers, self.num_experts, self.with_states = moe_layers, num_experts, with_states
+    def __init__(self, moe_layers: tuple[int, ...], num_experts: int, *, states: StateFormat | None = None) -> None:
+        self.moe_layers, self.num_experts, self.states = moe_layers, num_experts, states
         self._experts: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
         self._weights: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
         self._router_inputs: dict[int, list[Tensor]] = {layer: [] for layer in moe_layers}
@@ -133,17 +134,16 @@ class Recorder:
         return records
 
     def _forward_record(self, number: int) -> ForwardRecord:
-        def stacked(by_layer: dict[int, list[Tensor]]) -> npt.NDArray[Any]:
-            array: npt.NDArray[Any] = (
-                torch.stack([by_layer[layer][number] for layer in self.moe_layers], 1).cpu().numpy()
-            )
+        def stacked(by_layer: dict[int, list[Tensor]], layers: tuple[int, ...]) -> npt.NDArray[Any]:
+            array: npt.NDArray[Any] = torch.stack([by_layer[layer][number] for layer in layers], 1).cpu().numpy()
             return array
 
         states = None
-        if self.with_states:  # half precision has turned larger values into infinity
-            arrays = (stacked(by_layer) for by_layer in (self._router_inputs, self._layer_inputs))
+        if self.states is not None:  # half precision has turned larger values into infinity
+            arrays = (stacked(by_layer, self.states.layers) for by_layer in (self._router_inputs, self._layer_inputs))
             states = HiddenStates(*(np.clip(array, -LARGEST, LARGEST, out=array) for array in arrays))
-        return ForwardRecord(stacked(self._experts), stacked(self._weights), states)
+            states = to_int8(states) if self.states.dtype == "int8" else states
+        return ForwardRecord(stacked(self._experts, self.moe_layers), stacked(self._weights, self.moe_layers), states)
 
     def pop_concatenated(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return the routing since the last call, all forwards concatenated, and clear it.
@@ -158,29 +158,37 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: nn.Module, inputs: Mapping[int, nn.Module] | None = None) -> Iterator[Recorder]:
+def recording(
+    model: nn.Module,
+    inputs: Mapping[int, nn.Module] | None = None,
+    states: StateFormat | None = None,
+    projection: StateProjection | None = None,
+) -> Iterator[Recorder]:
     """Record a model's routing while the block runs.
 
     Args:
         model: MoE model of transformers.
         inputs: Layer -> module whose first argument is the input of the layer's router. If given, hidden states are
             recorded; for layers that it lacks, the input of the experts is recorded (default: None).
+        states: Form of the recorded hidden states (default: float16 of all MoE layers).
+        projection: Projection of the hidden states, one matrix per layer of ``states`` (default: none).
 
     Raises:
         UserError: No module of the model receives selected experts.
     """
     targets = find_experts(model)
-    recorder = Recorder(
-        tuple(sorted(targets)),
-        max(target.num_experts for target in targets.values()),
-        with_states=inputs is not None,
-    )
+    moe_layers = tuple(sorted(targets))
+    if inputs is not None and states is None:
+        states = StateFormat("float16", moe_layers)
+    recorder = Recorder(moe_layers, max(target.num_experts for target in targets.values()), states=states)
     handles = [handle for layer, target in targets.items() for handle in _hook(model, recorder, layer, target)]
-    if inputs is not None:
-        for layer, target in targets.items():
+    if inputs is not None and states is not None:
+        for position, layer in enumerate(states.layers):
+            target = targets[layer]
+            of_router, of_layer = (None, None) if projection is None else projection.at(position)
             handles += [
-                _record_input(inputs.get(layer, target.module), recorder._router_inputs[layer]),  # noqa: SLF001
-                _record_input(target.layer, recorder._layer_inputs[layer]),  # noqa: SLF001
+                _record_input(inputs.get(layer, target.module), recorder._router_inputs[layer], of_router),  # noqa: SLF001
+                _record_input(target.layer, recorder._layer_inputs[layer], of_layer),  # noqa: SLF001
             ]
     try:
         yield recorder
@@ -295,12 +303,21 @@ def _router_weights(output: Any, logits: Tensor, experts: Tensor) -> Tensor:
     return logits.gather(-1, experts).softmax(-1)
 
 
-def _record_input(module: nn.Module, buffer: list[Tensor]) -> Any:
-    """Copy the first argument of a module in half precision; the copy is needed because models add in place."""
+def _record_input(module: nn.Module, buffer: list[Tensor], matrix: npt.NDArray[np.float16] | None = None) -> Any:
+    """Copy the first argument of a module in half precision; the copy is needed because models add in place.
+
+    With a matrix ``(W, D)``, its product with the half-precision input is copied, computed where the input is.
+    """
+    by_device: dict[torch.device, Tensor] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = args[0] if args else next(iter(kwargs.values()))
-        buffer.append(state.detach().to("cpu", torch.float16, copy=True).view(-1, state.shape[-1]))
+        rows = state.detach().reshape(-1, state.shape[-1])
+        if matrix is not None:
+            if rows.device not in by_device:
+                by_device[rows.device] = torch.from_numpy(matrix).to(rows.device, torch.float32)
+            rows = rows.to(torch.float16).clamp(-LARGEST, LARGEST).float() @ by_device[rows.device].T
+        buffer.append(rows.to("cpu", torch.float16, copy=True))
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
 

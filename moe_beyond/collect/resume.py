@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from moe_beyond.collect.config import CollectConfig, ProcessRank, TokenizedPrompt
+from moe_beyond.collect.config import STATE_OPTIONS, CollectConfig, ProcessRank, TokenizedPrompt
 from moe_beyond.collect.tokenizer_files import RecordedTokenizer
 from moe_beyond.errors import UserError
 from moe_beyond.files import is_taken, read_json, replacing, write_json
@@ -26,6 +26,7 @@ from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import to_table
 from moe_beyond.traces.shard import decode
+from moe_beyond.traces.state_projection import StateProjection
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 
@@ -54,7 +55,9 @@ def collection_key(
     """
     texts = hashlib.sha256(json.dumps([(p.sequence_id, p.split, ids) for p, ids in rows]).encode()).hexdigest()
     weights = {"dtype": str(getattr(model, "dtype", "")), "weights": digest(model), "parameters": digests(model)}
-    return _json_values(_manifest_key(manifest) | {"prompts": texts} | asdict(config) | weights)
+    # The manifest has the form of hidden states, which several settings may describe.
+    settings = {name: value for name, value in asdict(config).items() if name not in STATE_OPTIONS}
+    return _json_values(_manifest_key(manifest) | {"prompts": texts} | settings | weights)
 
 
 def _manifest_key(manifest: Manifest) -> dict[str, Any]:
@@ -256,7 +259,7 @@ def check_space(
     tokens_by_batch = [sum(len(token_ids) + config.generate for _, token_ids in batch) for batch in batches]
     missing = sum(tokens for tokens, path in zip(tokens_by_batch, paths, strict=True) if not path.exists())
     geometry = manifest.geometry
-    states = 2 * 2 * geometry.num_layers * (manifest.hidden_size or 0)
+    states = 0 if manifest.states is None else manifest.states.token_bytes(manifest.hidden_size or 0)
     bytes_per_id = (1 if geometry.num_experts <= 255 else 2) + 2 * bool(config.gate_weights)
     bytes_per_token = 4 + geometry.demand_per_token * bytes_per_id + states
     needed = int(SPACE_MARGIN * (missing + sum(tokens_by_batch)) * bytes_per_token)
@@ -275,6 +278,7 @@ def merge_parts(
     paths: Sequence[Path],
     tokenizer: RecordedTokenizer,
     routers: Routers | None,
+    projection: StateProjection | None,
     config: CollectConfig,
 ) -> None:
     """Write the trace set from all parts, after removing temporary files of killed processes.
@@ -286,6 +290,7 @@ def merge_parts(
         paths: Paths of all part files.
         tokenizer: Tokenizer of the model.
         routers: Router weights, or None.
+        projection: Projection of the hidden states, or None.
         config: Settings of the collection.
 
     Raises:
@@ -297,7 +302,9 @@ def merge_parts(
     if tokenizer.file is None:
         vocabulary.write_bytes(tokenizer.content)
     stored = vocabulary if config.tokens else None
-    with open_writer(merged, manifest, vocabulary=stored, routers=routers, shard_tokens=config.shard_tokens) as writer:
+    with open_writer(
+        merged, manifest, vocabulary=stored, routers=routers, projection=projection, shard_tokens=config.shard_tokens
+    ) as writer:
         for path, batch in zip(paths, batches, strict=True):
             for trace, (prompt, _) in zip(_read_part(path, batch, manifest), batch, strict=True):
                 try:
@@ -342,16 +349,17 @@ def _read_part(path: Path, batch: Sequence[TokenizedPrompt], manifest: Manifest)
     Raises:
         UserError: The part is damaged, or belongs to other prompts.
     """
-    geometry, size = manifest.geometry, manifest.hidden_size
+    form, states_shape = manifest.states, manifest.states_shape
     states_path = _states_path(path)
     again = f"remove {path.name}, then run the same command again: it collects this part"
     try:
-        shard = decode(pq.read_table(path), geometry, str(path))
-        if size is not None:
-            shape = (len(shard.token_ids), geometry.num_layers, size)
-            shard = replace(shard, hidden_states=load_states(states_path.read_bytes(), shape, str(states_path)))
+        shard = decode(pq.read_table(path), manifest.geometry, str(path))
+        if form is not None and states_shape is not None:
+            shape = (len(shard.token_ids), *states_shape)
+            states = load_states(states_path.read_bytes(), shape, str(states_path), form.dtype)
+            shard = replace(shard, hidden_states=states)
     except (pa.ArrowException, OSError, UserError) as error:
-        files = f"{path}: is" if size is None else f"{path}: this file or {states_path.name} is"
+        files = f"{path}: is" if form is None else f"{path}: this file or {states_path.name} is"
         raise UserError(f"{files} damaged; {again}") from error
     if shard.sequence_ids != [prompt.sequence_id for prompt, _ in batch]:
         raise UserError(f"{path}: belongs to other prompts; {again}")

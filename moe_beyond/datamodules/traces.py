@@ -36,7 +36,7 @@ class TraceDataModule(L.LightningDataModule):
     Training sequences are cut into segments of ``max_tokens`` and shuffled by seed and epoch. Validation, test and
     prediction read whole sequences in a fixed order. Several ranks share the shards, except for prediction.
 
-    ``geometry``, ``vocab_size`` and ``hidden_size`` are available before `setup`.
+    ``geometry``, ``vocab_size``, ``hidden_size`` and ``projected_from`` are available before `setup`.
 
     Args:
         traces: Trace set for training: a folder, ``hf:ORG/REPO`` or an fsspec URL.
@@ -107,8 +107,18 @@ class TraceDataModule(L.LightningDataModule):
 
     @property
     def hidden_size(self) -> int | None:
-        """Width of the hidden states; None if the traces have none."""
+        """Width of the stored hidden states; None if the traces have none."""
         return self.manifest.hidden_size
+
+    @property
+    def projected_from(self) -> int | None:
+        """Width of the model's hidden states if the stored ones are projected; otherwise None."""
+        return None if self.manifest.states is None else self.manifest.states.projected_from
+
+    @property
+    def measured_sets(self) -> list[TraceSet]:
+        """Trace sets that validation, test and prediction read."""
+        return [self.val_traces] if self.test_traces is None else [self.val_traces, self.test_traces]
 
     def training_stats(self) -> TrainingStats:
         """Return the statistics of the training split that a predictor may read before a fit."""

@@ -37,7 +37,7 @@ def training_stats(traces: TraceSet, split: str) -> TrainingStats:
         return total
 
     counts = np.sum(shared_map(tokens, parts), axis=0)
-    return TrainingStats(counts, traces.token_strings, experts, traces.routers)
+    return TrainingStats(counts, traces.token_strings, experts, traces.routers, traces.projection)
 
 
 def _expert_counts(

@@ -89,9 +89,10 @@ class _Predicted:
 
     def check(self, traces: TraceSet) -> None:
         """Refuse a trace set that the predictor does not fit."""
-        from moe_beyond.predictors.io.folder import check_fits
+        from moe_beyond.predictors.io.folder import check_fits, check_projection
 
         check_fits(self.predictor, traces.manifest, traces.folder, self.tokenizer_sha256)
+        check_projection(self.predictor, traces)
 
     def __call__(self, traces: TraceSet, part: Part, in_order: bool = False) -> Iterator[Scored]:
         # Whoever has a predictor has imported torch; the imports are here for replays without one.

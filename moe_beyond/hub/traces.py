@@ -13,6 +13,7 @@ from moe_beyond.traces.card import configs, language_creators, traces_card
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import ROUTERS_FILE
+from moe_beyond.traces.state_projection import PROJECTION_FILE
 
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 """Split names that `datasets` accepts."""
@@ -50,6 +51,8 @@ def trace_files(folder: Path, repository: str) -> dict[str, Path | bytes]:
         files |= {shard.states_file: folder / shard.states_file for shard in traces.manifest.shards}
     if traces.routers is not None:
         files[ROUTERS_FILE] = folder / ROUTERS_FILE
+    if traces.projection is not None:
+        files[PROJECTION_FILE] = folder / PROJECTION_FILE
     files[MANIFEST_FILE] = folder / MANIFEST_FILE
     if traces.token_strings is not None:
         files[TOKENIZER_FILE] = folder / TOKENIZER_FILE

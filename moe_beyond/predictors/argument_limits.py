@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_beyond.json_fields import FINITE, FLAG, FieldRule, check_fields, whole
+from moe_beyond.json_fields import FINITE, FLAG, FieldRule, check_fields, optional, whole
 from moe_beyond.model_config import MOST_LAYERS
 
 
@@ -34,6 +34,7 @@ ARGUMENTS: dict[str, FieldRule] = {
     "feedforward": COUNT,
     "context_tokens": COUNT,
     "hidden_size": COUNT,
+    "projected_from": optional(COUNT),
     "capacity": COUNT,
     # distances in layers
     "lookaheads": LAYERS,

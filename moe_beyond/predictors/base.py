@@ -36,7 +36,9 @@ class Predictor(nn.Module, ABC):
     Attributes:
         architecture: Name of the class in the registry.
         activation: Function from logits to probabilities; see `moe_beyond.predictors.activation.Activation`.
-        hidden_size: Width D of the hidden states that the predictor reads; None if it reads none.
+        hidden_size: Width of the hidden states that the predictor reads, as its traces store them; None if it reads
+            none.
+        projected_from: Width of the model's hidden states if those of the traces are projected; otherwise None.
         calibration: Calibration of the probabilities; None if none was fitted.
         fitted_on: Training record of the predictor's folder or checkpoint
             (`moe_beyond.predictors.training_text.TrainingRecord`); None if nothing was recorded.
@@ -45,12 +47,13 @@ class Predictor(nn.Module, ABC):
     architecture: ClassVar[str]
     activation: Activation
     hidden_size: int | None
+    projected_from: int | None
 
     def __init__(self, geometry: Geometry, vocab_size: int) -> None:
         super().__init__()
         self.geometry = geometry
         self.vocab_size = vocab_size
-        self.hidden_size = None
+        self.hidden_size = self.projected_from = None
         self.calibration: Calibration | None = None
         self.fitted_on: Mapping[str, Any] | None = None
 

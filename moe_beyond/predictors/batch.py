@@ -23,9 +23,10 @@ class Batch:
         sequence_ids: Sequence id of each row.
         starts: Position in its sequence at which each row starts; above 0 only for later segments of a sequence.
         gate_weights: Gate weights ``(B, T, L, K)`` float16, 0 where padded; None if they were not recorded.
-        router_inputs: Inputs of each layer's router, ``(B, T, L, D)`` float16; None if they were not requested.
-        layer_inputs: Inputs of each layer before its attention, ``(B, T, L, D)`` float16; None if they were not
-            requested.
+        router_inputs: Inputs of the routers of the S layers with states, ``(B, T, S, W)`` float16 as stored; None if
+            they were not requested.
+        layer_inputs: Inputs of these layers before their attention, ``(B, T, S, W)`` float16 as stored; None if they
+            were not requested.
     """
 
     token_ids: Tensor

@@ -23,7 +23,11 @@ class SteppedPredictor(Protocol):
 
     @property
     def hidden_size(self) -> int | None:
-        """Width D of the hidden states that the predictor reads; None if it reads none."""
+        """Width W of the hidden states that the predictor reads; None if it reads none."""
+
+    @property
+    def projected_from(self) -> int | None:
+        """Width D of the model's hidden states if the predictor projects them; otherwise None."""
 
     @property
     def information(self) -> InformationSet:
@@ -59,7 +63,8 @@ class Stepper(ABC):
         self._shape = predictor.geometry.shape()
         self._valid_experts = frozenset(range(self._shape[1]))
         self._vocab_size = predictor.vocab_size if information.token_ids else None
-        self._hidden_size = None if information.hidden_states is None else predictor.hidden_size
+        widths = (predictor.hidden_size, predictor.projected_from) if information.hidden_states else ()
+        self._state_widths = tuple(width for width in widths if width is not None)
         self.reset()
 
     @abstractmethod
@@ -81,7 +86,7 @@ class Stepper(ABC):
         Args:
             layer: MoE layer, counted from 0; each layer comes once per token, in order.
             experts: Ids ``(n,)`` of different experts, n <= K.
-            state: Finite hidden state ``(D,)``; None if none was given or the predictor reads none.
+            state: Finite hidden state, ``(W,)`` or ``(D,)``; None if none was given or the predictor reads none.
         """
 
     @abstractmethod
@@ -124,6 +129,7 @@ class Stepper(ABC):
             experts: Ids ``(n,)`` of the experts, in any order.
             state: Hidden state ``(D,)`` for predictors that read hidden states. Router inputs: the input of the layer's
                 router. Layer inputs: the input of the next MoE layer, before its attention; None after the last layer.
+                A predictor of projected states takes the model's state and the projected one.
 
         Raises:
             UserError: No token is started, or the layer is not the next one. Or there are more than K experts, or they
@@ -142,7 +148,7 @@ class Stepper(ABC):
             raise self._wrong_experts(experts)
         if not (len(different) == len(ids) <= self._shape[2] and different <= self._valid_experts):
             raise self._wrong_experts(experts)
-        hidden_state = None if state is None or self._hidden_size is None else self._checked_state(state)
+        hidden_state = None if state is None or not self._state_widths else self._checked_state(state)
         self._next_layer += 1
         self._route(layer, routed.astype(np.int64), hidden_state)
 
@@ -209,10 +215,10 @@ class Stepper(ABC):
             values = np.asarray(state, np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"observe_layer: the hidden state is not an array of numbers ({error})") from error
-        if values.shape != (self._hidden_size,):
+        if values.ndim != 1 or len(values) not in self._state_widths:
+            shapes = " or ".join(f"({width},)" for width in self._state_widths)
             raise UserError(
-                f"observe_layer: the hidden state must have shape ({self._hidden_size},), as in training "
-                f"(got {values.shape})"
+                f"observe_layer: the hidden state must have shape {shapes}, as in training (got {values.shape})"
             )
         if not np.isfinite(values).all():
             raise UserError("observe_layer: the hidden state is not finite")

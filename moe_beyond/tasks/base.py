@@ -19,7 +19,7 @@ from moe_beyond.metrics.names import HEADLINE, lookahead_figures
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.io.checkpoint import CHECKPOINT_KEY
-from moe_beyond.predictors.io.folder import check_fits
+from moe_beyond.predictors.io.folder import check_fits, check_projection, check_states
 from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.predictors.saveable import check_saveable
 from moe_beyond.tasks.checkpoint_io import keep_checkpoints_whole
@@ -149,9 +149,12 @@ class PredictorTask(L.LightningModule):
         """Request hidden states if the predictor reads them; before a fit, prepare the predictor and record the data.
 
         Raises:
-            UserError: The traces have another shape, or lack token ids or hidden states that the predictor reads.
+            UserError: The traces have another shape, lack token ids or hidden states that the predictor reads, or have
+                hidden states of another width or projection.
         """
         self.data.hidden_states = self.predictor.information.hidden_states is not None
+        for traces in self.data.measured_sets:
+            check_states(self.predictor, traces.manifest, traces.folder)
         if stage == "fit":
             keep_checkpoints_whole(self.trainer)
             self._seed = self._resumed = self._planned_before = self.planned_steps = None
@@ -159,6 +162,8 @@ class PredictorTask(L.LightningModule):
             self._lent_steps, self._stop_at_epoch_end = 0, False
             check_fits(self.predictor, self.data.manifest, self.data.traces.folder)
             self.predictor.prepare(self.data.training_stats())
+            for traces in self.data.measured_sets:
+                check_projection(self.predictor, traces)
             self.trained_on = {**fitted_on(self.data), "recipe": self.recipe()}
             self.predictor.fitted_on = self.trained_on
             # Buffers are equal on all ranks, which may take different numbers of validation batches.

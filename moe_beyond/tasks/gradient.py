@@ -14,7 +14,7 @@ from moe_beyond.json_fields import check_fields
 from moe_beyond.predictors.argument_limits import OPTIMIZATION
 from moe_beyond.predictors.base import GradientPredictor, Predictor
 from moe_beyond.predictors.batch import Batch
-from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
+from moe_beyond.predictors.io.folder import check_fits, check_projection, read_config, read_predictor
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.tasks.adamw import AdamWSettings
 from moe_beyond.tasks.base import PredictorTask
@@ -81,6 +81,7 @@ class GradientTask(PredictorTask):
             )
         tokenizer = (read_config(folder)["training"].get("tokenizer") or {}).get("sha256")
         check_fits(teacher, self.data.manifest, self.data.traces.folder, tokenizer)
+        check_projection(teacher, self.data.traces)
         return teacher
 
     def recipe(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype, padding_id
+from moe_beyond.traces.state_projection import StateProjection
 from moe_beyond.traces.trace import Trace
 
 Scores = npt.NDArray[np.float32]
@@ -85,7 +86,7 @@ def fit_tiny(predictor_class: type[Predictor], **arguments: Any) -> Predictor:
         torch.manual_seed(0)
         predictor = predictor_class(GEOMETRY, VOCAB_SIZE, **arguments)
         traces = [random_trace(predictor, f"train{seed}", TOKENS, 100 + seed) for seed in range(4)]
-        predictor.prepare(_training_stats(traces))
+        predictor.prepare(_training_stats(traces, predictor))
         if isinstance(predictor, CountingPredictor):
             predictor.partial_fit(collate(traces))
         with torch.no_grad():
@@ -327,12 +328,19 @@ def available_scores(scores: Scores, following: Scores, lookaheads: Sequence[int
     return available
 
 
-def _training_stats(traces: Sequence[Trace]) -> TrainingStats:
+def _training_stats(traces: Sequence[Trace], predictor: Predictor) -> TrainingStats:
     layers, experts, _ = GEOMETRY.shape()
     counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB_SIZE)
     strings = [f"{'abc'[token_id % 3]}token{token_id}" for token_id in range(VOCAB_SIZE)]
     routers = np.random.default_rng(3).normal(size=(layers, experts, HIDDEN_SIZE)).astype(np.float32)
-    return TrainingStats(counts, strings, _expert_counts(traces), Routers(routers, "logits"))
+    projection = None
+    if predictor.projected_from is not None:
+        matrices = np.random.default_rng(4).normal(
+            size=(2, layers, predictor.projected_from, predictor.hidden_size or 1)
+        )
+        rows = np.linalg.qr(matrices)[0].swapaxes(-1, -2)
+        projection = StateProjection(*rows.astype(np.float16))
+    return TrainingStats(counts, strings, _expert_counts(traces), Routers(routers, "logits"), projection)
 
 
 def _expert_counts(traces: Sequence[Trace]) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]]:

@@ -17,10 +17,12 @@ AUTHORS = {
 LANGUAGE_CREATORS = {"dataset": ["found"], "model": ["machine-generated"], "mixed": ["found", "machine-generated"]}
 """Author of a manifest -> the Hub's ``language_creators``."""
 HIDDEN_STATES = """
-Next to every shard `NAME.parquet`, the file `NAME.states.safetensors` holds the tokens' hidden states: float16, tokens
+Next to every shard `NAME.parquet`, the file `NAME.states.safetensors` holds the tokens' hidden states: {form}; tokens
 x {layers} layers x {size}. `router_inputs` are the inputs of the routers, and `layer_inputs` the residual stream before
-each layer's attention.{routers}
+each layer's attention.{scales}{projection}{routers}
 """
+SCALES = " The int8 values are multiplied by `router_scales` and `layer_scales`, tokens x layers."
+PROJECTION = " `projection.safetensors` holds the matrices that projected them: layers x stored width x model's width."
 ENGINE_LOG = """
 `engine.log.parquet` is the log of the engine that recorded the set: for each sequence, the residency of every access
 and metrics of every token.
@@ -69,9 +71,7 @@ def traces_card(manifest: Manifest) -> str:
     file = f", `tokenizer.json` with sha256 `{tokenizer.sha256}`" if tokenizer.sha256 else ""
     vocabulary = f"{tokenizer.name}, {tokenizer.vocab_size:,} ids{file}"
     steered = f"- Steering: {steering}, for every token. Without steering, the routing differs.\n" if steering else ""
-    routers = " `routers.safetensors` holds the routers' weights." if manifest.routers_sha256 else ""
-    size = manifest.hidden_size
-    states = "" if size is None else HIDDEN_STATES.format(layers=geometry.num_layers, size=size, routers=routers)
+    states = _hidden_states(manifest) if manifest.states else ""
     splits = "\n".join(_split_row(manifest, split) for split in manifest.splits)
     metadata = yaml.safe_dump({"configs": configs(manifest)}, sort_keys=False, allow_unicode=True)
     return f"""---
@@ -98,6 +98,21 @@ from 0 to {geometry.num_experts - 1}. A top-k entry without an expert, as in mod
 {states}{ENGINE_LOG if manifest.engine_log_sha256 else ""}
 `manifest.json` lists the sha256 of every shard.
 """
+
+
+def _hidden_states(manifest: Manifest) -> str:
+    """Describe the files of hidden states."""
+    assert manifest.states is not None
+    assert manifest.states_shape is not None
+    layers, size = manifest.states_shape
+    return HIDDEN_STATES.format(
+        form=manifest.states_description,
+        layers=layers,
+        size=size,
+        scales=SCALES if manifest.states.dtype == "int8" else "",
+        projection=PROJECTION if manifest.states.projected_from else "",
+        routers=" `routers.safetensors` holds the routers' weights." if manifest.routers_sha256 else "",
+    )
 
 
 def _precision(manifest: Manifest) -> str:

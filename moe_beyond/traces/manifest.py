@@ -23,7 +23,7 @@ from moe_beyond.json_fields import (
     whole,
 )
 from moe_beyond.safe_text import shown
-from moe_beyond.traces.hidden_states import SUFFIX
+from moe_beyond.traces.hidden_states import SUFFIX, StateFormat
 from moe_beyond.traces.steering import Steering
 
 MANIFEST_FILE = "manifest.json"
@@ -133,7 +133,9 @@ class Manifest:
         revision: Revision of that checkpoint, or None if it is unknown.
         generation: Settings of text generation: largest number of ``tokens`` after each prompt, ``temperature`` (0: the
             most probable token) and ``seed``; None if the model generated nothing.
-        hidden_size: Width of the hidden states; None if they were not recorded.
+        hidden_size: Width of the stored hidden states; None if they were not recorded.
+        states: Form of the stored hidden states (default: float16 of all MoE layers, not projected); None if they were
+            not recorded.
         routers_sha256: Hash of the file of router weights; None if there is none.
         engine_log_sha256: Hash of the file of another engine's log; None if there is none.
         quantization_bits: Bits per parameter with which the model ran; None if the geometry has only bytes.
@@ -159,6 +161,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...] = field(default=())
     steering: Steering | None = None
     engine_log_sha256: str | None = None
+    states: StateFormat | None = None
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -171,6 +174,10 @@ class Manifest:
             raise UserError("quantization_bits is null, but the geometry has no bytes; give the bits per parameter")
         if self.generation is not None:
             _check_generation(self.generation)
+        if self.states is not None:
+            _check_states(self.states, self.hidden_size, self.geometry)
+        elif self.hidden_size is not None:
+            object.__setattr__(self, "states", StateFormat("float16", self.geometry.moe_layers))
         for name in ("file", "sha256"):
             if (twice := _first_twice(getattr(shard, name) for shard in self.shards)) is not None:
                 raise UserError(f"two shards have the {name} {twice}; list every shard once")
@@ -183,6 +190,23 @@ class Manifest:
     def bits(self) -> float:
         """Bits per parameter for sizes; 16 if unknown, which no size reads then."""
         return 16.0 if self.quantization_bits is None else self.quantization_bits
+
+    @property
+    def full_hidden_size(self) -> int | None:
+        """Width of the model's hidden states, before any projection; None if they were not recorded."""
+        return self.hidden_size if self.states is None else self.states.projected_from or self.hidden_size
+
+    @property
+    def states_shape(self) -> tuple[int, int] | None:
+        """Shape ``(S, W)`` of a token's stored hidden states; None if they were not recorded."""
+        return None if self.states is None or self.hidden_size is None else (len(self.states.layers), self.hidden_size)
+
+    @property
+    def states_description(self) -> str | None:
+        """Form of the stored hidden states in words; None if they were not recorded."""
+        if self.states is None or self.hidden_size is None:
+            return None
+        return self.states.describe(self.hidden_size, self.geometry.num_layers)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -281,10 +305,25 @@ def _manifest(content: Mapping[str, Any], geometry: Geometry) -> Manifest:
     parts: dict[str, Any] = {"geometry": geometry, "shards": shards}
     if "tokenizer" in content:
         parts["tokenizer"] = build(Tokenizer, content["tokenizer"], "tokenizer")
+    if content.get("states") is not None:
+        parts["states"] = build(StateFormat, content["states"], "states")
     if content.get("steering") is not None:
         parts["steering"] = steering = Steering.from_json(content["steering"], source="steering")
         steering.check_fits(geometry, "steering")
     return build(Manifest, {**content, **parts}, "manifest")
+
+
+def _check_states(states: StateFormat, hidden_size: int | None, geometry: Geometry) -> None:
+    """Compare the form of the hidden states with the other fields."""
+    if hidden_size is None:
+        raise UserError("states and hidden_size go together; restore the missing field")
+    if unknown := [layer for layer in states.layers if layer not in geometry.moe_layers]:
+        raise UserError(f"states: layer {unknown[0]} is no MoE layer of the geometry; restore the file")
+    if states.projected_from is not None and states.projected_from <= hidden_size:
+        raise UserError(
+            f"states: projected_from must exceed hidden_size {hidden_size} (got {states.projected_from}); restore the "
+            "file"
+        )
 
 
 def _check_generation(generation: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from moe_beyond.traces.parquet import read_columns
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers, load_routers
 from moe_beyond.traces.schema import arrow_schema
 from moe_beyond.traces.shard import Shard, decode, decode_texts, raise_fault
+from moe_beyond.traces.state_projection import PROJECTION_FILE, StateProjection, load_projection
 from moe_beyond.traces.storage import Storage
 from moe_beyond.traces.trace import Trace
 from moe_beyond.urls import without_secrets
@@ -160,8 +161,10 @@ class TraceSet:
             UserError: The split does not exist.
         """
         manifest, shards = self.manifest, self.shards(split)
-        steering = {} if manifest.steering is None else {"steering": manifest.steering.to_json()}
-        return steering | {
+        more: dict[str, Any] = {} if manifest.steering is None else {"steering": manifest.steering.to_json()}
+        if manifest.states is not None:
+            more["hidden_states"] = manifest.states_description
+        return more | {
             "fingerprint": manifest.fingerprint,
             "split": split,
             "model_id": manifest.model_id,
@@ -296,8 +299,8 @@ class TraceSet:
         return [(info, self._facts[info.file]) for info in self.shards(part) if info.file in self._facts]
 
     def _states(self, info: ShardInfo) -> HiddenStates:
-        size, sha256 = self.manifest.hidden_size, info.states_sha256
-        if size is None or sha256 is None:
+        form, shape, sha256 = self.manifest.states, self.manifest.states_shape, info.states_sha256
+        if form is None or shape is None or sha256 is None:
             raise UserError(
                 f"{self.folder}: has no hidden states; collect it with --record experts,gate_weights,hidden_states"
             )
@@ -308,7 +311,7 @@ class TraceSet:
         )
         if len(content) != info.states_bytes:
             raise UserError(f"{path}: has {len(content)} bytes, but {MANIFEST_FILE} lists {info.states_bytes}")
-        return load_states(content, (info.tokens, self.geometry.num_layers, size), path)
+        return load_states(content, (info.tokens, *shape), path, form.dtype)
 
     def lengths(self, part: Part = None) -> list[npt.NDArray[np.int64]]:
         """Return the tokens of every row, shard by shard, without decoding the experts.
@@ -366,13 +369,27 @@ class TraceSet:
         Raises:
             UserError: The file is missing or damaged.
         """
-        sha256, size = self.manifest.routers_sha256, self.manifest.hidden_size
+        sha256, size = self.manifest.routers_sha256, self.manifest.full_hidden_size
         if sha256 is None or size is None:
             return None
         layers, experts, _ = self.geometry.shape()
         self._storage.fetch_optional(ROUTERS_FILE)
         content = self._storage.read_verified(ROUTERS_FILE, sha256, "file")
         return load_routers(content, (layers, experts, size), f"{self.folder}/{ROUTERS_FILE}")
+
+    @cached_property
+    def projection(self) -> StateProjection | None:
+        """Projection of the hidden states; None if they have the model's width, or were not recorded.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        form, shape = self.manifest.states, self.manifest.states_shape
+        if form is None or shape is None or form.projection_sha256 is None or form.projected_from is None:
+            return None
+        self._storage.fetch_optional(PROJECTION_FILE)
+        content = self._storage.read_verified(PROJECTION_FILE, form.projection_sha256, "file")
+        return load_projection(content, (*shape, form.projected_from), f"{self.folder}/{PROJECTION_FILE}")
 
     def engine_logs(self) -> list[EngineLog]:
         """Read the log of the engine that recorded the set: its residency and its metrics, one log per sequence.

@@ -17,10 +17,11 @@ from moe_beyond.safe_text import shown
 from moe_beyond.traces.card import traces_card
 from moe_beyond.traces.checks import first_fault
 from moe_beyond.traces.engine_log import ENGINE_FILE, EngineLog, engine_table
-from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states
+from moe_beyond.traces.hidden_states import SHARD_BYTES, HiddenStates, concatenate, load_states, shape_fault
 from moe_beyond.traces.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardInfo
 from moe_beyond.traces.router_weights import ROUTERS_FILE, Routers
 from moe_beyond.traces.schema import ROWS_PER_GROUP, experts_dtype, to_table
+from moe_beyond.traces.state_projection import PROJECTION_FILE, StateProjection
 from moe_beyond.traces.trace import Trace
 
 # Per entry of six one-byte ids, zstd level 9 stores 4.3 bytes and level 1 stores 4.5; both are read equally fast.
@@ -112,20 +113,16 @@ class TraceWriter:
             )
 
     def _check_hidden_states(self, trace: Trace) -> None:
-        states, size = trace.hidden_states, self._manifest.hidden_size
-        if (states is None) != (size is None):
-            with_or_without = "without" if size is None else "with"
+        states, form, shape = trace.hidden_states, self._manifest.states, self._manifest.states_shape
+        if (states is None) != (form is None):
+            with_or_without = "without" if form is None else "with"
             raise UserError(
                 f"sequence {trace.sequence_id!r}: all traces of this set must be {with_or_without} hidden states"
             )
-        if states is not None:
-            expected = (len(trace), self._manifest.geometry.num_layers, size)
-            for name, array in (("router", states.router_inputs), ("layer", states.layer_inputs)):
-                if array.shape != expected or array.dtype != np.float16:
-                    raise UserError(
-                        f"sequence {trace.sequence_id!r}: {name} inputs must be float16 {expected} "
-                        f"(got {array.dtype} {array.shape})"
-                    )
+        if states is not None and form is not None and shape is not None:
+            fault = shape_fault(states, form.dtype, (len(trace), *shape))
+            if fault is not None:
+                raise UserError(f"sequence {trace.sequence_id!r}: {fault}")
 
     def _flush(self, split: str) -> None:
         traces = self._pending.pop(split, [])
@@ -160,8 +157,10 @@ class TraceWriter:
         path = self._folder / info.states_file
         states.save(path)
         content = path.read_bytes()
-        read_back = load_states(content, states.router_inputs.shape, str(path))
-        if not all(np.array_equal(getattr(read_back, n), getattr(states, n), equal_nan=True) for n in vars(states)):
+        read_back = load_states(
+            content, states.router_values.shape, str(path), str(states.router_values.dtype)
+        ).arrays()
+        if not all(np.array_equal(read_back[name], array, equal_nan=True) for name, array in states.arrays().items()):
             raise OSError(f"{path}: the content read back differs from the content written")
         return replace(info, states_bytes=len(content), states_sha256=hashlib.sha256(content).hexdigest())
 
@@ -183,6 +182,7 @@ def open_writer(
     *,
     vocabulary: str | Path | bytes | None = None,
     routers: Routers | None = None,
+    projection: StateProjection | None = None,
     engine_logs: Sequence[EngineLog] = (),
     shard_tokens: int = 65536,
 ) -> Iterator[TraceWriter]:
@@ -194,12 +194,18 @@ def open_writer(
         vocabulary: Path or content of the set's ``tokenizer.json``, in which predictors read token strings (default:
             none).
         routers: Router weights of the model (default: none).
+        projection: Projection of the hidden states, whose hash the manifest states (default: none).
         engine_logs: Log of another engine for each sequence (default: none).
         shard_tokens: Number of tokens at which a shard is closed. About 100 MB of hidden states close it too.
 
     Raises:
-        UserError: The folder exists, a trace is invalid, or nothing was written.
+        UserError: The folder exists, a trace is invalid, nothing was written, or the projection is another one than the
+            manifest states.
     """
+    if (projection and projection.sha256) != (manifest.states and manifest.states.projection_sha256):
+        raise UserError(
+            f"{folder}: the projection differs from that of the manifest; give the projection of the stored states"
+        )
     content = vocabulary if isinstance(vocabulary, bytes | None) else Path(vocabulary).read_bytes()
     if content is not None:
         sha256 = hashlib.sha256(content).hexdigest()
@@ -209,6 +215,8 @@ def open_writer(
             routers.save(temporary / ROUTERS_FILE)
             sha256 = hashlib.sha256((temporary / ROUTERS_FILE).read_bytes()).hexdigest()
             manifest = replace(manifest, routers_sha256=sha256)
+        if projection is not None:
+            (temporary / PROJECTION_FILE).write_bytes(projection.content)
         if engine_logs:
             pq.write_table(engine_table(engine_logs), temporary / ENGINE_FILE, compression="zstd")
             sha256 = hashlib.sha256((temporary / ENGINE_FILE).read_bytes()).hexdigest()

@@ -11,16 +11,19 @@ from tokenizers.models import WordLevel
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import Geometry
-from moe_beyond.traces.hidden_states import HiddenStates
+from moe_beyond.traces.hidden_states import HiddenStates, StateFormat
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import padding_id
+from moe_beyond.traces.state_projection import StateProjection
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
 
 TINY = Geometry("tiny", (1, 2, 3, 4), num_experts=8, top_k=2, params_per_expert=1000, other_params_per_layer=5000)
 VOCAB = 32
+FULL = 20
+"""Width from which the hidden states of `projected_traces` are projected."""
 QUICK_POLICIES = ("lru", "lfu", "belief", "belady", "belady_bypass")
 """Policies of the quick tests. The core is compiled for each policy, for half a minute in a fresh clone, so the others
 run with the slow tests."""
@@ -74,6 +77,24 @@ def tiny_traces(
                 trace = replace(trace, hidden_states=plain_states(trace.experts, geometry.num_experts))
             writer.write(trace, "validation" if i % 4 == 3 else "train")
     return TraceSet(str(folder))
+
+
+def projected_traces(
+    folder: Path, *, seed: int = 4, layers: tuple[int, ...] = TINY.moe_layers
+) -> tuple[TraceSet, StateProjection]:
+    """Write a set of the model TINY whose states are projected, next to a plain one, and return its projection too."""
+    width = TINY.num_experts
+    plain = tiny_traces(folder.with_name(f"{folder.name}-plain"), sequences=16, hidden_states=True)
+    columns = np.linalg.qr(np.random.default_rng(seed).normal(size=(2, len(layers), FULL, width)))[0]
+    projection = StateProjection(*columns.swapaxes(-1, -2).astype(np.float16))
+    states = StateFormat("float16", layers, FULL, projection.sha256)
+    manifest = replace(plain.manifest, states=states, shards=(), routers_sha256=None)
+    with open_writer(folder, manifest, projection=projection) as writer:
+        for split in plain.manifest.splits:
+            for trace in plain.traces(split, hidden_states=True):
+                some = HiddenStates(*(array[:, : len(layers)] for array in trace.hidden_states.arrays().values()))
+                writer.write(replace(trace, hidden_states=some), split)
+    return TraceSet(str(folder)), projection
 
 
 def plain_states(experts: np.ndarray, num_experts: int) -> HiddenStates:

@@ -17,6 +17,7 @@ from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype
+from moe_beyond.traces.state_projection import StateProjection
 from moe_beyond.traces.trace import Trace
 
 # Ids from here on never occur in the training text.
@@ -159,13 +160,21 @@ def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, v
     return Trace(name, "tests", token_ids, chosen, length, hidden_states=states)
 
 
-def training_stats(traces: Sequence[Trace], num_experts: int = TINY.num_experts) -> TrainingStats:
+def training_stats(
+    traces: Sequence[Trace], num_experts: int = TINY.num_experts, projection: StateProjection | None = None
+) -> TrainingStats:
     """Return statistics of the traces, with a different string for every id, and with routers."""
     counts = np.bincount(np.concatenate([trace.token_ids for trace in traces]), minlength=VOCAB)
     strings = [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)]
     weight = np.random.default_rng(3).normal(size=(traces[0].experts.shape[1], num_experts, HIDDEN))
     routers = Routers(weight.astype(np.float32), "logits")
-    return TrainingStats(counts, strings, counted(traces, num_experts), routers)
+    return TrainingStats(counts, strings, counted(traces, num_experts), routers, projection)
+
+
+def random_projection(layers: int, width: int, projected_from: int) -> StateProjection:
+    """Return different orthonormal rows for every layer and kind of hidden state."""
+    columns = np.linalg.qr(np.random.default_rng(4).normal(size=(2, layers, projected_from, width)))[0]
+    return StateProjection(*columns.swapaxes(-1, -2).astype(np.float16))
 
 
 def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -195,7 +204,9 @@ def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         predictor = create(variant.architecture, geometry, VOCAB, **variant.arguments)
-        predictor.prepare(training_stats(traces, geometry.num_experts))
+        widths = predictor.hidden_size, predictor.projected_from
+        projection = None if widths[1] is None else random_projection(geometry.num_layers, *widths)
+        predictor.prepare(training_stats(traces, geometry.num_experts, projection))
         if isinstance(predictor, CountingPredictor):
             predictor.partial_fit(collate(traces))
         with torch.no_grad():

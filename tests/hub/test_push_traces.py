@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _helpers.common import TINY, error_line, tiny_trace, tiny_traces
+from _helpers.common import TINY, error_line, projected_traces, tiny_trace, tiny_traces
 from _helpers.hub_stand_in import TOKEN, Hub
 from huggingface_hub import DatasetCard
 
@@ -45,6 +45,11 @@ def test_hidden_states_and_routers_come_along(hub: Hub, tmp_path: Path):
     for ours, theirs in zip(traces.traces(hidden_states=True), pulled.traces(hidden_states=True), strict=True):
         assert np.array_equal(ours.hidden_states.layer_inputs, theirs.hidden_states.layer_inputs)
     assert np.array_equal(pulled.routers.weight, traces.routers.weight)
+    projected, projection = projected_traces(tmp_path / "projected")
+    pushed(tmp_path / "projected")
+    pulled = TraceSet("hf:org/traces")
+    assert pulled.manifest.states == projected.manifest.states
+    assert np.array_equal(pulled.projection.layer_inputs, projection.layer_inputs)
     tiny_traces(tmp_path / "without")
     pushed(tmp_path / "without")
     assert not [name for name in hub.repositories["datasets", "org/traces"].files if name.endswith(".safetensors")]

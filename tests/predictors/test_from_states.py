@@ -2,21 +2,34 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from _helpers.common import TINY, VOCAB, error_line, plain_routers, plain_states, tiny_traces
+from _helpers.common import FULL, TINY, VOCAB, error_line, plain_routers, plain_states, projected_traces, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, fit
-from _helpers.predictor_variants import random_trace, training_stats
+from _helpers.predictor_variants import (
+    Variant,
+    fitted,
+    probabilities,
+    random_projection,
+    random_trace,
+    training_stats,
+)
 
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
+from moe_beyond.predictors.architectures.layer_mlp import LayerMlp
 from moe_beyond.predictors.architectures.next_gate import NextGate
 from moe_beyond.predictors.architectures.pre_attention import PreAttention
 from moe_beyond.predictors.batch import collate
-from moe_beyond.predictors.io.folder import check_fits, read_config
+from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
 from moe_beyond.predictors.training_stats import TrainingStats
+from moe_beyond.testing import check_predictor
+from moe_beyond.testing.predictors import observed_state
+from moe_beyond.traces.hidden_states import HiddenStates
+from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.trace import Trace
 
@@ -85,6 +98,105 @@ def test_states_of_another_width_are_refused(tmp_path):
     manifest = tiny_traces(tmp_path / "traces", hidden_states=True).manifest
     with pytest.raises(UserError, match=f"its hidden states have width {EXPERTS}, .* was fitted for {EXPERTS + 1}"):
         check_fits(PreAttention(TINY, VOCAB, EXPERTS + 1), manifest, "traces")
+
+
+READERS = {"layer_mlp": LayerMlp, "pre_attention": PreAttention}
+
+
+@pytest.mark.parametrize("predictor_class", READERS.values(), ids=READERS)
+def test_predictors_of_projected_states_keep_the_contract(predictor_class):
+    check_predictor(predictor_class, projected_from=9, width=8)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_states_of_the_models_width_are_projected(name):
+    """In batches and in steps: the scores are those of states that were projected before."""
+    predictor = fitted(Variant(name, "projected", {"hidden_size": EXPERTS, "projected_from": FULL, "width": 8}))
+    kind = predictor.information.hidden_states
+    projection = random_projection(LAYERS, EXPERTS, FULL)
+    plain, rng = random_trace("a", 5, 0), np.random.default_rng(0)
+    full = HiddenStates(*rng.normal(size=(2, 5, LAYERS, FULL)).astype(np.float16))
+    arrays = (
+        np.einsum("tld,lwd->tlw", *(array.astype(np.float32) for array in pair)).astype(np.float16)
+        for pair in zip(full.arrays().values(), (projection.router_inputs, projection.layer_inputs), strict=True)
+    )
+    narrow, whole = (replace(plain, hidden_states=states) for states in (HiddenStates(*arrays), full))
+    scores = probabilities(predictor, collate([narrow]))[0]
+    np.testing.assert_allclose(probabilities(predictor, collate([whole]))[0], scores, atol=2e-3)
+    steppers = predictor.stepper(), predictor.stepper()
+    for token in range(5):
+        for stepper, trace in zip(steppers, (narrow, whole), strict=True):
+            stepper.observe_token(int(trace.token_ids[token]))
+        for layer in range(LAYERS):
+            for stepper, trace in zip(steppers, (narrow, whole), strict=True):
+                stepper.observe_layer(layer, trace.experts[token, layer], observed_state(trace, kind, token, layer))
+            np.testing.assert_allclose(steppers[1].scores(), steppers[0].scores(), atol=2e-3)
+    steppers[0].observe_token(0)
+    with pytest.raises(
+        UserError, match=rf"must have shape \({EXPERTS},\) or \({FULL},\), as in training \(got \(9,\)\)"
+    ):
+        steppers[0].observe_layer(0, [0, 1], np.zeros(9))
+
+
+def test_a_projection_is_fitted_stored_and_compared(tmp_path, capsys):
+    traces, projection = projected_traces(tmp_path / "traces")
+    words = ["-c", str(CONFIGS / "trainer/default.yaml"), "-c", str(CONFIGS / "model/layer_mlp.yaml")]
+    words += ["--model.width=16", "--trainer.max_epochs=1"]
+    folder = fit(tmp_path, tmp_path / "traces", *words) / "predictor"
+    predictor, config = read_predictor(folder), read_config(folder)
+    assert (predictor.hidden_size, predictor.projected_from) == (EXPERTS, FULL)
+    np.testing.assert_array_equal(predictor.projection.matrix, projection.router_inputs.astype(np.float32))
+    assert config["training"]["hidden_states"] == f"float16, {EXPERTS} of {FULL} values, all MoE layers"
+    assert f"recorded as float16, {EXPERTS} of {FULL} values" in (folder / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--traces", traces.folder, "--budget", "50%", "--quiet"]) == 0
+    capsys.readouterr()
+    other, _ = projected_traces(tmp_path / "other", seed=5)
+    assert error_line(capsys, ["evaluate", folder, "--traces", other.folder]) == (
+        f"{other.folder}: its hidden states have another projection than those of the predictor's training text; "
+        "collect both sets from the same model"
+    )
+    some, _ = projected_traces(tmp_path / "some", layers=(1, 3))
+    assert error_line(capsys, ["evaluate", folder, "--traces", some.folder]) == (
+        f"{some.folder}: has hidden states of 2 of 4 MoE layers, and layer_mlp reads those of all; collect with "
+        "--state-layers all"
+    )
+    plain = f"{tmp_path}/traces-plain"
+    assert error_line(capsys, ["evaluate", folder, "--traces", plain]) == (
+        f"{plain}: its hidden states have width {EXPERTS}, but the predictor was fitted for {EXPERTS} (projected from "
+        f"{FULL})"
+    )
+    data = ["-c", str(CONFIGS / "data/traces.yaml")]
+    for options, says in (
+        ([f"--data.traces={traces.folder}", f"--data.val_traces={other.folder}"], "have another projection than"),
+        ([f"--data.traces={traces.folder}", f"--data.val_traces={plain}"], f"have width {EXPERTS}, but"),
+        (
+            [f"--data.traces={plain}", f"--data.val_traces={other.folder}"],
+            f"are projected from {FULL} to {EXPERTS} values",
+        ),
+        ([f"--data.traces={some.folder}"], "has hidden states of 2 of 4 MoE layers"),
+    ):
+        assert main(["fit", *words, *data, *options]) == 2
+        assert says in capsys.readouterr().err.splitlines()[-1]
+    gate = ["-c", str(CONFIGS / "trainer/counting.yaml"), "-c", str(CONFIGS / "model/next_gate.yaml")]
+    assert main(["fit", *gate, *data, f"--data.traces={traces.folder}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"moe-beyond: error: {traces.folder}: its hidden states are projected from {FULL} to {EXPERTS} values, and "
+        "this next_gate reads those of the model; collect without --state-width"
+    )
+
+
+def test_a_predictor_of_projected_states_fits_the_model_and_needs_a_projection():
+    predictor = LayerMlp(TINY, VOCAB, EXPERTS, projected_from=FULL)
+    manifest = Manifest(TINY, Tokenizer("tests", VOCAB), "tiny", 16.0, "model", "run", "0", hidden_size=FULL)
+    check_fits(predictor, manifest, "model")  # whose states the stepper projects
+    with pytest.raises(UserError, match=f"have width {FULL + 1}, but the predictor was fitted for {EXPERTS} "):
+        check_fits(predictor, replace(manifest, hidden_size=FULL + 1, states=None), "model")
+    with pytest.raises(UserError, match="projected_from is given, and the traces are not projected"):
+        predictor.prepare(text_of(None))
+    assert predictor.projection.weights_fault() == "a row of the projection has not length 1"
+    with pytest.raises(UserError, match=r"projected_from must exceed hidden_size 8 \(got 8\)"):
+        LayerMlp(TINY, VOCAB, EXPERTS, projected_from=EXPERTS)
 
 
 def test_the_loss_of_pre_attention_by_hand():

@@ -16,6 +16,7 @@ OF_NAMES = ("objective",)
 AT_LEAST_0 = ("copy_heads", "layer_copy_heads", "memory_tokens", "known_tokens", "ngram_buckets", "ahead")
 WRONG = {
     int: (-1, 1.5, "4", None, True),
+    int | None: (-1, 0, 1.5, "4", True),
     float: (float("nan"), float("inf"), "0.5", None, True),
     bool: (1, "true", None),
 }

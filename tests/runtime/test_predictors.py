@@ -47,6 +47,8 @@ STATE_VARIANTS = [
     Variant("next_gate", "router_inputs", {"hidden_size": WIDTH, "lookaheads": 2}),
     Variant("layer_mlp", "layer_inputs", {"hidden_size": WIDTH, "stride": 2, "width": 8}),
     Variant("pre_attention", "layer_inputs", {"hidden_size": WIDTH, "width": 8}),
+    Variant("layer_mlp", "projected", {"hidden_size": 12, "projected_from": WIDTH, "width": 8}),
+    Variant("pre_attention", "projected", {"hidden_size": 12, "projected_from": WIDTH, "width": 8}),
 ]
 
 

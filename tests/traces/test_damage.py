@@ -393,3 +393,40 @@ def test_hidden_states_of_another_number_of_tokens_are_named(tmp_path):
         UserError, match=r"states\.safetensors: must hold router_inputs and layer_inputs, float16 \(\d+, 4"
     ):
         list(TraceSet(str(tmp_path / "set")).traces(hidden_states=True))
+
+
+def test_int8_states_without_scales_or_with_impossible_ones_are_named(tmp_path):
+    def code(content: dict) -> None:
+        content["states"]["dtype"] = "int8"
+
+    traces = tiny_traces(tmp_path / "set", hidden_states=True)
+    edit_manifest(tmp_path / "set", code)
+    (info, *_) = traces.shards()
+    codes, scales = np.zeros((info.tokens, 4, 8), np.int8), np.ones((info.tokens, 4), np.float32)
+    arrays = {"router_inputs": codes, "layer_inputs": codes}
+    restated(tmp_path / "set", arrays, info.states_file, "states_sha256")
+    with pytest.raises(UserError, match=r"states\.safetensors: must hold .*, int8 \(\d+, 4, 8\) with scales \(got"):
+        list(TraceSet(str(tmp_path / "set")).traces(hidden_states=True))
+    for wrong in (np.nan, np.inf, -1):
+        arrays |= {"router_scales": scales, "layer_scales": np.where(scales > 0, np.float32(wrong), scales)}
+        restated(tmp_path / "set", arrays, info.states_file, "states_sha256")
+        with pytest.raises(UserError, match=r"states\.safetensors: scales must be finite numbers, at least 0"):
+            list(TraceSet(str(tmp_path / "set")).traces(hidden_states=True))
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.full((4, 8, 16), np.nan, np.float16), "must hold only finite numbers"),
+        (np.ones((4, 8, 16), np.float32), r"must hold router_inputs and layer_inputs, float16 \(4, 8, 16\)"),
+        (np.ones((3, 8, 16), np.float16), r"must hold router_inputs and layer_inputs, float16 \(4, 8, 16\)"),
+    ],
+)
+def test_projections_that_are_none_are_named(array, says, tmp_path):
+    folder = tmp_path / "set"
+    tiny_traces(folder, hidden_states=True)
+    save_file({"router_inputs": array, "layer_inputs": array}, folder / "projection.safetensors")
+    sha256 = hashlib.sha256((folder / "projection.safetensors").read_bytes()).hexdigest()
+    edit_manifest(folder, lambda content: content["states"].update(projected_from=16, projection_sha256=sha256))
+    with pytest.raises(UserError, match=rf"projection\.safetensors: {says}"):
+        _ = TraceSet(str(folder)).projection

@@ -156,6 +156,23 @@ def edited(**changes):
         ({"shard1_sha256": sha("a")}, f"two shards have the sha256 {sha('a')}"),
         ({"hidden_size": -1}, "hidden_size must be a whole number"),
         ({"hidden_size": 8}, "shard train-00000.parquet: all shards of this set must be with hidden states"),
+        ({"states": {"dtype": "int8", "layers": [1]}}, "states and hidden_size go together"),
+        ({"hidden_size": 8, "states": {"dtype": "int4", "layers": [1]}}, r"states: dtype must be .*\(got 'int4'\)"),
+        ({"hidden_size": 8, "states": {"dtype": "int8", "layers": [2, 1]}}, "states: layers must be an ascending list"),
+        ({"hidden_size": 8, "states": {"dtype": "int8", "layers": []}}, "states: layers must be an ascending list"),
+        ({"hidden_size": 8, "states": {"dtype": "int8", "layers": [1, 9]}}, "states: layer 9 is no MoE layer"),
+        ({"hidden_size": 8, "states": {"layers": [1]}}, r"states: fields are missing or unknown \(missing: dtype"),
+        (
+            {"hidden_size": 8, "states": {"dtype": "int8", "layers": [1], "projected_from": 16}},
+            "states: projected_from and projection_sha256 go together",
+        ),
+        (
+            {
+                "hidden_size": 8,
+                "states": {"dtype": "int8", "layers": [1], "projected_from": 8, "projection_sha256": sha("p")},
+            },
+            r"states: projected_from must exceed hidden_size 8 \(got 8\)",
+        ),
         ({"quantization_bits": float("nan")}, "quantization_bits must be a number above 0"),
         ({"quantization_bits": 0}, "quantization_bits must be a number above 0"),
         ({"quantization_bits": "16"}, "quantization_bits must be a number above 0"),

@@ -16,6 +16,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.predictors.io.card import record_figures
 from moe_beyond.predictors.io.folder import save_predictor
+from moe_beyond.traces.hidden_states import StateFormat, to_int8
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.tokenizers import load_vocabulary
@@ -60,13 +61,13 @@ def traces_of(work: Path) -> Path:
     tokenizer = load_vocabulary(str(words)).describe()
     manifest = Manifest(
         TINY, tokenizer, "tiny", 16.0, "dataset", "tools", "0", hidden_size=TINY.num_experts,
-        revision="main", generation={"tokens": 4, "temperature": 0.0},
+        states=StateFormat("int8", TINY.moe_layers), revision="main", generation={"tokens": 4, "temperature": 0.0},
     )  # fmt: skip
     with open_writer(folder, manifest, shard_tokens=64, vocabulary=words, routers=plain_routers(TINY)) as writer:
         for number in range(16):
             trace = tiny_trace(f"s{number}", int(rng.integers(4, 20)), rng)
             gates = rng.random(trace.experts.shape).astype(np.float16)
-            states = plain_states(trace.experts, TINY.num_experts)
+            states = to_int8(plain_states(trace.experts, TINY.num_experts))
             trace = replace(trace, gate_weights=gates, hidden_states=states, decode_start=len(trace.token_ids) // 2)
             writer.write(trace, "validation" if number % 4 == 3 else "train")
     return folder

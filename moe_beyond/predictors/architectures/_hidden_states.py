@@ -3,6 +3,8 @@
 Each layer of a token provides one hidden state: the input of its router, or the input of the next MoE layer before its
 attention. The experts of layer l are predicted from the state of layer l - h. Layers l < h have constant scores, which
 are available when the token starts.
+
+If the traces store projected states, the predictor keeps their projection, and projects states of the model's width.
 """
 
 from abc import abstractmethod
@@ -15,9 +17,12 @@ from torch.nn import functional
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.modules.state_projection import ProjectedStates
 from moe_beyond.predictors.stepper import Stepper
+from moe_beyond.predictors.training_stats import TrainingStats
 
 
 class HiddenStatePredictor(Predictor):
@@ -26,30 +31,61 @@ class HiddenStatePredictor(Predictor):
     Args:
         geometry: Shape of the model.
         vocab_size: Number of token ids of the tokenizer.
-        hidden_size: Width of the hidden states, D.
+        hidden_size: Width of the hidden states, W.
         ahead: Lookaheads in ascending order, each at least 1.
+        projected_from: Width of the model's hidden states, D, if those of the traces are projected (default: None).
 
     Raises:
-        UserError: The traces, which determine the width, contain no hidden states.
+        UserError: The traces, which determine the widths, contain no hidden states.
     """
 
     hidden_size: int
+    projection: ProjectedStates | None
 
-    def __init__(self, geometry: Geometry, vocab_size: int, hidden_size: int, ahead: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        vocab_size: int,
+        hidden_size: int,
+        ahead: tuple[int, ...],
+        projected_from: int | None = None,
+    ) -> None:
         super().__init__(geometry, vocab_size)
         if not isinstance(hidden_size, int) or hidden_size < 1:
             raise UserError(
                 f"{self.architecture} reads hidden states, and the traces have none; collect them with --record "
                 "experts,gate_weights,hidden_states"
             )
-        self.hidden_size, self.ahead = hidden_size, ahead
+        check_arguments(self.architecture, {"projected_from": projected_from})
+        if projected_from is not None and projected_from <= hidden_size:
+            raise UserError(
+                f"{self.architecture}: projected_from must exceed hidden_size {hidden_size} (got {projected_from})"
+            )
+        self.hidden_size, self.ahead, self.projected_from = hidden_size, ahead, projected_from
+        self.projection = (
+            None if projected_from is None else ProjectedStates(geometry.num_layers, hidden_size, projected_from)
+        )
+
+    def prepare(self, stats: TrainingStats) -> None:
+        """Copy the projection of the traces, if their states are projected.
+
+        Args:
+            stats: Statistics of the training split.
+
+        Raises:
+            UserError: The traces have no projection, or one of another shape.
+        """
+        if self.projection is not None:
+            if stats.projection is None:
+                raise UserError(f"{self.architecture}: projected_from is given, and the traces are not projected")
+            self.projection.copy_from(getattr(stats.projection, str(self.information.hidden_states)))
 
     @abstractmethod
     def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
         """Return the logits ``(N, n, E)`` of n layers.
 
         Args:
-            states: Hidden states ``(N, n, D)`` float32 that are available ``ahead`` layers before each of these layers.
+            states: Hidden states ``(N, n, W)`` float32 that are available ``ahead`` layers before each of these layers.
             ahead: Lookahead of these layers, at least 1.
             layers: The n layers.
         """
@@ -59,7 +95,7 @@ class HiddenStatePredictor(Predictor):
         """Return the constant logits ``(min(H, L), E)`` of the first layers, H being the largest lookahead."""
 
     def align_states(self, batch: Batch) -> Tensor:
-        """Return the hidden state that is available once each layer is routed or computed, ``(B, T, L, D)``.
+        """Return the hidden state that is available once each layer is routed or computed, ``(B, T, L, W)``.
 
         Args:
             batch: Batch with hidden states.
@@ -70,6 +106,8 @@ class HiddenStatePredictor(Predictor):
         states: Tensor | None = getattr(batch, str(self.information.hidden_states))
         if states is None:
             raise UserError(f"{self.architecture} reads hidden states, and the batch has none")
+        if self.projection is not None and states.shape[-1] == self.projected_from:
+            states = self.projection(states)
         if self.information.hidden_states == "layer_inputs":
             states = functional.pad(states[:, :, 1:], (0, 0, 0, 1))
         return states
@@ -113,7 +151,10 @@ class _HiddenStateStepper(Stepper):
         self._scores[layer] = np.nan
         if state is None:
             return
-        states = torch.from_numpy(state)[None, None]
+        seen = torch.from_numpy(state)
+        if predictor.projection is not None and len(seen) == predictor.projected_from:
+            seen = predictor.projection.one(seen, layer + (predictor.information.hidden_states == "layer_inputs"))
+        states = seen[None, None]
         for index, ahead in enumerate(predictor.ahead):
             if (target := layer + ahead) < len(self._scores):
                 logits = predictor.logits_from_states(states, ahead, slice(target, target + 1))

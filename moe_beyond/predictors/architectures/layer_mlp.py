@@ -24,19 +24,26 @@ class LayerMlp(HiddenStatePredictor, GradientPredictor):
     Args:
         geometry: Shape of the model.
         vocab_size: Number of token ids of the tokenizer.
-        hidden_size: Width of the router inputs, D.
+        hidden_size: Width of the router inputs, W.
         stride: Lookahead s in layers, at least 1; a larger one leaves more time for transfers (default: 1).
         width: Hidden units of each perceptron (default: 256).
+        projected_from: Width of the model's hidden states, D, if those of the traces are projected (default: None).
     """
 
     architecture: ClassVar[str] = "layer_mlp"
     activation: Activation = "subset"
 
     def __init__(
-        self, geometry: Geometry, vocab_size: int, hidden_size: int, stride: int = 1, width: int = 256
+        self,
+        geometry: Geometry,
+        vocab_size: int,
+        hidden_size: int,
+        stride: int = 1,
+        width: int = 256,
+        projected_from: int | None = None,
     ) -> None:
         check_arguments(self.architecture, {"stride": stride, "width": width})
-        super().__init__(geometry, vocab_size, hidden_size, (stride,))
+        super().__init__(geometry, vocab_size, hidden_size, (stride,), projected_from)
         self.stride, self.width = stride, width
         layers, experts, _ = geometry.shape()
         reached = max(layers - stride, 0)

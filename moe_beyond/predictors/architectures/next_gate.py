@@ -30,7 +30,7 @@ class NextGate(HiddenStatePredictor, CountingPredictor):
     Args:
         geometry: Shape of the model.
         vocab_size: Number of token ids of the tokenizer.
-        hidden_size: Width of the router inputs, D.
+        hidden_size: Width of the router inputs, D, which must not be projected.
         lookaheads: Number of lookaheads, H (default: 3).
     """
 

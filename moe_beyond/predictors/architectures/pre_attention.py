@@ -32,16 +32,24 @@ class PreAttention(HiddenStatePredictor, GradientPredictor):
     Args:
         geometry: Shape of the model.
         vocab_size: Number of token ids of the tokenizer.
-        hidden_size: Width of the layer inputs, D.
+        hidden_size: Width of the layer inputs, W.
         width: Features between the two maps (default: 256).
+        projected_from: Width of the model's hidden states, D, if those of the traces are projected (default: None).
     """
 
     architecture: ClassVar[str] = "pre_attention"
     activation: Activation = "sigmoid"
 
-    def __init__(self, geometry: Geometry, vocab_size: int, hidden_size: int, width: int = 256) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        vocab_size: int,
+        hidden_size: int,
+        width: int = 256,
+        projected_from: int | None = None,
+    ) -> None:
         check_arguments(self.architecture, {"width": width})
-        super().__init__(geometry, vocab_size, hidden_size, (1,))
+        super().__init__(geometry, vocab_size, hidden_size, (1,), projected_from)
         self.width = width
         layers, experts, _ = geometry.shape()
         self.first = nn.Parameter(torch.zeros(1, experts))

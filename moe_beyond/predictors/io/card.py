@@ -36,7 +36,8 @@ def card(summary: str, config: dict[str, Any]) -> str:
     recipe = ", ".join(f"{name} {value}" for name, value in training.get("recipe", {}).items())
     parameters = f"{config['parameters'] / 1e6:.1f} M" if config["parameters"] else "none (fitted by counting)"
     states = config.get("hidden_states")
-    reads = f"hidden states of the current token ({states.replace('_', ' ')})" if states else "ids"
+    form = f"; recorded as {training['hidden_states']}" if training.get("hidden_states") else ""
+    reads = f"hidden states of the current token ({states.replace('_', ' ')}{form})" if states else "ids"
     split = f"split {training.get('split', 'unknown')!r}{amount}"
     split += ", routed by a steered model" if training.get("steering") else ""
     bits = f"{training['quantization_bits']:g}-bit " if training.get("quantization_bits") else ""

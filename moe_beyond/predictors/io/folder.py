@@ -21,6 +21,7 @@ from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from moe_beyond.safe_text import brief, shown
 from moe_beyond.safetensors_header import parse_header
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest
+from moe_beyond.traces.reader import TraceSet
 from moe_beyond.unfinished import read_whole
 from moe_beyond.version import __version__
 
@@ -160,6 +161,66 @@ def _read_predictor(folder: Path) -> Predictor:
     return predictor
 
 
+def check_states(predictor: Predictor, manifest: Manifest, traces: str) -> None:
+    """Check that a trace set has the hidden states that a predictor reads, if it reads any.
+
+    Args:
+        predictor: Predictor to check.
+        manifest: Manifest of the trace set.
+        traces: Path of the trace set, for error messages.
+
+    Raises:
+        UserError: The states are missing, those of some layers are missing, or they have another width.
+    """
+    if not predictor.information.hidden_states:
+        return
+    if manifest.states is None:
+        raise UserError(
+            f"{traces}: has no hidden states, which {predictor.architecture} requires; collect with --record "
+            "experts,gate_weights,hidden_states"
+        )
+    if manifest.states.layers != manifest.geometry.moe_layers:
+        raise UserError(
+            f"{traces}: has hidden states of {len(manifest.states.layers)} of {manifest.geometry.num_layers} MoE "
+            f"layers, and {predictor.architecture} reads those of all; collect with --state-layers all"
+        )
+    widths = manifest.hidden_size, manifest.states.projected_from
+    if widths[1] is not None and predictor.projected_from is None:
+        raise UserError(
+            f"{traces}: its hidden states are projected from {widths[1]} to {widths[0]} values, and this "
+            f"{predictor.architecture} reads those of the model; collect without --state-width"
+        )
+    read = predictor.hidden_size, predictor.projected_from
+    if widths not in (read, (predictor.projected_from, None)):
+        raise UserError(
+            f"{traces}: its hidden states have width {_width(*widths)}, "
+            f"but the predictor was fitted for {_width(*read)}"
+        )
+
+
+def _width(width: int | None, projected_from: int | None) -> str:
+    return str(width) if projected_from is None else f"{width} (projected from {projected_from})"
+
+
+def check_projection(predictor: Predictor, traces: TraceSet) -> None:
+    """Check that a trace set's hidden states have the projection of the predictor, if they are projected.
+
+    Args:
+        predictor: Fitted predictor, which fits the manifest of the trace set.
+        traces: Trace set to read.
+
+    Raises:
+        UserError: The projections differ, or the file of the projection is damaged.
+    """
+    own = getattr(predictor, "projection", None)
+    if own is not None and traces.projection is not None:
+        if not own.equals(getattr(traces.projection, str(predictor.information.hidden_states))):
+            raise UserError(
+                f"{traces.folder}: its hidden states have another projection than those of the predictor's training "
+                "text; collect both sets from the same model"
+            )
+
+
 def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_sha256: str | None = None) -> None:
     """Check that a predictor can score a trace set: the same model shape and tokenizer, and all data that it reads.
 
@@ -181,16 +242,7 @@ def check_fits(predictor: Predictor, manifest: Manifest, traces: str, tokenizer_
         raise UserError(
             f"{traces}: has no token ids, which {predictor.architecture} requires; use popularity, history or eamc"
         )
-    if predictor.information.hidden_states and manifest.hidden_size is None:
-        raise UserError(
-            f"{traces}: has no hidden states, which {predictor.architecture} requires; collect with --record "
-            "experts,gate_weights,hidden_states"
-        )
-    if predictor.information.hidden_states and predictor.hidden_size != manifest.hidden_size:
-        raise UserError(
-            f"{traces}: its hidden states have width {manifest.hidden_size}, "
-            f"but the predictor was fitted for {predictor.hidden_size}"
-        )
+    check_states(predictor, manifest, traces)
     if not predictor.information.token_ids and NO_TOKEN_IDS.vocab_size in (
         predictor.vocab_size,
         manifest.tokenizer.vocab_size,

@@ -51,6 +51,11 @@ def _whole_table(summary: TraceSummary) -> Table:
         "tokens": f"{summary.tokens:,}",
         "entries": f"{summary.entries:,}",
         "bytes per entry": f"{summary.bytes_per_entry:.2f}",
+        **(
+            {"hidden states": f"{summary.hidden_states}; {summary.state_bytes_per_entry:,.1f} bytes per entry"}
+            if summary.hidden_states
+            else {}
+        ),
         "splits": ", ".join(f"{name}: {counts['tokens']:,} tokens" for name, counts in summary.splits.items()),
         "exact copies": describe_copies(summary.copies),
         "measured": summary.split or "all splits",

@@ -103,7 +103,9 @@ def write_recording(
     generation = {"tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
     if sampling.temperature:
         generation["seed"] = sampling.seed
-    manifest = replace(run.manifest, author="mixed", source=source, hidden_size=None, generation=generation)
+    manifest = replace(
+        run.manifest, author="mixed", source=source, hidden_size=None, states=None, generation=generation
+    )
     tokenizer = recorded_tokenizer(run.model, run.tokenizer)
     sequences = logged_sequences(run.log, run.geometry)
     with replacing_folder(out) as folder, TemporaryDirectory() as elsewhere:

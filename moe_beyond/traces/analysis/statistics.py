@@ -184,6 +184,10 @@ def summarize(
         tokens=counts.tokens,
         entries=entries,
         bytes_per_entry=round(sum(shard.bytes for shard in traces.shards(split)) / entries, 4),
+        hidden_states=manifest.states_description,
+        state_bytes_per_entry=round(sum(shard.states_bytes for shard in traces.shards(split)) / entries, 4)
+        if manifest.states
+        else None,
         geometry=manifest.geometry,
         model_id=manifest.model_id,
         quantization_bits=manifest.quantization_bits,

@@ -143,6 +143,8 @@ class TraceSummary:
         tokens: Number of tokens.
         entries: Number of (token, MoE layer) pairs.
         bytes_per_entry: Stored bytes per entry.
+        hidden_states: Form of the hidden states; None if none were recorded.
+        state_bytes_per_entry: Stored bytes of hidden states per entry; None if none were recorded.
         geometry: Shape of the model.
         model_id: Model that routed.
         quantization_bits: Bits per parameter with which the model ran; None if unknown.
@@ -165,6 +167,8 @@ class TraceSummary:
     tokens: int
     entries: int
     bytes_per_entry: float
+    hidden_states: str | None
+    state_bytes_per_entry: float | None
     geometry: Geometry
     model_id: str
     quantization_bits: float | None

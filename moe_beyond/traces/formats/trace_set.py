@@ -35,7 +35,12 @@ def export_trace_set(traces: TraceSet, out: str | Path, split: str | None = None
         traces.manifest, shards=(), routers_sha256=None, engine_log_sha256=None, tool_version=__version__
     )
     with open_writer(
-        out, manifest, vocabulary=traces.tokenizer_content(), routers=traces.routers, engine_logs=logs
+        out,
+        manifest,
+        vocabulary=traces.tokenizer_content(),
+        routers=traces.routers,
+        projection=traces.projection,
+        engine_logs=logs,
     ) as writer:
         for name in splits:
             for trace in traces.traces(name, hidden_states=states):
@@ -57,8 +62,8 @@ def export_experts(traces: TraceSet, out: str | Path, split: str | None = None) 
         UserError: The split does not exist, the folder exists, or a shard is damaged.
     """
     manifest = replace(
-        traces.manifest, shards=(), tokenizer=NO_TOKEN_IDS, hidden_size=None, routers_sha256=None,
-        engine_log_sha256=None, tool_version=__version__,
+        traces.manifest, shards=(), tokenizer=NO_TOKEN_IDS, hidden_size=None, states=None,
+        routers_sha256=None, engine_log_sha256=None, tool_version=__version__,
     )  # fmt: skip
     number = 0
     with open_writer(out, manifest) as writer:
