@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_predictors import FARTHEST, PREDICTORS, fit, measure, record
+from compare_predictors import FARTHEST, PREDICTORS, fit, record
 from rich.console import Console
 from rich.table import Table
 
 from moe_beyond.collect.state_projection import make_projection
+from moe_beyond.evaluation.engine import evaluate
+from moe_beyond.evaluation.sources import from_predictor_folder
 from moe_beyond.files import write_json
 from moe_beyond.geometry import load_preset
 from moe_beyond.traces.hidden_states import HiddenStates, StateFormat, to_int8
@@ -69,10 +71,10 @@ FORMS = (
     Form("float16"),
     Form("int8"),
     Form("int8", 64),
+    Form("int8", 48),
     Form("int8", 32),
     Form("int8", 24),
     Form("int8", 16),
-    Form("float16", 16),
     Form("int8", 16, "pca"),
     Form("int8", 16, "random"),
 )
@@ -161,18 +163,53 @@ def projected(states: HiddenStates, projection: StateProjection) -> HiddenStates
     return HiddenStates(*(product.astype(np.float16) for product in products))
 
 
+def router_agreement(full: TraceSet, traces: TraceSet, ahead: int) -> float:
+    """Return the share of the top K that later routers select alike from states in full width and in another form."""
+    routers, projection, layers = full.routers, traces.projection, full.geometry.num_layers
+    assert routers is not None
+    weight, top_k = routers.weight, full.geometry.top_k
+    equal, total = 0, 0
+    pairs = (each.traces("validation", hidden_states=True) for each in (full, traces))
+    for whole, other in zip(*pairs, strict=True):
+        assert whole.hidden_states is not None
+        assert other.hidden_states is not None
+        for layer in range(layers - ahead):
+            later = weight[layer + ahead].T
+            stored = later if projection is None else projection.router_inputs[layer].astype(np.float32) @ later
+            logits = (
+                whole.hidden_states.router_inputs[:, layer].astype(np.float32) @ later,
+                other.hidden_states.router_inputs[:, layer].astype(np.float32) @ stored,
+            )
+            expected, found = (np.argsort(-each, axis=-1)[:, :top_k] for each in logits)
+            equal += int((expected[:, :, None] == found[:, None, :]).sum())
+            total += expected.size
+    return equal / total
+
+
+def measured_recall(traces: TraceSet, predictor: Path) -> tuple[float, int]:
+    """Return the recall of a predictor of one lookahead in the later layers, and the number of measured tokens."""
+    source = from_predictor_folder(predictor)
+    (row,) = evaluate(traces, [], "validation", [source], measure=source).metrics
+    later = row.by_layer[FARTHEST:]
+    return sum(layer.recall_at_k for layer in later) / len(later), row.tokens
+
+
 def recall_table(found: Sequence[dict[str, Any]], traces: TraceSet, tokens: int) -> Table:
     """Return a table with one row per form and one column per predictor."""
     top_k = traces.geometry.top_k
     table = Table(title=f"{tokens:,} held-out tokens, {traces.geometry.describe_shape()}, recall@{top_k} in %")
-    for name in ("dtype", "width", "basis", "states / ids"):
+    for name in ("dtype", "width", "basis", "states / ids", "router 1", "router 3"):
         table.add_column(name, justify="left" if name in ("dtype", "basis") else "right")
     for name in found[0]["recall"]:
         table.add_column(name.replace(", ", ",\n"), justify="right")
     for row in found:
         recalls = (f"{100 * value:.1f}" for value in row["recall"].values())
-        table.add_row(row["dtype"], str(row["width"]), row["basis"], f"{row['times_ids']:.1f}", *recalls)
-    table.caption = f"recall of layers from {FARTHEST + 1} on, which have an earlier state at every lookahead"
+        agreements = (f"{100 * row[f'router_{ahead}']:.1f}" for ahead in (1, 3))
+        table.add_row(row["dtype"], str(row["width"]), row["basis"], f"{row['times_ids']:.1f}", *agreements, *recalls)
+    table.caption = (
+        "router 1, router 3: share of the experts that the router 1 or 3 layers later selects alike from a stored and "
+        f"from a full router input; recall of layers from {FARTHEST + 1} on"
+    )
     return table
 
 
@@ -215,13 +252,13 @@ def main() -> None:
         recall = {}
         for name in args.only:
             folder = args.out / str(form) / name.replace(", ", "-").replace(" ", "-")
-            figures = measure(traces, fit(traces, folder, args.epochs, *PREDICTORS[name]))
-            tokens, (metrics,) = figures["tokens"], figures["metrics"].values()
-            recall[name] = metrics["recall_of_later_layers"]
+            recall[name], tokens = measured_recall(traces, fit(traces, folder, args.epochs, *PREDICTORS[name]))
         size = sum(shard.states_bytes for shard in traces.manifest.shards)
         ids = traces.manifest.tokens * traces.geometry.demand_per_token
         width, basis = traces.manifest.hidden_size, "-" if form.width is None else form.basis
-        found.append({"dtype": form.dtype, "width": width, "basis": basis, "times_ids": size / ids, "recall": recall})
+        agreement = {f"router_{ahead}": router_agreement(full, traces, ahead) for ahead in (1, 3)}
+        row = {"dtype": form.dtype, "width": width, "basis": basis, "times_ids": size / ids, **agreement}
+        found.append({**row, "recall": recall})
     Console(width=130).print(recall_table(found, full, tokens))
     if args.json:
         write_json(args.json, {"traces": full.describe(), "forms": found})
