@@ -166,6 +166,7 @@ def record(
     temperature: float = 0.0,
     seed: int = 0,
     val_blocks: str | None = None,
+    test_blocks: str | None = None,
     tokens: bool = True,
     gate_weights: bool | None = None,
     batch_size: int = 8,
@@ -189,6 +190,7 @@ def record(
         temperature: Temperature of sampling; 0 takes the most probable token (default: 0).
         seed: Random seed for sampling; results also depend on the batch size (default: 0).
         val_blocks: ``SIZE:EVERY`` moves blocks of consecutive prompts to the split ``validation`` (default: no split).
+        test_blocks: ``SIZE:EVERY`` moves blocks to the split ``test``, before ``val_blocks`` (default: no split).
         tokens: Whether token ids, the tokenizer and the names of the prompts are recorded; without them, the set holds
             only expert ids, lengths and splits (default: True).
         gate_weights: Whether gate weights are recorded (default: as ``tokens``).
@@ -226,6 +228,7 @@ def record(
         temperature=temperature,
         seed=seed,
         val_blocks=val_blocks,
+        test_blocks=test_blocks,
         tokens=tokens,
         gate_weights=gate_weights,
         batch_size=batch_size,

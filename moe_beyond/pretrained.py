@@ -23,7 +23,11 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "READ
 """Files of a predictor folder."""
 CHECKPOINTS_VARIABLE = "MOE_BEYOND_CHECKPOINTS"
 """Environment variable with a folder of pretrained predictors, such as ``checkpoints/`` of a clone."""
-LARGE = {"cross_layer.deepseek-v2-lite-puffin": 23_908_732, "token_causal.deepseek-v2-lite-puffin": 8_120_536}
+LARGE = {
+    "cross_layer.deepseek-v2-lite-puffin": 23_908_732,
+    "token_causal.deepseek-v2-lite-puffin": 8_120_536,
+    "cross_layer.small-moe-python": 1_608_696,
+}
 """Pretrained predictors whose weights a wheel leaves out -> size of the weights in bytes."""
 
 
@@ -97,32 +101,45 @@ def pretrained_figures() -> list[dict[str, Any]]:
     """Describe the pretrained predictors.
 
     Returns:
-        One dictionary per predictor: name, architecture, number of parameters, size in bytes, whether its weights are
-        installed, lookaheads, training data, and the figures that `moe-beyond evaluate --record` stored.
+        One dictionary per predictor, as of `folder_figures`.
 
     Raises:
         UserError: The configuration of a predictor is damaged.
     """
-    rows = []
-    for name in list_pretrained():
-        folder = shipped_folder(name)
-        path, training = folder / CONFIG_FILE, ("source", "fingerprint", "split")
-        config = check_config(read_json(path), str(path))
-        installed = (folder / WEIGHTS_FILE).is_file()
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        rows.append(
-            {
-                "name": name,
-                "architecture": config["architecture"],
-                "parameters": config["parameters"],
-                "bytes": size if installed else size + LARGE.get(name, 0),
-                "installed": installed,
-                "lookaheads": config["lookaheads"],
-                "training": {field: config["training"].get(field) for field in training},
-                "figures": config.get("figures", []),
-            }
-        )
-    return rows
+    return [folder_figures(shipped_folder(name)) for name in list_pretrained()]
+
+
+def folder_figures(folder: Path) -> dict[str, Any]:
+    """Describe a predictor folder, which may lack its weights.
+
+    Args:
+        folder: Path of the predictor folder.
+
+    Returns:
+        Name of the folder, architecture, model, version of this package and hash of the weights, number of
+        parameters, size in bytes, whether its weights are installed, lookaheads, training data, and the figures that
+        `moe-beyond evaluate --record` stored.
+
+    Raises:
+        UserError: The configuration is damaged.
+    """
+    path, training = folder / CONFIG_FILE, ("source", "fingerprint", "split")
+    config = check_config(read_json(path), str(path))
+    installed = (folder / WEIGHTS_FILE).is_file()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return {
+        "name": folder.name,
+        "architecture": config["architecture"],
+        "model": config["geometry"]["model"],
+        "version": config["tool_version"],
+        "sha256": config["sha256"],
+        "parameters": config["parameters"],
+        "bytes": size if installed else size + LARGE.get(folder.name, 0),
+        "installed": installed,
+        "lookaheads": config["lookaheads"],
+        "training": {field: config["training"].get(field) for field in training},
+        "figures": config.get("figures", []),
+    }
 
 
 def find_predictor(name: str) -> Path:

@@ -1,4 +1,7 @@
-"""Quickstart on the bundled small model: record its routing, fit a predictor, replay, and run it under a budget."""
+"""Quickstart on the bundled small model: record its routing, fit a predictor, replay, and run it under a budget.
+
+The fit shows how a predictor is made. Replay and run use the pretrained predictor, which was fitted on more text.
+"""
 
 import json
 import logging
@@ -31,7 +34,8 @@ from moe_beyond.evaluation.strategies import HINDSIGHT
 from moe_beyond.files import is_earlier_result, replacing_folder, write_json
 from moe_beyond.geometry import budget_slots
 from moe_beyond.metrics.names import of_budget
-from moe_beyond.pretrained import shipped_folder
+from moe_beyond.predictors.io.folder import read_config
+from moe_beyond.pretrained import pretrained_folder, shipped_folder
 from moe_beyond.report.plots.replay import budgets_plot, save_png
 from moe_beyond.report.tables.results import metrics_table, results_table
 from moe_beyond.runtime import load_offloaded
@@ -42,6 +46,8 @@ from moe_beyond.tasks import AdamWSettings, CrossLayerTask
 from moe_beyond.traces.reader import TraceSet
 
 MODEL = "small-moe"
+PRETRAINED = "cross_layer.small-moe-python-small"
+"""Predictor that the replay and the run use; it was fitted on none of the held-out files."""
 HELD_OUT_EVERY = 4
 """Every fourth source file of the prompts is held out."""
 BUDGETS = ("25%", "50%")
@@ -57,13 +63,16 @@ RUN_PROMPTS, RUN_TOKENS = 4, 32
 def quickstart(out: str | Path, console: Console) -> dict[str, Any]:
     """Record the small model's routing on new prompts, fit a predictor, replay held-out prompts, and run the model.
 
+    Replay and run use the pretrained predictor.
+
     Args:
         out: Folder for ``traces/``, ``predictor/``, ``run/``, ``results.json`` and ``hits.png``; replaces an earlier
             result.
         console: Console for progress and tables.
 
     Returns:
-        Content of ``results.json``: metrics and results on the held-out prompts, and those of the run.
+        Content of ``results.json``: metrics and results on the held-out prompts, and those of the run; all of the
+        pretrained predictor.
     """
     out = Path(out)
     with replacing_folder(out, overwrite=is_earlier_result(out, RESULTS, *WRITTEN)) as folder:
@@ -74,9 +83,12 @@ def quickstart(out: str | Path, console: Console) -> dict[str, Any]:
                 f"    {splits['train']['tokens']:,} training tokens, "
                 f"{splits['validation']['tokens']:,} held-out tokens from other files"
             )
-        with _step(console, f"2/4 fit: cross_layer, {EPOCHS} epochs"):
-            predictor = fit(traces, folder, console)
+        with _step(console, f"2/4 fit: cross_layer, {EPOCHS} epochs over these tokens"):
+            fit(traces, folder, console)
+        predictor = pretrained_folder(PRETRAINED)
+        tokens = read_config(predictor)["training"]["tokens"]
         with _step(console, "3/4 replay: held-out prompts, every budget"):
+            console.print(f"    with {PRETRAINED}, fitted on {tokens:,} tokens of other files")
             outcome = _replay(traces, predictor)
         with _step(console, f"4/4 run: small-moe with slots for {BUDGETS[0]} of its experts, held-out prompts"):
             run = run_small_model(folder / "run", predictor)
@@ -84,10 +96,12 @@ def quickstart(out: str | Path, console: Console) -> dict[str, Any]:
         content = outcome.to_json() | {"run": [result.to_json() for result in run]}
         write_json(folder / RESULTS, content)
     table_slots = [budget_slots(budget, traces.geometry) for budget in BUDGETS]
+    for line in outcome.measured_on.lines:
+        console.print(line)
     console.print(metrics_table(outcome.metrics))
     console.print(results_table([r for r in outcome.results if r.budget_slots in table_slots], traces.geometry))
     console.print(results_table([replace(run[0], strategy=f"this run: {run[0].strategy}"), *run[1:]], traces.geometry))
-    console.print(f"picture: {out / PICTURE}   all budgets: {out / RESULTS}   predictor: {out / 'predictor'}")
+    console.print(f"picture: {out / PICTURE}   all budgets: {out / RESULTS}   your predictor: {out / 'predictor'}")
     return content
 
 
@@ -96,7 +110,7 @@ def run_small_model(folder: Path, predictor: Path) -> list[Result]:
 
     Args:
         folder: Folder of the run's trace set to make.
-        predictor: Folder of the fitted predictor.
+        predictor: Folder of a predictor for the small model.
 
     Returns:
         Result of the run, and those of the replays: the same strategy, LRU and Belady.
@@ -167,10 +181,17 @@ def record_small_model(folder: Path) -> TraceSet:
 
 
 def _describe_epoch(trainer: L.Trainer) -> str:
-    """Return recall and hits of the validation as text."""
+    """Return recall, hits and bytes of the validation as text."""
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    hits, lru_hits = (logged[of_budget("val", BUDGETS[0], f"{prefix}hit_rate")] for prefix in ("", "lru_"))
-    return f"recall@k {logged['val/recall_at_k']:.1%}, hits at {BUDGETS[0]} {hits:.1%} (LRU {lru_hits:.1%})"
+
+    def hits(prefix: str) -> str:
+        rate, moved = (logged[of_budget("val", BUDGETS[0], f"{prefix}{name}")] for name in ("hit_rate", "bytes_ratio"))
+        return f"{rate:.1%} @ {moved:.2f}"
+
+    return (
+        f"recall@k {logged['val/recall_at_k']:.1%}, hits @ bytes {hits('')} (LRU {hits('lru_')}, Belady "
+        f"{hits('belady_')})"
+    )
 
 
 def fit(traces: TraceSet, out: Path, console: Console) -> Path:

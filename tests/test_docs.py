@@ -18,6 +18,7 @@ import pytest
 from _helpers.cache_cases import replay, small_geometry
 from _helpers.common import release
 from _helpers.recordings import random_experts
+from _helpers.tools import run as run_tool
 
 from moe_beyond.cli.main import main
 from moe_beyond.geometry import load_preset
@@ -233,15 +234,29 @@ def test_readme_lists_what_is_registered() -> None:
     assert f"{len(DEVICES)} device" in text
     for page in ("README.md", "checkpoints/README.md"):
         rows = re.findall(r"^\| `([\w.-]+)`(?: \((clone)\))? \|", (ROOT / page).read_text(), re.MULTILINE)
-        assert sorted(name for name, _ in rows) == sorted(
-            card.split("/")[1] for card in CARDS if "small-moe" not in card
-        )
+        assert sorted(name for name, _ in rows) == sorted(name for card in CARDS if "." in (name := card.split("/")[1]))
         assert {name for name, clone in rows if clone} == set(LARGE)
     for page, names in (("cache", POLICIES), ("predictors", ARCHITECTURES)):
         page_text = (ROOT / f"moe_beyond/{page}/README.md").read_text()
         assert set(names) <= set(re.findall(r"^\| `(\w+)` \|", page_text, re.MULTILINE))
     tools = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "tools/README.md").read_text(), re.MULTILINE)
     assert tools == sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+
+
+def test_the_zoo_table_is_that_of_its_tool(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    for folder in (ROOT / "checkpoints").glob("*.*/"):
+        (tmp_path / folder.name).symlink_to(folder)
+    written = (ROOT / "checkpoints/README.md").read_text()
+    page.write_text(re.sub(r"^\| `.*\n", "", written, flags=re.MULTILINE))
+    run_tool("write_zoo_table.py", "--checkpoints", str(tmp_path))
+    assert page.read_text() == written, "run python tools/write_zoo_table.py"
+    hits = re.findall(r"\| (\S+% @ \S+) \| (\S+% @ \S+) \| (\S+% @ \S+) \|$", written, re.MULTILINE)
+    assert len(hits) == len(list((ROOT / "checkpoints").glob("*.*/config.json")))  # bytes, LRU and Belady in every row
+    page.write_text("no marks")
+    with pytest.raises(AssertionError, match=r"README\.md: has no table; add the lines"):
+        run_tool("write_zoo_table.py", "--checkpoints", str(tmp_path))
+    assert page.read_text() == "no marks"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

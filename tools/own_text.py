@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--read", help="trace set of text that the model read")
     parser.add_argument("--written", help="trace set of text that the model generated")
-    parser.add_argument("--predictor", help="predictor folder or name (default: the pretrained one of this model)")
+    parser.add_argument("--predictor", help="predictor folder or name (default: with --read, the pretrained one)")
     parser.add_argument(
         "--prompts",
         default=str(SMALL / "prompts.jsonl"),
@@ -129,8 +129,10 @@ def compare(read: TraceSet, written: TraceSet, args: argparse.Namespace) -> dict
     shorter = {name: min(lengths[0][name], lengths[1][name]) for name in lengths[0].keys() & lengths[1].keys()}
     if args.predictor:
         source = from_predictor_folder(find_predictor(args.predictor))
-    else:
+    elif args.read is not None:  # the bundled prompts are training text of the pretrained predictor of small-moe
         source = pretrained_source("cross_layer", read)
+    else:
+        source = None
     sides = [count(traces, shorter, args, source) for traces in (read, written)]
     paired = sides[0].names == sides[1].names
     return {
@@ -235,7 +237,7 @@ def share(counts: Counts) -> npt.NDArray[np.float64]:
 def show(found: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the table and write the JSON."""
     sizes = [f"{n:,} tokens, {m} sequences" for n, m in zip(found["tokens"], found["sequences"], strict=True)]
-    without = "" if found["predictor"] else "; this model has no pretrained predictor"
+    without = "" if found["predictor"] else "; no predictor was given"
     table = Table(
         title="text that a model reads, and text that it generates",
         caption="in %, with intervals of 95 % (bootstrap over sequences); without prefetching a cache transfers "

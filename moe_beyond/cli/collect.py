@@ -50,7 +50,8 @@ def build_parser() -> ArgumentParser:
         help="prompts: a .txt file with one prompt per line (blank lines are skipped); a .jsonl, .json, .csv, .tsv or "
         f".parquet file, FILE[:COLUMN] (default column: the first of {', '.join(COLUMNS)}); or a data set, "
         "ORG/NAME[:SPLIT[:COLUMN]]. Chat messages (role and content, or from and value) are formatted by the model's "
-        "chat template. The input of an Alpaca record follows its instruction after a blank line",
+        "chat template. The input of an Alpaca record follows its instruction after a blank line. The field split of a "
+        "record names its split (default: train)",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="trace set to write")
     parser.add_argument(
@@ -128,6 +129,11 @@ def build_parser() -> ArgumentParser:
         help="validation split: one in EVERY blocks of SIZE consecutive prompts (default: none)",
     )
     parser.add_argument(
+        "--test-blocks",
+        metavar="SIZE:EVERY",
+        help="test split: one in EVERY blocks of SIZE consecutive prompts, before --val-blocks (default: none)",
+    )
+    parser.add_argument(
         "--shard-tokens",
         type=int,
         default=65536,
@@ -164,6 +170,7 @@ def main(argv: list[str]) -> None:
         temperature=args.temperature,
         seed=args.seed if args.temperature else 0,
         val_blocks=args.val_blocks,
+        test_blocks=args.test_blocks,
         tokens=not args.no_tokens,
         gate_weights=None if record is None else "gate_weights" in record,
         hidden_states="hidden_states" in (record or ()),

@@ -9,7 +9,8 @@ def build_parser() -> ArgumentParser:
     """Return the parser of this command's options."""
     parser = command_parser(
         "quickstart",
-        "Record a small bundled model, fit a predictor on its routing, and replay prompts that neither was fitted on.",
+        "Record a small bundled model and fit a predictor on its routing. Then replay and run the model with its "
+        "pretrained predictor, on prompts that no fit has read.",
         "moe-beyond quickstart --out demo",
     )
     parser.add_argument("--out", metavar="DIR", default="demo", help="output folder (default: demo)")

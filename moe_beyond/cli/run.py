@@ -46,7 +46,8 @@ def build_parser() -> CommandParser:
         "is generated, then measured figures next to LRU and Belady, replayed on the same routing. tok/s counts the "
         "tokens of forwards that read one token; the prompt is prefill. With --quiet only the text is printed; with "
         "--json - the text goes to standard error.",
-        'moe-beyond run --model small-moe --budget 25% --prompt "Once upon a time" --max-new-tokens 64',
+        "moe-beyond run --model small-moe --budget 25% --policy belief --predictor cross_layer.small-moe-python-small "
+        '--prompt "import os" --max-new-tokens 64',
     )
     parser.add_argument(
         "--model",

@@ -26,6 +26,7 @@ TYPES: dict[str, tuple[Any, str]] = {
     "temperature": (int | float, "a number"),
     "seed": (int, "a whole number"),
     "val_blocks": (str | None, "text such as '20:10', or None"),
+    "test_blocks": (str | None, "text such as '20:10', or None"),
     "tokens": (bool, "True or False"),
     "gate_weights": (bool | None, "True or False"),
     "hidden_states": (bool, "True or False"),
@@ -52,6 +53,7 @@ class CollectConfig:
         temperature: Sampling temperature (default: 0, greedy).
         seed: Random seed for sampling (default: 0); results also depend on the batch size.
         val_blocks: ``SIZE:EVERY`` assigns blocks of consecutive prompts to a ``validation`` split (default: None).
+        test_blocks: ``SIZE:EVERY`` assigns blocks to a ``test`` split, before those of validation (default: None).
         tokens: Whether token ids, the tokenizer and the names of the prompts are recorded; without them, the set holds
             expert ids, lengths and splits, from which no text can be read (default: True).
         gate_weights: Whether gate weights are recorded (default: as ``tokens``).
@@ -72,6 +74,7 @@ class CollectConfig:
     temperature: float = 0.0
     seed: int = 0
     val_blocks: str | None = None
+    test_blocks: str | None = None
     tokens: bool = True
     gate_weights: bool | None = None
     batch_size: int = 8
@@ -111,8 +114,13 @@ class CollectConfig:
         self._check_states()
         if self.gate_weights is None:
             object.__setattr__(self, "gate_weights", self.tokens)
-        if self.val_blocks is not None:
-            parse_blocks(self.val_blocks)
+        for option, blocks in self.blocks().values():
+            parse_blocks(blocks, option)
+
+    def blocks(self) -> dict[str, tuple[str, str]]:
+        """Return the held-out splits in the order in which they are chosen: name -> option and its ``SIZE:EVERY``."""
+        options = {"test": ("--test-blocks", self.test_blocks), "validation": ("--val-blocks", self.val_blocks)}
+        return {split: (option, blocks) for split, (option, blocks) in options.items() if blocks is not None}
 
     def _check_states(self) -> None:
         """Check the options of hidden states."""

@@ -21,6 +21,8 @@ ADDED = {"instruction": ("input", "context")}
 """Fields whose text is appended to another after a blank line: inputs of Alpaca's and Dolly's instructions."""
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names of roles, and their names in chat templates."""
+SPLIT, TRAINING = "split", "train"
+"""Field with the split of a record's trace, and its default."""
 TEXT_FILES = (".txt",)
 RECORD_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_CELL = 2**31 - 1
@@ -51,7 +53,7 @@ class Prompt:
     text: str | tuple[Mapping[str, Any], ...]
     sequence_id: str
     source: str = "prompts"
-    split: str = "train"
+    split: str = TRAINING
 
 
 def read_prompts(name: str, notice: Notice = lambda line: None) -> Iterator[Prompt]:
@@ -59,8 +61,8 @@ def read_prompts(name: str, notice: Notice = lambda line: None) -> Iterator[Prom
 
     Args:
         name: Text file (``.txt``, one prompt per line); file of records (`RECORD_FILES`: text in one of `COLUMNS`, or
-            chat messages, and optionally ``id``); ``FILE:COLUMN``; or data set that ``datasets`` loads: a folder or
-            ``ORG/NAME``, then ``[:SPLIT[:COLUMN]]``.
+            chat messages, and optionally ``id`` and ``split``); ``FILE:COLUMN``; or data set that ``datasets`` loads:
+            a folder or ``ORG/NAME``, then ``[:SPLIT[:COLUMN]]``.
         notice: Callback with lines about blank lines and unread fields.
 
     Raises:
@@ -179,9 +181,11 @@ class _Fields:
         identity = record.get("id")
         if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int | float)):
             raise UserError(f"{location}: id must be text or a number (got {shown(identity)})")
-        read = {*fields, *ADDED.get(field, ()), *([] if identity is None else ["id"])}
+        split = record.get(SPLIT)
+        read = {*fields, *ADDED.get(field, ()), SPLIT, *([] if identity is None else ["id"])}
         self._unread.update(dict.fromkeys(str(key) for key, value in record.items() if value and key not in read))
-        return _checked(Prompt(text, name if identity is None else str(identity), source), location)
+        identity = name if identity is None else str(identity)
+        return _checked(Prompt(text, identity, source, TRAINING if split is None else split), location)
 
     def report_unread(self) -> None:
         """Report which fields were read and which were not, if any was not."""

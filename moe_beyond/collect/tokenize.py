@@ -10,7 +10,7 @@ from moe_beyond.collect.config import CollectConfig, TokenizedPrompt
 from moe_beyond.collect.prompts import Prompt
 from moe_beyond.errors import UserError
 from moe_beyond.safe_text import brief, shown
-from moe_beyond.traces.splits import parse_blocks, validation_numbers, without_copies
+from moe_beyond.traces.splits import held_out_numbers, parse_blocks, without_copies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,8 @@ def tokenize_prompts(
         source: File or data set of the prompts, for error messages.
 
     Raises:
-        UserError: There are no prompts, one is empty, too long or unsupported by the template, or two have one name.
+        UserError: There are no prompts, one is empty, too long or unsupported by the template, two have one name, or
+            both the prompts and the settings choose splits.
     """
     if not prompts:
         raise UserError(f"{source}: has no prompts; give a file or data set with at least one")
@@ -48,15 +49,26 @@ def tokenize_prompts(
     if count > 1:
         raise UserError(f"{source}: {count} prompts have the id {shown(name)}; give every prompt its own id, or none")
     rows = [(prompt, _truncate(prompt, token_ids_of(prompt, tokenizer), model_config, config)) for prompt in prompts]
-    if config.val_blocks is None:
-        return rows
+    return _hold_out(rows, config, source)
+
+
+def _hold_out(rows: list[TokenizedPrompt], config: CollectConfig, source: str) -> list[TokenizedPrompt]:
+    """Move blocks of consecutive prompts to the splits of the settings; copies of other prompts stay.
+
+    Raises:
+        UserError: The prompts have splits already, or a split would be empty.
+    """
+    given = next((prompt.split for prompt, _ in rows if prompt.split != "train"), None)
     texts = {number: tuple(ids) for number, (_, ids) in enumerate(rows)}
-    lengths = {number: len(ids) for number, ids in texts.items()}
-    held_out = without_copies(validation_numbers(lengths, *parse_blocks(config.val_blocks)), texts)
-    return [
-        (replace(prompt, split="validation" if number in held_out else "train"), ids)
-        for number, (prompt, ids) in enumerate(rows)
-    ]
+    splits: dict[int, str] = {}
+    for split, (option, blocks) in config.blocks().items():
+        if given is not None:
+            raise UserError(f"{option}: the prompts of {source} have splits (got {shown(given)}); leave {option} out")
+        lengths = {number: len(ids) for number, ids in texts.items()}
+        held_out = without_copies(held_out_numbers(lengths, *parse_blocks(blocks), option), texts, option)
+        splits |= dict.fromkeys(held_out, split)
+        texts = {number: ids for number, ids in texts.items() if number not in held_out}
+    return [(replace(prompt, split=splits.get(number, prompt.split)), ids) for number, (prompt, ids) in enumerate(rows)]
 
 
 def token_ids_of(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

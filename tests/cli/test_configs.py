@@ -39,6 +39,8 @@ def composed(path: Path) -> list[Path]:
     """A config with the other configs that it needs."""
     if path.parent.name == "experiment":
         return [path]
+    if path.parent.name == "zoo":
+        return [CONFIGS / "trainer/default.yaml", CONFIGS / "data/traces.yaml", path]
     architecture = architecture_of(path)
     trainer = "counting" if issubclass(ARCHITECTURES[architecture], CountingPredictor) else "default"
     parts = {
@@ -49,7 +51,7 @@ def composed(path: Path) -> list[Path]:
     return list(parts.values())
 
 
-RUNNABLE = sorted(path for folder in ("model", "experiment") for path in (CONFIGS / folder).glob("*.yaml"))
+RUNNABLE = sorted(path for folder in ("model", "experiment", "zoo") for path in (CONFIGS / folder).glob("*.yaml"))
 """Those of models run together with those of trainers and data."""
 
 

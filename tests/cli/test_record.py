@@ -117,7 +117,9 @@ def test_the_list_shows_what_was_recorded(folder, tmp_path, capsys, monkeypatch)
     assert ", ".join(f"{row['lookahead']}: {100 * row['recall_at_k']:.1f}" for row in said["metrics"]) in shown
     own = [row for row in said["results"] if row["predictor"] and row["budget_slots"] == 8 and row["bytes_ratio"] <= 1]
     best = max(own, key=lambda row: row["hit_rate"])
-    assert f"8 │ {best['hit_rate']:.1%} @ {best['bytes_ratio']:.2f}" in shown
+    plain = {row["strategy"]: row for row in said["results"] if row["budget_slots"] == 8 and not row["predictor"]}
+    for row in (best, plain["lru"], plain["belady"]):
+        assert f"8 │ {row['hit_rate']:.1%} @ {row['bytes_ratio']:.2f}" in shown
 
 
 def test_every_published_predictor_is_listed(capsys):

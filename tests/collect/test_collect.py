@@ -20,7 +20,7 @@ from moe_beyond.cli.main import main
 from moe_beyond.collect.collection import collect
 from moe_beyond.collect.config import CollectConfig, ProcessRank
 from moe_beyond.collect.geometry import measured_geometry
-from moe_beyond.collect.prompts import Prompt
+from moe_beyond.collect.prompts import Prompt, as_prompts
 from moe_beyond.collect.recorder import recording
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import geometry_from_config
@@ -253,6 +253,34 @@ def test_blocks_of_prompts_are_held_out(small: tuple, tmp_path: Path) -> None:
     assert held_out[0] % 2 == 0
     assert held_out[1] == held_out[0] + 1
     assert len(list(traces.traces("train"))) == 8
+
+
+def test_a_test_split_is_chosen_first_and_shares_no_text(small: tuple, tmp_path: Path) -> None:
+    texts = [f"def f{number}" * (1 + number % 3) for number in range(12)]
+    texts[5] = texts[4] = texts[0]  # copies of the longest kind, of which block 1:3 would choose one
+    asked = CollectConfig(test_blocks="1:3", val_blocks="1:3", batch_size=4)
+    traces = collect(*small, [Prompt(text, f"p{n}") for n, text in enumerate(texts)], tmp_path / "a", asked)
+    assert traces is not None
+    found = {split: {t.sequence_id for t in traces.traces(split)} for split in traces.manifest.splits}
+    assert set().union(*found.values()) == {f"p{number}" for number in range(12)}
+    by_text = [{texts[int(name[1:])] for name in names} for names in found.values()]
+    assert sum(map(len, by_text)) == len(set().union(*by_text)) == 10
+    # Without the test split, validation chooses among all prompts: the same blocks.
+    only = collect(*small, [Prompt(text, f"p{n}") for n, text in enumerate(texts)], tmp_path / "b",
+                   CollectConfig(val_blocks="1:3", batch_size=4))  # fmt: skip
+    assert only is not None
+    assert {t.sequence_id for t in only.traces("validation")} == found["test"]
+
+
+def test_splits_of_prompts_are_kept_and_exclude_blocks(small: tuple, tmp_path: Path) -> None:
+    records = [{"text": "a = 1", "split": "test"}, {"text": "b = 2", "split": None}, "c = 3"]
+    traces = collect(*small, as_prompts(records), tmp_path / "traces")
+    assert traces is not None
+    assert [len(list(traces.traces(split))) for split in ("train", "test")] == [2, 1]
+    with pytest.raises(UserError, match=r"--val-blocks: the prompts of prompts have splits \(got 'test'\); leave"):
+        collect(*small, as_prompts(records), tmp_path / "more", CollectConfig(val_blocks="1:2"))
+    with pytest.raises(UserError, match=r"its split must be a plain name \(got 5\)"):
+        as_prompts([{"text": "a", "split": 5}])
 
 
 def test_the_manifest_and_the_card_say_how_text_was_written(small: tuple, tmp_path: Path) -> None:

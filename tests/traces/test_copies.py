@@ -32,7 +32,7 @@ def test_a_chosen_copy_goes_to_training_by_hand():
 
 
 def test_copies_alone_make_no_validation_split():
-    with pytest.raises(UserError, match="--val-blocks: every sequence chosen for validation is a copy"):
+    with pytest.raises(UserError, match="--val-blocks: every sequence chosen for the split is a copy"):
         without_copies({0}, {0: "a", 1: "a"})
 
 
@@ -150,4 +150,4 @@ def test_import_moves_a_copy_to_training(tmp_path, capsys):
     recorded(tmp_path / "other", "aa")
     words[2] = str(tmp_path / "other")
     line = error_line(capsys, [*words, "--val-blocks", "1:2"])
-    assert line.startswith("--val-blocks: every sequence chosen for validation is a copy of one in training")
+    assert line.startswith("--val-blocks: every sequence chosen for the split is a copy of one outside it")

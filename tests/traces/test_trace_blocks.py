@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_beyond.errors import UserError
-from moe_beyond.traces.splits import parse_blocks, validation_numbers
+from moe_beyond.traces.splits import held_out_numbers, parse_blocks
 
 
 def test_blocks_are_parsed():
@@ -25,28 +25,28 @@ def test_bad_blocks_are_quoted(text):
 def test_blocks_of_one_by_hand():
     # Ranked 3, 2, 1, 0. In (3, 2), 40 and 30 are both 5 from half of 70, and the lower block 2 wins the tie.
     # In (1, 0), 30 + 20 is exactly half of 100.
-    assert validation_numbers({0: 10, 1: 20, 2: 30, 3: 40}, 1, 2) == {1, 2}
+    assert held_out_numbers({0: 10, 1: 20, 2: 30, 3: 40}, 1, 2) == {1, 2}
 
 
 def test_blocks_are_of_numbers_and_not_of_prompts():
     # Number 317 of 310..319 is missing, so its block has nine prompts; the other block has one.
     tokens = dict.fromkeys([n for n in range(310, 320) if n != 317], 1) | {320: 9}
-    assert validation_numbers(tokens, 10, 2) == {n for n in range(310, 320) if n != 317}
+    assert held_out_numbers(tokens, 10, 2) == {n for n in range(310, 320) if n != 317}
 
 
 def test_one_huge_block_does_not_drag_its_equals_along():
     # The block of 1000 goes to training: with it, validation would hold 1000 of 1003 tokens.
-    assert validation_numbers({0: 1000, 1: 1, 2: 1, 3: 1}, 1, 4) == {1}
+    assert held_out_numbers({0: 1000, 1: 1, 2: 1, 3: 1}, 1, 4) == {1}
 
 
 def test_a_last_smaller_group_gives_nothing():
-    assert validation_numbers({0: 5, 1: 5, 2: 5}, 1, 2) == {0}
-    assert validation_numbers({0: 5, 1: 5, 2: 5, 3: 5}, 1, 2) == {0, 2}
+    assert held_out_numbers({0: 5, 1: 5, 2: 5}, 1, 2) == {0}
+    assert held_out_numbers({0: 5, 1: 5, 2: 5, 3: 5}, 1, 2) == {0, 2}
 
 
 def test_too_few_blocks_are_an_error():
-    with pytest.raises(UserError, match="--val-blocks 20:10: only 1 blocks, so validation would be empty"):
-        validation_numbers({1: 5, 2: 5}, 20, 10)
+    with pytest.raises(UserError, match="--val-blocks 20:10: only 1 blocks, so the split would be empty"):
+        held_out_numbers({1: 5, 2: 5}, 20, 10)
 
 
 @given(st.dictionaries(st.integers(0, 300), st.integers(1, 5000), min_size=1), st.integers(1, 20), st.integers(2, 6))
@@ -56,9 +56,9 @@ def test_blocks_stay_whole_and_keep_the_share(tokens, size, every):
         blocks.setdefault(number // size, {})[number] = count
     if len(blocks) < every:
         with pytest.raises(UserError):
-            validation_numbers(tokens, size, every)
+            held_out_numbers(tokens, size, every)
         return
-    chosen = validation_numbers(tokens, size, every)
+    chosen = held_out_numbers(tokens, size, every)
     held = {number // size for number in chosen}
     assert chosen == {number for block in held for number in blocks[block]}  # no block is split
     assert len(held) == len(blocks) // every
@@ -78,4 +78,4 @@ def test_blocks_stay_whole_and_keep_the_share(tokens, size, every):
 )
 def test_the_order_of_the_prompts_does_not_matter(pair):
     tokens, shuffled = pair
-    assert validation_numbers(tokens, 1, 3) == validation_numbers(dict(shuffled), 1, 3)
+    assert held_out_numbers(tokens, 1, 3) == held_out_numbers(dict(shuffled), 1, 3)

@@ -26,7 +26,7 @@ from moe_beyond.safe_text import UNPRINTABLE
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.computing import resident_seconds
 from moe_beyond.simulator.devices import DEVICES, Device, device_slots, flash_seconds, load_device, transfer_seconds
-from moe_beyond.traces.splits import parse_blocks, validation_numbers
+from moe_beyond.traces.splits import held_out_numbers, parse_blocks
 from parts.fuzz_mutations import edited_bytes, edited_json, edited_text, json_bytes, several
 from parts.fuzz_seeds import DEVICE_FILES, LARGE, MIXED, PIN_FILES, SETTINGS, SMALL, STRATEGY_FILES
 
@@ -168,7 +168,7 @@ def read_lookahead(text: str) -> str | None:
 
 def read_blocks(text: str) -> str | None:
     """Parse blocks of validation, and choose from ten sequences."""
-    chosen = validation_numbers(dict.fromkeys(range(10), 7), *parse_blocks(text))
+    chosen = held_out_numbers(dict.fromkeys(range(10), 7), *parse_blocks(text))
     return None if 0 < len(chosen) < 10 else f"{len(chosen)} of 10 sequences"
 
 

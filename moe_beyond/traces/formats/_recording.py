@@ -16,7 +16,7 @@ from moe_beyond.traces.copies import text_digest
 from moe_beyond.traces.engine_log import EngineLog
 from moe_beyond.traces.manifest import NO_TOKEN_IDS, Manifest, Tokenizer
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.splits import parse_blocks, validation_numbers, without_copies
+from moe_beyond.traces.splits import held_out_numbers, parse_blocks, without_copies
 from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import TraceWriter, open_writer
@@ -103,7 +103,7 @@ def import_recording(
     )
     if recording.token_ids is not None:
         check_token_ids(recording.token_ids, manifest.tokenizer)
-    held_out = set() if blocks is None else validation_numbers(dict(enumerate(recording.lengths)), *blocks)
+    held_out = set() if blocks is None else held_out_numbers(dict(enumerate(recording.lengths)), *blocks)
     vocabulary_path = None if vocabulary is None else vocabulary.path
     with open_writer(out, manifest, vocabulary=vocabulary_path, engine_logs=recording.engine_logs) as writer:
         write_splits(writer, recording.traces, held_out, manifest=manifest, folder=Path(out).parent, source=str(source))

@@ -20,7 +20,7 @@ from moe_beyond.traces.formats._ids import check_layers, checked_ids
 from moe_beyond.traces.formats._recording import describe_tokenizer
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import TraceSet
-from moe_beyond.traces.splits import parse_blocks, validation_numbers, without_copies
+from moe_beyond.traces.splits import held_out_numbers, parse_blocks, without_copies
 from moe_beyond.traces.tokenizers import Vocabulary, load_vocabulary
 from moe_beyond.traces.trace import Trace
 from moe_beyond.traces.writer import open_writer
@@ -91,7 +91,7 @@ def import_moe_beyond_csv(
         traces = {number: trace for number, (trace, _) in read.items()}
         tokens = {number: len(trace) for number, trace in traces.items()}
         texts = {number: text_digest(trace.token_ids) for number, trace in traces.items()}
-        held_out = set() if blocks is None else without_copies(validation_numbers(tokens, *blocks), texts)
+        held_out = set() if blocks is None else without_copies(held_out_numbers(tokens, *blocks), texts)
         for number, trace in traces.items():
             writer.write(trace, "validation" if number in held_out else "train")
         rows, entries = sum(rows for _, rows in read.values()), writer.tokens * preset.geometry.num_layers
