@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_interrupt(error: BaseException) -> bool:
     """Return whether an exception is Ctrl-C, or was raised while a library handled it; Lightning exits with code 1."""
+    if isinstance(error, SystemExit) and error.code != 1:
+        return False
     context: BaseException | None = error
     while context is not None and not isinstance(context, KeyboardInterrupt):
         context = context.__context__
