@@ -21,6 +21,7 @@ from moe_beyond.json_fields import (
     optional,
     whole,
 )
+from moe_beyond.lookahead import NAMED_LOOKAHEADS
 from moe_beyond.safe_text import shown
 
 FORMAT_VERSION = 1
@@ -29,8 +30,8 @@ MOST_LOOKAHEADS = 10_000
 
 COUNT = whole(0, 2**48)
 LOOKAHEAD = FieldRule(
-    "'token', 'next' or a number of layers",
-    lambda value: value in ("token", "next") or whole(0, MOST_LOOKAHEADS).accepts(value),
+    f"{', '.join(map(repr, NAMED_LOOKAHEADS))} or a number of layers",
+    lambda value: value in NAMED_LOOKAHEADS or whole(0, MOST_LOOKAHEADS).accepts(value),
 )
 
 
@@ -63,12 +64,11 @@ PREDICTOR = {
 """Fields that rebuild a predictor, in a folder and in a checkpoint."""
 FIELDS = PREDICTOR | {
     "lookaheads": FieldRule(
-        "a list of 'token', 'next' and numbers of layers",
+        f"a list of {', '.join(map(repr, NAMED_LOOKAHEADS))} and numbers of layers",
         lambda value: isinstance(value, list) and bool(value) and all(map(LOOKAHEAD.accepts, value)),
     ),
-    "available_after": FieldRule("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
     "causal": FLAG,
-    "hidden_states": optional(TEXT),
+    "hidden_states": LIST,
     "activation": TEXT,
     "parameters": COUNT,
     "calibration": optional(OBJECT),

@@ -128,8 +128,7 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     found = evaluate(traces, with_baselines(asked, common, geometry), "validation", [source], measure=source)
     information = read_predictor(predictor).information
     return {
-        "reads": (information.hidden_states or "ids").replace("_", " "),
-        "available once": information.available_after,
+        "reads": " and ".join(information.hidden_states or ("ids",)).replace("_", " "),
         "metrics": {str(row.lookahead): _figures(row) for row in found.metrics},
         "tokens": found.metrics[0].tokens,
         "replay": {
@@ -188,7 +187,7 @@ def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
     """Return a table with one row per predictor and lookahead, and the policies without prefetching last."""
     first, top_k = next(iter(found.values())), traces.geometry.top_k
     shown = Table(title=f"{first['tokens']:,} held-out tokens, {traces.geometry.describe_shape()}, cache of {BUDGET}")
-    for name in ("predictor", "reads", "available once", "lookahead"):
+    for name in ("predictor", "reads", "lookahead"):
         shown.add_column(name)
     later = f"recall@{top_k},\nlayers from {FARTHEST + 1} on"
     for name in (f"recall@{top_k}", later, f"gate mass@{top_k}", "NLL", f"lru + top{top_k}\nhit rate @ bytes"):
@@ -197,7 +196,7 @@ def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
         for lookahead, figures in row["metrics"].items():
             cached = row["replay"].get(lookahead)
             shown.add_row(
-                *(name, row["reads"], row["available once"], lookahead),
+                *(name, row["reads"], lookahead),
                 *(_percent(figures[n]) for n in ("recall_at_k", "recall_of_later_layers", "gate_mass_at_k")),
                 f"{figures['nll']:.2f}",
                 "-" if cached is None else f"{cached['hit_rate']:.1%} @ {cached['bytes_ratio']:.2f}",
@@ -205,9 +204,9 @@ def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
         shown.add_section()
     for policy in ("lru", "belady"):
         cached = first["replay"][policy]
-        shown.add_row(policy, "", "", "-", "", "", "", "", f"{cached['hit_rate']:.1%} @ {cached['bytes_ratio']:.2f}")
+        shown.add_row(policy, "", "-", "", "", "", "", f"{cached['hit_rate']:.1%} @ {cached['bytes_ratio']:.2f}")
     shown.caption = (
-        "lookahead 1, routed: once the previous layer has routed the token; computed: once it is computed. The first "
+        "lookahead 1: once the previous layer has routed the token; computed: once it is computed. The first "
         "layers have no earlier state, so predictors that read states use popularity there"
     )
     return shown

@@ -11,7 +11,7 @@ from moe_beyond.cache.prefetchers import PREFETCHERS, Prefetch, parse_prefetch
 from moe_beyond.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from moe_beyond.cache.cache import Cache, EventCounts, Wave, available_layers
+    from moe_beyond.cache.cache import Cache, EventCounts, Wave, available_layers, prefetch_moments
     from moe_beyond.cache.compiler import jit
     from moe_beyond.cache.core import CacheState, Clock, Expert, PolicyHooks, Pool, admit_all, ignore_expert, is_pinned
     from moe_beyond.cache.policies._scan import argmin_resident
@@ -40,6 +40,7 @@ __all__ = [
     "load_policy",
     "parse_prefetch",
     "policy_summaries",
+    "prefetch_moments",
 ]
 
 _COMPILED = {
@@ -58,6 +59,7 @@ _COMPILED = {
     "ignore_expert": "core",
     "is_pinned": "core",
     "jit": "compiler",
+    "prefetch_moments": "cache",
 }
 """Public name -> module that is imported when the name is first read, because it imports numba."""
 

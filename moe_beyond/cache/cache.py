@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache import core, stepping
+from moe_beyond.cache import core, predictions, stepping
 from moe_beyond.cache.compiler import bind
 from moe_beyond.cache.core import Clock, Expert, Pool
 from moe_beyond.cache.interconnect import Seconds, Tally, new_link
@@ -15,11 +15,10 @@ from moe_beyond.cache.misses import Handling
 from moe_beyond.cache.policies import load_policy
 from moe_beyond.cache.policy_inputs import PolicyInputs, Stream
 from moe_beyond.cache.pools import pool_capacities
-from moe_beyond.cache.predictions import newly_available
 from moe_beyond.cache.prefetch_queue import finish
 from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
 from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
-from moe_beyond.cache.steps import in_layers
+from moe_beyond.cache.steps import MANY_LAYERS, in_layers
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
@@ -65,7 +64,7 @@ class Cache:
     """A cold cache that a program steps, as a runtime does next to its model.
 
     Call order for an event: `demand`; `set_scores` for scores that become available when a layer is routed; `next_wave`
-    until it returns None, with `queue_prefetches` after the last wave has begun. Scores that become available when a
+    until it returns None, with `queue_prefetches` after the last wave has begun. Scores that become available when the
     layer is computed, and the prefetches that follow from them, come after the event. No other call may come between
     `demand` and the first wave.
 
@@ -130,7 +129,7 @@ class Cache:
         self._begin_event = _bound(stepping.begin_event, cached, 0, ids, ids, 0.0)
         self._next_wave = _bound(stepping.next_wave, (*cached, self._future), ids, 0.0, np.zeros((4, 0), np.int64))
         self._publish = _bound(stepping.publish_rows, cached, np.zeros((0, 0), np.float32), ids)
-        self._queue = _bound(stepping.queue_prefetches, (*cached, prefetch, self._future), 0)
+        self._queue = _bound(stepping.queue_prefetches, (*cached, prefetch, self._future), 0, False)
         self._begin_prefetch = _bound(stepping.begin_prefetch, cached, 0.0)
 
     @property
@@ -223,17 +222,20 @@ class Cache:
         clock = self.state.clock
         return EventCounts(*clock[[Clock.HITS, Clock.LATE_HITS, Clock.MISSES, Clock.ON_HOST]].tolist())
 
-    def queue_prefetches(self, layer: int, deadlines: npt.NDArray[np.float64] | None = None) -> None:
-        """Queue the experts that the prefetcher selects.
+    def queue_prefetches(
+        self, layer: int, deadlines: npt.NDArray[np.float64] | None = None, *, computed: bool = False
+    ) -> None:
+        """Queue the experts that the prefetcher selects, at the moments that `prefetch_moments` returns.
 
         Args:
             layer: Layer that was routed or computed; -1 at a step's start.
             deadlines: Times at which each layer of this step is expected to be routed, ``(L,)`` float64 in seconds, for
                 prefetchers that read them (default: unchanged).
+            computed: Whether the layer was computed (default: False).
         """
         if deadlines is not None:
             self._future.deadline[:] = deadlines
-        self._queue(layer)
+        self._queue(layer, computed)
 
     def begin_prefetch(self, now: float = 0.0) -> tuple[int, int] | None:
         """Begin the first queued prefetch whose pool has room; the interconnect is idle.
@@ -266,20 +268,36 @@ class Cache:
         return int(self.state.pools[pool, Pool.FIRST]) + place if place >= 0 else -1
 
 
-def available_layers(lookaheads: Sequence[Lookahead], layer: int, num_layers: int, *, first_step: bool = False) -> Ints:
+def prefetch_moments(lookaheads: Sequence[Lookahead]) -> tuple[bool, bool]:
+    """Return whether a replay queues prefetches once a layer is routed, and whether once it is computed.
+
+    Args:
+        lookaheads: Lookaheads of a predictor, in their order; empty without scores.
+    """
+    routed, computed = predictions.prefetch_moments(in_layers(lookaheads, MANY_LAYERS))
+    return bool(routed), bool(computed)
+
+
+def available_layers(
+    lookaheads: Sequence[Lookahead], layer: int, num_layers: int, *, computed: bool = False, first_step: bool = False
+) -> Ints:
     """Return the layers whose scores become available after a layer, in the order in which a replay publishes them.
 
     Args:
-        lookaheads: Lookaheads of a predictor, ascending.
+        lookaheads: Lookaheads of a predictor, in their order.
         layer: Layer that was routed or computed; -1 at a step's start.
         num_layers: Number of layers L.
+        computed: Whether the layer was computed (default: False).
         first_step: Whether the step is the first of its sequence (default: False).
 
     Returns:
         Distinct layers, ``(n,)`` int64.
     """
     ahead = in_layers(lookaheads, num_layers)
-    ranges = [newly_available(ahead, i, layer, num_layers, first_step) for i in reversed(range(len(ahead)))]
+    ranges = [
+        predictions.newly_available(ahead, i, layer, computed, num_layers, first_step)
+        for i in reversed(range(len(ahead)))
+    ]
     return np.array([later for begin, end in ranges for later in range(begin, end)], np.int64)
 
 

@@ -24,23 +24,23 @@ from moe_beyond.cache.core import (
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.events import demand, transfer_wave
 from moe_beyond.cache.interconnect import Seconds, Tally, computed_at, is_instant
-from moe_beyond.cache.predictions import issue_prefetches, newly_available, publish
+from moe_beyond.cache.predictions import issue_prefetches, newly_available, prefetch_moments, publish
 from moe_beyond.cache.prefetch_queue import advance, enqueue_prefetch
 from moe_beyond.cache.prefetchers import PrefetcherId, scored
 from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
-from moe_beyond.cache.steps import EventRecord, StepArrays, Timing
+from moe_beyond.cache.steps import Ahead, EventRecord, StepArrays, Timing
 
 
 @jit
 def _publish_scores(
-    cache: CacheState, policy: Any, hooks: PolicyHooks, steps: StepArrays, step: int, layer: int
+    cache: CacheState, policy: Any, hooks: PolicyHooks, steps: StepArrays, step: int, layer: int, computed: bool
 ) -> None:
-    """Make the scores available that follow a layer, or a step's start (layer -1)."""
+    """Make the scores available that follow a layer's routing or computing, or a step's start (layer -1)."""
     layers = len(cache.counters)
     for i in range(len(steps.lookaheads) - 1, -1, -1):
         source = step + (layer >= 0 and steps.lookaheads[i] > layers)
         if source < len(steps.scores):
-            begin, end = newly_available(steps.lookaheads, i, layer, layers, step == 0)
+            begin, end = newly_available(steps.lookaheads, i, layer, computed, layers, step == 0)
             for later in range(begin, end):
                 publish(cache, policy, hooks, steps.scores[source, i, later], later)
 
@@ -127,21 +127,22 @@ def run_events(
     link, clock = cache.link, cache.clock
     event = 0
     clock[Clock.FORCED] = settings.knows_future
+    after_routing, after_computing = prefetch_moments(steps.lookaheads)
     for step in range(len(steps.counted)):
         begins = link.seconds[Seconds.NOW]
         start_step(cache, steps.counted[step])
         _set_deadlines(future, settings, timing, step, begins, -1)
-        _publish_scores(cache, policy, hooks, steps, step, -1)
-        issue_prefetches(cache, policy, hooks, settings, future, -1)
+        _publish_scores(cache, policy, hooks, steps, step, -1, False)
+        issue_prefetches(cache, policy, hooks, settings, future, -1, False)
         for layer in range(layers):
             experts = steps.ids[steps.offsets[event] : steps.offsets[event + 1]]
             tokens = steps.tokens[steps.offsets[event] : steps.offsets[event + 1]]
             advance(cache, policy, hooks, link.seconds[Seconds.NOW] + timing.layer[step])
-            if len(steps.lookaheads) > 0 and steps.lookaheads[0] == 0:
+            if len(steps.lookaheads) > 0 and steps.lookaheads[0] == Ahead.ROUTER_INPUT:
                 publish(cache, policy, hooks, steps.scores[step, 0, layer], layer)
                 if (
                     settings.prefetcher == PrefetcherId.SCORED
-                    and settings.distance == 0
+                    and settings.distance == Ahead.ROUTER_INPUT
                     and (layer > 0 or settings.first_layers)
                 ):
                     count = scored.best_of_layer(cache, settings, layer, 0)
@@ -149,8 +150,7 @@ def run_events(
             routed_at, per_expert = link.seconds[Seconds.NOW], _expert_seconds(timing, tokens)
             link.seconds[Seconds.COMPUTE] = per_expert
             ready = demand(cache, policy, hooks, layer, experts, tokens)
-            if not steps.computed:
-                _publish_scores(cache, policy, hooks, steps, step, layer)
+            _publish_scores(cache, policy, hooks, steps, step, layer, False)
             waits_for, in_all, stall = len(experts) - clock[Clock.ON_HOST], 0.0, 0.0
             while True:  # one wave of the event after another
                 now, moved = link.seconds[Seconds.NOW], clock[Clock.MOVED]
@@ -172,8 +172,8 @@ def run_events(
                         stall = max(0.0, ends - max(routed_at + in_all, link.seconds[Seconds.HOST_FREE]))
                     future.event[0] += 1
                     _set_deadlines(future, settings, timing, step, ends, layer)
-                    if not steps.computed:
-                        issue_prefetches(cache, policy, hooks, settings, future, layer)
+                    if after_routing:
+                        issue_prefetches(cache, policy, hooks, settings, future, layer, False)
                 advance(cache, policy, hooks, ends)
                 unpin(cache, experts)
                 if later == 0:
@@ -182,9 +182,9 @@ def run_events(
             stall_compute[step, 0] += stall
             if link.tally[Tally.QUEUED] > 0 and is_instant(link):  # prefetches without room during the computing
                 advance(cache, policy, hooks, ends)
-            if steps.computed:
-                _publish_scores(cache, policy, hooks, steps, step, layer)
-                issue_prefetches(cache, policy, hooks, settings, future, layer)
+            if after_computing:
+                _publish_scores(cache, policy, hooks, steps, step, layer, True)
+                issue_prefetches(cache, policy, hooks, settings, future, layer, True)
             if event < len(events):
                 record = events[event]
                 record[EventRecord.ROUTED], record[EventRecord.READY] = routed_at, ready

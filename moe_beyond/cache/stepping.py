@@ -152,10 +152,16 @@ def publish_rows(
 
 @jit_entry
 def queue_prefetches(
-    cache: CacheState, policy: Any, hooks: PolicyHooks, settings: PrefetchSettings, future: FutureView, layer: int
+    cache: CacheState,
+    policy: Any,
+    hooks: PolicyHooks,
+    settings: PrefetchSettings,
+    future: FutureView,
+    layer: int,
+    computed: bool,
 ) -> None:
     """Queue the experts that the prefetcher selects, as `issue_prefetches` does."""
-    issue_prefetches(cache, policy, hooks, settings, future, layer)
+    issue_prefetches(cache, policy, hooks, settings, future, layer, computed)
 
 
 @jit_entry

@@ -13,6 +13,20 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+MANY_LAYERS = 2**32
+"""More layers than any lookahead has."""
+
+
+class Ahead(IntEnum):
+    """Numbers of `in_layers` for lookaheads that wait for more than routing.
+
+    ``ROUTER_INPUT`` is lookahead 0, whose scores become available just before their own layer's event.
+    """
+
+    ROUTER_INPUT = -1
+    COMPUTED = 0
+
+
 class StepArrays(NamedTuple):
     """A sequence as arrays, step by step.
 
@@ -21,9 +35,7 @@ class StepArrays(NamedTuple):
         offsets: Index of each event's first expert, ``(S * L + 1,)`` int64.
         tokens: Number of tokens of the step that demand each expert, ``(n,)`` int64.
         scores: Probabilities, ``(S, H, L, E)`` float32, NaN if there are none; H may be 0.
-        lookaheads: Lookahead of each slice of the scores, ``(H,)`` int64, ascending; L if it is available at the step's
-            start, L + 1 if it is available after the same layer of the step before.
-        computed: Whether scores become available after a layer is computed, instead of routed.
+        lookaheads: Lookahead of each slice of the scores as `in_layers` numbers it, ``(H,)`` int64, ascending.
         counted: Whether each step counts or belongs to the warm-up, ``(S,)`` bool.
     """
 
@@ -32,14 +44,23 @@ class StepArrays(NamedTuple):
     tokens: Ints
     scores: npt.NDArray[np.float32]
     lookaheads: Ints
-    computed: bool
     counted: npt.NDArray[np.bool_]
 
 
 def in_layers(lookaheads: Sequence[Lookahead], num_layers: int) -> Ints:
-    """Return lookaheads in layers, ``(H,)`` int64: ``"token"`` is L, and ``"next"`` is L + 1."""
-    names = {"token": num_layers, "next": num_layers + 1}
-    return np.array([names[h] if isinstance(h, str) else min(h, num_layers) for h in lookaheads], np.int64)
+    """Return the number of layers that have not computed yet when the scores of each lookahead become available.
+
+    It is h for lookahead h, L for ``"token"``, and L + 1 for ``"next"``; for the others it is a member of `Ahead`.
+
+    Args:
+        lookaheads: The H lookaheads.
+        num_layers: Number of layers L.
+
+    Returns:
+        ``(H,)`` int64, ascending if the lookaheads are in their order.
+    """
+    names = {0: Ahead.ROUTER_INPUT, "computed": Ahead.COMPUTED, "token": num_layers, "next": num_layers + 1}
+    return np.array([names[h] if h in names else min(int(h), num_layers) for h in lookaheads], np.int64)
 
 
 class Timing(NamedTuple):

@@ -45,7 +45,6 @@ class WriteScores(BasePredictionWriter):
                 geometry=predictor.geometry,
                 lookaheads=predictor.information.lookaheads,
                 causal=predictor.information.causal,
-                available_after=predictor.information.available_after,
                 predictor=predictor.architecture,
                 traces=(data.test_traces or data.val_traces).manifest.fingerprint,
                 training=pl_module.trained_on or None,

@@ -165,8 +165,8 @@ def _add_strategy(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--lookahead",
         metavar="LOOKAHEAD",
-        help="lookahead of the scores that the prefetcher selects by: token, 1, 2, ... (default: the predictor's "
-        "first)",
+        help="lookahead of the scores that the prefetcher selects by: computed, 1, 2, ..., token (default: the "
+        "predictor's first)",
     )
     parser.add_argument(
         "--profile",

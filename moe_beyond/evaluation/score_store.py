@@ -35,7 +35,6 @@ INDEX_FIELDS = {
     "predictor": TEXT,
     "lookaheads": FieldRule("a list", lambda value: isinstance(value, list) and bool(value)),
     "causal": FLAG,
-    "available_after": FieldRule("'routed' or 'computed'", lambda value: value in ("routed", "computed")),
     "geometry": OBJECT,
     "traces": TEXT,
     "training": optional(OBJECT),
@@ -94,7 +93,6 @@ def writing_scores(
     predictor: str,
     traces: str,
     causal: bool = True,
-    available_after: str = "routed",
     training: Mapping[str, Any] | None = None,
 ) -> Iterator[ScoresWriter]:
     """Write a scores folder; it appears complete when the block ends without an error.
@@ -106,7 +104,6 @@ def writing_scores(
         predictor: Name of the predictor in tables.
         traces: Fingerprint of the trace set.
         causal: Whether the scores ignore later tokens (default: True).
-        available_after: State of a layer after which a score exists: ``"routed"`` (default) or ``"computed"``.
         training: Record of the predictor's training text (default: none).
 
     Yields:
@@ -122,7 +119,6 @@ def writing_scores(
             "predictor": predictor,
             "lookaheads": list(lookaheads),
             "causal": causal,
-            "available_after": available_after,
             "geometry": geometry.to_json(),
             "traces": traces,
             "training": training and dict(training),
@@ -144,7 +140,6 @@ class ScoresFolder:
         geometry: Geometry of the model.
         predictor: Name of the predictor in tables.
         causal: Whether the scores ignore later tokens.
-        available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         traces: Fingerprint of the trace set.
         training: Record of the predictor's training text; None without a record.
 
@@ -172,7 +167,6 @@ class ScoresFolder:
         check_seal(index, path, "restore the file, or predict again")
         self.predictor: str = index["predictor"]
         self.causal: bool = index["causal"]
-        self.available_after: str = index["available_after"]
         self.traces: str = index["traces"]
         self.training: dict[str, Any] | None = index["training"]
         self._files: dict[str, str] = index["files"]

@@ -43,7 +43,6 @@ class ScoreSource:
         name: Name in tables and results.
         lookaheads: Lookaheads of the H slices of the scores.
         causal: Whether the scores ignore later tokens.
-        available_after: Whether a score exists once a layer is ``"routed"``, or only once it is ``"computed"``.
         sequences: Function from a trace set, a part of it and a flag to every sequence with its scores; the flag keeps
             the order of the traces. Workers receive it, so it is a function or an object of a module.
         training: Record of the predictor's training text; None without a record (default: None).
@@ -53,7 +52,6 @@ class ScoreSource:
     name: str
     lookaheads: tuple[Lookahead, ...]
     causal: bool
-    available_after: str
     sequences: Callable[[TraceSet, Part, bool], Iterator[Scored]]
     training: TrainingRecord | None = None
     check: Callable[[TraceSet], None] = _fits
@@ -73,7 +71,6 @@ def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | N
         name,
         information.lookaheads,
         information.causal,
-        information.available_after,
         scores,
         predictor.fitted_on,
         scores.check,
@@ -104,7 +101,7 @@ class _Predicted:
         self.check(traces)
         predictor = self.predictor
         reading, read = traces.traces(part), dict[str, Trace]()
-        states = predictor.information.hidden_states is not None
+        states = bool(predictor.information.hidden_states)
         # Batches of similar length need the least padding; in order, every batch is one sequence.
         single = (collate([trace]) for trace in traces.traces(part, hidden_states=states))
         batches = single if in_order else whole_sequences(traces, part, hidden_states=states)
@@ -151,7 +148,6 @@ def from_scores_folder(folder: str | Path) -> ScoreSource:
         stored.predictor,
         stored.lookaheads,
         stored.causal,
-        stored.available_after,
         scores,
         stored.training,
         scores.check,

@@ -70,7 +70,6 @@ def strategy(
             if lookahead is None
             else lookahead,
             "lookaheads": source.lookaheads,
-            "available_after": source.available_after,
             "predictor": source.name,
             "causal": source.causal,
         }

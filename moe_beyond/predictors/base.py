@@ -13,7 +13,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.activation import Activation, apply_activation
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.calibration import Calibration
-from moe_beyond.predictors.information import InformationSet
+from moe_beyond.predictors.information import InformationSet, StateKind
+from moe_beyond.predictors.modules.state_projection import ProjectedStates
 from moe_beyond.predictors.numba_activation import ACTIVATIONS, apply_activation_numba
 from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.predictors.training_stats import TrainingStats
@@ -80,6 +81,14 @@ class Predictor(nn.Module, ABC):
         Args:
             stats: Statistics of the training split.
         """
+
+    def projection_of(self, kind: StateKind) -> ProjectedStates | None:
+        """Return the predictor's projection of one kind of hidden states; None if it has none (default: None).
+
+        Args:
+            kind: Kind of hidden states that the predictor reads.
+        """
+        return None
 
     def weights_fault(self) -> str | None:
         """Describe stored weights that no fit can give, such as negative counts; None without a fault (default: None).

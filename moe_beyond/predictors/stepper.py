@@ -46,9 +46,11 @@ class Stepper(ABC):
     """Scores one sequence while it is decoded, with state that does not grow with the sequence.
 
     Call order for a token: `observe_token`, then `observe_layer` for l = 0 .. L-1, each once; `scores` at any time.
-    Calls out of order and values out of range are rejected before any state changes.
+    `observe_computed` may follow each `observe_layer` once; without it there is no score of lookahead ``"computed"``
+    for the next layer. Calls out of order and values out of range are rejected before any state changes.
 
-    A subclass implements `_reset`, `_start_token`, `_route` and `scores`, which receive checked arguments only.
+    A subclass implements `_reset`, `_start_token`, `_route` and `scores`, and `_compute` if the predictor reads layer
+    inputs. They receive checked arguments only.
 
     Args:
         predictor: Predictor whose probabilities are computed. The constructor calls `_reset`, so a subclass sets the
@@ -63,8 +65,8 @@ class Stepper(ABC):
         self._shape = predictor.geometry.shape()
         self._valid_experts = frozenset(range(self._shape[1]))
         self._vocab_size = predictor.vocab_size if information.token_ids else None
-        widths = (predictor.hidden_size, predictor.projected_from) if information.hidden_states else ()
-        self._state_widths = tuple(width for width in widths if width is not None)
+        self._states = information.hidden_states
+        self._state_widths = tuple(width for width in (predictor.hidden_size, predictor.projected_from) if width)
         self.reset()
 
     @abstractmethod
@@ -86,21 +88,32 @@ class Stepper(ABC):
         Args:
             layer: MoE layer, counted from 0; each layer comes once per token, in order.
             experts: Ids ``(n,)`` of different experts, n <= K.
-            state: Finite hidden state, ``(W,)`` or ``(D,)``; None if none was given or the predictor reads none.
+            state: Finite input of the layer's router, ``(W,)`` or ``(D,)``; None if none was given or the predictor
+                reads no router inputs.
+        """
+
+    def _compute(self, layer: int, state: npt.NDArray[np.float32] | None) -> None:  # noqa: B027 (optional)
+        """Process the computing of the layer that was routed last; does nothing by default.
+
+        Args:
+            layer: MoE layer, counted from 0.
+            state: Finite input of the next MoE layer before its attention, ``(W,)`` or ``(D,)``; None if none was given
+                or the predictor reads no layer inputs.
         """
 
     @abstractmethod
     def scores(self) -> npt.NDArray[np.float32]:
         """Return the probabilities ``(L, E)`` float32 of each layer's next run; NaN if no score is available.
 
-        If several lookaheads reach a layer, the score is that of the smallest. The next run of a layer that is already
-        routed belongs to the next token; only lookahead ``"next"`` predicts it.
+        If several lookaheads reach a layer, the score is that of the first in the order of
+        `moe_beyond.lookahead.Lookahead`. The next run of a layer that is already routed belongs to the next token; only
+        lookahead ``"next"`` predicts it.
         """
 
     def reset(self) -> None:
         """Return to the start of a sequence."""
         self._next_layer = self._shape[0]  # L: a token comes next
-        self._started = False
+        self._started = self._computed = False
         self._reset()
 
     def observe_token(self, token_id: int) -> None:
@@ -127,9 +140,8 @@ class Stepper(ABC):
         Args:
             layer: MoE layer, counted from 0.
             experts: Ids ``(n,)`` of the experts, in any order.
-            state: Hidden state ``(D,)`` for predictors that read hidden states. Router inputs: the input of the layer's
-                router. Layer inputs: the input of the next MoE layer, before its attention; None after the last layer.
-                A predictor of projected states takes the model's state and the projected one.
+            state: Input ``(D,)`` of the layer's router, for predictors that read router inputs; others ignore it. A
+                predictor of projected states takes the model's state and the projected one (default: None).
 
         Raises:
             UserError: No token is started, or the layer is not the next one. Or there are more than K experts, or they
@@ -148,9 +160,37 @@ class Stepper(ABC):
             raise self._wrong_experts(experts)
         if not (len(different) == len(ids) <= self._shape[2] and different <= self._valid_experts):
             raise self._wrong_experts(experts)
-        hidden_state = None if state is None or not self._state_widths else self._checked_state(state)
+        hidden_state = None
+        if state is not None and "router_inputs" in self._states:
+            hidden_state = self._checked_state(state, "observe_layer")
         self._next_layer += 1
+        self._computed = False
         self._route(layer, routed.astype(np.int64), hidden_state)
+
+    def observe_computed(self, layer: int, state: npt.ArrayLike | None = None) -> None:
+        """Observe that ``layer``, which `observe_layer` observed last, is computed.
+
+        Args:
+            layer: MoE layer, counted from 0.
+            state: Input ``(D,)`` of the next MoE layer, before its attention, for predictors that read layer inputs;
+                others ignore it. A predictor of projected states takes the model's state and the projected one
+                (default: None, as after the last layer).
+
+        Raises:
+            UserError: Another layer was observed last, the layer is observed as computed already, or it is the last one
+                and has a state. Or the hidden state has another width or is not finite.
+        """
+        if layer != self._next_layer - 1 or not self._started or self._computed:
+            raise self._not_computed(layer)
+        hidden_state = None
+        if state is not None and "layer_inputs" in self._states:
+            if self._next_layer == self._shape[0]:
+                raise UserError(
+                    f"observe_computed: no MoE layer follows layer {layer}, and a state is given; give no state"
+                )
+            hidden_state = self._checked_state(state, "observe_computed")
+        self._computed = True
+        self._compute(layer, hidden_state)
 
     def observe_tokens(self, token_ids: npt.ArrayLike, experts: npt.ArrayLike) -> None:
         """Observe a prefix at once.
@@ -198,6 +238,22 @@ class Stepper(ABC):
             f"observe_layer: layer {self._next_layer} is next (got layer {layer}); observe the layers in order"
         )
 
+    def _not_computed(self, layer: int) -> UserError:
+        """Return the error for a layer that `observe_computed` rejects."""
+        if not self._started or self._next_layer == 0:
+            return UserError(
+                f"observe_computed: layer {layer} comes before any layer of the token; call observe_layer first"
+            )
+        if layer != self._next_layer - 1:
+            return UserError(
+                f"observe_computed: layer {self._next_layer - 1} was observed last (got layer {layer}); "
+                "observe each layer as computed before the next one is routed"
+            )
+        return UserError(
+            f"observe_computed: layer {layer} is observed as computed already; call observe_layer for the next one, or "
+            "observe_token"
+        )
+
     def _wrong_experts(self, experts: npt.ArrayLike) -> UserError:
         """Return the error for experts that `observe_layer` rejects."""
         routed = _integers(experts, "observe_layer: experts")
@@ -210,18 +266,16 @@ class Stepper(ABC):
             return UserError(f"observe_layer: expert {wrong[0]} is not in 0..{num_experts - 1}")
         return UserError(f"observe_layer: an expert is repeated (got {ids})")
 
-    def _checked_state(self, state: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    def _checked_state(self, state: npt.ArrayLike, where: str) -> npt.NDArray[np.float32]:
         try:
             values = np.asarray(state, np.float32)
         except (TypeError, ValueError) as error:
-            raise UserError(f"observe_layer: the hidden state is not an array of numbers ({error})") from error
+            raise UserError(f"{where}: the hidden state is not an array of numbers ({error})") from error
         if values.ndim != 1 or len(values) not in self._state_widths:
             shapes = " or ".join(f"({width},)" for width in self._state_widths)
-            raise UserError(
-                f"observe_layer: the hidden state must have shape {shapes}, as in training (got {values.shape})"
-            )
+            raise UserError(f"{where}: the hidden state must have shape {shapes}, as in training (got {values.shape})")
         if not np.isfinite(values).all():
-            raise UserError("observe_layer: the hidden state is not finite")
+            raise UserError(f"{where}: the hidden state is not finite")
         return values
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moe_beyond.predictors.base import Predictor
+    from moe_beyond.predictors.information import StateKind
 
 
 def offload(
@@ -220,14 +221,13 @@ def _refuse_calls_without_experts(model: nn.Module, layers: Mapping[int, Experts
 
 def _state_modules(
     strategy: RunStrategy, layers: Mapping[int, ExpertsLayer], routers: Callable[[], Mapping[int, Router]]
-) -> dict[int, nn.Module] | None:
-    """Return the modules that receive the hidden states that the predictor reads; None if it reads none."""
+) -> "dict[StateKind, dict[int, nn.Module]]":
+    """Return the modules that receive the hidden states that the predictor reads, by kind."""
     predictor = (strategy.scored or strategy).predictor
-    states = None if predictor is None else predictor.information.hidden_states
-    if states is None:
-        return None
-    probed = routers() if states == "router_inputs" else {}
-    return state_modules(layers, states, {layer: router.module for layer, router in probed.items()})
+    kinds = () if predictor is None else predictor.information.hidden_states
+    probed = routers() if "router_inputs" in kinds else {}
+    modules = {layer: router.module for layer, router in probed.items()}
+    return {kind: state_modules(layers, kind, modules) for kind in kinds}
 
 
 def describe_model(

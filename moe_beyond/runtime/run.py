@@ -4,7 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,6 +44,8 @@ from moe_beyond.traces.manifest import Manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moe_beyond.predictors.information import StateKind
+
 
 Ints = npt.NDArray[np.int64]
 
@@ -62,7 +64,7 @@ class OffloadedRun:
         store: Source of the experts; the run closes it at its end.
         strategy: Strategy of the run.
         manifest: Description of the model.
-        state_modules: Modules that receive the hidden states that the predictor reads (default: it reads none).
+        state_modules: Modules that receive the hidden states that the predictor reads, by kind (default: none).
         tokenizer: Tokenizer of the model (default: None).
         readers: Number of threads that read experts (default: 4).
         timeout_s: Seconds without progress after which a forward that waits fails (default: 60).
@@ -91,7 +93,7 @@ class OffloadedRun:
         store: ExpertStore,
         strategy: RunStrategy,
         manifest: Manifest,
-        state_modules: Mapping[int, nn.Module] | None = None,
+        state_modules: "Mapping[StateKind, Mapping[int, nn.Module]] | None" = None,
         *,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         readers: int = READERS,
@@ -107,7 +109,7 @@ class OffloadedRun:
         self.strategy, self.manifest, geometry = strategy, manifest, manifest.geometry
         self.telemetry, self.log = Telemetry(keep_rows), SequenceLog(geometry)
         self.demanded = 0
-        self._layers, self._state_modules = layers, state_modules
+        self._layers, self._state_modules = layers, state_modules or {}
         self.pool = SlotPool(strategy.settings.slots, store.layouts, input_device(model))
         self._ledger = make_ledger(geometry, strategy, self.pool, self.telemetry)
         self.cache = self._ledger.cache
@@ -229,8 +231,8 @@ class OffloadedRun:
         """Hook saving, and the hidden states that the predictor reads."""
         for module in (self.model, *(experts.module for experts in self._layers.values())):
             yield module.register_state_dict_pre_hook(_refuse_saving)  # type: ignore[no-untyped-call]
-        if self._state_modules is not None:
-            yield from watch_states(self._state_modules, (self.predictions or self._controller).take_state)
+        for kind, modules in self._state_modules.items():
+            yield from watch_states(modules, partial((self.predictions or self._controller).take_state, kind))
 
     def _wrap_forward(self, block: ExitStack) -> None:
         """Let the run know the begin and the end of each forward, however it ends.

@@ -32,7 +32,7 @@ OPTION_TYPES: dict[str, tuple[Any, str]] = {
     "budget": (str | int, "text such as '10%', '3GB' or '166', or a number of slots"),
     "policy": (str, "the name of a policy"),
     "prefetch": (str | None, "text such as 'top6' or 'p>0.5'"),
-    "lookahead": (str | int | None, "'token' or a number of layers"),
+    "lookahead": (str | int | None, "'computed', 'token' or a number of layers"),
     "profile": (str | Path | None, "the name or the folder of a predictor"),
     "scope": (str, "'global' or 'per-layer'"),
     "misses": (str, "'move', 'cpu' or 'best'"),

@@ -184,7 +184,6 @@ class Group:
             tokens=self.tokens,
             scores=self._with_scores_after(self._scores(len(layers))),
             lookaheads=layers,
-            computed=settings.available_after == "computed",
             counted=self.first >= settings.warmup_tokens,
         )
 

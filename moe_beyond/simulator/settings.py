@@ -8,14 +8,13 @@ from moe_beyond.cache.misses import MISSES, MOVE
 from moe_beyond.cache.policies import POLICIES, load_policy
 from moe_beyond.cache.prefetchers import Prefetch, parse_prefetch
 from moe_beyond.cache.prefetchers._inputs import PrefetchSettings
-from moe_beyond.cache.steps import in_layers
+from moe_beyond.cache.steps import MANY_LAYERS, in_layers
 from moe_beyond.errors import UserError, unknown
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead, parse_lookahead
 from moe_beyond.simulator.computing import check_host
 from moe_beyond.simulator.devices import Device
 
-MANY_LAYERS = 2**32  # more than any lookahead
 BOUNDS = ("static_hindsight", "all_resident", "od_moe")
 """Rows of a table that are computed without a cache, see `moe_beyond.simulator.bounds`; used like a policy."""
 
@@ -41,12 +40,10 @@ class ReplaySettings:
         quotas: Slots of each layer for ``"per-layer"`` (default: an even split).
         prefetch: Prefetcher, as `parse_prefetch` reads it (default: ``"none"``).
         lookahead: Lookahead of the scores that top<m> and p><t> read; None without such a prefetcher.
-        lookaheads: Lookaheads of all scores, ascending. Policies that read scores, and prefetchers, use all of them. A
-            score is used as soon as its lookahead makes it available. After a layer, top<m> and p><t> read only the
-            scores of ``lookahead``. At a token's start, layers without an earlier layer at their lookahead are
-            prefetched by the scores of the smallest lookahead that covers them.
-        available: ``"routed"`` if a score is available after a layer was routed, ``"computed"`` if after it was
-            computed (default: ``"routed"``).
+        lookaheads: Lookaheads of all scores, in their order. Policies that read scores, and prefetchers, use all of
+            them. A score is used as soon as its lookahead makes it available. After a layer, top<m> and p><t> read only
+            the scores of ``lookahead``. At a token's start, layers without an earlier layer at their lookahead are
+            prefetched by the scores of the first lookahead that covers them.
         predictor: Name of the source of the scores, for tables.
         causal: Whether the scores ignore later tokens (default: True).
         warm_start: Whether the cache starts with the experts that are most popular in training text. These transfers
@@ -84,7 +81,6 @@ class ReplaySettings:
     prefetch: str = "none"
     lookahead: Lookahead | None = None
     lookaheads: tuple[Lookahead, ...] = ()
-    available_after: str = "routed"
     predictor: str | None = None
     causal: bool = True
     warm_start: bool = False
@@ -126,7 +122,8 @@ class ReplaySettings:
                 parse_lookahead(lookahead)
         if (np.diff(self.slices(MANY_LAYERS)) < 0).any():
             raise UserError(
-                f"lookaheads must be in the order 0, 1, ..., token, next (got {', '.join(map(str, self.lookaheads))})"
+                "lookaheads must be in the order 0, computed, 1, ..., token, next "
+                f"(got {', '.join(map(str, self.lookaheads))})"
             )
         if self.quotas is not None and self.scope != "per-layer":
             raise UserError("quotas need --scope per-layer")
@@ -240,13 +237,13 @@ class ReplaySettings:
 
     @property
     def distance(self) -> int:
-        """Layers between selection and demand: the lookahead; for lookahead token that of the prefetcher, or 1."""
-        if self.lookahead in ("token", None):
+        """Lookahead as `in_layers` numbers it; for lookahead token, the distance of the prefetcher, or 1."""
+        if self.lookahead is None or self.lookahead == "token":
             return parse_prefetch(self.prefetch).distance or 1
-        return int(self.lookahead)
+        return int(in_layers([self.lookahead], MANY_LAYERS)[0])
 
     def slices(self, num_layers: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the lookaheads in layers, ``(H,)`` int64: "token" is L, and "next" is L + 1."""
+        """Return the lookaheads as `in_layers` numbers them, ``(H,)`` int64."""
         return in_layers(self.lookaheads, num_layers)
 
     @property

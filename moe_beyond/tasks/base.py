@@ -152,7 +152,7 @@ class PredictorTask(L.LightningModule):
             UserError: The traces have another shape, lack token ids or hidden states that the predictor reads, or have
                 hidden states of another width or projection.
         """
-        self.data.hidden_states = self.predictor.information.hidden_states is not None
+        self.data.hidden_states = bool(self.predictor.information.hidden_states)
         for traces in self.data.measured_sets:
             check_states(self.predictor, traces.manifest, traces.folder)
         if stage == "fit":

@@ -18,7 +18,7 @@ from moe_beyond.cache.pools import pool_capacities
 from moe_beyond.cache.prefetch_queue import advance, enqueue_prefetch
 from moe_beyond.cache.prefetchers import NO_THRESHOLD, PrefetcherId
 from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
-from moe_beyond.cache.steps import EventRecord, StepArrays, no_computing
+from moe_beyond.cache.steps import EventRecord, StepArrays, in_layers, no_computing
 from moe_beyond.geometry import Geometry
 from moe_beyond.usage_profile import UsageProfile, default_hazard
 
@@ -237,8 +237,7 @@ def _replayed(case: _Case, policy: Policy) -> int:
             stream.offsets,
             np.concatenate([tokens for _, tokens in case.events]),
             scores,
-            np.array([layers + 1]),  # lookahead next: available after the layer's last run
-            False,
+            in_layers(["next"], layers),  # available after the layer's last run
             np.ones(count, np.bool_),
         ),
         no_computing(count),

@@ -13,6 +13,7 @@ import torch
 
 from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
+from moe_beyond.lookahead import Lookahead, moments, reaches
 from moe_beyond.predictors.base import CountingPredictor, Predictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.stepper import Stepper
@@ -196,27 +197,31 @@ def assert_steps(
     Raises:
         AssertionError: A score differs.
     """
-    lookaheads, kind = predictor.information.lookaheads, predictor.information.hidden_states
+    lookaheads, layers = predictor.information.lookaheads, scores.shape[2]
     for token in range(first, len(trace) - ("next" in lookaheads) if end is None else end):
         stepper.observe_token(int(trace.token_ids[token]))
-        for routed in range(-1, scores.shape[2]):
-            if routed >= 0:
+        following = scores[min(token + 1, len(scores) - 1)]
+        for routed, computed in moments(layers):
+            if computed:
+                stepper.observe_computed(routed, layer_input(trace, token, routed + 1))
+            elif routed >= 0:
                 experts = trace.experts[token, routed]
-                state = observed_state(trace, kind, token, routed)
-                stepper.observe_layer(routed, experts[experts != padding_id(experts.dtype)], state)
+                stepper.observe_layer(
+                    routed, experts[experts != padding_id(experts.dtype)], router_input(trace, token, routed)
+                )
             _equal(
                 stepper.scores(),
-                available_scores(scores[token], scores[min(token + 1, len(scores) - 1)], lookaheads, routed),
+                available_scores(scores[token], following, lookaheads, routed, computed=computed),
                 STEP_TOLERANCE,
                 f"{type(predictor).__name__}: stepping gives other scores than the batch, "
-                f"at token {token} after {routed + 1} layers",
+                f"at token {token} after {routed + 1} layers{', of which the last is computed' if computed else ''}",
             )
 
 
 def check_information_set(predictor: Predictor, trace: Trace, at: int, shift: int) -> None:
     """Check that scores of one token do not depend on what the predictor does not declare to read.
 
-    After each layer of the token, everything that is not available yet is changed.
+    Once each layer of the token is routed, and once it is computed, everything that is not available yet is changed.
 
     Args:
         predictor: Fitted predictor to check.
@@ -233,22 +238,28 @@ def check_information_set(predictor: Predictor, trace: Trace, at: int, shift: in
         scores: Scores = probabilities(predictor, collate([altered]))[0]
         return scores
 
-    for routed in range(-1, layers):
+    for routed, computed in moments(layers):
+        if computed and "computed" not in information.lookaheads:
+            continue  # less is changed than when the layer is routed, and the same scores are available
         altered = _shift_experts(predictor, trace, own, slice(routed + 1, None), shift)
         altered = _shift_experts(predictor, altered, later, slice(None), shift)
-        altered = _shift_states(_shift_states(altered, own, routed + 1, shift), later, 0, shift)
+        known = (routed + 1, routed + 1 + computed if routed >= 0 else 0)
+        altered = _shift_states(_shift_states(altered, own, known, shift), later, (0, 0), shift)
         if information.causal:
             altered = _shift_ids(predictor, altered, later, shift)
         after = scores_of(altered)
         _equal(after[:at], before[:at], TOLERANCE, f"{name}: a score depends on later tokens or layers")
         for index, lookahead in enumerate(information.lookaheads):
-            ahead = isinstance(lookahead, int)
-            reach = min(layers, max(int(lookahead), routed + int(lookahead) + 1)) if ahead else layers
+            reached = [
+                layer
+                for layer in range(layers)
+                if layer <= routed or reaches(lookahead, layer, routed, computed=computed)
+            ]
             _equal(
-                after[at, index, :reach],
-                before[at, index, :reach],
+                after[at, index, reached],
+                before[at, index, reached],
                 TOLERANCE,
-                f"{name}: a score of lookahead {lookahead} depends on layers that are routed later",
+                f"{name}: a score of lookahead {lookahead} depends on what is routed or computed later",
             )
             if lookahead == "next":
                 _equal(
@@ -260,9 +271,11 @@ def check_information_set(predictor: Predictor, trace: Trace, at: int, shift: in
     if not information.token_ids:
         after = scores_of(_shift_ids(predictor, trace, slice(None), shift))
         _equal(after, before, TOLERANCE, f"{name}: a score depends on token ids, not in the information set")
-    if information.hidden_states is None:
-        after = scores_of(_shift_states(trace, slice(None), 0, shift))
-        _equal(after, before, TOLERANCE, f"{name}: a score depends on hidden states, not in the information set")
+    for kind, known in (("router_inputs", (0, layers)), ("layer_inputs", (layers, 0))):
+        if kind not in information.hidden_states:
+            after = scores_of(_shift_states(trace, slice(None), known, shift))
+            reason = f"depends on {kind.replace('_', ' ')}, not in the information set"
+            _equal(after, before, TOLERANCE, f"{name}: a score {reason}")
 
 
 @torch.inference_mode()
@@ -289,42 +302,51 @@ def with_padding(experts: Experts, share: float = 0.4) -> Experts:
     return np.where(padded, padding_id(experts.dtype), experts).astype(experts.dtype)
 
 
-def observed_state(trace: Trace, kind: str | None, token: int, layer: int) -> npt.NDArray[np.float16] | None:
-    """Return the hidden state that is observed with a layer of a token, or None.
+def router_input(trace: Trace, token: int, layer: int) -> npt.NDArray[np.float16] | None:
+    """Return the input of a layer's router, ``(W,)``; None without hidden states.
 
     Args:
-        trace: Sequence with hidden states.
-        kind: Kind of hidden states in the information set.
+        trace: Sequence to read from.
         token: Index of the token.
         layer: Index of the layer among the MoE layers.
     """
     states = trace.hidden_states
-    if kind is None or states is None or (kind == "layer_inputs" and layer + 1 == trace.experts.shape[1]):
+    return None if states is None else np.asarray(states.router_inputs[token, layer], np.float16)
+
+
+def layer_input(trace: Trace, token: int, layer: int) -> npt.NDArray[np.float16] | None:
+    """Return the input of a layer before its attention, ``(W,)``; None without hidden states or after the last layer.
+
+    Args:
+        trace: Sequence to read from.
+        token: Index of the token.
+        layer: Index of the layer among the MoE layers.
+    """
+    states = trace.hidden_states
+    if states is None or layer == trace.experts.shape[1]:
         return None
-    state = states.router_inputs[token, layer] if kind == "router_inputs" else states.layer_inputs[token, layer + 1]
-    return np.asarray(state, np.float16)
+    return np.asarray(states.layer_inputs[token, layer], np.float16)
 
 
-def available_scores(scores: Scores, following: Scores, lookaheads: Sequence[int | str], routed: int) -> Scores:
+def available_scores(
+    scores: Scores, following: Scores, lookaheads: Sequence[Lookahead], routed: int, *, computed: bool
+) -> Scores:
     """Return the scores ``(L, E)`` that are available within a token, and NaN elsewhere.
 
     Args:
         scores: ``(H, L, E)``, batch scores of the token.
         following: ``(H, L, E)``, batch scores of the next token.
-        lookaheads: The H lookaheads.
+        lookaheads: The H lookaheads, in their order.
         routed: Index of the last routed layer; -1 before the first.
+        computed: Whether the last routed layer is computed.
     """
     available = np.full(scores.shape[1:], np.nan, np.float32)
     if "next" in lookaheads:
         available[: routed + 1] = following[lookaheads.index("next"), : routed + 1]
     for layer in range(routed + 1, len(available)):
-        # Lookahead h reaches a layer once layer - h is routed; a layer before the first always is.
-        reaching = [h for h in lookaheads if isinstance(h, int) and layer - h <= routed]
-        whole = [h for h in ("token", "next") if h in lookaheads]
+        reaching = [index for index, h in enumerate(lookaheads) if reaches(h, layer, routed, computed=computed)]
         if reaching:
-            available[layer] = scores[lookaheads.index(min(reaching)), layer]
-        elif whole:
-            available[layer] = scores[lookaheads.index(whole[0]), layer]
+            available[layer] = scores[reaching[0], layer]
     return available
 
 
@@ -381,11 +403,11 @@ def _shift_experts(predictor: Predictor, trace: Trace, tokens: slice, layers: sl
     return replace(trace, experts=experts)
 
 
-def _shift_states(trace: Trace, tokens: slice, layer: int, shift: int) -> Trace:
-    """Change router inputs from a layer on, and layer inputs from the next layer on (from the first if it is 0)."""
+def _shift_states(trace: Trace, tokens: slice, known: tuple[int, int], shift: int) -> Trace:
+    """Change the states of all layers but the first ones, whose numbers are given of router inputs and layer inputs."""
     assert trace.hidden_states is not None
     router, inputs = trace.hidden_states.router_inputs.copy(), trace.hidden_states.layer_inputs.copy()
     step = shift * np.linspace(1, 2, router.shape[-1], dtype=np.float16)
-    router[tokens, layer:] += step
-    inputs[tokens, layer + 1 if layer else 0 :] += step
+    router[tokens, known[0] :] += step
+    inputs[tokens, known[1] :] += step
     return replace(trace, hidden_states=HiddenStates(router, inputs))

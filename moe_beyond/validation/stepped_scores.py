@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from moe_beyond.lookahead import moments, reaches
 from moe_beyond.traces.schema import padding_id
 from moe_beyond.traces.trace import Trace
 
@@ -24,7 +25,7 @@ def stepped_scores(predictor: "Predictor", trace: Trace, scores: Scores) -> tupl
     The start of a sequence is read at once up to ``decode_start``, and its tokens keep their scores.
 
     Args:
-        predictor: Fitted predictor that reads no later tokens.
+        predictor: Fitted predictor that reads neither later tokens nor hidden states, which a run does not record.
         trace: Sequence of the run.
         scores: Scores of its batch, ``(T, H, L, E)`` float32.
 
@@ -34,21 +35,21 @@ def stepped_scores(predictor: "Predictor", trace: Trace, scores: Scores) -> tupl
     """
     lookaheads, (length, _, layers, _) = predictor.information.lookaheads, scores.shape
     stepper, stepped, after = predictor.stepper(), scores.copy(), np.full(scores.shape[2:], np.nan, np.float32)
-    in_layers = [h for h in lookaheads if isinstance(h, int)]
-    whole = [h for h in ("token", "next") if h in lookaheads]
     begin = trace.decode_start if trace.decode_start > 1 else 0
     stepper.observe_tokens(trace.token_ids[:begin], trace.experts[:begin])
     for token in range(begin, length):
         stepper.observe_token(int(trace.token_ids[token]))
-        for routed in range(-1, layers):
-            if routed >= 0:
+        for routed, computed in moments(layers):
+            if computed:
+                stepper.observe_computed(routed)
+            elif routed >= 0:
                 experts = trace.experts[token, routed]
                 stepper.observe_layer(routed, experts[experts != padding_id(experts.dtype)])
             found = stepper.scores()
             for layer in range(routed + 1, layers):
-                reaching = [h for h in in_layers if layer - h <= routed] or whole
+                reaching = [place for place, h in enumerate(lookaheads) if reaches(h, layer, routed, computed=computed)]
                 if reaching:
-                    stepped[token, lookaheads.index(min(reaching, key=lookaheads.index)), layer] = found[layer]
+                    stepped[token, reaching[0], layer] = found[layer]
             if "next" in lookaheads and routed >= 0:
                 following = after if token + 1 == length else stepped[token + 1, lookaheads.index("next")]
                 following[routed] = found[routed]

@@ -187,10 +187,10 @@ class Case:
             prefetch="scored" if top or named[0].startswith("p>") else named[0],
             most=top[0] if top else None,
             threshold=above[0] if above else None,
-            distance=prefetch.distance,
+            lookahead=settings.lookahead,
+            distance=1 if settings.lookahead == "computed" else max(prefetch.distance, 0),
             first_layers=settings.first_layer_prefetch,
             lookaheads=list(settings.lookaheads),
-            computed=settings.available_after == "computed",
             warmup=settings.warmup_tokens,
             warm_start=settings.warm_start,
             chunk=settings.prefill_chunk,
@@ -295,8 +295,9 @@ def cases(
     lookaheads, asked = (), {"prefetch": prefetch}
     if prefetch in ("scored", "adaptive", "moe_infinity") or policy in ("moe_infinity", "belief"):
         several = [(1,), (1, 2, 3), ("token",), (1, 2, 3, "token"), (2,), (1, "next"), (2, "token", "next")]
+        several += [("computed",), ("computed", 1, "next"), ("computed", 2), ("computed", "token"), (0, "computed")]
         if prefetch in ("scored", "none"):
-            several += [(0,), (0, 1)]
+            several += [(0,), (0, 1), (0, "computed", 1)]
         if prefetch != "scored":
             several += [("next",)]
         lookaheads = draw(st.sampled_from(several))
@@ -310,7 +311,6 @@ def cases(
         geometry.total_experts,
         policy=policy,
         lookaheads=lookaheads,
-        available_after=draw(st.sampled_from(["routed", "computed"])),
         first_layer_prefetch=draw(st.sampled_from([True, True, False])),
         bits=8.0,
         device=ticking(1),  # for now

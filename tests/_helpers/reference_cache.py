@@ -43,10 +43,10 @@ class Rules:
     prefetch: str = "none"  # none, scored, adaptive, moe_infinity, oracle
     most: int | None = None
     threshold: float | None = None
+    lookahead: int | str | None = None  # that "scored" selects by
     distance: int = 1
     first_layers: bool = True
     lookaheads: list = field(default_factory=list)
-    computed: bool = False
     warmup: int = 0
     warm_start: bool = False
     chunk: int = 0
@@ -68,6 +68,16 @@ class Rules:
     host: float = 0  # an expert on the host
     host_flops: float = 0  # and of it for one token
     units: list[int] = field(default_factory=list)  # of an expert by layer; empty: 1
+
+    @property
+    def after_computing(self) -> bool:
+        """Whether scores may come, and prefetches are selected, when a layer is computed."""
+        return "computed" in self.lookaheads
+
+    @property
+    def after_routing(self) -> bool:
+        """The same when it is routed; also without any scores."""
+        return not self.after_computing or not set(self.lookaheads) <= {0, "computed"}
 
     @property
     def instant(self) -> bool:
@@ -529,8 +539,8 @@ class ReferenceCache:
         found = [expert for expert in found if threshold is None or self.known[expert] > threshold]
         return sorted(found, key=lambda expert: (-self.known[expert], expert))[:most]
 
-    def select(self, layer: int) -> list[Expert]:
-        """What the prefetcher wants after a layer, or at -1 when the step starts."""
+    def select(self, layer: int, *, computed: bool = False) -> list[Expert]:
+        """What the prefetcher wants once a layer is routed or computed, or at -1 when the step starts."""
         rules = self.rules
         if rules.prefetch == "oracle":
             return self.oracle()
@@ -542,10 +552,10 @@ class ReferenceCache:
             return self.moe_infinity(layer)
         if layer < 0:
             layers = range(min(rules.distance, rules.layers))
+        elif rules.distance == 0 or computed != (rules.lookahead == "computed"):
+            layers = ()
         else:
-            layers = (
-                range(layer + rules.distance, min(layer + rules.distance + 1, rules.layers)) if rules.distance else ()
-            )
+            layers = range(layer + rules.distance, min(layer + rules.distance + 1, rules.layers))
         return [expert for later in layers for expert in self.best(later, rules.most, rules.threshold)]
 
     def oracle(self) -> list[Expert]:
@@ -599,30 +609,32 @@ class ReferenceCache:
 
     # A sequence.
 
-    def publish_scores(self, step: Step, following: Step | None, layer: int) -> None:
-        """Take in what is known after a layer, or at -1 when the step starts."""
+    def publish_scores(self, step: Step, following: Step | None, layer: int, *, computed: bool = False) -> None:
+        """Take in what is known once a layer is routed or computed, or at -1 when the step starts."""
         rules = self.rules
         behind = {h: min(h, rules.layers) for h in rules.lookaheads if isinstance(h, int)}
-        behind |= {"token": rules.layers, "next": rules.layers + 1}
-        if layer >= 0 and following and not following.first and "next" in following.scores:
+        behind |= {"computed": 1, "token": rules.layers, "next": rules.layers + 1}
+        if layer >= 0 and not computed and following and not following.first and "next" in following.scores:
             self.learn(layer, following.scores["next"][layer])
             self.next_score |= {(layer, expert): score for expert, score in enumerate(following.scores["next"][layer])}
         for later in range(layer + 1, rules.layers):
             # Whole-token scores come as if from L layers before. The shortest lookahead among the scores that come now
-            # is used. Scores of the next run came with the step before, unless there is none.
+            # is used; of two of one layer, that which waits for computing. Scores of the next run came with the step
+            # before, unless there is none.
             fresh = [
                 h
                 for h in rules.lookaheads
                 if h in step.scores and h != 0 and max(later - behind[h], -1) == layer and (h != "next" or step.first)
+                if layer < 0 or computed == (h == "computed")
             ]
             if fresh:
-                chosen = min(fresh, key=lambda h: behind[h])
+                chosen = min(fresh, key=lambda h: (behind[h], h != "computed"))
                 self.learn(later, step.scores[chosen][later])
 
-    def issue_prefetches(self, layer: int) -> None:
-        """Ask for what is selected after a layer, or at -1 when the step starts."""
+    def issue_prefetches(self, layer: int, *, computed: bool = False) -> None:
+        """Ask for what is selected once a layer is routed or computed, or at -1 when the step starts."""
         rules = self.rules
-        selected = self.select(layer)
+        selected = self.select(layer, computed=computed)
         if rules.prefetch in ("adaptive", "moe_infinity", "oracle"):
             self.queue = []
         self.enqueue_prefetch(selected)
@@ -649,8 +661,7 @@ class ReferenceCache:
                     each = max(each, rules.flops * sum(tokens.values()) / len(tokens))
                 routed, waited, computing = self.now, 0.0, 0.0
                 self.demand(layer, tokens, each)
-                if not rules.computed:
-                    self.publish_scores(step, following, layer)
+                self.publish_scores(step, following, layer)
                 demanded = {(layer, expert) for expert in tokens}
                 here = sorted(demanded & self.resident - self.on_host)  # of the first wave
                 missing = sorted(demanded - self.resident - self.on_host)
@@ -673,7 +684,7 @@ class ReferenceCache:
                         for later in range(layer + 1, rules.layers):
                             gap = later - layer
                             self.need[later] = ends + gap * other + (gap - 1) * rules.top_k * rules.expert
-                        if not rules.computed:
+                        if rules.after_routing:
                             self.issue_prefetches(layer)
                     self.advance(ends)
                     self.pinned -= demanded
@@ -683,9 +694,9 @@ class ReferenceCache:
                 stall += waited
                 if rules.instant:
                     self.advance(self.now)
-                if rules.computed:
-                    self.publish_scores(step, following, layer)
-                    self.issue_prefetches(layer)
+                if rules.after_computing:
+                    self.publish_scores(step, following, layer, computed=True)
+                    self.issue_prefetches(layer, computed=True)
             if rules.outside:
                 self.advance(self.now + rules.outside)
             spent.append((stall, self.now - begins - stall))

@@ -33,7 +33,7 @@ def seer(name: str = "seer", lookaheads: Sequence[Lookahead] = (1,), *, backward
         for trace in found[::-1] if backwards and not in_order else found:
             yield trace, foresight(trace, len(lookaheads), traces.geometry.num_experts, name)
 
-    return ScoreSource(name, tuple(lookaheads), True, "routed", sequences)
+    return ScoreSource(name, tuple(lookaheads), True, sequences)
 
 
 def scores_folder(

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_beyond.cache import Cache, available_layers
+from moe_beyond.cache import Cache, available_layers, prefetch_moments
 from moe_beyond.cache.cache import Wave
 from moe_beyond.cache.core import Clock, Scratch
 from moe_beyond.cache.counters import COUNTERS as COUNTER_NAMES
@@ -62,26 +62,31 @@ class Driver:
         self.now = self.free = 0.0
         self.transit: dict[int, float] = {}  # prefetches, and when they arrive
 
-    def publish(self, steps: StepArrays, step: int, layer: int) -> None:
+    def publish(self, steps: StepArrays, step: int, layer: int, *, computed: bool = False) -> None:
         """Publish the scores that become available after a layer, or at the start of a step (-1)."""
-        layers = self.case.geometry.num_layers
-        slices = in_layers(self.case.settings.lookaheads, layers).tolist()
+        layers, lookaheads = self.case.geometry.num_layers, self.case.settings.lookaheads
+        slices = in_layers(lookaheads, layers).tolist()
         rows = np.full(steps.scores.shape[2:], np.nan, np.float32)
-        available = available_layers(self.case.settings.lookaheads, layer, layers, first_step=step == 0)
+        available = available_layers(lookaheads, layer, layers, computed=computed, first_step=step == 0)
         for later in available.tolist():
             if later == layer:
                 if step + 1 < len(steps.scores):
                     rows[later] = steps.scores[step + 1, slices.index(layers + 1), later]
             elif layer < 0:
-                rows[later] = steps.scores[step, [h > later for h in slices].index(True), later]
+                reaching = [
+                    max(ahead, name == "computed") > later for name, ahead in zip(lookaheads, slices, strict=True)
+                ]
+                rows[later] = steps.scores[step, reaching.index(True), later]
             else:
-                rows[later] = steps.scores[step, slices.index(later - layer), later]
+                place = lookaheads.index("computed") if computed else slices.index(later - layer)
+                rows[later] = steps.scores[step, place, later]
         self.cache.set_scores(rows, available)
 
-    def queue(self, layer: int, ends: float) -> None:
+    def queue(self, layer: int, ends: float, *, computed: bool = False) -> None:
         layers, top_k = self.case.geometry.num_layers, self.case.geometry.top_k
         ahead = np.arange(layers) - layer
-        self.cache.queue_prefetches(layer, ends + ahead * self.other + (ahead - 1) * top_k * self.expert)
+        deadlines = ends + ahead * self.other + (ahead - 1) * top_k * self.expert
+        self.cache.queue_prefetches(layer, deadlines, computed=computed)
 
     def advance(self, until: float) -> None:
         """Begin prefetches while the link is idle, and note those that arrive until then."""
@@ -101,8 +106,8 @@ class Driver:
         residents = [expert for expert in ids.tolist() if cache.slot(expert) >= 0]
         came: list[int] = []
         cache.demand(layer, ids, tokens, self.now)
-        if not steps.computed:
-            self.publish(steps, step, layer)
+        after_routing, after_computing = prefetch_moments(self.case.settings.lookaheads)
+        self.publish(steps, step, layer)
         arrivals = [max(self.now, self.transit.get(expert, 0.0)) for expert in residents]
         first, stall = True, 0.0
         while (wave := cache.next_wave(self.now)) is not None:
@@ -119,15 +124,15 @@ class Driver:
             for arrival in sorted(arrivals):  # experts compute one after another, in the order of their arrival
                 ends = max(ends, arrival) + self.expert
             stall += ends - self.now - self.expert * len(arrivals)
-            if wave.last and not steps.computed:
+            if wave.last and after_routing:
                 self.queue(layer, ends)
             ready = max([self.now, *arrivals])
             self.advance(ends)
             arrivals, first = [], False
         assert came == sorted(set(ids.tolist()) - set(residents))  # each once, ascending
-        if steps.computed:
-            self.publish(steps, step, layer)
-            self.queue(layer, ends)
+        if after_computing:
+            self.publish(steps, step, layer, computed=True)
+            self.queue(layer, ends, computed=True)
         return [routed, ready, ends, *cache.event_counts()[:3], stall]
 
     def run(self, steps: StepArrays) -> list[list[float]]:
@@ -244,24 +249,40 @@ def test_what_is_demanded_and_waits_is_cancelled():
 
 
 @pytest.mark.parametrize(
-    ("lookaheads", "layer", "first_step", "layers"),
+    ("lookaheads", "layer", "computed", "first_step", "layers"),
     [
-        ((1,), -1, False, [0]),
-        ((1,), 1, False, [2]),
-        ((1,), 3, False, []),
-        ((1, 3), 0, False, [3, 1]),  # the farthest first
-        ((1, 3), -1, False, [1, 2, 0]),
-        (("token",), -1, False, [0, 1, 2, 3]),
-        (("token",), 0, False, []),
-        ((2, "next"), -1, True, [2, 3, 0, 1]),
-        ((2, "next"), -1, False, [0, 1]),
-        ((2, "next"), 1, False, [1, 3]),
-        ((0,), 1, False, []),
-        ((), 1, False, []),
+        ((1,), -1, False, False, [0]),
+        ((1,), 1, False, False, [2]),
+        ((1,), 3, False, False, []),
+        ((1, 3), 0, False, False, [3, 1]),  # the farthest first
+        ((1, 3), -1, False, False, [1, 2, 0]),
+        (("token",), -1, False, False, [0, 1, 2, 3]),
+        (("token",), 0, False, False, []),
+        ((2, "next"), -1, False, True, [2, 3, 0, 1]),
+        ((2, "next"), -1, False, False, [0, 1]),
+        ((2, "next"), 1, False, False, [1, 3]),
+        ((0,), 1, False, False, []),
+        (("computed",), -1, False, False, [0]),
+        (("computed",), 1, False, False, []),
+        (("computed",), 1, True, False, [2]),
+        (("computed",), 3, True, False, []),
+        (("computed", 1, 2, "next"), -1, False, True, [2, 3, 1, 0]),  # each layer by the first that reaches it
+        (("computed", 1, 2, "next"), 1, False, False, [1, 3, 2]),
+        (("computed", 1, 2, "next"), 1, True, False, [2]),
+        ((0, "computed"), 1, True, False, [2]),
+        ((), 1, False, False, []),
     ],
 )
-def test_layers_whose_scores_become_available(lookaheads, layer: int, first_step: bool, layers: list[int]):
-    assert available_layers(lookaheads, layer, 4, first_step=first_step).tolist() == layers
+def test_layers_whose_scores_become_available(
+    lookaheads, layer: int, computed: bool, first_step: bool, layers: list[int]
+):
+    assert available_layers(lookaheads, layer, 4, computed=computed, first_step=first_step).tolist() == layers
+
+
+def test_prefetches_follow_the_moments_of_scores():
+    moments = {(): (True, False), (0,): (True, False), (1, "next"): (True, False), ("computed",): (False, True)}
+    moments |= {(0, "computed"): (False, True), ("computed", 2): (True, True), ("computed", "next"): (True, True)}
+    assert {lookaheads: prefetch_moments(lookaheads) for lookaheads in moments} == moments
 
 
 # One layer, K=1, two slots: 0 and 1 come in and are never used again, then 2 needs a slot.

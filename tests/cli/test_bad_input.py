@@ -99,7 +99,7 @@ def test_lookaheads_and_distances_that_a_predictor_does_not_have(run: Run, packa
     words = ["replay", "--traces", str(run.traces), "--budget", "50%", "--predictor", str(packaged)]
     assert "has no such scores; choose from 1, 2, 3" in refused(*words, "--lookahead", "4")
     assert "has no such scores; choose from 1, 2, 3" in refused(*words, "--lookahead", "token")
-    assert "neither 'token', 'next' nor a number" in refused(*words, "--lookahead", "soon")
+    assert "neither 'computed', 'token', 'next' nor a number" in refused(*words, "--lookahead", "soon")
     assert "a distance needs scores of lookahead token" in refused(*words, "--prefetch", "top2@2")
     assert "selects more than a layer's 8 experts" in refused(*words, "--prefetch", "top9")
     assert "exclude each other" in refused(*words, "--scores", "somewhere")

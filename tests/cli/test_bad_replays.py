@@ -207,9 +207,7 @@ def damaged(folder: Path, how: str) -> None:
     elif how == "gone":
         shard.unlink()
     elif how == "no field":
-        del index["available_after"]
-    elif how == "no such time":
-        index["available_after"] = "soon"
+        del index["causal"]
     elif how == "no such lookahead":
         index["lookaheads"] = [-1]
     (folder / "scores.json").write_text(json.dumps(index))
@@ -223,8 +221,7 @@ def damaged(folder: Path, how: str) -> None:
         ("shape", "expected ("),
         ("cut", "is damaged (its sha256 is not the one in scores.json)"),
         ("gone", "cannot be read"),
-        ("no field", "scores.json: field 'available_after' is missing"),
-        ("no such time", "available_after must be 'routed' or 'computed' (got 'soon')"),
+        ("no field", "scores.json: field 'causal' is missing"),
         ("no such lookahead", "scores.json: lookahead"),
     ],
 )

@@ -51,9 +51,7 @@ def test_a_recording_becomes_a_trace_set(recording, capsys):
 def test_validation_blocks_are_told(recording, capsys):
     prompt_csv(recording / "puffin" / "prompt_3_data.csv", GOOD[::2])
     # Prompts 1 and 2 are copies, of which validation takes none while training holds the other.
-    assert "every sequence chosen for the split is a copy" in failure(
-        capsys, recording, command("--val-blocks", "1:3")
-    )
+    assert "every sequence chosen for the split is a copy" in failure(capsys, recording, command("--val-blocks", "1:3"))
     other = [(layer, {"NA": "Ġthe", "Ġthe": "NA"}[token], experts) for layer, token, experts in GOOD]
     prompt_csv(recording / "puffin" / "prompt_2_data.csv", other)
     assert main(command("--val-blocks", "1:3")) == 0

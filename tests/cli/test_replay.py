@@ -28,6 +28,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     traces = tiny_traces(folder / "traces")
     scores_folder(folder / "scores", traces, (1, 2))
     scores_folder(folder / "token", traces, ("token",))
+    scores_folder(folder / "computed", traces, ("computed", 1, "next"))
     scores_folder(folder / "leak", traces, (0,), causal=False)
     history_folder(folder / "history", traces)
     (folder / "mine.json").write_text(
@@ -220,6 +221,17 @@ def test_prefetchers(capsys, prefetch):
     assert ours["useful_prefetches"] + ours["wasted_prefetches"] == ours["prefetch_transfers"] > 0
     if prefetch == "oracle":
         assert (ours["hit_rate"], ours["wasted_prefetches"], ours["predictor"]) == (1, 0, None)
+
+
+def test_scores_of_a_computed_layer(capsys):
+    """They come later than those of a routed one, so fewer transfers end in time, and more prefetches wait for one."""
+    words = ("--budget", "16", "--scores", "computed", "--prefetch", "top2", "--device", "mine.json")
+    computed, routed, *_ = results(capsys, *words, "--lookahead", "computed", "--lookahead", "1")
+    assert (computed["lookahead"], routed["lookahead"]) == ("computed", 1)
+    assert computed["hits"] < routed["hits"]
+    assert computed["hits"] + computed["late_hits"] > computed["misses"]
+    first, *_ = results(capsys, *words)
+    assert first == computed  # the predictor's first
 
 
 @pytest.mark.parametrize("more", [(), ("--device", "mine.json", "--prefetch", "adaptive", "--policy", "belief")])

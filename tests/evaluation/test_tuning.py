@@ -50,7 +50,7 @@ def knowing(share: Callable[[np.ndarray], np.ndarray], name: str = "knowing") ->
             used = (trace.experts[..., None] == np.arange(EXPERTS)).any(-2)
             yield trace, share(used)[:, None].astype(np.float32)
 
-    return ScoreSource(name, (1,), True, "routed", sequences)
+    return ScoreSource(name, (1,), True, sequences)
 
 
 def tuned(traces: TraceSet, budget: str, source: ScoreSource | None = None, **options: object) -> TuningReport:

@@ -74,7 +74,7 @@ def test_what_reads_token_ids_says_so(variant):
 
 @every(VARIANTS)
 def test_what_reads_hidden_states_says_so(variant):
-    assert (fitted_once(variant).information.hidden_states is not None) == ("own states" in variant.reads)
+    assert bool(fitted_once(variant).information.hidden_states) == ("own states" in variant.reads)
 
 
 @every(VARIANTS)
@@ -218,16 +218,6 @@ def changed_experts(trace: Trace, tokens: slice, layers: slice, shift: int) -> T
     return replace(trace, experts=experts)
 
 
-def changed_states(trace: Trace, tokens: slice, layers: int, shift: int, kinds: str = "router layer") -> Trace:
-    """Change what the routers read from layer ``layers`` on, and what the layers after that read."""
-    router, layer = trace.hidden_states.router_inputs.copy(), trace.hidden_states.layer_inputs.copy()
-    if "router" in kinds:
-        router[tokens, layers:] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
-    if "layer" in kinds:
-        layer[tokens, layers + 1 if layers else 0 :] += shift * np.linspace(1, 2, HIDDEN, dtype=np.float16)
-    return replace(trace, hidden_states=HiddenStates(router, layer))
-
-
 positions = st.integers(1, LONG - 2)
 # A shift of half the experts maps {0, 4} to itself.
 shifts = st.integers(1, EXPERTS // 2 - 1)
@@ -258,17 +248,18 @@ def movements(variant: Variant, at: int, shift: int, seed: int) -> dict[str, np.
     def moved(altered: Trace) -> np.ndarray:
         return np.abs(probabilities(predictor, collate([altered]))[0] - before)[at].max(-1)
 
-    # A score of lookahead h for layer l reads layer l - h: change that layer if it exists.
+    # A score of lookahead h for layer l reads layer l - h, and "computed" layer l - 1: change that layer if it exists.
+    behind = [1 if h == "computed" else h for h in predictor.information.lookaheads]
     of_layers = [moved(changed_experts(trace, own, slice(routed, routed + 1), shift)) for routed in range(LAYERS)]
     nearest = [
         [of_layers[layer - h][index, layer] if isinstance(h, int) and layer >= h else np.nan for layer in range(LAYERS)]
-        for index, h in enumerate(predictor.information.lookaheads)
+        for index, h in enumerate(behind)
     ]
     states_moved = [moved(one_state(trace, at, layer, shift)) for layer in range(LAYERS)]
     of_states = [
         [states_moved[layer - h][index, layer] if isinstance(h, int) and layer >= h else np.nan
          for layer in range(LAYERS)]
-        for index, h in enumerate(predictor.information.lookaheads)
+        for index, h in enumerate(behind)
     ]  # fmt: skip
     told_before = np.array([h == "next" for h in predictor.information.lookaheads])[:, None]
     return {

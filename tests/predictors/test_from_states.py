@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from _helpers.common import FULL, TINY, VOCAB, error_line, plain_routers, plain_states, projected_traces, tiny_traces
 from _helpers.fitting import CONFIGS, TINY_CROSS_LAYER, fit
 from _helpers.predictor_variants import (
+    HIDDEN,
     Variant,
     fitted,
     probabilities,
@@ -27,7 +29,7 @@ from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.io.folder import check_fits, read_config, read_predictor
 from moe_beyond.predictors.training_stats import TrainingStats
 from moe_beyond.testing import check_predictor
-from moe_beyond.testing.predictors import observed_state
+from moe_beyond.testing.predictors import layer_input, router_input
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.manifest import Manifest, Tokenizer
 from moe_beyond.traces.router_weights import Routers
@@ -112,7 +114,6 @@ def test_predictors_of_projected_states_keep_the_contract(predictor_class):
 def test_states_of_the_models_width_are_projected(name):
     """In batches and in steps: the scores are those of states that were projected before."""
     predictor = fitted(Variant(name, "projected", {"hidden_size": EXPERTS, "projected_from": FULL, "width": 8}))
-    kind = predictor.information.hidden_states
     projection = random_projection(LAYERS, EXPERTS, FULL)
     plain, rng = random_trace("a", 5, 0), np.random.default_rng(0)
     full = HiddenStates(*rng.normal(size=(2, 5, LAYERS, FULL)).astype(np.float16))
@@ -129,13 +130,40 @@ def test_states_of_the_models_width_are_projected(name):
             stepper.observe_token(int(trace.token_ids[token]))
         for layer in range(LAYERS):
             for stepper, trace in zip(steppers, (narrow, whole), strict=True):
-                stepper.observe_layer(layer, trace.experts[token, layer], observed_state(trace, kind, token, layer))
+                stepper.observe_layer(layer, trace.experts[token, layer], router_input(trace, token, layer))
+                stepper.observe_computed(layer, layer_input(trace, token, layer + 1))
             np.testing.assert_allclose(steppers[1].scores(), steppers[0].scores(), atol=2e-3)
     steppers[0].observe_token(0)
+    observe = partial(steppers[0].observe_layer, 0, [0, 1])
+    if name == "pre_attention":
+        observe()
+        observe = partial(steppers[0].observe_computed, 0)
     with pytest.raises(
         UserError, match=rf"must have shape \({EXPERTS},\) or \({FULL},\), as in training \(got \(9,\)\)"
     ):
-        steppers[0].observe_layer(0, [0, 1], np.zeros(9))
+        observe(np.zeros(9))
+
+
+def test_a_score_of_the_next_layer_waits_for_computing():
+    trace = random_trace("a", 1, 0)
+    predictor = fitted(Variant("pre_attention", "default", {"hidden_size": HIDDEN, "width": 8}))
+    expected, stepper = probabilities(predictor, collate([trace]))[0, 0, 0], predictor.stepper()
+    stepper.observe_token(0)
+    np.testing.assert_allclose(stepper.scores()[0], expected[0], atol=1e-6)
+    stepper.observe_layer(0, trace.experts[0, 0], router_input(trace, 0, 0))  # which it does not read
+    assert np.isnan(stepper.scores()).all()
+    stepper.observe_layer(1, trace.experts[0, 1])  # whose score never came
+    stepper.observe_computed(1, layer_input(trace, 0, 2))
+    np.testing.assert_allclose(stepper.scores()[2], expected[2], atol=1e-6)
+    assert np.isnan(stepper.scores()[[0, 1, 3]]).all()
+    stepper.observe_layer(2, trace.experts[0, 2])
+    stepper.observe_computed(2)  # of an unknown state
+    assert np.isnan(stepper.scores()).all()
+    stepper.observe_layer(3, trace.experts[0, 3])
+    with pytest.raises(UserError, match="no MoE layer follows layer 3, and a state is given; give no state"):
+        stepper.observe_computed(3, layer_input(trace, 0, 2))
+    stepper.observe_computed(3)
+    stepper.observe_token(0)
 
 
 def test_a_projection_is_fitted_stored_and_compared(tmp_path, capsys):
@@ -245,5 +273,5 @@ def test_a_teacher_may_read_states_that_its_pupil_does_not(tmp_path):
     words = [*trainer, "-c", str(CONFIGS / "model/cross_layer.yaml"), *TINY_CROSS_LAYER]
     words += ["--model.lookaheads=1", "--model.next_token_head=false", f"--model.teachers=[{teacher / 'predictor'}]"]
     pupil = fit(tmp_path, tmp_path / "traces", *words) / "predictor"
-    assert read_config(pupil)["hidden_states"] is None
+    assert read_config(pupil)["hidden_states"] == []
     assert read_config(pupil)["training"]["recipe"]["teachers"] == 1

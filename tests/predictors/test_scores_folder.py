@@ -174,7 +174,6 @@ def test_an_index_that_is_none_is_named(tmp_path, content):
         {"sha256": {"scores-00000.safetensors": "aa"}},
         {"causal": "no"},
         {"causal": 0},
-        {"available_after": ["routed"]},
         {"lookaheads": [1, 1]},
         {"lookaheads": [3, "token"]},
         {"lookaheads": [True, "token"]},

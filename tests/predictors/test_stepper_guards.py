@@ -31,6 +31,7 @@ def test_calls_out_of_order_are_refused_and_change_nothing(variant: Variant) -> 
     trace = random_trace("a", 3, 0)
     ids = trace.experts
     assert "call observe_token first" in refused(stepper, "observe_layer", 0, ids[0, 0])
+    assert "call observe_layer first" in refused(stepper, "observe_computed", LAYERS - 1)
     for token in range(3):
         for each in (stepper, plain):
             each.observe_token(int(trace.token_ids[token]))
@@ -40,8 +41,12 @@ def test_calls_out_of_order_are_refused_and_change_nothing(variant: Variant) -> 
             refused(stepper, "observe_layer", layer - LAYERS, ids[0, 0])
             if layer:
                 assert f"layer {layer} of the token before is not" in refused(stepper, "observe_token", 0)
+            before = f"layer {layer - 1} was observed last (got layer {layer})" if layer else "call observe_layer first"
+            assert before in refused(stepper, "observe_computed", layer)
             for each in (stepper, plain):
                 each.observe_layer(layer, ids[token, layer])
+                each.observe_computed(layer)
+            assert f"layer {layer} is observed as computed already" in refused(stepper, "observe_computed", layer)
         assert "call observe_token for the next one" in refused(stepper, "observe_layer", LAYERS, ids[0, 0])
         assert "(got layer 0)" in refused(stepper, "observe_layer", 0, ids[0, 0])
     np.testing.assert_array_equal(stepper.scores(), plain.scores())  # as if nothing wrong had been tried
@@ -103,9 +108,13 @@ def test_a_prefix_of_another_shape_is_refused(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", [v for v in CAUSAL if "own states" in v.reads], ids=str)
 def test_states_that_cannot_be_are_refused(variant: Variant) -> None:
-    stepper = fitted_once(variant).stepper()
+    predictor = fitted_once(variant)
+    stepper, right = predictor.stepper(), np.linspace(-1, 1, HIDDEN, dtype=np.float16)
+    computed = predictor.information.hidden_states == ("layer_inputs",)
     stepper.observe_token(0)
-    right = np.linspace(-1, 1, HIDDEN, dtype=np.float16)
+    if computed:
+        stepper.observe_layer(0, [0, 1], right[:-1])  # which it does not read
+    words: tuple[object, ...] = ("observe_computed", 0) if computed else ("observe_layer", 0, [0, 1])
     for wrong, line in (
         (right[:-1], f"must have shape ({HIDDEN},), as in training (got ({HIDDEN - 1},))"),
         (right[None], f"must have shape ({HIDDEN},), as in training (got (1, {HIDDEN}))"),
@@ -113,5 +122,7 @@ def test_states_that_cannot_be_are_refused(variant: Variant) -> None:
         (np.where(right > 0.9, np.inf, right), "is not finite"),
         (["a"] * HIDDEN, "is not an array of numbers"),
     ):
-        assert line in refused(stepper, "observe_layer", 0, [0, 1], wrong)
-    stepper.observe_layer(0, [0, 1], right)
+        said = refused(stepper, *words, wrong)
+        assert said.startswith(f"{words[0]}: the hidden state ")
+        assert line in said
+    getattr(stepper, str(words[0]))(*words[1:], right)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_beyond.cache.cache import Cache, available_layers
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.runtime.slab import SlabLayout
 from moe_beyond.runtime.slots.mover import Transfer
 from moe_beyond.runtime.slots.pool import SlotPool
@@ -145,7 +146,7 @@ class Script:
         self.reference.transfer(self.missing)
         for expert in self.missing:
             self.reference.arrives[expert] = -NEVER  # its event waits for it
-        if not self.later and not self.reference.rules.computed:
+        if not self.later and self.reference.rules.after_routing:
             self.reference.issue_prefetches(self.reference.layer)
 
     # The scorer.
@@ -156,18 +157,21 @@ class Script:
     def routed(self, layer: int, experts: Any, state: Any) -> np.ndarray | None:
         return self.rows(layer)
 
-    def rows(self, layer: int) -> np.ndarray | None:
-        """Scores that are available after a layer, or at -1 at the step's start."""
+    def computed(self, layer: int, state: Any) -> np.ndarray | None:
+        return self.rows(layer, computed=True)
+
+    def rows(self, layer: int, *, computed: bool = False) -> np.ndarray | None:
+        """Scores that become available once a layer is routed or computed, or at -1 at the step's start."""
         if not self.step.scores:
             return None
         rules = self.reference.rules
-        behind = [rules.layers if ahead == "token" else ahead for ahead in rules.lookaheads]
+        behind = [{"token": rules.layers, "computed": 1}.get(ahead, ahead) for ahead in rules.lookaheads]
         rows = np.full((rules.layers, rules.experts), np.nan, np.float32)
-        for later in available_layers(rules.lookaheads, layer, rules.layers).tolist():
+        for later in available_layers(rules.lookaheads, layer, rules.layers, computed=computed).tolist():
             chosen = next(
                 name
                 for name, ahead in zip(rules.lookaheads, behind, strict=True)
-                if (ahead > later if layer < 0 else ahead == later - layer)
+                if (ahead > later if layer < 0 else ahead == later - layer and computed == (name == "computed"))
             )
             rows[later] = self.scores[chosen][later]
         return rows
@@ -175,36 +179,40 @@ class Script:
 
 def observe(script: Script) -> None:
     """Publish in the reference the scores that follow a computed layer, and the prefetches that follow from them."""
-    if script.pending is not None:
-        layer, script.pending = script.pending, None
-        script.reference.publish_scores(script.step, None, layer)
-        script.reference.issue_prefetches(layer)
+    layer, script.pending = script.pending, None
+    if layer is not None and script.reference.rules.after_computing:
+        script.reference.publish_scores(script.step, None, layer, computed=True)
+        script.reference.issue_prefetches(layer, computed=True)
 
 
 @settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     policy=st.sampled_from(["lru", "lfu", "belief"]),
-    lookaheads=st.sampled_from([(1,), (1, 2), ("token",), (2, "token")]),
-    computed=st.booleans(),
+    lookaheads=st.sampled_from(
+        [(1,), (1, 2), ("token",), (2, "token"), ("computed",), ("computed", 1), ("computed", 2, "token")]
+    ),
+    second=st.booleans(),
+    reads=st.booleans(),
     scope=st.sampled_from(["global", "per-layer"]),
     spare=st.integers(0, 6),
     most=st.integers(1, 4),
 )
 def test_events_follow_the_reference(
-    seed: int, policy: str, lookaheads: tuple, computed: bool, scope: str, spare: int, most: int
+    seed: int, policy: str, lookaheads: tuple, second: bool, reads: bool, scope: str, spare: int, most: int
 ) -> None:
+    """``second`` selects by the second lookahead, if there is one; ``reads`` is whether layer inputs are awaited."""
     random, numbers = Random(seed), np.random.default_rng(seed)  # hypothesis leans to monotonous lists
     layers, experts, top_k = 3, 6, 2
     geometry = small_geometry(layers, experts, top_k)
     slots = (top_k if scope == "global" else layers * top_k) + spare
     quotas = [slots] if scope == "global" else [slots // layers + (layer < slots % layers) for layer in range(layers)]
-    prefetching = ReplaySettings(
-        slots, scope=scope, prefetch=f"top{most}", lookahead=lookaheads[0], lookaheads=lookaheads
-    )
+    selected = lookaheads[:2][-1] if second else lookaheads[0]
+    prefetching = ReplaySettings(slots, scope=scope, prefetch=f"top{most}", lookahead=selected, lookaheads=lookaheads)
     rules = Rules(
         layers, experts, top_k, quotas, policy=policy, prefetch="scored", most=most, lookaheads=list(lookaheads),
-        computed=computed, transfer=1, distance=prefetching.prefetch_settings(geometry).distance,
+        transfer=1, lookahead=selected,
+        distance=1 if selected == "computed" else prefetching.prefetch_settings(geometry).distance,
     )  # fmt: skip
     if policy == "belief":
         from moe_beyond.usage_profile import AGE_EDGES, RATE_EDGES, default_hazard
@@ -218,7 +226,8 @@ def test_events_follow_the_reference(
     telemetry = Telemetry(keep_rows=True)
     ledger = Ledger(cache, pool, telemetry, RunTimes())
     script = Script(reference, ledger, random)
-    observer = Observer(script, after_computing=computed)  # type: ignore[arg-type]
+    information = InformationSet(lookaheads, hidden_states=("layer_inputs",) if reads else ())
+    observer = Observer(script, information)  # type: ignore[arg-type]
     controller = Controller(geometry, ledger, script, script, observer, lookaheads, prefetches=True)  # type: ignore[arg-type]
     for number in range(random.randint(1, 6)):
         tokens = random.choice([1, 1, 1, 4])
@@ -227,7 +236,7 @@ def test_events_follow_the_reference(
         ids, counts = zip(*(np.unique(each, return_counts=True) for each in routed), strict=True)
         demands = [dict(zip(i.tolist(), n.tolist(), strict=True)) for i, n in zip(ids, counts, strict=True)]
         scores = {name: rows.tolist() for name, rows in script.scores.items()} if tokens == 1 else {}
-        observe(script)
+        script.pending = None  # nothing follows the last layer
         script.step = Step(demands, scores, True, tokens, tokens, number == 0)
         reference.start_step(True)
         reference.publish_scores(script.step, None, -1)
@@ -235,14 +244,13 @@ def test_events_follow_the_reference(
         controller.begin_step(np.zeros(tokens, np.int64), number, (1, tokens), 0)
         for layer in range(layers):
             script.idle()
-            if computed and tokens == 1 and layer:
+            if reads and tokens == 1 and layer:
                 observe(script)
-                controller.take_state(layer, np.zeros(1, np.float16))
+                controller.take_state("layer_inputs", layer, np.zeros(1, np.float16))
                 script.idle()
             before = [dict(row) for row in reference.counts]
             reference.demand(layer, demands[layer])
-            if not computed:
-                reference.publish_scores(script.step, None, layer)
+            reference.publish_scores(script.step, None, layer)
             script.later = sorted({(layer, expert) for expert in demands[layer]} - reference.resident)
             script.begin_wave()
             computing: list[int] = []
@@ -252,8 +260,8 @@ def test_events_follow_the_reference(
                 absent = [divmod(expert, experts) for expert, _ in wave.transfers()]
                 assert set(script.missing) <= set(absent) <= set(script.missing) | script.in_transit
             assert sorted(computing) == (ids[layer] + layer * experts).tolist()
-            script.pending = layer if computed else None
-            if tokens > 1:
+            script.pending = layer
+            if tokens > 1 or not reads:
                 observe(script)
             event = telemetry.events[-1]
             for name in ("hits", "late_hits", "misses"):

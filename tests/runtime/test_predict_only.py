@@ -19,6 +19,7 @@ from moe_beyond.cache.cache import Cache
 from moe_beyond.cli.main import main
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import collate
+from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.io.folder import save_predictor
 from moe_beyond.runtime import load_offloaded, offload
 from moe_beyond.runtime.stepping import prediction_log
@@ -42,14 +43,17 @@ VARIANTS = [
 class Script:
     """Scorer whose scores are given: a function of the layer that was observed, -1 at a token's start."""
 
-    def __init__(self, scores: Any) -> None:
-        self.scores = scores
+    def __init__(self, scores: Any, of_computed: Any = ()) -> None:
+        self.scores, self.of_computed = scores, of_computed
 
     def start(self, token_ids: Any, past: int) -> Any:
         return None if token_ids is None else self.scores[0]
 
     def routed(self, layer: int, routed: Any, state: Any) -> Any:
         return self.scores[layer + 1]
+
+    def computed(self, layer: int, state: Any) -> Any:
+        return self.of_computed[layer]
 
 
 def rows(**layers: list[float]) -> np.ndarray:
@@ -104,6 +108,25 @@ def test_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     log.begin_step(None, 0)  # a batch
     log.event(0, np.array([[1, 3]]), torch.ones(1, 2))
     assert log.to_json() | {"predictor_ms_per_token": 0} == content | {"predictor_ms_per_token": 0}
+
+
+@pytest.mark.parametrize(("lookahead", "used"), [("computed", 2), (1, 1)])
+def test_scores_of_two_moments_by_hand(lookahead: int | str, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer's best are 0 and 1 once the first is routed, and 2 and 3, its experts, once it is computed."""
+    geometry, lookaheads = small_geometry(2, 4, 2), ("computed", 1)
+    settings = ReplaySettings(4, prefetch="top1", lookahead=lookahead, lookaheads=lookaheads, predictor="by hand")
+    early, late = [0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.9, 0.8]
+    script: Any = Script([rows(first=early), rows(second=early), rows()], [rows(second=late), rows()])
+    observer = Observer(script, InformationSet(lookaheads))
+    monkeypatch.setattr(prediction_log, "make_observer", lambda strategy: observer)
+    strategy: Any = type("Strategy", (), {"settings": settings})()
+    log = PredictionLog(geometry, strategy, Cache(geometry, 4), [10, 10])
+    log.begin_step(np.array([3]), 1)
+    for layer, routed in enumerate(([0, 1], [3, 2])):
+        log.event(layer, np.array([routed]), torch.full((1, 2), 0.5))
+    found = {name: [row.found for row in by_layer] for name, by_layer in log.agreement().items()}
+    assert found == {"computed": [2, 2], 1: [2, 0]}
+    assert [log.to_json()["prefetch"][f"{name}_bytes"] for name in ("moved", "used")] == [20, 10 * used]
 
 
 @given(count=st.integers(0, 40), seed=st.integers(0, 2**32 - 1))

@@ -11,6 +11,7 @@ from _helpers import predictor_variants
 from _helpers.common import VOCAB
 from _helpers.moe_architectures import LAYERS, tiny_model
 from _helpers.predictor_variants import Variant, fitted, probabilities
+from _helpers.two_moments import TwoMoments
 
 from moe_beyond.cache.counters import Counter
 from moe_beyond.cache.policies import POLICIES, load_policy
@@ -43,12 +44,14 @@ TEXT_VARIANTS = [
 ]
 NEXT = Variant("cross_layer", "next", {**SMALL, "layer_width": 8, "lookaheads": 2, "next_token_head": True})
 """Its scores of a layer's next run follow the layer in a replay, but come only at the next step after a chunk."""
+TWO_MOMENTS = Variant("two_moments", "default")
 STATE_VARIANTS = [
     Variant("next_gate", "router_inputs", {"hidden_size": WIDTH, "lookaheads": 2}),
-    Variant("layer_mlp", "layer_inputs", {"hidden_size": WIDTH, "stride": 2, "width": 8}),
+    Variant("layer_mlp", "two_ahead", {"hidden_size": WIDTH, "stride": 2, "width": 8}),
     Variant("pre_attention", "layer_inputs", {"hidden_size": WIDTH, "width": 8}),
     Variant("layer_mlp", "projected", {"hidden_size": 12, "projected_from": WIDTH, "width": 8}),
     Variant("pre_attention", "projected", {"hidden_size": 12, "projected_from": WIDTH, "width": 8}),
+    TWO_MOMENTS,
 ]
 
 
@@ -63,6 +66,13 @@ def _width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def predictor_of(variant: Variant, model: Any) -> Any:
+    if variant is TWO_MOMENTS:
+        predictor = TwoMoments(offload(model).geometry, VOCAB, WIDTH).eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            for parameter in predictor.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        return predictor
     return fitted(variant, offload(model).geometry)
 
 
@@ -129,35 +139,42 @@ def test_events_have_the_counts_of_a_replay(variant: Variant, model: Any) -> Non
 def test_predictors_read_the_states_that_a_recording_stores(
     variant: Variant, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predictor = predictor_of(variant, model)
-    seen: list[tuple[int, Any, Any]] = []
-    routed = SequenceScorer.routed
-
-    def see(self: SequenceScorer, layer: int, experts: Any, state: Any = None) -> Any:
-        scores = routed(self, layer, experts, state)
-        if self.active:
-            seen.append((layer, None if state is None else state.copy(), scores))
-        return scores
-
-    monkeypatch.setattr(SequenceScorer, "routed", see)
+    """And both kinds at their moments, whichever of them a predictor reads."""
+    predictor, seen = predictor_of(variant, model), list[tuple[bool, int, Any, Any]]()
+    monkeypatch.setattr(SequenceScorer, "routed", watched(SequenceScorer.routed, seen, computed=False))
+    monkeypatch.setattr(SequenceScorer, "computed", watched(SequenceScorer.computed, seen, computed=True))
     with offload(model, budget=SLOTS, predictor=predictor) as run:
         generate(model, PROMPTS[0])
-        generate(model, [1])  # whose forwards observe the last layer of the sequence before
     states, prompt = recorded_states(model, PROMPTS[0]), len(PROMPTS[0])
     (trace,) = traces_of(run, [states])
     expected = probabilities(predictor, collate([trace]))[0]
-    assert [layer for layer, _, _ in seen[: (NEW - 1) * LAYERS]] == list(range(LAYERS)) * (NEW - 1)
-    for place, (layer, state, scores) in enumerate(seen[: (NEW - 1) * LAYERS]):
-        token = prompt + place // LAYERS
-        if predictor.information.hidden_states == "router_inputs":
-            np.testing.assert_array_equal(state, states.router_inputs[token, layer])
-        elif layer + 1 < LAYERS:
+    reads_inputs = "layer_inputs" in predictor.information.hidden_states
+    moments = [(False, 0), *((computed, layer + 1 - computed) for layer in range(LAYERS - 1)
+                             for computed in ((True, False) if reads_inputs else (False,)))]  # fmt: skip
+    assert [moment[:2] for moment in seen] == moments * (NEW - 1)
+    for place, (computed, layer, state, scores) in enumerate(seen):
+        token = prompt + place // len(moments)
+        if computed:
             np.testing.assert_array_equal(state, states.layer_inputs[token, layer + 1])
+        elif "router_inputs" in predictor.information.hidden_states:
+            np.testing.assert_array_equal(state, states.router_inputs[token, layer])
         else:
             assert state is None
-        if layer + 1 < LAYERS:
+        if layer + 1 < LAYERS and computed == (predictor.information.lookaheads[0] == "computed"):
             np.testing.assert_allclose(scores[layer + 1], expected[token, 0, layer + 1], atol=1e-5)
     assert run.telemetry.unscored == 0
+
+
+def watched(observe: Any, seen: list[tuple[bool, int, Any, Any]], *, computed: bool) -> Any:
+    """Let a method of the scorer note the moment, the state and the scores of every scored layer."""
+
+    def see(self: SequenceScorer, layer: int, *words: Any) -> Any:
+        scores, state = observe(self, layer, *words), words[-1]
+        if self.active:
+            seen.append((computed, layer, None if state is None else state.copy(), scores))
+        return scores
+
+    return see
 
 
 def test_forwards_of_no_single_sequence_are_unscored(model: Any) -> None:

@@ -511,15 +511,58 @@ def test_residents_compute_while_a_miss_arrives():
 ONE_AHEAD = {"prefetch": "top1", "lookahead": 1, "lookaheads": (1,), "first_layer_prefetch": False}
 
 
-@pytest.mark.parametrize(("available_after", "begins"), [("routed", 4), ("computed", 5)])
-def test_a_late_hit_waits_for_the_rest_of_its_transfer(available_after: str, begins: int):
+@pytest.mark.parametrize(("lookahead", "begins"), [(1, 4), ("computed", 5)])
+def test_a_late_hit_waits_for_the_rest_of_its_transfer(lookahead: int | str, begins: int):
     # a0M: routed at 1, there at 4, through at 5. b0 is prefetched at 1 and goes behind a0 at 4, or is prefetched at 5.
     # b is routed at 6: it waits for what is left.
-    result, spans, log = clock(2, [[[0], [0]]], [[[], [0]]], available_after=available_after, **ONE_AHEAD)
+    settings = {**ONE_AHEAD, "lookahead": lookahead, "lookaheads": (lookahead,)}
+    result, spans, log = clock(2, [[[0], [0]]], [[[], [0]]], **settings)
     assert log == [(0, 1, 4, False), (4, begins, begins + 3, True)]
     assert spans == [(1, 4, 5), (6, begins + 3, begins + 4)]
     assert (result.hits, result.late_hits, result.misses) == (0, 1, 1)
     assert counts(result) == (0, 1, 1, 1, 0, 0)
+
+
+def three_slices(prefetch: str, lookahead: int | str | None, device: Device):
+    """Return what comes of one token of three layers that uses expert 0, which only the scores of "computed" name.
+
+    Those of lookahead 1 name expert 1, those of "next" expert 2.
+    """
+    scores = np.zeros((1, 3, 3, 4), np.float32)
+    for expert in range(3):
+        scores[0, expert, :, expert] = 1
+    config = ReplaySettings(
+        12, prefetch=prefetch, lookahead=lookahead, lookaheads=("computed", 1, "next"), device=device, bits=8.0
+    )
+    geometry = small_geometry(3, 4, 1)
+    spans, log = Replay(geometry, config).watch(ReplaySequence(geometry, np.zeros((1, 3, 1), np.uint8), scores))
+    return (
+        [tuple(int(time / TICK) for time in span[:3]) for span in spans],
+        [(int(row[0]), int(row[1] / TICK), int(row[2] / TICK), bool(row[3])) for row in log],
+    )
+
+
+def test_a_prefetcher_selects_by_one_of_several_lookaheads():
+    # Before the token all lookaheads give a's scores; "computed" is the nearest: a0 crosses from 0 to 3, and a is
+    # through at 4. Lookahead 1 selects b1 when a is routed (1): it crosses from 3 to 6. b0 is missing at 5: from 6 to
+    # 9, through at 10. It selects c1 at 5: from 9 to 12. c0 is missing at 11: from 12 to 15.
+    spans, log = three_slices("top1", 1, ticking(3))
+    assert spans == [(1, 3, 4), (5, 9, 10), (11, 15, 16)]
+    assert log == [(0, 0, 3, True), (5, 3, 6, True), (4, 6, 9, False), (9, 9, 12, True), (8, 12, 15, False)]
+    # "computed" selects b0 when a is computed (4): from 4 to 7, through at 8; then for c0: from 8 to 11.
+    spans, log = three_slices("top1", "computed", ticking(3))
+    assert spans == [(1, 3, 4), (5, 7, 8), (9, 11, 12)]
+    assert log == [(0, 0, 3, True), (4, 4, 7, True), (8, 8, 11, True)]
+
+
+def test_the_nearest_of_several_lookaheads_is_used_at_every_moment():
+    # A layer takes 2 before it is routed, a transfer 1. At 0 a0, b2 and c2 are queued: a0 and b2 cross until 2. When
+    # a is routed (2), b1 takes the place of b2: from 2 to 3; when it is computed (3), b0: from 3 to 4, then c2. b is
+    # routed at 5 (c1: 5 to 6) and computed at 6 (c0: 6 to 7). So all three are hits.
+    spans, log = three_slices("adaptive,p>0.5", None, ticking(1, other=2))
+    assert spans == [(2, 2, 3), (5, 5, 6), (8, 8, 9)]
+    expected = [(0, 0), (6, 1), (5, 2), (4, 3), (10, 4), (9, 5), (8, 6)]
+    assert log == [(expert, begins, begins + 1, True) for expert, begins in expected]
 
 
 def test_a_prefetch_that_arrives_in_time_is_a_hit():

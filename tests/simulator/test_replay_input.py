@@ -149,13 +149,21 @@ def test_moe_infinity_without_scores():
     assert "--predictor" in complaint(caught)
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 2])
-def test_a_distance_is_for_whole_token_scores(lookahead: int):
+@pytest.mark.parametrize(("lookahead", "distance"), [(0, -1), ("computed", 0), (1, 1), (2, 2)])
+def test_a_distance_is_for_whole_token_scores(lookahead: int | str, distance: int):
     with pytest.raises(UserError) as caught:
         ReplaySettings(8, prefetch="top6@2", lookahead=lookahead, lookaheads=(lookahead,))
     assert "'top6@2'" in complaint(caught)
     assert f"lookahead {lookahead}" in complaint(caught)
-    assert ReplaySettings(8, prefetch="top6", lookahead=lookahead, lookaheads=(lookahead,)).distance == lookahead
+    assert ReplaySettings(8, prefetch="top6", lookahead=lookahead, lookaheads=(lookahead,)).distance == distance
+
+
+@pytest.mark.parametrize("lookaheads", [(1, "computed"), ("computed", 0), ("token", "computed"), ("next", 1), (2, 1)])
+def test_lookaheads_have_an_order(lookaheads: tuple):
+    ReplaySettings(8, lookaheads=(0, "computed", 1, 2, "token", "next"))
+    with pytest.raises(UserError) as caught:
+        ReplaySettings(8, lookaheads=lookaheads)
+    assert f"in the order 0, computed, 1, ..., token, next (got {lookaheads[0]}, {lookaheads[1]})" in complaint(caught)
 
 
 @pytest.mark.parametrize("lookahead", [3, "token", None])

@@ -189,7 +189,7 @@ def test_nothing_depends_on_what_is_not_known_yet(case: Case, data: st.DataObjec
     late = np.arange(length * layers).reshape(length, layers) > now
     experts[late] = np.sort((experts[late] + 1) % case.geometry.num_experts)  # what is routed later
     for place, lookahead in enumerate(case.settings.lookaheads):
-        ahead = lookahead if isinstance(lookahead, int) else layers
+        ahead = 1 if lookahead == "computed" else lookahead if isinstance(lookahead, int) else layers
         for later in range(layers):
             known = later - ahead < layer or (ahead == 0 and later == layer)  # when layer `layer` of `token` is routed
             first = token + (lookahead == "next" and later <= layer) + 1 if known else token

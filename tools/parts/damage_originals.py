@@ -140,5 +140,7 @@ def step(folder: Path) -> list[float]:
                 () if predictor.hidden_size is None else (rng.normal(size=predictor.hidden_size).astype(np.float32),)
             )
             stepper.observe_layer(layer, np.array([token % 8, (token + 3) % 8]), *states)
+            if layer + 1 < TINY.num_layers:
+                stepper.observe_computed(layer, *states)
             sums.append(float(np.nansum(stepper.scores())))
     return sums

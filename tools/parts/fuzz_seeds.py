@@ -15,6 +15,7 @@ SETTINGS = (
     {"prefetch": "top2,p>0.1@2", "lookahead": "token", "lookaheads": "1,token,next", "misses": "move", "device": ""},
     {"prefetch": "adaptive,p>0.1", "lookahead": "token", "lookaheads": "token", "misses": "best", "device": "rtx3060"},
     {"prefetch": "moe_infinity", "lookahead": "2", "lookaheads": "2", "misses": "cpu", "device": "rtx4060-laptop"},
+    {"prefetch": "top2", "lookahead": "computed", "lookaheads": "computed,1", "misses": "move", "device": "rtx3060"},
     {"prefetch": "oracle", "lookahead": "0", "lookaheads": "0,1", "misses": "move", "device": "jetson-agx-orin"},
 )  # fmt: skip
 DEVICE_FILES = (

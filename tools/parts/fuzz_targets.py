@@ -21,7 +21,7 @@ from moe_beyond.evaluation.pin_formats import whole_layers
 from moe_beyond.evaluation.pins import read_pins
 from moe_beyond.evaluation.strategy_file import read_strategy
 from moe_beyond.geometry import Geometry, parse_budget
-from moe_beyond.lookahead import parse_lookahead
+from moe_beyond.lookahead import NAMED_LOOKAHEADS, parse_lookahead
 from moe_beyond.safe_text import UNPRINTABLE
 from moe_beyond.simulator import ReplaySettings
 from moe_beyond.simulator.computing import resident_seconds
@@ -149,7 +149,7 @@ def read_settings(options: dict[str, str]) -> str | None:
     settings.check_sizes(SMALL)
     prefetch = settings.prefetch_settings(SMALL)
     pools = pool_capacities(SMALL, settings.slots, settings.scope)
-    if not 0 <= prefetch.max_experts <= SMALL.num_experts or pools.sum() > settings.slots or prefetch.distance < 0:
+    if not 0 <= prefetch.max_experts <= SMALL.num_experts or pools.sum() > settings.slots or prefetch.distance < -1:
         return f"{prefetch}, pools {pools}"
     return None
 
@@ -163,7 +163,7 @@ def read_prefetch(text: str) -> str | None:
 def read_lookahead(text: str) -> str | None:
     """Parse a lookahead."""
     lookahead = parse_lookahead(text)
-    return None if lookahead in ("token", "next") or (isinstance(lookahead, int) and lookahead >= 0) else "no lookahead"
+    return None if lookahead in NAMED_LOOKAHEADS or (isinstance(lookahead, int) and lookahead >= 0) else "no lookahead"
 
 
 def read_blocks(text: str) -> str | None:
@@ -223,7 +223,7 @@ TARGETS: dict[str, Target] = {
     ),
     "device files": Target(make_device_file, lambda text: device_fault(load_device(text)), ("box.json", "device"), 2),
     "prefetchers": Target(texts(SYNTAX, ("top", "p>", "@2", "adaptive", ",")), read_prefetch, ("prefetch",), 3),
-    "lookaheads": Target(texts(("token", "next", "1", "0", "12")), read_lookahead, ("lookahead",), 2),
+    "lookaheads": Target(texts((*NAMED_LOOKAHEADS, "1", "0", "12")), read_lookahead, ("lookahead",), 2),
     "blocks of validation": Target(texts(("1:2", "2:3", "3:2")), read_blocks, ("--val-blocks",), 2),
     "names on the Hub": Target(texts(("hf:org/repo", "hf:org/repo@v1", "hf:a-b/c.d@1f")), read_hub_name, ("hf:",), 2),
     "settings": Target(make_settings, read_settings, OPTION_WORDS, 3),

@@ -7,8 +7,8 @@ from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
 
 
 @jit
-def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, layer: int) -> int:
-    """Select experts after a layer, or at a step's start (layer -1).
+def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, layer: int, computed: bool) -> int:
+    """Select experts once a layer is routed or computed, or at a step's start (layer -1).
 
     A prefetcher reads only `CacheState.scores`, so it reads no score before its lookahead makes it available.
 
@@ -25,4 +25,4 @@ def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, la
         return adaptive.select(cache, settings, future, layer)
     if settings.prefetcher == PrefetcherId.MOE_INFINITY:
         return moe_infinity.select(cache, settings, future, layer)
-    return scored.select(cache, settings, future, layer)
+    return scored.select(cache, settings, future, layer, computed)

@@ -13,9 +13,10 @@ class PrefetchSettings(NamedTuple):
         prefetcher: Number of the prefetcher, a `moe_beyond.cache.prefetchers.PrefetcherId`.
         max_experts: Largest number of experts that it selects per layer (moe_infinity: of all layers).
         threshold: Score that the selected experts exceed.
-        distance: Number of layers between the selection and the demand; 0 selects just before the event.
-        first_layers: Whether layers whose scores exist when the step starts are prefetched at that time (at distance 0:
-            layer 0 just before its event).
+        distance: Lookahead to select by, as `moe_beyond.cache.steps.in_layers` numbers it; for lookahead ``"token"``,
+            the number of layers between the selection and the demand.
+        first_layers: Whether layers whose scores exist when the step starts are prefetched at that time (at lookahead
+            0: layer 0 just before its event).
         top_k: Number of experts per token and layer.
         reads_deadlines: Whether the prefetcher reads `FutureView.deadline`.
         knows_future: Whether the prefetcher reads future demand; the policy must admit its prefetches.

@@ -5,12 +5,24 @@ import numpy as np
 from moe_beyond.cache.compiler import jit, jit_apart
 from moe_beyond.cache.core import CacheState, Scratch, unsigned
 from moe_beyond.cache.prefetchers._inputs import FutureView, PrefetchSettings
+from moe_beyond.cache.steps import Ahead
 
 LOWEST_KEY, HIGHEST_KEY = -(2**63), 2**63 - 1
 
 
 @jit
-def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, layer: int) -> int:
+def scored_at_start(lookahead: int, layers: int) -> int:
+    """Return the number of layers whose scores a lookahead makes available when a step starts.
+
+    Args:
+        lookahead: Lookahead as `moe_beyond.cache.steps.in_layers` numbers it.
+        layers: Number of layers L.
+    """
+    return 1 if lookahead == Ahead.COMPUTED else max(0, min(lookahead, layers))
+
+
+@jit
+def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, layer: int, computed: bool) -> int:
     """Select experts of the layer at the prefetcher's distance; at a step's start, of all layers nearer than that.
 
     Returns:
@@ -18,10 +30,12 @@ def select(cache: CacheState, settings: PrefetchSettings, future: FutureView, la
     """
     layers, count = len(cache.counters), 0
     if layer < 0:
-        for first in range(min(settings.distance, layers)):
+        for first in range(scored_at_start(settings.distance, layers)):
             count = best_of_layer(cache, settings, first, count)
-    elif settings.distance > 0 and layer + settings.distance < layers:
-        count = best_of_layer(cache, settings, layer + settings.distance, 0)
+    elif settings.distance != Ahead.ROUTER_INPUT and computed == (settings.distance == Ahead.COMPUTED):
+        later = layer + max(settings.distance, 1)
+        if later < layers:
+            count = best_of_layer(cache, settings, later, 0)
     return count
 
 

@@ -1,8 +1,8 @@
-"""Base of predictors that read a hidden state of the current token and nothing else.
+"""Base of predictors that read one kind of hidden state of the current token and nothing else.
 
-Each layer of a token provides one hidden state: the input of its router, or the input of the next MoE layer before its
-attention. The experts of layer l are predicted from the state of layer l - h. Layers l < h have constant scores, which
-are available when the token starts.
+Each layer of a token provides one hidden state: the input of its router when it is routed, or the input of the next MoE
+layer before its attention when it is computed. The experts of layer l are predicted from the state of layer l - h.
+Layers l < h have constant scores, which are available when the token starts.
 
 If the traces store projected states, the predictor keeps their projection, and projects states of the model's width.
 """
@@ -20,19 +20,20 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.predictors.information import StateKind
 from moe_beyond.predictors.modules.state_projection import ProjectedStates
 from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.predictors.training_stats import TrainingStats
 
 
 class HiddenStatePredictor(Predictor):
-    """A predictor of the lookaheads ``ahead`` from hidden states; `information` names which states.
+    """A predictor of layers that are ``ahead`` of a hidden state; `information` names the kind of states.
 
     Args:
         geometry: Shape of the model.
         vocab_size: Number of token ids of the tokenizer.
         hidden_size: Width of the hidden states, W.
-        ahead: Lookaheads in ascending order, each at least 1.
+        ahead: Layers from a state to each predicted layer, ascending, each at least 1.
         projected_from: Width of the model's hidden states, D, if those of the traces are projected (default: None).
 
     Raises:
@@ -78,7 +79,16 @@ class HiddenStatePredictor(Predictor):
         if self.projection is not None:
             if stats.projection is None:
                 raise UserError(f"{self.architecture}: projected_from is given, and the traces are not projected")
-            self.projection.copy_from(getattr(stats.projection, str(self.information.hidden_states)))
+            self.projection.copy_from(getattr(stats.projection, self._kind))
+
+    @property
+    def _kind(self) -> StateKind:
+        [kind] = self.information.hidden_states
+        return kind
+
+    def projection_of(self, kind: StateKind) -> ProjectedStates | None:
+        """Return the projection of the states; None if they are not projected."""
+        return self.projection
 
     @abstractmethod
     def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
@@ -86,13 +96,13 @@ class HiddenStatePredictor(Predictor):
 
         Args:
             states: Hidden states ``(N, n, W)`` float32 that are available ``ahead`` layers before each of these layers.
-            ahead: Lookahead of these layers, at least 1.
+            ahead: Layers from the states to these layers, at least 1.
             layers: The n layers.
         """
 
     @abstractmethod
     def prior_logits(self) -> Tensor:
-        """Return the constant logits ``(min(H, L), E)`` of the first layers, H being the largest lookahead."""
+        """Return the constant logits ``(min(H, L), E)`` of the first layers, H being the largest of ``ahead``."""
 
     def align_states(self, batch: Batch) -> Tensor:
         """Return the hidden state that is available once each layer is routed or computed, ``(B, T, L, W)``.
@@ -103,12 +113,12 @@ class HiddenStatePredictor(Predictor):
         Raises:
             UserError: The batch has no hidden states.
         """
-        states: Tensor | None = getattr(batch, str(self.information.hidden_states))
+        states: Tensor | None = getattr(batch, self._kind)
         if states is None:
             raise UserError(f"{self.architecture} reads hidden states, and the batch has none")
         if self.projection is not None and states.shape[-1] == self.projected_from:
             states = self.projection(states)
-        if self.information.hidden_states == "layer_inputs":
+        if self._kind == "layer_inputs":
             states = functional.pad(states[:, :, 1:], (0, 0, 0, 1))
         return states
 
@@ -146,14 +156,22 @@ class _HiddenStateStepper(Stepper):
 
     @torch.inference_mode()
     def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
-        predictor = self._predictor
         self._scores = self._scores.copy()  # arrays returned by `scores` before stay unchanged
         self._scores[layer] = np.nan
-        if state is None:
-            return
-        seen = torch.from_numpy(state)
+        if state is not None:
+            self._predict(layer, state, layer)
+
+    @torch.inference_mode()
+    def _compute(self, layer: int, state: npt.NDArray[np.float32] | None) -> None:
+        if state is not None:
+            self._scores = self._scores.copy()
+            self._predict(layer, state, layer + 1)
+
+    def _predict(self, layer: int, state: npt.NDArray[np.float32], projected: int) -> None:
+        """Predict later layers from the state of a layer, which has the projection of layer ``projected``."""
+        predictor, seen = self._predictor, torch.from_numpy(state)
         if predictor.projection is not None and len(seen) == predictor.projected_from:
-            seen = predictor.projection.one(seen, layer + (predictor.information.hidden_states == "layer_inputs"))
+            seen = predictor.projection.one(seen, projected)
         states = seen[None, None]
         for index, ahead in enumerate(predictor.ahead):
             if (target := layer + ahead) < len(self._scores):

@@ -56,7 +56,7 @@ class LayerMlp(HiddenStatePredictor, GradientPredictor):
     @property
     def information(self) -> InformationSet:
         """Router inputs, available when a layer is routed."""
-        return InformationSet(self.ahead, token_ids=False, hidden_states="router_inputs")
+        return InformationSet(self.ahead, token_ids=False, hidden_states=("router_inputs",))
 
     def prior_logits(self) -> Tensor:
         """Return the learned logits of the first layers."""

@@ -59,7 +59,7 @@ class NextGate(HiddenStatePredictor, CountingPredictor):
     @property
     def information(self) -> InformationSet:
         """Router inputs, available when a layer is routed."""
-        return InformationSet(self.ahead, token_ids=False, hidden_states="router_inputs")
+        return InformationSet(self.ahead, token_ids=False, hidden_states=("router_inputs",))
 
     def prepare(self, stats: TrainingStats) -> None:
         """Copy the routers' weights.

@@ -24,7 +24,7 @@ MARGIN, HINGE_WEIGHT = 0.1, 0.3  # distance by which selected experts should ran
 
 
 class PreAttention(HiddenStatePredictor, GradientPredictor):
-    """Predicts lookahead 1 from layer inputs.
+    """Predicts lookahead ``"computed"`` from layer inputs.
 
     The objective is the paper's: a cross-entropy that weights experts by rank, plus a hinge on pairs. Traces contain
     only part of the ranks: which K experts rank above all others.
@@ -60,7 +60,7 @@ class PreAttention(HiddenStatePredictor, GradientPredictor):
     @property
     def information(self) -> InformationSet:
         """Layer inputs, available when the layer before is computed."""
-        return InformationSet(self.ahead, available_after="computed", token_ids=False, hidden_states="layer_inputs")
+        return InformationSet(("computed",), token_ids=False, hidden_states=("layer_inputs",))
 
     def prior_logits(self) -> Tensor:
         """Return the learned logits of the first layer."""

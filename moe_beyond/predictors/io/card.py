@@ -35,9 +35,9 @@ def card(summary: str, config: dict[str, Any]) -> str:
     amount = f" ({training['sequences']:,} sequences, {training['tokens']:,} tokens)" if "tokens" in training else ""
     recipe = ", ".join(f"{name} {value}" for name, value in training.get("recipe", {}).items())
     parameters = f"{config['parameters'] / 1e6:.1f} M" if config["parameters"] else "none (fitted by counting)"
-    states = config.get("hidden_states")
+    states = " and ".join(config["hidden_states"]).replace("_", " ")
     form = f"; recorded as {training['hidden_states']}" if training.get("hidden_states") else ""
-    reads = f"hidden states of the current token ({states.replace('_', ' ')}{form})" if states else "ids"
+    reads = f"hidden states of the current token ({states}{form})" if states else "ids"
     split = f"split {training.get('split', 'unknown')!r}{amount}"
     split += ", routed by a steered model" if training.get("steering") else ""
     bits = f"{training['quantization_bits']:g}-bit " if training.get("quantization_bits") else ""
@@ -52,7 +52,7 @@ This predictor predicts which experts of {geometry.model} ({shape}) a token is r
 {summary}
 
 - Inputs: {reads}; {"causal" if config["causal"] else "reads later tokens"}.
-- Scores: lookahead {lookaheads}; available once a layer is {config["available_after"]}.
+- Scores: lookahead {lookaheads}.
 - Fitted on: {training.get("source", "unknown")}, {split}, fingerprint
   `{training.get("fingerprint", "unknown")}`.
 - Recipe: {recipe or "unknown"}.

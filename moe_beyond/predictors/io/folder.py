@@ -74,9 +74,8 @@ def _description(predictor: Predictor) -> dict[str, Any]:
     information = predictor.information
     return {
         "lookaheads": list(information.lookaheads),
-        "available_after": information.available_after,
         "causal": information.causal,
-        "hidden_states": information.hidden_states,
+        "hidden_states": list(information.hidden_states),
         "activation": predictor.activation,
         "parameters": sum(each.numel() for each in predictor.state_dict().values() if each.is_floating_point()),
     }
@@ -212,9 +211,9 @@ def check_projection(predictor: Predictor, traces: TraceSet) -> None:
     Raises:
         UserError: The projections differ, or the file of the projection is damaged.
     """
-    own = getattr(predictor, "projection", None)
-    if own is not None and traces.projection is not None:
-        if not own.equals(getattr(traces.projection, str(predictor.information.hidden_states))):
+    for kind in predictor.information.hidden_states if traces.projection is not None else ():
+        own = predictor.projection_of(kind)
+        if own is not None and not own.equals(getattr(traces.projection, kind)):
             raise UserError(
                 f"{traces.folder}: its hidden states have another projection than those of the predictor's training "
                 "text; collect both sets from the same model"

@@ -68,7 +68,7 @@ def write_page(
     """
     geometry = traces.geometry
     config = read_config(subject.folder)
-    config |= {"lookaheads": source.lookaheads, "causal": source.causal, "available_after": source.available_after}
+    config |= {"lookaheads": source.lookaheads, "causal": source.causal}
     run_config = {} if subject.run is None else run_config_to_show(subject.run)
     curves = None if subject.run is None else read_curves(subject.run)
     counts = count_routing(traces, split, layer_pairs=False)

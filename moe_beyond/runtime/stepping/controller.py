@@ -1,18 +1,20 @@
 """Stepping the cache core and the predictor with a running model, event by event.
 
 The order within a step is that of the replay's engine: scores and prefetches at the step's start; then for each layer
-its demand, the scores that follow its routing, the transfers of missing experts, and prefetches. The lock of the mover
-guards the ledger with the core, because reader threads start prefetches and report arrivals. The core gets new times
-only when a step, an event or a prefetch begins; telemetry has these times.
+its demand, the scores that follow its routing, the transfers of missing experts, and prefetches. Scores that follow its
+computing, and their prefetches, come last. The lock of the mover guards the ledger with the core, because reader
+threads start prefetches and report arrivals. The core gets new times only when a step, an event or a prefetch begins;
+telemetry has these times.
 """
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_beyond.cache.cache import Wave, available_layers
+from moe_beyond.cache.cache import Wave, available_layers, prefetch_moments
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.runtime.slots.copies import Copier
@@ -21,6 +23,9 @@ from moe_beyond.runtime.stepping.ledger import Ledger
 from moe_beyond.runtime.stepping.observer import Half, Observed, Observer, make_observer
 from moe_beyond.runtime.stepping.telemetry import EventRow, StepRow
 from moe_beyond.runtime.strategy import RunStrategy
+
+if TYPE_CHECKING:
+    from moe_beyond.predictors.information import StateKind
 
 Ints = npt.NDArray[np.int64]
 
@@ -61,7 +66,11 @@ class Controller:
         self._ledger, self._cache, self._pool, self._telemetry = ledger, ledger.cache, ledger.pool, ledger.telemetry
         self._prefetches, self._reads_deadlines = prefetches, reads_deadlines
         layers = geometry.num_layers
-        self._available = [available_layers(lookaheads, layer, layers) for layer in range(layers)]
+        self._after_routing, self._after_computing = prefetch_moments(lookaheads)
+        self._available = [
+            [available_layers(lookaheads, layer, layers, computed=computed) for layer in range(layers)]
+            for computed in (False, True)
+        ]
         self._at_start = [available_layers(lookaheads, STEP_START, layers, first_step=first) for first in (False, True)]
         self._num_experts, self._num_layers = geometry.num_experts, layers
         self._in_transit = False  # whether experts of the running wave may not have arrived
@@ -86,7 +95,6 @@ class Controller:
         """
         if self._interrupted:
             self._recover()
-        self._publish(self._observer.finish())
         self._layer = STEP_START
         rows, self._length = shape
         length = self._length
@@ -153,7 +161,7 @@ class Controller:
             row.device_estimate_s, row.host_estimate_s, row.host_token_estimate_s = times[3:]
             self._cache.demand(layer, experts + layer * self._num_experts, tokens, row.now_s)
             if observed is not None and observed.scores is not None:
-                self._cache.set_scores(observed.scores, self._available[layer])
+                self._cache.set_scores(observed.scores, self._available[False][layer])
             wave = self._next_wave(row)
         row.cache_s = time.perf_counter() - began - row.predictor_s
         self._row = row
@@ -178,7 +186,7 @@ class Controller:
         self._ledger.times.add_computing(row.compute_s, len(experts) - row.on_host)
         if row.on_host:
             self._ledger.times.add_host(row.host_s, row.on_host, routes)
-        self._publish(self._observer.computed(layer, routed))
+        self._publish(self._observer.computed(layer))
         self._telemetry.add_event(row, self._sums)
         self._interrupted = False
 
@@ -200,14 +208,15 @@ class Controller:
         """Note the seconds in which the host has computed its experts of the running event."""
         self._row.host_s += seconds
 
-    def take_state(self, layer: int, state: Half) -> None:
-        """Take the hidden state of a single token that the predictor reads.
+    def take_state(self, kind: "StateKind", layer: int, state: Half) -> None:
+        """Take a hidden state of a single token that the predictor reads.
 
         Args:
+            kind: Kind of the state.
             layer: Layer whose router, or whose whole layer, reads the state.
             state: Hidden state, ``(D,)``.
         """
-        self._publish(self._observer.take_state(layer, state))
+        self._publish(self._observer.take_state(kind, layer, state))
 
     def _next_wave(self, row: EventRow) -> Wave | None:
         """Begin the next wave of the running event, and request its missing experts; None at the event's end."""
@@ -227,7 +236,7 @@ class Controller:
         if self._in_transit:  # the kernel computes experts last that a prefetch is bringing
             wave = wave._replace(missing=self._pool.absent(wave.slots, wave.experts))
         self._pool.begin_wave(wave.slots.tolist())
-        if wave.last and not self._observer.after_computing:
+        if wave.last and self._after_routing:
             self._queue_prefetches(row.layer)
         else:
             self._wake_mover()  # the event has unpinned experts of earlier prefetches
@@ -248,18 +257,19 @@ class Controller:
         self._interrupted = False
 
     def _publish(self, observed: Observed | None) -> None:
-        """Let scores that follow a layer's computing become available, and queue the prefetches that follow."""
+        """Let the scores of a computed layer become available, and queue the prefetches that follow."""
         if observed is None:
             return
         self._sums.predictor_s += observed.seconds
         with self.mover.lock:
             self._ledger.operations += 1
             if observed.scores is not None:
-                self._cache.set_scores(observed.scores, self._available[observed.layer])
-            self._queue_prefetches(observed.layer)
+                self._cache.set_scores(observed.scores, self._available[True][observed.layer])
+            if self._after_computing:
+                self._queue_prefetches(observed.layer, computed=True)
 
-    def _queue_prefetches(self, layer: int) -> None:
-        """Queue the prefetches that follow a layer; the lock is held."""
+    def _queue_prefetches(self, layer: int, *, computed: bool = False) -> None:
+        """Queue the prefetches that follow a layer's routing or computing; the lock is held."""
         if not self._prefetches:
             self._wake_mover()  # fills may be queued, or have room now
             return
@@ -267,7 +277,7 @@ class Controller:
         if self._reads_deadlines:
             ahead, times = np.arange(self._num_layers, dtype=np.float64) - layer, self._ledger.times.last
             deadlines = times.now + times.layer * ahead
-        self._cache.queue_prefetches(layer, deadlines)
+        self._cache.queue_prefetches(layer, deadlines, computed=computed)
         self._wake_mover()
 
     def _wake_mover(self) -> None:

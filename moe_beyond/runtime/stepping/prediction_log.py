@@ -7,19 +7,23 @@ moved: each one meets the cache as it is without prefetches.
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from moe_beyond.cache.cache import Cache
-from moe_beyond.cache.steps import in_layers
+from moe_beyond.cache.prefetchers.scored import scored_at_start
+from moe_beyond.cache.steps import Ahead, in_layers
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
 from moe_beyond.runtime.stepping.observer import Half, Observed, make_observer
 from moe_beyond.runtime.stepping.prediction_figures import Agreement, Prefetches, agreement, prefetches
 from moe_beyond.runtime.strategy import RunStrategy
+
+if TYPE_CHECKING:
+    from moe_beyond.predictors.information import StateKind
 
 Ints = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
@@ -53,10 +57,15 @@ class PredictionLog:
         self._moe_layers, self._top_k, self._experts = geometry.moe_layers, geometry.top_k, geometry.num_experts
         self._lookaheads, self._prefetch = settings.lookaheads, settings.prefetch_settings(geometry)
         layers, behind = geometry.num_layers, in_layers(settings.lookaheads, geometry.num_layers).tolist()
-        self._scored = [
-            [(index, later) for index, ahead in enumerate(behind) for later in _scored_layers(ahead, layer, layers)]
-            for layer in range(STEP_START, layers)
-        ]
+        distance = min(self._prefetch.distance, layers)
+        moments = [(layer, computed) for layer in range(STEP_START, layers) for computed in (False, True)]
+        self._scored = {
+            moment: [
+                (index, later) for index, ahead in enumerate(behind) for later in _scored_layers(ahead, *moment, layers)
+            ]
+            for moment in moments
+        }
+        self._prefetched = {moment: _scored_layers(distance, *moment, layers) for moment in moments}
         self._named = np.full((layers, len(behind), geometry.top_k), -1, np.int16)  # for the next run of each layer
         self._moved = np.zeros((layers, geometry.num_experts), bool)
         self._entry = np.dtype(
@@ -80,7 +89,6 @@ class PredictionLog:
         Raises:
             UserError: A token id is not in the predictor's vocabulary.
         """
-        self._publish(self._observer.finish())
         began = perf_counter()
         scores = self._observer.start(token_ids, past)
         seconds = perf_counter() - began
@@ -88,9 +96,9 @@ class PredictionLog:
             self._named[:], self._moved[:] = -1, False
         self._publish(Observed(STEP_START, scores, seconds))
 
-    def take_state(self, layer: int, state: Half) -> None:
-        """Take the hidden state of a single token that the predictor reads; see `Observer.take_state`."""
-        self._publish(self._observer.take_state(layer, state))
+    def take_state(self, kind: "StateKind", layer: int, state: Half) -> None:
+        """Take a hidden state of a single token that the predictor reads; see `Observer.take_state`."""
+        self._publish(self._observer.take_state(kind, layer, state))
 
     def event(self, layer: int, routed: Ints, gate_weights: Tensor) -> None:
         """Compare the predictions for a layer with its routing, after its event.
@@ -108,7 +116,7 @@ class PredictionLog:
             self._entries[layer] += entry.tobytes()
             self._named[layer], self._moved[layer] = -1, False
         self._publish(self._observer.routed(layer, routed))
-        self._publish(self._observer.computed(layer, routed))
+        self._publish(self._observer.computed(layer))
 
     def agreement(self) -> dict[Lookahead, list[Agreement]]:
         """Return the agreement of scores and routing by lookahead and layer."""
@@ -164,15 +172,14 @@ class PredictionLog:
         """Keep the predictions that become available, and select the prefetches that follow."""
         if observed is None:
             return
-        layer, scores, seconds = observed
+        layer, scores, seconds, computed = observed
         self.predictor_s += seconds
         if scores is None:
             return
-        for index, later in self._scored[layer - STEP_START]:
+        for index, later in self._scored[layer, computed]:
             if not np.isnan(scores[later, 0]):
                 self._named[later, index] = _best(scores[later], self._top_k)
-        first = layer + self._prefetch.distance
-        for later in range(0 if layer == STEP_START else first, min(first + 1, len(scores))):
+        for later in self._prefetched[layer, computed]:
             if not np.isnan(scores[later, 0]):
                 best = _best(scores[later], self._prefetch.max_experts)
                 self._moved[later] = False
@@ -182,17 +189,22 @@ class PredictionLog:
         return scores[layer, expert] > self._prefetch.threshold and self._cache.slot(layer * self._experts + expert) < 0
 
 
-def _scored_layers(ahead: int, layer: int, layers: int) -> range:
+def _scored_layers(ahead: int, layer: int, computed: bool, layers: int) -> range:
     """Return the layers whose scores become available with a lookahead after a layer, or at a token's start.
 
     Args:
-        ahead: Lookahead in layers; L for ``"token"``, L + 1 for ``"next"``.
+        ahead: Lookahead as `in_layers` numbers it.
         layer: Layer that the predictor has observed; -1 at a token's start.
+        computed: Whether it has observed the layer as computed.
         layers: Number of layers, L.
     """
+    if layer == STEP_START and ahead <= layers:
+        return range(scored_at_start(ahead, layers))
+    if computed != (ahead == Ahead.COMPUTED):
+        return range(0)
     if ahead > layers:
         return range(max(layer, 0), layer + 1)
-    return range(min(ahead, layers)) if layer == STEP_START else range(layer + ahead, min(layer + ahead + 1, layers))
+    return range(layer + max(ahead, 1), min(layer + max(ahead, 1) + 1, layers))
 
 
 def _best(scores: Scores, most: int) -> npt.NDArray[np.int64]:

@@ -67,7 +67,7 @@ class SequenceScorer:
         Args:
             layer: Position of the layer among the MoE layers.
             experts: Chosen experts, ``(T, K)``.
-            state: Hidden state ``(D,)`` that the predictor reads (default: None).
+            state: Input ``(D,)`` of the layer's router, if the predictor reads it (default: None).
 
         Returns:
             Scores ``(L, E)`` of each layer's next run; None without scores.
@@ -79,6 +79,21 @@ class SequenceScorer:
         else:
             self._routed.append(experts)
         return self._stepper.scores() if self.active else None
+
+    def computed(self, layer: int, state: npt.NDArray[np.floating] | None = None) -> Scores | None:
+        """Observe that the layer that was routed last is computed.
+
+        Args:
+            layer: Position of the layer among the MoE layers.
+            state: Input ``(D,)`` of the next layer, if the predictor reads it (default: None).
+
+        Returns:
+            Scores ``(L, E)`` of each layer's next run; None without scores.
+        """
+        if not self.active:
+            return None
+        self._stepper.observe_computed(layer, state)
+        return self._stepper.scores()
 
     def _observe_chunk(self) -> None:
         """Observe the tokens of the chunk, which is complete."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,24 +12,27 @@ from torch import nn
 from moe_beyond.collect.recorder import LARGEST
 from moe_beyond.runtime.experts import ExpertsLayer
 
+if TYPE_CHECKING:
+    from moe_beyond.predictors.information import StateKind
+
 Half = npt.NDArray[np.float16]
 
 
 def state_modules(
-    layers: Mapping[int, ExpertsLayer], states: str, router_inputs: Mapping[int, nn.Module]
+    layers: Mapping[int, ExpertsLayer], kind: "StateKind", router_inputs: Mapping[int, nn.Module]
 ) -> dict[int, nn.Module]:
-    """Return the modules whose first argument is the hidden state that a predictor reads.
+    """Return the modules whose first argument is a hidden state that a predictor reads.
 
     Args:
         layers: Experts by position among the MoE layers.
-        states: ``"router_inputs"`` or ``"layer_inputs"``, as in the predictor's information set.
+        kind: Kind of hidden states in the predictor's information set.
         router_inputs: Module by index of the model's layer, whose first argument is the input of the layer's router;
             for other layers the input of the experts is taken, as a recording does.
 
     Returns:
         Position among the MoE layers -> module.
     """
-    if states == "layer_inputs":
+    if kind == "layer_inputs":
         return {position: experts.target.layer for position, experts in layers.items()}
     return {position: router_inputs.get(experts.layer, experts.module) for position, experts in layers.items()}
 

@@ -69,6 +69,8 @@ def _lookaheads(lookaheads: Sequence[int | str]) -> list[str]:
     sentences = []
     if ahead:
         sentences.append(f"{', '.join(ahead)}: as soon as the layer that many layers earlier is routed.")
+    if "computed" in lookaheads:
+        sentences.append("computed: as soon as the previous layer is computed; for the first layer, before it.")
     if 0 in lookaheads:
         sentences.append("0 (LEAK): from the router's own input, which exists only when the router decides.")
     if "token" in lookaheads:

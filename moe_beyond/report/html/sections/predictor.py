@@ -9,14 +9,12 @@ from moe_beyond.predictors.registry import ARCHITECTURES
 from moe_beyond.report.html.page import Section
 from moe_beyond.report.labels import leaks_of
 
-AVAILABLE = {"routed": "reads a layer once it is routed", "computed": "reads a layer once it is computed"}
-
 
 def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Section:
     """Describe the predictor and its training data.
 
     Args:
-        config: Configuration of the predictor folder, with ``lookaheads``, ``causal`` and ``available`` of its source.
+        config: Configuration of the predictor folder, with ``lookaheads`` and ``causal`` of its source.
         run_config: Configuration of the run; empty without a run.
     """
     training, geometry = config.get("training") or {}, Geometry.from_json(config["geometry"])
@@ -25,14 +23,14 @@ def predictor_section(config: dict[str, Any], run_config: dict[str, Any]) -> Sec
     amount = f" ({training['sequences']:,} sequences, {training['tokens']:,} tokens)" if "tokens" in training else ""
     bits = training.get("quantization_bits")
     parameters = config.get("parameters")
-    available = AVAILABLE.get(config["available_after"], config["available_after"])
     facts = {
         "architecture": f"{config['architecture']}: {_summary(config['architecture'])}",
         "model": f"{geometry.model}, {geometry.describe_shape()}",
         "parameters": f"{parameters:,}" if parameters else "none: the predictor counts",
         "lookaheads": ", ".join(map(str, config["lookaheads"])),
-        "information": f"{available}; "
-        + (f"LEAK: {' and '.join(leaks)}, which no runtime can" if leaks else "causal: reads no later token"),
+        "information": f"LEAK: {' and '.join(leaks)}, which no runtime can"
+        if leaks
+        else "causal: reads no later token",
         "probabilities": f"{config['activation']}, "
         + ("calibrated per lookahead and layer" if config.get("calibration") else "not calibrated"),
         "training text": f"{training.get('source', 'unknown')}, split {training.get('split', 'unknown')}{amount}",
