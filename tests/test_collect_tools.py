@@ -99,8 +99,12 @@ def test_sets_of_different_models_are_refused(tmp_path: Path, here) -> None:
 @pytest.mark.slow
 def test_predictors_that_read_hidden_states_are_compared(tmp_path: Path) -> None:
     few = ("--tokens", "8000", "--epochs", "1", "--only", "history", "next_gate", "layer_mlp, stride 2")
-    run("compare_predictors.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json"), *few)
-    found = json.loads((tmp_path / "found.json").read_text())["predictors"]
+    asked = ("--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json"), "--generate", *few)
+    run("compare_predictors.py", *asked)
+    measured = json.loads((tmp_path / "found.json").read_text())["measured"]
+    assert list(measured) == ["held-out", "generated"]
+    assert measured["generated"]["traces"]["tokens"] < measured["held-out"]["traces"]["tokens"]
+    found = measured["held-out"]["predictors"]
     recall = {name: row["metrics"] for name, row in found.items()}
     assert recall["next_gate"]["1"]["recall_at_k"] > recall["history"]["token"]["recall_at_k"]
     assert recall["next_gate"]["1"]["recall_of_later_layers"] > recall["next_gate"]["3"]["recall_of_later_layers"]

@@ -4,7 +4,8 @@
 
 Steps sequences of a trace set as a runtime would, on one core. A token's start is followed by the routed experts of
 each layer; after each, the best K experts of the next layer are selected, with calibrated scores if the predictor has
-them. Prints microseconds per layer over tokens, (the token's start + all layers' steps) / L, and those of both parts.
+them. Predictors that read hidden states receive random ones of the model's width. Prints microseconds per layer over
+tokens, (the token's start + all layers' steps) / L, and those of both parts.
 With `--program`, the compiled C stepper of `tools/reference_c` takes the same steps.
 """
 
@@ -44,6 +45,8 @@ def main() -> None:
     folder = find_predictor(args.predictor)
     predictor = read_predictor(folder)
     layers, _, top_k = predictor.geometry.shape()
+    width = predictor.projected_from or predictor.hidden_size
+    states = None if width is None else np.random.default_rng(0).normal(size=(layers, width)).astype(np.float16)
     stepper = predictor.stepper()
     starts, steps, wholes, lines = [], [], [], []
     for number, trace in zip(range(args.sequences + 1), TraceSet(args.traces).traces(), strict=False):
@@ -59,9 +62,12 @@ def main() -> None:
             took = [time.perf_counter() - now]
             for layer in range(layers):
                 now = time.perf_counter()
-                stepper.observe_layer(layer, experts[layer])
+                stepper.observe_layer(layer, experts[layer], None if states is None else states[layer])
                 if layer + 1 < layers:
                     best(stepper.scores()[layer + 1], top_k)
+                    if states is not None:
+                        stepper.observe_computed(layer, states[layer])
+                        best(stepper.scores()[layer + 1], top_k)
                 took.append(time.perf_counter() - now)
             if number:  # the first warms up
                 starts.append(took[0])

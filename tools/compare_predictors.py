@@ -1,6 +1,6 @@
 """Compare predictors that read hidden states with predictors that read only ids, on the same traces.
 
-    python tools/compare_predictors.py --out DIR [--text LIB] [--tokens N] [--epochs N] [--json FILE]
+    python tools/compare_predictors.py --out DIR [--text LIB] [--tokens N] [--epochs N] [--generate] [--json FILE]
     python tools/compare_predictors.py --out DIR --traces TRACES [--epochs N] [--json FILE]
 
 Without a trace set, the tool records small-moe on files of Python's library that the model never saw: one in twenty,
@@ -8,6 +8,9 @@ by the hash of its name. The default library is that of the running Python. Ever
 trace set needs hidden states and a validation split. Every predictor is fitted on the training split with the shipped
 configuration, and measured on the validation split, which also selects its best epoch and its calibration. A finished
 fit is not repeated.
+
+With ``--generate``, a second table measures the same predictors on text that small-moe generates at temperature 1. The
+first tokens of each held-out text are its prompts.
 """
 
 import argparse
@@ -45,16 +48,26 @@ SMALL = shipped_folder("small-moe")
 CONTEXT = 128  # tokens per training row of the small model
 ONE_IN = 4  # one file in four is held out
 BUDGET = "25%"
+PROMPT_TOKENS = 16
+"""Tokens of a held-out text that the model reads before it generates the others."""
 FARTHEST = 3
 """Largest lookahead of predictors that read hidden states."""
 SETTINGS_FILE = "settings.json"
 NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.optimizer.lr=3e-3")
+SMALL_SIZE = (
+    *("--model.width=48", "--model.depth=1", "--model.heads=4", "--model.copy_heads=2", "--model.layer_width=48"),
+    "--model.optimizer.lr=3e-3",
+)
 PREDICTORS: dict[str, tuple[str, ...]] = {
     "popularity": ("popularity",),
     "history": ("history",),
     "naive_bayes": ("naive_bayes",),
     "token_causal": ("token_causal", *NARROW),
     "cross_layer": ("cross_layer", *NARROW, "--model.layer_width=128"),
+    "hybrid": ("hybrid", *NARROW, "--model.layer_width=128"),
+    "cross_layer, taught": ("cross_layer", *NARROW, "--model.layer_width=128"),
+    "cross_layer, small": ("cross_layer", *SMALL_SIZE),
+    "hybrid, small": ("hybrid", *SMALL_SIZE, "--model.state_width=48"),
     "next_gate": ("next_gate",),
     "layer_mlp, stride 1": ("layer_mlp", "--model.optimizer.lr=3e-3"),
     "layer_mlp, stride 2": ("layer_mlp", "--model.optimizer.lr=3e-3", "--model.stride=2"),
@@ -62,6 +75,8 @@ PREDICTORS: dict[str, tuple[str, ...]] = {
     "pre_attention": ("pre_attention", "--model.optimizer.lr=3e-3"),
 }
 """Name -> architecture and options of its fit."""
+TEACHERS = {"cross_layer, taught": "hybrid"}
+"""Name -> name of the predictor from which it learns in addition to the data."""
 
 
 def excerpts(library: Path, tokenizer: Any, most: int) -> Iterator[Prompt]:
@@ -91,6 +106,34 @@ def record(folder: Path, library: Path, tokens: int) -> TraceSet:
     traces = collect(model, tokenizer, prompts, folder, asked, name="small-moe", source=source, rank=ProcessRank(0, 1))
     assert traces is not None
     return traces
+
+
+def generate(folder: Path, library: Path, tokens: int) -> TraceSet:
+    """Record the small model and its hidden states while it continues the beginnings of the held-out excerpts."""
+    model, tokenizer, _ = load_model(str(SMALL), dtype="float32")
+    prompts = [prompt for prompt in excerpts(library, tokenizer, tokens) if prompt.split == "validation"]
+    # The model does not read the last token that it generates.
+    asked = CollectConfig(
+        generate=CONTEXT - PROMPT_TOKENS + 1,
+        temperature=1.0,
+        batch_size=8,
+        max_tokens=PROMPT_TOKENS,
+        shard_tokens=8192,
+        hidden_states=True,
+    )
+    source = f"text of small-moe at temperature 1, after {PROMPT_TOKENS} tokens of Python's library"
+    traces = collect(model, tokenizer, prompts, folder, asked, name="small-moe", source=source, rank=ProcessRank(0, 1))
+    assert traces is not None
+    return traces
+
+
+def fit_named(traces: TraceSet, out: Path, epochs: int, name: str) -> Path:
+    """Fit a predictor of `PREDICTORS`, after its teacher, unless they are fitted already; return its folder."""
+    taught = []
+    if name in TEACHERS:
+        taught = [f"--model.teachers=[{fit_named(traces, out, epochs, TEACHERS[name]).absolute()}]"]
+    folder = out / name.replace(", ", "-").replace(" ", "-")
+    return fit(traces, folder, epochs, *PREDICTORS[name], *taught)
 
 
 def fit(traces: TraceSet, folder: Path, epochs: int, architecture: str, *extra: str) -> Path:
@@ -127,8 +170,9 @@ def measure(traces: TraceSet, predictor: Path) -> dict[str, Any]:
     asked = grid(common, [slots], ("lru",), prefetch, source, [h for h in source.lookaheads if h != "next"])
     found = evaluate(traces, with_baselines(asked, common, geometry), "validation", [source], measure=source)
     information = read_predictor(predictor).information
+    ids = ("ids",) if information.token_ids or not information.hidden_states else ()
     return {
-        "reads": " and ".join(information.hidden_states or ("ids",)).replace("_", " "),
+        "reads": ", ".join(ids + information.hidden_states).replace("_", " "),
         "metrics": {str(row.lookahead): _figures(row) for row in found.metrics},
         "tokens": found.metrics[0].tokens,
         "replay": {
@@ -168,25 +212,38 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=PREDICTORS, default=list(PREDICTORS), metavar="NAME", help="predictors to fit"
     )
+    parser.add_argument(
+        "--generate", action="store_true", help="measure on text that small-moe generates, too (default: no)"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     made = args.out / "traces"
     if args.traces is None and not made.exists():
         record(made, args.text, args.tokens)
-    traces = TraceSet(args.traces or str(made))
-    found = {}
+    measured = {"held-out": TraceSet(args.traces or str(made))}
+    if args.generate:
+        written = args.out / "generated"
+        if not written.exists():
+            generate(written, args.text, args.tokens)
+        measured["generated"] = TraceSet(str(written))
+    found: dict[str, dict[str, Any]] = {title: {} for title in measured}
     for name in args.only:
-        folder = fit(traces, args.out / name.replace(", ", "-").replace(" ", "-"), args.epochs, *PREDICTORS[name])
-        found[name] = measure(traces, folder)
-    Console(width=130).print(table(found, traces))
+        predictor = fit_named(measured["held-out"], args.out, args.epochs, name)
+        for title, traces in measured.items():
+            found[title][name] = measure(traces, predictor)
+    for title, traces in measured.items():
+        Console(width=130).print(table(found[title], traces, title))
     if args.json:
-        write_json(args.json, {"traces": traces.describe(), "budget": BUDGET, "predictors": found})
+        described = {
+            title: {"traces": traces.describe(), "predictors": found[title]} for title, traces in measured.items()
+        }
+        write_json(args.json, {"budget": BUDGET, "measured": described})
 
 
-def table(found: dict[str, dict[str, Any]], traces: TraceSet) -> Table:
+def table(found: dict[str, dict[str, Any]], traces: TraceSet, title: str) -> Table:
     """Return a table with one row per predictor and lookahead, and the policies without prefetching last."""
     first, top_k = next(iter(found.values())), traces.geometry.top_k
-    shown = Table(title=f"{first['tokens']:,} held-out tokens, {traces.geometry.describe_shape()}, cache of {BUDGET}")
+    shown = Table(title=f"{first['tokens']:,} {title} tokens, {traces.geometry.describe_shape()}, cache of {BUDGET}")
     for name in ("predictor", "reads", "lookahead"):
         shown.add_column(name)
     later = f"recall@{top_k},\nlayers from {FARTHEST + 1} on"

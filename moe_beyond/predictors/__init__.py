@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_beyond.predictors.architectures.cross_layer import CrossLayer as CrossLayer
     from moe_beyond.predictors.architectures.eamc import Eamc as Eamc
     from moe_beyond.predictors.architectures.history import History as History
+    from moe_beyond.predictors.architectures.hybrid import Hybrid as Hybrid
     from moe_beyond.predictors.architectures.layer_mlp import LayerMlp as LayerMlp
     from moe_beyond.predictors.architectures.naive_bayes import NaiveBayes as NaiveBayes
     from moe_beyond.predictors.architectures.next_gate import NextGate as NextGate
@@ -56,6 +57,7 @@ _MODULES = {
     "GradientPredictor": "base",
     "History": "architectures.history",
     "InformationSet": "information",
+    "Hybrid": "architectures.hybrid",
     "LayerMlp": "architectures.layer_mlp",
     "NaiveBayes": "architectures.naive_bayes",
     "NextGate": "architectures.next_gate",

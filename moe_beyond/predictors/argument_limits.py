@@ -30,6 +30,7 @@ ARGUMENTS: dict[str, FieldRule] = {
     "heads": whole(1, 1024),
     "window": whole(1, 2**16),
     "layer_width": COUNT,
+    "state_width": COUNT,
     "token_width": COUNT,
     "feedforward": COUNT,
     "context_tokens": COUNT,
@@ -52,6 +53,7 @@ ARGUMENTS: dict[str, FieldRule] = {
     # training
     "dropout": DROPOUT,
     "token_dropout": DROPOUT,
+    "state_dropout": DROPOUT,
     # counting
     "backoff": NOT_NEGATIVE,
     "smoothing": POSITIVE,

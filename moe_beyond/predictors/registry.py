@@ -38,6 +38,7 @@ CLASSES = {
     "row_encoder": "RowEncoder",
     "token_causal": "TokenCausal",
     "cross_layer": "CrossLayer",
+    "hybrid": "Hybrid",
     "next_gate": "NextGate",
     "layer_mlp": "LayerMlp",
     "pre_attention": "PreAttention",

@@ -10,6 +10,7 @@ from moe_beyond.predictors.architectures import (
     cross_layer,
     eamc,
     history,
+    hybrid,
     layer_mlp,
     naive_bayes,
     next_gate,
@@ -195,6 +196,33 @@ class CrossLayerTask(GradientTask):
         **arguments: Any,
     ) -> None:
         predictor = cross_layer.CrossLayer(Geometry.of(geometry), vocab_size, **arguments)
+        super().__init__(predictor, optimizer, compiled, teachers)
+
+
+class HybridTask(GradientTask):
+    """Fits a `moe_beyond.predictors.architectures.hybrid.Hybrid`.
+
+    Args:
+        geometry: Shape of the model, as a `Geometry` or its dictionary.
+        vocab_size: Number of token ids of the tokenizer.
+        hidden_size: Width of the hidden states.
+        optimizer: Settings of the optimiser.
+        compiled: Whether to compile the objective; compiling takes half a minute and a C++ compiler (default: False).
+        teachers: Predictors to learn from, in addition to the data: folders, pretrained names or ``hf:ORG/REPO``.
+        arguments: Arguments of the predictor.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry | dict[str, Any],
+        vocab_size: int,
+        hidden_size: int,
+        optimizer: AdamWSettings = FAST,
+        compiled: bool = False,
+        teachers: list[str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        predictor = hybrid.Hybrid(Geometry.of(geometry), vocab_size, hidden_size, **arguments)
         super().__init__(predictor, optimizer, compiled, teachers)
 
 

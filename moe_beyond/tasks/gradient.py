@@ -28,8 +28,9 @@ class GradientTask(PredictorTask):
         optimizer: Settings of the optimiser, or their dictionary (default: those of `AdamWSettings`).
         compiled: Whether to compile the objective; compiling takes half a minute and a C++ compiler (default: False).
         teachers: Predictors to learn from, in addition to the data: folders, pretrained names or ``hf:ORG/REPO``
-            (default: none). The targets are then the mean of the labels and of the teachers' mean probabilities
-            (Hinton, Vinyals and Dean 2015, arXiv 1503.02531).
+            (default: none). A teacher has all lookaheads of the fitted predictor, and may have more. The targets are
+            then the mean of the labels and of the teachers' mean probabilities (Hinton, Vinyals and Dean 2015, arXiv
+            1503.02531).
 
     Raises:
         UserError: A setting is out of range, or the predictor cannot be saved.
@@ -68,16 +69,15 @@ class GradientTask(PredictorTask):
         """Load a teacher.
 
         Raises:
-            UserError: The teacher has other lookaheads, another activation, model shape or tokenizer.
+            UserError: The teacher lacks a lookahead, or has another activation, model shape or tokenizer.
         """
         folder, student = find_predictor(name), self.predictor
         teacher = read_predictor(folder)
-        kinds = [(p.information.lookaheads, p.activation, p.geometry.shape()) for p in (teacher, student)]
-        if kinds[0] != kinds[1]:
-            theirs, ours = (f"lookaheads {', '.join(map(str, kind[0]))}, activation {kind[1]}" for kind in kinds)
+        ours, theirs = student.information.lookaheads, teacher.information.lookaheads
+        kinds = [(p.activation, p.geometry.shape()) for p in (teacher, student)]
+        if kinds[0] != kinds[1] or not set(ours) <= set(theirs):
             raise UserError(
-                f"teacher {name}: has {theirs} of {teacher.geometry.describe_shape()}, "
-                f"but the fitted predictor has {ours} of {student.geometry.describe_shape()}"
+                f"teacher {name}: has {_described(teacher)}, but the fitted predictor has {_described(student)}"
             )
         tokenizer = (read_config(folder)["training"].get("tokenizer") or {}).get("sha256")
         check_fits(teacher, self.data.manifest, self.data.traces.folder, tokenizer)
@@ -112,14 +112,26 @@ class GradientTask(PredictorTask):
         """Return targets ``(B, T, H, L, E)`` that replace the labels, or None without teachers."""
         if not self._teachers:
             return None
-        probabilities = torch.stack([t.to(self.device).probabilities(t(batch)) for t in self._teachers]).mean(0)
+        probabilities = torch.stack([self._taught(teacher, batch) for teacher in self._teachers]).mean(0)
         return (probabilities + batch.targets(self.predictor.geometry.num_experts)[:, :, None]) / 2
+
+    def _taught(self, teacher: Predictor, batch: Batch) -> Tensor:
+        """Return a teacher's probabilities ``(B, T, H, L, E)`` of the fitted predictor's H lookaheads."""
+        theirs = teacher.information.lookaheads
+        slices = [theirs.index(lookahead) for lookahead in self.predictor.information.lookaheads]
+        return teacher.to(self.device).probabilities(teacher(batch))[:, :, slices]
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule."""
         self.planned_steps = planned_steps(self.trainer)
         optimizer, schedule = self.optimizer.build(self.fitted.parameters(), self.planned_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _described(predictor: Predictor) -> str:
+    """Describe what a teacher and the fitted predictor must have in common."""
+    lookaheads = ", ".join(map(str, predictor.information.lookaheads))
+    return f"lookaheads {lookaheads}, activation {predictor.activation} of {predictor.geometry.describe_shape()}"
 
 
 def planned_steps(trainer: L.Trainer) -> int:

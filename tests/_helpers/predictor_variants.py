@@ -70,6 +70,13 @@ def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     return Variant("cross_layer", name, {**small, **arguments}, frozenset({"own id", *reads}))
 
 
+def _hybrid(name: str, **arguments: Any) -> Variant:
+    small = {"width": 8, "depth": 1, "heads": 2, "layer_width": 8, "state_width": 8, "window": 4}
+    small |= {"memory_tokens": 0, "state_dropout": 0.5, **VOCABULARY}
+    reads = {"own id", "own states", *ALL_EARLIER}
+    return Variant("hybrid", name, {"hidden_size": HIDDEN, **small, **arguments}, frozenset(reads))
+
+
 def _naive_bayes(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
     return Variant("naive_bayes", name, arguments, frozenset(reads))
 
@@ -140,6 +147,9 @@ VARIANTS = [
     ),
     _cross_layer("next_alone", ALL_EARLIER, lookaheads=1, window=64, next_token_head=True),
     _cross_layer("alone", ["earlier experts", "earlier layers"], lookaheads=2, window=1),
+    _hybrid("three_ahead", layer_copy_heads=0, next_token_head=False),
+    _hybrid("one_ahead", lookaheads=1, next_token_head=False),
+    _hybrid("everything", lookaheads=6, memory_tokens=VOCAB),
     _from_states("next_gate", "one_ahead", lookaheads=1),
     _from_states("next_gate", "three_ahead"),
     _from_states("next_gate", "six_ahead", lookaheads=6),

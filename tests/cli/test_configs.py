@@ -22,11 +22,12 @@ TINY_SIZES = {
     "token_table": (),
     "eamc": ("--model.capacity=4",),
     "history": (),
+    "hybrid": (*TINY_CROSS_LAYER, "--model.state_width=8"),
     "next_gate": (),
     "layer_mlp": ("--model.width=8",),
     "pre_attention": ("--model.width=8",),
 }
-READ_STATES = ("next_gate", "layer_mlp", "pre_attention")
+READ_STATES = ("hybrid", "next_gate", "layer_mlp", "pre_attention")
 
 
 def architecture_of(path: Path) -> str:

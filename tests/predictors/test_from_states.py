@@ -173,7 +173,9 @@ def test_a_projection_is_fitted_stored_and_compared(tmp_path, capsys):
     folder = fit(tmp_path, tmp_path / "traces", *words) / "predictor"
     predictor, config = read_predictor(folder), read_config(folder)
     assert (predictor.hidden_size, predictor.projected_from) == (EXPERTS, FULL)
-    np.testing.assert_array_equal(predictor.projection.matrix, projection.router_inputs.astype(np.float32))
+    np.testing.assert_array_equal(
+        predictor.projection_of("router_inputs").matrix, projection.router_inputs.astype(np.float32)
+    )
     assert config["training"]["hidden_states"] == f"float16, {EXPERTS} of {FULL} values, all MoE layers"
     assert f"recorded as float16, {EXPERTS} of {FULL} values" in (folder / "README.md").read_text()
     capsys.readouterr()
@@ -222,7 +224,7 @@ def test_a_predictor_of_projected_states_fits_the_model_and_needs_a_projection()
         check_fits(predictor, replace(manifest, hidden_size=FULL + 1, states=None), "model")
     with pytest.raises(UserError, match="projected_from is given, and the traces are not projected"):
         predictor.prepare(text_of(None))
-    assert predictor.projection.weights_fault() == "a row of the projection has not length 1"
+    assert predictor.projection_of("router_inputs").weights_fault() == "a row of the projection has not length 1"
     with pytest.raises(UserError, match=r"projected_from must exceed hidden_size 8 \(got 8\)"):
         LayerMlp(TINY, VOCAB, EXPERTS, projected_from=EXPERTS)
 

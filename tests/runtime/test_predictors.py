@@ -45,6 +45,7 @@ TEXT_VARIANTS = [
 NEXT = Variant("cross_layer", "next", {**SMALL, "layer_width": 8, "lookaheads": 2, "next_token_head": True})
 """Its scores of a layer's next run follow the layer in a replay, but come only at the next step after a chunk."""
 TWO_MOMENTS = Variant("two_moments", "default")
+READER = {"layer_width": 8, "lookaheads": 2, "next_token_head": False, "state_width": 8}
 STATE_VARIANTS = [
     Variant("next_gate", "router_inputs", {"hidden_size": WIDTH, "lookaheads": 2}),
     Variant("layer_mlp", "two_ahead", {"hidden_size": WIDTH, "stride": 2, "width": 8}),
@@ -52,6 +53,8 @@ STATE_VARIANTS = [
     Variant("layer_mlp", "projected", {"hidden_size": 12, "projected_from": WIDTH, "width": 8}),
     Variant("pre_attention", "projected", {"hidden_size": 12, "projected_from": WIDTH, "width": 8}),
     TWO_MOMENTS,
+    Variant("hybrid", "two_ahead", {**SMALL, **READER, "hidden_size": WIDTH}),
+    Variant("hybrid", "projected", {**SMALL, **READER, "hidden_size": 12, "projected_from": WIDTH}),
 ]
 
 

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_beyond.errors import UserError
 from moe_beyond.geometry import Geometry
-from moe_beyond.predictors.argument_limits import check_arguments
 from moe_beyond.predictors.base import Predictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import StateKind
-from moe_beyond.predictors.modules.state_projection import ProjectedStates
+from moe_beyond.predictors.modules.state_projection import ProjectedStates, StateProjections
 from moe_beyond.predictors.stepper import Stepper
 from moe_beyond.predictors.training_stats import TrainingStats
 
@@ -41,7 +39,6 @@ class HiddenStatePredictor(Predictor):
     """
 
     hidden_size: int
-    projection: ProjectedStates | None
 
     def __init__(
         self,
@@ -52,20 +49,11 @@ class HiddenStatePredictor(Predictor):
         projected_from: int | None = None,
     ) -> None:
         super().__init__(geometry, vocab_size)
-        if not isinstance(hidden_size, int) or hidden_size < 1:
-            raise UserError(
-                f"{self.architecture} reads hidden states, and the traces have none; collect them with --record "
-                "experts,gate_weights,hidden_states"
-            )
-        check_arguments(self.architecture, {"projected_from": projected_from})
-        if projected_from is not None and projected_from <= hidden_size:
-            raise UserError(
-                f"{self.architecture}: projected_from must exceed hidden_size {hidden_size} (got {projected_from})"
-            )
-        self.hidden_size, self.ahead, self.projected_from = hidden_size, ahead, projected_from
-        self.projection = (
-            None if projected_from is None else ProjectedStates(geometry.num_layers, hidden_size, projected_from)
+        self.ahead = ahead
+        self.projections = StateProjections(
+            self.architecture, geometry.num_layers, hidden_size, projected_from, self.information.hidden_states
         )
+        self.hidden_size, self.projected_from = hidden_size, projected_from
 
     def prepare(self, stats: TrainingStats) -> None:
         """Copy the projection of the traces, if their states are projected.
@@ -76,10 +64,7 @@ class HiddenStatePredictor(Predictor):
         Raises:
             UserError: The traces have no projection, or one of another shape.
         """
-        if self.projection is not None:
-            if stats.projection is None:
-                raise UserError(f"{self.architecture}: projected_from is given, and the traces are not projected")
-            self.projection.copy_from(getattr(stats.projection, self._kind))
+        self.projections.copy_from(stats.projection)
 
     @property
     def _kind(self) -> StateKind:
@@ -88,7 +73,7 @@ class HiddenStatePredictor(Predictor):
 
     def projection_of(self, kind: StateKind) -> ProjectedStates | None:
         """Return the projection of the states; None if they are not projected."""
-        return self.projection
+        return self.projections.of(kind)
 
     @abstractmethod
     def logits_from_states(self, states: Tensor, ahead: int, layers: slice) -> Tensor:
@@ -113,11 +98,7 @@ class HiddenStatePredictor(Predictor):
         Raises:
             UserError: The batch has no hidden states.
         """
-        states: Tensor | None = getattr(batch, self._kind)
-        if states is None:
-            raise UserError(f"{self.architecture} reads hidden states, and the batch has none")
-        if self.projection is not None and states.shape[-1] == self.projected_from:
-            states = self.projection(states)
+        states = self.projections.read(batch, self._kind)
         if self._kind == "layer_inputs":
             states = functional.pad(states[:, :, 1:], (0, 0, 0, 1))
         return states
@@ -170,8 +151,10 @@ class _HiddenStateStepper(Stepper):
     def _predict(self, layer: int, state: npt.NDArray[np.float32], projected: int) -> None:
         """Predict later layers from the state of a layer, which has the projection of layer ``projected``."""
         predictor, seen = self._predictor, torch.from_numpy(state)
-        if predictor.projection is not None and len(seen) == predictor.projected_from:
-            seen = predictor.projection.one(seen, projected)
+        [kind] = predictor.information.hidden_states
+        projection = predictor.projection_of(kind)
+        if projection is not None and len(seen) == predictor.projected_from:
+            seen = projection.one(seen, projected)
         states = seen[None, None]
         for index, ahead in enumerate(predictor.ahead):
             if (target := layer + ahead) < len(self._scores):

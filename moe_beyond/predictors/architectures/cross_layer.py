@@ -155,12 +155,23 @@ class CrossLayer(TokenCausal):
         stacked = torch.stack(slices[::-1], 1)
         if self.layer_copying is not None:
             stacked = stacked + self.layer_copying(states, used.view(*real.shape, layers, experts), real)
+        after = torch.cat([states[1:], last_state])
+        stacked = self._with_hidden_states(stacked, after, batch)
         if self.following is not None:
             past = average_logits(used, real, self.following.from_history)
-            after = torch.cat([states[1:], last_state])
             following = self.following(x, used, batch.token_ids, real, after, past)
             stacked = torch.cat([stacked, following[:, None]], 1)
         return stacked
+
+    def _with_hidden_states(self, logits: Tensor, states: Tensor, batch: Batch) -> Tensor:
+        """Return the logits ``(N, H, L, E)`` unchanged; a subclass that reads hidden states adds to them.
+
+        Args:
+            logits: Logits of the N real tokens from ids.
+            states: Recurrent states ``(L, N, layer_width)``; states[l] depends on the layers up to l.
+            batch: Batch of the tokens.
+        """
+        return logits
 
     def _maps_beyond_lookaheads(self) -> Tensor:
         """Return the maps ``(L*E, L*E)`` from experts to experts of layers that are at least H layers apart."""
@@ -177,10 +188,10 @@ class CrossLayer(TokenCausal):
 
     def stepper(self) -> Stepper:
         """Return a stepper; its state is keys and values of ``window`` tokens per block, and a few vectors."""
-        return _CrossLayerStepper(self)
+        return CrossLayerStepper(self)
 
 
-class _CrossLayerStepper(Stepper):
+class CrossLayerStepper(Stepper):
     """Steps tokens in torch, and layers in numpy: a layer is so small that a call of torch would take longer."""
 
     _predictor: CrossLayer
@@ -189,6 +200,7 @@ class _CrossLayerStepper(Stepper):
     def __init__(self, predictor: CrossLayer) -> None:
         recurrent = dict(predictor.recurrent.named_parameters())
         layers, lookaheads = predictor.geometry.num_layers, predictor.lookaheads
+        first = predictor.information.lookaheads.index(1)
         # In the order in which a step reads them: for each layer, the maps of its experts to all later layers; for each
         # number of routed layers, the maps of the state to the layers within reach.
         later = [layers - 1 - layer for layer in range(layers)]
@@ -206,10 +218,12 @@ class _CrossLayerStepper(Stepper):
         # Scores to compute once a number of layers is routed: indices of lookaheads, and layers; the next run is last.
         self._scored = []
         for routed in range(layers + 1):
-            ahead = list(range(min(lookaheads, layers - routed)))
-            targets = [routed + i for i in ahead]
+            targets = list(range(routed, min(routed + lookaheads, layers)))
+            ahead = [first + i for i in range(len(targets))]
+            if not routed:
+                ahead[0] = 0  # the first layer has all its scores when the token starts: the nearest is used
             if predictor.next_token_head and routed:
-                ahead, targets = [*ahead, lookaheads], [*targets, routed - 1]
+                ahead, targets = [*ahead, first + lookaheads], [*targets, routed - 1]
             self._scored.append((np.array(ahead, np.int64), np.array(targets, np.int64)))
         super().__init__(predictor)
 
@@ -230,7 +244,7 @@ class _CrossLayerStepper(Stepper):
         self._scores = self._scores.copy()
         if self._predictor.following is not None and np.isnan(self._scores[0, 0]):  # a sequence starts
             first, layers = self._predictor.following.first.numpy(), np.arange(len(self._scores))
-            ahead = np.full(len(layers), self._predictor.lookaheads)
+            ahead = np.full(len(layers), len(self._predictor.information.lookaheads) - 1)
             self._scores = self._predictor.step_probabilities(first, ahead, layers)
         self._score(0)
 
@@ -251,6 +265,7 @@ class _CrossLayerStepper(Stepper):
         self._score(layer + 1, experts)
 
     def scores(self) -> npt.NDArray[np.float32]:
+        """Return the probabilities ``(L, E)`` of each layer's next run, and NaN where no score is available."""
         return self._scores
 
     def _score(self, routed: int, experts: npt.NDArray[np.int64] | None = None) -> None:
@@ -261,11 +276,20 @@ class _CrossLayerStepper(Stepper):
             experts: Experts of the last of them; None if none is routed.
         """
         ahead, targets = self._scored[routed]
-        logits = self._logits[routed : routed + self._predictor.lookaheads]
-        if len(logits):
-            logits = logits + (self._state @ self._from_state[routed]).reshape(logits.shape)
-            if self._copying is not None:
-                logits += self._copying.step(routed, self._state, self._tokens.past.rows)
+        logits = self._logits_within_reach(routed)
         if self._following is not None and experts is not None:
             logits = np.concatenate([logits, self._following.step(routed - 1, experts, self._state)])
         self._scores[targets] = self._predictor.step_probabilities(logits, ahead, targets)
+
+    def _logits_within_reach(self, routed: int) -> npt.NDArray[np.float32]:
+        """Return the logits ``(n, E)`` of the n layers within reach, in new memory.
+
+        Args:
+            routed: Number of routed layers.
+        """
+        logits = self._logits[routed : routed + self._predictor.lookaheads].copy()
+        if len(logits):
+            logits += (self._state @ self._from_state[routed]).reshape(logits.shape)
+            if self._copying is not None:
+                logits += self._copying.step(routed, self._state, self._tokens.past.rows)
+        return logits

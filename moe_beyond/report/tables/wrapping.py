@@ -55,7 +55,9 @@ class WrappedTable(Table):
         super().__init__(title=title, show_header=show_header, min_width=min_width, caption_justify="left")
         self.keys = tuple(keys)
 
-    def add_row(self, *cells: RenderableType | None, style: str | Style | None = None, end_section: bool = False) -> None:
+    def add_row(
+        self, *cells: RenderableType | None, style: str | Style | None = None, end_section: bool = False
+    ) -> None:
         """Add a row; texts are shown as they are."""
         super().add_row(*(cell and _plain(cell) for cell in cells), style=style, end_section=end_section)
 
