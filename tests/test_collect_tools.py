@@ -114,10 +114,10 @@ def test_predictors_that_read_hidden_states_are_compared(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_forms_of_hidden_states_are_compared(tmp_path: Path) -> None:
     few = ("--tokens", "8000", "--epochs", "3", "--only", "layer_mlp, stride 1")
-    forms = ("--forms", "float16", "int8-16-routers", "int8-16-pca", "int8-16-random")
+    forms = ("--forms", "float16", "int8-16-routers", "int8-16-regression", "int8-16-pca", "int8-16-random")
     run("compare_states.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json"), *few, *forms)
     found = json.loads((tmp_path / "found.json").read_text())["forms"]
-    full, routers, _, random = (row["recall"]["layer_mlp, stride 1"] for row in found)
+    full, routers, _, _, random = (row["recall"]["layer_mlp, stride 1"] for row in found)
     assert full > 1.2 * random
     assert routers > 1.2 * random
     assert found[0]["times_ids"] == pytest.approx(2 * 128 * 2 / 3, rel=0.01)

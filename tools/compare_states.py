@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from compare_predictors import FARTHEST, PREDICTORS, fit, record
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +46,8 @@ SIZES = (
 """Rows of the table of bytes: data type, and divisors of the width and of the number of layers."""
 READERS = ("layer_mlp, stride 1", "layer_mlp, stride 2", "layer_mlp, stride 3", "pre_attention")
 """Predictors of `compare_predictors.py` that read hidden states of any width."""
+REGRESSED_ROUTERS = 3
+"""Number of routers whose logits the basis ``regression`` holds, as many as the largest lookahead."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Form:
     Attributes:
         dtype: Data type of the stored states.
         width: Stored width; None for the model's, without a projection (default: None).
-        basis: ``"routers"`` for the projection of `moe-beyond collect`; ``"pca"`` for the principal components of the
-            training states of each layer; ``"random"`` for random directions (default: routers).
+        basis: Name of the projection (default: routers). ``"routers"`` is that of `moe-beyond collect`, and ``"pca"``
+            the principal components of each layer's training states. ``"regression"`` has the directions from which the
+            logits of the next three routers are regressed best. ``"random"`` has random directions.
     """
 
     dtype: str
@@ -74,7 +78,9 @@ FORMS = (
     Form("int8", 48),
     Form("int8", 32),
     Form("int8", 24),
+    Form("int8", 24, "regression"),
     Form("int8", 16),
+    Form("int8", 16, "regression"),
     Form("int8", 16, "pca"),
     Form("int8", 16, "random"),
 )
@@ -132,13 +138,15 @@ def projection_of(full: TraceSet, width: int, basis: str) -> StateProjection:
     size, routers = full.manifest.hidden_size, full.routers
     assert size is not None
     assert routers is not None
-    if basis == "pca":
+    if basis in ("pca", "regression"):
         parts = [trace.hidden_states for trace in full.traces("train", hidden_states=True)]
         states = [part for part in parts if part is not None]
-        return StateProjection(
-            principal(np.concatenate([part.router_inputs for part in states]), width),
-            principal(np.concatenate([part.layer_inputs for part in states]), width),
-        )
+        router_inputs = np.concatenate([part.router_inputs for part in states])
+        layer_inputs = np.concatenate([part.layer_inputs for part in states])
+        if basis == "pca":
+            return StateProjection(principal(router_inputs, width), principal(layer_inputs, width))
+        logits = np.einsum("nld,led->nle", router_inputs.astype(np.float32), routers.weight, optimize=True)
+        return StateProjection(regressed(router_inputs, logits, 1, width), regressed(layer_inputs, logits, 0, width))
     weight = routers.weight if basis == "routers" else None
     return make_projection(weight, range(full.geometry.num_layers), size, width)
 
@@ -151,6 +159,32 @@ def principal(states: Half, width: int) -> Half:
         _, vectors = np.linalg.eigh(np.cov(columns, rowvar=False))
         components.append(vectors[:, ::-1][:, :width].T)
     return np.stack(components).astype(np.float16)
+
+
+def regressed(states: Half, logits: npt.NDArray[np.float32], ahead: int, width: int) -> Half:
+    """Return orthonormal rows ``(L, W, D)`` of a reduced-rank regression of the next routers' logits, layer by layer.
+
+    As in the projection of `moe-beyond collect`, the weight of a router is half that of the router before it, and after
+    the last router come those of the layers before.
+
+    Args:
+        states: Training states ``(N, L, D)``.
+        logits: Logits of the routers ``(N, L, E)``.
+        ahead: Distance in layers from a state to the next router.
+        width: Number of rows, W.
+    """
+    layers = states.shape[1]
+    bases = []
+    for layer in range(layers):
+        start = layer + ahead
+        order = [*range(start, layers), *range(min(start, layers) - 1, -1, -1)][:REGRESSED_ROUTERS]
+        targets = np.concatenate([logits[:, other] * 0.5**rank for rank, other in enumerate(order)], axis=1)
+        columns = states[:, layer].astype(np.float64)
+        columns, targets = columns - columns.mean(0), targets - targets.mean(0, dtype=np.float64)
+        maps = np.linalg.lstsq(columns.T @ columns, columns.T @ targets)[0]
+        _, vectors = np.linalg.eigh(maps.T @ columns.T @ columns @ maps)
+        bases.append(np.linalg.qr(maps @ vectors[:, ::-1][:, :width])[0].T)
+    return np.stack(bases).astype(np.float16)
 
 
 def projected(states: HiddenStates, projection: StateProjection) -> HiddenStates:

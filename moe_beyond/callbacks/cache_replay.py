@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from moe_beyond.datamodules.ranks import gather, rank_and_ranks
 from moe_beyond.errors import UserError
@@ -31,7 +32,8 @@ class CacheReplay(L.Callback):
     It logs ``hit_rate`` and ``bytes_ratio`` of the policy with prefetch, and of LRU and Belady without prefetch, in one
     section per budget: ``val_budget_10pct/hit_rate``, ``val_budget_10pct/lru_hit_rate``. A `ModelCheckpoint` can
     monitor each figure. With a device it also logs ``tokens_per_second``. The sanity check is skipped. A strategy
-    without scores is replayed only at the first validation of a fit, because the sequences stay the same.
+    without scores is replayed only at the first validation of a fit, because the sequences stay the same; one line then
+    shows its figures.
     Ranks replay the sequences that they validate; their counts are added.
 
     Args:
@@ -162,14 +164,25 @@ class CacheReplay(L.Callback):
         assert isinstance(task, PredictorTask)
         if task.data.is_shared(stage):
             self._add_other_ranks()
+        first = not self._scoreless
         results = self._scoreless | {settings: replay.result() for settings, replay in self._replays.items()}
         self._scoreless = {settings: result for settings, result in results.items() if settings.predictor is None}
         self.results = [results[settings] for settings in self._strategies]
+        if first and stage == "val":
+            self._show_baselines(task.data.manifest)
         for names, result in zip(self.names(stage, task.data.manifest), self.results, strict=True):
             for figure, name in names.items():
                 value = torch.tensor(getattr(result, figure), device=task.device)
                 on_bar = result is self.results[0] and figure in FIGURES
                 task.log(name, value, prog_bar=on_bar, sync_dist=True, reduce_fx="max")  # equal on all ranks
+
+    def _show_baselines(self, manifest: Manifest) -> None:
+        """Print the figures that stay the same in every epoch, one line per budget."""
+        budgets = self._budgets(manifest.geometry, manifest.bits).values()
+        for number, budget in enumerate(budgets, 1):
+            results = self.results[len(PREFIXES) * (number - 1) + 1 : len(PREFIXES) * number]
+            figures = (f"{result.policy} {result.hit_rate:.4f} @ {result.bytes_ratio:.4f}" for result in results)
+            rank_zero_info(f"without prefetch at {budget}, hit_rate @ bytes_ratio: {', '.join(figures)}")
 
     def _add_other_ranks(self) -> None:
         """Add the sequences that the other ranks replayed."""

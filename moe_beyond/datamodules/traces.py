@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.forkserver
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from moe_beyond.workers import end_with_parent
 
 NOTED_SHARE = 0.05
 """Share of the batches that an epoch may leave out without a note."""
+OPEN_FILES, OPEN_FILES_PER_WORKER = 32, 16
+"""Open files of a fit without workers and of the tensors and pipes of each worker, both with a margin."""
 
 
 class TraceDataModule(L.LightningDataModule):
@@ -77,6 +80,7 @@ class TraceDataModule(L.LightningDataModule):
         for name, number in numbers.items():
             if number < least[name]:
                 raise UserError(f"data.{name} must be at least {least[name]} (got {number})")
+        _check_open_files(num_workers)
         folders = {"traces": traces, "val_traces": val_traces, "test_traces": test_traces}
         if empty := [name for name, folder in folders.items() if folder is not None and not folder.strip()]:
             raise UserError(f"data.{empty[0]}: the name is empty; give the folder of a trace set")
@@ -256,6 +260,19 @@ class TraceDataModule(L.LightningDataModule):
             done: Number of batches to skip.
         """
         self._resume_at = epoch, done
+
+
+def _check_open_files(workers: int) -> None:
+    """Raise an error if this process may not open as many files as it shares with workers.
+
+    A worker that lacks one loses its batch, for which the main process would wait.
+    """
+    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], OPEN_FILES + OPEN_FILES_PER_WORKER * workers
+    if workers and resource.RLIM_INFINITY != limit < needed:
+        raise UserError(
+            f"data.num_workers: {workers} workers need {needed} open files (got a limit of {limit}); "
+            f"raise it with `ulimit -n {needed}` or use fewer workers"
+        )
 
 
 def _start_forkserver() -> None:

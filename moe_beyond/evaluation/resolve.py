@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def resolve_strategies(
         resolve_budgets(options, traces),
         traces.geometry.top_k,
         source,
-        lambda architecture: pretrained_source(architecture, traces),
+        cache(lambda architecture: pretrained_source(architecture, traces)),
         shared.quotas,
         has_profile=shared.profile is not None,
     )

@@ -17,7 +17,8 @@ from moe_beyond.errors import UserError
 from moe_beyond.evaluation.score_store import ScoresFolder
 from moe_beyond.geometry import Geometry
 from moe_beyond.lookahead import Lookahead
-from moe_beyond.pretrained import checkpoint_folders, list_pretrained, pretrained_folder, shipped_folder
+from moe_beyond.messages import notify
+from moe_beyond.pretrained import WEIGHTS_FILE, checkpoint_folders, list_pretrained, pretrained_folder, shipped_folder
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import Part, TraceSet
 from moe_beyond.traces.trace import Trace
@@ -181,15 +182,22 @@ def pretrained_for(architecture: str, traces: TraceSet) -> Path | None:
     """Find the pretrained predictor of an architecture that was fitted for the model and tokenizer of a trace set.
 
     Returns:
-        Its folder, the first by name; None without such a predictor.
+        Its folder, the first by name whose weights are installed; a notice names the predictors before it. None
+        without such a predictor.
+
+    Raises:
+        NotInstalledError: There are such predictors, but no weights of any.
     """
     from moe_beyond.predictors.io.folder import read_config
 
-    for name in list_pretrained():
-        folder = shipped_folder(name)
-        if name.split(".")[0] == architecture and _is_for(read_config(folder), traces):
-            return pretrained_folder(name)
-    return None
+    names = [name for name in list_pretrained() if name.split(".")[0] == architecture]
+    fitting = [name for name in names if _is_for(read_config(shipped_folder(name)), traces)]
+    installed = [name for name in fitting if (shipped_folder(name) / WEIGHTS_FILE).is_file()]
+    if not installed:
+        return pretrained_folder(fitting[0]) if fitting else None
+    if missing := fitting[: fitting.index(installed[0])]:
+        notify(f"{', '.join(missing)}: its weights are not installed; {installed[0]} is used")
+    return pretrained_folder(installed[0])
 
 
 def pretrained_source(architecture: str, traces: TraceSet) -> ScoreSource | None:

@@ -44,12 +44,13 @@ def counts(result: Result) -> tuple[Any, ...]:
     ("lookahead", "scope", "device"), [(None, "global", None), (3, "per-layer", None), (2, "global", "rtx3060")]
 )
 def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
-    lookahead: int | None, scope: str, device: str | None, tmp_path: Path
+    lookahead: int | None, scope: str, device: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_traces(tmp_path / "traces", sequences=16)
     data = TraceDataModule(str(tmp_path / "traces"))
     task = CrossLayerTask(data.geometry, data.vocab_size, **SIZES)
     watch = Watch()
+    caplog.set_level("INFO", "lightning.pytorch")
     replay = CacheReplay(
         budget="50%", prefetch="top3", lookahead=lookahead, scope=scope, warmup_tokens=2, device=device,
         budgets=["75%", "24"],
@@ -70,6 +71,12 @@ def test_it_skips_the_sanity_check_and_agrees_with_evaluate(
     # Also the figures that were replayed only at the first of two validations.
     assert [counts(result) for result in replay.results] == [counts(result) for result in found]
     ours, lru, belady = found[:3]
+    line = "without prefetch at {}, hit_rate @ bytes_ratio: lru {:.4f} @ {:.4f}, belady {:.4f} @ {:.4f}"
+    pairs = [("50%", lru, belady), ("75%", *found[4:6])]
+    assert [each for each in caplog.messages if "without prefetch" in each] == [
+        line.format(budget, one.hit_rate, one.bytes_ratio, other.hit_rate, other.bytes_ratio)
+        for budget, one, other in pairs
+    ]
     for name, result in (("", ours), ("lru_", lru), ("belady_", belady)):
         assert validated[f"val_budget_50pct/{name}hit_rate"] == pytest.approx(result.hit_rate, rel=1e-6)
         assert validated[f"val_budget_50pct/{name}bytes_ratio"] == pytest.approx(result.bytes_ratio, rel=1e-6)

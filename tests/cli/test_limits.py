@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,20 @@ def ending(tmp_path: Path, limit: Callable[[], None], *words: str) -> tuple[int,
     code = in_child(work)
     signal.alarm(0)
     return code, errors.read_text()
+
+
+@pytest.mark.parametrize("limit", [20, 32, 63])
+def test_a_fit_whose_workers_lack_open_files_is_one_line(limit: int, tmp_path: Path) -> None:
+    traces = tiny_traces(tmp_path / "traces")
+    words = ("fit", "-c", "trainer/default", "-c", "model/popularity", "-c", "data/traces", "--data.traces")
+    few_files = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit))
+    code, errors = ending(tmp_path, few_files, *words, traces.folder, "--data.num_workers", "2")
+    assert code == 2
+    assert errors == (
+        f"moe-beyond: error: data.num_workers: 2 workers need 64 open files (got a limit of {limit}); "
+        "raise it with `ulimit -n 64` or use fewer workers\n"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["errors", "traces"]
 
 
 def test_a_command_without_memory_or_files_is_one_line(tmp_path: Path) -> None:

@@ -297,6 +297,19 @@ def test_a_worker_that_starts_too_late_prints_no_traceback(raised: str, printed:
     assert ("Traceback" in done.stderr) == printed
 
 
+def test_a_worker_that_cannot_send_a_batch_ends() -> None:
+    script = (
+        "import time, torch.multiprocessing\n"
+        "import moe_beyond.datamodules.worker_start\n"
+        "torch.multiprocessing.Queue().put(lambda: 'no pickle')\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("moe-beyond: error: a worker cannot send a batch: Can't pickle <function <lambda>")
+    assert done.stderr.count("\n") == 1
+
+
 def test_workers_end_with_a_killed_process(trace_set: TraceSet) -> None:
     code = (
         "import time, psutil\n"

@@ -143,6 +143,37 @@ def test_only_a_predictor_of_the_same_checkpoint_and_tokenizer_serves(
     assert pretrained_source("history", traces).name == "history.m-a"
 
 
+def test_a_predictor_whose_weights_a_wheel_leaves_out_is_replaced_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces = write(tmp_path / "traces")
+    package = tmp_path / "package"
+    training = {"model_id": "m", "tokenizer": {"name": "t", "sha256": traces.manifest.tokenizer.sha256}}
+    large, small = (package / "checkpoints" / name for name in ("history.m-a", "history.m-a-small"))
+    for folder in (large, small):
+        history_folder(folder, traces, **training)
+    monkeypatch.setattr(published, "__file__", str(package / "pretrained.py"))
+    monkeypatch.setattr(STRATEGIES, "_registered", dict(STRATEGIES._registered))
+    for name in ("one", "two"):
+        STRATEGIES.register(name, NamedStrategy("lru", "top{k}", architecture="history"))
+    words = ["replay", "--traces", traces.folder, "--strategy", "one", "--strategy", "two", "--json", "-"]
+
+    def predictors() -> list[str]:
+        assert main(words) == 0
+        printed = capsys.readouterr()
+        notices = printed.err.count("history.m-a: its weights are not installed; history.m-a-small is used\n")
+        # One for the usage profile, one for both strategies.
+        assert notices == (0 if (large / published.WEIGHTS_FILE).exists() else 2)
+        return [result["predictor"] for result in json.loads(printed.out)["results"][:2]]
+
+    assert predictors() == ["history.m-a"] * 2
+    (large / published.WEIGHTS_FILE).unlink()
+    assert predictors() == ["history.m-a-small"] * 2
+    (small / published.WEIGHTS_FILE).unlink()
+    with pytest.raises(published.NotInstalledError, match=r"^history\.m-a: its weights are only in"):
+        pretrained_source("history", traces)
+
+
 def test_another_package_adds_a_strategy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
