@@ -164,9 +164,13 @@ def console() -> NoReturn:
     _open_closed_streams()
     with temporary_files():
         code = main()
-        # The work is done or undone; nothing is left to clean up.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
-        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for Python's threads, as an exit does)
+        # The work is done or undone. Ctrl-C ends the wait for other threads, but leaves no temporary file.
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (as an exit does)
+        except KeyboardInterrupt:
+            pass
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         atexit._run_exitfuncs()  # noqa: SLF001
     try:
         sys.stdout.flush()

@@ -4,8 +4,11 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,24 @@ def test_what_native_libraries_do_at_their_end_changes_no_exit_code() -> None:
     done = subprocess.run([sys.executable, "-c", leaving], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "cleaned up\n")
     assert done.stderr == "moe-beyond: error: unknown command 'inspekt'; did you mean 'inspect'?\n"
+
+
+def test_ctrl_c_after_the_work_leaves_no_temporary_file() -> None:
+    """It ends the wait for other threads, and the folder for temporary files is removed as at any other end."""
+    leaving = (
+        "import sys, threading, time; sys.argv = ['moe-beyond', '--version']; "
+        "threading.Thread(target=time.sleep, args=(60,)).start(); from moe_beyond.cli.main import console; console()"
+    )
+    command = [sys.executable, "-u", "-c", leaving]
+    with tempfile.TemporaryDirectory() as folder:  # a short path: sockets must have room in it
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": folder}) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"moe-beyond {moe_beyond.__version__}\n".encode()
+            assert len(os.listdir(folder)) == 1
+            time.sleep(0.5)  # until it waits
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+        assert os.listdir(folder) == []
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
