@@ -64,7 +64,7 @@ PREDICTORS: dict[str, tuple[str, ...]] = {
     "naive_bayes": ("naive_bayes",),
     "token_causal": ("token_causal", *NARROW),
     "cross_layer": ("cross_layer", *NARROW, "--model.layer_width=128"),
-    "hybrid": ("hybrid", *NARROW, "--model.layer_width=128"),
+    "hybrid": ("hybrid", *NARROW, "--model.layer_width=128", "--model.state_width=256"),
     "cross_layer, taught": ("cross_layer", *NARROW, "--model.layer_width=128"),
     "cross_layer, small": ("cross_layer", *SMALL_SIZE),
     "hybrid, small": ("hybrid", *SMALL_SIZE, "--model.state_width=48"),

@@ -40,18 +40,24 @@ def test_a_reader_by_hand():
     # Layer 0: (3, 4) has a mean square of 12.5. Layer 1: (1, 7) becomes (7, 2), of 26.5.
     first = silu(3 / math.sqrt(12.5) + 0.2), silu(4 / math.sqrt(12.5))
     second = silu(7 / math.sqrt(26.5) + first[0]), silu(3 * 2 / math.sqrt(26.5) + 0.3)
-    read = reader(reader.features(states, torch.tensor([True])), of_layers)
-    np.testing.assert_allclose(read[:, 0], [first, second], rtol=1e-5)
-    missing = reader(reader.features(states, torch.tensor([False])), of_layers)
+    features = (3 / math.sqrt(12.5), 4 / math.sqrt(12.5)), (7 / math.sqrt(26.5), 6 / math.sqrt(26.5))
+    vectors, read = reader(reader.features(states, torch.tensor([True])), of_layers)
+    np.testing.assert_allclose(vectors[:, 0], [first, second], rtol=1e-5)
+    np.testing.assert_allclose(read[:, 0], np.hstack([[first, second], features]), rtol=1e-5)
+    of_other = reader.after(reader.features(states, torch.tensor([True])), of_layers, vectors.roll(1, 0))
+    np.testing.assert_allclose(of_other[1, 0], read[1, 0], rtol=1e-5)
+    _, missing = reader(reader.features(states, torch.tensor([False])), of_layers)
     first = silu(0.7), 0.0
-    np.testing.assert_allclose(missing[:, 0], [first, (silu(first[0]), silu(0.55))], rtol=1e-5)
+    expected = (*first, 0.5, 0), (silu(first[0]), silu(0.55), 0, 0.25)
+    np.testing.assert_allclose(missing[:, 0], expected, rtol=1e-5, atol=1e-7)
     steps = StateReaderSteps(reader, None)
     for available, expected in ((True, read), (False, missing)):
         before = steps.nothing
         for layer in range(2):
             state = states[0, layer].numpy() if available else None
-            before = steps.step(layer, state, of_layers[layer, 0].numpy(), before)
-            np.testing.assert_allclose(before, expected[layer, 0], rtol=1e-5)
+            outputs = steps.step(layer, state, of_layers[layer, 0].numpy(), before)
+            np.testing.assert_allclose(outputs, expected[layer, 0], rtol=1e-5, atol=1e-7)
+            before = outputs[:2]
 
 
 def test_a_step_without_a_state_falls_back_to_the_learned_vector():

@@ -118,8 +118,8 @@ class Hybrid(CrossLayer):
         self.routed_reader = StateReader(layers - 1, hidden_size, layer_width, state_width)
         self.computed_reader = StateReader(layers - 1, hidden_size, layer_width, state_width)
         scale = 0.5 * state_width**-0.5
-        self.from_routed = nn.Parameter(torch.randn(lookaheads, layers - 1, state_width, experts) * scale)
-        self.from_computed = nn.Parameter(torch.randn(layers - 1, state_width, experts) * scale)
+        self.from_routed = nn.Parameter(torch.randn(lookaheads, layers - 1, 2 * state_width, experts) * scale)
+        self.from_computed = nn.Parameter(torch.randn(layers - 1, 2 * state_width, experts) * scale)
 
     @property
     def information(self) -> InformationSet:
@@ -152,7 +152,7 @@ class Hybrid(CrossLayer):
         router_inputs, layer_inputs = (self.projections.read(batch, kind) for kind in self.information.hidden_states)
         real = batch.mask
         features = self.routed_reader.features(router_inputs[real][:, :-1], available)
-        routed = self.drop(self.routed_reader(features, before))
+        vectors, routed = self.routed_reader(features, before)
         slices = []
         for ahead in range(1, self.lookaheads + 1):
             reached = max(layers - ahead, 0)
@@ -160,7 +160,7 @@ class Hybrid(CrossLayer):
             slices.append(functional.pad(added, (0, 0, 0, 0, layers - reached, 0)))
         logits = logits + torch.stack(slices).permute(2, 0, 1, 3)
         features = self.computed_reader.features(layer_inputs[real][:, 1:], available)
-        computed = self.drop(self.computed_reader.after(features, before, routed))
+        computed = self.computed_reader.after(features, before, vectors)
         added = functional.pad(torch.bmm(computed, self.from_computed), (0, 0, 0, 0, 1, 0))
         return torch.cat([logits[:, :1] + added.transpose(0, 1)[:, None], logits], 1)
 
@@ -189,11 +189,11 @@ class _HybridStepper(CrossLayerStepper):
 
     def _reset(self) -> None:
         self._hidden_state: npt.NDArray[np.float32] | None = None
-        self._read = self._routed_reader.nothing  # vector of the last layer that was routed
+        self._vector = self._routed_reader.nothing  # of the last layer that was routed
         super()._reset()
 
     def _start_token(self, token_id: int) -> None:
-        self._read = self._routed_reader.nothing
+        self._vector = self._routed_reader.nothing
         super()._start_token(token_id)
 
     def _route(self, layer: int, experts: npt.NDArray[np.int64], state: npt.NDArray[np.float32] | None) -> None:
@@ -203,15 +203,16 @@ class _HybridStepper(CrossLayerStepper):
     def _logits_within_reach(self, routed: int) -> npt.NDArray[np.float32]:
         logits = super()._logits_within_reach(routed)
         if routed and len(logits):
-            self._read = self._routed_reader.step(routed - 1, self._hidden_state, self._state, self._read)
-            logits += (self._read @ self._from_routed[routed - 1]).reshape(logits.shape)
+            read = self._routed_reader.step(routed - 1, self._hidden_state, self._state, self._vector)
+            self._vector = read[: len(self._vector)]
+            logits += (read @ self._from_routed[routed - 1]).reshape(logits.shape)
         self._nearest = logits[:1]
         return logits
 
     def _compute(self, layer: int, state: npt.NDArray[np.float32] | None) -> None:
         if state is None or layer + 1 == len(self._scores):
             return
-        read = self._computed_reader.step(layer, state, self._state, self._read)
+        read = self._computed_reader.step(layer, state, self._state, self._vector)
         logits, target = self._nearest + read @ self._from_computed[layer], np.array([layer + 1])
         self._scores = self._scores.copy()  # arrays returned by `scores` before stay unchanged
         self._scores[target] = self._predictor.step_probabilities(logits, np.zeros(1, np.int64), target)

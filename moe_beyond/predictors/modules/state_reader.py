@@ -8,11 +8,12 @@ EPSILON = 1e-6  # added to mean squares
 
 
 class StateReader(nn.Module):
-    """Reads the hidden states of a token's layers one after another, into one vector per layer.
+    """Reads the hidden states of a token's layers one after another.
 
-    Each layer maps its hidden state to features of unit root mean square, scales them by a learned gain, adds maps of
-    another vector and of the state of a network that reads only ids, and applies SiLU. The other vector is that of the
-    layer before, or one of another reader. A learned vector replaces the features of a state that is not available.
+    Each layer maps its hidden state to features of unit root mean square, which a learned gain scales. A learned vector
+    replaces those of a state that is not available. The layer's vector is the SiLU of these features plus maps of
+    another vector and of the state of a network that reads only ids. The other vector is that of the layer before, or
+    one of another reader. Outputs are the vector and the features: later logits are linear in the features.
 
     Args:
         layers: Number of layers that are read, n.
@@ -41,24 +42,29 @@ class StateReader(nn.Module):
         read = functional.rms_norm(mapped, mapped.shape[-1:], eps=EPSILON) * self.gain[:, None]
         return torch.where(available[:, None], read, absent)
 
-    def forward(self, features: Tensor, of_layers: Tensor) -> Tensor:
-        """Return the vectors ``(n, N, width)`` of the layers, each with that of the layer before.
+    def forward(self, features: Tensor, of_layers: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the layers, each with the vector of the layer before.
 
         Args:
             features: Features ``(n, N, width)`` that `features` returned.
             of_layers: States ``(n, N, layer_width)`` of the network that reads only ids.
+
+        Returns:
+            Vectors ``(n, N, width)``, and outputs ``(n, N, 2 * width)``.
         """
         inputs, vectors = features + torch.bmm(of_layers, self.from_layer), list[Tensor]()
         for layer, own in enumerate(inputs):
             vectors.append(functional.silu(own + vectors[-1] @ self.from_before[layer] if vectors else own))
-        return torch.stack(vectors) if vectors else inputs
+        stacked = torch.stack(vectors) if vectors else inputs
+        return stacked, torch.cat([stacked, features], -1)
 
     def after(self, features: Tensor, of_layers: Tensor, before: Tensor) -> Tensor:
-        """Return the vectors ``(n, N, width)`` of the layers, each with a vector of another reader.
+        """Return the outputs ``(n, N, 2 * width)`` of layers that are read with a vector of another reader.
 
         Args:
             features: Features ``(n, N, width)`` that `features` returned.
             of_layers: States ``(n, N, layer_width)`` of the network that reads only ids.
             before: Vectors ``(n, N, width)`` of another reader.
         """
-        return functional.silu(features + torch.bmm(of_layers, self.from_layer) + torch.bmm(before, self.from_before))
+        inputs = features + torch.bmm(of_layers, self.from_layer) + torch.bmm(before, self.from_before)
+        return torch.cat([functional.silu(inputs), features], -1)

@@ -37,7 +37,7 @@ class StateReaderSteps:
         return np.zeros(self._gain.shape[1], np.float32)
 
     def step(self, layer: int, state: Floats | None, of_layer: Floats, before: Floats) -> Floats:
-        """Return the vector ``(width,)`` of a layer.
+        """Return the outputs ``(2 * width,)`` of a layer, its vector first.
 
         Args:
             layer: Number of the layer among those that are read.
@@ -51,12 +51,12 @@ class StateReaderSteps:
             mapped = state @ self._into[len(state)][layer]
             mean_square, gain = np.float32(mapped @ mapped / len(mapped) + EPSILON), self._gain[layer]
         maps = self._from_layer[layer], self._from_before[layer]
-        vector: Floats = _vector(mapped, gain, mean_square, of_layer, maps[0], before, maps[1])
-        return vector
+        outputs: Floats = _outputs(mapped, gain, mean_square, of_layer, maps[0], before, maps[1])
+        return outputs
 
 
 @compiled
-def _vector(
+def _outputs(
     mapped: Floats,
     gain: Floats,
     mean_square: np.float32,
@@ -65,7 +65,7 @@ def _vector(
     before: Floats,
     from_before: Floats,
 ) -> Floats:
-    """Return the vector ``(width,)`` of a layer: numpy would take four times as long for so few numbers.
+    """Return the outputs ``(2 * width,)`` of a layer: numpy would take four times as long for so few numbers.
 
     Args:
         mapped: Mapped hidden state ``(width,)``.
@@ -76,13 +76,15 @@ def _vector(
         before: Vector ``(width,)`` of the layer before, or of another reader.
         from_before: Map ``(width, width)`` of that vector.
     """
-    vector: Floats = mapped * gain / np.sqrt(mean_square)
+    features = mapped * gain / np.sqrt(mean_square)
+    width, outputs = len(features), np.empty(2 * len(features), np.float32)
+    outputs[:width] = outputs[width:] = features
     for feature in range(len(of_layer)):
-        for i in range(len(vector)):
-            vector[i] += of_layer[feature] * from_layer[feature, i]
+        for i in range(width):
+            outputs[i] += of_layer[feature] * from_layer[feature, i]
     for feature in range(len(before)):
-        for i in range(len(vector)):
-            vector[i] += before[feature] * from_before[feature, i]
-    for i in range(len(vector)):
-        vector[i] /= np.float32(1) + np.exp(-vector[i])
-    return vector
+        for i in range(width):
+            outputs[i] += before[feature] * from_before[feature, i]
+    for i in range(width):
+        outputs[i] /= np.float32(1) + np.exp(-outputs[i])
+    return outputs
