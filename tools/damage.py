@@ -59,8 +59,8 @@ OUTCOMES = (
 FAULTS = OUTCOMES[3:]
 FREE = re.compile(
     r"[ .](source|split|revision|model|model_id|name|command|tool_version|precision|strategy|predictor|fingerprint): "
-    r'"\.\./x" for "|[ .](revision|generation|steering|routers_sha256|shards\.\d+|figures\.\d+(\.\w+\.\d+)?|'
-    r"training\.[\w .]+): missing$"
+    r'"\.\./x" for "|[ .](revision|generation|steering|routers_sha256|projected_from|projection_sha256|'
+    r"shards\.\d+|figures\.\d+(\.\w+\.\d+)?|training\.[\w .]+): missing$"
 )
 """Edits that a file's author may make: another text that only people read, no value in a field that may be absent, and
 fewer shards."""
