@@ -112,6 +112,18 @@ def test_predictors_that_read_hidden_states_are_compared(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_a_run_has_the_recall_and_the_hits_of_an_offline_evaluation(tmp_path: Path) -> None:
+    few = ("--prompts", "2", "--new-tokens", "8", "--json", str(tmp_path / "found.json"))
+    run("compare_run_recall.py", "cross_layer.small-moe-python-small", *few)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["recall"]["run"]) == ["1", "2", "3"]
+    assert found["recall"]["run"] == pytest.approx(found["recall"]["offline"], abs=0.01)
+    counted = found["hits"]["belief + none"]
+    assert counted["equal events"] == counted["events"] == 2 * 8 * 8  # prompts, steps, layers
+    assert counted["run"] == counted["offline"]
+
+
+@pytest.mark.slow
 def test_forms_of_hidden_states_are_compared(tmp_path: Path) -> None:
     few = ("--tokens", "8000", "--epochs", "3", "--only", "layer_mlp, stride 1")
     forms = ("--forms", "float16", "int8-16-routers", "int8-16-regression", "int8-16-pca", "int8-16-random")

@@ -5,8 +5,8 @@
 The predictor may read hidden states. small-moe generates greedily after the first token of texts that it never saw:
 once with the predictor scoring only, then with `belief` by its scores, and with `lru` and top-K prefetching. The
 unmodified model generates the same prompts, and its hidden states are recorded. Offline, the predictor scores the
-sequences in one pass, and replays without times repeat the caches. Exit code 1: a recall differs by more than 0.2
-points, or a hit rate by more than half a point.
+sequences in one pass, and replays without times repeat the caches; prefetches of a run take time. Exit code 1: a recall
+differs by more than 0.2 points, or hits differ without prefetches.
 """
 
 import argparse
@@ -104,8 +104,8 @@ def main() -> None:
     if args.json:
         write_json(args.json, figures)
     apart = [abs(recall - offline[name]) / 0.002 for name, recall in in_run.items()]
-    apart += [abs(row["run"] - row["offline"]) / 0.005 for row in figures["hits"].values()]
-    if max(apart) > 1:
+    without = figures["hits"]["belief + none"]
+    if max(apart) > 1 or without["equal events"] < without["events"]:
         raise SystemExit(1)
 
 
@@ -150,7 +150,7 @@ def recalls(predictor: Predictor, traces: Sequence[Trace], scores: Sequence[Scor
         batch = collate([trace])
         metrics.update(torch.from_numpy(each)[None], batch.targets(shape[1]), batch.mask, None)
     rows = metrics.rows(lookaheads, predictor.geometry.moe_layers)
-    return {format_lookahead(row.lookahead): row.recall_at_k for row in rows}
+    return {format_lookahead(row.lookahead): row.recall_at_k for row in rows if row.lookahead != "next"}
 
 
 def replay(
