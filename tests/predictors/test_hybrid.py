@@ -131,6 +131,10 @@ def test_it_is_fitted_evaluated_and_teaches(tmp_path, capsys):
     config = read_config(taught)
     assert config["training"]["recipe"]["teachers"] == 1
     assert config["hidden_states"] == []
+    assert (
+        "Inputs: ids, hidden states of the current token (router inputs and layer inputs;"
+        in (teacher / "README.md").read_text()
+    )
     tiny_traces(tmp_path / "without")
     capsys.readouterr()
     assert error_line(capsys, ["evaluate", teacher, "--traces", tmp_path / "without"]) == (

@@ -22,12 +22,13 @@ BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 """Lines around the figures that `record_figures` writes; the other parts of a card may be edited by hand."""
 
 
-def card(summary: str, config: dict[str, Any]) -> str:
+def card(summary: str, config: dict[str, Any], *, reads_ids: bool) -> str:
     """Return the text of a card.
 
     Args:
         summary: Description of the architecture in one sentence.
         config: Configuration of the predictor folder.
+        reads_ids: Whether the predictor reads token ids or the ids of earlier experts.
     """
     geometry, training = Geometry.from_json(config["geometry"]), config["training"]
     lookaheads = ", ".join(map(str, config["lookaheads"]))
@@ -37,7 +38,7 @@ def card(summary: str, config: dict[str, Any]) -> str:
     parameters = f"{config['parameters'] / 1e6:.1f} M" if config["parameters"] else "none (fitted by counting)"
     states = " and ".join(config["hidden_states"]).replace("_", " ")
     form = f"; recorded as {training['hidden_states']}" if training.get("hidden_states") else ""
-    reads = f"hidden states of the current token ({states}{form})" if states else "ids"
+    inputs = ["ids"] * reads_ids + [f"hidden states of the current token ({states}{form})"] * bool(states)
     split = f"split {training.get('split', 'unknown')!r}{amount}"
     split += ", routed by a steered model" if training.get("steering") else ""
     bits = f"{training['quantization_bits']:g}-bit " if training.get("quantization_bits") else ""
@@ -51,7 +52,7 @@ tags: [moe, expert-prediction, {config["architecture"]}]
 This predictor predicts which experts of {geometry.model} ({shape}) a token is routed to.
 {summary}
 
-- Inputs: {reads}; {"causal" if config["causal"] else "reads later tokens"}.
+- Inputs: {", ".join(inputs)}; {"causal" if config["causal"] else "reads later tokens"}.
 - Scores: lookahead {lookaheads}.
 - Fitted on: {training.get("source", "unknown")}, {split}, fingerprint
   `{training.get("fingerprint", "unknown")}`.

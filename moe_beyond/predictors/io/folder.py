@@ -66,7 +66,9 @@ def save_predictor(
         check_config(config, f"{folder / CONFIG_FILE}")
         write_json(temporary / CONFIG_FILE, sealed(config))
         summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
-        (temporary / CARD_FILE).write_text(card(summary, config), encoding="utf-8")
+        reads_ids = predictor.information.token_ids or not predictor.information.hidden_states
+        text = card(summary, config, reads_ids=reads_ids)
+        (temporary / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def _description(predictor: Predictor) -> dict[str, Any]:
