@@ -297,10 +297,10 @@ def _metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 @compiled
-def _place(key: int, contexts: int) -> int:
+def _place(key: int | np.int64, contexts: int) -> int:
     """Return the place of a context among the rows."""
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    return np.int64((mixed >> np.uint64(32)) % np.uint64(contexts))
+    return int((mixed >> np.uint64(32)) % np.uint64(contexts))
 
 
 @compiled
@@ -342,7 +342,14 @@ def _correct(scores: Floats, values: Floats, rows: Ints, part: int, layer: int, 
 
 @compiled
 def _update(
-    values: Floats, rows: Ints, part: int, layer: int, corrected: Floats, experts: Ints, rates: Floats, bound: float
+    values: Floats,
+    rows: Ints,
+    part: int,
+    layer: int,
+    corrected: Floats,
+    experts: Ints,
+    rates: Floats,
+    bound: np.float32,
 ) -> None:
     """Move the rows of a routed layer against the gradient of the cross-entropy of its corrected scores ``(E,)``."""
     for expert in range(len(corrected)):
@@ -359,7 +366,7 @@ def _update(
 @compiled
 def _correct_sequence(
     scores: Floats, token_ids: Ints, experts: Ints, first: int, following: int, values: Floats, keys: Ints,
-    visits: Ints, rates: Floats, bound: float, corrected: Floats,
+    visits: Ints, rates: Floats, bound: np.float32, corrected: Floats,
 ) -> None:  # fmt: skip
     """Correct a sequence, as `OnlineStepper` does.
 
@@ -404,7 +411,7 @@ def _publish(
 @compiled
 def _step_layer(
     layer: int, ahead: int, experts: Ints, scores: Floats, values: Floats, rows: Ints, rows_before: Ints,
-    rates: Floats, bound: float, current: Floats, following: Floats, published: Floats,
+    rates: Floats, bound: np.float32, current: Floats, following: Floats, published: Floats,
 ) -> None:  # fmt: skip
     """Update the table by a routed layer, then correct the scores ``(L, E)`` that became available."""
     if not np.isnan(current[layer, 0]):
