@@ -112,6 +112,12 @@ class Observer:
         (layer, routed), self._waiting = self._waiting, None
         return self._observe(layer, routed, state)
 
+    def end(self) -> None:
+        """Observe the last layers and tokens of a run, for online updates."""
+        self.finish()
+        if self._scorer is not None:
+            self._scorer.end()
+
     def forget(self) -> None:
         """Forget the layer and the state of an interrupted event."""
         self._waiting = self._state = None
@@ -131,4 +137,7 @@ def make_observer(strategy: RunStrategy) -> Observer:
     """
     if strategy.predictor is None:
         return Observer()
-    return Observer(SequenceScorer(strategy.predictor), after_computing=strategy.settings.available_after == "computed")
+    return Observer(
+        SequenceScorer(strategy.predictor, strategy.online),
+        after_computing=strategy.settings.available_after == "computed",
+    )
