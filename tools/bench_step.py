@@ -1,12 +1,12 @@
 """Time of a predictor's step while decoding, to compare with the time of a layer.
 
-    python tools/bench_step.py PREDICTOR --traces TRACES [--sequences N] [--program PROGRAM] [--json FILE]
+    python tools/bench_step.py PREDICTOR --traces TRACES [--sequences N] [--online] [--program PROGRAM] [--json FILE]
 
 Steps sequences of a trace set as a runtime would, on one core. A token's start is followed by the routed experts of
 each layer; after each, the best K experts of the next layer are selected, with calibrated scores if the predictor has
 them. Predictors that read hidden states receive random ones of the model's width. Prints microseconds per layer over
-tokens, (the token's start + all layers' steps) / L, and those of both parts.
-With `--program`, the compiled C stepper of `tools/reference_c` takes the same steps.
+tokens, (the token's start + all layers' steps) / L, and those of both parts. `--online` adds online updates of the
+scores. With `--program`, the compiled C stepper of `tools/reference_c` takes the same steps.
 """
 
 import os
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from moe_beyond.files import write_json
 from moe_beyond.predictors.io.folder import read_predictor
+from moe_beyond.predictors.online import OnlineUpdates
 from moe_beyond.pretrained import find_predictor
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.schema import padding_id
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("predictor", help="predictor folder or pretrained name")
     parser.add_argument("--traces", required=True, help="trace set")
     parser.add_argument("--sequences", type=int, default=20, help="number of sequences (default: 20)")
+    parser.add_argument("--online", action="store_true", help="correct the scores by online updates")
     parser.add_argument("--program", type=Path, help="compiled program of tools/reference_c (default: only Python)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
@@ -47,7 +49,7 @@ def main() -> None:
     layers, _, top_k = predictor.geometry.shape()
     width = predictor.projected_from or predictor.hidden_size
     states = None if width is None else np.random.default_rng(0).normal(size=(layers, width)).astype(np.float16)
-    stepper = predictor.stepper()
+    stepper = OnlineUpdates(predictor).stepper() if args.online else predictor.stepper()
     starts, steps, wholes, lines = [], [], [], []
     for number, trace in zip(range(args.sequences + 1), TraceSet(args.traces).traces(), strict=False):
         stepper.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from moe_beyond.cli.replay_options import (
     add_conditions,
     add_grid,
     add_measured_traces,
+    add_online,
+    check_online,
     options_from_args,
 )
 from moe_beyond.download import is_hub_name
@@ -48,6 +51,7 @@ def build_parser() -> ArgumentParser:
     add_budgets(parser)
     add_grid(parser, "each of the predictor's, except next")
     add_conditions(parser)
+    add_online(parser, "the trace set; the figures without updates are shown, too")
     add_workers(parser)
     parser.add_argument(
         "--bootstrap",
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> None:
     from moe_beyond.run_folder import is_run
 
     args.record = args.record or args.record_training_text
+    check_online(args, ["record"])
     if is_run(args.predictor):
         _checkpoints(args)
     else:
@@ -87,8 +92,8 @@ def main(argv: list[str]) -> None:
 def _predictor(args: Namespace, arguments: Sequence[str]) -> None:
     """Evaluate one predictor, and record its figures on request."""
     from moe_beyond.evaluation.recording import check_recordable, record_outcome
-    from moe_beyond.evaluation.run import resolve_evaluation
-    from moe_beyond.evaluation.sources import from_predictor_folder
+    from moe_beyond.evaluation.run import resolve_evaluation, run_evaluation
+    from moe_beyond.evaluation.sources import from_predictor_folder, save_online, with_online
     from moe_beyond.report.tables.intervals import intervals_tables
     from moe_beyond.report.tables.results import metrics_table, results_table
 
@@ -106,15 +111,30 @@ def _predictor(args: Namespace, arguments: Sequence[str]) -> None:
     )
     if args.record:
         check_recordable(folder, replay.measured_on, training_text=args.record_training_text)
-    output = Output(args)
+    output, updated = Output(args), None
+    if args.online:
+        online = with_online(source, args.online_state)  # a wrong file is refused before anything is measured
     with progress_bar(f"evaluating {source.name}", quiet=args.quiet) as progress:
         outcome = replay.run(progress, args.workers)
-    output.show(
-        *outcome.measured_on.lines, metrics_table(outcome.metrics), results_table(outcome.results, outcome.geometry)
-    )
+        if args.online:
+            settings = options_from_args(args)
+            updated = run_evaluation(
+                settings, traces, online, split=args.split, bootstrap_draws=args.bootstrap, progress=progress
+            )
+    output.show(*outcome.measured_on.lines, metrics_table(outcome.metrics))
+    rows, content = list(outcome.results), outcome.to_json()
+    if updated is not None:
+        output.show(metrics_table(updated.metrics, ", with online updates"))
+        rows += [replace(row, strategy=f"{row.strategy}, online") for row in updated.results if row.predictor]
+        rows.sort(key=lambda row: (row.budget_slots, row.predictor is None))
+        content = {**updated.to_json(), "without_updates": {name: content[name] for name in ("metrics", "results")}}
+    output.show(results_table(rows, outcome.geometry))
     if args.bootstrap:
-        output.show(*intervals_tables(outcome.metrics, outcome.results, args.bootstrap))
-    output.result(outcome.to_json())
+        shown = outcome if updated is None else updated
+        output.show(*intervals_tables(shown.metrics, shown.results, args.bootstrap))
+    output.result(content)
+    if args.online_state is not None:
+        save_online(online, args.online_state)
     if args.record:
         record_outcome(folder, outcome, _command(arguments[1:], args.predictor, folder.name))
 
@@ -125,7 +145,7 @@ def _checkpoints(args: Namespace) -> None:
     from moe_beyond.report.tables.conditions import format_conditions
     from moe_beyond.report.tables.results import checkpoints_table
 
-    for option in ("record", "bootstrap"):
+    for option in ("record", "bootstrap", "online"):
         if args[option]:
             raise UserError(f"--{option}: {args.predictor} is a run of several checkpoints; name one predictor")
     output = Output(args)

@@ -21,7 +21,9 @@ from moe_beyond.cli.replay_options import (
     add_budgets,
     add_conditions,
     add_measured_traces,
+    add_online,
     add_strategies,
+    check_online,
     open_source,
     options_from_args,
 )
@@ -51,6 +53,7 @@ def build_parser() -> CommandParser:
     add_config(parser)
     add_strategies(parser)
     add_conditions(parser)
+    add_online(parser, "the trace set")
     add_workers(parser)
     add_plots(parser)
     parser.add_argument(
@@ -75,17 +78,19 @@ def main(argv: list[str]) -> None:
         return
     apply_config(args, parser.given, REPEATED)
     check_plots(args.plots)
+    check_online(args, ["strategy"])
     # Imported here, so that help and completion do not wait for it.
     from moe_beyond.evaluation.run import run_replay
+    from moe_beyond.evaluation.sources import save_online
     from moe_beyond.report.tables.results import results_table, unavailable_lines
     from moe_beyond.traces.reader import TraceSet
 
-    traces = TraceSet(args.traces)
+    traces, source = TraceSet(args.traces), open_source(args)
     with progress_bar("replaying", quiet=args.quiet) as progress:
         outcome = run_replay(
             options_from_args(args),
             traces,
-            open_source(args),
+            source,
             split=args.split,
             progress=progress,
             workers=args.workers,
@@ -105,6 +110,8 @@ def main(argv: list[str]) -> None:
         )
         output.show(*(f"picture: {path}" for path in write_plots(args.plots, plots)))
     output.result(outcome.to_json())
+    if source is not None and args.online_state is not None:
+        save_online(source, args.online_state)
 
 
 def _run_lines(args: Namespace, traces: "TraceSet") -> list[str]:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from moe_beyond.cache.misses import MOVE
 from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import SYNTAX
-from moe_beyond.cli.options import TRACES_HELP
+from moe_beyond.cli.options import TRACES_HELP, check_file
 from moe_beyond.errors import UserError
 from moe_beyond.evaluation.named_strategies import ALL, STRATEGIES
 from moe_beyond.evaluation.options import ALL_SPLITS, DEFAULT_BUDGET, SCOPES, ReplayOptions
@@ -194,6 +194,52 @@ def add_conditions(parser: ArgumentParser, scope_default: str | None = "global")
     )
 
 
+def add_online(parser: ArgumentParser, scored: str) -> None:
+    """Add ``--online`` and ``--online-state``.
+
+    Args:
+        parser: Parser of a command.
+        scored: Text whose tokens correct the scores, in words.
+    """
+    parser.add_argument(
+        "--online",
+        action="store_true",
+        help=f"correct the predictor's scores by the experts of earlier tokens, sequence after sequence, in the order "
+        f"of {scored} (default: the scores as they are)",
+    )
+    parser.add_argument(
+        "--online-state",
+        metavar="FILE",
+        help="file of the corrections: read at the start if it exists, written at the end (default: none, start with "
+        "no corrections)",
+    )
+
+
+def check_online(args: Namespace, excluded: Iterable[str] = ()) -> None:
+    """Refuse options that exclude ``--online``, before anything takes long.
+
+    Args:
+        args: Parsed arguments with ``online`` and ``online_state``.
+        excluded: Names of options that exclude it, besides several workers and batches (default: none).
+
+    Raises:
+        UserError: One is given, or ``--online-state`` without ``--online``, or its file cannot be written.
+    """
+    if not args.online:
+        if args.online_state is not None:
+            raise UserError("--online-state: is the file of --online; add --online, or leave it out")
+        return
+    check_file("--online-state", args.online_state)
+    for name in ("workers", "batch_size"):
+        if args.get(name, 1) > 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}: online updates read one sequence after another; leave --{option} out")
+    for name in excluded:
+        if args.get(name):
+            option = name.replace("_", "-")
+            raise UserError(f"--online: excludes --{option}; leave one of them out")
+
+
 def open_source(args: Namespace) -> ScoreSource | None:
     """Open the named predictor or scores; None without either.
 
@@ -202,10 +248,15 @@ def open_source(args: Namespace) -> ScoreSource | None:
     """
     if args.predictor and args.scores:
         raise UserError("--predictor and --scores exclude each other; give one")
+    if args.get("online") and not args.predictor:
+        got = "--scores" if args.scores else "none"
+        raise UserError(f"--online: corrects the scores of a predictor (got {got}); give --predictor")
     if args.predictor:
         from moe_beyond.evaluation.checkpoints import find_source  # imports torch, which stored scores do not need
+        from moe_beyond.evaluation.sources import with_online
 
-        return find_source(args.predictor)
+        source = find_source(args.predictor)
+        return with_online(source, args.online_state) if args.get("online") else source
     if args.scores:
         from moe_beyond.evaluation.sources import from_scores_folder  # imports what a replay needs, as help does not
 

@@ -14,7 +14,7 @@ from moe_beyond.cache.policies import POLICIES
 from moe_beyond.cache.prefetchers import PREFETCHERS, parse_prefetch
 from moe_beyond.cli.options import MODEL_HELP, REVISION_HELP, Output, check_file, command_parser
 from moe_beyond.cli.parser import CommandParser
-from moe_beyond.cli.replay_options import DEVICE_HELP, PREDICTOR_HELP, choices, quoted
+from moe_beyond.cli.replay_options import DEVICE_HELP, PREDICTOR_HELP, add_online, check_online, choices, quoted
 from moe_beyond.cli.strategy_config import add_config, apply_config, given_options
 from moe_beyond.collect.config import DTYPES
 from moe_beyond.collect.out_folder import check_out
@@ -26,8 +26,8 @@ from moe_beyond.runtime.options import FUTURE_POLICIES, READERS, TIERS
 from moe_beyond.safe_text import printable
 
 LOADING = (
-    "budget", "policy", "predictor", "prefetch", "lookahead", "profile", "scope", "misses", "tier", "direct_io",
-    "readers",
+    "budget", "policy", "predictor", "prefetch", "lookahead", "profile", "scope", "misses", "online",
+    "online_state", "tier", "direct_io", "readers",
 )  # fmt: skip
 """Options that `moe_beyond.load_offloaded` has, too."""
 CHOSEN = ("config", "policy", "prefetch", "lookahead", "scope")
@@ -62,6 +62,7 @@ def build_parser() -> CommandParser:
     )
     _add_text(parser)
     _add_strategy(parser)
+    add_online(parser, "the prompts and of the generated text")
     _add_choice(parser)
     parser.add_argument(
         "--tier",
@@ -347,5 +348,10 @@ def _check(args: Namespace) -> None:
         raise UserError(
             f"--check: compares bit by bit, and --misses {args.misses} rounds differently; leave one of them out"
         )
+    check_online(args)
+    if args.online and args.auto is not None:
+        raise UserError("--online: --auto chooses by scores without updates; leave one of them out")
+    if args.online and args.predictor is None:
+        raise UserError("--online: corrects the scores of a predictor (got none); give --predictor")
     if args.max_prompts is not None and args.prompts is None:
         raise UserError("--max-prompts: needs --prompts; leave it out")

@@ -6,7 +6,7 @@ Functions that compute with a predictor import torch themselves: a replay withou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,13 @@ from moe_beyond.messages import notify
 from moe_beyond.pretrained import WEIGHTS_FILE, checkpoint_folders, list_pretrained, pretrained_folder, shipped_folder
 from moe_beyond.traces.manifest import Manifest
 from moe_beyond.traces.reader import Part, TraceSet
+from moe_beyond.traces.schema import expert_ids
 from moe_beyond.traces.trace import Trace
 from moe_beyond.usage_profile import UsageProfile
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.base import Predictor
+    from moe_beyond.predictors.online import OnlineUpdates
     from moe_beyond.predictors.training_text import TrainingRecord
 
 Scored = tuple[Trace, npt.NDArray[np.float32]]
@@ -115,6 +117,58 @@ class _Predicted:
                         read[trace.sequence_id] = trace
                     trace = read.pop(sequence_id)
                     yield trace, probabilities[row, : len(trace)]
+
+
+@dataclass
+class _Online:
+    """Scores of a predictor with online updates, as `ScoreSource.sequences`; each call starts with the same table."""
+
+    predicted: _Predicted
+    start: OnlineUpdates
+    end: OnlineUpdates | None = field(default=None, init=False)
+
+    def __call__(self, traces: TraceSet, part: Part, in_order: bool = False) -> Iterator[Scored]:
+        updates = self.start.copy()
+        for trace, scores in self.predicted(traces, part, True):
+            experts = expert_ids(trace.experts, traces.geometry.num_experts)
+            yield trace, updates.correct(trace.token_ids, experts, scores)
+        self.end = updates
+
+
+def with_online(source: ScoreSource, state: str | Path | None = None) -> ScoreSource:
+    """Correct the scores of a predictor by online updates, sequence after sequence, in the order of the traces.
+
+    Args:
+        source: Source of a predictor's scores.
+        state: File with the table to start with, if it exists (default: an empty table).
+
+    Raises:
+        UserError: The source reads stored scores, or the file belongs to another predictor or is damaged.
+    """
+    from moe_beyond.predictors.online import OnlineUpdates
+
+    if not isinstance(source.sequences, _Predicted):
+        raise UserError(f"--online: corrects the scores of a predictor (got those of {source.name}); give a predictor")
+    predictor = source.sequences.predictor
+    exists = state is not None and Path(state).exists()
+    updates = OnlineUpdates.load(state, predictor) if state is not None and exists else OnlineUpdates(predictor)
+    return replace(source, name=f"{source.name} online", sequences=_Online(source.sequences, updates))
+
+
+def save_online(source: ScoreSource, state: str | Path) -> None:
+    """Write the table of `with_online` as it is after all sequences.
+
+    Args:
+        source: Source of `with_online`.
+        state: File to write or to replace.
+
+    Raises:
+        UserError: No strategy has read the scores.
+    """
+    assert isinstance(source.sequences, _Online), "only scores with online updates have a table"
+    if source.sequences.end is None:
+        raise UserError(f"{state}: was not written, because no strategy reads scores; give another policy or prefetch")
+    source.sequences.end.save(state)
 
 
 def from_predictor_folder(folder: str | Path) -> ScoreSource:

@@ -38,9 +38,8 @@ def predictor_files(folder: Path, repository: str, dataset: str | None) -> dict[
     """
     predictor, config = read_predictor(folder), read_config(folder)
     path = file_in(folder, CARD_FILE)
-    summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
     files: dict[str, Path | bytes] = {WEIGHTS_FILE: folder / WEIGHTS_FILE, CONFIG_FILE: folder / CONFIG_FILE}
-    text = card(summary, config)
+    text = card(predictor, config)
     if path.exists():  # with the figures of the configuration, also after a kill between the two files
         text = card_with_figures(folder, config) if config.get("figures") else read_text(path)
     files[CARD_FILE] = predictor_card(text, config, repository, dataset, source=str(path)).encode()

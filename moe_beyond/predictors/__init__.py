@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from moe_beyond.predictors.io.auto import from_pretrained as from_pretrained
     from moe_beyond.predictors.io.folder import read_predictor as read_predictor
     from moe_beyond.predictors.io.folder import save_predictor as save_predictor
+    from moe_beyond.predictors.online import OnlineSettings as OnlineSettings
+    from moe_beyond.predictors.online import OnlineUpdates as OnlineUpdates
     from moe_beyond.predictors.registry import ARCHITECTURES as ARCHITECTURES
     from moe_beyond.predictors.registry import create as create
     from moe_beyond.predictors.registry import register as register
@@ -62,6 +64,8 @@ _MODULES = {
     "NaiveBayes": "architectures.naive_bayes",
     "NextGate": "architectures.next_gate",
     "Popularity": "architectures.popularity",
+    "OnlineSettings": "online",
+    "OnlineUpdates": "online",
     "PreAttention": "architectures.pre_attention",
     "Predictor": "base",
     "RowEncoder": "architectures.row_encoder",

@@ -47,6 +47,8 @@ def offload(
     profile: str | Path | None = None,
     scope: str = "global",
     misses: str = MOVE,
+    online: bool = False,
+    online_state: str | Path | None = None,
     readers: int = READERS,
     timeout_s: float = TIMEOUT_S,
     keep_rows: bool = False,
@@ -71,6 +73,9 @@ def offload(
         misses: Miss handling: ``"move"`` copies a missing expert into a slot, ``"cpu"`` computes it on the host, and
             ``"best"`` does the sooner of both. With the last two, outputs equal the model's up to rounding (default:
             ``"move"``).
+        online: Whether the predictor's scores are corrected by the experts of earlier tokens; ``run.online`` has the
+            corrections (default: False).
+        online_state: File with the corrections to start with, if it exists (default: None).
         readers: Number of threads that move experts (default: 4).
         timeout_s: Seconds without progress after which a forward that waits fails (default: 60).
         keep_rows: Whether telemetry is kept for every event (default: False).
@@ -92,7 +97,9 @@ def offload(
     if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise UserError(f"{type(model).__name__}: is offloaded already; end that run first")
     layers = find_offloadable(model)
-    options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope, misses)
+    options = StrategyOptions(
+        budget, policy, predictor, prefetch, lookahead, profile, scope, misses, online, online_state
+    )
     manifest = describe_model(model, layers)
     store = HostStore.of_model(layers)
     resolve = resolve_predict_only if predict_only else resolve_strategy
@@ -114,6 +121,8 @@ def load_offloaded(
     profile: str | Path | None = None,
     scope: str = "global",
     misses: str = MOVE,
+    online: bool = False,
+    online_state: str | Path | None = None,
     tier: str = "disk",
     device: str | None = None,
     dtype: str = "auto",
@@ -143,6 +152,9 @@ def load_offloaded(
         misses: Miss handling: ``"move"`` copies a missing expert into a slot, ``"cpu"`` computes it on the host, and
             ``"best"`` does the sooner of both. With the last two, outputs equal the model's up to rounding, and
             ``tier`` is ``"host"`` (default: ``"move"``).
+        online: Whether the predictor's scores are corrected by the experts of earlier tokens; ``run.online`` has the
+            corrections (default: False).
+        online_state: File with the corrections to start with, if it exists (default: None).
         tier: ``"disk"`` reads experts from the checkpoint whenever they are needed; ``"host"`` reads all of them once
             into host memory (default: ``"disk"``).
         device: Device of the slots and of all other weights (default: a GPU if there is one, otherwise the CPU).
@@ -182,7 +194,9 @@ def load_offloaded(
     store: ExpertStore = DiskStore(index_checkpoint(checkpoint, model, layers), direct_io=direct_io)
     try:
         manifest = describe_model(model, layers, checkpoint.tokenizer, checkpoint.model_id, checkpoint.revision)
-        options = StrategyOptions(budget, policy, predictor, prefetch, lookahead, profile, scope, misses)
+        options = StrategyOptions(
+            budget, policy, predictor, prefetch, lookahead, profile, scope, misses, online, online_state
+        )
         resolve = resolve_predict_only if predict_only else resolve_strategy
         strategy = resolve(options, manifest, slot_bits(store, manifest.geometry))
 

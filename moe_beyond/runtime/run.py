@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moe_beyond.predictors.information import StateKind
+    from moe_beyond.predictors.online import OnlineUpdates
 
 
 Ints = npt.NDArray[np.int64]
@@ -128,6 +129,11 @@ class OffloadedRun:
         self._kept_form = self._kept.dtype, self._kept.device
 
     @property
+    def online(self) -> "OnlineUpdates | None":
+        """Online updates of the predictor, which are complete after the block; None without them."""
+        return (self.strategy.scored or self.strategy).online
+
+    @property
     def geometry(self) -> Geometry:
         """Geometry of the model."""
         return self.manifest.geometry
@@ -172,6 +178,8 @@ class OffloadedRun:
         A running forward of another thread ends before.
         """
         with self._turns.forward:
+            if self.online is not None and error is None:
+                (self.predictions or self._controller).end()
             self._block.close()
 
     def memory(self) -> Memory:

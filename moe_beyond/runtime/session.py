@@ -134,7 +134,7 @@ def run_session(
 def _write_files(
     run: OffloadedRun, options: SessionOptions, generations: Sequence[Generation], figures: dict[str, Any]
 ) -> Iterator[UserError]:
-    """Write the recording and the log of predictions; yield the errors, so that the figures are shown."""
+    """Write recording, log of predictions and online updates; yield the errors, so that the figures are shown."""
     try:
         if options.trace is not None:
             write_recording(run, options.trace, generations, options.sampling, options.source, figures)
@@ -143,6 +143,11 @@ def _write_files(
     try:
         if options.predict_log is not None and run.predictions is not None:
             write_json(options.predict_log, run.predictions.to_json())
+    except UserError as error:
+        yield error
+    try:
+        if run.online is not None and options.loading.get("online_state") is not None:
+            run.online.save(options.loading["online_state"])
     except UserError as error:
         yield error
 

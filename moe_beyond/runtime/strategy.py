@@ -25,6 +25,7 @@ from moe_beyond.usage_profile import UsageProfile
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.base import Predictor
+    from moe_beyond.predictors.online import OnlineUpdates
 
 FEW_SLOTS_POLICY = "belief"
 """Policy to advise for a budget below the demand of one token."""
@@ -36,6 +37,7 @@ OPTION_TYPES: dict[str, tuple[Any, str]] = {
     "profile": (str | Path | None, "the name or the folder of a predictor"),
     "scope": (str, "'global' or 'per-layer'"),
     "misses": (str, "'move', 'cpu' or 'best'"),
+    "online_state": (str | Path | None, "the name of a file"),
 }
 """Type of each option, and its description in error messages."""
 
@@ -54,6 +56,8 @@ class StrategyOptions:
         profile: Fitted ``history`` or ``popularity`` predictor, for policies that need a usage profile (default: None).
         scope: ``"global"`` or ``"per-layer"`` (default: ``"global"``).
         misses: Miss handling: ``"move"``, ``"cpu"`` or ``"best"`` (default: ``"move"``).
+        online: Whether the predictor's scores are corrected by online updates (default: False).
+        online_state: File with the corrections to start with, if it exists (default: None).
     """
 
     budget: str | int = "10%"
@@ -64,6 +68,8 @@ class StrategyOptions:
     profile: str | Path | None = None
     scope: str = "global"
     misses: str = MOVE
+    online: bool = False
+    online_state: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Check the types.
@@ -74,6 +80,10 @@ class StrategyOptions:
         for name, (kinds, expected) in OPTION_TYPES.items():
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, kinds):
                 raise UserError(f"{name} must be {expected} (got {shown(value)})")
+        if not isinstance(self.online, bool):
+            raise UserError(f"online must be True or False (got {shown(self.online)})")
+        if self.online_state is not None and not self.online:
+            raise UserError("online_state: is the file of online updates; set online, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,8 @@ class RunStrategy:
         fingerprints: ``"predictor"`` and ``"profile"`` -> sha256 of the weights, None for an instance; absent without
             one.
         scored: Strategy of a predictor that scores without acting; None without one (default: None).
+        online: Online updates of the predictor, which change during the run; None without them (default: None).
+        online_start: The updates as they were read from a file; None without a file (default: None).
     """
 
     settings: ReplaySettings
@@ -98,6 +110,8 @@ class RunStrategy:
     options: StrategyOptions
     fingerprints: Mapping[str, str | None]
     scored: "RunStrategy | None" = None
+    online: "OnlineUpdates | None" = None
+    online_start: "OnlineUpdates | None" = None
 
 
 def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: float) -> RunStrategy:
@@ -121,7 +135,7 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
         predictor, name, sha256, fingerprints["predictor"] = _predictor(options.predictor)
         check_fits(predictor, manifest, manifest.model_id, sha256)
         predictor.stepper()  # refuses predictors that cannot decode
-        source = from_predictor(predictor, name)
+        source = from_predictor(predictor, f"{name} online" if options.online else name)
     prefetch = options.prefetch or ("none" if source is None else f"top{geometry.top_k}")
     lookahead = None if options.lookahead is None else parse_lookahead(options.lookahead)
     if lookahead is not None and (source is None or lookahead not in source.lookaheads):
@@ -154,7 +168,11 @@ def resolve_strategy(options: StrategyOptions, manifest: Manifest, slot_bits: fl
         fingerprints["profile"] = _fingerprint(folder)
     elif "profile" in settings.needs:
         raise UserError(f"policy {options.policy}: needs the popularity of experts in training text; give a profile")
-    return RunStrategy(settings, predictor, profile, _notices(options, slots, geometry), options, fingerprints)
+    online, online_start = _online(options, predictor)
+    return RunStrategy(
+        settings, predictor, profile, _notices(options, slots, geometry), options, fingerprints, online=online,
+        online_start=online_start,
+    )  # fmt: skip
 
 
 def resolve_predict_only(options: StrategyOptions, manifest: Manifest, slot_bits: float) -> RunStrategy:
@@ -184,8 +202,28 @@ def resolve_predict_only(options: StrategyOptions, manifest: Manifest, slot_bits
         raise UserError(
             f"predict-log: counts prefetches by score only (got {scored.settings.prefetch}); write top<m> or p><t>"
         )
-    acting = replace(options, predictor=None, prefetch=None, lookahead=None)
+    acting = replace(options, predictor=None, prefetch=None, lookahead=None, online=False, online_state=None)
     return replace(resolve_strategy(acting, manifest, slot_bits), scored=scored)
+
+
+def _online(
+    options: StrategyOptions, predictor: "Predictor | None"
+) -> "tuple[OnlineUpdates | None, OnlineUpdates | None]":
+    """Return the online updates of a predictor, and their start if a file has it.
+
+    Raises:
+        UserError: There is no predictor, or the file belongs to another one or is damaged.
+    """
+    from moe_beyond.predictors.online import OnlineUpdates
+
+    if not options.online:
+        return None, None
+    if predictor is None:
+        raise UserError("online: corrects the scores of a predictor (got none); give a predictor")
+    if options.online_state is None or not Path(options.online_state).exists():
+        return OnlineUpdates(predictor), None
+    start = OnlineUpdates.load(options.online_state, predictor)
+    return start.copy(), start
 
 
 def _notices(options: StrategyOptions, slots: int, geometry: Geometry) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Card of a predictor folder: its inputs, training text, recipe, recorded figures and limits."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_beyond.errors import UserError
 from moe_beyond.files import read_json, read_text, replacing, sealed, write_json
@@ -10,6 +10,9 @@ from moe_beyond.lookahead import format_lookahead
 from moe_beyond.predictor_config import check_config
 from moe_beyond.predictors.training_text import Relation, TrainingRecord, relation_of_figures
 from moe_beyond.pretrained import CARD_FILE, CONFIG_FILE
+
+if TYPE_CHECKING:
+    from moe_beyond.predictors.base import Predictor
 
 MARKS = {
     Relation.TRAINING: ("**Training text**: the predictor was fitted on this text; expect less on other text.\n",),
@@ -22,14 +25,15 @@ BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 """Lines around the figures that `record_figures` writes; the other parts of a card may be edited by hand."""
 
 
-def card(summary: str, config: dict[str, Any], *, reads_ids: bool) -> str:
+def card(predictor: "Predictor", config: dict[str, Any]) -> str:
     """Return the text of a card.
 
     Args:
-        summary: Description of the architecture in one sentence.
-        config: Configuration of the predictor folder.
-        reads_ids: Whether the predictor reads token ids or the ids of earlier experts.
+        predictor: Predictor whose class describes it in its first line.
+        config: Configuration of its folder.
     """
+    summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
+    reads_ids = predictor.information.token_ids or not predictor.information.hidden_states
     geometry, training = Geometry.from_json(config["geometry"]), config["training"]
     lookaheads = ", ".join(map(str, config["lookaheads"]))
     shape = geometry.describe_shape()

@@ -65,10 +65,7 @@ def save_predictor(
         config["sha256"] = hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest()
         check_config(config, f"{folder / CONFIG_FILE}")
         write_json(temporary / CONFIG_FILE, sealed(config))
-        summary = next(iter((type(predictor).__doc__ or "").splitlines()), "")
-        reads_ids = predictor.information.token_ids or not predictor.information.hidden_states
-        text = card(summary, config, reads_ids=reads_ids)
-        (temporary / CARD_FILE).write_text(text, encoding="utf-8")
+        (temporary / CARD_FILE).write_text(card(predictor, config), encoding="utf-8")
 
 
 def _description(predictor: Predictor) -> dict[str, Any]:

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from moe_beyond.metrics import LookaheadMetrics
 
 
-def metrics_table(rows: Sequence["LookaheadMetrics"]) -> Table:
+def metrics_table(rows: Sequence["LookaheadMetrics"], note: str = "") -> Table:
     """Return the table of prediction metrics, one row per lookahead.
 
     Args:
         rows: Result of `RoutingMetrics.rows`.
+        note: End of the title (default: empty).
     """
-    table = WrappedTable(title=f"prediction over {rows[0].tokens:,} tokens, k = {rows[0].k}")
+    table = WrappedTable(title=f"prediction over {rows[0].tokens:,} tokens, k = {rows[0].k}{note}")
     table.add_column("lookahead")
     columns = {name: column for name, column in METRIC_COLUMNS.items() if name in rows[0].figures()}
     for heading, _ in columns.values():

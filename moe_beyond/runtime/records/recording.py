@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from moe_beyond.runtime.run import OffloadedRun
 
 FORMAT_VERSION = 1
+ONLINE_FILE, ONLINE_START_FILE = "online.safetensors", "online_start.safetensors"
+"""Files of online updates at the end of a run, and at its start if they were not empty."""
 ROLES = ("predictor", "profile")
 """Options that name a predictor."""
 FIELDS = {
@@ -121,6 +123,10 @@ def write_recording(
                     prompt.split,
                 )
         hashes = write_telemetry(folder, run.telemetry)
+        if run.online is not None:
+            run.online.save(folder / ONLINE_FILE)
+        if run.strategy.online_start is not None:
+            run.strategy.online_start.save(folder / ONLINE_START_FILE)
         content = {
             "format_version": FORMAT_VERSION,
             "traces": TraceSet(str(folder)).manifest.fingerprint,
@@ -155,6 +161,13 @@ def read_recording(folder: str | Path) -> Recording:
     except UserError as error:
         raise UserError(f"{path}: {error}; record the run again") from error
     check_seal(content, path, "restore the file, or record the run again")
+    if options.online_state is not None:
+        start = file_in(folder, ONLINE_START_FILE)
+        if not start.is_file():
+            raise UserError(
+                f"{start}: is missing, and the run began with it; restore the file, or record the run again"
+            )
+        options = replace(options, online_state=start)
     traces = TraceSet(str(folder))
     if traces.manifest.fingerprint != content["traces"]:
         raise UserError(f"{path}: belongs to other traces than {traces.folder}; record the run again")
@@ -167,6 +180,7 @@ def _options_json(run: "OffloadedRun") -> dict[str, Any]:
     options, settings = run.strategy.options, run.strategy.settings
     values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
     values["budget"] = settings.slots
+    values["online_state"] = None if run.strategy.online_start is None else ONLINE_START_FILE
     for name in ROLES:
         values[name] = _name(values[name]) if isinstance(values[name], str | Path) else None
     return values

@@ -134,6 +134,10 @@ class Controller:
             self._sums.durations.append(seconds)
         self._step = None
 
+    def end(self) -> None:
+        """End the run, whose last tokens change online updates."""
+        self._observer.end()
+
     def event(self, layer: int, routed: Ints) -> Iterator[Wave]:
         """Yield the waves of an event, as `moe_beyond.runtime.slots.kernels.Residency` does.
 

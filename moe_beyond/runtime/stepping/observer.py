@@ -115,6 +115,11 @@ class Observer:
             return self._observe_computed(computed, state)
         return None
 
+    def end(self) -> None:
+        """Observe the last tokens of a run, for online updates."""
+        if self._scorer is not None:
+            self._scorer.end()
+
     def forget(self) -> None:
         """Forget the layer and the state of an interrupted event."""
         self._computed = self._state = None
@@ -134,4 +139,4 @@ def make_observer(strategy: RunStrategy) -> Observer:
     """
     if strategy.predictor is None:
         return Observer()
-    return Observer(SequenceScorer(strategy.predictor), strategy.predictor.information)
+    return Observer(SequenceScorer(strategy.predictor, strategy.online), strategy.predictor.information)

@@ -96,6 +96,10 @@ class PredictionLog:
             self._named[:], self._moved[:] = -1, False
         self._publish(Observed(STEP_START, scores, seconds))
 
+    def end(self) -> None:
+        """End the run, whose last tokens change online updates."""
+        self._observer.end()
+
     def take_state(self, kind: "StateKind", layer: int, state: Half) -> None:
         """Take a hidden state of a single token that the predictor reads; see `Observer.take_state`."""
         self._publish(self._observer.take_state(kind, layer, state))

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from moe_beyond.predictors.base import Predictor
+    from moe_beyond.predictors.online import OnlineUpdates
 
 Ints = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
@@ -21,13 +22,15 @@ class SequenceScorer:
 
     Args:
         predictor: Predictor of the model's routing.
+        online: Online updates of the predictor, which every token changes (default: None).
 
     Attributes:
         active: Whether the forward has scores.
     """
 
-    def __init__(self, predictor: "Predictor") -> None:
-        self._stepper = predictor.stepper()
+    def __init__(self, predictor: "Predictor", online: "OnlineUpdates | None" = None) -> None:
+        self._stepper = predictor.stepper() if online is None else online.stepper()
+        self._layers, self._updates = predictor.geometry.num_layers, online is not None
         self._follows = False  # whether the forward belongs to the sequence
         self._chunk: Ints | None = None
         self._routed: list[Ints] = []
@@ -51,6 +54,7 @@ class SequenceScorer:
         if token_ids is None:
             return None
         if past == 0:
+            self.end()
             self._stepper.reset()
             self._chunk = None
         self._observe_chunk()
@@ -94,6 +98,11 @@ class SequenceScorer:
             return None
         self._stepper.observe_computed(layer, state)
         return self._stepper.scores()
+
+    def end(self) -> None:
+        """Let online updates observe the last tokens of a sequence that ends with a complete chunk."""
+        if self._updates and len(self._routed) == self._layers:
+            self._observe_chunk()
 
     def _observe_chunk(self) -> None:
         """Observe the tokens of the chunk, which is complete."""
