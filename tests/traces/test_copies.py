@@ -95,7 +95,7 @@ def test_fit_notes_copies_of_training_in_validation(tmp_path, caplog, monkeypatc
     # Lightning's logger only propagates if logging was configured before its import.
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     data = TraceDataModule(set_with_copies(tmp_path / "set").folder)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):  # an earlier test may have silenced it
         data.setup("validate")
         assert caplog.messages == []
         data.setup("fit")
