@@ -109,8 +109,9 @@ def add_grid(parser: ArgumentParser, lookahead_default: str = "the predictor's f
         "--lookahead",
         action="append",
         metavar="LOOKAHEAD",
-        help="lookahead of the scores that prefetchers select by: computed, 1, 2, ..., token; when a token starts, "
-        "layers without an earlier layer at that distance use the first lookahead in this order; repeatable (default: "
+        help="lookahead of the scores that prefetchers select by: computed (once the layer before is computed), 1 "
+        "(once it is routed), 2, ..., token (before the token's first layer); when a token starts, layers without an "
+        "earlier layer at that distance use the first lookahead in this order; repeatable (default: "
         f"{lookahead_default})",
     )
     add_misses(parser)

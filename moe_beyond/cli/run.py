@@ -166,8 +166,8 @@ def _add_strategy(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--lookahead",
         metavar="LOOKAHEAD",
-        help="lookahead of the scores that the prefetcher selects by: computed, 1, 2, ..., token (default: the "
-        "predictor's first)",
+        help="lookahead of the scores that the prefetcher selects by: computed (once the layer before is computed), 1 "
+        "(once it is routed), 2, ..., token (before the token's first layer) (default: the predictor's first)",
     )
     parser.add_argument(
         "--profile",

@@ -50,6 +50,7 @@ class ScoreSource:
             the order of the traces. Workers receive it, so it is a function or an object of a module.
         training: Record of the predictor's training text; None without a record (default: None).
         check: Function that raises a `UserError` if the source does not fit a trace set (default: none does).
+        note: Note for tables about what the scores read besides the sequence (default: None).
     """
 
     name: str
@@ -58,6 +59,7 @@ class ScoreSource:
     sequences: Callable[[TraceSet, Part, bool], Iterator[Scored]]
     training: TrainingRecord | None = None
     check: Callable[[TraceSet], None] = _fits
+    note: str | None = None
 
 
 def from_predictor(predictor: Predictor, name: str, *, tokenizer_sha256: str | None = None) -> ScoreSource:
@@ -135,6 +137,9 @@ class _Online:
         self.end = updates
 
 
+STARTED = "starts with stored corrections; text that they were learned on is not held out"
+
+
 def with_online(source: ScoreSource, state: str | Path | None = None) -> ScoreSource:
     """Correct the scores of a predictor by online updates, sequence after sequence, in the order of the traces.
 
@@ -152,7 +157,8 @@ def with_online(source: ScoreSource, state: str | Path | None = None) -> ScoreSo
     predictor = source.sequences.predictor
     exists = state is not None and Path(state).exists()
     updates = OnlineUpdates.load(state, predictor) if state is not None and exists else OnlineUpdates(predictor)
-    return replace(source, name=f"{source.name} online", sequences=_Online(source.sequences, updates))
+    sequences, note = _Online(source.sequences, updates), STARTED if exists else None
+    return replace(source, name=f"{source.name} online", sequences=sequences, note=note)
 
 
 def save_online(source: ScoreSource, state: str | Path) -> None:

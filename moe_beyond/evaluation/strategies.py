@@ -72,6 +72,7 @@ def strategy(
             "lookaheads": source.lookaheads,
             "predictor": source.name,
             "causal": source.causal,
+            "note": source.note,
         }
     return replace(common, slots=slots, policy=policy, quotas=quotas(slots), prefetch=prefetch, name=name, **scores)
 

@@ -112,8 +112,8 @@ class OnlineUpdates:
     def __init__(self, predictor: Predictor, settings: OnlineSettings | None = None) -> None:
         if predictor.information.hidden_states:
             raise UserError(
-                f"online updates: {predictor.architecture} reads hidden states, which the prompts of a run lack; use a "
-                "predictor that reads ids"
+                f"online updates: {predictor.architecture} reads hidden states, and only predictors of ids are "
+                "updated; leave online updates out, or give such a predictor"
             )
         self.predictor, self.settings = predictor, settings or OnlineSettings()
         self._lookaheads = predictor.information.lookaheads
@@ -171,7 +171,12 @@ class OnlineUpdates:
 
         Args:
             path: File to write or to replace.
+
+        Raises:
+            UserError: The path is a folder.
         """
+        if Path(path).is_dir():
+            raise UserError(f"{path}: is a folder; name a file for online updates")
         used = np.flatnonzero(self.keys)
         content = {
             "format_version": FORMAT_VERSION,

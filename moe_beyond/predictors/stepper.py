@@ -14,6 +14,9 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.traces.schema import padding_id
 
+LARGEST_STATE = float(np.finfo(np.float16).max)
+"""Largest absolute value of a hidden state, as traces store it."""
+
 
 class SteppedPredictor(Protocol):
     """The members of a predictor that a stepper uses."""
@@ -268,14 +271,15 @@ class Stepper(ABC):
 
     def _checked_state(self, state: npt.ArrayLike, where: str) -> npt.NDArray[np.float32]:
         try:
-            values = np.asarray(state, np.float32)
+            with np.errstate(over="ignore"):  # refused below
+                values = np.asarray(state, np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: the hidden state is not an array of numbers ({error})") from error
         if values.ndim != 1 or len(values) not in self._state_widths:
             shapes = " or ".join(f"({width},)" for width in self._state_widths)
             raise UserError(f"{where}: the hidden state must have shape {shapes}, as in training (got {values.shape})")
-        if not np.isfinite(values).all():
-            raise UserError(f"{where}: the hidden state is not finite")
+        if not (np.abs(values) <= LARGEST_STATE).all():
+            raise UserError(f"{where}: the hidden state is not finite in float16, as traces store it")
         return values
 
 

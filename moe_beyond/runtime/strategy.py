@@ -203,7 +203,7 @@ def resolve_predict_only(options: StrategyOptions, manifest: Manifest, slot_bits
             f"predict-log: counts prefetches by score only (got {scored.settings.prefetch}); write top<m> or p><t>"
         )
     acting = replace(options, predictor=None, prefetch=None, lookahead=None, online=False, online_state=None)
-    return replace(resolve_strategy(acting, manifest, slot_bits), scored=scored)
+    return replace(resolve_strategy(acting, manifest, slot_bits), scored=scored, online_start=scored.online_start)
 
 
 def _online(

@@ -75,7 +75,12 @@ class GradientTask(PredictorTask):
         teacher = read_predictor(folder)
         ours, theirs = student.information.lookaheads, teacher.information.lookaheads
         kinds = [(p.activation, p.geometry.shape()) for p in (teacher, student)]
-        if kinds[0] != kinds[1] or not set(ours) <= set(theirs):
+        if lacking := [str(lookahead) for lookahead in ours if lookahead not in theirs]:
+            raise UserError(
+                f"teacher {name}: has {_described(teacher)}, and lacks lookahead {', '.join(lacking)} of the fitted "
+                "predictor; choose another teacher, or fit fewer lookaheads"
+            )
+        if kinds[0] != kinds[1]:
             raise UserError(
                 f"teacher {name}: has {_described(teacher)}, but the fitted predictor has {_described(student)}"
             )

@@ -79,6 +79,8 @@ def test_replay_has_the_results_of_evaluate_and_keeps_a_state(
     assert first["results"] == evaluated["results"]
     second = json_of(capsys, *replay)  # continues with the table of the first
     assert second["results"] != first["results"]
+    notes = [{row.get("note") for row in found["results"] if row["predictor"]} for found in (first, second)]
+    assert notes == [{None}, {"starts with stored corrections; text that they were learned on is not held out"}]
     predictor, traces = read_predictor("history"), TraceSet("traces")
     updates = OnlineUpdates(predictor)
     for _ in range(2):

@@ -161,7 +161,7 @@ def test_the_future_changes_no_score(at: int, seed: int) -> None:
 def test_a_predictor_that_reads_hidden_states_is_refused() -> None:
     predictor = fitted_once(Variant("pre_attention", "default", {"hidden_size": HIDDEN, "width": 8}))
     with pytest.raises(
-        UserError, match="pre_attention reads hidden states, which the prompts of a run lack"
+        UserError, match="pre_attention reads hidden states, and only predictors of ids are updated; leave"
     ):
         OnlineUpdates(predictor)
 

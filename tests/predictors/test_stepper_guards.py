@@ -120,6 +120,8 @@ def test_states_that_cannot_be_are_refused(variant: Variant) -> None:
         (right[None], f"must have shape ({HIDDEN},), as in training (got (1, {HIDDEN}))"),
         (np.where(right > 0.9, np.nan, right), "is not finite"),
         (np.where(right > 0.9, np.inf, right), "is not finite"),
+        (np.where(right > 0.9, np.float64(1e300), right), "is not finite in float16"),
+        (np.where(right > 0.9, np.float64(7e4), right), "is not finite in float16"),
         (["a"] * HIDDEN, "is not an array of numbers"),
     ):
         said = refused(stepper, *words, wrong)

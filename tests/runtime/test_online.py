@@ -99,6 +99,14 @@ def test_recordings_repeat_the_updates(tmp_path: Path, predictor: Path) -> None:
         replayed = replay_as_run(named)
         assert replayed.difference is None, replayed
         assert replayed.equal == replayed.events > 0
+    with load_offloaded(
+        "small-moe", budget=60, predictor=predictor, prefetch="p>0.2", online=True, online_state=state,
+        predict_only=True,
+    ) as run:  # fmt: skip
+        generations = [generator.generate(run.model, prompt) for prompt in as_prompts(("A",))]
+    write_recording(run, tmp_path / "scored", generations, Sampling(8), "tests", {})
+    assert (tmp_path / "scored" / "online_start.safetensors").read_bytes() == state.read_bytes()
+    assert not read_recording(tmp_path / "scored").options.online  # the predictor did not act
     # Offline, in the order of the recordings, the table is that of the second run.
     fitted_one = read_predictor(predictor)
     offline = OnlineUpdates(fitted_one)

@@ -180,7 +180,7 @@ def _options_json(run: "OffloadedRun") -> dict[str, Any]:
     options, settings = run.strategy.options, run.strategy.settings
     values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
     values["budget"] = settings.slots
-    values["online_state"] = None if run.strategy.online_start is None else ONLINE_START_FILE
+    values["online_state"] = ONLINE_START_FILE if options.online and run.strategy.online_start is not None else None
     for name in ROLES:
         values[name] = _name(values[name]) if isinstance(values[name], str | Path) else None
     return values
