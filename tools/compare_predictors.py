@@ -79,6 +79,23 @@ TEACHERS = {"cross_layer, taught": "hybrid"}
 """Name -> name of the predictor from which it learns in addition to the data."""
 
 
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Add ``--text``, the library whose unseen files are read."""
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=Path(sysconfig.get_paths()["stdlib"]),
+        help="folder of a Python library (default: that of this Python)",
+    )
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add ``--tokens``, the size of a recording."""
+    parser.add_argument(
+        "--tokens", type=int, default=100_000, help="maximum number of recorded tokens (default: 100000)"
+    )
+
+
 def excerpts(library: Path, tokenizer: Any, most: int) -> Iterator[Prompt]:
     """Yield texts of one context each, at most ``most`` tokens, evenly from files that the small model never saw."""
     files = {f"Lib/{path.relative_to(library)}": path for path in sorted(library.rglob("*.py"))}
@@ -199,15 +216,8 @@ def main() -> None:
         "--out", required=True, type=Path, help="folder of traces and fits; finished ones in it are reused"
     )
     parser.add_argument("--traces", help="trace set with hidden states and a validation split")
-    parser.add_argument(
-        "--text",
-        type=Path,
-        default=Path(sysconfig.get_paths()["stdlib"]),
-        help="folder of a Python library (default: that of this Python)",
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=100_000, help="maximum number of recorded tokens (default: 100000)"
-    )
+    add_text(parser)
+    add_tokens(parser)
     parser.add_argument("--epochs", type=int, default=20, help="epochs of gradient fits (default: 20)")
     parser.add_argument(
         "--only", nargs="+", choices=PREDICTORS, default=list(PREDICTORS), metavar="NAME", help="predictors to fit"

@@ -10,7 +10,6 @@ differs by more than 0.2 points, or hits differ without prefetches.
 """
 
 import argparse
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from compare_predictors import SMALL, excerpts
+from compare_predictors import SMALL, add_text, excerpts
 from rich.console import Console
 from rich.table import Table
 
@@ -55,12 +54,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="number of prompts (default: 40)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate per prompt (default: 64)")
     parser.add_argument("--budget", default="25%", help="memory for experts (default: 25%%)")
-    parser.add_argument(
-        "--text",
-        type=Path,
-        default=Path(sysconfig.get_paths()["stdlib"]),
-        help="folder of a Python library (default: that of this Python)",
-    )
+    add_text(parser)
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     predictor = read_predictor(find_predictor(args.predictor))

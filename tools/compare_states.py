@@ -10,7 +10,6 @@ Every predictor is fitted on every set, and measured on its validation split. A 
 """
 
 import argparse
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from compare_predictors import FARTHEST, PREDICTORS, fit, record
+from compare_predictors import FARTHEST, PREDICTORS, add_text, add_tokens, fit, record
 from rich.console import Console
 from rich.table import Table
 
@@ -255,15 +254,8 @@ def main() -> None:
         "--sizes", nargs="?", const=MODEL, metavar="MODEL", help=f"print bytes for a model preset (default: {MODEL})"
     )
     parser.add_argument("--out", type=Path, help="folder of traces and fits; finished ones in it are reused")
-    parser.add_argument(
-        "--text",
-        type=Path,
-        default=Path(sysconfig.get_paths()["stdlib"]),
-        help="folder of a Python library (default: that of this Python)",
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=100_000, help="maximum number of recorded tokens (default: 100000)"
-    )
+    add_text(parser)
+    add_tokens(parser)
     parser.add_argument("--epochs", type=int, default=20, help="epochs of the fits (default: 20)")
     parser.add_argument(
         "--only", nargs="+", choices=READERS, default=list(READERS), metavar="NAME", help="predictors to fit"

@@ -41,7 +41,7 @@ METADATA = "moe_beyond_online"
 LEAST_SCORE = 1e-6
 """Bound of scores away from 0 and 1, so that their logits are finite."""
 ID_MASK = 2**31 - 1
-"""Bits of a token id that tell contexts apart."""
+"""Bits of a token id that distinguish contexts."""
 MOST_VISITS = 16
 """Bound of a row's visits, so that a context that no longer comes loses its row."""
 ROWS = 2
