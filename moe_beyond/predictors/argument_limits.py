@@ -46,6 +46,7 @@ ARGUMENTS: dict[str, FieldRule] = {
     "min_count": COUNT,
     "known_tokens": COUNT_OR_NONE,
     "memory_tokens": COUNT_OR_NONE,
+    "memory_prefixes": COUNT_OR_NONE,
     "ngram_buckets": COUNT_OR_NONE,
     # copy attention
     "copy_heads": whole(0, 1024),

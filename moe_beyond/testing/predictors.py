@@ -17,7 +17,7 @@ from moe_beyond.lookahead import Lookahead, moments, reaches
 from moe_beyond.predictors.base import CountingPredictor, Predictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.stepper import Stepper
-from moe_beyond.predictors.training_stats import TrainingStats
+from moe_beyond.predictors.training_stats import LONGEST_PREFIX, TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype, padding_id
@@ -291,6 +291,7 @@ def random_trace(predictor: Predictor, sequence_id: str, tokens: int, seed: int)
     layers, experts, top_k = geometry.shape()
     chosen: Experts = rng.random((tokens, layers, experts)).argsort(-1)[..., :top_k].astype(experts_dtype(geometry))
     token_ids = rng.integers(0, predictor.vocab_size, tokens).astype(np.int32)
+    token_ids[:1] = 0  # a start token: a prefix that all traces share
     width = int(getattr(predictor, "hidden_size", None) or HIDDEN_SIZE)
     states = HiddenStates(*rng.normal(size=(2, tokens, layers, width)).astype(np.float16))
     return Trace(sequence_id, "tests", token_ids, chosen, tokens, hidden_states=states)
@@ -362,7 +363,8 @@ def _training_stats(traces: Sequence[Trace], predictor: Predictor) -> TrainingSt
         )
         rows = np.linalg.qr(matrices)[0].swapaxes(-1, -2)
         projection = StateProjection(*rows.astype(np.float16))
-    return TrainingStats(counts, strings, _expert_counts(traces), Routers(routers, "logits"), projection)
+    routers_and_projection = Routers(routers, "logits"), projection
+    return TrainingStats(counts, strings, _expert_counts(traces), _prefixes(traces), *routers_and_projection)
 
 
 def _expert_counts(traces: Sequence[Trace]) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
@@ -378,6 +380,28 @@ def _expert_counts(traces: Sequence[Trace]) -> Callable[[npt.NDArray[np.int64]],
         return counts.reshape(len(token_ids), -1)
 
     return expert_counts
+
+
+def _prefixes(traces: Sequence[Trace]) -> Callable[[int], tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
+    layers, experts, _ = GEOMETRY.shape()
+
+    def prefixes(limit: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        routed: dict[tuple[int, ...], list[npt.NDArray[np.int64]]] = {}
+        for trace in traces:
+            for last in range(min(len(trace), LONGEST_PREFIX)):
+                prefix = tuple(int(token_id) for token_id in trace.token_ids[: last + 1])
+                routed.setdefault(prefix, []).append(trace.experts[last].astype(np.int64))
+        frequent = sorted(routed, key=lambda prefix: (-len(routed[prefix]), len(prefix), prefix))[:limit]
+        frequent.sort(key=lambda prefix: (len(prefix), prefix))
+        parents = {prefix: row for row, prefix in enumerate([(), *frequent])}
+        keys = [parents[prefix[:-1]] * VOCAB_SIZE + prefix[-1] for prefix in frequent]
+        counts = np.zeros((len(frequent), layers, experts), np.int32)
+        for row, prefix in enumerate(frequent):
+            for chosen in routed[prefix]:
+                counts[row, np.arange(layers)[:, None], chosen] += 1
+        return np.array(keys, np.int64), counts.reshape(len(frequent), -1)
+
+    return prefixes
 
 
 def _copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

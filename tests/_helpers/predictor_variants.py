@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Predictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import create
-from moe_beyond.predictors.training_stats import TrainingStats
+from moe_beyond.predictors.training_stats import LONGEST_PREFIX, TrainingStats
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype
@@ -50,7 +50,7 @@ class Variant:
 
 
 # A variant names which of these it has.
-PLAIN = {"copy_heads": 0, "objective": "softmax", "memory_tokens": 0}
+PLAIN = {"copy_heads": 0, "objective": "softmax", "memory_tokens": 0, "memory_prefixes": 0}
 VOCABULARY = {"known_tokens": 24, "min_count": 1, "ngram_buckets": 64}
 
 
@@ -72,7 +72,7 @@ def _cross_layer(name: str, reads: Iterable[str], **arguments: Any) -> Variant:
 
 def _hybrid(name: str, **arguments: Any) -> Variant:
     small = {"width": 8, "depth": 1, "heads": 2, "layer_width": 8, "state_width": 8, "window": 4}
-    small |= {"memory_tokens": 0, "state_dropout": 0.5, **VOCABULARY}
+    small |= {"memory_tokens": 0, "memory_prefixes": 0, "state_dropout": 0.5, **VOCABULARY}
     reads = {"own id", "own states", *ALL_EARLIER}
     return Variant("hybrid", name, {"hidden_size": HIDDEN, **small, **arguments}, frozenset(reads))
 
@@ -121,6 +121,7 @@ VARIANTS = [
         ["earlier ids", "earlier experts"],
         window=3,
         memory_tokens=VOCAB,
+        memory_prefixes=6,
         known_tokens=0,
         ngram_buckets=0,
     ),
@@ -143,13 +144,14 @@ VARIANTS = [
         layer_copy_heads=1,
         next_token_head=True,
         memory_tokens=VOCAB,
+        memory_prefixes=9,
         objective="subset",
     ),
     _cross_layer("next_alone", ALL_EARLIER, lookaheads=1, window=64, next_token_head=True),
     _cross_layer("alone", ["earlier experts", "earlier layers"], lookaheads=2, window=1),
     _hybrid("three_ahead", layer_copy_heads=0, next_token_head=False),
     _hybrid("one_ahead", lookaheads=1, next_token_head=False),
-    _hybrid("everything", lookaheads=6, memory_tokens=VOCAB),
+    _hybrid("everything", lookaheads=6, memory_tokens=VOCAB, memory_prefixes=5),
     _from_states("next_gate", "one_ahead", lookaheads=1),
     _from_states("next_gate", "three_ahead"),
     _from_states("next_gate", "six_ahead", lookaheads=6),
@@ -166,6 +168,7 @@ def random_trace(name: str, length: int, seed: int, geometry: Geometry = TINY, v
     layers, experts, top_k = geometry.shape()
     chosen = rng.random((length, layers, experts)).argsort(-1)[..., :top_k].astype(experts_dtype(geometry))
     token_ids = rng.integers(0, vocab, length).astype(np.int32)
+    token_ids[:1] = 1  # a start token: a prefix that all traces share
     states = HiddenStates(*rng.normal(size=(2, length, layers, HIDDEN)).astype(np.float16))
     return Trace(name, "tests", token_ids, chosen, length, hidden_states=states)
 
@@ -178,7 +181,8 @@ def training_stats(
     strings = [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)]
     weight = np.random.default_rng(3).normal(size=(traces[0].experts.shape[1], num_experts, HIDDEN))
     routers = Routers(weight.astype(np.float32), "logits")
-    return TrainingStats(counts, strings, counted(traces, num_experts), routers, projection)
+    counters = counted(traces, num_experts), prefixes(traces, num_experts)
+    return TrainingStats(counts, strings, *counters, routers, projection)
 
 
 def random_projection(layers: int, width: int, projected_from: int) -> StateProjection:
@@ -203,9 +207,32 @@ def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray],
     return expert_counts
 
 
-def uncounted(token_ids: np.ndarray) -> np.ndarray:
-    """Fail: a predictor without a routing memory must not count routing."""
-    raise AssertionError("this predictor has no routing memory")
+def prefixes(traces: Sequence[Trace], num_experts: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """Return `TrainingStats.prefixes` of these traces, by a plain loop over tuples."""
+    layers = traces[0].experts.shape[1]
+
+    def most_frequent(limit: int) -> tuple[np.ndarray, np.ndarray]:
+        routed: dict[tuple[int, ...], list[np.ndarray]] = {}
+        for trace in traces:
+            for last in range(min(len(trace), LONGEST_PREFIX)):
+                routed.setdefault(tuple(trace.token_ids[: last + 1].tolist()), []).append(trace.experts[last])
+        frequent = sorted(routed, key=lambda prefix: (-len(routed[prefix]), len(prefix), prefix))[:limit]
+        frequent.sort(key=lambda prefix: (len(prefix), prefix))
+        parents = {prefix: row for row, prefix in enumerate([(), *frequent])}
+        keys = [parents[prefix[:-1]] * VOCAB + prefix[-1] for prefix in frequent]
+        counts = np.zeros((len(frequent), layers, num_experts), np.int32)
+        for row, prefix in enumerate(frequent):
+            for experts in routed[prefix]:
+                for layer, chosen in enumerate(experts):
+                    counts[row, layer, there(chosen)] += 1
+        return np.array(keys, np.int64), counts.reshape(len(frequent), -1)
+
+    return most_frequent
+
+
+def uncounted(argument: object) -> NoReturn:
+    """Fail: a predictor without a memory of routing must not count it."""
+    raise AssertionError("this predictor has no memory of routing")
 
 
 def fitted(variant: Variant, geometry: Geometry = TINY) -> Predictor:

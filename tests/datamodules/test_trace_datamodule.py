@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from _helpers.common import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
-from _helpers.predictor_variants import counted
+from _helpers.predictor_variants import counted, prefixes
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches
@@ -273,7 +273,7 @@ def test_a_damaged_shard_is_named_and_not_skipped(trace_set):
 
 
 @pytest.mark.parametrize("holes", [0.0, 0.4])
-def test_training_statistics_count_the_experts_of_given_tokens(tmp_path, monkeypatch, holes):
+def test_training_statistics_count_the_experts_of_tokens_and_prefixes(tmp_path, monkeypatch, holes):
     monkeypatch.setattr("moe_beyond.datamodules.training_stats.COUNTED_TOKENS", 5)
     trace_set = tiny_traces(tmp_path / "traces", holes=holes)
     text, traces = module(trace_set).training_stats(), list(trace_set.traces("train"))
@@ -281,6 +281,10 @@ def test_training_statistics_count_the_experts_of_given_tokens(tmp_path, monkeyp
     assert np.array_equal(text.expert_counts(asked), counted(traces, trace_set.geometry.num_experts)(asked))
     demanded = sum(int((trace.experts < 8).sum()) for trace in traces)
     assert text.expert_counts(np.flatnonzero(text.token_counts)).sum() == demanded
+    for limit in (1, 30, 10**6):
+        expected = prefixes(traces, trace_set.geometry.num_experts)(limit)
+        for found, part in zip(text.prefixes(limit), expected, strict=True):
+            np.testing.assert_array_equal(found, part)
 
 
 @pytest.mark.parametrize(("raised", "printed"), [("gone", False), ("open('missing')", True)])

@@ -47,7 +47,7 @@ def with_plain_states(name="a", length=6):
 
 def text_of(routers):
     counted = training_stats([random_trace("a", 5, 0)])
-    return TrainingStats(counted.token_counts, counted.token_strings, counted.expert_counts, routers)
+    return TrainingStats(counted.token_counts, counted.token_strings, counted.expert_counts, counted.prefixes, routers)
 
 
 def test_next_gate_lets_each_router_read_what_an_earlier_one_read():

@@ -21,7 +21,16 @@ from moe_beyond.testing import check_predictor
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
 TINY_HYBRID = (*TINY_CROSS_LAYER, "--model.state_width=8")
-SMALL = {"width": 8, "depth": 1, "heads": 2, "layer_width": 8, "state_width": 8, "window": 5, "memory_tokens": 0}
+SMALL = {
+    "width": 8,
+    "depth": 1,
+    "heads": 2,
+    "layer_width": 8,
+    "state_width": 8,
+    "window": 5,
+    "memory_tokens": 0,
+    "memory_prefixes": 0,
+}
 
 
 def silu(x: float) -> float:

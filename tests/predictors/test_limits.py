@@ -13,7 +13,15 @@ from moe_beyond.tasks.gradient import GradientTask
 
 OF_NAMES = ("objective",)
 """Arguments that are names; constructors refuse unknown ones."""
-AT_LEAST_0 = ("copy_heads", "layer_copy_heads", "memory_tokens", "known_tokens", "ngram_buckets", "ahead")
+AT_LEAST_0 = (
+    "copy_heads",
+    "layer_copy_heads",
+    "memory_tokens",
+    "memory_prefixes",
+    "known_tokens",
+    "ngram_buckets",
+    "ahead",
+)
 WRONG = {
     int: (-1, 1.5, "4", None, True),
     int | None: (-1, 0, 1.5, "4", True),

@@ -20,7 +20,7 @@ def embedding(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = TokenEmbedding(len(counts), 6, known, min_count, buckets)
-    made.prepare(TrainingStats(np.array(counts), strings, uncounted))
+    made.prepare(TrainingStats(np.array(counts), strings, uncounted, uncounted))
     return made
 
 
@@ -43,7 +43,7 @@ def test_a_token_below_the_least_count_is_unknown():
 
 def test_preparing_again_forgets_the_first_text():
     made = embedding([9] * 4 + [0] * (VOCAB - 4))
-    made.prepare(TrainingStats(np.array([0] * (VOCAB - 1) + [7]), None, uncounted))
+    made.prepare(TrainingStats(np.array([0] * (VOCAB - 1) + [7]), None, uncounted, uncounted))
     assert made.rows.tolist() == [0] * (VOCAB - 1) + [1]
     assert made.ngrams.abs().sum() == 0
 

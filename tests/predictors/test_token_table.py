@@ -38,7 +38,7 @@ COUNTED = batch_of(
 
 def table(batches: list[Batch], backoff: float = 2.0) -> TokenTable:
     predictor = TokenTable(SMALL, VOCAB, backoff)
-    predictor.prepare(TrainingStats(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
+    predictor.prepare(TrainingStats(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted, uncounted))
     for batch in batches:
         predictor.partial_fit(batch)
     return predictor.eval()
@@ -121,7 +121,7 @@ def test_counts_do_not_depend_on_the_batches():
 
 def test_tokens_that_are_rare_and_those_never_seen_share_a_row():
     predictor = TokenTable(SMALL, VOCAB, min_count=2)
-    predictor.prepare(TrainingStats(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted))
+    predictor.prepare(TrainingStats(np.bincount([5, 5, 7, 5], minlength=VOCAB), None, uncounted, uncounted))
     predictor.partial_fit(COUNTED)
     assert predictor.token_ids.tolist() == [-1, 5]
     assert predictor.occurrences.tolist() == [1, 3]

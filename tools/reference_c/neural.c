@@ -25,12 +25,15 @@ typedef struct {
 } Copying;
 
 typedef struct {
-    Size width, depth, heads, window, known_tokens, ngrams, memory_tokens;
+    Size width, depth, heads, window, known_tokens, ngrams, memory_tokens, prefixes;
     int64_t *known_rows, *ngram_rows, *memory_rows;
     float *known, *ngram_vectors, *memory_vectors, *previous; /* previous: (L * E, width) */
     Transformer *blocks;
     Norm norm;
     Map from_token, from_memory;
+    int64_t *prefix_keys;    /* (prefixes) */
+    int64_t *prefix_experts; /* (prefixes, L, K); E: none */
+    float *prefix_weight;    /* (L) */
     float *from_history; /* (averages, L * E) */
     Copying copying;     /* no heads: 0 */
     /* cross_layer */
@@ -64,7 +67,8 @@ typedef struct {
 } CopyState;
 
 typedef struct {
-    Size tokens; /* tokens before the current one; -1: no token is started */
+    Size tokens;    /* tokens before the current one; -1: no token is started */
+    int64_t parent; /* 1 + the row of the prefix that ends with the current token; 0: none yet; -1: it is unknown */
     BlockState *blocks;
     CopyState copying, next_copying;
     float *averages;     /* (averages, L * E) */
@@ -148,6 +152,13 @@ static void load_tokens(Loader *loader, Neural *n, Size total)
     n->ngram_rows = integers(loader, 0, buckets, SHAPE(vocab, n->ngrams), "tokens.ngrams");
     if (buckets)
         n->ngram_vectors = floats(loader, SHAPE(buckets + 1, n->width), "tokens.ngram_embedding.weight");
+    if (n->prefixes) {
+        const mb_predictor *p = loader->predictor;
+        n->prefix_keys = integers(loader, 0, INT64_MAX, SHAPE(n->prefixes), "prefixes.keys");
+        n->prefix_experts =
+            integers(loader, 0, p->experts, SHAPE(n->prefixes, p->layers, p->top_k), "prefixes.experts");
+        n->prefix_weight = floats(loader, SHAPE(p->layers), "prefixes.weight");
+    }
     if (!n->memory_tokens)
         return;
     n->memory_rows = integers(loader, 0, n->memory_tokens, SHAPE(vocab), "memory.rows");
@@ -227,6 +238,7 @@ void load_neural(Loader *loader, int has_layers)
     Size copy_heads = integer(loader, arguments, "copy_heads", 0, MOST_HEADS);
     n->known_tokens = smaller(integer(loader, arguments, "known_tokens", 0, MOST_WIDTH), p->vocab_size);
     n->memory_tokens = smaller(integer(loader, arguments, "memory_tokens", 0, MOST_WIDTH), p->vocab_size);
+    n->prefixes = integer(loader, arguments, "memory_prefixes", 0, MOST_WIDTH);
     p->lookaheads = 1;
     if (has_layers) {
         n->has_layers = 1;
@@ -422,6 +434,29 @@ static void embed(const Neural *n, State *s, int64_t token_id)
     }
 }
 
+/* Add the weights of the experts of the prefix that ends with the current token, if it is known. */
+static void add_prefix(const mb_predictor *p, const Neural *n, State *s, int64_t token_id, float *logits)
+{
+    if (s->parent < 0)
+        return;
+    int64_t key = s->parent * p->vocab_size + token_id;
+    Size row = 0, stop = n->prefixes;
+    while (row < stop) {
+        Size middle = row + (stop - row) / 2;
+        if (n->prefix_keys[middle] < key)
+            row = middle + 1;
+        else
+            stop = middle;
+    }
+    s->parent = row < n->prefixes && n->prefix_keys[row] == key ? row + 1 : -1;
+    for (Size layer = 0; s->parent > 0 && layer < p->layers; layer++)
+        for (Size i = 0; i < p->top_k; i++) {
+            int64_t expert = n->prefix_experts[(row * p->layers + layer) * p->top_k + i];
+            if (expert < p->experts)
+                logits[layer * p->experts + expert] += n->prefix_weight[layer];
+        }
+}
+
 static void score_layers(mb_stepper *stepper, const Neural *n, State *s, Size routed);
 
 static void start_token(mb_stepper *stepper, int64_t token_id)
@@ -467,6 +502,7 @@ static void start_token(mb_stepper *stepper, int64_t token_id)
         start_copying(n, &n->copying, &s->copying, s, token_id);
         copy_experts(p, n, &n->copying, &s->copying, s, 0, logits);
     }
+    add_prefix(p, n, s, token_id, logits);
     if (!n->has_layers) {
         for (Size layer = 0; layer < p->layers; layer++)
             set_scores(stepper, layer, 0, logits + layer * p->experts);
@@ -628,6 +664,7 @@ static void reset(mb_stepper *stepper)
     const mb_predictor *p = stepper->predictor;
     State *s = stepper->state;
     s->tokens = -1;
+    s->parent = 0;
     memset(s->averages, 0, AVERAGES * p->layers * p->experts * sizeof(float));
 }
 

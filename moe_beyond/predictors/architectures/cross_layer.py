@@ -48,6 +48,8 @@ class CrossLayer(TokenCausal):
         layer_copy_heads: Number of copy-attention heads that attend after every layer; 0 disables them (default: 1).
         next_token_head: Whether lookahead ``"next"`` is predicted as well (default: true).
         memory_tokens: Maximum number of tokens whose routing in training is stored; 0 disables it (default: 12288).
+        memory_prefixes: Maximum number of prefixes of training sequences whose routing is stored; 0 disables it
+            (default: 4096).
         known_tokens: Maximum number of tokens with a learned embedding; 0 disables it (default: 0).
         min_count: Minimum training occurrences of a token with a learned embedding (default: 2).
         ngram_buckets: Number of vectors that all character n-grams share; 0 disables n-grams (default: 0).
@@ -72,6 +74,7 @@ class CrossLayer(TokenCausal):
         layer_copy_heads: int = 1,
         next_token_head: bool = True,
         memory_tokens: int = 12288,
+        memory_prefixes: int = 4096,
         known_tokens: int = 0,
         min_count: int = 2,
         ngram_buckets: int = 0,
@@ -89,6 +92,7 @@ class CrossLayer(TokenCausal):
             copy_heads=copy_heads,
             objective=objective,
             memory_tokens=memory_tokens,
+            memory_prefixes=memory_prefixes,
             known_tokens=known_tokens,
             min_count=min_count,
             ngram_buckets=ngram_buckets,

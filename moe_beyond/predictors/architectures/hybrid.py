@@ -49,6 +49,8 @@ class Hybrid(CrossLayer):
         next_token_head: Whether lookahead ``"next"`` is predicted as well (default: true).
         state_width: Features that a reader maps each hidden state to (default: 128).
         memory_tokens: Maximum number of tokens whose routing in training is stored; 0 disables it (default: 12288).
+        memory_prefixes: Maximum number of prefixes of training sequences whose routing is stored; 0 disables it
+            (default: 4096).
         known_tokens: Maximum number of tokens with a learned embedding; 0 disables it (default: 0).
         min_count: Minimum training occurrences of a token with a learned embedding (default: 2).
         ngram_buckets: Number of vectors that all character n-grams share; 0 disables n-grams (default: 0).
@@ -80,6 +82,7 @@ class Hybrid(CrossLayer):
         next_token_head: bool = True,
         state_width: int = 128,
         memory_tokens: int = 12288,
+        memory_prefixes: int = 4096,
         known_tokens: int = 0,
         min_count: int = 2,
         ngram_buckets: int = 0,
@@ -103,6 +106,7 @@ class Hybrid(CrossLayer):
             layer_copy_heads=layer_copy_heads,
             next_token_head=next_token_head,
             memory_tokens=memory_tokens,
+            memory_prefixes=memory_prefixes,
             known_tokens=known_tokens,
             min_count=min_count,
             ngram_buckets=ngram_buckets,

@@ -19,12 +19,14 @@ from moe_beyond.predictors.base import GradientPredictor
 from moe_beyond.predictors.batch import Batch
 from moe_beyond.predictors.information import InformationSet
 from moe_beyond.predictors.modules.copy_attention import CopyAttention
+from moe_beyond.predictors.modules.prefix_memory import PrefixMemory
 from moe_beyond.predictors.modules.routing_memory import RoutingMemory
 from moe_beyond.predictors.modules.token_embedding import TokenEmbedding
 from moe_beyond.predictors.modules.window_attention import WindowBlock
 from moe_beyond.predictors.objectives import OBJECTIVES
 from moe_beyond.predictors.stepper import Stepper, TokenStepper
 from moe_beyond.predictors.stepping.copy_attention import CopyAttentionState, copy_experts
+from moe_beyond.predictors.stepping.prefix_memory import PrefixMemoryState
 from moe_beyond.predictors.stepping.ring_buffer import RingBuffer
 from moe_beyond.predictors.training_stats import TrainingStats
 
@@ -37,7 +39,8 @@ class TokenCausal(GradientPredictor):
     """Predicts a token's experts at all layers when the token starts.
 
     The logits are a sum of maps: of the token's features, of running averages of the sequence's experts, of the experts
-    of earlier tokens that copy heads attend to, and of the token's routing in training.
+    of earlier tokens that copy heads attend to, of the token's routing in training, and of the routing in training of
+    the sequence's first tokens.
 
     Args:
         geometry: Shape of the model.
@@ -50,6 +53,8 @@ class TokenCausal(GradientPredictor):
         objective: Training objective, a name of `moe_beyond.predictors.objectives.OBJECTIVES` (default: subset). If
             tokens may use fewer than K experts, only sigmoid is valid.
         memory_tokens: Maximum number of tokens whose routing in training is stored; 0 disables it (default: 12288).
+        memory_prefixes: Maximum number of prefixes of training sequences whose routing is stored; 0 disables it
+            (default: 4096).
         known_tokens: Maximum number of tokens with a learned embedding; 0 disables it (default: 0).
         min_count: Minimum training occurrences of a token with a learned embedding (default: 2).
         ngram_buckets: Number of vectors that all character n-grams share; 0 disables n-grams (default: 0).
@@ -71,6 +76,7 @@ class TokenCausal(GradientPredictor):
         copy_heads: int = 4,
         objective: Literal["softmax", "subset", "sigmoid", "ranking"] = "subset",
         memory_tokens: int = 12288,
+        memory_prefixes: int = 4096,
         known_tokens: int = 0,
         min_count: int = 2,
         ngram_buckets: int = 0,
@@ -91,7 +97,8 @@ class TokenCausal(GradientPredictor):
         self.width, self.depth, self.heads, self.window = width, depth, heads, window
         self.copy_heads, self.objective, self.activation = copy_heads, objective, OBJECTIVES[objective][1]
         self.known_tokens, self.min_count, self.ngram_buckets = known_tokens, min_count, ngram_buckets
-        self.memory_tokens, self.dropout, self.token_dropout = memory_tokens, dropout, token_dropout
+        self.memory_tokens, self.memory_prefixes = memory_tokens, memory_prefixes
+        self.dropout, self.token_dropout = dropout, token_dropout
         total = geometry.total_experts
         self.tokens = TokenEmbedding(vocab_size, width, known_tokens, min_count, ngram_buckets)
         self.previous = nn.Linear(total, width, bias=False)
@@ -103,6 +110,7 @@ class TokenCausal(GradientPredictor):
         self.copying = CopyAttention(width, copy_heads, window, total) if copy_heads else None
         self.memory = RoutingMemory(vocab_size, memory_tokens, total, width) if memory_tokens else None
         self.from_memory = nn.Linear(width, total, bias=False) if memory_tokens else None
+        self.prefixes = PrefixMemory(vocab_size, memory_prefixes, geometry.shape()) if memory_prefixes else None
         nn.init.normal_(self.previous.weight, std=0.02)
 
     @property
@@ -111,10 +119,12 @@ class TokenCausal(GradientPredictor):
         return InformationSet(("token",))
 
     def prepare(self, stats: TrainingStats) -> None:
-        """Read the training split's vocabulary, and its routing if the predictor has a routing memory."""
+        """Read the training split's vocabulary, and its routing if the predictor has a memory of it."""
         self.tokens.prepare(stats)
         if self.memory is not None:
             self.memory.prepare(stats)
+        if self.prefixes is not None:
+            self.prefixes.prepare(stats)
 
     def loss(self, logits: Tensor, batch: Batch, soft_targets: Tensor | None = None) -> Tensor:
         """Return the objective."""
@@ -137,6 +147,9 @@ class TokenCausal(GradientPredictor):
             logits = logits + self.from_memory(memory[real])
         if self.copying is not None:
             logits = logits + self.copying(x, used, batch.token_ids)[real]
+        if self.prefixes is not None:
+            starts = torch.tensor(batch.starts, device=real.device)
+            logits = logits + self.prefixes(batch.token_ids, starts, used)[real]
         logits = self._layers(x, logits, used, batch)
         out = logits.new_zeros(*real.shape, *logits.shape[1:])
         out[real] = logits
@@ -199,6 +212,7 @@ class TokenState:
         self.past = RingBuffer(max(predictor.window - 1, 1), layers * top_k, dtype=np.int32)
         self._current: npt.NDArray[np.int32] | None = None  # experts of the current token, as in `past`
         self._copying = CopyAttentionState(predictor.copying) if predictor.copying is not None else None
+        self._prefixes = PrefixMemoryState(predictor.prefixes) if predictor.prefixes is not None else None
 
     def route(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
         """Store the experts of a layer of the current token.
@@ -241,8 +255,11 @@ class TokenState:
             logits += self._from_memory @ memory[0, 0].numpy()
         if self._copying is not None:
             logits += copy_experts(self._copying.start(token, token_id), self.past.rows, self._copying.weight)
+        logits = logits.reshape(self._shape)
+        if self._prefixes is not None:
+            self._prefixes.add(logits, token_id)
         self._current = np.full(self.past.rows.shape[1], -1, np.int32)
-        return features, logits.reshape(self._shape)
+        return features, logits
 
 
 class _TokenCausalStepper(TokenStepper):

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from moe_beyond.predictors.stepping.copy_attention import copy_experts as copy_experts
     from moe_beyond.predictors.stepping.gru import gru_step as gru_step
     from moe_beyond.predictors.stepping.next_token_head import NextTokenHeadState as NextTokenHeadState
+    from moe_beyond.predictors.stepping.prefix_memory import PrefixMemoryState as PrefixMemoryState
     from moe_beyond.predictors.stepping.ring_buffer import RingBuffer as RingBuffer
 
 _MODULES = {
     "CopyAttentionState": "copy_attention",
     "LayerCopyAttentionState": "copy_attention",
     "NextTokenHeadState": "next_token_head",
+    "PrefixMemoryState": "prefix_memory",
     "RingBuffer": "ring_buffer",
     "copy_experts": "copy_attention",
     "gru_step": "gru",
