@@ -53,10 +53,15 @@ PROMPT_TOKENS = 16
 FARTHEST = 3
 """Largest lookahead of predictors that read hidden states."""
 SETTINGS_FILE = "settings.json"
-NARROW = ("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2", "--model.optimizer.lr=3e-3")
+# The rows are cut from files, so the first tokens of most rows are not the start of a text.
+NO_PREFIXES = "--model.memory_prefixes=0"
+NARROW = (
+    *("--model.width=128", "--model.depth=2", "--model.heads=4", "--model.dropout=0.2"),
+    *("--model.optimizer.lr=3e-3", NO_PREFIXES),
+)
 SMALL_SIZE = (
     *("--model.width=48", "--model.depth=1", "--model.heads=4", "--model.copy_heads=2", "--model.layer_width=48"),
-    "--model.optimizer.lr=3e-3",
+    *("--model.optimizer.lr=3e-3", NO_PREFIXES),
 )
 PREDICTORS: dict[str, tuple[str, ...]] = {
     "popularity": ("popularity",),
