@@ -24,7 +24,7 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "READ
 CHECKPOINTS_VARIABLE = "MOE_BEYOND_CHECKPOINTS"
 """Environment variable with a folder of pretrained predictors, such as ``checkpoints/`` of a clone."""
 LARGE = {
-    "cross_layer.deepseek-v2-lite-puffin": 23_908_732,
+    "cross_layer.deepseek-v2-lite-puffin": 24_464_398,
     "token_causal.deepseek-v2-lite-puffin": 8_120_536,
     "cross_layer.small-moe-python": 1_608_696,
 }

@@ -82,7 +82,7 @@ def _description(predictor: Predictor) -> dict[str, Any]:
 
 def _narrowest(numbers: torch.Tensor) -> torch.dtype:
     """Return the smallest integer type that holds the numbers: vocabulary tables are a large part of a small folder."""
-    for dtype in (torch.int16, torch.int32):
+    for dtype in (torch.uint8, torch.int16, torch.int32):
         bounds = torch.iinfo(dtype)
         if numbers.numel() == 0 or (bounds.min <= int(numbers.min()) and int(numbers.max()) <= bounds.max):
             return dtype
