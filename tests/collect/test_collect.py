@@ -412,7 +412,7 @@ def test_readers_of_a_collection_see_only_whole_parts_and_the_whole_set(small: t
                 read_until_whole()
                 code = 0
             except BaseException:
-                traceback.print_exc()  # os._exit says nothing
+                traceback.print_exc()  # os._exit prints nothing
             finally:
                 os._exit(code)
         readers.append(reader)

@@ -39,8 +39,8 @@ class TokenCausal(GradientPredictor):
     """Predicts a token's experts at all layers when the token starts.
 
     The logits are a sum of maps: of the token's features, of running averages of the sequence's experts, of the experts
-    of earlier tokens that copy heads attend to, of the token's routing in training, and of the routing in training of
-    the sequence's first tokens.
+    of earlier tokens that copy heads attend to, and of the token's routing in training. The first tokens of a sequence
+    add the experts that training used after the same tokens.
 
     Args:
         geometry: Shape of the model.
