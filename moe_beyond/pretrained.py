@@ -25,7 +25,7 @@ CHECKPOINTS_VARIABLE = "MOE_BEYOND_CHECKPOINTS"
 """Environment variable with a folder of pretrained predictors, such as ``checkpoints/`` of a clone."""
 LARGE = {
     "cross_layer.deepseek-v2-lite-puffin": 24_464_398,
-    "token_causal.deepseek-v2-lite-puffin": 8_120_536,
+    "token_causal.deepseek-v2-lite-puffin": 8_676_202,
     "cross_layer.small-moe-python": 1_608_696,
 }
 """Pretrained predictors whose weights a wheel leaves out -> size of the weights in bytes."""
