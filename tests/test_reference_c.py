@@ -258,6 +258,7 @@ DAMAGE = {
     "memory.rows has numbers out of range": weighted(memory__rows=lambda rows: np.int32(rows) - 100),
     "tokens.ngrams has numbers out of range": weighted(tokens__ngrams=lambda rows: np.int32(rows) + 1000),
     "prefixes.keys has numbers out of range": weighted(prefixes__keys=lambda keys: np.int64(keys) * 0 - 1),
+    "prefixes.keys are not those of a trie": weighted(prefixes__keys=lambda keys: keys[::-1].copy()),
     "prefixes.experts has numbers out of range": weighted(prefixes__experts=lambda ids: np.int32(ids) + 100),
     "from_expert has another shape than config.json implies": weighted(from_expert=lambda maps: maps[1:]),
     "model.safetensors has no header": header("{}", 2**63),

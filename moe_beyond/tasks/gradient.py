@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from torch import Tensor
 
 from moe_beyond.errors import UserError
@@ -64,6 +64,19 @@ class GradientTask(PredictorTask):
         super().setup(stage)
         # A teacher may read hidden states that the predictor does not read.
         self.data.hidden_states |= any(teacher.information.hidden_states for teacher in self._teachers)
+
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse averages of buffers.
+
+        Raises:
+            UserError: A callback averages buffers. They hold ids, which an average in float32 rounds.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and vars(callback)["_use_buffers"]:
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} averages buffers, which hold ids (got use_buffers "
+                    "true); set use_buffers to false"
+                )
 
     def _teacher(self, name: str) -> Predictor:
         """Load a teacher.

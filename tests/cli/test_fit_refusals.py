@@ -75,6 +75,11 @@ def refused(
             "--trainer.callbacks+=BackboneFinetuning",
             "BackboneFinetuning: 'CrossLayerTask' object has no attribute 'backbone'",
         ),
+        (
+            "--trainer.callbacks+=WeightAveraging",
+            "trainer.callbacks: WeightAveraging averages buffers, which hold ids (got use_buffers true); set "
+            "use_buffers to false",
+        ),
     ],
 )
 def test_an_option_out_of_range_is_a_line(word: str, line: str, refused: Refused) -> None:

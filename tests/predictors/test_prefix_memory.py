@@ -1,5 +1,7 @@
 """The memory of prefixes: exact rows and logits worked out by hand, and what training excludes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,13 @@ def test_steps_add_the_logits_of_batches():
             np.testing.assert_array_equal(found, row)
 
 
+def test_training_on_text_without_known_prefixes_adds_nothing():
+    made = PrefixMemory(VOCAB, 4, TINY.shape()).train()
+    nothing = np.zeros(0, np.int64), np.zeros((0, TINY.total_experts), np.int32)
+    made.prepare(replace(training_stats(traces()), prefixes=lambda limit: nothing))
+    assert not logits(made, traces()).any()
+
+
 def test_ids_beyond_the_vocabulary_end_no_prefix():
     """The key of (5 6) is 2 V + 6, which is also that of the single id 2 V + 6."""
     made = memory(traces()).eval()
@@ -125,6 +134,7 @@ def test_ids_beyond_the_vocabulary_end_no_prefix():
         ("keys", lambda keys: torch.cat([keys[:1] - 100, keys[1:]]), "keys are not those of a trie"),
         ("keys", lambda keys: torch.cat([keys[:1] * 0 + NO_PREFIX, keys[1:]]), "keys are not those of a trie"),
         ("experts", lambda experts: experts + 100, f"experts are not in 0..{EXPERTS}"),
+        ("experts", lambda experts: experts * 0, "experts of a prefix are repeated"),
     ],
 )
 def test_weights_that_no_fit_gives_are_named(name, change, fault):

@@ -158,6 +158,11 @@ static void load_tokens(Loader *loader, Neural *n, Size total)
         n->prefix_experts =
             integers(loader, 0, p->experts, SHAPE(n->prefixes, p->layers, p->top_k), "prefixes.experts");
         n->prefix_weight = floats(loader, SHAPE(p->layers), "prefixes.weight");
+        for (Size row = 0; row < n->prefixes; row++) {
+            int64_t key = n->prefix_keys[row], before = row ? n->prefix_keys[row - 1] : -1;
+            if (key != INT64_MAX && (key <= before || key / vocab > row))
+                fail(loader, "prefixes.keys are not those of a trie");
+        }
     }
     if (!n->memory_tokens)
         return;

@@ -48,11 +48,11 @@ class PrefixMemory(nn.Module):
             stats: Statistics of the training split.
         """
         keys, counts = stats.prefixes(len(self.keys))
-        self._counts = torch.from_numpy(counts)
+        self._counts = torch.zeros(len(self.keys), counts.shape[1], dtype=torch.int32)
+        self._counts[: len(counts)] = torch.from_numpy(counts)
         self.keys.fill_(NO_PREFIX)
         self.keys[: len(keys)] = torch.from_numpy(keys)
-        self.experts.fill_(self._shape[1])
-        self.experts[: len(keys)] = self._most_used(self._counts).to(self.experts.dtype)
+        self.experts.copy_(self._most_used(self._counts))
 
     def weights_fault(self) -> str | None:
         """Describe keys or experts that no training split gives; None if all are valid."""
@@ -61,8 +61,11 @@ class PrefixMemory(nn.Module):
         ordered = (used[1:] > used[:-1]).all() and (self.keys[len(used) :] == NO_PREFIX).all()
         if not ordered or not ((used >= 0) & (used // self.vocab_size <= rows)).all():
             return "keys are not those of a trie"
-        inside = ((self.experts >= 0) & (self.experts <= self._shape[1])).all()
-        return None if inside else f"experts are not in 0..{self._shape[1]}"
+        experts = self.experts.sort(-1).values
+        if not ((experts >= 0) & (experts <= self._shape[1])).all():
+            return f"experts are not in 0..{self._shape[1]}"
+        repeated = (experts[..., 1:] == experts[..., :-1]) & (experts[..., 1:] < self._shape[1])
+        return "experts of a prefix are repeated" if repeated.any() else None
 
     def forward(self, token_ids: Tensor, starts: Tensor, used: Tensor | None = None) -> Tensor:
         """Return logits ``(B, T, L*E)``, zero where no known prefix ends.
