@@ -363,8 +363,8 @@ def _training_stats(traces: Sequence[Trace], predictor: Predictor) -> TrainingSt
         )
         rows = np.linalg.qr(matrices)[0].swapaxes(-1, -2)
         projection = StateProjection(*rows.astype(np.float16))
-    routers_and_projection = Routers(routers, "logits"), projection
-    return TrainingStats(counts, strings, _expert_counts(traces), _prefixes(traces), *routers_and_projection)
+    prefixes = count_prefixes(traces, GEOMETRY.num_experts, VOCAB_SIZE)
+    return TrainingStats(counts, strings, _expert_counts(traces), prefixes, Routers(routers, "logits"), projection)
 
 
 def _expert_counts(traces: Sequence[Trace]) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
@@ -382,23 +382,32 @@ def _expert_counts(traces: Sequence[Trace]) -> Callable[[npt.NDArray[np.int64]],
     return expert_counts
 
 
-def _prefixes(traces: Sequence[Trace]) -> Callable[[int], tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
-    layers, experts, _ = GEOMETRY.shape()
+def count_prefixes(
+    traces: Sequence[Trace], num_experts: int, vocab_size: int
+) -> Callable[[int], tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
+    """Return `TrainingStats.prefixes` of some traces, by a plain loop over tuples of token ids.
+
+    Args:
+        traces: At least one trace.
+        num_experts: Experts per layer, E.
+        vocab_size: Number of token ids, V.
+    """
+    layers = traces[0].experts.shape[1]
 
     def prefixes(limit: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        routed: dict[tuple[int, ...], list[npt.NDArray[np.int64]]] = {}
+        routed: dict[tuple[int, ...], list[Experts]] = {}
         for trace in traces:
             for last in range(min(len(trace), LONGEST_PREFIX)):
-                prefix = tuple(int(token_id) for token_id in trace.token_ids[: last + 1])
-                routed.setdefault(prefix, []).append(trace.experts[last].astype(np.int64))
+                routed.setdefault(tuple(trace.token_ids[: last + 1].tolist()), []).append(trace.experts[last])
         frequent = sorted(routed, key=lambda prefix: (-len(routed[prefix]), len(prefix), prefix))[:limit]
         frequent.sort(key=lambda prefix: (len(prefix), prefix))
         parents = {prefix: row for row, prefix in enumerate([(), *frequent])}
-        keys = [parents[prefix[:-1]] * VOCAB_SIZE + prefix[-1] for prefix in frequent]
-        counts = np.zeros((len(frequent), layers, experts), np.int32)
+        keys = [parents[prefix[:-1]] * vocab_size + prefix[-1] for prefix in frequent]
+        counts = np.zeros((len(frequent), layers, num_experts), np.int32)
         for row, prefix in enumerate(frequent):
-            for chosen in routed[prefix]:
-                counts[row, np.arange(layers)[:, None], chosen] += 1
+            for experts in routed[prefix]:
+                for layer, chosen in enumerate(experts):
+                    counts[row, layer, chosen[chosen != padding_id(experts.dtype)]] += 1
         return np.array(keys, np.int64), counts.reshape(len(frequent), -1)
 
     return prefixes

@@ -13,7 +13,8 @@ from moe_beyond.geometry import Geometry
 from moe_beyond.predictors.base import CountingPredictor, Predictor
 from moe_beyond.predictors.batch import Batch, collate
 from moe_beyond.predictors.registry import create
-from moe_beyond.predictors.training_stats import LONGEST_PREFIX, TrainingStats
+from moe_beyond.predictors.training_stats import TrainingStats
+from moe_beyond.testing.predictors import count_prefixes
 from moe_beyond.traces.hidden_states import HiddenStates
 from moe_beyond.traces.router_weights import Routers
 from moe_beyond.traces.schema import experts_dtype
@@ -181,7 +182,7 @@ def training_stats(
     strings = [f"{'abc'[i % 3]}token{i}" for i in range(VOCAB)]
     weight = np.random.default_rng(3).normal(size=(traces[0].experts.shape[1], num_experts, HIDDEN))
     routers = Routers(weight.astype(np.float32), "logits")
-    counters = counted(traces, num_experts), prefixes(traces, num_experts)
+    counters = counted(traces, num_experts), count_prefixes(traces, num_experts, VOCAB)
     return TrainingStats(counts, strings, *counters, routers, projection)
 
 
@@ -205,29 +206,6 @@ def counted(traces: Sequence[Trace], num_experts: int) -> Callable[[np.ndarray],
         return counts.reshape(len(token_ids), -1)
 
     return expert_counts
-
-
-def prefixes(traces: Sequence[Trace], num_experts: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-    """Return `TrainingStats.prefixes` of these traces, by a plain loop over tuples."""
-    layers = traces[0].experts.shape[1]
-
-    def most_frequent(limit: int) -> tuple[np.ndarray, np.ndarray]:
-        routed: dict[tuple[int, ...], list[np.ndarray]] = {}
-        for trace in traces:
-            for last in range(min(len(trace), LONGEST_PREFIX)):
-                routed.setdefault(tuple(trace.token_ids[: last + 1].tolist()), []).append(trace.experts[last])
-        frequent = sorted(routed, key=lambda prefix: (-len(routed[prefix]), len(prefix), prefix))[:limit]
-        frequent.sort(key=lambda prefix: (len(prefix), prefix))
-        parents = {prefix: row for row, prefix in enumerate([(), *frequent])}
-        keys = [parents[prefix[:-1]] * VOCAB + prefix[-1] for prefix in frequent]
-        counts = np.zeros((len(frequent), layers, num_experts), np.int32)
-        for row, prefix in enumerate(frequent):
-            for experts in routed[prefix]:
-                for layer, chosen in enumerate(experts):
-                    counts[row, layer, there(chosen)] += 1
-        return np.array(keys, np.int64), counts.reshape(len(frequent), -1)
-
-    return most_frequent
 
 
 def uncounted(argument: object) -> NoReturn:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from _helpers.common import TINY, VOCAB, tiny_trace, tiny_traces, word_tokenizer
-from _helpers.predictor_variants import counted, prefixes
+from _helpers.predictor_variants import counted
 
 from moe_beyond.datamodules import TraceDataModule
 from moe_beyond.datamodules.batch_plan import BatchingSettings, plan_batches
@@ -20,6 +20,7 @@ from moe_beyond.datamodules.stream import ShardedTraces
 from moe_beyond.datamodules.traces import whole_sequences
 from moe_beyond.errors import UserError
 from moe_beyond.predictors.batch import Batch
+from moe_beyond.testing.predictors import count_prefixes
 from moe_beyond.traces.manifest import Manifest, ShardInfo, Tokenizer
 from moe_beyond.traces.reader import TraceSet
 from moe_beyond.traces.shard import Shard
@@ -282,7 +283,7 @@ def test_training_statistics_count_the_experts_of_tokens_and_prefixes(tmp_path, 
     demanded = sum(int((trace.experts < 8).sum()) for trace in traces)
     assert text.expert_counts(np.flatnonzero(text.token_counts)).sum() == demanded
     for limit in (1, 30, 10**6):
-        expected = prefixes(traces, trace_set.geometry.num_experts)(limit)
+        expected = count_prefixes(traces, trace_set.geometry.num_experts, VOCAB)(limit)
         for found, part in zip(text.prefixes(limit), expected, strict=True):
             np.testing.assert_array_equal(found, part)
 

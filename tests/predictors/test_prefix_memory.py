@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from _helpers.common import TINY, VOCAB
-from _helpers.predictor_variants import prefixes, random_trace, training_stats
+from _helpers.predictor_variants import random_trace, training_stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from moe_beyond.predictors.batch import collate
 from moe_beyond.predictors.modules.prefix_memory import PrefixMemory
 from moe_beyond.predictors.stepping.prefix_memory import PrefixMemoryState
 from moe_beyond.predictors.training_stats import LONGEST_PREFIX, NO_PREFIX, find_prefixes
+from moe_beyond.testing.predictors import count_prefixes
 from moe_beyond.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K = TINY.shape()
@@ -65,7 +66,10 @@ def test_prefixes_are_those_of_a_plain_loop(sequences, limit):
     starts = np.full((len(sequences), LONGEST_PREFIX), -1)
     for row, ids in enumerate(sequences):
         starts[row, : len(ids)] = ids
-    assert frequent_prefixes(starts, VOCAB, limit).tolist() == prefixes(traces(sequences), EXPERTS)(limit)[0].tolist()
+    assert (
+        frequent_prefixes(starts, VOCAB, limit).tolist()
+        == count_prefixes(traces(sequences), EXPERTS, VOCAB)(limit)[0].tolist()
+    )
 
 
 def test_the_experts_of_a_prefix_gain_the_weight_of_their_layer():

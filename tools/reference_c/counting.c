@@ -106,15 +106,8 @@ static float table_logit(const Table *table, Size total, int64_t row, Size exper
 
 static int64_t table_row(const Table *table, int64_t token_id)
 {
-    int64_t low = 0, high = table->tokens;
-    while (low < high) {
-        int64_t middle = low + (high - low) / 2;
-        if (table->ids[middle] < token_id)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low < table->tokens && table->ids[low] == token_id ? low : 0;
+    Size row = find_id(table->ids, table->tokens, token_id);
+    return row < 0 ? 0 : row;
 }
 
 /* The past of a sequence */

@@ -95,6 +95,7 @@ int64_t first_size(Loader *loader, const char *format, const char *prefix); /* s
 
 /* Set the scores of a layer to the probabilities of its logits (E). */
 void set_scores(mb_stepper *stepper, Size layer, Size lookahead, const float *logits);
+Size find_id(const int64_t *sorted, Size count, int64_t id); /* place of an id in ascending ids; -1: absent */
 void clear_scores(mb_stepper *stepper, Size layer); /* NaN */
 
 void load_neural(Loader *loader, int has_layers);

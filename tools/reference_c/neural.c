@@ -444,17 +444,9 @@ static void add_prefix(const mb_predictor *p, const Neural *n, State *s, int64_t
 {
     if (s->parent < 0)
         return;
-    int64_t key = s->parent * p->vocab_size + token_id;
-    Size row = 0, stop = n->prefixes;
-    while (row < stop) {
-        Size middle = row + (stop - row) / 2;
-        if (n->prefix_keys[middle] < key)
-            row = middle + 1;
-        else
-            stop = middle;
-    }
-    s->parent = row < n->prefixes && n->prefix_keys[row] == key ? row + 1 : -1;
-    for (Size layer = 0; s->parent > 0 && layer < p->layers; layer++)
+    Size row = find_id(n->prefix_keys, n->prefixes, s->parent * p->vocab_size + token_id);
+    s->parent = row < 0 ? -1 : row + 1;
+    for (Size layer = 0; row >= 0 && layer < p->layers; layer++)
         for (Size i = 0; i < p->top_k; i++) {
             int64_t expert = n->prefix_experts[(row * p->layers + layer) * p->top_k + i];
             if (expert < p->experts)

@@ -201,6 +201,19 @@ const float *mb_scores(const mb_stepper *stepper)
     return stepper->scores;
 }
 
+Size find_id(const int64_t *sorted, Size count, int64_t id)
+{
+    Size low = 0, high = count;
+    while (low < high) {
+        Size middle = low + (high - low) / 2;
+        if (sorted[middle] < id)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < count && sorted[low] == id ? low : -1;
+}
+
 void clear_scores(mb_stepper *stepper, Size layer)
 {
     Size experts = stepper->predictor->experts;
